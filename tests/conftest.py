@@ -1,0 +1,22 @@
+"""Every test runs on 8 virtual CPU devices; those marked `gpu` on the machine's GPU.
+
+The number of devices is set for this process alone: a command that a test starts sees one CPU device, as on a user's machine, unless the
+test gives it more (JAX_NUM_CPU_DEVICES).
+"""
+
+import os
+
+import jax
+import pytest
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("markexpr") != "gpu":
+        os.environ["JAX_PLATFORMS"] = "cpu"  # for the processes that tests start
+        jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 8)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
+        pytest.skip("needs an NVIDIA GPU and the marker alone: pytest -m gpu")

@@ -1,0 +1,313 @@
+"""Every mistake in a configuration is one line with the field, the value and the fix, before JAX is imported."""
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ml_collections import ConfigDict
+
+from moe.config import ConfigError, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig, check_layout
+
+ROOT = Path(__file__).parents[1]
+FIELDS = [
+    (section.name, field.name, field.default)
+    for section in dataclasses.fields(RunConfig)
+    if dataclasses.is_dataclass(section.default)
+    for field in dataclasses.fields(section.default)
+]
+
+
+def run_config(**changes: Any) -> RunConfig:
+    """The default run with some fields set, each named by its path with two underscores: model__num_heads=6."""
+    values = RunConfig().to_dict()
+    for path, value in changes.items():
+        *sections, name = path.split("__")
+        group = values
+        for section in sections:
+            group = group[section]
+        group[name] = value
+    return RunConfig.from_config_dict(values)
+
+
+def message(**changes: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        run_config(**changes)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def test_the_default_run_is_valid() -> None:
+    assert run_config() == RunConfig()
+
+
+def test_a_config_survives_a_config_dict_and_json() -> None:
+    config = run_config(model__num_layers=7, optimizer__learning_rate=3e-4, mesh__tensor=2, seed=5)
+    assert RunConfig.from_config_dict(ConfigDict(config.to_dict())) == config
+    assert RunConfig.from_config_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_config_dict_holds_every_default_and_can_be_changed() -> None:
+    values = RunConfig.config_dict()
+    assert values.to_dict() == RunConfig().to_dict()
+    values.model.num_layers = 12
+    assert RunConfig.from_config_dict(values).model.num_layers == 12
+    assert RunConfig().model.num_layers == 4
+
+
+def test_sections_and_fields_that_are_left_out_keep_their_defaults() -> None:
+    config = RunConfig.from_config_dict({"model": {"num_layers": 2}})
+    assert config == RunConfig(model=ModelConfig(num_layers=2))
+
+
+def test_configs_are_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        RunConfig().seed = 1  # type: ignore[misc]
+
+
+def test_layers_are_groups_of_periods() -> None:
+    assert ModelConfig(num_layers=7).layer_groups == ((("dense",), 7),)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"model": {"num_layer": 3}}, "config.model.num_layer=3 is not a field: did you mean config.model.num_layers?"),
+        ({"modle": {"num_layers": 3}}, "config.modle={'num_layers': 3} is not a field: did you mean config.model?"),
+        (
+            {"qqq": 1},
+            "config.qqq=1 is not a field: the fields are seed, model, data, optimizer, mesh, train, tracking",
+        ),
+        ({3: 1}, "config.3=1 is not a field: the fields are seed, model, data, optimizer, mesh, train, tracking"),
+        ({"model": 3}, "config.model=3 is not a group of fields: set its fields one by one"),
+        ({"model": None}, "config.model=None is not a group of fields: set its fields one by one"),
+        ([1], "config=[1] is not a group of fields: set its fields one by one"),
+    ],
+)
+def test_unknown_fields_are_refused(values: Any, expected: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{re.escape(expected)}$"):
+        RunConfig.from_config_dict(values)
+
+
+def test_messages_have_one_line_where_a_config_dict_prints_many() -> None:
+    misspelled = ConfigDict({"modle": {"num_layers": 3, "num_heads": 2}})
+    with pytest.raises(ConfigError, match=r"^config\.modle=\{.*\} is not a field: did you mean config\.model\?$"):
+        RunConfig.from_config_dict(misspelled)
+    misplaced = ConfigDict({"seed": {"a": 1, "b": 2}})
+    with pytest.raises(ConfigError, match=r"^config\.seed=\{.*\} has type dict: set seed to a value of type int$"):
+        RunConfig.from_config_dict(misplaced)
+
+
+@pytest.mark.parametrize(("section", "name", "default"), FIELDS)
+def test_every_field_refuses_a_wrong_type(section: str, name: str, default: Any) -> None:
+    for wrong in ([1], None, 1 if isinstance(default, bool | str) else True):
+        text = message(**{f"{section}__{name}": wrong})
+        assert text.startswith(f"config.{section}.{name}={wrong!r} ")
+        assert f"set {name} to " in text
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "expected"),
+    [
+        ("model__num_layers", "4", "config.model.num_layers='4' has type str: set num_layers to a value of type int"),
+        ("model__num_layers", 4.0, "config.model.num_layers=4.0 has type float: set num_layers to a value of type int"),
+        ("model__num_layers", True, "config.model.num_layers=True has type bool: set num_layers to a value of type int"),
+        ("optimizer__beta1", False, "config.optimizer.beta1=False has type bool: set beta1 to a value of type float"),
+        ("model__remat", "half", "config.model.remat='half' is not an option: set remat to 'none' or 'full'"),
+        ("data__dataset", 3, "config.data.dataset=3 has type int: set dataset to a value of type str"),
+        ("seed", "a\nb", "config.seed='a\\nb' has type str: set seed to a value of type int"),
+    ],
+)
+def test_wrong_types(path: str, value: Any, expected: str) -> None:
+    assert message(**{path: value}) == expected
+
+
+def test_a_section_of_another_class_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^model=.* has type DataConfig: set model to a value of type ModelConfig$"):
+        RunConfig(model=DataConfig())  # type: ignore[arg-type]
+
+
+def test_a_whole_number_is_a_float() -> None:
+    learning_rate = OptimizerConfig(learning_rate=1).learning_rate
+    assert learning_rate == 1.0 and type(learning_rate) is float
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("path", [f"{section}__{name}" for section, name, default in FIELDS if isinstance(default, float)])
+def test_floats_are_finite(path: str, value: float) -> None:
+    assert message(**{path: value}).endswith(f"={value} is not finite: set {path.split('__')[1]} to a finite number")
+
+
+POSITIVE = {
+    "model": "vocab_size num_layers model_dim feed_forward_dim num_heads num_kv_heads head_dim rope_base norm_epsilon",
+    "data": "sequence_length",
+    "optimizer": "learning_rate clip_norm",
+    "train": "steps batch_size accumulation loss_chunk log_every eval_every checkpoint_every keep_last max_skipped_steps",
+}
+NOT_NEGATIVE = {"optimizer": "warmup_steps weight_decay", "train": "eval_batches keep_every"}
+
+
+@pytest.mark.parametrize(("section", "name"), [(section, name) for section, names in POSITIVE.items() for name in names.split()])
+def test_positive_fields(section: str, name: str) -> None:
+    default = getattr(getattr(RunConfig(), section), name)
+    for wrong in (0, -1):
+        value = type(default)(wrong)
+        expected = f"config.{section}.{name}={value} must be positive: set {name} to more than 0"
+        assert message(**{f"{section}__{name}": value}) == expected
+
+
+@pytest.mark.parametrize(("section", "name"), [(section, name) for section, names in NOT_NEGATIVE.items() for name in names.split()])
+def test_fields_that_may_be_zero(section: str, name: str) -> None:
+    kind = type(getattr(getattr(RunConfig(), section), name))
+    expected = f"config.{section}.{name}={kind(-1)} must not be negative: set {name} to 0 or more"
+    assert message(**{f"{section}__{name}": kind(-1)}) == expected
+    assert getattr(getattr(run_config(**{f"{section}__{name}": kind(0)}), section), name) == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"seed": -1}, "config.seed=-1 is out of range: set seed between 0 and 4294967295"),
+        ({"seed": 2**32}, "config.seed=4294967296 is out of range: set seed between 0 and 4294967295"),
+        (
+            {"optimizer__final_learning_rate_fraction": 1.5},
+            "config.optimizer.final_learning_rate_fraction=1.5 is out of range: set final_learning_rate_fraction between 0.0 and 1.0",
+        ),
+        ({"optimizer__beta1": 1.0}, "config.optimizer.beta1=1.0 is not a decay: set beta1 to at least 0.0 and less than 1.0"),
+        ({"optimizer__beta2": -0.1}, "config.optimizer.beta2=-0.1 is not a decay: set beta2 to at least 0.0 and less than 1.0"),
+        ({"model__head_dim": 63}, "config.model.head_dim=63 is odd, and rotary positions turn pairs: set an even head_dim"),
+        ({"mesh__tensor": 0}, "config.mesh.tensor=0 is not a number of devices: set a positive number, or -1 for the rest"),
+        ({"mesh__fsdp": -2}, "config.mesh.fsdp=-2 is not a number of devices: set a positive number, or -1 for the rest"),
+    ],
+)
+def test_values_out_of_range(changes: dict[str, Any], expected: str) -> None:
+    assert message(**changes) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (
+            {"model__num_heads": 6, "model__num_kv_heads": 4},
+            "config.model.num_heads=6 is not a multiple of num_kv_heads=4: set num_kv_heads to one of 1, 2, 3, 6",
+        ),
+        (
+            {"train__batch_size": 7, "train__accumulation": 4},
+            "config.train.batch_size=7 is not a multiple of accumulation=4: set batch_size to 8",
+        ),
+        (
+            {"train__batch_size": 1, "train__accumulation": 4},
+            "config.train.batch_size=1 is not a multiple of accumulation=4: set batch_size to 4",
+        ),
+        ({"mesh__fsdp": -1}, "config.mesh.data=-1 and fsdp=-1 leave the mesh open: set all of them but one"),
+        (
+            {"model__vocab_size": 255},
+            "config.model.vocab_size=255 is smaller than the byte tokenizer's 256: set model.vocab_size to at least 256",
+        ),
+        (
+            {"optimizer__warmup_steps": 11, "train__steps": 10},
+            "config.optimizer.warmup_steps=11 leaves nothing of train.steps=10: set optimizer.warmup_steps to less than 10",
+        ),
+        (
+            {"mesh__data": 3},
+            "config.train.batch_size=16 in 1 microbatches cannot be split over mesh data*fsdp*expert=3: "
+            "set train.batch_size to a multiple of 3",
+        ),
+        (
+            {"mesh__expert": 4, "train__batch_size": 12, "train__accumulation": 2},
+            "config.train.batch_size=12 in 2 microbatches cannot be split over mesh data*fsdp*expert=4: "
+            "set train.batch_size to a multiple of 8",
+        ),
+        (
+            {"mesh__context": 3},
+            "config.data.sequence_length=256 cannot be split over mesh.context=3: set data.sequence_length to a multiple of 3",
+        ),
+        (
+            {"mesh__tensor": 3},
+            "config.model.num_kv_heads=2 and mesh.tensor=3 do not divide each other: set mesh.tensor to a divisor of 2",
+        ),
+        (
+            {"mesh__tensor": 8},
+            "config.model.num_heads=4 cannot be split over mesh.tensor=8: set model.num_heads to a multiple of 8",
+        ),
+        (
+            {"mesh__tensor": 2, "model__feed_forward_dim": 703},
+            "config.model.feed_forward_dim=703 cannot be split over mesh.tensor=2: set model.feed_forward_dim to a multiple of 2",
+        ),
+        (
+            {"mesh__tensor": 2, "model__vocab_size": 257},
+            "config.model.vocab_size=257 cannot be split over mesh.tensor=2: set model.vocab_size to a multiple of 2",
+        ),
+        (
+            {"mesh__fsdp": 2, "model__model_dim": 255},
+            "config.model.model_dim=255 cannot be split over mesh.fsdp=2: set model.model_dim to a multiple of 2",
+        ),
+    ],
+)
+def test_contradictory_pairs(changes: dict[str, Any], expected: str) -> None:
+    assert message(**changes) == expected
+
+
+def test_the_fixes_that_messages_name_are_accepted() -> None:
+    run_config(model__num_heads=6, model__num_kv_heads=3)
+    run_config(train__batch_size=8, train__accumulation=4)
+    run_config(optimizer__warmup_steps=9, train__steps=10)
+    run_config(mesh__data=3, train__batch_size=3)
+    run_config(mesh__expert=4, train__batch_size=8, train__accumulation=2)
+    run_config(mesh__context=3, data__sequence_length=3)
+    run_config(mesh__tensor=8, model__num_heads=8)
+    run_config(seed=2**32 - 1)
+
+
+def test_key_value_heads_may_be_fewer_than_the_tensor_axis_splits() -> None:
+    run_config(mesh__tensor=4, model__num_kv_heads=2, model__num_heads=4)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "num_devices", "expected"),
+    [
+        (MeshConfig(), 8, (8, 1, 1, 1, 1)),
+        (MeshConfig(data=1, fsdp=-1, tensor=2), 8, (1, 4, 1, 1, 2)),
+        (MeshConfig(data=2, fsdp=2, tensor=2), 8, (2, 2, 1, 1, 2)),
+        (MeshConfig(tensor=8), 8, (1, 1, 1, 1, 8)),
+        (MeshConfig(data=1), 1, (1, 1, 1, 1, 1)),
+    ],
+)
+def test_a_mesh_takes_the_devices_that_remain(mesh: MeshConfig, num_devices: int, expected: tuple[int, ...]) -> None:
+    assert mesh.resolve(num_devices).sizes == expected
+
+
+@pytest.mark.parametrize(
+    ("mesh", "num_devices", "shape"),
+    [
+        (MeshConfig(tensor=3), 8, "data=-1, fsdp=1, expert=1, context=1, tensor=3"),
+        (MeshConfig(tensor=16), 8, "data=-1, fsdp=1, expert=1, context=1, tensor=16"),
+        (MeshConfig(data=2), 8, "data=2, fsdp=1, expert=1, context=1, tensor=1"),
+        (MeshConfig(data=16), 8, "data=16, fsdp=1, expert=1, context=1, tensor=1"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused(mesh: MeshConfig, num_devices: int, shape: str) -> None:
+    expected = f"mesh ({shape}) does not fit 8 devices: set sizes whose product is 8"
+    with pytest.raises(ConfigError, match=f"^{re.escape(expected)}$"):
+        mesh.resolve(num_devices)
+
+
+def test_a_resolved_mesh_is_checked_against_the_batch() -> None:
+    config = RunConfig(train=TrainConfig(batch_size=12))
+    check_layout(config, config.mesh.resolve(4))
+    with pytest.raises(ConfigError, match=r"train\.batch_size=12 .* multiple of 8$"):
+        check_layout(config, config.mesh.resolve(8))
+
+
+def test_importing_the_config_is_quick_and_imports_no_jax() -> None:
+    start = time.monotonic()
+    program = "import sys, moe.config; print(sorted({'jax', 'jaxlib', 'flax', 'numpy', 'tensorflow', 'torch'} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+    assert time.monotonic() - start < 2.0
