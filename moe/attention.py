@@ -1,0 +1,88 @@
+"""Attention with grouped queries and rotary positions, and its key/value cache."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from moe.config import ModelConfig
+from moe.layers import einsum, residual_scale, rotary_angles, rotate
+from moe.parameters import parameter
+from moe.sharding import constrain
+
+
+@struct.dataclass
+class Positions:
+    """Where each token stands: what attention needs to know of a batch, the same in every layer."""
+
+    positions_BT: jax.Array  # counted from the start of the token's document
+    segment_ids_BT: jax.Array  # tokens see only their own segment
+    cos_BTH: jax.Array  # of the rotary angles, H/2 of them
+    sin_BTH: jax.Array
+
+    @classmethod
+    def of(cls, batch: dict[str, jax.Array], config: ModelConfig) -> "Positions":
+        """Reads `positions` and `segment_ids` of a batch; without them every row is one document from its start."""
+        shape = batch["tokens"].shape
+        positions_BT = batch.get("positions", jnp.broadcast_to(jnp.arange(shape[1]), shape))
+        segment_ids_BT = batch.get("segment_ids", jnp.ones(shape, jnp.int32))
+        angles = rotary_angles(positions_BT, config.head_dim, config.rope_base)
+        return cls(positions_BT, segment_ids_BT, jnp.cos(angles), jnp.sin(angles))
+
+
+class Attention(nn.Module):
+    """Causal self-attention (Vaswani et al. 2017, eq. 1) in which N/K query heads share a key/value head (Ainslie et al. 2023)."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, positions: Positions, cache: Any = None) -> tuple[jax.Array, Any]:
+        """Returns [B, T, D] and the cache with this call's keys and values in it (None without one)."""
+        c = self.config
+        d, n, k, h = c.model_dim, c.num_heads, c.num_kv_heads, c.head_dim
+        w_query_DNH = parameter(self, "query", "DNH", (d, n, h), kind="linear", fan_in=d)
+        w_key_DKH = parameter(self, "key", "DKH", (d, k, h), kind="linear", fan_in=d)
+        w_value_DKH = parameter(self, "value", "DKH", (d, k, h), kind="linear", fan_in=d)
+        w_output_NHD = parameter(self, "output", "NHD", (n, h, d), kind="linear", fan_in=n * h, scale=residual_scale(c))
+        query_BTNH = constrain(einsum("BTD,DNH->BTNH", x_BTD, w_query_DNH), "BTNH")
+        key_BTKH = constrain(einsum("BTD,DKH->BTKH", x_BTD, w_key_DKH), "BTKH")
+        value_BTKH = constrain(einsum("BTD,DKH->BTKH", x_BTD, w_value_DKH), "BTKH")
+        query_BTNH = rotate(query_BTNH, positions.cos_BTH, positions.sin_BTH)
+        key_BTKH = rotate(key_BTKH, positions.cos_BTH, positions.sin_BTH)
+        if cache is None:
+            mixed_BTNH = attend(query_BTNH, key_BTKH, value_BTKH, positions.segment_ids_BT)
+        else:
+            cache = update_cache(cache, key_BTKH, value_BTKH, positions.positions_BT)
+            mixed_BTNH = attend_to_cache(query_BTNH, cache, positions.positions_BT)
+        return einsum("BTNH,NHD->BTD", constrain(mixed_BTNH, "BTNH"), w_output_NHD), cache
+
+
+def attend(query_BTNH: jax.Array, key_BTKH: jax.Array, value_BTKH: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
+    """Causal attention within segments: [B, T, N, H], softmax in float32."""
+    mask_B1TT = segment_ids_BT[:, None, :, None] == segment_ids_BT[:, None, None, :]
+    return jax.nn.dot_product_attention(query_BTNH, key_BTKH, value_BTKH, mask=mask_B1TT, is_causal=True)
+
+
+def init_cache(config: ModelConfig, batch_size: int, length: int) -> Any:
+    """An empty cache of one layer, for rows of at most `length` tokens. What is in it is attention's own business."""
+    shape = (batch_size, length, config.num_kv_heads, config.head_dim)
+    return {"key": jnp.zeros(shape, config.compute_dtype), "value": jnp.zeros(shape, config.compute_dtype)}
+
+
+def update_cache(cache: Any, key_BTKH: jax.Array, value_BTKH: jax.Array, positions_BT: jax.Array) -> Any:
+    """Writes each key and value into the slot of its position.
+
+    Padding after a prompt thus lands in slots that no earlier position sees, and that later tokens overwrite before they are seen.
+    """
+    rows_B1 = jnp.arange(positions_BT.shape[0])[:, None]
+    new = {"key": key_BTKH, "value": value_BTKH}
+    return {name: cache[name].at[rows_B1, positions_BT].set(new[name].astype(cache[name].dtype)) for name in cache}
+
+
+def attend_to_cache(query_BTNH: jax.Array, cache: Any, positions_BT: jax.Array) -> jax.Array:
+    """Attention of each query to the cached positions up to its own: [B, T, N, H]."""
+    slots_S = jnp.arange(cache["key"].shape[1])
+    mask_B1TS = slots_S <= positions_BT[:, None, :, None]
+    return jax.nn.dot_product_attention(query_BTNH, cache["key"], cache["value"], mask=mask_B1TS)

@@ -1,0 +1,63 @@
+"""The small modules inside a Block, and the one door that every weight matmul goes through."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from moe.config import ModelConfig
+from moe.parameters import parameter
+from moe.sharding import constrain
+
+
+def einsum(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    """Multiplies activations by a weight, in the activations' dtype. All weight matmuls are this one."""
+    return jnp.einsum(equation, x, w.astype(x.dtype))
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm (Zhang & Sennrich 2019, eq. 4), in float32; returns the dtype of its input."""
+
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        dim = x_BTD.shape[-1]
+        scale_D = parameter(self, "scale", "D", (dim,), kind="norm", fan_in=1)
+        x = x_BTD.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
+        return (x * scale_D).astype(x_BTD.dtype)
+
+
+def rotary_angles(positions_BT: jax.Array, head_dim: int, base: float) -> jax.Array:
+    """Angles of rotary positions (Su et al. 2021, eq. 15): position / base^(2i/H), as float32 [B, T, H/2]."""
+    frequencies = base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    return positions_BT[..., None].astype(jnp.float32) * frequencies
+
+
+def rotate(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Turns the pairs (x_i, x_{i+H/2}) by angles whose cosines and sines are [B, T, H/2], in float32."""
+    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x_BTNH.dtype)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer 2020, eq. 6): `(silu(x W_gate) * x W_up) W_down`."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        d, f = self.config.model_dim, self.config.feed_forward_dim
+        w_gate_DF = parameter(self, "gate", "DF", (d, f), kind="linear", fan_in=d)
+        w_up_DF = parameter(self, "up", "DF", (d, f), kind="linear", fan_in=d)
+        w_down_FD = parameter(self, "down", "FD", (f, d), kind="linear", fan_in=f, scale=residual_scale(self.config))
+        gate_BTF = constrain(einsum("BTD,DF->BTF", x_BTD, w_gate_DF), "BTF")
+        up_BTF = constrain(einsum("BTD,DF->BTF", x_BTD, w_up_DF), "BTF")
+        return einsum("BTF,FD->BTD", jax.nn.silu(gate_BTF) * up_BTF, w_down_FD)
+
+
+def residual_scale(config: ModelConfig) -> float:
+    """Shrinks what 2L sublayers add to the residual stream to a variance of one in all (Radford et al. 2019, section 2.3)."""
+    return (2 * config.num_layers) ** -0.5

@@ -1,0 +1,76 @@
+"""Declaring a parameter: the one place that says what a leaf of the parameter tree is.
+
+A declaration states shape, dimensions (letters of the legend in docs/design.md), kind and fan-in. Sharding, weight decay and the summary
+table read these, so none of them has to guess from names.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+from flax.core import meta
+
+# "linear" multiplies activations; "embedding" is looked up by token; "unembedding" makes logits; "norm" scales a normalised vector.
+Kind = Literal["linear", "embedding", "unembedding", "norm"]
+
+
+class Declared(struct.PyTreeNode, meta.AxisMetadata):
+    """A parameter together with its declaration; Flax calls it a box, and unboxes it before a module sees it."""
+
+    value: Any
+    dims: str = struct.field(pytree_node=False)
+    kind: Kind = struct.field(pytree_node=False)
+    fan_in: int = struct.field(pytree_node=False)
+
+    def unbox(self) -> Any:
+        return self.value
+
+    def replace_boxed(self, val: Any) -> "Declared":
+        return self.replace(value=val)
+
+    def add_axis(self, index: int, params: dict[Any, Any]) -> "Declared":
+        return self.replace(dims=self.dims[:index] + params["dim"] + self.dims[index:])
+
+    def remove_axis(self, index: int, params: dict[Any, Any]) -> "Declared":
+        return self.replace(dims=self.dims[:index] + self.dims[index + 1 :])
+
+
+def parameter(module: nn.Module, name: str, dims: str, shape: tuple[int, ...], *, kind: Kind, fan_in: int, scale: float = 1.0) -> jax.Array:
+    """Declares a float32 parameter of `module` and returns its value.
+
+    A norm's scale starts at one; everything else as a normal of standard deviation `scale / sqrt(fan_in)`, truncated at three of them
+    (LeCun et al. 1998), where `fan_in` is the number of products that one output sums.
+    """
+
+    def init(key: jax.Array) -> Declared:
+        if kind == "norm":
+            value = jnp.ones(shape, jnp.float32)
+        else:
+            value = scale / math.sqrt(fan_in) * jax.random.truncated_normal(key, -3.0, 3.0, shape, jnp.float32)
+        return Declared(value, dims=dims, kind=kind, fan_in=fan_in)
+
+    return module.param(name, init)
+
+
+def is_declared(leaf: Any) -> bool:
+    return isinstance(leaf, Declared)
+
+
+def declarations(model: nn.Module) -> Any:
+    """The parameter tree of `model` as Declared leaves holding shapes and dtypes; nothing is allocated."""
+    batch = {"tokens": jax.ShapeDtypeStruct((1, 1), jnp.int32)}
+    return jax.eval_shape(model.init, jax.random.key(0), batch)["params"]
+
+
+def map_declared(function: Callable[[Declared], Any], tree: Any) -> Any:
+    """Maps a function of declarations over a tree that holds some, keeping its structure."""
+    return jax.tree.map(lambda leaf: function(leaf) if is_declared(leaf) else leaf, tree, is_leaf=is_declared)
+
+
+def unbox(tree: Any) -> Any:
+    """The tree with plain arrays in place of declarations."""
+    return map_declared(Declared.unbox, tree)

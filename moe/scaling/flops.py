@@ -1,0 +1,65 @@
+"""Parameters and floating-point operations of a model, counted from its config alone.
+
+A matmul of [m, k] by [k, n] counts 2mkn FLOPs. The backward pass costs twice the forward. Recomputation (remat) is not counted: these are
+the FLOPs that the model needs, not those that a program spends.
+"""
+
+import dataclasses
+
+from moe.config import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Count:
+    """One component of a model: where it stands, how many of it, and what it costs a token."""
+
+    name: str
+    shapes: str  # for a table
+    repeats: int
+    parameters: int  # in all repeats
+    active_parameters: int  # of them, those that a token's forward pass reads
+    forward_flops: float  # per token, all repeats
+
+
+def component_counts(config: ModelConfig, sequence_length: int) -> list[Count]:
+    """The components of a model in order, with FLOPs averaged over the tokens of a causal row of `sequence_length`."""
+    d, f, v, layers = config.model_dim, config.feed_forward_dim, config.vocab_size, config.num_layers
+    n, k, h = config.num_heads, config.num_kv_heads, config.head_dim
+    projections = d * (n + 2 * k) * h + n * h * d
+    # A token sees (T + 1) / 2 keys on average, and spends 2H FLOPs per key and head on its score and as many on the weighted sum.
+    mixing = 4 * n * h * (sequence_length + 1) / 2
+    counts = [
+        Count("embedding", f"{v}x{d}", 1, v * d, v * d, 0.0),
+        _linear("attention projections", f"{d}x{n}x{h}, 2 x {d}x{k}x{h}, {n}x{h}x{d}", layers, projections),
+        Count("attention scores and sums", f"{n} heads of {h}", layers, 0, 0, layers * mixing),
+        _linear("feed-forward", f"2 x {d}x{f}, {f}x{d}", layers, 3 * d * f),
+        Count("norms", f"{d}", 2 * layers + 1, (2 * layers + 1) * d, (2 * layers + 1) * d, 0.0),
+    ]
+    if config.tied_embeddings:
+        return [*counts, Count("unembedding (tied)", f"{d}x{v}", 1, 0, 0, 2.0 * d * v)]
+    return [*counts, _linear("unembedding", f"{d}x{v}", 1, d * v)]
+
+
+def total_parameters(config: ModelConfig) -> int:
+    """All parameters, embeddings included."""
+    return sum(count.parameters for count in component_counts(config, 1))
+
+
+def active_parameters(config: ModelConfig) -> int:
+    """Parameters that one token's forward pass reads, embeddings included."""
+    return sum(count.active_parameters for count in component_counts(config, 1))
+
+
+def embedding_parameters(config: ModelConfig) -> int:
+    """Parameters of the embedding and, where it is not tied, the unembedding."""
+    return config.vocab_size * config.model_dim * (1 if config.tied_embeddings else 2)
+
+
+def training_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
+    """FLOPs of forward and backward per token: 6 per active matmul parameter (Kaplan et al. 2020, section 2.1), plus causal attention."""
+    return 3 * sum(count.forward_flops for count in component_counts(config, sequence_length))
+
+
+def _linear(name: str, shape: str, repeats: int, parameters: int) -> Count:
+    total = repeats * parameters
+    return Count(name, shape, repeats, total, total, 2.0 * total)

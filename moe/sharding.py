@@ -1,0 +1,101 @@
+"""The mesh, and the one table that says which mesh axis splits which dimension.
+
+Dimensions are named by the letters of the legend (docs/design.md), so an array's name is its sharding: `w_DF` is split over fsdp and
+tensor, `x_BTD` over the batch axes and context.
+"""
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from moe.config import RunConfig, check_layout
+from moe.parameters import Declared, is_declared
+
+AXES = ("data", "fsdp", "expert", "context", "tensor")
+
+# A mesh axis splits at most one dimension of an array: the first, from the left, that asks for it. So D is split over fsdp in a
+# parameter, and not in an activation, whose B has taken fsdp already. Letters that are missing here (H, L) are never split.
+RULES: dict[str, tuple[str, ...]] = {
+    "B": ("data", "fsdp", "expert"),
+    "T": ("context",),
+    "D": ("fsdp",),
+    "F": ("tensor",),
+    "N": ("tensor",),
+    "K": ("tensor",),
+    "V": ("tensor",),
+    "E": ("expert",),
+}
+
+
+def make_mesh(config: RunConfig, devices: list[jax.Device] | None = None) -> Mesh:
+    """The mesh of a run over `devices` (all, by default). Raises ConfigError where batch or model cannot be split over it."""
+    devices = jax.devices() if devices is None else devices
+    sizes = config.mesh.resolve(len(devices))
+    check_layout(config, sizes)
+    return jax.make_mesh(sizes.sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def spec(dims: str, shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
+    """Which axes of `mesh` split each dimension of an array, by RULES. Raises ValueError where a size cannot be split.
+
+    Three dimensions are copied instead: key/value heads (K) fewer than the tensor axis, and a batch or a time (B, T) too small to
+    split, as in the trace that makes the parameters or in decoding. A run's own batch is checked by `check_layout`.
+    """
+    used: set[str] = set()
+    entries: list[tuple[str, ...]] = []
+    for dim, size in zip(dims, shape, strict=True):
+        axes = tuple(axis for axis in RULES.get(dim, ()) if axis in mesh.shape and axis not in used)
+        split = math.prod(mesh.shape[axis] for axis in axes)
+        if size % split and dim in "BTK":
+            axes = ()
+        elif size % split:
+            raise ValueError(f"dimension {dim} of {dims} has size {size}: it cannot be split over {'*'.join(axes)}={split}")
+        used.update(axes)
+        entries.append(axes)
+    return PartitionSpec(*entries)
+
+
+def constrain(x: jax.Array, dims: str) -> jax.Array:
+    """Lays `x` out by RULES inside a program whose mesh was set; without a mesh, and inside shard_map, does nothing."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or any(kind != AxisType.Auto for kind in mesh.axis_types):
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(dims, x.shape, mesh))
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+    """A NamedSharding for each array of a tree of shapes: by its dimensions where it is Declared, else copied to every device."""
+
+    def sharding(leaf: Any) -> NamedSharding:
+        if is_declared(leaf):
+            return NamedSharding(mesh, spec(leaf.dims, leaf.value.shape, mesh))
+        return NamedSharding(mesh, PartitionSpec())
+
+    return jax.tree.map(sharding, tree, is_leaf=is_declared)
+
+
+def host_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """The rows of a global batch, ascending, that the devices of this process hold."""
+    sharding = NamedSharding(mesh, spec("B", (batch_size,), mesh))
+    indices = sharding.addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[index] for index in indices]))
+
+
+def global_batch(rows: dict[str, np.ndarray], mesh: Mesh, batch_size: int) -> dict[str, jax.Array]:
+    """Joins every process's `host_rows` of a batch into global arrays, split over rows and, from the second dimension on, time."""
+    held = host_rows(mesh, batch_size)
+
+    def join(local: np.ndarray) -> jax.Array:
+        shape = (batch_size, *local.shape[1:])
+        sharding = NamedSharding(mesh, spec("BT"[: local.ndim], shape, mesh))
+        return jax.make_array_from_callback(
+            shape, sharding, lambda index: local[np.searchsorted(held, np.arange(batch_size)[index[0]])][:, *index[1:]]
+        )
+
+    return jax.tree.map(join, rows)
+
+
+__all__ = ["AXES", "RULES", "Declared", "constrain", "global_batch", "host_rows", "make_mesh", "shardings", "spec"]

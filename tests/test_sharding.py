@@ -1,0 +1,75 @@
+"""The RULES table, and the hosts' parts of a batch."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from moe import sharding
+from moe.config import ConfigError, MeshConfig, ModelConfig, RunConfig, TrainConfig
+
+
+def make_mesh(**sizes):
+    model = ModelConfig(num_heads=8, num_kv_heads=4)
+    return sharding.make_mesh(RunConfig(mesh=MeshConfig(**sizes), model=model, train=TrainConfig(batch_size=16)))
+
+
+def test_parameters_and_activations_follow_one_table():
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    batch = ("data", "fsdp", "expert")
+    assert sharding.spec("DF", (64, 64), mesh) == P("fsdp", "tensor")
+    assert sharding.spec("LNHD", (3, 8, 5, 64), mesh) == P((), "tensor", (), "fsdp")
+    assert sharding.spec("VD", (64, 64), mesh) == P("tensor", "fsdp")
+    # B takes fsdp, so an activation's D is whole on each device.
+    assert sharding.spec("BTD", (16, 8, 64), mesh) == P(batch, "context", ())
+    assert sharding.spec("BTNH", (16, 8, 8, 16), mesh) == P(batch, "context", "tensor", ())
+
+
+def test_fewer_key_value_heads_than_the_tensor_axis_are_copied():
+    mesh = make_mesh(data=1, tensor=8)
+    assert sharding.spec("DKH", (64, 4, 16), mesh) == P("fsdp", (), ())
+    assert sharding.spec("DKH", (64, 8, 16), mesh) == P("fsdp", "tensor", ())
+
+
+def test_a_parameter_that_cannot_be_split_is_refused():
+    with pytest.raises(ValueError, match="dimension F of DF has size 63"):
+        sharding.spec("DF", (64, 63), make_mesh(data=4, tensor=2))
+
+
+def test_constrain_without_a_mesh_does_nothing():
+    x = jnp.ones((3, 5))
+    assert sharding.constrain(x, "BT") is x
+
+
+def test_the_mesh_refuses_what_does_not_fit_the_devices():
+    with pytest.raises(ConfigError, match="does not fit 8 devices"):
+        make_mesh(data=1, fsdp=16)
+    with pytest.raises(ConfigError, match=r"batch_size=16 .* multiple of"):
+        sharding.make_mesh(RunConfig(mesh=MeshConfig(data=-1), train=TrainConfig(batch_size=16, accumulation=4)))
+
+
+@pytest.mark.parametrize("sizes", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"context": 2, "expert": 4, "data": 1}])
+def test_a_global_batch_holds_the_hosts_rows(sizes):
+    mesh = make_mesh(**sizes)
+    rows = {"tokens": np.arange(16 * 4).reshape(16, 4), "loss_mask": np.arange(16 * 4).reshape(16, 4) % 3 == 0}
+    batch = sharding.global_batch(rows, mesh, 16)
+    np.testing.assert_array_equal(sharding.host_rows(mesh, 16), np.arange(16))
+    jax.tree.map(np.testing.assert_array_equal, batch, rows)
+    assert batch["tokens"].sharding.spec == sharding.spec("BT", (16, 4), mesh)
+
+
+def test_every_process_places_its_own_rows(monkeypatch):
+    """A process that holds rows 4-7 and 12-15 (as with data=2 across two hosts) hands over those rows only."""
+    mesh = make_mesh(data=8)
+    held = np.array([4, 5, 6, 7, 12, 13, 14, 15])
+    asked = []
+
+    def record(shape, array_sharding, callback):
+        asked.append(callback((slice(12, 14), slice(0, 3))))
+        return jnp.zeros(shape)
+
+    monkeypatch.setattr(sharding, "host_rows", lambda *_: held)
+    monkeypatch.setattr(jax, "make_array_from_callback", record)
+    sharding.global_batch({"tokens": held[:, None] * np.ones((1, 3), int)}, mesh, 16)
+    np.testing.assert_array_equal(asked[0], [[12] * 3, [13] * 3])

@@ -1,0 +1,170 @@
+"""The model against a plain numpy-style one, its causality, packing, caches and layouts."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe.config import ModelConfig
+from moe.parameters import declarations, is_declared, unbox
+from moe.transformer import Transformer
+
+SMALL = ModelConfig(
+    vocab_size=16, num_layers=3, model_dim=16, feed_forward_dim=24, num_heads=4, num_kv_heads=2, head_dim=4, compute_dtype="float32"
+)
+
+
+def init(config=SMALL, seed=0):
+    return unbox(Transformer(config).init(jax.random.key(seed), {"tokens": jnp.zeros((1, 1), jnp.int32)}))
+
+
+def tokens(batch=2, length=9, vocab=16, seed=1):
+    return jnp.array(np.random.default_rng(seed).integers(0, vocab, (batch, length)))
+
+
+def logits(config, variables, batch):
+    model = Transformer(config)
+    return model.apply(variables, model.apply(variables, batch).hidden, method="unembed")
+
+
+def plain_norm(x, scale):
+    return x / np.sqrt(np.mean(x * x, -1, keepdims=True) + SMALL.norm_epsilon) * scale
+
+
+def plain_rotate(x, positions):
+    """Rotary positions as complex numbers: pair i of a head turns by position / base^(2i/H)."""
+    half = x.shape[-1] // 2
+    angles = positions[:, None] * SMALL.rope_base ** (-np.arange(half) / half)
+    turned = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angles)[:, None, :]
+    return np.concatenate([turned.real, turned.imag], -1)
+
+
+def plain_transformer(params, row):
+    """Logits [T, V] of one row, head by head and position by position, in float64."""
+    params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+    x = params["embedding"][row]
+    for layer in range(SMALL.num_layers):
+        p = jax.tree.map(lambda leaf, layer=layer: leaf[layer], params["layers_0"]["block_0"])
+        h = plain_norm(x, p["attention_norm"]["scale"])
+        q, k, v = (np.einsum("td,dnh->tnh", h, p["attention"][name]) for name in ("query", "key", "value"))
+        q, k = (plain_rotate(y, np.arange(len(row))) for y in (q, k))
+        mixed = np.zeros_like(q)
+        for t in range(len(row)):
+            for n in range(SMALL.num_heads):
+                shared = n // (SMALL.num_heads // SMALL.num_kv_heads)
+                scores = np.exp(k[: t + 1, shared] @ q[t, n] / np.sqrt(SMALL.head_dim))
+                mixed[t, n] = scores @ v[: t + 1, shared] / scores.sum()
+        x = x + np.einsum("tnh,nhd->td", mixed, p["attention"]["output"])
+        h = plain_norm(x, p["feed_forward_norm"]["scale"])
+        gate, up = h @ p["feed_forward"]["gate"], h @ p["feed_forward"]["up"]
+        x = x + (gate / (1 + np.exp(-gate)) * up) @ p["feed_forward"]["down"]
+    return plain_norm(x, params["final_norm"]["scale"]) @ params["unembedding"]
+
+
+def test_equals_a_plain_transformer():
+    variables, rows = init(), tokens()
+    for row, got in zip(rows, logits(SMALL, variables, {"tokens": rows}), strict=True):
+        np.testing.assert_allclose(got, plain_transformer(variables["params"], np.asarray(row)), atol=2e-5)
+
+
+def test_no_position_sees_a_later_one():
+    variables, rows = init(), tokens(batch=1)
+    changed = rows.at[0, 5].set((rows[0, 5] + 1) % 16)
+    before, after = (logits(SMALL, variables, {"tokens": x})[0] for x in (rows, changed))
+    np.testing.assert_array_equal(before[:5], after[:5])
+    assert np.all(np.any(before[5:] != after[5:], axis=-1))
+
+
+def test_packed_documents_do_not_see_each_other():
+    variables, rows = init(), tokens(batch=1, length=9)
+    packed = {
+        "tokens": rows,
+        "segment_ids": jnp.array([[1, 1, 1, 1, 2, 2, 2, 0, 0]]),
+        "positions": jnp.array([[0, 1, 2, 3, 0, 1, 2, 0, 1]]),
+    }
+    together = logits(SMALL, variables, packed)[0]
+    np.testing.assert_allclose(together[:4], logits(SMALL, variables, {"tokens": rows[:, :4]})[0], atol=1e-5)
+    np.testing.assert_allclose(together[4:7], logits(SMALL, variables, {"tokens": rows[:, 4:7]})[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("change", [{"remat": "full"}, {"scan_layers": False}, {"remat": "full", "scan_layers": False}])
+def test_layouts_give_the_same_loss_and_gradients(change):
+    variables, rows = init(), tokens()
+
+    def loss(config, variables):
+        return jnp.sum(jnp.sin(logits(config, variables, {"tokens": rows})))
+
+    value, gradient = jax.jit(jax.value_and_grad(loss, argnums=1), static_argnums=0)(SMALL, variables)
+    other, other_gradient = jax.jit(jax.value_and_grad(loss, argnums=1), static_argnums=0)(dataclasses.replace(SMALL, **change), variables)
+    np.testing.assert_allclose(value, other, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4), gradient, other_gradient)
+
+
+def test_full_remat_keeps_less():
+    config = dataclasses.replace(SMALL, num_layers=16, model_dim=64, feed_forward_dim=256)
+    variables, rows = init(config), tokens(batch=8, length=128)
+
+    def temporary_bytes(config):
+        loss = lambda variables: jnp.sum(logits(config, variables, {"tokens": rows}))  # noqa: E731
+        return jax.jit(jax.grad(loss)).lower(variables).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes(dataclasses.replace(config, remat="full")) < temporary_bytes(config) / 2
+
+
+def test_the_cache_changes_nothing():
+    model, variables, rows = Transformer(SMALL), init(), tokens(batch=2, length=9)
+    expected = model.apply(variables, {"tokens": rows}).hidden
+    cache = model.init_cache(batch_size=2, length=12)
+    # The first row's prompt has 5 tokens, the second's 3 and two of padding, which later tokens must overwrite.
+    prompt = rows.at[1, 3:5].set(0)[:, :5]
+    output = model.apply(variables, {"tokens": prompt}, cache)
+    np.testing.assert_allclose(output.hidden[0], expected[0, :5], atol=1e-5)
+    np.testing.assert_allclose(output.hidden[1, :3], expected[1, :3], atol=1e-5)
+    lengths = np.array([5, 3])
+    for _ in range(4):
+        positions = jnp.array(lengths)[:, None]
+        new = jnp.take_along_axis(rows, positions, axis=1)
+        output = model.apply(variables, {"tokens": new, "positions": positions}, output.cache)
+        np.testing.assert_allclose(output.hidden[:, 0], expected[np.arange(2), lengths], atol=1e-5)
+        lengths += 1
+
+
+def test_tied_embeddings_share_one_table():
+    config = dataclasses.replace(SMALL, tied_embeddings=True)
+    variables = init(config)
+    assert "unembedding" not in variables["params"]
+    hidden = jnp.eye(16)[None]
+    got = Transformer(config).apply(variables, hidden, method="unembed")[0]
+    np.testing.assert_allclose(got, variables["params"]["embedding"].T, rtol=1e-6)
+
+
+def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters():
+    config = dataclasses.replace(SMALL, compute_dtype="bfloat16")
+    variables = init(config)
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+    assert Transformer(config).apply(variables, {"tokens": tokens()}).hidden.dtype == jnp.bfloat16
+    got = logits(config, variables, {"tokens": tokens()})
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, logits(SMALL, variables, {"tokens": tokens()}), atol=0.15)
+
+
+def test_declarations_match_the_parameters():
+    declared = declarations(Transformer(SMALL))
+    params = init()["params"]
+    for leaf, value in zip(jax.tree.leaves(declared, is_leaf=is_declared), jax.tree.leaves(params), strict=True):
+        assert leaf.value.shape == value.shape and len(leaf.dims) == value.ndim and value.dtype == jnp.float32
+        if leaf.kind != "norm":
+            scale = (2 * SMALL.num_layers) ** -0.5 if leaf.dims in ("LNHD", "LFD") else 1.0
+            assert np.std(value) == pytest.approx(scale * leaf.fan_in**-0.5, rel=0.15)
+
+
+def test_program_and_compile_size_do_not_grow_with_depth():
+    def program_lines(num_layers):
+        config = dataclasses.replace(SMALL, num_layers=num_layers)
+        variables = jax.eval_shape(lambda: init(config))
+        loss = lambda variables: jnp.sum(logits(config, variables, {"tokens": tokens()}))  # noqa: E731
+        return len(jax.jit(jax.grad(loss)).lower(variables).compile().as_text().splitlines())
+
+    assert program_lines(32) <= 1.1 * program_lines(4)
