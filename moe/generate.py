@@ -1,0 +1,129 @@
+"""Sampling from a decoder with a key/value cache."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe.config import ConfigError
+
+
+class Sampling(NamedTuple):
+    """How the next token is drawn. Temperature 0 takes the likeliest; top_k 0 and top_p 1 leave every token in."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+
+PLAIN = Sampling()  # draws from the model's own distribution
+
+
+def generate(
+    model: nn.Module,
+    params: Any,
+    prompts: Sequence[np.ndarray],
+    *,
+    max_new_tokens: int,
+    end_id: int,
+    seed: int = 0,
+    sampling: Sampling = PLAIN,
+) -> list[np.ndarray]:
+    """Continues each prompt (token ids, at least one) until `end_id`, which is left out, or `max_new_tokens`.
+
+    A prompt's continuation depends on (params, prompt, sampling, seed, its place in `prompts`) and not on the other prompts.
+    """
+    check_sampling(sampling, max_new_tokens)
+    lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
+    if not len(lengths_B) or lengths_B.min() < 1:
+        raise ConfigError(f"prompts have {lengths_B.tolist()} tokens: give at least one prompt, each of one token or more")
+    tokens_BT = np.zeros((len(prompts), lengths_B.max()), np.int32)
+    for row, prompt in zip(tokens_BT, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    key = jax.random.key(seed)
+    new_BT = np.asarray(_generate(model, max_new_tokens, end_id, sampling, params, tokens_BT, lengths_B, key))
+    return [_until(row, end_id) for row in new_BT]
+
+
+def check_sampling(sampling: Sampling, max_new_tokens: int) -> None:
+    """Raises ConfigError where a sampling option makes no sense."""
+    if not sampling.temperature >= 0:
+        raise ConfigError(f"temperature={sampling.temperature} is negative: set it to 0 (the likeliest token) or more")
+    if sampling.top_k < 0:
+        raise ConfigError(f"top_k={sampling.top_k} is negative: set it to a number of tokens, or 0 for all")
+    if not 0 < sampling.top_p <= 1:
+        raise ConfigError(f"top_p={sampling.top_p} is out of range: set it above 0 and up to 1")
+    if max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens={max_new_tokens} is not positive: set it to 1 or more")
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _generate(
+    model: nn.Module,
+    max_new_tokens: int,
+    end_id: int,
+    sampling: Sampling,
+    params: Any,
+    prompts_BT: jax.Array,
+    lengths_B: jax.Array,
+    key: jax.Array,
+) -> jax.Array:
+    batch_size, length = prompts_BT.shape
+    positions_BT = jnp.broadcast_to(jnp.arange(length), prompts_BT.shape)
+    cache = model.init_cache(batch_size, length + max_new_tokens)
+    hidden_BTD, cache = _forward(model, params, prompts_BT, positions_BT, cache)
+    first_B = _draw(model, params, hidden_BTD[jnp.arange(batch_size), lengths_B - 1], key, lengths_B, sampling)
+
+    def unfinished(carry: tuple[Any, ...]) -> jax.Array:
+        index, token_B, _, _ = carry
+        return (index < max_new_tokens) & jnp.any(token_B != end_id)
+
+    def extend(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        index, token_B, new_BT, cache = carry
+        new_BT = new_BT.at[:, index].set(token_B)
+        hidden_BTD, cache = _forward(model, params, token_B[:, None], (lengths_B + index)[:, None], cache)
+        next_B = _draw(model, params, hidden_BTD[:, 0], key, lengths_B + index + 1, sampling)
+        return index + 1, jnp.where(token_B == end_id, end_id, next_B), new_BT, cache
+
+    new_BT = jnp.full((batch_size, max_new_tokens), end_id, jnp.int32)
+    return jax.lax.while_loop(unfinished, extend, (jnp.array(0), first_B, new_BT, cache))[2]
+
+
+def _forward(model: nn.Module, params: Any, tokens_BT: jax.Array, positions_BT: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+    output = model.apply({"params": params}, {"tokens": tokens_BT, "positions": positions_BT}, cache)
+    return output.hidden, output.cache
+
+
+def _draw(model: nn.Module, params: Any, hidden_BD: jax.Array, key: jax.Array, positions_B: jax.Array, sampling: Sampling) -> jax.Array:
+    """The token at each row's position; its randomness is a function of (seed, row, position) alone."""
+    logits_BV = model.apply({"params": params}, hidden_BD[:, None], method="unembed")[:, 0]
+    if sampling.temperature == 0:
+        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    rows_B = jnp.arange(positions_B.shape[0])
+    keys_B = jax.vmap(lambda row, position: jax.random.fold_in(jax.random.fold_in(key, row), position))(rows_B, positions_B)
+    logits_BV = keep_likeliest(logits_BV / sampling.temperature, sampling.top_k, sampling.top_p)
+    return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
+
+
+def keep_likeliest(logits_BV: jax.Array, top_k: int, top_p: float) -> jax.Array:
+    """Logits with -inf outside the `top_k` largest (0: all) and outside the nucleus of mass `top_p` (Holtzman et al. 2020, eq. 2-3)."""
+    if top_k:
+        kth_B1 = jax.lax.top_k(logits_BV, min(top_k, logits_BV.shape[-1]))[0][:, -1:]
+        logits_BV = jnp.where(logits_BV < kth_B1, -jnp.inf, logits_BV)
+    if top_p < 1:
+        sorted_BV = -jnp.sort(-logits_BV, axis=-1)
+        probs_BV = jax.nn.softmax(sorted_BV, axis=-1)
+        # A token is in the nucleus if those before it do not reach top_p; the likeliest always is.
+        inside_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV < top_p
+        least_B1 = jnp.min(jnp.where(inside_BV, sorted_BV, jnp.inf), axis=-1, keepdims=True)
+        logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
+    return logits_BV
+
+
+def _until(tokens_T: np.ndarray, end_id: int) -> np.ndarray:
+    ends = np.flatnonzero(tokens_T == end_id)
+    return tokens_T[: ends[0]] if len(ends) else tokens_T

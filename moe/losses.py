@@ -1,0 +1,79 @@
+"""Losses as sums and counts. Sums add up over microbatches and shards; this file alone divides them, once, by global counts."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import einops
+import jax
+import jax.numpy as jnp
+
+Sums = dict[str, jax.Array]
+LossFn = Callable[[Any, Callable[[jax.Array], jax.Array], dict[str, jax.Array]], Sums]
+
+
+def next_token_loss(chunk: int) -> LossFn:
+    """The language-modelling loss function: (output, unembed, batch) -> sums and counts, logits made `chunk` positions at a time."""
+
+    def loss_fn(output: Any, unembed: Callable[[jax.Array], jax.Array], batch: dict[str, jax.Array]) -> Sums:
+        total = cross_entropy_sum(output.hidden, unembed, batch["targets"], batch["loss_mask"], chunk)
+        return {"cross_entropy": total, **counts(batch)}
+
+    return loss_fn
+
+
+def counts(batch: dict[str, jax.Array]) -> Sums:
+    """What sums are divided by; known from the batch alone, so that each microbatch can be weighted by its share of the whole."""
+    return {"targets": jnp.sum(batch["loss_mask"], dtype=jnp.float32)}
+
+
+def objective(sums: Sums, global_counts: Sums) -> jax.Array:
+    """A microbatch's part of the training loss. The parts add up to the whole batch's."""
+    return sums["cross_entropy"] / jnp.maximum(global_counts["targets"], 1.0)
+
+
+def metrics(sums: Sums) -> dict[str, jax.Array]:
+    """Means, from sums over everything that is averaged: `loss` in nats per target."""
+    return {"loss": sums["cross_entropy"] / jnp.maximum(sums["targets"], 1.0)}
+
+
+def cross_entropy_sum(
+    hidden_BTD: jax.Array, unembed: Callable[[jax.Array], jax.Array], targets_BT: jax.Array, mask_BT: jax.Array, chunk: int
+) -> jax.Array:
+    """Sum over unmasked positions of -log softmax(unembed(hidden))[target], in nats, float32.
+
+    Logits exist for `chunk` positions of each row at a time, in the backward pass too, which computes them again.
+    """
+
+    def chunk_sum(total: jax.Array, inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+        hidden, targets, mask = inputs
+        return total + _cross_entropy_sum(unembed(hidden), targets, mask), None
+
+    length = targets_BT.shape[1]
+    chunk = min(chunk, length)
+    if chunk == length:
+        return _cross_entropy_sum(unembed(hidden_BTD), targets_BT, mask_BT)
+    padding = -length % chunk
+    inputs = tuple(_split_time(x, chunk, padding) for x in (hidden_BTD, targets_BT, mask_BT))
+    total, _ = jax.lax.scan(jax.checkpoint(chunk_sum, prevent_cse=False), jnp.zeros((), jnp.float32), inputs)
+    return total
+
+
+def _cross_entropy_sum(logits_BTV: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
+    logits_BTV = logits_BTV.astype(jnp.float32)
+    # A comparison rather than a gather: it fuses, its gradient needs no scatter, and it splits over vocabulary shards.
+    is_target_BTV = targets_BT[..., None] == jnp.arange(logits_BTV.shape[-1])
+    target_logits_BT = jnp.sum(jnp.where(is_target_BTV, logits_BTV, 0.0), axis=-1)
+    losses_BT = jax.nn.logsumexp(logits_BTV, axis=-1) - target_logits_BT
+    return jnp.sum(jnp.where(mask_BT, losses_BT, 0.0))
+
+
+def _split_time(x_BT: jax.Array, chunk: int, padding: int) -> jax.Array:
+    """[B, T, ...] to [number of chunks, B, chunk, ...], the last chunk filled up with zeros."""
+    padded = jnp.pad(x_BT, ((0, 0), (0, padding)) + ((0, 0),) * (x_BT.ndim - 2))
+    return einops.rearrange(padded, "b (n c) ... -> n b c ...", c=chunk)
+
+
+def bits_per_byte(nats_per_target: float, num_targets: int, num_bytes: int) -> float:
+    """Converts a mean loss to bits per byte of text, which does not depend on the tokenizer."""
+    return nats_per_target * num_targets / num_bytes / math.log(2)

@@ -1,0 +1,38 @@
+"""AdamW, its schedule, and which parameters decay."""
+
+from typing import Any
+
+import jax
+import optax
+
+from moe.config import OptimizerConfig, RunConfig
+from moe.parameters import map_declared
+
+# Norms and embeddings keep their scale: only what multiplies activations decays.
+DECAYED_KINDS = ("linear", "unembedding")
+
+
+def make_schedule(config: RunConfig) -> optax.Schedule:
+    """Learning rate by update: linear from 0 to the peak, then a cosine to `final_learning_rate_fraction` of it at the last step."""
+    peak = config.optimizer.learning_rate
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=peak,
+        warmup_steps=config.optimizer.warmup_steps,
+        decay_steps=config.train.steps,
+        end_value=peak * config.optimizer.final_learning_rate_fraction,
+    )
+
+
+def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule, declarations: Any) -> optax.GradientTransformation:
+    """Clipping by global norm, then AdamW (Loshchilov & Hutter 2019, algorithm 2) with decay by the kind of each parameter."""
+    decayed = map_declared(lambda leaf: leaf.kind in DECAYED_KINDS, declarations)
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(schedule, b1=config.beta1, b2=config.beta2, weight_decay=config.weight_decay, mask=decayed),
+    )
+
+
+def tree_where(condition: jax.Array, new: Any, old: Any) -> Any:
+    """`new` where the scalar condition holds, else `old`, leaf by leaf."""
+    return jax.tree.map(lambda a, b: jax.numpy.where(condition, a, b), new, old)

@@ -1,0 +1,160 @@
+"""The state of a run, and the pure functions that advance and evaluate it."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import einops
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import Mesh
+
+from moe import losses, sharding
+from moe.config import RunConfig
+from moe.optimizer import make_optimizer, make_schedule, tree_where
+from moe.parameters import declarations, unbox
+from moe.transformer import Transformer
+
+Batch = dict[str, jax.Array]
+
+
+class TrainState(struct.PyTreeNode):
+    """Everything that a checkpoint must hold for a run to go on as if it had never stopped."""
+
+    step: jax.Array  # steps taken, skipped updates included
+    examples: jax.Array  # rows consumed: the whole state of the data stream
+    skipped: jax.Array  # updates skipped so far, for a non-finite loss or gradient
+    skipped_in_row: jax.Array  # of them, those since the last update
+    params: Any
+    opt_state: Any
+    router_state: Any  # biases that are not trained by gradients; empty without a router
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """The pieces of a run on its mesh, jitted: what `fit` loops over, and what benchmarks and other loops may call."""
+
+    mesh: Mesh
+    model: Transformer
+    abstract_state: TrainState  # shapes, dtypes and shardings
+    init_state: Callable[[], TrainState]
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]  # the state is donated
+    eval_step: Callable[[Any, Batch], losses.Sums]
+
+
+def make_program(config: RunConfig, devices: list[jax.Device] | None = None) -> Program:
+    """Model, optimizer, state and steps of a run on `devices` (all, by default). Nothing is compiled before it is called."""
+    mesh = sharding.make_mesh(config, devices)
+    model = Transformer(config.model)
+    optimizer = make_optimizer(config.optimizer, make_schedule(config), declarations(model))
+    loss_fn = losses.next_token_loss(config.train.loss_chunk)
+    abstract = abstract_state(config, model, optimizer, mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return Program(
+        mesh,
+        model,
+        abstract,
+        lambda: init_state(config, model, optimizer, mesh),
+        jax.jit(make_train_step(config, model, optimizer, loss_fn), donate_argnums=0, out_shardings=(shardings, None)),
+        jax.jit(make_eval_step(model, loss_fn)),
+    )
+
+
+def init_state(config: RunConfig, model: nn.Module, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """The state before the first step, every array created in its shards."""
+    init, shardings = _init_and_shardings(config, model, optimizer, mesh)
+    return jax.jit(lambda key: unbox(init(key)), out_shardings=shardings)(jax.random.key(config.seed))
+
+
+def abstract_state(config: RunConfig, model: nn.Module, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of `init_state`'s result; nothing is allocated."""
+    init, shardings = _init_and_shardings(config, model, optimizer, mesh)
+    shapes = unbox(jax.eval_shape(init, jax.random.key(config.seed)))
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
+def _init_and_shardings(
+    config: RunConfig, model: nn.Module, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> tuple[Callable[[jax.Array], TrainState], Any]:
+    def init(key: jax.Array) -> TrainState:
+        params = model.init(key, {"tokens": jnp.zeros((1, 1), jnp.int32)})["params"]
+        # The optimizer copies the structure of declared parameters, so its moments are split as the parameters are.
+        zero = jnp.zeros((), jnp.int32)
+        return TrainState(zero, zero, zero, zero, params, optimizer.init(params), {})
+
+    return init, sharding.shardings(jax.eval_shape(init, jax.random.key(config.seed)), mesh)
+
+
+def make_train_step(
+    config: RunConfig, model: nn.Module, optimizer: optax.GradientTransformation, loss_fn: losses.LossFn
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """The pure function (state, batch) -> (state, metrics) of one step.
+
+    The loss is the sum over all microbatches' unmasked targets over their number, so accumulation changes nothing but memory. An update
+    whose loss or gradient is not finite is skipped and counted.
+    """
+    schedule = make_schedule(config)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        gradient, sums = _accumulate(model, loss_fn, state.params, batch, config.train.accumulation)
+        metrics = losses.metrics(sums)
+        norm = optax.tree.norm(gradient)
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        new = TrainState(
+            step=state.step + 1,
+            examples=state.examples + config.train.batch_size,
+            skipped=state.skipped + ~finite,
+            skipped_in_row=jnp.where(finite, 0, state.skipped_in_row + 1),
+            params=tree_where(finite, params, state.params),
+            opt_state=tree_where(finite, opt_state, state.opt_state),
+            router_state=state.router_state,
+        )
+        learning_rate = schedule(state.step - state.skipped)
+        metrics |= {"gradient_norm": norm, "learning_rate": learning_rate, "targets": sums["targets"]}
+        return new, metrics | {"skipped_steps": new.skipped, "skipped_in_row": new.skipped_in_row}
+
+    return train_step
+
+
+def make_eval_step(model: nn.Module, loss_fn: losses.LossFn) -> Callable[[Any, Batch], losses.Sums]:
+    """The pure function (params, batch) -> sums and counts, to be added up over batches and divided once."""
+
+    def eval_step(params: Any, batch: Batch) -> losses.Sums:
+        return _sums(model, loss_fn, params, batch)
+
+    return eval_step
+
+
+def _sums(model: nn.Module, loss_fn: losses.LossFn, params: Any, batch: Batch) -> losses.Sums:
+    variables = {"params": params}
+    output = model.apply(variables, batch)
+    return loss_fn(output, lambda hidden: model.apply(variables, hidden, method="unembed"), batch)
+
+
+def _accumulate(model: nn.Module, loss_fn: losses.LossFn, params: Any, batch: Batch, microbatches: int) -> tuple[Any, losses.Sums]:
+    """The gradient of the whole batch's loss, and its sums, a microbatch at a time."""
+    global_counts = losses.counts(batch)
+
+    @functools.partial(jax.grad, has_aux=True)
+    def gradient(params: Any, microbatch: Batch) -> tuple[jax.Array, losses.Sums]:
+        sums = _sums(model, loss_fn, params, microbatch)
+        return losses.objective(sums, global_counts), sums
+
+    if microbatches == 1:
+        return gradient(params, batch)
+
+    def add(total: Any, microbatch: Batch) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, gradient(params, microbatch)), None
+
+    # Microbatch m takes rows m, m+M, ..., so that every device splits its own rows and moves none.
+    split = jax.tree.map(lambda x: einops.rearrange(x, "(b m) ... -> m b ...", m=microbatches), batch)
+    first = jax.tree.map(lambda x: x[0], split)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, params, first))
+    total, _ = jax.lax.scan(add, zeros, split)
+    return total

@@ -1,0 +1,90 @@
+"""Sampling: against repeated full forward passes, independence of rows, and the truncations by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe.config import ModelConfig
+from moe.generate import Sampling, generate, keep_likeliest
+from moe.parameters import unbox
+from moe.transformer import Transformer
+
+MODEL = Transformer(
+    ModelConfig(
+        vocab_size=16, num_layers=2, model_dim=16, feed_forward_dim=24, num_heads=2, num_kv_heads=1, head_dim=8, compute_dtype="float32"
+    )
+)
+PARAMS = unbox(MODEL.init(jax.random.key(0), {"tokens": jnp.zeros((1, 1), jnp.int32)}))["params"]
+PROMPTS = [np.array([1, 2, 3, 4, 5]), np.array([7]), np.array([9, 9, 8])]
+
+
+@jax.jit
+def all_logits(tokens_BT):
+    hidden = MODEL.apply({"params": PARAMS}, {"tokens": tokens_BT}).hidden
+    return MODEL.apply({"params": PARAMS}, hidden, method="unembed")
+
+
+def greedy_without_a_cache(prompt, count):
+    tokens, length = np.zeros(16, np.int32), len(prompt)
+    tokens[:length] = prompt
+    for index in range(length, length + count):
+        tokens[index] = np.argmax(all_logits(tokens[None])[0, index - 1])
+    return tokens[length : length + count].tolist()
+
+
+def test_greedy_equals_full_forward_passes():
+    texts = generate(MODEL, PARAMS, PROMPTS, max_new_tokens=6, end_id=-1, sampling=Sampling(temperature=0))
+    for prompt, text in zip(PROMPTS, texts, strict=True):
+        assert text.tolist() == greedy_without_a_cache(prompt, 6)
+
+
+def test_generation_ends_at_the_end_token():
+    expected = greedy_without_a_cache(PROMPTS[0], 6)
+    end = next(token for index, token in enumerate(expected) if index and token not in expected[:index])
+    texts = generate(MODEL, PARAMS, PROMPTS, max_new_tokens=6, end_id=end, sampling=Sampling(temperature=0))
+    assert texts[0].tolist() == expected[: expected.index(end)]
+
+
+def test_a_row_does_not_depend_on_the_others_and_the_seed_decides():
+    draw = lambda prompts, seed: generate(MODEL, PARAMS, prompts, max_new_tokens=8, end_id=-1, seed=seed)  # noqa: E731
+    together = draw(PROMPTS, 3)
+    np.testing.assert_array_equal(together[0], draw(PROMPTS[:1], 3)[0])
+    np.testing.assert_array_equal(together[2], draw([PROMPTS[1], PROMPTS[0], PROMPTS[2]], 3)[2])
+    assert any(np.any(a != b) for a, b in zip(together, draw(PROMPTS, 4), strict=True))
+
+
+def test_keep_likeliest_by_hand():
+    logits = jnp.log(jnp.array([[0.1, 0.4, 0.2, 0.3]]))
+    kept = lambda top_k, top_p: np.isfinite(keep_likeliest(logits, top_k, top_p)[0]).tolist()  # noqa: E731
+    assert kept(0, 1.0) == [True, True, True, True]
+    assert kept(2, 1.0) == [False, True, False, True]
+    assert kept(99, 1.0) == [True, True, True, True]
+    assert kept(0, 0.65) == [False, True, False, True]  # 0.4 does not reach 0.65, 0.4 + 0.3 does
+    assert kept(0, 0.75) == [False, True, True, True]
+    assert kept(0, 1e-9) == [False, True, False, False]
+    assert kept(1, 0.9) == [False, True, False, False]
+
+
+def test_draws_follow_the_distribution():
+    prompts = [np.array([1, 2])] * 4000
+    first = np.array([text[0] for text in generate(MODEL, PARAMS, prompts, max_new_tokens=1, end_id=-1)])
+    probs = jax.nn.softmax(all_logits(np.array([[1, 2]]))[0, -1])
+    np.testing.assert_allclose(np.bincount(first, minlength=16) / 4000, probs, atol=0.03)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sampling": Sampling(temperature=-1.0)}, "temperature=-1.0"),
+        ({"sampling": Sampling(top_k=-1)}, "top_k=-1"),
+        ({"sampling": Sampling(top_p=0.0)}, "top_p=0.0"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"prompts": []}, "prompts"),
+        ({"prompts": [np.array([], int)]}, "prompts"),
+    ],
+)
+def test_bad_options_are_refused(options, message):
+    arguments = {"prompts": PROMPTS, "max_new_tokens": 4, "end_id": -1} | options
+    with pytest.raises(ValueError, match=message):
+        generate(MODEL, PARAMS, arguments.pop("prompts"), **arguments)

@@ -1,0 +1,73 @@
+"""Cross-entropy in chunks against the plain formula, and the memory that it takes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe import losses
+from moe.transformer import Output
+
+
+def plain_cross_entropy(hidden, weight_DV, targets, mask):
+    log_probs = jax.nn.log_softmax((hidden @ weight_DV).astype(jnp.float64), axis=-1)
+    picked = jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
+    return -jnp.sum(jnp.where(mask, picked, 0.0))
+
+
+def inputs(batch=3, length=13, width=8, vocab=11, dtype=np.float64):
+    rng = np.random.default_rng(0)
+    hidden = rng.normal(size=(batch, length, width)).astype(dtype)
+    weight = rng.normal(size=(width, vocab)).astype(dtype)
+    targets = rng.integers(0, vocab, (batch, length)).astype(np.int32)
+    return hidden, weight, targets, rng.random((batch, length)) > 0.3
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 5, 13, 100])
+def test_chunks_equal_the_plain_formula(chunk):
+    hidden, weight, targets, mask = inputs()
+
+    def chunked(hidden, weight):
+        return losses.cross_entropy_sum(hidden, lambda h: h @ weight, targets, mask, chunk)
+
+    with jax.enable_x64(True):
+        value, gradients = jax.value_and_grad(chunked, argnums=(0, 1))(hidden, weight)
+        expected, expected_gradients = jax.value_and_grad(plain_cross_entropy, argnums=(0, 1))(hidden, weight, targets, mask)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    for gradient, wanted in zip(gradients, expected_gradients, strict=True):
+        np.testing.assert_allclose(gradient, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_hand_worked_loss():
+    # Logits (ln 1, ln 3): target 0 has probability 1/4, target 1 has 3/4; the third position is masked.
+    logits = jnp.log(jnp.array([[[1.0, 3.0], [1.0, 3.0], [1.0, 3.0]]]))
+    batch = {"targets": jnp.array([[0, 1, 0]]), "loss_mask": jnp.array([[True, True, False]])}
+    sums = losses.next_token_loss(chunk=2)(Output(logits, (), None), lambda hidden: hidden, batch)
+    np.testing.assert_allclose(sums["cross_entropy"], np.log(4) + np.log(4 / 3), rtol=1e-6)
+    assert sums["targets"] == 2
+    np.testing.assert_allclose(losses.metrics(sums)["loss"], (np.log(4) + np.log(4 / 3)) / 2, rtol=1e-6)
+
+
+def test_a_batch_without_targets_has_loss_zero():
+    sums = {"cross_entropy": jnp.zeros(()), "targets": jnp.zeros(())}
+    assert losses.metrics(sums)["loss"] == 0
+    assert losses.objective(sums, sums) == 0
+
+
+def test_bits_per_byte():
+    assert losses.bits_per_byte(np.log(2) * 3, num_targets=10, num_bytes=15) == pytest.approx(2.0)
+
+
+def test_memory_stays_under_a_quarter_of_the_logits():
+    vocab, length, width = 128 * 1024, 4096, 512
+    weight = jax.ShapeDtypeStruct((width, vocab), jnp.float32)
+    hidden = jax.ShapeDtypeStruct((1, length, width), jnp.float32)
+    targets = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    mask = jax.ShapeDtypeStruct((1, length), jnp.bool_)
+
+    def loss(hidden, weight, targets, mask):
+        return losses.cross_entropy_sum(hidden, lambda h: h @ weight, targets, mask, chunk=256)
+
+    compiled = jax.jit(jax.value_and_grad(loss)).lower(hidden, weight, targets, mask).compile()
+    logits = 4 * vocab * length
+    assert compiled.memory_analysis().temp_size_in_bytes < logits / 4
