@@ -1,0 +1,188 @@
+"""What a run writes down about itself: its config, metrics.jsonl, TensorBoard, and the environment of each start.
+
+metrics.jsonl has one JSON object per line, `{"step": 10, "train/loss": 2.5, ...}`, with numbers that are not finite as the strings
+"NaN", "Infinity" and "-Infinity", since JSON has none. TensorBoard, and whatever comes beside it, is a copy.
+"""
+
+import datetime
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from moe.config import ConfigError, RunConfig, TrackingConfig
+
+METRICS_FILE = "metrics.jsonl"
+ENVIRONMENT_FILE = "environment.jsonl"
+CONFIG_FILE = "config.json"
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "grain", "array_record", "numpy")
+
+
+def claim_workdir(workdir: Path, config: RunConfig) -> None:
+    """Writes `config.json` into a new run directory, or checks that the run that is there has the same config.
+
+    The mesh may differ: it lays the run out and is no part of the experiment. Raises ConfigError naming the fields that do.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    path = workdir / CONFIG_FILE
+    if path.exists():
+        saved = read_config(workdir)
+        differing = [
+            f"{name} is {before!r} there and {after!r} here"
+            for (name, before), (_, after) in zip(_flatten(saved.to_dict()), _flatten(config.to_dict()), strict=True)
+            if before != after and not name.startswith("mesh.")
+        ]
+        if differing:
+            raise ConfigError(f"{workdir} holds a run of another config ({'; '.join(differing)}): set another --workdir")
+    temporary = path.with_suffix(".partial")
+    temporary.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def read_config(workdir: Path) -> RunConfig:
+    """The config of the run in `workdir`. Raises ConfigError where there is none."""
+    path = workdir / CONFIG_FILE
+    try:
+        return RunConfig.from_config_dict(json.loads(path.read_text()))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist: set --workdir to the directory of a run") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path} is not JSON ({error}): restore it, or set another --workdir") from None
+
+
+def _flatten(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in config.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+class MetricWriter:
+    """Appends metrics to the files of a run directory; one process of a run opens it.
+
+    `step` is the step the run starts or resumes from: what an interrupted run wrote of later steps is dropped, so that a resumed run's
+    metrics.jsonl reads like an uninterrupted one's. A step's metrics therefore have to be written before its checkpoint is.
+    """
+
+    def __init__(self, workdir: Path, config: TrackingConfig, step: int):
+        path = workdir / METRICS_FILE
+        _drop_later_lines(path, step)
+        self._file = path.open("a", encoding="utf-8")
+        self._tensorboard = _tensorboard_writer(workdir, step) if config.tensorboard else None
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Writes the scalars of one step (Python, numpy or JAX ones); metrics.jsonl holds them when this returns."""
+        values = {name: float(value) for name, value in metrics.items()}
+        self._file.write(_format_line(step, values))
+        self._file.flush()
+        if self._tensorboard:
+            for name, value in values.items():
+                self._tensorboard.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._tensorboard:
+            self._tensorboard.close()
+
+    def __enter__(self) -> "MetricWriter":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def read_metrics(workdir: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl in order: `step` an int, every other value a float (NaN and infinities included).
+
+    A last line still being written is left out. Raises FileNotFoundError, and ConfigError where the file is damaged.
+    """
+    return [{"step": step} | values for step, values in _parse_lines(workdir / METRICS_FILE)]
+
+
+def write_environment(workdir: Path) -> None:
+    """Appends one line to environment.jsonl: what this start of the run runs on. Starts JAX's backend if nothing did before."""
+    environment = {
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "devices": _devices(),
+        "git": _git_state(Path(__file__).resolve()),
+    }
+    with (workdir / ENVIRONMENT_FILE).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(environment) + "\n")
+
+
+def _format_line(step: int, values: Mapping[str, float]) -> str:
+    encoded = {name: value if math.isfinite(value) else json.dumps(value) for name, value in values.items()}
+    return json.dumps({"step": step} | encoded) + "\n"
+
+
+def _parse_lines(path: Path) -> Iterator[tuple[int, dict[str, float]]]:
+    """The step and the values of each line."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    for number, line in enumerate(lines, start=1):
+        try:
+            values = json.loads(line)
+            yield values.pop("step"), {name: float(value) for name, value in values.items()}
+        except (ValueError, TypeError, AttributeError, KeyError):
+            # kill -9 can cut the last line short. Anywhere else the file was damaged, and guessing would hide that.
+            if line.endswith("\n"):
+                raise ConfigError(f"{path}, line {number} is not a JSON object of a step and numbers: delete that line") from None
+
+
+def _drop_later_lines(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    partial = path.with_suffix(".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.writelines(_format_line(line_step, values) for line_step, values in _parse_lines(path) if line_step <= step)
+        file.flush()
+        os.fsync(file.fileno())
+    # A kill before this line leaves the old file, and after it the new one: never half of either.
+    partial.replace(path)
+
+
+def _tensorboard_writer(workdir: Path, step: int) -> Any:
+    # Imported here because reading metrics needs none of it, and it takes half a second.
+    from tensorboardX import SummaryWriter
+
+    return SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1, flush_secs=10)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _devices() -> dict[str, Any]:
+    import jax
+
+    kinds = sorted({device.device_kind for device in jax.devices()})
+    return {"platform": jax.default_backend(), "kinds": kinds, "count": jax.device_count(), "processes": jax.process_count()}
+
+
+def _git_state(file: Path) -> dict[str, Any] | None:
+    """Commit and dirtiness of the checkout that tracks `file`; None outside one (an installed package, or no git)."""
+    try:
+        # Asking for the file keeps a virtual environment inside somebody else's checkout from reporting that one's commit.
+        _git(file, "ls-files", "--error-unmatch", file.name)
+        description = _git(file, "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {"commit": description.removesuffix("-dirty"), "dirty": description.endswith("-dirty")}
+
+
+def _git(file: Path, *arguments: str) -> str:
+    command = ["git", "--no-optional-locks", *arguments]
+    return subprocess.run(command, cwd=file.parent, capture_output=True, text=True, timeout=10, check=True).stdout.strip()

@@ -1,0 +1,205 @@
+"""fit(): one run, from a checked config to its last checkpoint. The loop; nothing in it computes."""
+
+import contextlib
+import dataclasses
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from moe import checkpoint, losses, sharding
+from moe.config import MeshConfig, RunConfig
+from moe.data.loader import evaluation_batches, make_loader
+from moe.data.prepare import PreparedRows, prepare
+from moe.scaling.flops import training_flops_per_token
+from moe.scaling.hardware import peak_flops
+from moe.tracking import MetricWriter, claim_workdir, read_config, read_metrics, write_environment
+from moe.train_step import Program, make_program
+
+
+class Interrupted(Exception):
+    """SIGINT or SIGTERM arrived; the state is saved, and the same call goes on from there."""
+
+
+class Diverged(Exception):
+    """Too many updates in a row had a loss or gradient that was not finite."""
+
+
+def fit(config: RunConfig, workdir: Path, devices: list[jax.Device] | None = None) -> dict[str, float]:
+    """Trains to `config.train.steps`, from the run's latest checkpoint if `workdir` has one; returns the last validation metrics.
+
+    Raises ConfigError for a workdir of another config, Interrupted on SIGINT or SIGTERM once the state is saved, and Diverged.
+    """
+    claim_workdir(workdir, config)
+    train_rows = prepare(config.data, config.data.train_split)
+    validation_rows = prepare(config.data, config.data.validation_split)
+    program = make_program(config, devices)
+    with contextlib.ExitStack() as stack:
+        interrupted = stack.enter_context(catch_signals())
+        checkpoints = stack.enter_context(checkpoint.open_checkpoints(workdir, config))
+        resumed = checkpoints.latest_step() is not None
+        state = checkpoint.restore(checkpoints, program.abstract_state) if resumed else program.init_state()
+        write_environment(workdir)
+        start = int(state.step)
+        writer = stack.enter_context(MetricWriter(workdir, config.tracking, start))
+        log = stack.enter_context(Log(config, program, writer, start))
+        batches = stack.enter_context(train_batches(config, program, train_rows, int(state.examples)))
+        stack.enter_context(jax.set_mesh(program.mesh))
+        for step in range(start + 1, config.train.steps + 1):
+            state, metrics = program.train_step(state, log.next_batch(batches))
+            log.add(step, metrics)
+            last, stop = step == config.train.steps, interrupted()
+            if last or step % config.train.eval_every == 0:
+                log.pause()
+                values = evaluate(config, program, state.params, validation_rows)
+                writer.write(step, {f"validation/{name}": value for name, value in values.items()})
+            if last or stop or step % config.train.checkpoint_every == 0:
+                log.pause()  # a step's metrics are written before its checkpoint, so that resuming loses none
+                checkpoint.save(checkpoints, config, state)
+            if stop and not last:
+                raise Interrupted(f"{workdir} stopped at step {step} and saved: run the same command again to go on")
+    return last_validation(workdir)
+
+
+def load_run(workdir: Path, step: int | None = None) -> tuple[RunConfig, Program, Any, int]:
+    """The config, program, parameters and step of a run's checkpoint (the latest, by default), on this machine's devices.
+
+    Parameters are split over all devices by fsdp, however the run was laid out. Raises ConfigError where there is no such run or step.
+    """
+    config = dataclasses.replace(read_config(workdir), mesh=MeshConfig(data=1, fsdp=-1))
+    program = make_program(config)
+    with checkpoint.open_checkpoints(workdir, config) as checkpoints:
+        params = checkpoint.restore_params(checkpoints, program.abstract_state, step)
+        return config, program, params, checkpoints.latest_step() if step is None else step
+
+
+@contextlib.contextmanager
+def train_batches(config: RunConfig, program: Program, rows: PreparedRows, examples: int) -> Iterator[Iterator[dict[str, jax.Array]]]:
+    """The run's endless stream of global batches, from the `examples`-th row on; read ahead until the context ends."""
+    size = config.train.batch_size
+    held = sharding.host_rows(program.mesh, size)
+    loader = make_loader(rows, batch_size=size, seed=config.seed, examples=examples, host_rows=held)
+    with contextlib.closing(loader):
+        yield (sharding.global_batch(batch, program.mesh, size) for batch in loader)
+
+
+def evaluate(config: RunConfig, program: Program, params: Any, rows: PreparedRows) -> dict[str, float]:
+    """Loss (nats per token) and bits per byte over `config.train.eval_batches` batches of a split, all if that is 0."""
+    size = config.train.batch_size
+    held = sharding.host_rows(program.mesh, size)
+    totals: losses.Sums = {}
+    with jax.set_mesh(program.mesh):
+        for batch in evaluation_batches(rows, batch_size=size, num_batches=config.train.eval_batches, host_rows=held):
+            sums = program.eval_step(params, sharding.global_batch(batch, program.mesh, size))
+            totals = jax.tree.map(lambda a, b: a + b, totals, sums) if totals else sums
+    loss = float(losses.metrics(totals)["loss"])
+    return {"loss": loss, "bits_per_byte": losses.bits_per_byte(loss, rows.num_targets, rows.num_bytes)}
+
+
+def last_validation(workdir: Path) -> dict[str, float]:
+    """The newest validation metrics of a run that has evaluated at least once."""
+    lines = [line for line in read_metrics(workdir) if "validation/loss" in line]
+    return {name: value for name, value in lines[-1].items() if name.startswith("validation/")}
+
+
+@contextlib.contextmanager
+def catch_signals() -> Iterator[Callable[[], bool]]:
+    """Yields a function that tells whether SIGINT or SIGTERM has come; a second one of either acts at once."""
+    arrived = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield arrived.is_set  # only the main thread may have signal handlers
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def remember(number: int, _: Any) -> None:
+        arrived.set()
+        signal.signal(number, before[number])
+
+    for number in before:
+        signal.signal(number, remember)
+    try:
+        yield arrived.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Log:
+    """The progress bar and the metrics of training steps, read one step late so that devices never wait for the host."""
+
+    def __init__(self, config: RunConfig, program: Program, writer: MetricWriter, start: int):
+        self._config, self._writer = config, writer
+        devices = list(program.mesh.devices.flat)
+        self._peak = peak_flops(devices, config.model.compute_dtype)
+        self._flops_per_token = training_flops_per_token(config.model, config.data.sequence_length)
+        self._bar = tqdm(total=config.train.steps, initial=start, unit="step", disable=jax.process_index() > 0)
+        self._pending: tuple[int, dict[str, jax.Array]] | None = None
+        self._restart_clock()
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.close()
+
+    def next_batch(self, batches: Iterator[Any]) -> Any:
+        """The next batch; the wait for it is a metric."""
+        begin = time.perf_counter()
+        batch = next(batches)
+        self._waited += time.perf_counter() - begin
+        return batch
+
+    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Takes the metrics of a step just dispatched, and reads those of the step before. Raises Diverged."""
+        self._read()
+        self._pending = (step, metrics)
+
+    def pause(self) -> None:
+        """Reads the last step's metrics before something else takes the devices; its time is not counted as training."""
+        self._read()
+        self._restart_clock()
+
+    def _restart_clock(self) -> None:
+        self._started: float | None = None
+        self._steps, self._waited = 0, 0.0
+
+    def _read(self) -> None:
+        if self._pending is None:
+            return
+        step, metrics = self._pending
+        self._pending = None
+        skipped_in_row = int(metrics["skipped_in_row"])  # waits for the step
+        self._bar.update()
+        if self._started is None:  # the first step after a pause, which may have compiled, only starts the clock
+            self._started, self._steps, self._waited = time.perf_counter(), 0, 0.0
+        else:
+            self._steps += 1
+        if step % self._config.train.log_every == 0:
+            self._write(step, metrics)
+        if skipped_in_row >= self._config.train.max_skipped_steps:
+            raise Diverged(
+                f"step {step}: {skipped_in_row} updates in a row had a loss or gradient that was not finite: "
+                "lower optimizer.learning_rate, or look at the data of these steps"
+            )
+
+    def _write(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        values = {name: float(metrics[name]) for name in ("loss", "gradient_norm", "learning_rate", "skipped_steps")}
+        seconds = time.perf_counter() - self._started
+        if self._steps:
+            tokens = self._config.train.batch_size * self._config.data.sequence_length * self._steps
+            values["tokens_per_second"] = tokens / seconds
+            values["mfu"] = values["tokens_per_second"] * self._flops_per_token / self._peak
+            values["data_wait_fraction"] = self._waited / seconds
+            self._started, self._steps, self._waited = time.perf_counter(), 0, 0.0
+        self._writer.write(step, {f"train/{name}": value for name, value in values.items()})
+        shown = {"loss": f"{values['loss']:.3f}"}
+        if "mfu" in values:
+            shown |= {"tokens/s": f"{values['tokens_per_second']:.3g}", "MFU": f"{values['mfu']:.1%}"}
+        if values["skipped_steps"]:
+            shown["skipped"] = f"{values['skipped_steps']:.0f}"
+        self._bar.set_postfix(shown)

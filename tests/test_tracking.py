@@ -1,0 +1,183 @@
+import json
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+from moe import tracking
+from moe.config import ConfigError, TrackingConfig
+from moe.tracking import MetricWriter, read_metrics, write_environment
+
+NO_COPIES = TrackingConfig(tensorboard=False)
+LINES = (
+    '{"step": 10, "train/loss": 2.5, "train/skipped_steps": 0.0}\n'
+    '{"step": 20, "train/loss": 1.5, "train/skipped_steps": 3.0}\n'
+    '{"step": 20, "validation/loss": 1.75}\n'
+)
+
+
+def write_lines(workdir: Path, step: int = 0) -> None:
+    with MetricWriter(workdir, NO_COPIES, step) as writer:
+        writer.write(10, {"train/loss": np.float32(2.5), "train/skipped_steps": 0})
+        writer.write(20, {"train/loss": jnp.bfloat16(1.5), "train/skipped_steps": jnp.int32(3)})
+        writer.write(20, {"validation/loss": 1.75})
+
+
+def test_a_line_holds_the_metrics_of_a_step_as_soon_as_write_returns(tmp_path: Path) -> None:
+    with MetricWriter(tmp_path, NO_COPIES, step=0) as writer:
+        writer.write(10, {"train/loss": 2.5})
+        assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 10, "train/loss": 2.5}\n'
+
+
+def test_python_numpy_and_jax_scalars_are_written_as_numbers(tmp_path: Path) -> None:
+    write_lines(tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_text() == LINES
+
+
+def test_numbers_that_are_not_finite_are_valid_json_and_come_back(tmp_path: Path) -> None:
+    with MetricWriter(tmp_path, NO_COPIES, step=0) as writer:
+        writer.write(1, {"a": jnp.nan, "b": np.float32(np.inf), "c": -jnp.inf})
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert text == '{"step": 1, "a": "NaN", "b": "Infinity", "c": "-Infinity"}\n'
+    (line,) = read_metrics(tmp_path)
+    assert np.isnan(line["a"]) and line["b"] == np.inf and line["c"] == -np.inf
+
+
+def test_steps_are_read_as_integers_and_values_as_floats(tmp_path: Path) -> None:
+    write_lines(tmp_path)
+    metrics = read_metrics(tmp_path)
+    assert metrics[1:] == [{"step": 20, "train/loss": 1.5, "train/skipped_steps": 3.0}, {"step": 20, "validation/loss": 1.75}]
+    assert [type(value) for value in metrics[1].values()] == [int, float, float]
+
+
+@pytest.mark.parametrize("interrupted_at", [10, 20])
+def test_a_resumed_run_reads_like_an_uninterrupted_one(tmp_path: Path, interrupted_at: int) -> None:
+    (tmp_path / "metrics.jsonl").write_text(LINES + '{"step": 30, "train/loss": 9.0}\n{"step": 40, "trai')
+    with MetricWriter(tmp_path, NO_COPIES, step=interrupted_at) as writer:
+        if interrupted_at == 10:
+            writer.write(20, {"train/loss": 1.5, "train/skipped_steps": 3})
+            writer.write(20, {"validation/loss": 1.75})
+        writer.write(30, {"train/loss": 1.25})
+    assert (tmp_path / "metrics.jsonl").read_text() == LINES + '{"step": 30, "train/loss": 1.25}\n'
+
+
+def test_a_file_cut_anywhere_keeps_every_whole_line(tmp_path: Path) -> None:
+    ends = [position for position, letter in enumerate(LINES) if letter == "}"]  # a line is whole once its brace is there
+    for length in range(len(LINES) + 1):
+        (tmp_path / "metrics.jsonl").write_text(LINES[:length])
+        whole = sum(end < length for end in ends)
+        assert len(read_metrics(tmp_path)) == whole
+        MetricWriter(tmp_path, NO_COPIES, step=20).close()
+        assert (tmp_path / "metrics.jsonl").read_text() == "".join(LINES.splitlines(keepends=True)[:whole])
+
+
+def test_a_kill_while_later_lines_are_dropped_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_lines(tmp_path)
+
+    def killed(*_: object) -> None:
+        raise InterruptedError
+
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr(Path, "replace", killed)
+        MetricWriter(tmp_path, NO_COPIES, step=10)
+    assert (tmp_path / "metrics.jsonl").read_text() == LINES
+    MetricWriter(tmp_path, NO_COPIES, step=10).close()
+    assert [line["step"] for line in read_metrics(tmp_path)] == [10]
+
+
+def test_kill_9_loses_no_step_before_the_last(tmp_path: Path) -> None:
+    program = (
+        "import itertools, pathlib, sys; from moe.config import TrackingConfig; from moe.tracking import MetricWriter\n"
+        "writer = MetricWriter(pathlib.Path(sys.argv[1]), TrackingConfig(tensorboard=False), 0)\n"
+        "for step in itertools.count(1): writer.write(step, {'train/loss': 1 / step})"
+    )
+    path = tmp_path / "metrics.jsonl"
+    with subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], cwd=Path(__file__).parents[1]) as process:
+        deadline = time.monotonic() + 60
+        while (not path.exists() or path.stat().st_size < 100_000) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    steps = [line["step"] for line in read_metrics(tmp_path)]
+    assert len(steps) > 1000 and steps == list(range(1, len(steps) + 1))
+
+
+@pytest.mark.parametrize(
+    "damage", ["{oops}", "3", '{"train/loss": 1.0}', '{"step": 15, "train/loss": null}', '{"step": 15, "train/loss": "1']
+)
+def test_a_damaged_line_is_named(tmp_path: Path, damage: str) -> None:
+    first, rest = LINES.split("\n", 1)
+    (tmp_path / "metrics.jsonl").write_text(f"{first}\n{damage}\n{rest}")
+    with pytest.raises(ConfigError, match=r"metrics.jsonl, line 2 is not a JSON object of a step and numbers: delete that line"):
+        read_metrics(tmp_path)
+
+
+def test_no_metrics_yet_is_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"metrics.jsonl"):
+        read_metrics(tmp_path)
+
+
+def events(path: Path) -> list[Event]:
+    """The records of a TensorBoard file: length (8 bytes), checksum (4), Event, checksum (4)."""
+    data, position, found = path.read_bytes(), 0, []
+    while position < len(data):
+        (length,) = struct.unpack_from("<Q", data, position)
+        found.append(Event.FromString(data[position + 12 : position + 12 + length]))
+        position += 16 + length
+    return found
+
+
+def test_tensorboard_gets_the_same_values_and_purges_later_steps(tmp_path: Path) -> None:
+    with MetricWriter(tmp_path, TrackingConfig(tensorboard=True), step=20) as writer:
+        writer.write(30, {"train/loss": 1.5, "validation/loss": 1.75})
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    scalars = [(event.step, value.tag, value.simple_value) for event in events(path) for value in event.summary.value]
+    assert scalars == [(30, "train/loss", 1.5), (30, "validation/loss", 1.75)]
+    assert [event.step for event in events(path) if event.session_log.status == SessionLog.START] == [21]
+
+
+def test_without_tensorboard_there_is_no_such_directory(tmp_path: Path) -> None:
+    write_lines(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl"]
+
+
+def test_every_start_adds_its_environment(tmp_path: Path) -> None:
+    write_environment(tmp_path)
+    write_environment(tmp_path)
+    first, second = map(json.loads, (tmp_path / "environment.jsonl").read_text().splitlines())
+    assert first["devices"] == {"platform": "cpu", "kinds": ["cpu"], "count": 8, "processes": 1}
+    assert first["packages"]["numpy"] == np.__version__
+    assert first["command"] == sys.argv
+    assert first | {"time": second["time"]} == second
+
+
+def git(directory: Path, *arguments: str) -> str:
+    identity = ("-c", "user.name=nobody", "-c", "user.email=nobody@example.com", "-c", "commit.gpgsign=false")
+    return subprocess.run(["git", *identity, *arguments], cwd=directory, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def recorded_git(workdir: Path) -> object:
+    write_environment(workdir)
+    return json.loads((workdir / "environment.jsonl").read_text().splitlines()[-1])["git"]
+
+
+def test_the_commit_is_that_of_the_checkout_which_tracks_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = tmp_path / "tracking.py"
+    library.write_text("original")
+    monkeypatch.setattr(tracking, "__file__", str(library))
+    assert recorded_git(tmp_path) is None
+    git(tmp_path, "init")
+    git(tmp_path, "commit", "--allow-empty", "-m", "somebody's project, with the library installed inside")
+    assert recorded_git(tmp_path) is None
+    git(tmp_path, "add", "tracking.py")
+    git(tmp_path, "commit", "-m", "the library")
+    commit = git(tmp_path, "rev-parse", "HEAD")
+    assert recorded_git(tmp_path) == {"commit": commit, "dirty": False}
+    library.write_text("changed")
+    assert recorded_git(tmp_path) == {"commit": commit, "dirty": True}

@@ -1,0 +1,203 @@
+"""Runs from beginning to end: resuming bit for bit, refusing another config, stopping when nothing is finite."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import threading
+
+import jax
+import numpy as np
+import pytest
+
+from moe import checkpoint, trainer
+from moe.config import ConfigError, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, RunConfig, TrackingConfig, TrainConfig
+from moe.tracking import read_metrics
+from moe.train_step import make_program
+
+MODEL = ModelConfig(num_layers=2, model_dim=16, feed_forward_dim=24, num_heads=2, num_kv_heads=1, head_dim=8, compute_dtype="float32")
+DETERMINISTIC = ("step", "train/loss", "train/gradient_norm", "train/learning_rate", "train/skipped_steps", "validation/loss")
+
+
+@pytest.fixture(scope="session")
+def config(tmp_path_factory):
+    return RunConfig(
+        model=MODEL,
+        data=DataConfig(sequence_length=64, directory=str(tmp_path_factory.mktemp("data"))),
+        optimizer=OptimizerConfig(learning_rate=0.01, warmup_steps=2),
+        train=TrainConfig(steps=8, batch_size=8, log_every=1, eval_every=4, eval_batches=1, checkpoint_every=3),
+        tracking=TrackingConfig(tensorboard=False),
+    )
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(config, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("uninterrupted")
+    trainer.fit(config, workdir)
+    return workdir
+
+
+def lines(workdir):
+    return [{name: line[name] for name in DETERMINISTIC if name in line} for line in read_metrics(workdir)]
+
+
+def saved_state(config, workdir, step=None, mesh=None):
+    program = make_program(dataclasses.replace(config, mesh=mesh or config.mesh))
+    with checkpoint.open_checkpoints(workdir, config) as checkpoints:
+        return checkpoint.restore(checkpoints, program.abstract_state, step)
+
+
+def assert_same_run(config, workdir, expected):
+    assert lines(workdir) == lines(expected)
+    states = [jax.tree.map(np.asarray, saved_state(config, directory)) for directory in (workdir, expected)]
+    jax.tree.map(np.testing.assert_array_equal, *states)
+
+
+def stop_at(monkeypatch, step):
+    """As if a signal came while the `step`-th step of this call was running."""
+    asked = []
+
+    @contextlib.contextmanager
+    def catch():
+        yield lambda: asked.append(None) or len(asked) >= step
+
+    monkeypatch.setattr(trainer, "catch_signals", catch)
+
+
+def test_a_run_logs_evaluates_and_learns(config, uninterrupted):
+    written = lines(uninterrupted)
+    assert [line["step"] for line in written if "train/loss" in line] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert [line["step"] for line in written if "validation/loss" in line] == [4, 8]
+    assert written[-1]["validation/loss"] < written[0]["train/loss"] - 0.1
+    assert json.loads((uninterrupted / "config.json").read_text()) == config.to_dict()
+    state = saved_state(config, uninterrupted)
+    assert (int(state.step), int(state.examples)) == (8, 64)
+
+
+@pytest.mark.parametrize("steps", [(1,), (3,), (4,), (2, 3), (7,)])
+def test_resumed_equals_uninterrupted_bit_for_bit(config, uninterrupted, tmp_path, monkeypatch, steps):
+    for step in steps:
+        stop_at(monkeypatch, step)
+        with pytest.raises(trainer.Interrupted, match="run the same command again"):
+            trainer.fit(config, tmp_path)
+    monkeypatch.undo()
+    trainer.fit(config, tmp_path)
+    assert_same_run(config, tmp_path, uninterrupted)
+
+
+def test_what_was_logged_after_the_last_checkpoint_is_written_again(config, uninterrupted, tmp_path, monkeypatch):
+    """As after kill -9: metrics of steps 4 and 5, half a line, and half a checkpoint, but the last whole checkpoint is of step 3."""
+    stop_at(monkeypatch, 3)
+    with pytest.raises(trainer.Interrupted):
+        trainer.fit(config, tmp_path)
+    monkeypatch.undo()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "train/loss": 9.0}\n{"step": 5, "train/loss": 9.0}\n{"step": 6, "tra')
+    half = tmp_path / "checkpoints" / "6.orbax-checkpoint-tmp"
+    (half / "state.orbax-checkpoint-tmp").mkdir(parents=True)
+    trainer.fit(config, tmp_path)
+    assert_same_run(config, tmp_path, uninterrupted)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["6", "8"]
+
+
+def test_a_finished_run_is_left_as_it_is(config, uninterrupted):
+    before = (uninterrupted / "metrics.jsonl").read_text()
+    metrics = trainer.fit(config, uninterrupted)
+    assert (uninterrupted / "metrics.jsonl").read_text() == before
+    assert metrics["validation/loss"] == lines(uninterrupted)[-1]["validation/loss"]
+
+
+def test_another_mesh_restores_the_same_state_and_agrees(config, uninterrupted, tmp_path, monkeypatch):
+    stop_at(monkeypatch, 4)
+    with pytest.raises(trainer.Interrupted):
+        trainer.fit(config, tmp_path)
+    monkeypatch.undo()
+    mesh = MeshConfig(data=2, fsdp=2, tensor=2)
+    states = saved_state(config, tmp_path), saved_state(config, tmp_path, mesh=mesh)
+    assert states[0].params["embedding"].sharding != states[1].params["embedding"].sharding
+    jax.tree.map(np.testing.assert_array_equal, *(jax.tree.map(np.asarray, state) for state in states))
+    trainer.fit(dataclasses.replace(config, mesh=mesh), tmp_path)
+    for got, expected in zip(lines(tmp_path), lines(uninterrupted), strict=True):
+        assert got == pytest.approx(expected, rel=1e-3)
+
+
+def test_another_config_is_refused_by_its_fields(config, uninterrupted):
+    other = dataclasses.replace(config, seed=1, train=dataclasses.replace(config.train, steps=9))
+    with pytest.raises(ConfigError, match=r"seed is 0 there and 1 here; train.steps is 8 there and 9 here"):
+        trainer.fit(other, uninterrupted)
+
+
+def test_checkpoints_kept(config, tmp_path):
+    train = dataclasses.replace(config.train, steps=7, checkpoint_every=1, keep_last=2, keep_every=3)
+    trainer.fit(dataclasses.replace(config, train=train), tmp_path)
+    with checkpoint.open_checkpoints(tmp_path, config) as checkpoints:
+        assert list(checkpoints.all_steps()) == [3, 6, 7]
+
+
+def test_a_checkpoint_of_another_shape_dtype_or_tree_is_refused(config, uninterrupted):
+    def restore(change, tree=lambda state: state):
+        program = make_program(dataclasses.replace(config, model=dataclasses.replace(config.model, **change)))
+        with checkpoint.open_checkpoints(uninterrupted, config) as checkpoints:
+            checkpoint.restore(checkpoints, tree(program.abstract_state))
+
+    with pytest.raises(ConfigError, match=r"embedding as float32\[256, 16\], and the config asks for float32\[512, 16\]"):
+        restore({"vocab_size": 512})
+    with pytest.raises(ConfigError, match=r"unembedding as float32\[16, 256\], and the config asks for nothing"):
+        restore({"tied_embeddings": True})
+    bfloat16 = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, "bfloat16", sharding=leaf.sharding)  # noqa: E731
+    with pytest.raises(ConfigError, match=r"params/embedding as float32\[256, 16\], and the config asks for bfloat16"):
+        restore({}, lambda state: state.replace(params=jax.tree.map(bfloat16, state.params)))
+
+
+def test_a_step_that_was_not_saved_is_refused(uninterrupted):
+    with pytest.raises(ConfigError, match=r"no checkpoint of step 5: choose one of its steps \(6, 8\)"):
+        trainer.load_run(uninterrupted, step=5)
+
+
+def test_a_run_that_is_not_finite_stops_and_keeps_its_last_checkpoint(config, tmp_path):
+    config = dataclasses.replace(
+        config,
+        optimizer=dataclasses.replace(config.optimizer, learning_rate=1e30, warmup_steps=1),
+        train=dataclasses.replace(config.train, max_skipped_steps=3, checkpoint_every=1),
+    )
+    with pytest.raises(trainer.Diverged, match="3 updates in a row"):
+        trainer.fit(config, tmp_path)
+    assert lines(tmp_path)[-1]["train/skipped_steps"] == 3.0
+
+
+def test_signals_are_remembered_once_and_handlers_come_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with trainer.catch_signals() as interrupted:
+        assert not interrupted()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interrupted()
+        assert signal.getsignal(signal.SIGTERM) == before  # a second one acts as it would have
+    with trainer.catch_signals():
+        pass
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_fit_may_run_in_a_thread():
+    caught = []
+
+    def run():
+        with trainer.catch_signals() as interrupted:
+            caught.append(interrupted())
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert caught == [False]
+
+
+def test_evaluation_covers_the_split_whatever_the_batch_size(config, uninterrupted):
+    rows = trainer.prepare(config.data, "validation")
+    results = []
+    for batch_size in (64, 1000):
+        train = dataclasses.replace(config.train, eval_batches=0, batch_size=batch_size)
+        whole = dataclasses.replace(config, train=train)
+        results.append(trainer.evaluate(whole, make_program(whole), saved_state(config, uninterrupted).params, rows))
+    assert results[0] == pytest.approx(results[1], rel=1e-5)
+    expected = results[0]["loss"] * rows.num_targets / rows.num_bytes / np.log(2)
+    assert results[0]["bits_per_byte"] == pytest.approx(expected)
