@@ -1,0 +1,21 @@
+"""A dense decoder of 1.24B parameters: the shape of Llama 3.2 1B (Grattafiori et al. 2024), whose parameter count it equals.
+
+Command:  python -m launch.train --config=configs/dense_1b.py --workdir=runs/dense_1b
+Hardware: 8 accelerators of 80 GB, sharded over fsdp.
+Time, result: not measured.
+"""
+
+from ml_collections import ConfigDict
+
+from moe.config import RunConfig
+
+
+def get_config() -> ConfigDict:
+    config = RunConfig.config_dict()
+    config.model.update(num_layers=16, model_dim=2048, feed_forward_dim=8192, num_heads=32, num_kv_heads=8, head_dim=64)
+    config.model.update(vocab_size=128_256, tied_embeddings=True, rope_base=500_000.0, remat="full")
+    config.data.sequence_length = 2048
+    config.optimizer.update(learning_rate=3e-4, warmup_steps=1000)
+    config.mesh.update(data=1, fsdp=-1)
+    config.train.update(batch_size=512, accumulation=4, steps=25_000, eval_batches=20, checkpoint_every=1000, keep_every=5000)
+    return config

@@ -1,0 +1,22 @@
+"""A dense decoder of 6.7B parameters: Llama 2 7B's architecture (Touvron et al. 2023, section 2.2), whose parameter count it equals.
+
+Command:  python -m launch.train --config=configs/dense_7b.py --workdir=runs/dense_7b
+Hardware: 64 accelerators of 80 GB: 8 for tensor parallelism within a host, the rest over fsdp.
+Time, result: not measured.
+"""
+
+from ml_collections import ConfigDict
+
+from moe.config import RunConfig
+
+
+def get_config() -> ConfigDict:
+    config = RunConfig.config_dict()
+    config.model.update(num_layers=32, model_dim=4096, feed_forward_dim=11_008, num_heads=32, num_kv_heads=32, head_dim=128)
+    config.model.update(vocab_size=32_000, norm_epsilon=1e-5, remat="full")
+    config.data.sequence_length = 4096
+    config.optimizer.update(learning_rate=3e-4, warmup_steps=2000)
+    config.mesh.update(data=1, fsdp=-1, tensor=8)
+    config.train.update(batch_size=1024, accumulation=2, loss_chunk=256, steps=250_000)
+    config.train.update(eval_every=1000, eval_batches=20, checkpoint_every=1000, keep_every=25_000)
+    return config

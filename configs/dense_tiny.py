@@ -1,0 +1,19 @@
+"""A dense decoder of 3M parameters on the Python standard library's own text, in bytes. The default of `make train`.
+
+Command:  python -m launch.train --config=configs/dense_tiny.py --workdir=runs/dense_tiny
+Hardware: 2 CPU cores.
+"""
+
+from ml_collections import ConfigDict
+
+from moe.config import RunConfig
+
+
+def get_config() -> ConfigDict:
+    config = RunConfig.config_dict()
+    config.model.update(num_layers=4, model_dim=256, feed_forward_dim=704, num_heads=4, num_kv_heads=2, head_dim=64)
+    config.model.compute_dtype = "float32"  # CPUs have no faster arithmetic than this
+    config.data.sequence_length = 256
+    config.optimizer.update(learning_rate=3e-3, warmup_steps=50)
+    config.train.update(batch_size=16, steps=800, eval_every=200, checkpoint_every=200)
+    return config

@@ -1,0 +1,97 @@
+"""Measures a config's training step: tokens per second and MFU, with the process's own matmul rate beside them.
+
+Examples:
+    python -m launch.benchmark --config=configs/dense_tiny.py
+    python -m launch.benchmark --config=configs/benchmark_dense.py --trials=10
+    python -m launch.benchmark --config=configs/dense_125m.py --json=dense_125m.json
+
+MFU = tokens/s x training FLOPs per token / peak FLOP/s (Chowdhery et al. 2022, appendix B), with the causal half of attention's scores
+counted and recomputation not; peak is the data sheet's bfloat16 rate of all devices, or on a CPU the measured rate of a 2048^3 matmul.
+Every trial times the matmul right before the step, and the ratio is the median of the trials' own: a busy machine slows both.
+"""
+
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+
+from launch import command_line
+from moe.config import RunConfig
+
+
+def benchmark(config: RunConfig, trials: int = 5) -> dict[str, Any]:
+    """Times `trials` training steps on random tokens; medians, with the compiled step's memory and the versions."""
+    import jax
+    from tqdm import trange
+
+    from moe import sharding
+    from moe.scaling.flops import training_flops_per_token
+    from moe.scaling.hardware import PEAK_FLOPS, matmul_flops, peak_flops
+    from moe.train_step import make_program
+
+    program = make_program(config)
+    devices = list(program.mesh.devices.flat)
+    size, length, dtype = config.train.batch_size, config.data.sequence_length, config.model.compute_dtype
+    rows = random_rows(config, len(sharding.host_rows(program.mesh, size)))
+    batch = sharding.global_batch(rows, program.mesh, size)
+    tokens = size * length
+    flops = tokens * training_flops_per_token(config.model, length)
+    state = program.init_state()
+    with jax.set_mesh(program.mesh):
+        begin = time.perf_counter()
+        compiled = program.train_step.lower(state, batch).compile()
+        compile_seconds = time.perf_counter() - begin
+    state, _ = jax.block_until_ready(compiled(state, batch))
+    seconds, matmul, ratios = [], [], []
+    for _ in trange(trials, desc="steps", disable=jax.process_index() > 0):
+        matmul.append(matmul_flops(devices[0], dtype, trials=3))
+        begin = time.perf_counter()
+        state, _ = jax.block_until_ready(compiled(state, batch))
+        seconds.append(time.perf_counter() - begin)
+        peak = peak_flops(devices, dtype) if devices[0].device_kind in PEAK_FLOPS else matmul[-1]
+        ratios.append(flops / seconds[-1] / peak)
+    step_seconds = statistics.median(seconds)
+    return {
+        "tokens_per_second": tokens / step_seconds,
+        "mfu": statistics.median(ratios),
+        "mfu_of_trials": ratios,
+        "step_seconds": step_seconds,
+        "model_flops_per_second": flops / step_seconds,
+        "matmul_flops_per_second": statistics.median(matmul),
+        "compile_seconds": compile_seconds,
+        "temporary_bytes_per_device": compiled.memory_analysis().temp_size_in_bytes,
+        "devices": f"{len(devices)} x {devices[0].device_kind}",
+        "jax": jax.__version__,
+    }
+
+
+def random_rows(config: RunConfig, num_rows: int) -> dict[str, np.ndarray]:
+    """Rows of random tokens, each one document: as much work as real ones."""
+    shape = (num_rows, config.data.sequence_length)
+    generator = np.random.default_rng(config.seed)
+    return {
+        "tokens": generator.integers(0, config.model.vocab_size, shape, np.int32),
+        "targets": generator.integers(0, config.model.vocab_size, shape, np.int32),
+        "loss_mask": np.ones(shape, bool),
+        "segment_ids": np.ones(shape, np.int32),
+        "positions": np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape),
+    }
+
+
+def main(values: flags.FlagValues) -> None:
+    result = benchmark(command_line.read_run_config(values.config), values.trials)
+    if values.json:
+        Path(values.json).write_text(json.dumps(result, indent=2) + "\n")
+    for name, value in result.items():
+        print(f"{name}: {value:,.3f}" if isinstance(value, float) else f"{name}: {value}")
+
+
+if __name__ == "__main__":
+    command_line.define_config()
+    flags.DEFINE_integer("trials", 5, "Steps to time.", lower_bound=1)
+    flags.DEFINE_string("json", None, "A file to write the numbers to.")
+    command_line.run(main, __doc__)

@@ -1,0 +1,38 @@
+"""Evaluates a run's checkpoint on all of a split: loss in nats per token, and bits per byte of text.
+
+Examples:
+    python -m launch.evaluate --workdir=runs/dense_tiny
+    python -m launch.evaluate --workdir=runs/dense_tiny --step=500 --split=train
+
+All devices of this machine share the work, however the run was laid out. Prints one JSON object.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from absl import flags
+
+from launch import command_line
+
+
+def evaluate(workdir: Path, step: int | None = None, split: str | None = None) -> dict[str, float]:
+    """`loss` and `bits_per_byte` of a run's checkpoint (the latest) on all of a split (the validation split), and the `step`."""
+    from moe import trainer  # loads JAX, which --help need not wait for
+    from moe.data.prepare import prepare
+
+    config, program, params, step = trainer.load_run(workdir, step)
+    rows = prepare(config.data, split or config.data.validation_split)
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, eval_batches=0))
+    return {"step": step, **trainer.evaluate(config, program, params, rows)}
+
+
+def main(values: flags.FlagValues) -> None:
+    print(json.dumps(evaluate(Path(values.workdir), values.step, values.split)))
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "The run directory, as given to launch.train. Required.", required=True)
+    flags.DEFINE_integer("step", None, "The checkpoint's step; the latest by default.")
+    flags.DEFINE_string("split", None, "The split to evaluate on; the config's validation split by default.")
+    command_line.run(main, __doc__)

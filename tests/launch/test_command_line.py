@@ -1,0 +1,166 @@
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+COMMAND = '''"""Trains nothing.
+
+Example:
+    python command.py --config=config.py --workdir=DIR
+"""
+import sys
+from absl import flags
+from launch import command_line
+
+def main(values):
+    config = command_line.read_run_config(values.config)
+    if values.workdir == "bug":
+        raise ValueError("a bug")
+    if values.workdir == "full":
+        raise OSError(28, "No space left on device")
+    if values.workdir == "no checkpoint":
+        raise FileNotFoundError("DIR has no checkpoint:\\nset --workdir to a trained run")
+    open(values.workdir).close()
+    print(config.train.steps, config.optimizer.learning_rate, config.tracking.tensorboard, "jax" in sys.modules)
+    return command_line.DIVERGED
+
+if __name__ == "__main__":
+    command_line.define_config()
+    flags.DEFINE_string("workdir", None, "The run directory.", required=True)
+    flags.DEFINE_integer("samples", 4, "How many.")
+    command_line.run(main, __doc__)
+'''
+CONFIGS = {
+    "config.py": "from moe.config import RunConfig\ndef get_config():\n    return RunConfig.config_dict()\n",
+    "half.py": "def get_config(steps):\n    return {'train': {'steps'\n",
+    "name.py": "def get_config():\n    return RunConfig.config_dict()\n",
+    "value.py": "def get_config():\n    raise ValueError('no such size')\n",
+    "import.py": "import nowhere\n",
+    "empty.py": "",
+    "file.py": "def get_config():\n    return open('nowhere.txt')\n",
+    "dict.py": "def get_config():\n    return [1]\n",
+    "field.py": "from moe.config import RunConfig\ndef get_config():\n    c = RunConfig.config_dict()\n    c.train.step = 1\n    return c",
+}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("command")
+    for name, text in {"command.py": COMMAND, **CONFIGS}.items():
+        (directory / name).write_text(text)
+    return directory
+
+
+def run(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "80"}
+    command = [sys.executable, "command.py", *arguments]
+    return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, timeout=60)
+
+
+WHOLE = ("--config=config.py", "--workdir=config.py")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        # Flags.
+        ((), "--config is missing: set --config to a config file"),
+        (("--config=config.py",), "--workdir is missing: set --workdir=VALUE"),
+        ((*WHOLE, "--workdirs=x"), "Unknown command line flag 'workdirs'. Did you mean: workdir ?"),
+        ((*WHOLE, "--samples=few"), "flag --samples=few: invalid literal for int() with base 10: 'few'"),
+        (("--config",), "Missing value for flag --config"),
+        (("--workdir=x", "--config.train.steps=3"), "--config is missing: set --config to a config file"),
+        ((*WHOLE, "stray"), "'stray' is not a flag: write flags as --name=value, and quote values that have spaces"),
+        # Fields.
+        ((*WHOLE, "--config.train.step=3"), "--config.train.step is not a field: did you mean --config.train.steps?"),
+        ((*WHOLE, "--config.modle.num_heads", "3"), "--config.modle.num_heads is not a field: did you mean --config.model.num_heads?"),
+        ((*WHOLE, "--config.zzz=3"), "--config.zzz is not a field: --help lists the fields"),
+        (
+            (*WHOLE, "--config.train.steps=3.5"),
+            "--config.train.steps=3.5 has the wrong type: set config.train.steps to a value of type int",
+        ),
+        (
+            (*WHOLE, "--config.tracking.tensorboard=7"),
+            "--config.tracking.tensorboard=7 has the wrong type: set config.tracking.tensorboard to a value of type bool",
+        ),
+        (
+            (*WHOLE, "--config.model.num_heads=3"),
+            "config.model.num_heads=3 is not a multiple of num_kv_heads=2: set num_kv_heads to one of 1, 3",
+        ),
+        # Config files.
+        (("--workdir=x", "--config=nowhere.py"), "--config=nowhere.py: No such file or directory: set --config to a config file"),
+        (("--workdir=x", "--config=."), "--config=.: Is a directory: set --config to a config file"),
+        (("--workdir=x", "--config=half.py"), "half.py, line 2: SyntaxError: '{' was never closed"),
+        (("--workdir=x", "--config=name.py"), "name.py, line 2: NameError: name 'RunConfig' is not defined"),
+        (("--workdir=x", "--config=value.py", "--config.train.steps=3"), "value.py, line 2: ValueError: no such size"),
+        (("--workdir=x", "--config=import.py"), "import.py, line 1: ModuleNotFoundError: No module named 'nowhere'"),
+        (("--workdir=x", "--config=empty.py"), "empty.py: AttributeError: module 'config_config' has no attribute 'get_config'"),
+        (
+            ("--workdir=x", "--config=file.py"),
+            "file.py, line 2: OSError: Configuration is not available because of an earlier failure to load: "
+            "[Errno 2] No such file or directory: 'nowhere.txt'",
+        ),
+        (("--workdir=x", "--config=dict.py"), "--config: get_config() returned [1]: return RunConfig.config_dict() with your changes"),
+        (("--workdir=x", "--config=field.py"), "config.train.step=1 is not a field: did you mean config.train.steps?"),
+        # Paths.
+        (("--workdir=config.py/x", "--config=config.py"), "[Errno 20] Not a directory: 'config.py/x'"),
+        (("--workdir=/proc/x", "--config=config.py"), "[Errno 2] No such file or directory: '/proc/x'"),
+        ((f"--workdir={'x' * 300}", "--config=config.py"), f"[Errno 36] File name too long: '{'x' * 300}'"),
+        (("--workdir=no checkpoint", "--config=config.py"), "DIR has no checkpoint: set --workdir to a trained run"),
+    ],
+)
+def test_bad_input_gets_one_line_and_exit_code_2(directory: Path, arguments: tuple[str, ...], message: str) -> None:
+    result = run(directory, *arguments)
+    assert (result.stderr, result.stdout, result.returncode) == (f"error: {message}\n", "", 2)
+
+
+def test_bad_input_is_answered_in_two_seconds(directory: Path) -> None:
+    seconds = []
+    for _ in range(3):  # the quickest, for other tests may run beside this one
+        start = time.perf_counter()
+        assert run(directory, *WHOLE, "--config.model.num_heads=3").returncode == 2
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 2
+
+
+def test_flags_reach_main_and_its_exit_code_the_shell(directory: Path) -> None:
+    overrides = ("--config.train.steps=300", "--config.optimizer.learning_rate", "1", "--noconfig.tracking.tensorboard")
+    result = run(directory, *WHOLE, *overrides)
+    assert (result.stdout, result.stderr, result.returncode) == ("300 1.0 False False\n", "", 3)
+
+
+@pytest.mark.parametrize(("workdir", "last_line"), [("bug", "ValueError: a bug"), ("full", "OSError: [Errno 28] No space left on device")])
+def test_what_is_not_input_keeps_its_traceback(directory: Path, workdir: str, last_line: str) -> None:
+    result = run(directory, "--config=config.py", f"--workdir={workdir}")
+    lines = result.stderr.splitlines()
+    assert (lines[0], lines[-1], result.returncode) == ("Traceback (most recent call last):", last_line, 1)
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_teaches_the_command_and_nothing_else(directory: Path, flag: str) -> None:
+    result = run(directory, "--workdir=x", flag)
+    assert (result.stderr, result.returncode) == ("", 0)
+    assert result.stdout.startswith(
+        """Trains nothing.
+
+Example:
+    python command.py --config=config.py --workdir=DIR
+
+Flags:
+  --config=...
+      Config file; --config.FIELD=VALUE changes one field of it. Required.
+  --workdir=...
+      The run directory.
+  --samples=...
+      How many. (default: 4)
+
+Fields of --config, with the values they have where the file sets no other:
+  --config.seed=0
+  --config.model.vocab_size="""
+    )
+    assert "  --config.model.compute_dtype=bfloat16  (float32 or bfloat16)\n" in result.stdout
+    assert "logtostderr" not in result.stdout

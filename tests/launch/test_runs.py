@@ -1,0 +1,187 @@
+"""The commands around one small run: train (killed, interrupted, resumed), evaluate, generate, benchmark, summary."""
+
+import importlib
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launch.benchmark import benchmark
+from launch.evaluate import evaluate
+from launch.generate import generate
+from launch.summary import summary
+from moe.config import ConfigError, DataConfig, ModelConfig, OptimizerConfig, RunConfig, TrackingConfig, TrainConfig
+from moe.tracking import read_metrics
+from moe.trainer import fit
+
+ROOT = Path(__file__).parents[2]
+SMALL = {
+    "model.num_layers": 1,
+    "model.model_dim": 16,
+    "model.feed_forward_dim": 24,
+    "model.num_heads": 2,
+    "model.num_kv_heads": 1,
+    "model.head_dim": 8,
+    "data.sequence_length": 64,
+    "train.batch_size": 8,
+    "train.log_every": 1,
+    "train.eval_batches": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def data_directory(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory, data_directory):
+    workdir = tmp_path_factory.mktemp("run")
+    config = RunConfig(
+        model=ModelConfig(num_layers=1, model_dim=16, feed_forward_dim=24, num_heads=2, num_kv_heads=1, head_dim=8),
+        data=DataConfig(sequence_length=64, directory=data_directory),
+        optimizer=OptimizerConfig(learning_rate=0.05, warmup_steps=1),
+        train=TrainConfig(steps=4, batch_size=8, log_every=1, eval_every=4, checkpoint_every=2),
+        tracking=TrackingConfig(tensorboard=False),
+    )
+    fit(config, workdir)
+    return workdir
+
+
+def test_evaluate_gives_what_the_run_wrote(workdir):
+    result = evaluate(workdir)
+    written = next(line for line in read_metrics(workdir) if "validation/loss" in line)
+    assert result["step"] == 4
+    assert result["loss"] == pytest.approx(written["validation/loss"], rel=1e-4)
+    assert result["bits_per_byte"] == pytest.approx(written["validation/bits_per_byte"], rel=1e-4)
+    assert evaluate(workdir, step=2)["loss"] > result["loss"]
+
+
+def test_evaluate_refuses_an_unknown_split_and_directory(workdir, tmp_path):
+    with pytest.raises(ConfigError, match="'tset'"):
+        evaluate(workdir, split="tset")
+    with pytest.raises(ConfigError, match=r"config\.json does not exist"):
+        evaluate(tmp_path)
+
+
+def test_generate_is_a_function_of_its_arguments(workdir):
+    texts = generate(workdir, ["def ", ""], max_new_tokens=20, seed=1)
+    assert texts == generate(workdir, ["def ", ""], max_new_tokens=20, seed=1)
+    assert texts != generate(workdir, ["def ", ""], max_new_tokens=20, seed=2)
+    assert texts[0] != generate(workdir, ["def ", ""], max_new_tokens=20, seed=1, step=2)[0]
+    with pytest.raises(ConfigError, match=r"top_p=2\.0"):
+        generate(workdir, ["def "], top_p=2.0)
+
+
+def test_summary_counts_llama_2_7b():
+    model = ModelConfig(
+        vocab_size=32_000, num_layers=32, model_dim=4096, feed_forward_dim=11_008, num_heads=32, num_kv_heads=32, head_dim=128
+    )
+    text = summary(model, 4096)
+    assert "parameters: 6,738,415,616 (6,476,271,616 without embeddings), active per token: 6,738,415,616" in text
+    assert "26,953,662,464 of float32 parameters" in text
+
+
+def test_benchmark_reports_rates_that_agree():
+    config = RunConfig(model=ModelConfig(num_layers=1), train=TrainConfig(batch_size=8), data=DataConfig(sequence_length=32))
+    result = benchmark(config, trials=2)
+    assert result["tokens_per_second"] == pytest.approx(8 * 32 / result["step_seconds"])
+    assert len(result["mfu_of_trials"]) == 2 and all(0 < ratio < 1.5 for ratio in result["mfu_of_trials"])
+    assert result["devices"] == "8 x cpu" and result["temporary_bytes_per_device"] > 0
+
+
+def train(workdir, data_directory, **popen):
+    flags = SMALL | {"train.steps": 30, "train.checkpoint_every": 7, "data.directory": data_directory, "optimizer.warmup_steps": 1}
+    command = [sys.executable, "-m", "launch.train", "--config=configs/dense_tiny.py", f"--workdir={workdir}"]
+    command += [f"--config.{name}={value}" for name, value in flags.items()]
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **popen)
+
+
+def wait_for_step(process, workdir, step):
+    path, deadline = workdir / "metrics.jsonl", time.monotonic() + 120
+    while not (path.exists() and f'"step": {step},' in path.read_text()):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.01)
+
+
+def deterministic(workdir):
+    timed = ("train/tokens_per_second", "train/mfu", "train/data_wait_fraction")
+    return [{name: value for name, value in line.items() if name not in timed} for line in read_metrics(workdir)]
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_bit_for_bit(tmp_path, data_directory):
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    for step in (3, 11, 20):
+        process = train(killed, data_directory)
+        wait_for_step(process, killed, step)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    for workdir in (killed, whole):
+        process = train(workdir, data_directory)
+        _, errors = process.communicate(timeout=200)
+        assert process.returncode == 0, errors
+    assert deterministic(killed) == deterministic(whole)
+    assert evaluate(killed) == evaluate(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_exits_with_its_code(tmp_path, data_directory, number):
+    process = train(tmp_path, data_directory)
+    wait_for_step(process, tmp_path, 3)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    assert "run the same command again to go on" in errors.splitlines()[-1]
+    saved = [int(path.name) for path in (tmp_path / "checkpoints").iterdir()]
+    assert max(saved) == read_metrics(tmp_path)[-1]["step"] >= 3
+
+
+@pytest.mark.slow
+def test_bad_input_is_answered_in_one_line_and_two_seconds(tmp_path):
+    (tmp_path / "file").write_text("")
+    cases = {
+        ("train", "--config=configs/dense_tiny.py", "--workdir=x", "--config.model.num_heads=3"): "num_kv_heads",
+        ("train", "--config=configs/dense_tiny.py", "--workdir=x", "--config.model.vocab_size=100"): "vocab_size",
+        ("train", "--config=configs/dense_tiny.py", "--workdir=x", "--config.train.step=1"): "config.train.steps",
+        ("train", "--config=configs/dense_tiny.py", "--workdir=x", "--config.mesh.fsdp=3"): "mesh",
+        ("summary", "--config=configs/none.py"): "configs/none.py",
+        ("report", f"--workdir={tmp_path}"): str(tmp_path),
+    }
+    for (command, *flags), words in cases.items():
+        begin = time.monotonic()
+        done = subprocess.run([sys.executable, "-m", f"launch.{command}", *flags], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and words in done.stderr, done
+        assert time.monotonic() - begin < 2
+    # These need JAX, for the number of devices or to open a run; the seconds are its import's.
+    for command, *flags in [
+        ("train", "--config=configs/dense_tiny.py", f"--workdir={tmp_path}/file"),
+        ("train", "--config=configs/dense_tiny.py", f"--workdir={tmp_path}/new", "--config.mesh.data=2"),
+        ("train", "--config=configs/dense_tiny.py", f"--workdir={tmp_path}/new", "--config.data.dataset=no_such_data"),
+        ("evaluate", f"--workdir={tmp_path}"),
+        ("generate", f"--workdir={tmp_path}", "--temperature=-1"),
+    ]:
+        done = subprocess.run([sys.executable, "-m", f"launch.{command}", *flags], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["train", "evaluate", "generate", "summary", "benchmark", "report"])
+def test_help_teaches_and_is_quick(command):
+    begin = time.monotonic()
+    done = subprocess.run([sys.executable, "-m", f"launch.{command}", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and f"python -m launch.{command} --" in done.stdout
+    assert time.monotonic() - begin < 2
+
+
+def test_every_config_file_builds():
+    for path in sorted((ROOT / "configs").glob("[!_]*.py")):
+        module = importlib.import_module(f"configs.{path.stem}")
+        config = RunConfig.from_config_dict(module.get_config())
+        assert json.loads(json.dumps(config.to_dict())) == config.to_dict()
+        assert f"--config=configs/{path.name}" in module.__doc__

@@ -1,0 +1,274 @@
+"""The house rules of docs/design.md, held against the source: who may import whom, what no file may call, and how large things may grow."""
+
+import ast
+import dataclasses
+import inspect
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from moe import config
+
+ROOT = Path(__file__).parents[1]
+ROOMS = ("configs", "kernels", "launch", "moe")
+
+# The files of moe/, lowest floor first. A file imports only from floors below its own.
+FLOORS = (
+    ("kernels",),
+    ("config",),
+    ("parameters",),
+    ("distributed", "losses", "optimizer", "routing", "sharding"),
+    ("context", "expert_parallel", "layers"),
+    ("attention", "experts"),
+    ("data", "pipeline", "scaling", "transformer"),
+    ("checkpoint", "generate", "tracking", "train_step"),
+    ("trainer",),
+)
+FLOOR = {name: number for number, names in enumerate(FLOORS, start=-1) for name in names}
+BESIDE = ("data", "scaling")  # beside the model: above config, and above nothing else
+
+FORBIDDEN_IMPORTS = {
+    **dict.fromkeys(("cloudpickle", "dill", "marshal", "pickle", "shelve"), "runs what is in a file: write JSON, ArrayRecord or Orbax"),
+    **dict.fromkeys(("tensorflow", "torch"), "is not a dependency"),
+    **dict.fromkeys(("jax.experimental.pjit", "jax.experimental.shard_map"), "is deprecated: use jax.jit and jax.shard_map"),
+    "kernels": "would be a second copy of its modules: import moe.kernels",
+}
+FORBIDDEN_CALLS = {
+    **dict.fromkeys(("eval", "exec", "__import__"), "runs text as code"),
+    "sow": "is lost or doubled under scan, remat and vmap: return the value",
+    "make_rng": "depends on the call order: fold keys from (seed, step, layer, row)",
+}
+
+
+def module_name(path: Path) -> str:
+    """The one name by which a file is imported; kernels/ is moe.kernels."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = ("moe", *parts) if parts[0] == "kernels" else parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def sources(*rooms: str) -> dict[str, ast.Module]:
+    """The parsed files of some rooms, by module name."""
+    paths = sorted(path for room in rooms for path in (ROOT / room).rglob("*.py"))
+    return {module_name(path): ast.parse(path.read_text(), str(path)) for path in paths if "moe/kernels" not in path.as_posix()}
+
+
+def starts(name: str, *prefixes: str) -> bool:
+    return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
+
+
+def imports(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Line and dotted name of all that a file imports, wherever in it: `from moe import losses` is moe.losses."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from ((node.lineno, f"{'.' * node.level}{node.module or ''}.{alias.name}") for alias in node.names)
+
+
+def wrong_import(module: str, imported: str) -> str | None:
+    """Why `module` may not import `imported`, or None where it may."""
+    top = imported.split(".")[0]
+    if imported.startswith("."):
+        return "is relative: write the whole name"
+    for name, reason in FORBIDDEN_IMPORTS.items():
+        if starts(imported, name):
+            return reason
+    if starts(module, "moe.kernels"):
+        allowed = starts(imported, "jax", "numpy", "moe.kernels") or top in sys.stdlib_module_names
+        return None if allowed else "is not for kernels: they import jax, numpy and one another"
+    if starts(module, "configs"):
+        allowed = starts(imported, "ml_collections", "moe.config", "configs") or top in sys.stdlib_module_names
+        return None if allowed else "is not for configs: they import moe.config and one another"
+    if starts(module, "moe.config"):
+        allowed = starts(imported, "ml_collections") or top in sys.stdlib_module_names
+        return None if allowed else "is not for moe.config, which is checked before JAX is imported"
+    if top in ("launch", "configs", "tests"):
+        allowed = starts(module, "tests") or (starts(module, "launch") and top != "tests")
+        return None if allowed else f"is above {module}"
+    return wrong_floor(module, imported) if top == "moe" and starts(module, "moe") and module != "moe" else None
+
+
+def wrong_floor(module: str, imported: str) -> str | None:
+    room, other = module.split(".")[1], f"{imported}.".split(".")[1]
+    if room in BESIDE:
+        return None if other in (room, "config") else f"is not for moe.{room}: it imports moe.config alone"
+    if other not in FLOOR:
+        return "is no file of moe/: import a name from the file that defines it"
+    if FLOOR.get(room, -1) <= FLOOR[other]:
+        return f"is on floor {FLOOR[other]}, not below floor {FLOOR.get(room)} of moe.{room}"
+    return None
+
+
+def wrong_calls(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Line and reason of the calls and handlers that no file may contain."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ExceptHandler):
+            caught = "everything" if node.type is None else ast.unparse(node.type)
+            if {"everything", "Exception", "BaseException"} & set(caught.strip("()").split(", ")):
+                yield node.lineno, f"except {caught} hides mistakes: name the errors"
+        elif isinstance(node, ast.Call):
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if name in FORBIDDEN_CALLS:
+                yield node.lineno, f"{name}() {FORBIDDEN_CALLS[name]}"
+            if name == "get" and "config" in ast.unparse(node.func).lower():
+                yield node.lineno, f"{ast.unparse(node)}: all defaults live in moe/config.py"
+            for keyword in node.keywords:
+                if keyword.arg in ("mutable", "allow_pickle"):
+                    yield node.lineno, f"{keyword.arg}= is against the laws: return values; write plain arrays"
+
+
+def test_the_rooms_are_found() -> None:
+    modules = sources(*ROOMS)
+    assert {"moe", "moe.config", "moe.kernels", "moe.data"} <= modules.keys()
+    assert (ROOT / "moe" / "kernels").is_symlink()
+
+
+def test_every_file_of_moe_has_a_floor() -> None:
+    assert {module.split(".")[1] for module in sources("moe") if module != "moe"} - FLOOR.keys() == set()
+
+
+def test_files_import_only_what_their_floor_allows() -> None:
+    wrong = [
+        f"{module}:{line}: {imported} {reason}"
+        for module, tree in sources(*ROOMS, "tests").items()
+        for line, imported in imports(tree)
+        if (reason := wrong_import(module, imported))
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_file_makes_a_forbidden_call() -> None:
+    wrong = [f"{module}:{line}: {reason}" for module, tree in sources(*ROOMS).items() for line, reason in wrong_calls(tree)]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_kernels_never_look_at_the_attached_device() -> None:
+    names = {"default_backend", "devices", "device_count", "local_devices"}
+    wrong = [
+        f"{module}:{node.lineno}: jax.{node.attr}: the chip is an argument"
+        for module, tree in sources("kernels").items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and node.attr in names and ast.unparse(node.value) == "jax"
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_functions_have_at_most_80_lines() -> None:
+    wrong = [
+        f"{module}:{node.lineno}: {node.name} has {length} lines"
+        for module, tree in sources(*ROOMS, "tests").items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef) and (length := node.end_lineno - node.lineno + 1) > 80
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def line_counts(*rooms: str) -> dict[str, int]:
+    """Lines of each file that are not blank; comments and docstrings count."""
+    files = sorted(path for room in rooms for path in (ROOT / room).rglob("*.py"))
+    return {
+        module_name(path): sum(bool(line.strip()) for line in path.read_text().splitlines())
+        for path in files
+        if "moe/kernels" not in path.as_posix()
+    }
+
+
+def test_files_have_less_than_400_lines() -> None:
+    assert {module: count for module, count in line_counts(*ROOMS, "tests").items() if count >= 400} == {}
+
+
+def test_moe_without_kernels_has_less_than_2000_lines() -> None:
+    assert sum(line_counts("moe").values()) < 2000
+
+
+def config_fields() -> list[tuple[type, str]]:
+    classes = [cls for _, cls in inspect.getmembers(config, inspect.isclass) if dataclasses.is_dataclass(cls)]
+    return [(cls, field.name) for cls in classes for field in dataclasses.fields(cls)]
+
+
+def test_there_are_at_most_120_config_fields() -> None:
+    assert 0 < len(config_fields()) <= 120
+
+
+def test_every_config_field_is_read() -> None:
+    """By name only: a field passes where any attribute of its name is read in moe/ or launch/, outside config.py."""
+    trees = [tree for module, tree in sources("moe", "launch").items() if module != "moe.config"]
+    read = {node.attr for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
+    # The mesh is read whole, as its sizes.
+    unread = [f"{cls.__name__}.{name}" for cls, name in config_fields() if cls is not config.MeshConfig and name not in read]
+    assert not unread, f"nothing reads {unread}"
+    assert "sizes" in read
+
+
+@pytest.mark.parametrize(
+    ("module", "statement", "reason"),
+    [
+        ("moe.layers", "from moe import trainer", "floor"),
+        ("moe.layers", "import moe.layers", "floor"),
+        ("moe.layers", "from moe.train_step import TrainState", "floor"),
+        ("moe.layers", "def f():\n    import moe.trainer", "floor"),
+        ("moe.layers", "from moe import ModelConfig", "no file"),
+        ("moe.layers", "from .config import ModelConfig", "relative"),
+        ("moe.layers", "from launch import train", "above"),
+        ("moe.trainer", "import configs.dense_tiny", "above"),
+        ("launch.train", "from tests import conftest", "above"),
+        ("launch.train", "import kernels.attention", "moe.kernels"),
+        ("tests.test_x", "from kernels import attention", "moe.kernels"),
+        ("moe.data.loader", "from moe.sharding import host_rows", "moe.config alone"),
+        ("moe.scaling.flops", "from moe.data import loader", "moe.config alone"),
+        ("moe.data.loader", "import pickle", "runs what is in a file"),
+        ("moe.data.loader", "import tensorflow as tf", "dependency"),
+        ("moe.sharding", "from jax.experimental.shard_map import shard_map", "deprecated"),
+        ("moe.kernels.attention", "from moe.config import ModelConfig", "kernels"),
+        ("moe.kernels.attention", "import flax.linen as nn", "kernels"),
+        ("moe.config", "import jax", "before JAX"),
+        ("configs.dense_tiny", "from moe.transformer import Transformer", "configs"),
+    ],
+)
+def test_a_wrong_import_is_found(module: str, statement: str, reason: str) -> None:
+    found = [wrong_import(module, imported) for _, imported in imports(ast.parse(statement))]
+    assert len(found) == 1 and reason in (found[0] or "")
+
+
+@pytest.mark.parametrize(
+    ("module", "statement"),
+    [
+        ("moe.layers", "from moe.config import ModelConfig"),
+        ("moe.layers", "import moe.kernels.attention"),
+        ("moe.trainer", "from moe.data.loader import make_loader"),
+        ("moe.data.loader", "from moe.data import packing"),
+        ("moe.kernels.attention", "from moe.kernels.attention.reference import attention"),
+        ("launch.train", "from configs.dense_tiny import get_config"),
+        ("launch.train", "from moe import RunConfig"),
+        ("tests.launch.test_report", "from launch.report import report"),
+        ("moe", "from moe.transformer import Transformer"),
+    ],
+)
+def test_a_right_import_is_let_through(module: str, statement: str) -> None:
+    assert [wrong_import(module, imported) for _, imported in imports(ast.parse(statement))] == [None]
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "self.sow('intermediates', 'x', x)",
+        "key = self.make_rng('dropout')",
+        "eval(text)",
+        "config.model.get('num_layers', 4)",
+        "model.apply(variables, batch, mutable=['losses'])",
+        "np.load(path, allow_pickle=True)",
+        "try:\n    f()\nexcept:\n    pass",
+        "try:\n    f()\nexcept Exception:\n    pass",
+        "try:\n    f()\nexcept (OSError, Exception):\n    pass",
+    ],
+)
+def test_a_forbidden_call_is_found(statement: str) -> None:
+    assert len(list(wrong_calls(ast.parse(statement)))) == 1
+
+
+def test_other_calls_are_let_through() -> None:
+    allowed = "{}.get('x')\ngetattr(config, name)\ntry:\n    f()\nexcept (OSError, ValueError):\n    pass"
+    assert list(wrong_calls(ast.parse(allowed))) == []

@@ -1,0 +1,155 @@
+"""What another project gets when it installs the wheel, and what the Makefile installs on which machine."""
+
+import email
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import moe
+
+ROOT = Path(__file__).parents[1]
+PACKAGED = ("README.md", "pyproject.toml", "requirements.txt", "configs", "kernels", "launch", "moe")
+
+IN_ANOTHER_PROJECT = """
+import importlib.util, sys
+import jax, jax.numpy as jnp
+from moe import ModelConfig, Transformer
+
+batch = {"tokens": jnp.zeros((2, 8), jnp.int32)}
+model = Transformer(ModelConfig(num_layers=2, model_dim=32, feed_forward_dim=64, num_heads=2, num_kv_heads=1, head_dim=16))
+variables = model.init(jax.random.key(0), batch)
+output = model.apply(variables, batch)
+
+print(sys.modules["moe"].__file__)
+print(output.hidden.shape)
+print(sorted({"tensorflow", "torch"} & sys.modules.keys()))
+print([name for name in ("kernels", "launch", "configs") if importlib.util.find_spec(name)])
+"""
+
+
+def run(*command: str | Path, cwd: Path, **env: str) -> str:
+    """What a command prints, in an environment that knows nothing of this checkout or of the make that started the tests."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS", "PYTHON", "ACCELERATOR"))}
+    done = subprocess.run(command, cwd=cwd, env=inherited | env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_importing_the_package_loads_neither_jax_nor_flax() -> None:
+    program = "import sys, moe, moe.config, moe.kernels; print(sorted({'jax', 'flax', 'numpy'} & sys.modules.keys()))"
+    assert run(sys.executable, "-c", program, cwd=ROOT) == "[]\n"
+
+
+def test_the_package_offers_its_names() -> None:
+    assert [getattr(moe, name).__name__ for name in moe.__all__] == moe.__all__
+    assert set(moe.__all__) <= set(dir(moe))
+    with pytest.raises(AttributeError, match="module 'moe' has no attribute 'Transfomer'"):
+        _ = moe.Transfomer  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the sources, with a kernel that has a package and tuning tables of its own."""
+    copy = tmp_path_factory.mktemp("tree")
+    for name in PACKAGED:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / name, copy)
+    probe = copy / "kernels" / "probe"
+    (probe / "tables").mkdir(parents=True)
+    (probe / "__init__.py").write_text("")
+    (probe / "tuning.json").write_text("{}")
+    (probe / "tables" / "chip.json").write_text("{}")
+    return copy
+
+
+@pytest.fixture(scope="module")
+def wheel(tree: Path) -> Path:
+    """The wheel, built from the source distribution."""
+    run(sys.executable, "-m", "build", "--no-isolation", cwd=tree)
+    [wheel] = (tree / "dist").glob("*.whl")
+    return wheel
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_moe_and_the_kernels_and_nothing_else(tree: Path, wheel: Path) -> None:
+    packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    files = [path for folder in ("moe", "kernels") for pattern in ("*.py", "*.json") for path in (tree / folder).rglob(pattern)]
+    names = {path.relative_to(tree).as_posix() for path in files}
+    assert packed == {name.replace("kernels/", "moe/kernels/", 1) if name.startswith("kernels/") else name for name in names}
+    assert {"moe/kernels/probe/tuning.json", "moe/kernels/probe/tables/chip.json"} <= packed
+
+
+@pytest.mark.slow
+def test_the_wheel_requires_what_requirements_txt_lists(wheel: Path) -> None:
+    archive = zipfile.ZipFile(wheel)
+    [path] = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+    metadata = email.message_from_bytes(archive.read(path))
+    required = [re.match(r"[\w.-]+", line)[0] for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
+    listed = [re.match(r"[\w.-]+", line)[0] for line in (ROOT / "requirements.txt").read_text().splitlines() if line[0] != "#"]
+    assert sorted(required) == sorted(listed)
+    assert set(metadata.get_all("Provides-Extra")) == {"cpu", "cuda13", "tpu", "test"}
+
+
+@pytest.mark.slow
+def test_another_project_applies_a_model_in_three_lines(wheel: Path, tmp_path: Path) -> None:
+    run(sys.executable, "-m", "venv", "--without-pip", "env", cwd=tmp_path)
+    python = tmp_path / "env" / "bin" / "python"
+    run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel, cwd=tmp_path)
+    # The dependencies are the ones installed here, after the environment's own packages; .pth files among them do not count.
+    [installed] = (tmp_path / "env" / "lib").glob("python*/site-packages")
+    (installed / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    printed = run(python, "-c", IN_ANOTHER_PROJECT, cwd=empty).splitlines()
+    assert printed == [str(installed / "moe" / "__init__.py"), "(2, 8, 32)", "[]", "[]"]
+
+
+@pytest.fixture
+def makefile(tmp_path: Path) -> Path:
+    """A folder with the Makefile alone and no .venv, where make is only asked what it would do."""
+    for name in ("Makefile", "pyproject.toml", "requirements.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("accelerator", ["cuda13", "tpu", "cpu"])
+def test_make_installs_the_accelerator_that_is_asked_for(makefile: Path, accelerator: str) -> None:
+    plan = run("make", "--dry-run", "train", f"ACCELERATOR={accelerator}", cwd=makefile)
+    assert f'--editable ".[{accelerator}]"' in plan
+
+
+def test_make_finds_an_nvidia_gpu(makefile: Path) -> None:
+    smi = makefile / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA H200 (UUID: GPU-0)'\n")
+    smi.chmod(0o755)
+    plan = run("make", "--dry-run", "train", cwd=makefile, PATH=f"{makefile}:{os.environ['PATH']}")
+    assert '--editable ".[cuda13]"' in plan
+
+
+def test_make_passes_config_and_arguments_on(makefile: Path) -> None:
+    plan = run("make", "--dry-run", "train", "CONFIG=configs/dense_1b.py", "ARGS=--config.train.steps=100", cwd=makefile)
+    assert '-m launch.train --config="configs/dense_1b.py" --workdir="runs/dense_1b" --config.train.steps=100\n' in plan
+    assert '-m launch.generate --workdir="runs/dense_1b" --prompt="def "\n' in plan
+
+
+@pytest.mark.parametrize(
+    ("assignment", "expected"),
+    [
+        ("ACCELERATOR=cuda12", "*** ACCELERATOR=cuda12 is not known: set it to cuda13, tpu or cpu.  Stop."),
+        ("PYTHON=false", "PYTHON=false is not Python 3.11 or later: set PYTHON to one that is"),
+    ],
+)
+def test_make_refuses_what_it_cannot_use(makefile: Path, assignment: str, expected: str) -> None:
+    done = subprocess.run(["make", "train", assignment], cwd=makefile, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert any(line.endswith(expected) for line in (done.stdout + done.stderr).splitlines())
+    assert not (makefile / ".venv").exists()
