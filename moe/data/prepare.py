@@ -158,7 +158,7 @@ def _in_processes(job: ShardJob, num_workers: int) -> Iterator[dict]:
     Not by multiprocessing: its children import the main module again, and with it JAX.
     """
     read_end, write_end = os.pipe()  # one for all workers, whose lines are short enough not to be torn apart
-    command = [sys.executable, "-m", "moe.data.shards", json.dumps(dataclasses.asdict(job))]
+    command = [sys.executable, "-P", "-m", "moe.data.shards", json.dumps(dataclasses.asdict(job))]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     workers = [
         subprocess.Popen([*command, str(worker), str(num_workers)], stdout=write_end, env=environment) for worker in range(num_workers)

@@ -7,6 +7,7 @@ little-endian. Nothing here may import JAX: it would cost every worker seconds, 
 import dataclasses
 import hashlib
 import json
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -70,13 +71,17 @@ def write_shard(job: ShardJob, shard: int) -> dict[str, int | str]:
 
     path = Path(job.target, shard_name(shard))
     digest = hashlib.sha256()
-    writer = ArrayRecordWriter(str(path), "group_size:1")  # rows are read one by one, in any order
-    for tokens, lengths in pack(documents(), job.config.sequence_length):
-        record = encode_record(tokens, lengths, tokenizer.vocab_size)
-        digest.update(record)
-        writer.write(record)
-        counts["num_rows"] += 1
-    writer.close()
+    try:
+        writer = ArrayRecordWriter(str(path), "group_size:1,zstd:1")  # rows are read one by one, in any order
+        for tokens, lengths in pack(documents(), job.config.sequence_length):
+            record = encode_record(tokens, lengths, tokenizer.vocab_size)
+            digest.update(record)
+            writer.write(record)
+            counts["num_rows"] += 1
+        writer.close()
+    except RuntimeError as error:  # what array_record raises for every error of a file
+        reason = str(error).split("\n")[0]
+        raise OSError(f"{path} could not be written: {reason}") from error
     flush(path)
     return counts | {"sha256": digest.hexdigest()}
 
@@ -88,7 +93,8 @@ def main(arguments: list[str]) -> None:
     job = ShardJob(**job | {"config": DataConfig(**job["config"])})
     try:
         for shard in range(int(arguments[1]), job.num_shards, int(arguments[2])):
-            print(json.dumps(write_shard(job, shard)), flush=True)
+            line = json.dumps(write_shard(job, shard)) + "\n"
+            os.write(sys.stdout.fileno(), line.encode())  # at once: the workers share the pipe, and print may write in parts
     except OSError as error:  # a full disk, or a pipe that nobody reads since the parent was killed
         sys.exit(f"preparing the data failed: {error}")
 

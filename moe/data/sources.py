@@ -33,7 +33,7 @@ class Documents(Sequence[str]):
         return len(self._records)
 
     def __getitem__(self, index: int) -> str:
-        return self._records[index]["text"].decode(errors="replace")
+        return self._records[range(len(self))[index]]["text"].decode(errors="replace")
 
     def between(self, start: int, stop: int) -> Iterator[str]:
         """The documents from start to stop, or the end. Several are read at once: a read takes longer the longer its file is."""
@@ -45,7 +45,8 @@ class Documents(Sequence[str]):
     def _records(self) -> Sequence[dict[str, bytes]]:
         import tensorflow_datasets as tfds
 
-        return tfds.builder_from_directory(self.directory).as_data_source(self.split)
+        builder = tfds.builder_from_directory(self.directory)
+        return builder.as_data_source(self.split) if builder.info.splits[self.split].num_examples else []
 
 
 def source_name(config: DataConfig) -> str:

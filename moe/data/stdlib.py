@@ -16,7 +16,6 @@ class Stdlib(tfds.core.GeneratorBasedBuilder):
     """The .py files of the running interpreter's standard library, tests left out; another Python is another version."""
 
     VERSION = tfds.core.Version(".".join(map(str, sys.version_info[:3])))
-    url_infos = None  # nothing is downloaded, so there are no checksums to look up
 
     def _info(self) -> tfds.core.DatasetInfo:
         features = tfds.features.FeaturesDict({"text": tfds.features.Text(), "path": tfds.features.Text()})
@@ -35,7 +34,7 @@ def python_files(root: Path) -> Iterator[tuple[str, str]]:
     """(path relative to root, text) of every non-empty UTF-8 .py file that is not a test, in the order of the paths."""
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
-        if _LEFT_OUT.isdisjoint(relative.parts[:-1]):
+        if _LEFT_OUT.isdisjoint(relative.parts):
             try:
                 text = path.read_bytes().decode()
             except UnicodeDecodeError:

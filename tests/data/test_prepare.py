@@ -1,0 +1,178 @@
+import dataclasses
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moe.config import ConfigError, DataConfig
+from moe.data import prepare as module
+from moe.data.prepare import PreparedRows, prepare
+from moe.data.tokenizers import ByteTokenizer
+from tests.data.conftest import TRAIN
+
+TEXTS = [text for text in TRAIN if text]
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def test_the_targets_are_the_documents(rows: PreparedRows):
+    targets = np.concatenate([rows[i]["targets"][rows[i]["loss_mask"]] for i in range(len(rows))])
+    expected = [ByteTokenizer().encode_document(text)[1:] for text in TEXTS]
+    assert targets.tolist() == np.concatenate(expected).tolist()
+
+
+def test_metadata_counts_what_is_there(rows: PreparedRows, small: DataConfig):
+    num_bytes = sum(len(text.encode()) for text in TEXTS)
+    assert (rows.num_documents, rows.num_bytes, rows.num_tokens) == (594, num_bytes, num_bytes + 2 * 594)
+    assert rows.num_targets == num_bytes + 594
+    # 256 documents to a shard, of which every hundredth from the 50th on is empty.
+    shards = [TRAIN[:256], TRAIN[256:512], TRAIN[512:]]
+    tokens = [sum(len(text.encode()) + 2 for text in shard if text) for shard in shards]
+    assert rows.rows_per_shard == tuple(-(-(count - 1) // 8) for count in tokens)
+    assert len(rows) == sum(rows.rows_per_shard)
+    assert rows.directory.parent == Path(small.directory, "rows")
+    metadata = json.loads((rows.directory / "metadata.json").read_text())
+    assert (metadata["source"], metadata["split"], metadata["sequence_length"]) == ("small_text/plain/1.2.3", "train", 8)
+
+
+def test_rows_at_the_edges_of_files(rows: PreparedRows):
+    first, second, _ = rows.rows_per_shard
+    assert rows[first - 1]["segment_ids"].tolist().count(0) > 0
+    assert rows[first]["tokens"][0] == 255
+    assert rows[first + second]["tokens"][0] == 255
+    for index in (-1, len(rows)):
+        with pytest.raises(IndexError, match="row"):
+            rows[index]
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 3])
+def test_files_are_the_same_bytes_whatever_the_number_of_workers(fresh: DataConfig, rows: PreparedRows, num_workers: int):
+    again = prepare(fresh, "train", num_workers)
+    assert again.directory != rows.directory
+    assert contents(again.directory) == contents(rows.directory)
+
+
+def test_rows_can_be_pickled_and_shared_by_threads(rows: PreparedRows):
+    expected = [rows[i]["tokens"].tolist() for i in range(len(rows))]
+    copy = pickle.loads(pickle.dumps(rows))
+    with ThreadPoolExecutor(8) as threads:
+        assert list(threads.map(lambda i: copy[i]["tokens"].tolist(), range(len(rows)))) == expected
+    assert copy == rows
+
+
+def test_rows_are_reused(small: DataConfig, rows: PreparedRows, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delattr(module, "exclusive")  # it may lie where nothing can be written
+    assert prepare(small, "train") == rows
+
+
+def test_opening_rows_loads_neither_tfds_nor_jax(tmp_path: Path):
+    config = DataConfig(directory=str(tmp_path))
+    prepare(config, "validation")
+    program = """
+import sys
+from moe.config import DataConfig
+from moe.data.prepare import prepare
+prepare(DataConfig(directory=sys.argv[1]), "validation")[0]
+print({"jax", "tensorflow_datasets", "tensorflow", "torch"} & {*sys.modules})
+"""
+    assert run(program, config.directory) == "set()\n"
+
+
+def test_other_rows_lie_elsewhere(fresh: DataConfig):
+    longer = dataclasses.replace(fresh, sequence_length=9)
+    directories = {prepare(fresh, "train").directory, prepare(longer, "train").directory, prepare(fresh, "validation").directory}
+    assert len(directories) == 3
+
+
+def test_two_names_of_one_data_set_share_their_rows(fresh: DataConfig):
+    named = dataclasses.replace(fresh, dataset="small_text/plain:1.2.3")
+    assert prepare(named, "validation") == prepare(fresh, "validation")
+
+
+@pytest.mark.parametrize("split", ["blank", "train[:0]"])
+def test_a_split_without_text_is_refused_in_one_line(fresh: DataConfig, split: str):
+    with pytest.raises(ConfigError) as error:
+        prepare(fresh, split)
+    assert str(error.value) == f"split {split!r} of data.dataset='small_text/plain' holds no text: set the split or the data set to others"
+    assert not [path for path in Path(fresh.directory, "rows").iterdir() if path.suffix != ".lock"]
+
+
+def test_a_directory_that_cannot_be_written_is_refused_in_one_line(small: DataConfig, tmp_path: Path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"^\S*/file/rows cannot be written \([^\n]*\): set data.directory to a directory that can$"):
+        prepare(dataclasses.replace(small, directory=str(tmp_path / "file")), "train")
+
+
+def test_a_damaged_file_is_named(fresh: DataConfig):
+    rows = prepare(fresh, "train")
+    (rows.directory / "rows-00001.array_record").write_bytes(b"")
+    assert rows[0]["tokens"][0] == 255
+    with pytest.raises(OSError, match=r"^\S*/rows-00001.array_record is damaged \([^\n]*\): delete \S*$"):
+        rows[rows.rows_per_shard[0]]
+
+
+def test_another_host_may_write_them_first(fresh: DataConfig, rows: PreparedRows, monkeypatch: pytest.MonkeyPatch):
+    directory = Path(fresh.directory, "rows", rows.directory.name)
+
+    def write_shard(job: object, shard: int) -> dict:
+        shutil.copytree(rows.directory, directory, dirs_exist_ok=True)
+        return original(job, shard)
+
+    original = module.write_shard
+    monkeypatch.setattr(module, "write_shard", write_shard)
+    assert contents(prepare(fresh, "train").directory) == contents(rows.directory)
+    assert sorted(path.name for path in directory.parent.iterdir()) == [directory.name, f"{directory.name}.lock"]
+
+
+def test_a_killed_process_leaves_nothing_half_read(fresh: DataConfig, rows: PreparedRows):
+    program = """
+import json, sys, time
+from moe.config import DataConfig
+from moe.data import prepare, shards
+def write_shard(job, shard):
+    if shard == 1:
+        print("one shard is written", flush=True)
+        time.sleep(600)
+    return shards.write_shard(job, shard)
+prepare.write_shard = write_shard
+prepare.source_name = lambda config: "small_text/plain/1.2.3"
+prepare.open_documents = lambda config, split: shards.Documents(sys.argv[2], split)
+prepare.prepare(DataConfig(**json.loads(sys.argv[1])), "train")
+"""
+    source = str(Path(fresh.directory, "tfds", rows.source))
+    command = [sys.executable, "-c", program, json.dumps(dataclasses.asdict(fresh)), source]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment()) as process:
+        assert process.stdout.readline() == "one shard is written\n"
+        process.send_signal(signal.SIGKILL)
+    left = Path(fresh.directory, "rows")
+    (half,) = left.glob(".*")
+    assert [path.name for path in half.iterdir()] == ["rows-00000.array_record"]
+    assert not (left / rows.directory.name).exists()
+    assert contents(prepare(fresh, "train").directory) == contents(rows.directory)
+    assert not half.exists()
+
+
+def test_a_failing_worker_is_reported_and_leaves_nothing(fresh: DataConfig, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(OSError, match=r"^preparing the data failed in a worker process"):
+        prepare(fresh, "train", num_workers=2)
+    assert not list(Path(fresh.directory, "rows").glob(".*"))
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+
+
+def run(program: str, *arguments: str) -> str:
+    command = [sys.executable, "-W", "error", "-c", program, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment(), check=True).stdout

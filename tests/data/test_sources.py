@@ -1,0 +1,134 @@
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tensorflow_datasets as tfds
+
+from moe.config import ConfigError, DataConfig
+from moe.data import files
+from moe.data.sources import open_documents, source_name
+from tests.data.conftest import TRAIN, SmallText
+
+
+@pytest.fixture
+def empty(small: DataConfig, tmp_path: Path) -> DataConfig:
+    return dataclasses.replace(small, directory=str(tmp_path))
+
+
+def test_documents_by_index(small: DataConfig):
+    documents = open_documents(small, "train")
+    assert len(documents) == 600
+    assert [documents[i] for i in (0, 599, 50)] == [TRAIN[0], TRAIN[599], ""]
+    assert list(documents) == TRAIN
+    assert list(open_documents(small, "validation")) == ["ab", "cdé"]
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 600), (0, 64), (63, 193), (590, 700), (700, 800)])
+def test_documents_read_several_at_a_time(small: DataConfig, start: int, stop: int):
+    assert list(open_documents(small, "train").between(start, stop)) == TRAIN[start:stop]
+
+
+def test_the_source_names_its_version(small: DataConfig):
+    assert source_name(small) == "small_text/plain/1.2.3"
+    assert source_name(DataConfig()) == "stdlib/" + sys.version.split()[0]
+    assert source_name(DataConfig()) == tfds.builder("stdlib").info.full_name
+
+
+def test_stdlib_is_real_python(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    config = DataConfig(directory=str(tmp_path))
+    train, validation = open_documents(config, "train"), open_documents(config, "validation")
+    texts = {*train, *validation}
+    assert Path(dataclasses.__file__).read_text() in texts
+    assert 300 < len(train) < 3000
+    assert 0.01 < len(validation) / len(train) < 0.1
+    assert not {*train} & {*validation}
+    assert capfd.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        ("nonesuch", "data.dataset='nonesuch': Dataset nonesuch not found: set data.dataset to a name that TFDS lists"),
+        ("stdlib:0.0.1", "data.dataset='stdlib:0.0.1': "),
+        ("small_text/other", "data.dataset='small_text/other': "),
+        ("../nonesuch", "data.dataset='../nonesuch' is not a name"),
+        ("small_text/../../x", "data.dataset='small_text/../../x' is not a name"),
+        ("huggingface:abc", "data.dataset='huggingface:abc' is not a name"),
+        ("", "data.dataset='' is not a name"),
+        ("small_text/no_text", "data.dataset='small_text/no_text' has no feature 'text' of text: set data.dataset to one that has"),
+    ],
+)
+def test_a_data_set_that_cannot_be_used_is_refused_in_one_line(empty: DataConfig, dataset: str, message: str):
+    with pytest.raises(ConfigError) as error:
+        open_documents(dataclasses.replace(empty, dataset=dataset), "train")
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("split", ["test", "", "train[:x]", "../train"])
+def test_an_unknown_split_is_refused_in_one_line(small: DataConfig, split: str):
+    with pytest.raises(ConfigError) as error:
+        open_documents(small, split)
+    options = "'train' or 'validation' or 'blank'"
+    assert str(error.value) == f"split {split!r} is not one of data.dataset='small_text/plain': set the split to {options}"
+
+
+def test_a_directory_that_cannot_be_written_is_refused_in_one_line(small: DataConfig, tmp_path: Path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"^\S*file/data/tfds cannot be written \(.*\): set data.directory to a directory that can$"):
+        open_documents(dataclasses.replace(small, directory=str(tmp_path / "file" / "data")), "train")
+
+
+def test_a_failure_of_tfds_is_told_in_one_line(empty: DataConfig, monkeypatch: pytest.MonkeyPatch):
+    def fail() -> None:
+        raise ImportError("no tensorflow\nand a long explanation")
+
+    monkeypatch.setattr(SmallText, "before_generating", fail)
+    with pytest.raises(OSError, match=r"^data.dataset='small_text/plain' could not be prepared in \S*/1.2.3: [^\n]*no tensorflow[^\n]*$"):
+        open_documents(empty, "train")
+
+
+def test_another_host_may_prepare_it_first(small: DataConfig, empty: DataConfig, monkeypatch: pytest.MonkeyPatch):
+    finished = Path(open_documents(small, "train").directory)
+    destination = Path(empty.directory, finished.relative_to(small.directory))
+
+    def another_host() -> None:
+        shutil.copytree(finished, destination, dirs_exist_ok=True)
+
+    monkeypatch.setattr(SmallText, "before_generating", another_host)
+    assert list(open_documents(empty, "train")) == TRAIN
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_two_processes_may_prepare_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locks: bool):
+    program = """
+import fcntl, sys
+from moe.config import DataConfig
+from moe.data.prepare import prepare
+def refuse(file, operation): raise OSError(95, "no locks")
+if sys.argv[2] == "False": fcntl.flock = refuse
+print(prepare(DataConfig(directory=sys.argv[1]), "validation").sha256)
+"""
+    command = [sys.executable, "-W", "error", "-c", program, str(tmp_path), str(locks)]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=_environment()) for _ in range(2)]
+    outputs = [process.communicate() for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    assert outputs[0] == outputs[1]
+    assert outputs[0][1] == ""
+    left = sorted(path.name for path in (tmp_path / "rows").iterdir())
+    assert len(left) == 2
+    assert left[1] == left[0] + ".lock"
+
+
+def test_a_lock_is_free_again_when_it_is_left(tmp_path: Path):
+    for _ in range(2):
+        with files.exclusive(tmp_path / "directory" / "lock") as alone:
+            assert alone
+
+
+def _environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
