@@ -21,6 +21,9 @@ RUNTIME := .venv/installed-$(ACCELERATOR)
 TESTING := .venv/testing-$(ACCELERATOR)
 PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check
 
+# Large pages spare a CPU's training step a third of its time: XLA allocates gigabytes anew at each, page by page. glibc reads this.
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help train test lint

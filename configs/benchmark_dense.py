@@ -11,8 +11,8 @@ from moe.config import RunConfig
 
 def get_config() -> ConfigDict:
     config = RunConfig.config_dict()
-    config.model.update(num_layers=8, model_dim=512, feed_forward_dim=2048, num_heads=8, num_kv_heads=8, head_dim=64)
-    config.model.compute_dtype = "float32"
+    config.model.update(num_layers=8, model_dim=512, feed_forward_dim=2048, num_heads=4, num_kv_heads=4, head_dim=128)
+    config.model.update(compute_dtype="float32", scan_layers=False)
     config.data.sequence_length = 512
-    config.train.batch_size = 16
+    config.train.batch_size = 8
     return config

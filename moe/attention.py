@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from moe.config import ModelConfig
+from moe.kernels.attention.blockwise import causal_attention
 from moe.layers import einsum, residual_scale, rotary_angles, rotate
 from moe.parameters import parameter
 from moe.sharding import constrain
@@ -52,17 +53,11 @@ class Attention(nn.Module):
         query_BTNH = rotate(query_BTNH, positions.cos_BTH, positions.sin_BTH)
         key_BTKH = rotate(key_BTKH, positions.cos_BTH, positions.sin_BTH)
         if cache is None:
-            mixed_BTNH = attend(query_BTNH, key_BTKH, value_BTKH, positions.segment_ids_BT)
+            mixed_BTNH = causal_attention(query_BTNH, key_BTKH, value_BTKH, positions.segment_ids_BT)
         else:
             cache = update_cache(cache, key_BTKH, value_BTKH, positions.positions_BT)
             mixed_BTNH = attend_to_cache(query_BTNH, cache, positions.positions_BT)
         return einsum("BTNH,NHD->BTD", constrain(mixed_BTNH, "BTNH"), w_output_NHD), cache
-
-
-def attend(query_BTNH: jax.Array, key_BTKH: jax.Array, value_BTKH: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
-    """Causal attention within segments: [B, T, N, H], softmax in float32."""
-    mask_B1TT = segment_ids_BT[:, None, :, None] == segment_ids_BT[:, None, None, :]
-    return jax.nn.dot_product_attention(query_BTNH, key_BTKH, value_BTKH, mask=mask_B1TT, is_causal=True)
 
 
 def init_cache(config: ModelConfig, batch_size: int, length: int) -> Any:

@@ -1,5 +1,7 @@
 """The small modules inside a Block, and the one door that every weight matmul goes through."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,9 +11,31 @@ from moe.parameters import parameter
 from moe.sharding import constrain
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def einsum(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
-    """Multiplies activations by a weight, in the activations' dtype. All weight matmuls are this one."""
+    """Multiplies activations by a weight, in the activations' dtype. All weight matmuls are this one.
+
+    The weight's gradient has the weight's dtype and is summed in float32, never rounded to the activations' on the way.
+    """
     return jnp.einsum(equation, x, w.astype(x.dtype))
+
+
+def _einsum_forward(equation: str, x: jax.Array, w: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return einsum(equation, x, w), (x, w)
+
+
+def _einsum_backward(equation: str, residuals: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, w = residuals
+    operands, out_dims = equation.split("->")
+    x_dims, w_dims = operands.split(",")
+    gradient_x = jnp.einsum(f"{out_dims},{w_dims}->{x_dims}", g, w.astype(g.dtype))
+    # First the operand that has the weight's first dimension, so that what comes out need not be transposed.
+    (left, left_dims), (right, right_dims) = sorted(((x, x_dims), (g, out_dims)), key=lambda operand: w_dims[0] not in operand[1])
+    gradient_w = jnp.einsum(f"{left_dims},{right_dims}->{w_dims}", left, right, preferred_element_type=w.dtype)
+    return gradient_x, gradient_w
+
+
+einsum.defvjp(_einsum_forward, _einsum_backward)
 
 
 class RMSNorm(nn.Module):
@@ -52,10 +76,10 @@ class FeedForward(nn.Module):
         d, f = self.config.model_dim, self.config.feed_forward_dim
         w_gate_DF = parameter(self, "gate", "DF", (d, f), kind="linear", fan_in=d)
         w_up_DF = parameter(self, "up", "DF", (d, f), kind="linear", fan_in=d)
-        w_down_FD = parameter(self, "down", "FD", (f, d), kind="linear", fan_in=f, scale=residual_scale(self.config))
+        w_down_DF = parameter(self, "down", "DF", (d, f), kind="linear", fan_in=f, scale=residual_scale(self.config))
         gate_BTF = constrain(einsum("BTD,DF->BTF", x_BTD, w_gate_DF), "BTF")
         up_BTF = constrain(einsum("BTD,DF->BTF", x_BTD, w_up_DF), "BTF")
-        return einsum("BTF,FD->BTD", jax.nn.silu(gate_BTF) * up_BTF, w_down_FD)
+        return einsum("BTF,DF->BTD", jax.nn.silu(gate_BTF) * up_BTF, w_down_DF)
 
 
 def residual_scale(config: ModelConfig) -> float:

@@ -59,7 +59,7 @@ def plain_transformer(params, row):
         x = x + np.einsum("tnh,nhd->td", mixed, p["attention"]["output"])
         h = plain_norm(x, p["feed_forward_norm"]["scale"])
         gate, up = h @ p["feed_forward"]["gate"], h @ p["feed_forward"]["up"]
-        x = x + (gate / (1 + np.exp(-gate)) * up) @ p["feed_forward"]["down"]
+        x = x + (gate / (1 + np.exp(-gate)) * up) @ p["feed_forward"]["down"].T
     return plain_norm(x, params["final_norm"]["scale"]) @ params["unembedding"]
 
 
@@ -156,7 +156,7 @@ def test_declarations_match_the_parameters():
     for leaf, value in zip(jax.tree.leaves(declared, is_leaf=is_declared), jax.tree.leaves(params), strict=True):
         assert leaf.value.shape == value.shape and len(leaf.dims) == value.ndim and value.dtype == jnp.float32
         if leaf.kind != "norm":
-            scale = (2 * SMALL.num_layers) ** -0.5 if leaf.dims in ("LNHD", "LFD") else 1.0
+            scale = (2 * SMALL.num_layers) ** -0.5 if leaf.dims == "LNHD" or leaf.fan_in == SMALL.feed_forward_dim else 1.0
             assert np.std(value) == pytest.approx(scale * leaf.fan_in**-0.5, rel=0.15)
 
 

@@ -1,0 +1,1 @@
+"""Attention kernels: plain functions of arrays, and what they share."""
