@@ -33,7 +33,7 @@ help: ## List the targets
 
 train: $(RUNTIME) ## Train CONFIG (or resume) in WORKDIR, with ARGS such as "--config.train.steps=100"; then print a sample
 	.venv/bin/python -m launch.train --config="$(CONFIG)" --workdir="$(WORKDIR)" $(ARGS)
-	.venv/bin/python -m launch.generate --workdir="$(WORKDIR)" --prompt="def "
+	.venv/bin/python -m launch.generate --workdir="$(WORKDIR)" --prompt="def " --temperature=0.5
 
 test: $(TESTING) ## Run the tests, with ARGS such as "-m slow" or a file
 	.venv/bin/python -m pytest $(ARGS)

@@ -84,10 +84,11 @@ def random_rows(config: RunConfig, num_rows: int) -> dict[str, np.ndarray]:
 
 def main(values: flags.FlagValues) -> None:
     result = benchmark(command_line.read_run_config(values.config), values.trials)
-    if values.json:
-        Path(values.json).write_text(json.dumps(result, indent=2) + "\n")
     for name, value in result.items():
         print(f"{name}: {value:,.3f}" if isinstance(value, float) else f"{name}: {value}")
+    print("mfu = model_flops_per_second / peak; peak: the data sheets' bfloat16 rate, or on a CPU matmul_flops_per_second")
+    if values.json:
+        Path(values.json).write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Saving and restoring a run's state with Orbax, and refusing what would not be restored exactly.
 
-A checkpoint of step s is `checkpoints/s/`: `state`, the arrays, and `about`: format_version, the run's config, and its layer groups.
+A checkpoint of step s is `checkpoints/s/`: `state`, the arrays, and `about`: format_version, the run's config, its layer groups, and the
+checksum of the rows it was trained on.
 """
 
 from pathlib import Path
@@ -21,13 +22,24 @@ def open_checkpoints(workdir: Path, config: RunConfig) -> ocp.CheckpointManager:
     return ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options, item_handlers=handlers)
 
 
-def save(checkpoints: ocp.CheckpointManager, config: RunConfig, state: Any) -> None:
+def save(checkpoints: ocp.CheckpointManager, config: RunConfig, rows_sha256: str, state: Any) -> None:
     """Starts writing a train state, which may be donated as soon as this returns. A step that was saved is left alone."""
     step = int(state.step)
     if step == checkpoints.latest_step():
         return
-    about = {"format_version": FORMAT_VERSION, "config": config.to_dict(), "layer_groups": config.model.layer_groups}
+    about = {"format_version": FORMAT_VERSION, "config": config.to_dict()}
+    about |= {"layer_groups": config.model.layer_groups, "rows_sha256": rows_sha256}
     checkpoints.save(step, args=ocp.args.Composite(state=ocp.args.PyTreeSave(state), about=ocp.args.JsonSave(about)))
+
+
+def check_rows(checkpoints: ocp.CheckpointManager, rows_sha256: str) -> None:
+    """Raises ConfigError where the latest checkpoint was trained on other rows: the stream of batches would not go on as it began."""
+    saved = _about(checkpoints, checkpoints.latest_step())["rows_sha256"]
+    if saved != rows_sha256:
+        raise ConfigError(
+            f"{checkpoints.directory} was trained on rows with checksum {saved[:8]}, and those now under data.directory have "
+            f"{rows_sha256[:8]}: set data.directory to the former, or another --workdir"
+        )
 
 
 def restore(checkpoints: ocp.CheckpointManager, abstract: Any, step: int | None = None) -> Any:
@@ -55,10 +67,14 @@ def _open_step(checkpoints: ocp.CheckpointManager, step: int | None) -> tuple[Pa
         wanted = "" if step is None else f" of step {step}"
         raise ConfigError(f"{checkpoints.directory} holds no checkpoint{wanted}: choose one of its steps ({steps})")
     path = Path(checkpoints.directory) / str(step)
-    about = checkpoints.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
-    if about["format_version"] != FORMAT_VERSION:
-        raise ConfigError(f"{path} has format {about['format_version']}, not {FORMAT_VERSION}: read it with the version that wrote it")
+    version = _about(checkpoints, step)["format_version"]
+    if version != FORMAT_VERSION:
+        raise ConfigError(f"{path} has format {version}, not {FORMAT_VERSION}: read it with the version that wrote it")
     return path, checkpoints.item_metadata(step)["state"]
+
+
+def _about(checkpoints: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+    return checkpoints.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
 
 
 def _restore(checkpoints: ocp.CheckpointManager, abstract: Any, step: int) -> Any:

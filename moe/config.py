@@ -7,6 +7,7 @@ every pair of fields is checked here, before JAX is imported: a mistake costs a 
 import dataclasses
 import difflib
 import math
+import os
 import typing
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -107,6 +108,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         _check_types(self)
         _check_positive(self, "sequence_length")
+        if os.path.expanduser(self.directory).startswith("~"):
+            raise ConfigError(f"directory={self.directory!r} names no user's home: set directory to a path")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,6 +231,11 @@ class RunConfig:
             raise ConfigError(
                 f"optimizer.warmup_steps={self.optimizer.warmup_steps} leaves nothing of train.steps={self.train.steps}: "
                 f"set optimizer.warmup_steps to less than {self.train.steps}"
+            )
+        if self.train.steps * self.train.batch_size >= 2**31:
+            raise ConfigError(
+                f"train.steps={self.train.steps} times batch_size={self.train.batch_size} is more examples than an int32 counts: "
+                f"set train.steps to less than {2**31 // self.train.batch_size}"
             )
         # What does not fit with one device along the open axis, fits with no number of them.
         check_layout(self, MeshConfig(*map(abs, self.mesh.sizes)))

@@ -5,7 +5,7 @@ import dataclasses
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,9 @@ from moe.data.prepare import PreparedRows, prepare
 from moe.scaling.flops import training_flops_per_token
 from moe.scaling.hardware import peak_flops
 from moe.tracking import MetricWriter, claim_workdir, read_config, read_metrics, write_environment
-from moe.train_step import Program, make_program
+from moe.train_step import Program, TrainState, make_program
+
+Record = Callable[[int, Mapping[str, Any]], None]  # (step, metrics by name)
 
 
 class Interrupted(Exception):
@@ -42,12 +44,10 @@ def fit(config: RunConfig, workdir: Path, devices: list[jax.Device] | None = Non
     with contextlib.ExitStack() as stack:
         interrupted = stack.enter_context(catch_signals())
         checkpoints = stack.enter_context(checkpoint.open_checkpoints(workdir, config))
-        resumed = checkpoints.latest_step() is not None
-        state = checkpoint.restore(checkpoints, program.abstract_state) if resumed else program.init_state()
-        write_environment(workdir)
+        state = first_state(checkpoints, program, train_rows)
         start = int(state.step)
-        writer = stack.enter_context(MetricWriter(workdir, config.tracking, start))
-        log = stack.enter_context(Log(config, program, writer, start))
+        record = stack.enter_context(open_records(workdir, config, start))
+        log = stack.enter_context(Log(config, program, record, start))
         batches = stack.enter_context(train_batches(config, program, train_rows, int(state.examples)))
         stack.enter_context(jax.set_mesh(program.mesh))
         for step in range(start + 1, config.train.steps + 1):
@@ -57,13 +57,32 @@ def fit(config: RunConfig, workdir: Path, devices: list[jax.Device] | None = Non
             if last or step % config.train.eval_every == 0:
                 log.pause()
                 values = evaluate(config, program, state.params, validation_rows)
-                writer.write(step, {f"validation/{name}": value for name, value in values.items()})
+                record(step, {f"validation/{name}": value for name, value in values.items()})
             if last or stop or step % config.train.checkpoint_every == 0:
                 log.pause()  # a step's metrics are written before its checkpoint, so that resuming loses none
-                checkpoint.save(checkpoints, config, state)
+                checkpoint.save(checkpoints, config, train_rows.sha256, state)
             if stop and not last:
                 raise Interrupted(f"{workdir} stopped at step {step} and saved: run the same command again to go on")
     return last_validation(workdir)
+
+
+def first_state(checkpoints: Any, program: Program, rows: PreparedRows) -> TrainState:
+    """The state of the latest checkpoint, which must have been trained on these rows, or that of a new run."""
+    if checkpoints.latest_step() is None:
+        return program.init_state()
+    checkpoint.check_rows(checkpoints, rows.sha256)
+    return checkpoint.restore(checkpoints, program.abstract_state)
+
+
+@contextlib.contextmanager
+def open_records(workdir: Path, config: RunConfig, step: int) -> Iterator[Record]:
+    """Yields the function that writes a step's metrics; of a run's processes, the first alone writes."""
+    if jax.process_index() > 0:
+        yield lambda step, metrics: None
+        return
+    write_environment(workdir)
+    with MetricWriter(workdir, config.tracking, step) as writer:
+        yield writer.write
 
 
 def load_run(workdir: Path, step: int | None = None) -> tuple[RunConfig, Program, Any, int]:
@@ -71,7 +90,11 @@ def load_run(workdir: Path, step: int | None = None) -> tuple[RunConfig, Program
 
     Parameters are split over all devices by fsdp, however the run was laid out. Raises ConfigError where there is no such run or step.
     """
-    config = dataclasses.replace(read_config(workdir), mesh=MeshConfig(data=1, fsdp=-1))
+    config = read_config(workdir)
+    devices = jax.device_count()
+    rows = -(-config.train.batch_size // devices) * devices
+    train = dataclasses.replace(config.train, batch_size=rows, accumulation=1)
+    config = dataclasses.replace(config, mesh=MeshConfig(data=1, fsdp=-1), train=train)
     program = make_program(config)
     with checkpoint.open_checkpoints(workdir, config) as checkpoints:
         params = checkpoint.restore_params(checkpoints, program.abstract_state, step)
@@ -132,8 +155,8 @@ def catch_signals() -> Iterator[Callable[[], bool]]:
 class Log:
     """The progress bar and the metrics of training steps, read one step late so that devices never wait for the host."""
 
-    def __init__(self, config: RunConfig, program: Program, writer: MetricWriter, start: int):
-        self._config, self._writer = config, writer
+    def __init__(self, config: RunConfig, program: Program, record: Record, start: int):
+        self._config, self._record = config, record
         devices = list(program.mesh.devices.flat)
         self._peak = peak_flops(devices, config.model.compute_dtype)
         self._flops_per_token = training_flops_per_token(config.model, config.data.sequence_length)
@@ -196,7 +219,7 @@ class Log:
             values["mfu"] = values["tokens_per_second"] * self._flops_per_token / self._peak
             values["data_wait_fraction"] = self._waited / seconds
             self._started, self._steps, self._waited = time.perf_counter(), 0, 0.0
-        self._writer.write(step, {f"train/{name}": value for name, value in values.items()})
+        self._record(step, {f"train/{name}": value for name, value in values.items()})
         shown = {"loss": f"{values['loss']:.3f}"}
         if "mfu" in values:
             shown |= {"tokens/s": f"{values['tokens_per_second']:.3g}", "MFU": f"{values['mfu']:.1%}"}

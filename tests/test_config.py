@@ -215,6 +215,12 @@ def test_values_out_of_range(changes: dict[str, Any], expected: str) -> None:
             "config.optimizer.warmup_steps=11 leaves nothing of train.steps=10: set optimizer.warmup_steps to less than 10",
         ),
         (
+            {"train__steps": 2**27, "train__batch_size": 16},
+            "config.train.steps=134217728 times batch_size=16 is more examples than an int32 counts: "
+            "set train.steps to less than 134217728",
+        ),
+        ({"data__directory": "~nobody_here/x"}, "config.data.directory='~nobody_here/x' names no user's home: set directory to a path"),
+        (
             {"mesh__data": 3},
             "config.train.batch_size=16 in 1 microbatches cannot be split over mesh data*fsdp*expert=3: "
             "set train.batch_size to a multiple of 3",

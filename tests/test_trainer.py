@@ -128,6 +128,20 @@ def test_another_config_is_refused_by_its_fields(config, uninterrupted):
         trainer.fit(other, uninterrupted)
 
 
+def test_other_rows_are_refused(config, uninterrupted, monkeypatch):
+    rows = trainer.prepare(config.data, "train")
+    monkeypatch.setattr(trainer, "prepare", lambda *_: dataclasses.replace(rows, sha256="0" * 64))
+    with pytest.raises(ConfigError, match=rf"rows with checksum {rows.sha256[:8]}, .* have 00000000: set data.directory"):
+        trainer.fit(config, uninterrupted)
+
+
+def test_the_first_process_alone_writes(config, uninterrupted, tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    with trainer.open_records(tmp_path, config, 0) as record:
+        record(1, {"train/loss": 1.0})
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_checkpoints_kept(config, tmp_path):
     train = dataclasses.replace(config.train, steps=7, checkpoint_every=1, keep_last=2, keep_every=3)
     trainer.fit(dataclasses.replace(config, train=train), tmp_path)
