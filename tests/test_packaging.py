@@ -138,7 +138,7 @@ def test_make_finds_an_nvidia_gpu(makefile: Path) -> None:
 def test_make_passes_config_and_arguments_on(makefile: Path) -> None:
     plan = run("make", "--dry-run", "train", "CONFIG=configs/dense_1b.py", "ARGS=--config.train.steps=100", cwd=makefile)
     assert '-m launch.train --config="configs/dense_1b.py" --workdir="runs/dense_1b" --config.train.steps=100\n' in plan
-    assert '-m launch.generate --workdir="runs/dense_1b" --prompt="def "\n' in plan
+    assert '-m launch.generate --workdir="runs/dense_1b" --prompt="def " --temperature=0.5\n' in plan
 
 
 @pytest.mark.parametrize(
