@@ -2,7 +2,7 @@
 
 Command:  python -m launch.train --config=configs/dense_125m.py --workdir=runs/dense_125m
 Hardware: 1 accelerator of 40 GB or more.
-Time, result: not measured yet. At 2.5B tokens (20 per parameter) it needs about 2.2e18 FLOPs: an hour and a half at 40 % of an H100's peak.
+Time, result: not measured yet. 2.6B tokens (21 per parameter) need 2.1e18 FLOPs: an hour and a half at 40 % of an H100's peak.
 
 The data is `stdlib` in bytes, which a model of this size only memorises: good for measuring speed and memory. Point data.dataset at a
 corpus of yours before you read anything into its loss.
