@@ -20,5 +20,5 @@ def get_config() -> ConfigDict:
     config.model.tied_embeddings = True
     config.data.sequence_length = 1024
     config.optimizer.update(learning_rate=6e-4, warmup_steps=200)
-    config.train.update(batch_size=256, accumulation=4, steps=10_000, checkpoint_every=1000)
+    config.train.update(batch_size=256, accumulation=16, steps=10_000, checkpoint_every=1000)
     return config

@@ -17,6 +17,6 @@ def get_config() -> ConfigDict:
     config.data.sequence_length = 4096
     config.optimizer.update(learning_rate=3e-4, warmup_steps=2000)
     config.mesh.update(data=1, fsdp=-1, tensor=8)
-    config.train.update(batch_size=1024, accumulation=2, loss_chunk=256, steps=250_000)
+    config.train.update(batch_size=1024, accumulation=16, steps=250_000)
     config.train.update(eval_every=1000, eval_batches=20, checkpoint_every=1000, keep_every=25_000)
     return config

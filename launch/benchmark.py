@@ -83,6 +83,8 @@ def random_rows(config: RunConfig, num_rows: int) -> dict[str, np.ndarray]:
 
 
 def main(values: flags.FlagValues) -> None:
+    if values.json:
+        Path(values.json).touch()  # minutes of measuring are not to be lost to a mistyped path
     result = benchmark(command_line.read_run_config(values.config), values.trials)
     for name, value in result.items():
         print(f"{name}: {value:,.3f}" if isinstance(value, float) else f"{name}: {value}")

@@ -37,6 +37,12 @@ def define_config() -> None:
     config_flags.DEFINE_config_file("config", None, "Config file; --config.FIELD=VALUE changes one field of it. Required.")
 
 
+def define_workdir(description: str) -> None:
+    """Defines the required flag --workdir."""
+    flags.DEFINE_string("workdir", None, f"{description} Required.", required=True)
+    flags.register_validator("workdir", bool, "set it to a directory")
+
+
 def read_run_config(config: Any) -> RunConfig:
     """The checked config of the flag --config. Raises ConfigError."""
     if not isinstance(config, ConfigDict):
@@ -59,9 +65,12 @@ def _call(main: Main, _: list[str]) -> int | None:
     except (ConfigError, FileNotFoundError) as error:
         return _fail(error)
     except OSError as error:
-        if error.filename is None:  # a full disk or a lost connection is nobody's input
+        if error.filename is None and error.errno is not None:  # a full disk or a lost connection is nobody's input
             raise
-        return _fail(error)
+        return _fail(error)  # a bad path, or a message of ours, which has no number
+    except KeyboardInterrupt:
+        print("interrupted: before there was anything to save", file=sys.stderr)
+        return INTERRUPTED
 
 
 def _parse(description: str, argv: list[str]) -> list[str]:

@@ -32,7 +32,7 @@ def main(values: flags.FlagValues) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", None, "The run directory, as given to launch.train. Required.", required=True)
+    command_line.define_workdir("The run directory, as given to launch.train.")
     flags.DEFINE_integer("step", None, "The checkpoint's step; the latest by default.")
     flags.DEFINE_string("split", None, "The split to evaluate on; the config's validation split by default.")
     command_line.run(main, __doc__)

@@ -14,6 +14,7 @@ from pathlib import Path
 from absl import flags
 
 from launch import command_line
+from moe.config import ConfigError
 
 
 def generate(
@@ -34,6 +35,11 @@ def generate(
 
     sampling = Sampling(temperature, top_k, top_p)
     check_sampling(sampling, max_new_tokens)
+    if not 0 <= seed < 2**32:
+        raise ConfigError(f"seed={seed} is out of range: set it to at least 0 and less than 2**32")
+    for prompt in prompts:
+        if prompt.encode(errors="ignore").decode() != prompt:  # bytes of the command line that are no text
+            raise ConfigError(f"prompt={prompt!r} is not UTF-8: write it in UTF-8")
     config, program, params, _ = trainer.load_run(workdir, step)
     tokenizer = make_tokenizer(config.data)
     tokens = [[tokenizer.boundary_id, *tokenizer.encode(prompt)] for prompt in prompts]
@@ -51,7 +57,7 @@ def main(values: flags.FlagValues) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", None, "The run directory, as given to launch.train. Required.", required=True)
+    command_line.define_workdir("The run directory, as given to launch.train.")
     flags.DEFINE_multi_string("prompt", ["def "], "A text to continue; give the flag again for more.")
     flags.DEFINE_integer("step", None, "The checkpoint's step; the latest by default.")
     flags.DEFINE_integer("max_new_tokens", 256, "Tokens to add to each prompt at most.")

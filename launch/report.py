@@ -23,7 +23,7 @@ from absl import flags
 
 from launch import command_line
 from moe.config import RunConfig
-from moe.tracking import ENVIRONMENT_FILE, METRICS_FILE, read_metrics
+from moe.tracking import ENVIRONMENT_FILE, METRICS_FILE, read_config, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -80,7 +80,7 @@ def report(workdir: Path) -> Path:
     metrics = read_metrics(workdir)
     if not metrics:
         raise FileNotFoundError(f"{workdir / METRICS_FILE} is empty: wait for the run's first metrics, after train.log_every steps")
-    config = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
+    config = read_config(workdir).to_dict()
     directory = workdir / "report"
     directory.mkdir(exist_ok=True)
     groups = group_plots(metrics)
@@ -209,7 +209,8 @@ def _set_scales(axes: "Axes", plot: Plot, metrics: Metrics) -> None:
 
 
 def _read_environments(workdir: Path) -> Iterator[dict[str, Any]]:
-    for line in (workdir / ENVIRONMENT_FILE).read_text(encoding="utf-8").splitlines():
+    path = workdir / ENVIRONMENT_FILE
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         with contextlib.suppress(json.JSONDecodeError):  # a start that was killed while it wrote its line
             yield json.loads(line)
 
@@ -348,5 +349,5 @@ def main(values: flags.FlagValues) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", None, "The run directory, as given to launch.train. Required.", required=True)
+    command_line.define_workdir("The run directory, as given to launch.train.")
     command_line.run(main, __doc__)

@@ -40,5 +40,5 @@ def main(values: flags.FlagValues) -> int:
 
 if __name__ == "__main__":
     command_line.define_config()
-    flags.DEFINE_string("workdir", None, "The run directory: a new one, or one to go on with. Required.", required=True)
+    command_line.define_workdir("The run directory: a new one, or one to go on with.")
     command_line.run(main, __doc__)

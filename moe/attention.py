@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from moe.config import ModelConfig
-from moe.kernels.attention.blockwise import causal_attention
+from moe.kernels.attention import causal_attention
 from moe.layers import einsum, residual_scale, rotary_angles, rotate
 from moe.parameters import parameter
 from moe.sharding import constrain

@@ -18,6 +18,17 @@ FORMAT_VERSION = 1
 def open_checkpoints(workdir: Path, config: RunConfig) -> ocp.CheckpointManager:
     """The run's checkpoints: written in the background, the last `keep_last` kept and every `keep_every`-th step's."""
     options = ocp.CheckpointManagerOptions(max_to_keep=config.train.keep_last, keep_period=config.train.keep_every or None)
+    return _manager(workdir, options)
+
+
+def read_checkpoints(workdir: Path) -> ocp.CheckpointManager:
+    """The run's checkpoints, to be read alone: nothing is made or deleted. Raises ConfigError where there are none."""
+    if not (workdir / "checkpoints").is_dir():
+        raise ConfigError(f"{workdir / 'checkpoints'} does not exist: set --workdir to a run that has saved one")
+    return _manager(workdir, ocp.CheckpointManagerOptions(read_only=True, create=False))
+
+
+def _manager(workdir: Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
     handlers = {"state": ocp.PyTreeCheckpointHandler(), "about": ocp.JsonCheckpointHandler()}
     return ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options, item_handlers=handlers)
 
@@ -70,11 +81,18 @@ def _open_step(checkpoints: ocp.CheckpointManager, step: int | None) -> tuple[Pa
     version = _about(checkpoints, step)["format_version"]
     if version != FORMAT_VERSION:
         raise ConfigError(f"{path} has format {version}, not {FORMAT_VERSION}: read it with the version that wrote it")
-    return path, checkpoints.item_metadata(step)["state"]
+    saved = checkpoints.item_metadata(step)["state"]
+    if saved is None:
+        raise ConfigError(f"{path} is damaged: delete it, and the checkpoint before it is taken")
+    return path, saved
 
 
 def _about(checkpoints: ocp.CheckpointManager, step: int) -> dict[str, Any]:
-    return checkpoints.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
+    try:
+        return checkpoints.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
+    except (KeyError, FileNotFoundError):
+        path = Path(checkpoints.directory) / str(step)
+        raise ConfigError(f"{path} is damaged: delete it, and the checkpoint before it is taken") from None
 
 
 def _restore(checkpoints: ocp.CheckpointManager, abstract: Any, step: int) -> Any:

@@ -176,7 +176,7 @@ class TrainConfig:
     steps: int = 1000
     batch_size: int = 16  # rows of a step, over all devices and microbatches
     accumulation: int = 1  # microbatches of a step
-    loss_chunk: int = 512  # positions of each row whose logits exist at once
+    loss_chunk: int = 128  # positions of each row whose logits exist at once
     log_every: int = 10
     eval_every: int = 500
     eval_batches: int = 0  # batches of the validation split at each evaluation; 0 takes them all

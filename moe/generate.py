@@ -35,7 +35,8 @@ def generate(
 ) -> list[np.ndarray]:
     """Continues each prompt (token ids, at least one) until `end_id`, which is left out, or `max_new_tokens`.
 
-    A prompt's continuation depends on (params, prompt, sampling, seed, its place in `prompts`) and not on the other prompts.
+    A prompt's continuation depends on (params, prompt, sampling, seed, its place in `prompts`), and on the other prompts by float
+    tolerance alone.
     """
     check_sampling(sampling, max_new_tokens)
     lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
@@ -52,7 +53,7 @@ def generate(
 def check_sampling(sampling: Sampling, max_new_tokens: int) -> None:
     """Raises ConfigError where a sampling option makes no sense."""
     if not sampling.temperature >= 0:
-        raise ConfigError(f"temperature={sampling.temperature} is negative: set it to 0 (the likeliest token) or more")
+        raise ConfigError(f"temperature={sampling.temperature} is not at least 0: set it to 0 (the likeliest token) or more")
     if sampling.top_k < 0:
         raise ConfigError(f"top_k={sampling.top_k} is negative: set it to a number of tokens, or 0 for all")
     if not 0 < sampling.top_p <= 1:

@@ -11,21 +11,24 @@ from moe.parameters import parameter
 from moe.sharding import constrain
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def einsum(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
-    """Multiplies activations by a weight, in the activations' dtype. All weight matmuls are this one.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def einsum(equation: str, x: jax.Array, w: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
+    """Multiplies activations by a weight, in the activations' dtype, into `dtype` (theirs). All weight matmuls are this one.
 
     The weight's gradient has the weight's dtype and is summed in float32, never rounded to the activations' on the way.
     """
-    return jnp.einsum(equation, x, w.astype(x.dtype))
+    return jnp.einsum(equation, x, w.astype(x.dtype), preferred_element_type=dtype)
 
 
-def _einsum_forward(equation: str, x: jax.Array, w: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return einsum(equation, x, w), (x, w)
+def _einsum_forward(equation: str, x: jax.Array, w: jax.Array, dtype: jnp.dtype | None) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return einsum(equation, x, w, dtype), (x, w)
 
 
-def _einsum_backward(equation: str, residuals: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _einsum_backward(
+    equation: str, _: jnp.dtype | None, residuals: tuple[jax.Array, jax.Array], g: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     x, w = residuals
+    g = g.astype(x.dtype)
     operands, out_dims = equation.split("->")
     x_dims, w_dims = operands.split(",")
     gradient_x = jnp.einsum(f"{out_dims},{w_dims}->{x_dims}", g, w.astype(g.dtype))

@@ -50,7 +50,7 @@ def cross_entropy_sum(
         return total + _cross_entropy_sum(unembed(hidden), targets, mask), None
 
     length = targets_BT.shape[1]
-    chunk = min(chunk, length)
+    chunk = -(-length // -(-length // chunk))  # as many chunks, of sizes as equal as can be
     if chunk == length:
         return _cross_entropy_sum(unembed(hidden_BTD), targets_BT, mask_BT)
     padding = -length % chunk

@@ -13,7 +13,7 @@ DECAYED_KINDS = ("linear", "unembedding")
 
 
 def make_schedule(config: RunConfig) -> optax.Schedule:
-    """Learning rate by update: linear from 0 to the peak, then a cosine to `final_learning_rate_fraction` of it at the last step."""
+    """Learning rate by update, the first being number 0: linear from 0 to the peak, then a cosine to a fraction of it at number `steps`."""
     peak = config.optimizer.learning_rate
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0,

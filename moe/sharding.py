@@ -61,9 +61,12 @@ def spec(dims: str, shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
 def constrain(x: jax.Array, dims: str) -> jax.Array:
     """Lays `x` out by RULES inside a program whose mesh was set; without a mesh, and inside shard_map, does nothing."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or any(kind != AxisType.Auto for kind in mesh.axis_types):
+    if not set(AXES).intersection(mesh.shape) or any(kind != AxisType.Auto for kind in mesh.axis_types):
         return x
-    return jax.lax.with_sharding_constraint(x, spec(dims, x.shape, mesh))
+    # Where a mesh of another project lacks a dimension's axes, the compiler decides: an empty entry would ask for copies.
+    lacking = [dim in RULES and not set(RULES[dim]).intersection(mesh.shape) for dim in dims]
+    entries = zip(spec(dims, x.shape, mesh), lacking, strict=True)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*(PartitionSpec.UNCONSTRAINED if none else entry for entry, none in entries)))
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
@@ -85,12 +88,12 @@ def host_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
 
 
 def global_batch(rows: dict[str, np.ndarray], mesh: Mesh, batch_size: int) -> dict[str, jax.Array]:
-    """Joins every process's `host_rows` of a batch into global arrays, split over rows and, from the second dimension on, time."""
+    """Joins every process's `host_rows` of a batch into global arrays, split over rows and, in the second dimension, time."""
     held = host_rows(mesh, batch_size)
 
     def join(local: np.ndarray) -> jax.Array:
         shape = (batch_size, *local.shape[1:])
-        sharding = NamedSharding(mesh, spec("BT"[: local.ndim], shape, mesh))
+        sharding = NamedSharding(mesh, spec("BT".ljust(local.ndim, "-")[: local.ndim], shape, mesh))
         return jax.make_array_from_callback(
             shape, sharding, lambda index: local[np.searchsorted(held, np.arange(batch_size)[index[0]])][:, *index[1:]]
         )

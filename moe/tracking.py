@@ -24,22 +24,26 @@ CONFIG_FILE = "config.json"
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "grain", "array_record", "numpy")
 
 
-def claim_workdir(workdir: Path, config: RunConfig) -> None:
-    """Writes `config.json` into a new run directory, or checks that the run that is there has the same config.
+def check_workdir(workdir: Path, config: RunConfig) -> None:
+    """Makes a new run directory, or checks that the run that is there has the same config. Raises ConfigError naming what differs.
 
-    The mesh may differ: it lays the run out and is no part of the experiment. Raises ConfigError naming the fields that do.
+    `mesh` and `data.directory` may differ: they say where a run is laid out, and are no part of the experiment.
     """
     workdir.mkdir(parents=True, exist_ok=True)
-    path = workdir / CONFIG_FILE
-    if path.exists():
+    if (workdir / CONFIG_FILE).exists():
         saved = read_config(workdir)
         differing = [
             f"{name} is {before!r} there and {after!r} here"
             for (name, before), (_, after) in zip(_flatten(saved.to_dict()), _flatten(config.to_dict()), strict=True)
-            if before != after and not name.startswith("mesh.")
+            if before != after and name != "data.directory" and not name.startswith("mesh.")
         ]
         if differing:
             raise ConfigError(f"{workdir} holds a run of another config ({'; '.join(differing)}): set another --workdir")
+
+
+def write_config(workdir: Path, config: RunConfig) -> None:
+    """Writes the run's config.json, whole or not at all."""
+    path = workdir / CONFIG_FILE
     temporary = path.with_suffix(".partial")
     temporary.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
     os.replace(temporary, path)
@@ -52,7 +56,7 @@ def read_config(workdir: Path) -> RunConfig:
         return RunConfig.from_config_dict(json.loads(path.read_text()))
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist: set --workdir to the directory of a run") from None
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not JSON ({error}): restore it, or set another --workdir") from None
 
 

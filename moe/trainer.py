@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import signal
 import threading
 import time
@@ -18,7 +19,7 @@ from moe.data.loader import evaluation_batches, make_loader
 from moe.data.prepare import PreparedRows, prepare
 from moe.scaling.flops import training_flops_per_token
 from moe.scaling.hardware import peak_flops
-from moe.tracking import MetricWriter, claim_workdir, read_config, read_metrics, write_environment
+from moe.tracking import MetricWriter, check_workdir, read_config, read_metrics, write_config, write_environment
 from moe.train_step import Program, TrainState, make_program
 
 Record = Callable[[int, Mapping[str, Any]], None]  # (step, metrics by name)
@@ -37,10 +38,10 @@ def fit(config: RunConfig, workdir: Path, devices: list[jax.Device] | None = Non
 
     Raises ConfigError for a workdir of another config, Interrupted on SIGINT or SIGTERM once the state is saved, and Diverged.
     """
-    claim_workdir(workdir, config)
+    check_workdir(workdir, config)
+    program = make_program(config, devices)
     train_rows = prepare(config.data, config.data.train_split)
     validation_rows = prepare(config.data, config.data.validation_split)
-    program = make_program(config, devices)
     with contextlib.ExitStack() as stack:
         interrupted = stack.enter_context(catch_signals())
         checkpoints = stack.enter_context(checkpoint.open_checkpoints(workdir, config))
@@ -80,6 +81,7 @@ def open_records(workdir: Path, config: RunConfig, step: int) -> Iterator[Record
     if jax.process_index() > 0:
         yield lambda step, metrics: None
         return
+    write_config(workdir, config)
     write_environment(workdir)
     with MetricWriter(workdir, config.tracking, step) as writer:
         yield writer.write
@@ -88,15 +90,17 @@ def open_records(workdir: Path, config: RunConfig, step: int) -> Iterator[Record
 def load_run(workdir: Path, step: int | None = None) -> tuple[RunConfig, Program, Any, int]:
     """The config, program, parameters and step of a run's checkpoint (the latest, by default), on this machine's devices.
 
-    Parameters are split over all devices by fsdp, however the run was laid out. Raises ConfigError where there is no such run or step.
+    Parameters are split over as many devices as divide them, however the run was laid out. Raises ConfigError where there is no
+    such run or step.
     """
     config = read_config(workdir)
     devices = jax.device_count()
+    mesh = MeshConfig(data=-1, fsdp=math.gcd(config.model.model_dim, devices))
     rows = -(-config.train.batch_size // devices) * devices
     train = dataclasses.replace(config.train, batch_size=rows, accumulation=1)
-    config = dataclasses.replace(config, mesh=MeshConfig(data=1, fsdp=-1), train=train)
+    config = dataclasses.replace(config, mesh=mesh, train=train)
     program = make_program(config)
-    with checkpoint.open_checkpoints(workdir, config) as checkpoints:
+    with checkpoint.read_checkpoints(workdir) as checkpoints:
         params = checkpoint.restore_params(checkpoints, program.abstract_state, step)
         return config, program, params, checkpoints.latest_step() if step is None else step
 
@@ -125,9 +129,9 @@ def evaluate(config: RunConfig, program: Program, params: Any, rows: PreparedRow
 
 
 def last_validation(workdir: Path) -> dict[str, float]:
-    """The newest validation metrics of a run that has evaluated at least once."""
+    """The newest validation metrics of a run; none where its metrics.jsonl has none."""
     lines = [line for line in read_metrics(workdir) if "validation/loss" in line]
-    return {name: value for name, value in lines[-1].items() if name.startswith("validation/")}
+    return {name: value for line in lines[-1:] for name, value in line.items() if name.startswith("validation/")}
 
 
 @contextlib.contextmanager

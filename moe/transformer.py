@@ -113,10 +113,10 @@ class Transformer(nn.Module):
     def unembed(self, hidden_BTD: jax.Array) -> jax.Array:
         """Logits [B, T, V] in float32."""
         if self.config.tied_embeddings:
-            logits_BTV = einsum("BTD,VD->BTV", hidden_BTD, self.embedding_VD)
+            logits_BTV = einsum("BTD,VD->BTV", hidden_BTD, self.embedding_VD, jnp.float32)
         else:
-            logits_BTV = einsum("BTD,DV->BTV", hidden_BTD, self.unembedding_DV)
-        return constrain(logits_BTV.astype(jnp.float32), "BTV")
+            logits_BTV = einsum("BTD,DV->BTV", hidden_BTD, self.unembedding_DV, jnp.float32)
+        return constrain(logits_BTV, "BTV")
 
     def init_cache(self, batch_size: int, length: int) -> Any:
         """An empty key/value cache for rows of at most `length` tokens."""

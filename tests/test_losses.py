@@ -38,6 +38,18 @@ def test_chunks_equal_the_plain_formula(chunk):
         np.testing.assert_allclose(gradient, wanted, rtol=1e-5, atol=1e-6)
 
 
+def test_chunks_are_as_equal_as_can_be():
+    seen = []
+
+    def unembed(hidden):
+        seen.append(hidden.shape[1])
+        return hidden @ weight
+
+    hidden, weight, targets, mask = inputs(length=513, dtype=np.float32)
+    losses.cross_entropy_sum(hidden, unembed, targets, mask, chunk=512)
+    assert set(seen) == {257}
+
+
 def test_hand_worked_loss():
     # Logits (ln 1, ln 3): target 0 has probability 1/4, target 1 has 3/4; the third position is masked.
     logits = jnp.log(jnp.array([[[1.0, 3.0], [1.0, 3.0], [1.0, 3.0]]]))

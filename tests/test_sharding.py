@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe import sharding
@@ -40,6 +41,18 @@ def test_a_parameter_that_cannot_be_split_is_refused():
 def test_constrain_without_a_mesh_does_nothing():
     x = jnp.ones((3, 5))
     assert sharding.constrain(x, "BT") is x
+
+
+def test_a_mesh_with_other_axes_is_left_alone():
+    devices = np.array(jax.devices())
+    x = jnp.ones((8, 4, 2))
+    with jax.set_mesh(Mesh(devices, ("batch",), axis_types=(AxisType.Auto,))):
+        assert sharding.constrain(x, "BTD") is x
+    mesh = Mesh(devices.reshape(4, 2), ("data", "other"), axis_types=(AxisType.Auto,) * 2)
+    with jax.set_mesh(mesh):
+        split = jax.device_put(x, NamedSharding(mesh, P("data", "other")))
+        kept = jax.jit(lambda x: sharding.constrain(x, "BTD"))(split)
+    assert kept.sharding.is_equivalent_to(split.sharding, 3)
 
 
 def test_the_mesh_refuses_what_does_not_fit_the_devices():

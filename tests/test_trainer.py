@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import threading
 
@@ -140,6 +141,25 @@ def test_the_first_process_alone_writes(config, uninterrupted, tmp_path, monkeyp
     with trainer.open_records(tmp_path, config, 0) as record:
         record(1, {"train/loss": 1.0})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_refused_config_leaves_its_workdir_free(config, tmp_path):
+    wrong = dataclasses.replace(config, data=dataclasses.replace(config.data, train_split="trian"))
+    with pytest.raises(ConfigError, match="'trian'"):
+        trainer.fit(wrong, tmp_path)
+    trainer.check_workdir(tmp_path, config)
+
+
+def test_a_damaged_checkpoint_is_named(config, uninterrupted, tmp_path):
+    workdir = tmp_path / "copy"
+    shutil.copytree(uninterrupted, workdir)
+    shutil.rmtree(workdir / "checkpoints" / "8" / "about")
+    with pytest.raises(ConfigError, match=r"checkpoints/8 is damaged: delete it"):
+        trainer.load_run(workdir)
+    shutil.rmtree(workdir / "checkpoints")
+    with pytest.raises(ConfigError, match="checkpoints does not exist"):
+        trainer.load_run(workdir)
+    assert not (workdir / "checkpoints").exists()
 
 
 def test_checkpoints_kept(config, tmp_path):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from moe.config import ModelConfig
+from moe.layers import einsum
 from moe.parameters import declarations, is_declared, unbox
 from moe.transformer import Transformer
 
@@ -148,6 +149,20 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters():
     got = logits(config, variables, {"tokens": tokens()})
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, logits(SMALL, variables, {"tokens": tokens()}), atol=0.15)
+
+
+def test_logits_are_not_rounded_to_the_compute_dtype():
+    config = dataclasses.replace(SMALL, compute_dtype="bfloat16")
+    got = logits(config, init(config), {"tokens": tokens()})
+    assert np.mean(got == got.astype(jnp.bfloat16)) < 0.1
+
+
+def test_the_weight_gradient_is_summed_in_float32():
+    x, w = jnp.ones((1, 4096, 1), jnp.bfloat16), jnp.ones((1, 1))
+    gradient = jax.grad(lambda w: jnp.sum(einsum("BTD,DF->BTF", x, w).astype(jnp.float32)))(w)
+    assert gradient.dtype == jnp.float32 and gradient[0, 0] == 4096
+    odd = jax.grad(lambda w: jnp.sum(einsum("BTD,DF->BTF", x[:, :4095], w).astype(jnp.float32)))(w)
+    assert odd[0, 0] == 4095  # which bfloat16 cannot hold
 
 
 def test_declarations_match_the_parameters():

@@ -150,6 +150,7 @@ def test_bad_input_is_answered_in_one_line_and_two_seconds(tmp_path):
         ("train", "--config=configs/dense_tiny.py", "--workdir=x", "--config.model.vocab_size=100"): "vocab_size",
         ("train", "--config=configs/dense_tiny.py", "--workdir=x", "--config.train.step=1"): "config.train.steps",
         ("train", "--config=configs/dense_tiny.py", "--workdir=x", "--config.mesh.fsdp=3"): "mesh",
+        ("train", "--config=configs/dense_tiny.py", "--workdir="): "workdir",
         ("summary", "--config=configs/none.py"): "configs/none.py",
         ("report", f"--workdir={tmp_path}"): str(tmp_path),
     }
@@ -165,6 +166,9 @@ def test_bad_input_is_answered_in_one_line_and_two_seconds(tmp_path):
         ("train", "--config=configs/dense_tiny.py", f"--workdir={tmp_path}/new", "--config.data.dataset=no_such_data"),
         ("evaluate", f"--workdir={tmp_path}"),
         ("generate", f"--workdir={tmp_path}", "--temperature=-1"),
+        ("generate", f"--workdir={tmp_path}", "--seed=-1"),
+        ("generate", f"--workdir={tmp_path}", b"--prompt=\xff"),
+        ("train", "--config=configs/dense_tiny.py", f"--workdir={tmp_path}/new", "--config.data.directory=/proc/no"),
     ]:
         done = subprocess.run([sys.executable, "-m", f"launch.{command}", *flags], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done
