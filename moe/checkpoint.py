@@ -25,7 +25,7 @@ def read_checkpoints(workdir: Path) -> ocp.CheckpointManager:
     """The run's checkpoints, to be read alone: nothing is made or deleted. Raises ConfigError where there are none."""
     if not (workdir / "checkpoints").is_dir():
         raise ConfigError(f"{workdir / 'checkpoints'} does not exist: set --workdir to a run that has saved one")
-    return _manager(workdir, ocp.CheckpointManagerOptions(read_only=True, create=False))
+    return _manager(workdir, ocp.CheckpointManagerOptions(create=False))
 
 
 def _manager(workdir: Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
