@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from moe.config import RunConfig, check_layout
-from moe.parameters import Declared, is_declared
+from moe.parameters import is_declared
 
 AXES = ("data", "fsdp", "expert", "context", "tensor")
 
@@ -99,6 +99,3 @@ def global_batch(rows: dict[str, np.ndarray], mesh: Mesh, batch_size: int) -> di
         )
 
     return jax.tree.map(join, rows)
-
-
-__all__ = ["AXES", "RULES", "Declared", "constrain", "global_batch", "host_rows", "make_mesh", "shardings", "spec"]
