@@ -34,8 +34,7 @@ def load_maps(lines: RouterLines, model: ModelConfig) -> list[LoadMap]:
     """
     if not lines:
         return []
-    kinds = [kind for kinds, repeats in model.layer_groups for kind in kinds * repeats]
-    numbers = [number for number, kind in enumerate(kinds) if kind == "moe"]
+    numbers = model.sparse_layers
     chosen = np.linspace(0, len(numbers) - 1, min(len(numbers), MAX_LAYERS)).round().astype(int)
     columns = min(len(lines), MAX_COLUMNS)
     ends = np.array([block[-1] for block in np.array_split([step for step, _ in lines], columns)])

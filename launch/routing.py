@@ -97,12 +97,6 @@ def vocabulary_specialisation(choices_LVE: np.ndarray, tokens_V: np.ndarray) -> 
     return largest_LV / np.maximum(tokens_V, 1), largest_LV.sum(axis=-1) / max(tokens_V.sum(), 1)
 
 
-def sparse_layers(config: RunConfig) -> list[int]:
-    """The numbers of the layers that have experts, among all layers."""
-    kinds = [kind for kinds, repeats in config.model.layer_groups for kind in kinds * repeats]
-    return [number for number, kind in enumerate(kinds) if kind == "moe"]
-
-
 def routing(workdir: Path, step: int | None = None, compare_step: int | None = None, batches: int = 50) -> Path:
     """Writes <workdir>/routing/ for a checkpoint (the latest), and returns the path of its page, routing.md.
 
@@ -202,7 +196,7 @@ def summarise(config: RunConfig, step: int, counts: Counts, classes: dict[str, n
         "tokens": int(tokens_V.sum()),
         "num_experts": moe.num_experts,
         "experts_per_token": moe.experts_per_token,
-        "layers": sparse_layers(config),
+        "layers": config.model.sparse_layers,
         "load": rounded(class_shares(counts["choices"], [np.arange(len(tokens_V))])[:, 0]),
         "classes": {
             name: {"tokens": int(tokens_V[ids].sum()), "share": rounded(shares_LCE[:, index])}

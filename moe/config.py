@@ -155,6 +155,12 @@ class ModelConfig:
         groups = ((("dense",), first), (("dense",) * (period - 1) + ("moe",), repeats), (("dense",), rest))
         return tuple(group for group in groups if group[1])
 
+    @property
+    def sparse_layers(self) -> list[int]:
+        """The numbers of the layers that have experts, among all layers, from 0."""
+        kinds = [kind for kinds, repeats in self.layer_groups for kind in kinds * repeats]
+        return [number for number, kind in enumerate(kinds) if kind == "moe"]
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:

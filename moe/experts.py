@@ -85,9 +85,9 @@ def dropless_dispatch(experts_NA: jax.Array, weights_NA: jax.Array, num_experts:
     """Rows sorted by expert, each expert's padded to blocks of `block` rows: as many rows as it takes, whoever chose what."""
     block = block or block_rows(experts_NA.size, num_experts)
     size = -(-(experts_NA.size + min(num_experts, experts_NA.size) * (block - 1)) // block) * block
-    loads_E = jnp.sum(experts_NA[..., None] == jnp.arange(num_experts), axis=(0, 1))
-    ends_E = jnp.cumsum(-(-loads_E // block) * block)
-    arranged = _arrange(experts_NA, ends_E - (-(-loads_E // block) * block), size)
+    padded_E = -(-_loads(experts_NA, num_experts) // block) * block
+    ends_E = jnp.cumsum(padded_E)
+    arranged = _arrange(experts_NA, ends_E - padded_E, size)
     blocks_M = jnp.searchsorted(ends_E, jnp.arange(0, size, block), side="right").astype(jnp.int32)
     return Dispatch(lambda x_ND: _send(x_ND, arranged), lambda rows_ID: _receive(rows_ID, weights_NA, arranged), blocks_M)
 
@@ -95,6 +95,11 @@ def dropless_dispatch(experts_NA: jax.Array, weights_NA: jax.Array, num_experts:
 def block_rows(num_assignments: int, num_experts: int) -> int:
     """Rows of a block: a power of two about a quarter of an expert's mean load, between 8 and 128."""
     return min(128, max(8, 2 ** round(math.log2(max(1, num_assignments / num_experts / 4)))))
+
+
+def _loads(experts_NA: jax.Array, num_experts: int) -> jax.Array:
+    """Assignments of each expert, [E]."""
+    return jnp.sum(experts_NA[..., None] == jnp.arange(num_experts), axis=(0, 1))
 
 
 def _arrange(experts_NA: jax.Array, starts_E: jax.Array, size: int) -> Arrangement:
@@ -230,12 +235,12 @@ def _run_ragged(
     config: MoEConfig, x_ND: jax.Array, experts_NA: jax.Array, weights_NA: jax.Array, run: expert_parallel.RunExperts
 ) -> tuple[jax.Array, jax.Array]:
     """The ragged exchange: each token's weighted sum, [N, D], and how many of its assignments found no room, [N]."""
-    dispatch = dropless_dispatch(experts_NA, weights_NA, config.num_experts, block=1)
-    loads_E = jnp.sum(experts_NA[..., None] == jnp.arange(config.num_experts), axis=(0, 1))
+    loads_E = _loads(experts_NA, config.num_experts)
+    arranged = _arrange(experts_NA, jnp.cumsum(loads_E) - loads_E, experts_NA.size)
     room = math.ceil(experts_NA.size * config.receive_factor)
-    rows_RD, lost_R = expert_parallel.ragged_exchange(dispatch.send(x_ND), loads_E, room, run)
-    count = dropless_dispatch(experts_NA, jnp.ones_like(weights_NA), config.num_experts, block=1).receive
-    return dispatch.receive(rows_RD), count(lost_R[:, None].astype(jnp.float32))[:, 0]
+    rows_RD, lost_R = expert_parallel.ragged_exchange(_send(x_ND, arranged), loads_E, room, run)
+    lost_NA = _take_slots(lost_R[:, None], arranged)[..., 0]
+    return _receive(rows_RD, weights_NA, arranged), jnp.sum(lost_NA, axis=1, dtype=jnp.float32)
 
 
 class MoE(nn.Module):

@@ -56,14 +56,15 @@ def metrics(sums: Sums) -> dict[str, Any]:
     log E, so 1 where it is even; load_variation, standard deviation / mean; dead_experts, the number without any. Of tokens: means of
     the losses, the logits' norm, the entropy of the router's distribution (nats) and the margin of its two largest probabilities.
     """
-    values: dict[str, Any] = {"loss": sums["cross_entropy"] / jnp.maximum(sums["targets"], 1.0)}
-    if not sums["router"]:
-        return values
-    router = sums["router"]
+    loss, router = sums["cross_entropy"] / jnp.maximum(sums["targets"], 1.0), sums["router"]
+    if not router:
+        return {"loss": loss}
     assignments_L = jnp.maximum(jnp.sum(router["load"], axis=-1), 1.0)
     load_LE = router["load"] / assignments_L[:, None]
     num_experts = load_LE.shape[-1]
-    values["router"] = {
+    tokens_L = jnp.maximum(router["tokens"], 1.0)
+    means = {"balance_loss": "balance", "z_loss": "z", "logit_norm": "logit_norm", "router_entropy": "entropy", "top1_margin": "margin"}
+    statistics = {
         "load": load_LE,
         "max_vio": jnp.max(load_LE, axis=-1) * num_experts - 1,
         "load_entropy": jnp.sum(jax.scipy.special.entr(load_LE), axis=-1) / math.log(max(num_experts, 2)),
@@ -71,9 +72,7 @@ def metrics(sums: Sums) -> dict[str, Any]:
         "dead_experts": jnp.sum(load_LE == 0, axis=-1, dtype=jnp.float32),
         "dropped_fraction": router["dropped"] / assignments_L,
     }
-    means = {"balance_loss": "balance", "z_loss": "z", "logit_norm": "logit_norm", "router_entropy": "entropy", "top1_margin": "margin"}
-    tokens_L = jnp.maximum(router["tokens"], 1.0)
-    return values | {"router": values["router"] | {name: router[sum_name] / tokens_L for name, sum_name in means.items()}}
+    return {"loss": loss, "router": statistics | {name: router[sum_name] / tokens_L for name, sum_name in means.items()}}
 
 
 def cross_entropy_sum(

@@ -19,7 +19,6 @@ from launch.routing import (
     draw,
     earlier_checkpoints,
     routing,
-    sparse_layers,
     tables,
     token_classes,
     vocabulary_specialisation,
@@ -91,8 +90,7 @@ def test_every_id_is_in_one_class():
 
 def test_sparse_layers_keep_their_numbers_among_dense_ones():
     sparse = MoEConfig(num_experts=4, first_dense_layers=1, layer_period=2)
-    config = RunConfig(model=ModelConfig(num_layers=6, moe=sparse))
-    assert sparse_layers(config) == [2, 4]
+    assert ModelConfig(num_layers=6, moe=sparse).sparse_layers == [2, 4]
 
 
 @pytest.fixture(scope="module")
