@@ -1,7 +1,8 @@
 """The sparse feed-forward part: a router, and experts that each see only the rows dispatched to them.
 
 A `Dispatch` is two pure functions: `send` copies tokens to rows in the experts' order, `receive` adds up what the experts made of them.
-Each is the other's transpose, and both are gathers, forward and backward.
+Each is the other's transpose, and both are gathers, forward and backward. `dropless` does the whole at once, and sends no rows: its kernel
+gathers them where it needs them.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ from flax import struct
 
 from moe import expert_parallel, routing
 from moe.config import MoEConfig
-from moe.kernels.grouped_matmul import grouped_matmul, grouped_weight_gradient
+from moe.kernels.grouped_matmul import grouped_swiglu, grouped_swiglu_backward
 from moe.layers import FeedForward, einsum, swiglu
 from moe.parameters import parameter
 from moe.sharding import constrain, per_shard
@@ -47,9 +48,8 @@ class Tokens:
 class Dispatch(NamedTuple):
     """Rows in the experts' order, of N tokens."""
 
-    send: Callable[[jax.Array], jax.Array]  # [N, D] to rows: [E, C, D], or [I, D] in blocks
+    send: Callable[[jax.Array], jax.Array]  # [N, D] to rows [E, C, D]
     receive: Callable[[jax.Array], jax.Array]  # rows to [N, D]: each token's weighted sum
-    blocks_M: jax.Array | None  # the expert of each block of rows; None where rows are [E, C, D]
 
 
 class Arrangement(NamedTuple):
@@ -67,7 +67,7 @@ def dense_dispatch(experts_NA: jax.Array, weights_NA: jax.Array, num_experts: in
     def receive(rows_END: jax.Array) -> jax.Array:
         return jnp.einsum("end,ne->nd", rows_END.astype(jnp.float32), weights_NE).astype(rows_END.dtype)
 
-    return Dispatch(lambda x_ND: jnp.broadcast_to(x_ND, (num_experts, *x_ND.shape)), receive, None)
+    return Dispatch(lambda x_ND: jnp.broadcast_to(x_ND, (num_experts, *x_ND.shape)), receive)
 
 
 def capacity_dispatch(experts_NA: jax.Array, weights_NA: jax.Array, num_experts: int, capacity: int) -> Dispatch:
@@ -77,24 +77,7 @@ def capacity_dispatch(experts_NA: jax.Array, weights_NA: jax.Array, num_experts:
     return Dispatch(
         lambda x_ND: _send(x_ND, arranged).reshape(num_experts, capacity, -1),
         lambda rows_ECD: _receive(rows_ECD.reshape(num_experts * capacity, -1), weights_NA, arranged),
-        None,
     )
-
-
-def dropless_dispatch(experts_NA: jax.Array, weights_NA: jax.Array, num_experts: int, block: int = 0) -> Dispatch:
-    """Rows sorted by expert, each expert's padded to blocks of `block` rows: as many rows as it takes, whoever chose what."""
-    block = block or block_rows(experts_NA.size, num_experts)
-    size = -(-(experts_NA.size + min(num_experts, experts_NA.size) * (block - 1)) // block) * block
-    padded_E = -(-_loads(experts_NA, num_experts) // block) * block
-    ends_E = jnp.cumsum(padded_E)
-    arranged = _arrange(experts_NA, ends_E - padded_E, size)
-    blocks_M = jnp.searchsorted(ends_E, jnp.arange(0, size, block), side="right").astype(jnp.int32)
-    return Dispatch(lambda x_ND: _send(x_ND, arranged), lambda rows_ID: _receive(rows_ID, weights_NA, arranged), blocks_M)
-
-
-def block_rows(num_assignments: int, num_experts: int) -> int:
-    """Rows of a block: a power of two about a quarter of an expert's mean load, between 8 and 128."""
-    return min(128, max(8, 2 ** round(math.log2(max(1, num_assignments / num_experts / 4)))))
 
 
 def _loads(experts_NA: jax.Array, num_experts: int) -> jax.Array:
@@ -122,7 +105,7 @@ def _send(x_ND: jax.Array, arranged: Arrangement) -> jax.Array:
 
 
 def _send_backward(arranged: Arrangement, g_ID: jax.Array) -> tuple[jax.Array, None]:
-    return jnp.sum(_take_slots(g_ID, arranged), axis=1, dtype=jnp.float32).astype(g_ID.dtype), None
+    return _add_up(g_ID, jnp.ones(arranged.slots_NA.shape), arranged), None
 
 
 _send.defvjp(lambda x, arranged: (_send(x, arranged), arranged), _send_backward)
@@ -131,68 +114,125 @@ _send.defvjp(lambda x, arranged: (_send(x, arranged), arranged), _send_backward)
 @jax.custom_vjp
 def _receive(rows_ID: jax.Array, weights_NA: jax.Array, arranged: Arrangement) -> jax.Array:
     """Each token's rows times their weights, added up in float32: [N, D]."""
-    rows_NAD = _take_slots(rows_ID, arranged)
-    return jnp.einsum("nad,na->nd", rows_NAD, weights_NA, preferred_element_type=jnp.float32).astype(rows_ID.dtype)
+    return _add_up(rows_ID, weights_NA, arranged)
 
 
 def _receive_backward(residuals: tuple[Any, ...], g_ND: jax.Array) -> tuple[jax.Array, jax.Array, None]:
     rows_ID, weights_NA, arranged = residuals
-    weights_I = weights_NA.reshape(-1).at[arranged.sources_I].get(mode="fill", fill_value=0)
-    gradient_rows = (_send(g_ND, arranged) * weights_I[:, None]).astype(rows_ID.dtype)
-    gradient_weights = jnp.einsum("nad,nd->na", _take_slots(rows_ID, arranged), g_ND, preferred_element_type=jnp.float32)
-    return gradient_rows, gradient_weights, None
+    gradient_rows = (_send(g_ND, arranged) * _of_slots(weights_NA, arranged)[:, None]).astype(rows_ID.dtype)
+    gradient_weights_I = jnp.sum(rows_ID * _send(g_ND, arranged), axis=1, dtype=jnp.float32)
+    return gradient_rows, _of_assignments(gradient_weights_I, arranged), None
 
 
 _receive.defvjp(lambda rows, weights, arranged: (_receive(rows, weights, arranged), (rows, weights, arranged)), _receive_backward)
 
 
-def _take_slots(rows_ID: jax.Array, arranged: Arrangement) -> jax.Array:
-    """Each assignment's row, [N, A, D]; zeros where it has no slot."""
-    return rows_ID.at[arranged.slots_NA].get(mode="fill", fill_value=0)
+def _add_up(rows_ID: jax.Array, weights_NA: jax.Array, arranged: Arrangement) -> jax.Array:
+    weights_NA = jnp.where(arranged.slots_NA < rows_ID.shape[0], weights_NA, 0.0)
+    # A gathers, which XLA fuses with the sum; one gather of all [N, A, D] takes four times as long on a CPU.
+    rows_of_choices = (rows_ID.at[slots_N].get(mode="clip") for slots_N in arranged.slots_NA.T)
+    return sum(rows * weights_N[:, None] for rows, weights_N in zip(rows_of_choices, weights_NA.T, strict=True)).astype(rows_ID.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def expert_matmul(rows: jax.Array, w: jax.Array, blocks_M: jax.Array | None, fsdp_dim: int) -> jax.Array:
-    """The door that every expert's matmul goes through: rows [E, C, K] or [I, K] (in blocks) times each expert's own [K, N].
+def _of_slots(values_NA: jax.Array, arranged: Arrangement) -> jax.Array:
+    """The value of each slot's assignment, [I]; 0 where a slot has none."""
+    return values_NA.reshape(-1).at[arranged.sources_I].get(mode="fill", fill_value=0)
+
+
+def _of_assignments(values_I: jax.Array, arranged: Arrangement) -> jax.Array:
+    """The value of each assignment's slot, [N, A]; 0 where it has none."""
+    return values_I.at[arranged.slots_NA].get(mode="fill", fill_value=0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def expert_matmul(rows_ECK: jax.Array, w_EKN: jax.Array, fsdp_dim: int) -> jax.Array:
+    """Each expert's rows times its own weight, [E, C, N]: the door of the experts' matmuls on rows in equal numbers.
 
     The weight is this device's shard, split over fsdp along `fsdp_dim`: gathered in the rows' dtype, again in the backward pass, and its
     gradient is summed in float32.
     """
-    return _multiply(rows, expert_parallel.gather_weight(w, rows.dtype, fsdp_dim), blocks_M, False)
+    return jnp.einsum("eck,ekn->ecn", rows_ECK, expert_parallel.gather_weight(w_EKN, rows_ECK.dtype, fsdp_dim))
 
 
-def _multiply(rows: jax.Array, w: jax.Array, blocks_M: jax.Array | None, transpose_w: bool) -> jax.Array:
-    if blocks_M is not None:
-        return grouped_matmul(rows, w, blocks_M, transpose_w)
-    return jnp.einsum("ecn,ekn->eck" if transpose_w else "eck,ekn->ecn", rows, w)
+def _expert_matmul_backward(fsdp_dim: int, residuals: tuple[jax.Array, jax.Array], g_ECN: jax.Array) -> tuple[jax.Array, jax.Array]:
+    rows_ECK, w_EKN = residuals
+    gradient_rows = jnp.einsum("ecn,ekn->eck", g_ECN, expert_parallel.gather_weight(w_EKN, rows_ECK.dtype, fsdp_dim))
+    gradient_w = jnp.einsum("eck,ecn->ekn", rows_ECK, g_ECN, preferred_element_type=jnp.float32)
+    return gradient_rows, expert_parallel.scatter_gradient(gradient_w, fsdp_dim).astype(w_EKN.dtype)
 
 
-def _expert_matmul_backward(fsdp_dim: int, residuals: tuple[Any, ...], g: jax.Array) -> tuple[jax.Array, jax.Array, None]:
-    rows, w, blocks_M = residuals
-    gradient_rows = _multiply(g, expert_parallel.gather_weight(w, rows.dtype, fsdp_dim), blocks_M, True)
-    if blocks_M is None:
-        gradient_w = jnp.einsum("eck,ecn->ekn", rows, g, preferred_element_type=jnp.float32)
-    else:
-        gradient_w = grouped_weight_gradient(rows, g, blocks_M, w.shape[0])
-    return gradient_rows, expert_parallel.scatter_gradient(gradient_w, fsdp_dim).astype(w.dtype), None
+expert_matmul.defvjp(lambda rows, w, fsdp_dim: (expert_matmul(rows, w, fsdp_dim), (rows, w)), _expert_matmul_backward)
 
 
-expert_matmul.defvjp(
-    lambda rows, w, blocks_M, fsdp_dim: (expert_matmul(rows, w, blocks_M, fsdp_dim), (rows, w, blocks_M)), _expert_matmul_backward
-)
+FSDP_DIMS = (1, 1, 2)  # of gate, up and down: the dimension that fsdp splits
 
 
 class Weights(NamedTuple):
-    """The experts' SwiGLU weights: `(silu(x gate) * x up) down`, each expert's own."""
+    """The experts' SwiGLU weights: `(silu(x gate) * x up) down`, each expert's own; this device's shards."""
 
     gate_EDF: jax.Array
     up_EDF: jax.Array
     down_EFD: jax.Array
 
-    def __call__(self, rows: jax.Array, blocks_M: jax.Array | None) -> jax.Array:
+    def __call__(self, rows_ECD: jax.Array) -> jax.Array:
         """Each expert's output on its rows; over the tensor axis, this device's part of the sum."""
-        hidden = swiglu(expert_matmul(rows, self.gate_EDF, blocks_M, 1), expert_matmul(rows, self.up_EDF, blocks_M, 1))
-        return expert_matmul(hidden, self.down_EFD, blocks_M, 2)
+        return expert_matmul(swiglu(expert_matmul(rows_ECD, self.gate_EDF, 1), expert_matmul(rows_ECD, self.up_EDF, 1)), self.down_EFD, 2)
+
+    def gather(self, dtype: jnp.dtype) -> list[jax.Array]:
+        """The three in `dtype`, whole along the dimensions that fsdp splits."""
+        return [expert_parallel.gather_weight(w, dtype, dim) for w, dim in zip(self, FSDP_DIMS, strict=True)]
+
+
+def dropless(x_ND: jax.Array, experts_NA: jax.Array, weights_NA: jax.Array, weights: Weights, block: int = 0) -> jax.Array:
+    """Each token's weighted sum of its experts' outputs, [N, D]: as many rows as it takes, whoever chose what.
+
+    Rows are sorted by expert, each expert's padded to blocks of `block` rows.
+    """
+    num_experts = weights.gate_EDF.shape[0]
+    block = block or block_rows(experts_NA.size, num_experts)
+    size = -(-(experts_NA.size + min(num_experts, experts_NA.size) * (block - 1)) // block) * block
+    padded_E = -(-_loads(experts_NA, num_experts) // block) * block
+    ends_E = jnp.cumsum(padded_E)
+    blocks_M = jnp.searchsorted(ends_E, jnp.arange(0, size, block), side="right").astype(jnp.int32)
+    return _dropless(x_ND, weights_NA, weights, _arrange(experts_NA, ends_E - padded_E, size), blocks_M)
+
+
+def block_rows(num_assignments: int, num_experts: int) -> int:
+    """Rows of a block: a power of two about a sixteenth of an expert's mean load, between 8 and 64."""
+    return min(64, max(8, 2 ** round(math.log2(max(1, num_assignments / num_experts / 16)))))
+
+
+@jax.custom_vjp
+def _dropless(x_ND: jax.Array, weights_NA: jax.Array, weights: Weights, arranged: Arrangement, blocks_M: jax.Array) -> jax.Array:
+    return _dropless_forward(x_ND, weights_NA, weights, arranged, blocks_M)[0]
+
+
+def _dropless_forward(
+    x_ND: jax.Array, weights_NA: jax.Array, weights: Weights, arranged: Arrangement, blocks_M: jax.Array
+) -> tuple[jax.Array, tuple[Any, ...]]:
+    tokens_I = arranged.sources_I // weights_NA.shape[1]
+    rows_ID, inner = grouped_swiglu(x_ND, *weights.gather(x_ND.dtype), tokens_I, blocks_M)
+    return _receive(rows_ID, weights_NA, arranged), (x_ND, weights_NA, weights, arranged, blocks_M, inner)
+
+
+def _dropless_backward(residuals: tuple[Any, ...], g_ND: jax.Array) -> tuple[jax.Array, jax.Array, Weights, None, None]:
+    x_ND, weights_NA, weights, arranged, blocks_M, inner = residuals
+    tokens_I = arranged.sources_I // weights_NA.shape[1]
+    rows_ID, *gradients, gradient_weights_I = grouped_swiglu_backward(
+        x_ND, *weights.gather(x_ND.dtype), tokens_I, blocks_M, inner, _of_slots(weights_NA, arranged), g_ND
+    )
+    shards = [expert_parallel.scatter_gradient(g, dim) for g, dim in zip(gradients, FSDP_DIMS, strict=True)]
+    gradient_x = _add_up(rows_ID, jnp.ones_like(weights_NA), arranged)
+    return (
+        gradient_x,
+        _of_assignments(gradient_weights_I, arranged),
+        Weights(*(g.astype(w.dtype) for g, w in zip(shards, weights, strict=True))),
+        None,
+        None,
+    )
+
+
+_dropless.defvjp(_dropless_forward, _dropless_backward)
 
 
 def run_experts(
@@ -208,14 +248,14 @@ def run_experts(
     rows_per_expert, dropped_BT = batch * min(capacity, length), jnp.zeros((batch, length))
 
     def run(x_ND: jax.Array, experts_NA: jax.Array, weights_NA: jax.Array) -> jax.Array:
+        if config.dispatch == "dropless":
+            return dropless(x_ND, experts_NA, weights_NA, experts)
         arguments = (experts_NA, weights_NA, experts.gate_EDF.shape[0])
         if config.dispatch == "dense":
             dispatch = dense_dispatch(*arguments)
-        elif config.dispatch == "capacity":
-            dispatch = capacity_dispatch(*arguments, rows_per_expert * x_ND.shape[0] // (batch * length))
         else:
-            dispatch = dropless_dispatch(*arguments)
-        return dispatch.receive(experts(dispatch.send(x_ND), dispatch.blocks_M))
+            dispatch = capacity_dispatch(*arguments, rows_per_expert * x_ND.shape[0] // (batch * length))
+        return dispatch.receive(experts(dispatch.send(x_ND)))
 
     if expert_parallel.axis_size("expert") == 1:
         y_ND = run(x_ND, experts_NA, weights_NA)
@@ -224,7 +264,7 @@ def run_experts(
     elif config.exchange == "all_to_all":
         dispatch = capacity_dispatch(experts_NA, weights_NA, config.num_experts, rows_per_expert)
         rows_ECD = expert_parallel.all_to_all(dispatch.send(x_ND))
-        y_ND = dispatch.receive(expert_parallel.all_to_all_back(experts(rows_ECD, None)))
+        y_ND = dispatch.receive(expert_parallel.all_to_all_back(experts(rows_ECD)))
     else:
         y_ND, dropped_N = _run_ragged(config, x_ND, experts_NA, weights_NA, run)
         dropped_BT = dropped_N.reshape(batch, length)
@@ -239,8 +279,7 @@ def _run_ragged(
     arranged = _arrange(experts_NA, jnp.cumsum(loads_E) - loads_E, experts_NA.size)
     room = math.ceil(experts_NA.size * config.receive_factor)
     rows_RD, lost_R = expert_parallel.ragged_exchange(_send(x_ND, arranged), loads_E, room, run)
-    lost_NA = _take_slots(lost_R[:, None], arranged)[..., 0]
-    return _receive(rows_RD, weights_NA, arranged), jnp.sum(lost_NA, axis=1, dtype=jnp.float32)
+    return _receive(rows_RD, weights_NA, arranged), jnp.sum(_of_assignments(lost_R, arranged), axis=1, dtype=jnp.float32)
 
 
 class MoE(nn.Module):
