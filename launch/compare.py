@@ -35,7 +35,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from launch import command_line
-from launch.report import THEMES, Metrics, column, summarise
+from launch.report import THEMES, Metrics, column, style, summarise
 from moe.config import ConfigError, RunConfig
 from moe.scaling.flops import active_parameters, total_parameters, training_flops_per_token
 from moe.tracking import CONFIG_FILE, METRICS_FILE, check_workdir, read_metrics
@@ -48,19 +48,6 @@ LEGEND = (
     "Loss: mean ± standard error over the finished seeds. MaxVio, by how much the fullest expert of the worst layer exceeds an even share, "
     f"and dropped, the fraction of assignments: means over the last {LAST} logged steps. Tokens/s: median."
 )
-_STYLE = {
-    "axes.axisbelow": True,
-    "axes.edgecolor": THEMES["light"]["rule"],
-    "axes.grid": True,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
-    "font.size": 9.5,
-    "grid.color": THEMES["light"]["rule"],
-    "legend.frameon": False,
-    "text.color": THEMES["light"]["text"],
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +143,7 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
 def result(runs: list[Run]) -> dict[str, Any]:
     """What is known of one variant: counts, and statistics over its finished runs, None where there is nothing to take them of.
 
-    Losses are in nats per byte; the router's statistics are means over each run's last logged steps; tokens/s is a median of all.
+    Losses are in nats per token; the router's statistics are means over each run's last logged steps; tokens/s is a median of all.
     """
     model, length = runs[0].config.model, runs[0].config.data.sequence_length
     finished = {run.config.seed: read_metrics(run.workdir) for run in runs if run.finished}
@@ -182,7 +169,7 @@ def _average(average: Callable[[list[float]], float], runs: list[Metrics], name:
 
 def table(results: dict[str, dict[str, Any]]) -> str:
     """The results as a Markdown table, a dash where there is nothing yet."""
-    head = ("variant", "active parameters", "total parameters", "training FLOPs per token", "validation loss (nats per byte)")
+    head = ("variant", "active parameters", "total parameters", "training FLOPs per token", "validation loss (nats per token)")
     rows = [(*head, "seeds", "worst MaxVio", "dropped", "tokens/s"), ("---", *("---:",) * 8)]
     for variant, values in results.items():
         counts = (f"{values[name]:,.0f}" for name in ("active_parameters", "total_parameters", "training_flops_per_token"))
@@ -203,7 +190,7 @@ def draw(results: dict[str, dict[str, Any]], runs: list[Run], path: Path) -> Non
     from matplotlib.figure import Figure
 
     colours = {variant: f"C{number % 10}" for number, variant in enumerate(results)}
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(style(THEMES["light"])):
         figure = Figure(figsize=(11, 4), dpi=150, layout="constrained")
         losses, curves = figure.subplots(1, 2)
         _draw_losses(losses, results, colours)
@@ -212,7 +199,7 @@ def draw(results: dict[str, dict[str, Any]], runs: list[Run], path: Path) -> Non
 
 
 def _draw_losses(axes: "Axes", results: dict[str, dict[str, Any]], colours: dict[str, str]) -> None:
-    axes.set(title="Validation loss", xlabel="nats per byte: each seed, mean ± standard error")
+    axes.set(title="Validation loss", xlabel="nats per token: each seed, mean ± standard error")
     axes.set_yticks(range(len(results)), results, color=THEMES["light"]["text"])
     axes.set_ylim(len(results) - 0.5, -0.5)  # the first on top, and a place for those that have no loss yet
     for place, (variant, values) in enumerate(results.items()):
@@ -226,7 +213,7 @@ def _draw_losses(axes: "Axes", results: dict[str, dict[str, Any]], colours: dict
 def _draw_curves(axes: "Axes", runs: list[Run], colours: dict[str, str]) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-    axes.set(title="Training loss", xlabel="step", ylabel="nats per byte", yscale="log")
+    axes.set(title="Training loss", xlabel="step", ylabel="nats per token", yscale="log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

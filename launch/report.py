@@ -96,7 +96,7 @@ def draw(plot: Plot | LoadMap, metrics: Metrics, theme: str, path: Path) -> None
     from matplotlib.figure import Figure
 
     colours = THEMES[theme]
-    with matplotlib.rc_context(_style(colours)):
+    with matplotlib.rc_context(style(colours)):
         figure = Figure(figsize=(5.6, 3.3), dpi=200, layout="constrained")
         axes = figure.subplots()
         axes.set(title=plot.title, xlabel="step")
@@ -110,7 +110,8 @@ def draw(plot: Plot | LoadMap, metrics: Metrics, theme: str, path: Path) -> None
         figure.savefig(path)
 
 
-def _style(colours: Mapping[str, str]) -> dict[str, Any]:
+def style(colours: Mapping[str, str]) -> dict[str, Any]:
+    """Matplotlib's settings for a figure in the colours of a theme."""
     return {
         "figure.facecolor": colours["card"],
         "axes.facecolor": colours["card"],

@@ -359,17 +359,16 @@ def check_layout(config: RunConfig, mesh: MeshConfig) -> None:
             f"model.num_kv_heads={model.num_kv_heads} and mesh.tensor={mesh.tensor} do not divide each other: "
             f"set mesh.tensor to a divisor of {model.num_kv_heads}"
         )
-    for name, value, axis in (
-        ("num_heads", model.num_heads, "tensor"),
-        ("feed_forward_dim", model.feed_forward_dim, "tensor"),
-        ("vocab_size", model.vocab_size, "tensor"),
-        ("model_dim", model.model_dim, "fsdp"),
-        ("moe.num_experts", model.moe.num_experts, "expert"),
-        ("moe.expert_dim", model.moe.expert_dim if model.moe.num_experts else 0, "tensor"),
+    for name, value, axes, size in (
+        ("num_heads", model.num_heads, "tensor", mesh.tensor),
+        ("feed_forward_dim", model.feed_forward_dim, "tensor", mesh.tensor),
+        ("vocab_size", model.vocab_size, "tensor", mesh.tensor),
+        ("moe.num_experts", model.moe.num_experts, "expert", mesh.expert),
+        ("moe.expert_dim", model.moe.expert_dim if model.moe.num_experts else 0, "tensor", mesh.tensor),
+        ("model_dim", model.model_dim, "fsdp*expert", mesh.fsdp * mesh.expert),
     ):
-        size = getattr(mesh, axis)
         if value % size:
-            raise ConfigError(f"model.{name}={value} cannot be split over mesh.{axis}={size}: set model.{name} to a multiple of {size}")
+            raise ConfigError(f"model.{name}={value} cannot be split over mesh.{axes}={size}: set model.{name} to a multiple of {size}")
 
 
 def _build(cls: type, values: Any, path: str) -> Any:

@@ -17,12 +17,13 @@ from moe.parameters import is_declared
 
 AXES = ("data", "fsdp", "expert", "context", "tensor")
 
-# A mesh axis splits at most one dimension of an array: the first, from the left, that asks for it. So D is split over fsdp in a
-# parameter, and not in an activation, whose B has taken fsdp already. Letters that are missing here (H, L) are never split.
+# A mesh axis splits at most one dimension of an array: the first, from the left, that asks for it. So D is split over fsdp and expert in a
+# parameter, over fsdp alone in one whose E has taken expert, and not at all in an activation, whose B has taken both. Letters that are
+# missing here (H, L) are never split.
 RULES: dict[str, tuple[str, ...]] = {
     "B": ("data", "fsdp", "expert"),
     "T": ("context",),
-    "D": ("fsdp",),
+    "D": ("fsdp", "expert"),
     "F": ("tensor",),
     "N": ("tensor",),
     "K": ("tensor",),

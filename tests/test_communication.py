@@ -1,4 +1,4 @@
-"""What sparse layers send, read off compiled programs: on 8 virtual devices, and ahead of time for 8 H200 (marker aot)."""
+"""What sparse layers send, read off compiled programs: on 8 virtual devices, and ahead of time for 8 H200 or TPUs (marker aot)."""
 
 import collections
 import math
@@ -106,4 +106,26 @@ def test_all_to_all_for_8_h200() -> None:
 def test_ragged_exchange_compiles_for_8_h200() -> None:
     config = MoEConfig(num_experts=16, experts_per_token=2, expert_dim=48, exchange="ragged_all_to_all")
     found = collectives(compile_forward(config, make_mesh(h200s(), expert=8), "cuda").as_text())
+    assert len(found["ragged-all-to-all"]) == 2
+
+
+def v5ps(monkeypatch: pytest.MonkeyPatch) -> list:
+    """Eight TPU v5p that are not here. Their compiler is libtpu."""
+    pytest.importorskip("libtpu", reason="needs pip install libtpu")
+    from jax.experimental import topologies
+
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    return topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x2").devices
+
+
+@pytest.mark.aot
+def test_all_to_all_for_8_v5p(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_all_to_all(collectives(compile_forward(MOE, make_mesh(v5ps(monkeypatch), expert=8), "tpu").as_text()), 8)
+
+
+@pytest.mark.aot
+def test_ragged_exchange_compiles_for_8_v5p(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = MoEConfig(num_experts=16, experts_per_token=2, expert_dim=48, exchange="ragged_all_to_all")
+    found = collectives(compile_forward(config, make_mesh(v5ps(monkeypatch), expert=8), "tpu").as_text())
     assert len(found["ragged-all-to-all"]) == 2

@@ -259,7 +259,7 @@ def test_values_out_of_range(changes: dict[str, Any], expected: str) -> None:
         ),
         (
             {"mesh__fsdp": 2, "model__model_dim": 255},
-            "config.model.model_dim=255 cannot be split over mesh.fsdp=2: set model.model_dim to a multiple of 2",
+            "config.model.model_dim=255 cannot be split over mesh.fsdp*expert=2: set model.model_dim to a multiple of 2",
         ),
     ],
 )

@@ -6,14 +6,17 @@ from pathlib import Path
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
 from moe import ModelConfig, MoE, MoEConfig, Transformer
+from moe.experts import Weights, dropless
 from moe.routing import route
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "docs/importing.md").read_text(), re.DOTALL)
 NAMES = {"eqx": eqx, "jax": jax, "nnx": nnx, "MoE": MoE, "MoEConfig": MoEConfig, "ModelConfig": ModelConfig, "route": route}
+NAMES |= {"Weights": Weights, "dropless": dropless, "gate": jnp.ones((8, 16, 4)), "up": jnp.ones((8, 16, 4)), "down": jnp.ones((8, 4, 16))}
 
 
 def run(block: str) -> dict:
@@ -24,7 +27,7 @@ def run(block: str) -> dict:
 
 
 def test_the_page_has_the_examples() -> None:
-    assert len(BLOCKS) == 5
+    assert len(BLOCKS) == 6
 
 
 def test_a_transformer() -> None:
@@ -52,6 +55,12 @@ def test_the_router_in_equinox() -> None:
     router = names["Router"](names["w_router"])
     loss = lambda router: jnp.sum(router(names["x"]).weights_BTA[..., 0])  # noqa: E731
     assert eqx.filter_grad(loss)(router).weight.shape == (16, 8)
+
+
+def test_the_experts_alone() -> None:
+    names = run(BLOCKS[5])
+    total = jnp.sum(names["x"][0], axis=-1, keepdims=True)  # of weights that are all 1, and four experts' hidden units
+    np.testing.assert_allclose(names["y"], jnp.broadcast_to(4 * jax.nn.silu(total) * total, (6, 16)), rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["MoE", "MoEConfig"])

@@ -18,19 +18,21 @@ def make_mesh(**sizes):
 
 def test_parameters_and_activations_follow_one_table():
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
-    batch = ("data", "fsdp", "expert")
-    assert sharding.spec("DF", (64, 64), mesh) == P("fsdp", "tensor")
-    assert sharding.spec("LNHD", (3, 8, 5, 64), mesh) == P((), "tensor", (), "fsdp")
-    assert sharding.spec("VD", (64, 64), mesh) == P("tensor", "fsdp")
-    # B takes fsdp, so an activation's D is whole on each device.
+    batch, dim = ("data", "fsdp", "expert"), ("fsdp", "expert")
+    assert sharding.spec("DF", (64, 64), mesh) == P(dim, "tensor")
+    assert sharding.spec("LNHD", (3, 8, 5, 64), mesh) == P((), "tensor", (), dim)
+    assert sharding.spec("VD", (64, 64), mesh) == P("tensor", dim)
+    # An expert's own weights have given the expert axis to E.
+    assert sharding.spec("EDF", (8, 64, 64), mesh) == P("expert", "fsdp", "tensor")
+    # B takes both, so an activation's D is whole on each device.
     assert sharding.spec("BTD", (16, 8, 64), mesh) == P(batch, "context", ())
     assert sharding.spec("BTNH", (16, 8, 8, 16), mesh) == P(batch, "context", "tensor", ())
 
 
 def test_fewer_key_value_heads_than_the_tensor_axis_are_copied():
     mesh = make_mesh(data=1, tensor=8)
-    assert sharding.spec("DKH", (64, 4, 16), mesh) == P("fsdp", (), ())
-    assert sharding.spec("DKH", (64, 8, 16), mesh) == P("fsdp", "tensor", ())
+    assert sharding.spec("DKH", (64, 4, 16), mesh) == P(("fsdp", "expert"), (), ())
+    assert sharding.spec("DKH", (64, 8, 16), mesh) == P(("fsdp", "expert"), "tensor", ())
 
 
 def test_a_parameter_that_cannot_be_split_is_refused():

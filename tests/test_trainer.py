@@ -22,10 +22,10 @@ DETERMINISTIC = ("step", "train/loss", "train/gradient_norm", "train/learning_ra
 
 
 @pytest.fixture(scope="session")
-def config(tmp_path_factory):
+def config(data_directory):
     return RunConfig(
         model=MODEL,
-        data=DataConfig(sequence_length=64, directory=str(tmp_path_factory.mktemp("data"))),
+        data=DataConfig(sequence_length=64, directory=data_directory),
         optimizer=OptimizerConfig(learning_rate=0.01, warmup_steps=2),
         train=TrainConfig(steps=8, batch_size=8, log_every=1, eval_every=4, eval_batches=1, checkpoint_every=3),
         tracking=TrackingConfig(tensorboard=False),

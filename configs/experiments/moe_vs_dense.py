@@ -48,7 +48,7 @@ def get_config(variant: str = "dense") -> ConfigDict:
     config.model.compute_dtype = "float32"
     config.data.sequence_length = 256
     config.optimizer.update(learning_rate=3e-3, warmup_steps=50)
-    config.train.update(batch_size=16, steps=1000, eval_every=500, checkpoint_every=250, keep_last=1)
+    config.train.update(batch_size=8, steps=1000, eval_every=500, checkpoint_every=250, keep_last=1)
     config.tracking.tensorboard = False
     config.update_from_flattened_dict(VARIANTS[variant])
     return config

@@ -95,7 +95,7 @@ def test_the_table_has_a_dash_where_nothing_is_known(tmp_path: Path) -> None:
     }
     lines = table(results).splitlines()
     assert lines[0] == (
-        "| variant | active parameters | total parameters | training FLOPs per token | validation loss (nats per byte) | seeds "
+        "| variant | active parameters | total parameters | training FLOPs per token | validation loss (nats per token) | seeds "
         "| worst MaxVio | dropped | tokens/s |"
     )
     # Embeddings 2 x 256 x 16, attention 16 x (2 + 2) x 8 + 2 x 8 x 16, feed-forward 3 x 16 x 24, three norms of 16; no router.

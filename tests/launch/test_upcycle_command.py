@@ -24,10 +24,10 @@ MOE = MoEConfig(num_experts=4, expert_dim=16, first_dense_layers=1, bias_update_
 
 
 @pytest.fixture(scope="module")
-def dense(tmp_path_factory):
+def dense(data_directory):
     return RunConfig(
         model=MODEL,
-        data=DataConfig(sequence_length=64, directory=str(tmp_path_factory.mktemp("data"))),
+        data=DataConfig(sequence_length=64, directory=data_directory),
         optimizer=OptimizerConfig(learning_rate=0.01, warmup_steps=1),
         train=TrainConfig(steps=6, batch_size=8, log_every=1, eval_every=6, eval_batches=2, checkpoint_every=3),
         tracking=TrackingConfig(tensorboard=False),
