@@ -1,8 +1,8 @@
 """DeepSeek-V3's experts and routing (DeepSeek-AI 2024, section 4.2), on grouped-query attention: 675B parameters, a token uses 41B of them.
 
 Command:  python -m launch.train --config=configs/moe_671b.py --workdir=runs/moe_671b
-Hardware: 1,024 accelerators of 80 GB: 4 experts of each layer on each of 64, their parameters split over 16 such groups. State and
-          gradients are 31 GB on each: what is not an expert's is split 16 ways alone.
+Hardware: 1,024 accelerators of 80 GB: 4 experts of each layer on each of 64, their parameters split over 16 such groups, and all
+          others over all. State and gradients are 10.5 GB on each.
 Time, result: not measured. 6.3T tokens need 1.7e24 FLOPs: 48 days at 40 % of the peak of as many H100s.
 
 Of each layer, what follows attention is the paper's. Attention is not: its latent attention (MLA) is not here, and 128 heads of 128 with 8

@@ -26,7 +26,7 @@ def through(make_dispatch, x, experts, combine, *weights):
 
 DISPATCHES = {
     "dense": functools.partial(through, dense_dispatch),
-    "capacity": functools.partial(through, functools.partial(capacity_dispatch, capacity=14)),
+    "capacity": functools.partial(through, lambda experts, *rest: capacity_dispatch(experts, *rest, capacity=int(loads(experts).max()))),
     "dropless": lambda x, experts, combine, *weights: dropless(x, experts, combine, Weights(*weights)),
     "dropless, blocks of 3": lambda x, experts, combine, *weights: dropless(x, experts, combine, Weights(*weights), block=3),
     "dropless, blocks of 1": lambda x, experts, combine, *weights: dropless(x, experts, combine, Weights(*weights), block=1),
@@ -38,11 +38,16 @@ def weights(seed=0):
     return tuple(jnp.float32(rng.normal(size=shape)) for shape in ((E, D, F), (E, D, F), (E, F, D)))
 
 
+def loads(experts):
+    return np.bincount(np.ravel(experts), minlength=E)[:E]
+
+
 def routed(tokens=14, seed=0):
-    """Rows, experts (some of them E: nowhere; one expert without tokens) and weights."""
+    """Rows, experts (some of them E: nowhere; the first without tokens, the last with the most) and weights."""
     rng = np.random.default_rng(seed)
     experts = np.stack([rng.permutation(E - 1)[:A] for _ in range(tokens)])
     experts[rng.random((tokens, A)) < 0.2] = E
+    experts = np.append(np.argsort(np.argsort(loads(experts))), E)[experts]
     return jnp.float32(rng.normal(size=(tokens, D))), jnp.int32(experts), jnp.float32(rng.random((tokens, A)) * (experts < E))
 
 
