@@ -13,7 +13,9 @@ All but capacity_1 are dropless. All spend the same FLOPs on a token, but for th
 Command:  python -m launch.compare --config=configs/experiments/moe_vs_dense.py --workdir=runs/moe_vs_dense
           One variant alone: python -m launch.train --config=configs/experiments/moe_vs_dense.py:moe_32_top4 --workdir=runs/moe_32_top4
 Hardware: 2 CPU cores.
-Time, result: not measured yet.
+Time:     18 runs in 58 minutes, two at a time on a core each (AMD EPYC, Zen 3, jax 0.10.2); one after the other was not measured.
+Result:   nats per byte: dense 1.516, moe_8_top1 1.462, moe_32_top4 1.417, unbalanced 1.438, loss_free 1.426, capacity_1 1.419, with
+          standard errors of 0.005 to 0.009. docs/moe.md says what this shows and what it does not.
 """
 
 from typing import Any
