@@ -5,8 +5,8 @@ into 16 experts of width 176, of which a token passes 4 (Dai et al. 2024, sectio
 
 Command:  python -m launch.train --config=configs/moe_tiny.py --workdir=runs/moe_tiny
 Hardware: 2 CPU cores.
-Time:     about 7 minutes: 0.74 s a step (launch.benchmark, 7 trials; AMD EPYC, jax 0.10.2); dense_tiny takes 0.45 s.
-Result:   not measured yet.
+Time:     about 12 minutes, 1.4 s a step, without AVX-512 (AMD EPYC, Zen 3, jax 0.10.2); with it 0.74 s before dispatch was fused.
+Result:   1.371 nats per byte (1.979 bits) on the held-out files, 4 % of the library, after 2M bytes of text.
 """
 
 from ml_collections import ConfigDict
