@@ -58,6 +58,11 @@ class Arrangement(NamedTuple):
     slots_NA: jax.Array  # the slot of each assignment; I where it has none
     sources_I: jax.Array  # the assignment (n A + a) of each slot; R where it has none
 
+    @property
+    def tokens_I(self) -> jax.Array:
+        """The token of each slot's assignment; N where it has none."""
+        return self.sources_I // self.slots_NA.shape[1]
+
 
 def dense_dispatch(experts_NA: jax.Array, weights_NA: jax.Array, num_experts: int) -> Dispatch:
     """Every token to every expert, weighted by zero where it did not choose it: the oracle, E / A times the work."""
@@ -100,8 +105,7 @@ def _arrange(experts_NA: jax.Array, starts_E: jax.Array, size: int) -> Arrangeme
 @jax.custom_vjp
 def _send(x_ND: jax.Array, arranged: Arrangement) -> jax.Array:
     """The token of each slot's assignment, [I, D]; zeros where a slot has none."""
-    tokens_I = arranged.sources_I // arranged.slots_NA.shape[1]
-    return x_ND.at[tokens_I].get(mode="fill", fill_value=0)
+    return x_ND.at[arranged.tokens_I].get(mode="fill", fill_value=0)
 
 
 def _send_backward(arranged: Arrangement, g_ID: jax.Array) -> tuple[jax.Array, None]:
@@ -119,8 +123,9 @@ def _receive(rows_ID: jax.Array, weights_NA: jax.Array, arranged: Arrangement) -
 
 def _receive_backward(residuals: tuple[Any, ...], g_ND: jax.Array) -> tuple[jax.Array, jax.Array, None]:
     rows_ID, weights_NA, arranged = residuals
-    gradient_rows = (_send(g_ND, arranged) * _of_slots(weights_NA, arranged)[:, None]).astype(rows_ID.dtype)
-    gradient_weights_I = jnp.sum(rows_ID * _send(g_ND, arranged), axis=1, dtype=jnp.float32)
+    g_ID = _send(g_ND, arranged)
+    gradient_rows = (g_ID * _of_slots(weights_NA, arranged)[:, None]).astype(rows_ID.dtype)
+    gradient_weights_I = jnp.sum(rows_ID * g_ID, axis=1, dtype=jnp.float32)
     return gradient_rows, _of_assignments(gradient_weights_I, arranged), None
 
 
@@ -176,7 +181,9 @@ class Weights(NamedTuple):
 
     def __call__(self, rows_ECD: jax.Array) -> jax.Array:
         """Each expert's output on its rows; over the tensor axis, this device's part of the sum."""
-        return expert_matmul(swiglu(expert_matmul(rows_ECD, self.gate_EDF, 1), expert_matmul(rows_ECD, self.up_EDF, 1)), self.down_EFD, 2)
+        gate_dim, up_dim, down_dim = FSDP_DIMS
+        hidden = swiglu(expert_matmul(rows_ECD, self.gate_EDF, gate_dim), expert_matmul(rows_ECD, self.up_EDF, up_dim))
+        return expert_matmul(hidden, self.down_EFD, down_dim)
 
     def gather(self, dtype: jnp.dtype) -> list[jax.Array]:
         """The three in `dtype`, whole along the dimensions that fsdp splits."""
@@ -210,16 +217,14 @@ def _dropless(x_ND: jax.Array, weights_NA: jax.Array, weights: Weights, arranged
 def _dropless_forward(
     x_ND: jax.Array, weights_NA: jax.Array, weights: Weights, arranged: Arrangement, blocks_M: jax.Array
 ) -> tuple[jax.Array, tuple[Any, ...]]:
-    tokens_I = arranged.sources_I // weights_NA.shape[1]
-    rows_ID, inner = grouped_swiglu(x_ND, *weights.gather(x_ND.dtype), tokens_I, blocks_M)
+    rows_ID, inner = grouped_swiglu(x_ND, *weights.gather(x_ND.dtype), arranged.tokens_I, blocks_M)
     return _receive(rows_ID, weights_NA, arranged), (x_ND, weights_NA, weights, arranged, blocks_M, inner)
 
 
 def _dropless_backward(residuals: tuple[Any, ...], g_ND: jax.Array) -> tuple[jax.Array, jax.Array, Weights, None, None]:
     x_ND, weights_NA, weights, arranged, blocks_M, inner = residuals
-    tokens_I = arranged.sources_I // weights_NA.shape[1]
     rows_ID, *gradients, gradient_weights_I = grouped_swiglu_backward(
-        x_ND, *weights.gather(x_ND.dtype), tokens_I, blocks_M, inner, _of_slots(weights_NA, arranged), g_ND
+        x_ND, *weights.gather(x_ND.dtype), arranged.tokens_I, blocks_M, inner, _of_slots(weights_NA, arranged), g_ND
     )
     shards = [expert_parallel.scatter_gradient(g, dim) for g, dim in zip(gradients, FSDP_DIMS, strict=True)]
     gradient_x = _add_up(rows_ID, jnp.ones_like(weights_NA), arranged)

@@ -85,7 +85,7 @@ def _block_rows(tokens_I: jax.Array, experts_M: jax.Array) -> int:
 
 
 def _for_blocks(experts_M: jax.Array, num_experts: int, block: int, multiply: Callable[..., Any], carry: Any) -> Any:
-    """Applies `multiply(carry, first row, number of rows, expert)` to every block in use, or RUN of them together."""
+    """Applies `multiply(carry, first row, number of rows, expert)` to every block in use, or to a run of them."""
 
     def step(starts: jax.Array, blocks: int, i: jax.Array, carry: Any) -> Any:
         return multiply(carry, starts[i] * block, blocks * block, experts_M[starts[i]])
