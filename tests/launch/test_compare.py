@@ -164,10 +164,10 @@ def test_the_variants_of_moe_vs_dense_spend_the_same_flops_but_for_the_router() 
     assert variants == configs and seeds == (0, 1, 2)  # what launch.train makes of FILE:VARIANT is what is compared
     assert list(configs) == ["dense", "moe_8_top1", "moe_32_top4", "unbalanced", "loss_free", "capacity_1"]
     flops = {variant: training_flops_per_token(config.model, 256) for variant, config in configs.items()}
-    # A router of D x E in each of three layers: 2 FLOPs per weight forward, and twice that backward.
-    routers = {variant: 6 * 3 * 96 * config.model.moe.num_experts for variant, config in configs.items()}
-    assert routers["dense"] == 0 and routers["moe_8_top1"] == 13_824 and routers["capacity_1"] == 55_296
-    assert {variant: flops[variant] - routers[variant] for variant in flops} == dict.fromkeys(flops, 2_416_320)
+    # A router of D x E in each of two layers: 2 FLOPs per weight forward, and twice that backward.
+    routers = {variant: 6 * 2 * 64 * config.model.moe.num_experts for variant, config in configs.items()}
+    assert routers["dense"] == 0 and routers["moe_8_top1"] == 6_144 and routers["capacity_1"] == 24_576
+    assert {variant: flops[variant] - routers[variant] for variant in flops} == dict.fromkeys(flops, 1_032_960)
 
 
 def test_what_is_unfinished_is_trained_and_a_diverged_run_left_behind(
