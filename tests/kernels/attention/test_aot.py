@@ -1,0 +1,43 @@
+"""The attention kernels compiled ahead of time for chips that are not here: forward, and both kernels of the backward pass."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from moe.kernels.attention import flash_attention
+
+MASKS = {
+    "causal": {"causal": True},
+    "window": {"causal": True, "window": (1024, 0), "softcap": 30.0},
+    "segments": {"causal": True, "segments": True},
+}
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+@pytest.mark.parametrize(("width", "mask"), [(64, "window"), (128, "segments"), (256, "causal")])
+def test_compiles_for_tpus(topology, width, mask, monkeypatch):
+    pytest.importorskip("libtpu", reason="needs pip install libtpu")
+    from jax.experimental import topologies
+
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    mesh = Mesh(np.array(devices[:1]), ("x",), axis_types=(AxisType.Auto,))
+    here = NamedSharding(mesh, PartitionSpec())
+    q = jax.ShapeDtypeStruct((1, 4096, 4, width), jnp.bfloat16, sharding=here)
+    k = jax.ShapeDtypeStruct((1, 4096, 2, width), jnp.bfloat16, sharding=here)
+    ids = jax.ShapeDtypeStruct((1, 4096), jnp.int32, sharding=here)
+    sinks = jax.ShapeDtypeStruct((4,), jnp.float32, sharding=here)
+    options = MASKS[mask]
+
+    def loss(q, k, v, sinks, ids):
+        segments = {"q_segment_ids": ids, "kv_segment_ids": ids} if "segments" in options else {}
+        keywords = {name: value for name, value in options.items() if name != "segments"} | segments
+        return jnp.sum(flash_attention(q, k, v, sinks=sinks, implementation="tpu", **keywords).astype(jnp.float32))
+
+    traced = jax.jit(jax.grad(loss, range(4))).trace(q, k, k, sinks, ids)
+    program = traced.lower(lowering_platforms=("tpu",)).compile().as_text()
+    assert program.count("tpu_custom_call") >= 3

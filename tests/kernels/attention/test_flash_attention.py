@@ -1,0 +1,168 @@
+"""Attention against float64, over random calls; the work and the memory that it takes; and what bad input gets."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe.kernels.attention import blockwise, flash_attention, tpu
+from moe.kernels.attention.masks import Options, key_blocks, span, visible
+from tests.kernels.attention.cases import Case, draw, evaluate, expected, mask, xla
+
+
+def shrink_blocks(monkeypatch):
+    """So that short sequences have several."""
+    for module in (blockwise, tpu):
+        monkeypatch.setattr(module, "Q_BLOCK", 128)
+        monkeypatch.setattr(module, "KV_BLOCK", 128)
+
+
+def error(values: list[np.ndarray], wanted: list[np.ndarray]) -> list[float]:
+    """Root mean square differences; where one is minus infinity the other is too."""
+    for value, right in zip(values, wanted, strict=True):
+        np.testing.assert_array_equal(np.isfinite(value), np.isfinite(right))
+    finite = lambda x: np.where(np.isfinite(x), x, 0)  # noqa: E731
+    return [float(np.sqrt(np.mean((finite(x) - finite(y)) ** 2))) for x, y in zip(values, wanted, strict=True)]
+
+
+def flash(implementation, q, k, v, sinks, **keywords):
+    return flash_attention(q, k, v, sinks=sinks, return_lse=True, implementation=implementation, **keywords)
+
+
+def check_numerics(case: Case, implementation: str, dtype: str) -> None:
+    def plain(q, k, v, sinks, **keywords):
+        return xla(q, k, v, sinks, jnp.asarray(mask(case)), keywords.get("softcap"))
+
+    wanted = expected(case)
+    ours, theirs = (error(evaluate(attention, case, dtype), wanted) for attention in (functools.partial(flash, implementation), plain))
+    # The results' own rounding is no error of either; nor, in float32, that of a log-sum-exp of up to 8.
+    rounding = float(jnp.finfo(dtype).eps) * (8 if dtype == "float32" else 1)
+    floors = [rounding * float(np.sqrt(np.mean(np.where(np.isfinite(x), x, 0) ** 2))) for x in wanted]
+    for our, their, floor in zip(ours, theirs, floors, strict=True):
+        assert our <= 2 * max(their, floor), (str(case), ours, theirs)
+
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@pytest.mark.parametrize("implementation", ["blockwise", "tpu"])
+@pytest.mark.parametrize("seed", range(5))
+def test_numerics(seed, implementation, monkeypatch):
+    shrink_blocks(monkeypatch)
+    check_numerics(draw(seed, longest=300), implementation, DTYPES[seed % 3])
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("implementation", ["blockwise", "tpu"])
+@pytest.mark.parametrize("seed", range(5, 305))
+def test_numerics_of_300_calls(seed, implementation, monkeypatch):
+    if seed % 2:
+        shrink_blocks(monkeypatch)
+    check_numerics(draw(seed), implementation, DTYPES[seed % 3])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_reference_and_blockwise_in_float64(seed, monkeypatch):
+    """Also the oracle that the other tests use, which is written in NumPy and another way."""
+    shrink_blocks(monkeypatch)
+    case = draw(seed, longest=200)
+    for implementation in ("reference", "blockwise"):
+        with jax.enable_x64(True):
+            values = evaluate(functools.partial(flash, implementation), case, "float64")
+        for value, right in zip(values, expected(case), strict=True):
+            np.testing.assert_allclose(value, right, rtol=1e-9, atol=1e-9)
+
+
+def test_two_queries_by_hand():
+    """Scores 0 and ln 3 for the second query, weights 1/4 and 3/4; a sink of ln 4 makes them 1/8 and 3/8."""
+    q = jnp.array([[[[1.0]], [[1.0]]]])
+    k, v = jnp.array([[[[0.0]], [[np.log(3.0)]]]]), jnp.array([[[[4.0]], [[8.0]]]])
+    output, lse = flash_attention(q, k, v, causal=True, scale=1.0, return_lse=True)
+    np.testing.assert_allclose(output[0, :, 0, 0], [4.0, 7.0], rtol=1e-6)
+    np.testing.assert_allclose(lse[0, :, 0], np.log([1.0, 4.0]), atol=1e-6)
+    output, lse = flash_attention(q, k, v, causal=True, scale=1.0, sinks=jnp.log(jnp.array([4.0])), return_lse=True)
+    np.testing.assert_allclose(output[0, :, 0, 0], [0.8, 3.5], rtol=1e-6)
+    np.testing.assert_allclose(lse[0, :, 0], np.log([5.0, 8.0]), rtol=1e-6)
+
+
+def test_a_query_that_sees_nothing_gives_nothing():
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.float32(rng.normal(size=(1, 5, 2, 8))) for _ in range(3))
+    ids = jnp.array([[0, 0, 7, 1, 1]]), jnp.array([[0, 0, 2, 1, 1]])
+    call = lambda q, k, v: flash_attention(q, k, v, q_segment_ids=ids[0], kv_segment_ids=ids[1], return_lse=True)  # noqa: E731
+    (output, lse), pull_back = jax.vjp(call, q, k, v)
+    assert not output[0, 2].any() and np.isneginf(lse[0, 2]).all()
+    gradients = pull_back((jnp.ones_like(output), jnp.ones_like(lse)))
+    assert all(np.isfinite(x).all() for x in gradients)
+    assert not gradients[0][0, 2].any() and not gradients[1][0, 2].any() and not gradients[2][0, 2].any()
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_the_blocks_met_are_those_that_the_mask_leaves(seed):
+    """Of documents in a row, to the last block; counted against the mask itself."""
+    rng = np.random.default_rng(seed)
+    length, q_block, kv_block = int(rng.integers(1, 400)), *(int(x) for x in rng.choice([8, 16, 64], 2))
+    options = Options(*span(bool(rng.integers(2)), (int(rng.integers(90)), int(rng.integers(90))) if rng.integers(2) else None), None, 1.0)
+    ids = np.sort(rng.integers(0, 5, (2, length)), axis=1) if rng.integers(2) else None
+    seen = visible(options, jnp.arange(length), jnp.arange(length), *((None, None) if ids is None else (jnp.array(ids),) * 2))
+    seen = np.broadcast_to(True if seen is None else seen, (2, length, length))
+    padded = np.pad(seen, ((0, 0), (0, -length % q_block), (0, -length % kv_block)))
+    blocks = padded.reshape(2, padded.shape[1] // q_block, q_block, -1, kv_block).any(axis=(2, 4))
+    first, end = key_blocks(options, 0, (length, length), (q_block, kv_block), *((None, None) if ids is None else (jnp.array(ids),) * 2))
+    met = np.arange(blocks.shape[-1])
+    np.testing.assert_array_equal(
+        (met >= np.asarray(first)[..., None]) & (met < np.asarray(end)[..., None]) | np.zeros_like(blocks), blocks
+    )
+
+
+def test_memory_grows_linearly():
+    def temporary_bytes(length):
+        q = jax.ShapeDtypeStruct((1, length, 2, 64), jnp.float32)
+        gradient = jax.grad(lambda q: jnp.sum(flash_attention(q, q, q, causal=True)))
+        return jax.jit(gradient).lower(q).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes(65_536) < 17 * temporary_bytes(4096)
+
+
+def test_under_vmap_remat_and_scan():
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.float32(rng.normal(size=(3, 2, 40, 2, 8))) for _ in range(3))
+    call = functools.partial(flash_attention, causal=True, window=(20, 0))
+    gradient = jax.grad(lambda *qkv: jnp.sum(jnp.sin(call(*qkv))), range(3))
+    one_by_one = [jnp.stack(x) for x in zip(*(gradient(*(x[i] for x in (q, k, v))) for i in range(3)), strict=True)]
+    scanned = jax.lax.scan(
+        lambda _, qkv: (None, jax.grad(lambda *x: jnp.sum(jnp.sin(jax.remat(call)(*x))), range(3))(*qkv)), None, (q, k, v)
+    )[1]
+    for right, *others in zip(one_by_one, jax.vmap(gradient)(q, k, v), scanned, strict=True):
+        for other in others:
+            np.testing.assert_allclose(other, right, atol=1e-6)
+
+
+X = jax.ShapeDtypeStruct
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"k": (2, 8, 2, 16)}, r"q \(1, 8, 4, 16\) and k \(2, 8, 2, 16\) must have the same batch"),
+        ({"k": (1, 8, 2, 8)}, "must have the same batch"),
+        ({"v": (1, 9, 2, 16)}, r"k \(1, 8, 2, 16\) and v \(1, 9, 2, 16\) must have the same batch, length and heads"),
+        ({"k": (1, 8, 3, 16), "v": (1, 8, 3, 16)}, "has 4 heads, which are no multiple of the 3"),
+        ({"v": (8, 2, 16)}, "must be"),
+        ({"window": (-1, 0)}, "0 or more"),
+        ({"q_segment_ids": (1, 8)}, "must be given together"),
+        ({"q_segment_ids": (1, 8), "kv_segment_ids": (1, 7)}, r"kv_segment_ids \(1, 7\) must be \(1, 8\) and \(1, 8\)"),
+        ({"sinks": (3,)}, r"sinks \(3,\) must be \(4,\)"),
+        ({"dtype": jnp.int32}, "must have one dtype of bfloat16, float16, float32, float64"),
+    ],
+)
+def test_bad_input_is_told_in_a_line(changes, message):
+    dtype = changes.pop("dtype", jnp.float32)
+    shapes = {"q": (1, 8, 4, 16), "k": (1, 8, 2, 16), "v": (1, 8, 2, 16)} | {name: x for name, x in changes.items() if name in "qkv"}
+    keywords = {name: x for name, x in changes.items() if name not in shapes}
+    arrays = {name: jnp.zeros(x, jnp.int32 if "ids" in name else dtype) if name != "window" else x for name, x in keywords.items()}
+    with pytest.raises(ValueError, match=message) as raised:
+        flash_attention(*(jnp.zeros(shape, dtype) for shape in shapes.values()), **arrays)
+    assert "\n" not in str(raised.value)
