@@ -1,5 +1,6 @@
 """Attention with grouped queries and rotary positions, and its key/value cache."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -7,11 +8,11 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from moe.config import ModelConfig
-from moe.kernels.attention import causal_attention
+from moe.config import ConfigError, ModelConfig
+from moe.kernels.attention import Implementation, choose, flash_attention, why_not
 from moe.layers import einsum, residual_scale, rotary_angles, rotate
 from moe.parameters import parameter
-from moe.sharding import constrain
+from moe.sharding import chip, constrain, per_shard
 
 
 @struct.dataclass
@@ -53,11 +54,56 @@ class Attention(nn.Module):
         query_BTNH = rotate(query_BTNH, positions.cos_BTH, positions.sin_BTH)
         key_BTKH = rotate(key_BTKH, positions.cos_BTH, positions.sin_BTH)
         if cache is None:
-            mixed_BTNH = causal_attention(query_BTNH, key_BTKH, value_BTKH, positions.segment_ids_BT)
+            mixed_BTNH = attend(c, query_BTNH, key_BTKH, value_BTKH, positions.segment_ids_BT)
         else:
             cache = update_cache(cache, key_BTKH, value_BTKH, positions.positions_BT)
             mixed_BTNH = attend_to_cache(query_BTNH, cache, positions.positions_BT)
         return einsum("BTNH,NHD->BTD", constrain(mixed_BTNH, "BTNH"), w_output_NHD), cache
+
+
+def attend(config: ModelConfig, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
+    """Causal attention within each document, [B, T, N, H]: each device attends for its own rows and heads."""
+    implementation = choose_implementation(config, jax.sharding.get_abstract_mesh(), q_BTNH.shape[1])
+    attend_shard = functools.partial(_attend_shard, implementation, config.num_heads // config.num_kv_heads)
+    return per_shard(attend_shard, ("BTNH", "B-KH", "B-KH", "B-"), ("BTNH",), q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)[0]
+
+
+def _attend_shard(
+    implementation: Implementation | None, group: int, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, ids_BS: jax.Array
+) -> tuple[jax.Array]:
+    """`group` is N / K of the whole model. Over the context axis queries are split, and every device has all keys."""
+    length, heads = q_BTNH.shape[1:3]
+    if heads < group * k_BSKH.shape[2]:  # keys are copied, for there are fewer heads of them than devices: take the one that is read here
+        own = jax.lax.axis_index("tensor") * heads // group
+        k_BSKH, v_BSKH = (jax.lax.dynamic_slice_in_dim(x, own, 1, axis=2) for x in (k_BSKH, v_BSKH))
+    first = jax.lax.axis_index("context") * length if length < ids_BS.shape[1] else 0
+    output_BTNH = flash_attention(
+        *(q_BTNH, k_BSKH, v_BSKH),
+        causal=True,
+        q_segment_ids=jax.lax.dynamic_slice_in_dim(ids_BS, first, length, axis=1),
+        kv_segment_ids=ids_BS,
+        q_offset=first,
+        implementation=implementation,
+    )
+    return (output_BTNH,)
+
+
+def choose_implementation(config: ModelConfig, mesh: Any, length: int) -> Implementation | None:
+    """Who computes a model's attention over T = `length` on a mesh; None leaves it to the platform. ConfigError for one that cannot."""
+    name, kind = config.attention.implementation, chip(mesh)
+    if name == "auto" and kind is None:
+        return None
+    shapes = ((1, length, heads, config.head_dim) for heads in (config.num_heads, config.num_kv_heads))
+    q, k = (jax.ShapeDtypeStruct(shape, config.compute_dtype) for shape in shapes)
+    ids = jax.ShapeDtypeStruct((1, length), "int32")
+    keywords = {"causal": True, "q_segment_ids": ids, "kv_segment_ids": ids}
+    if name == "auto":
+        return choose(kind, q, k, k, **keywords)
+    if reason := why_not(name, q, k, k, chip=kind, **keywords):
+        raise ConfigError(
+            f"model.attention.implementation={name!r} cannot be used, for {reason}: set model.attention.implementation to 'auto'"
+        )
+    return Implementation.of(name)
 
 
 def init_cache(config: ModelConfig, batch_size: int, length: int) -> Any:

@@ -105,6 +105,17 @@ class MoEConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class AttentionConfig:
+    """How attention is computed; what it computes is the model's."""
+
+    # "auto" takes the fastest on the chip that the mesh is made of; docs/kernels.md says what each can do.
+    implementation: Literal["auto", "blockwise", "tpu"] = "auto"
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """A decoder-only Transformer: RMSNorm, rotary positions, grouped queries, SwiGLU."""
 
@@ -124,6 +135,7 @@ class ModelConfig:
     remat: Literal["none", "full"] = "none"
     # True compiles one layer and loops; False unrolls the loop in the program. Parameters are stacked either way.
     scan_layers: bool = True
+    attention: AttentionConfig = AttentionConfig()
     moe: MoEConfig = MoEConfig()
 
     def __post_init__(self) -> None:

@@ -8,17 +8,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
+
+from moe.sharding import axis_size
 
 # (rows [N, D], their experts [N, A], their weights [N, A]) -> the weighted sums of what a device's own experts make of them, [N, D]
 RunExperts = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-
-
-def axis_size(axis: str) -> int:
-    """Devices along a mesh axis inside shard_map; 1 outside."""
-    mesh = jax.sharding.get_abstract_mesh()
-    manual = dict(zip(mesh.axis_names, mesh.axis_types, strict=True)).get(axis) == AxisType.Manual
-    return mesh.shape[axis] if manual else 1
 
 
 def gather_weight(w: jax.Array, dtype: jnp.dtype, dim: int) -> jax.Array:

@@ -21,7 +21,7 @@ from moe.config import MoEConfig
 from moe.kernels.grouped_matmul import grouped_swiglu, grouped_swiglu_backward
 from moe.layers import FeedForward, einsum, swiglu
 from moe.parameters import parameter
-from moe.sharding import constrain, per_shard
+from moe.sharding import axis_size, constrain, per_shard
 
 
 @struct.dataclass
@@ -262,7 +262,7 @@ def run_experts(
             dispatch = capacity_dispatch(*arguments, rows_per_expert * x_ND.shape[0] // (batch * length))
         return dispatch.receive(experts(dispatch.send(x_ND)))
 
-    if expert_parallel.axis_size("expert") == 1:
+    if axis_size("expert") == 1:
         y_ND = run(x_ND, experts_NA, weights_NA)
     elif config.exchange == "all_gather":
         y_ND = expert_parallel.all_gather_exchange(x_ND, experts_NA, weights_NA, config.num_experts, run)

@@ -87,6 +87,19 @@ def per_shard(function: Callable[..., Any], in_dims: tuple[str, ...], out_dims: 
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*arrays)
 
 
+def axis_size(axis: str) -> int:
+    """Devices along a mesh axis inside shard_map; 1 outside."""
+    mesh = jax.sharding.get_abstract_mesh()
+    manual = dict(zip(mesh.axis_names, mesh.axis_types, strict=True)).get(axis) == AxisType.Manual
+    return mesh.shape[axis] if manual else 1
+
+
+def chip(mesh: Any) -> str | None:
+    """The kind of a mesh's devices ("TPU v5p", "NVIDIA H200", "cpu"), which need not be here; None for a mesh that does not know."""
+    device = mesh.abstract_mesh.abstract_device
+    return None if device is None else device.device_kind
+
+
 def _is_auto(mesh: Any) -> bool:
     """Whether `mesh` has an axis of ours and leaves layouts to the compiler: not so inside shard_map, nor without a mesh."""
     return bool(set(AXES).intersection(mesh.shape)) and all(kind == AxisType.Auto for kind in mesh.axis_types)

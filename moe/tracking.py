@@ -130,8 +130,8 @@ def read_router(workdir: Path) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
         yield step, {name: np.array(value, np.float32) for name, value in values.items()}
 
 
-def write_environment(workdir: Path) -> None:
-    """Appends one line to environment.jsonl: what this start of the run runs on. Starts JAX's backend if nothing did before."""
+def write_environment(workdir: Path, attention: str) -> None:
+    """Appends one line to environment.jsonl: what this start of the run runs on, and by which implementation of attention."""
     environment = {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
@@ -139,6 +139,7 @@ def write_environment(workdir: Path) -> None:
         "system": f"{platform.system()} {platform.machine()}",
         "packages": {name: _version(name) for name in _PACKAGES},
         "devices": _devices(),
+        "attention": attention,
         "git": _git_state(Path(__file__).resolve()),
     }
     with (workdir / ENVIRONMENT_FILE).open("a", encoding="utf-8") as file:

@@ -15,6 +15,7 @@ from flax import struct
 from jax.sharding import Mesh
 
 from moe import losses, sharding
+from moe.attention import choose_implementation
 from moe.config import RunConfig
 from moe.optimizer import make_optimizer, make_schedule, tree_where
 from moe.parameters import declarations, unbox
@@ -47,6 +48,7 @@ class Program:
 
     mesh: Mesh
     model: Transformer
+    attention: str  # the implementation of attention, as asked for or chosen for the mesh's chip
     abstract_state: TrainState  # shapes, dtypes and shardings
     init_state: Callable[[], TrainState]
     train_step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]  # the state is donated
@@ -56,6 +58,7 @@ class Program:
 def make_program(config: RunConfig, devices: list[jax.Device] | None = None) -> Program:
     """Model, optimizer, state and steps of a run on `devices` (all, by default). Nothing is compiled before it is called."""
     mesh = sharding.make_mesh(config, devices)
+    implementation = choose_implementation(config.model, mesh, config.data.sequence_length)
     model = Transformer(config.model)
     optimizer = make_optimizer(config.optimizer, make_schedule(config), declarations(model))
     loss_fn = losses.next_token_loss(config.train.loss_chunk)
@@ -64,6 +67,7 @@ def make_program(config: RunConfig, devices: list[jax.Device] | None = None) -> 
     return Program(
         mesh,
         model,
+        implementation.name,
         abstract,
         lambda: init_state(config, model, optimizer, mesh),
         jax.jit(make_train_step(config, model, optimizer, loss_fn), donate_argnums=0, out_shardings=(shardings, None)),

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import logging
 import math
 import signal
 import threading
@@ -48,7 +49,7 @@ def fit(config: RunConfig, workdir: Path, devices: list[jax.Device] | None = Non
         checkpoints = stack.enter_context(checkpoint.open_checkpoints(workdir, config))
         state = first_state(checkpoints, program, train_rows)
         start = int(state.step)
-        record = stack.enter_context(open_records(workdir, config, start))
+        record = stack.enter_context(open_records(workdir, config, program, start))
         log = stack.enter_context(Log(config, program, record, start))
         batches = stack.enter_context(train_batches(config, program, train_rows, int(state.examples)))
         stack.enter_context(jax.set_mesh(program.mesh))
@@ -77,13 +78,14 @@ def first_state(checkpoints: Any, program: Program, rows: PreparedRows) -> Train
 
 
 @contextlib.contextmanager
-def open_records(workdir: Path, config: RunConfig, step: int) -> Iterator[Record]:
+def open_records(workdir: Path, config: RunConfig, program: Program, step: int) -> Iterator[Record]:
     """Yields the function that writes a step's metrics; of a run's processes, the first alone writes."""
     if jax.process_index() > 0:
         yield lambda step, metrics, layers=None: None
         return
     write_config(workdir, config)
-    write_environment(workdir)
+    write_environment(workdir, program.attention)
+    logging.info("attention: %s", program.attention)
     with MetricWriter(workdir, config.tracking, step) as writer:
         yield writer.write
 

@@ -11,8 +11,10 @@ import pytest
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # Tests compile hundreds of small programs and run each once or twice: LLVM's optimisations would take longer than they save.
-    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    # Tests compile hundreds of small programs and run each once or twice: LLVM's optimisations would take longer than they save, and
+    # XLA's newer emitters of fusions take twice as long to compile as the old ones. XLA ends the process at a flag that it does not know.
+    flags = "--xla_backend_optimization_level=0" + " --xla_cpu_use_fusion_emitters=false" * (jax.__version_info__ < (0, 11))
+    os.environ.setdefault("XLA_FLAGS", flags)
     if config.getoption("markexpr") != "gpu":
         os.environ["JAX_PLATFORMS"] = "cpu"  # for the processes that tests start
         jax.config.update("jax_platforms", "cpu")

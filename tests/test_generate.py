@@ -15,7 +15,7 @@ MODEL = Transformer(
         vocab_size=16, num_layers=2, model_dim=16, feed_forward_dim=24, num_heads=2, num_kv_heads=1, head_dim=8, compute_dtype="float32"
     )
 )
-VARIABLES = unbox(MODEL.init(jax.random.key(0), {"tokens": jnp.zeros((1, 1), jnp.int32)}))
+VARIABLES = jax.jit(lambda key: unbox(MODEL.init(key, {"tokens": jnp.zeros((1, 1), jnp.int32)})))(jax.random.key(0))
 PROMPTS = [np.array([1, 2, 3, 4, 5]), np.array([7]), np.array([9, 9, 8])]
 
 

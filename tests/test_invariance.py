@@ -129,7 +129,8 @@ def batch_rows(length: int = LENGTH) -> dict[str, np.ndarray]:
 @functools.cache
 def variables() -> Any:
     """Parameters drawn once, and biases that change who is chosen."""
-    drawn = unbox(Transformer(MODEL).init(jax.random.key(0), {"tokens": jnp.zeros((1, 1), jnp.int32)}))
+    init = jax.jit(lambda key: unbox(Transformer(MODEL).init(key, {"tokens": jnp.zeros((1, 1), jnp.int32)})))
+    drawn = init(jax.random.key(0))
     biases = jax.tree.map(lambda x: 0.05 * jax.random.normal(jax.random.key(1), x.shape), drawn["router_state"])
     return jax.device_get({"params": drawn["params"], "router_state": biases})
 

@@ -192,12 +192,12 @@ def test_without_tensorboard_there_is_no_such_directory(tmp_path: Path) -> None:
 
 
 def test_every_start_adds_its_environment(tmp_path: Path) -> None:
-    write_environment(tmp_path)
-    write_environment(tmp_path)
+    write_environment(tmp_path, "blockwise")
+    write_environment(tmp_path, "blockwise")
     first, second = map(json.loads, (tmp_path / "environment.jsonl").read_text().splitlines())
     assert first["devices"] == {"platform": "cpu", "kinds": ["cpu"], "count": 8, "processes": 1}
     assert first["packages"]["numpy"] == np.__version__
-    assert first["command"] == sys.argv
+    assert first["command"] == sys.argv and first["attention"] == "blockwise"
     assert first | {"time": second["time"]} == second
 
 
@@ -207,7 +207,7 @@ def git(directory: Path, *arguments: str) -> str:
 
 
 def recorded_git(workdir: Path) -> object:
-    write_environment(workdir)
+    write_environment(workdir, "blockwise")
     return json.loads((workdir / "environment.jsonl").read_text().splitlines()[-1])["git"]
 
 

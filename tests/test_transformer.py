@@ -1,6 +1,7 @@
 """The model against a plain numpy-style one, its causality, packing, caches and layouts."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,10 @@ SMALL = ModelConfig(
 )
 
 
+@functools.cache
 def init(config=SMALL, seed=0):
-    return unbox(Transformer(config).init(jax.random.key(seed), {"tokens": jnp.zeros((1, 1), jnp.int32)}))
+    init = jax.jit(lambda key: unbox(Transformer(config).init(key, {"tokens": jnp.zeros((1, 1), jnp.int32)})))
+    return init(jax.random.key(seed))
 
 
 def tokens(batch=2, length=9, vocab=16, seed=1):

@@ -15,8 +15,6 @@ import jax.numpy as jnp
 
 from moe.kernels.attention.masks import Options, key_blocks, visible
 
-Q_BLOCK, KV_BLOCK = 256, 512  # positions; the scores of one head's block stay in a CPU's cache
-
 
 def forward(
     options: Options,
@@ -27,10 +25,13 @@ def forward(
     q_ids_BT: jax.Array | None,
     kv_ids_BS: jax.Array | None,
     shift: jax.Array | int,
+    *,
+    blocks: tuple[int, int],
 ) -> tuple[jax.Array, jax.Array]:
     """Output [B, T, N, H] in the dtype of the queries, and lse [B, T, N] in float32, or in float64 for float64 queries."""
-    arrays = (q_BTNH, k_BSKH, v_BSKH, q_ids_BT, kv_ids_BS, *_ranges(options, q_BTNH, k_BSKH, q_ids_BT, kv_ids_BS, shift))
-    return jax.lax.map(lambda row: _forward_row(options, sinks_N, shift, *row), arrays)
+    blocks = _at_most(blocks, q_BTNH, k_BSKH)
+    arrays = (q_BTNH, k_BSKH, v_BSKH, q_ids_BT, kv_ids_BS, *_ranges(options, blocks, q_BTNH, k_BSKH, q_ids_BT, kv_ids_BS, shift))
+    return jax.lax.map(lambda row: _forward_row(options, blocks, sinks_N, shift, *row), arrays)
 
 
 def backward(
@@ -45,27 +46,40 @@ def backward(
     lse_BTN: jax.Array,
     g_BTNH: jax.Array,
     row_sums_BTN: jax.Array,
+    *,
+    blocks: tuple[int, int],
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of q, k and v. `row_sums_BTN` is each query's sum of output times `g_BTNH`, less the gradient of its lse."""
-    ranges = _ranges(options, q_BTNH, k_BSKH, q_ids_BT, kv_ids_BS, shift)
+    blocks = _at_most(blocks, q_BTNH, k_BSKH)
+    ranges = _ranges(options, blocks, q_BTNH, k_BSKH, q_ids_BT, kv_ids_BS, shift)
     arrays = (q_BTNH, k_BSKH, v_BSKH, q_ids_BT, kv_ids_BS, *ranges, lse_BTN, g_BTNH, row_sums_BTN)
-    return jax.lax.map(lambda row: _backward_row(options, shift, *row), arrays)
+    return jax.lax.map(lambda row: _backward_row(options, blocks, shift, *row), arrays)
 
 
-def _ranges(options: Options, q: jax.Array, k: jax.Array, q_ids: Any, kv_ids: Any, shift: Any) -> tuple[jax.Array, jax.Array]:
-    lengths = q.shape[1], k.shape[1]
-    ranges = key_blocks(options, shift, lengths, _block_sizes(*lengths), q_ids, kv_ids)
+def _at_most(blocks: tuple[int, int], q: jax.Array, k: jax.Array) -> tuple[int, int]:
+    return min(blocks[0], q.shape[1]), min(blocks[1], k.shape[1])
+
+
+def _ranges(
+    options: Options, blocks: tuple[int, int], q: jax.Array, k: jax.Array, q_ids: Any, kv_ids: Any, shift: Any
+) -> tuple[jax.Array, jax.Array]:
+    ranges = key_blocks(options, shift, (q.shape[1], k.shape[1]), blocks, q_ids, kv_ids)
     return tuple(jnp.broadcast_to(x, (q.shape[0], x.shape[1])) for x in ranges)
 
 
-def _block_sizes(length: int, kv_length: int) -> tuple[int, int]:
-    return min(Q_BLOCK, length), min(KV_BLOCK, kv_length)
-
-
 def _forward_row(
-    options: Options, sinks_N: Any, shift: Any, q: jax.Array, k: jax.Array, v: jax.Array, q_ids: Any, kv_ids: Any, *ranges: jax.Array
+    options: Options,
+    blocks: tuple[int, int],
+    sinks_N: Any,
+    shift: Any,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    q_ids: Any,
+    kv_ids: Any,
+    *ranges: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    q_block, kv_block = _block_sizes(len(q), len(k))
+    q_block, kv_block = blocks
     keys, values = _split_keys(k, kv_block), _split_keys(v, kv_block)
     scores = functools.partial(_scores, options, shift, keys, len(k), _split(q_ids, q_block), _split(kv_ids, kv_block), q_block)
     dtype = _sum_dtype(q)
@@ -97,6 +111,7 @@ def _forward_row(
 
 def _backward_row(
     options: Options,
+    blocks: tuple[int, int],
     shift: Any,
     q: jax.Array,
     k: jax.Array,
@@ -109,7 +124,7 @@ def _backward_row(
     g: jax.Array,
     row_sums: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    q_block, kv_block = _block_sizes(len(q), len(k))
+    q_block, kv_block = blocks
     keys, values = _split_keys(k, kv_block), _split_keys(v, kv_block)
     scores = functools.partial(_scores, options, shift, keys, len(k), _split(q_ids, q_block), _split(kv_ids, kv_block), q_block)
 

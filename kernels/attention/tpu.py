@@ -16,8 +16,6 @@ from jax.experimental.pallas import tpu as pltpu
 
 from moe.kernels.attention.masks import Options, key_blocks, query_blocks
 
-Q_BLOCK, KV_BLOCK = 512, 512
-
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
@@ -53,10 +51,12 @@ def forward(
     q_ids_BT: jax.Array | None,
     kv_ids_BS: jax.Array | None,
     shift: jax.Array | int,
+    *,
+    blocks: tuple[int, int],
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Output [B, T, N, H] in the dtype of the queries, and lse [B, T, N] in float32."""
-    call, arrays, first, end = _prepare(options, q_BTNH, k_BSKH, v_BSKH, q_ids_BT, kv_ids_BS, shift, interpret)
+    call, arrays, first, end = _prepare(options, q_BTNH, k_BSKH, v_BSKH, q_ids_BT, kv_ids_BS, shift, blocks, interpret)
     (batch, heads, length, _), width = arrays[0].shape, v_BSKH.shape[3]
     sinks = jnp.full(heads, -jnp.inf) if sinks_N is None else sinks_N.astype(jnp.float32)
     specs = _specs(call, arrays, _q_index, _kv_index(call))
@@ -117,10 +117,12 @@ def backward(
     lse_BTN: jax.Array,
     g_BTNH: jax.Array,
     row_sums_BTN: jax.Array,
+    *,
+    blocks: tuple[int, int],
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of q, k and v. `row_sums_BTN` is each query's sum of output times `g_BTNH`, less the gradient of its lse."""
-    call, arrays, first, end = _prepare(options, q_BTNH, k_BSKH, v_BSKH, q_ids_BT, kv_ids_BS, shift, interpret)
+    call, arrays, first, end = _prepare(options, q_BTNH, k_BSKH, v_BSKH, q_ids_BT, kv_ids_BS, shift, blocks, interpret)
     rows = (jnp.where(jnp.isfinite(lse_BTN), lse_BTN, 0.0), row_sums_BTN)
     rows = (_pad(jnp.moveaxis(x, 2, 1)[:, :, None], call.q_block, 3) for x in rows)
     operands = (*arrays, _heads_first(g_BTNH, call.q_block), *rows)
@@ -233,11 +235,19 @@ def _dot(x: jax.Array, y: jax.Array, x_dim: int, y_dim: int) -> jax.Array:
 
 
 def _prepare(
-    options: Options, q: jax.Array, k: jax.Array, v: jax.Array, q_ids: Any, kv_ids: Any, shift: Any, interpret: Any
+    options: Options,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    q_ids: Any,
+    kv_ids: Any,
+    shift: Any,
+    blocks: tuple[int, int],
+    interpret: Any,
 ) -> tuple[_Call, tuple[jax.Array, ...], jax.Array, jax.Array]:
     """The call; q, k, v by heads and the ids of queries and of keys, if any, padded to whole blocks; the keys' blocks to meet."""
     lengths = q.shape[1], k.shape[1]
-    blocks = tuple(min(block, _round_up(length, 128)) for block, length in zip((Q_BLOCK, KV_BLOCK), lengths, strict=True))
+    blocks = tuple(min(block, _round_up(length, 128)) for block, length in zip(blocks, lengths, strict=True))
     call = _Call(options, *blocks, lengths[1], q.shape[2] // k.shape[2], q_ids is not None, interpret)
     arrays = [_heads_first(x, block) for x, block in zip((q, k, v), (*blocks, blocks[1]), strict=True)]
     if call.has_ids:

@@ -32,7 +32,7 @@ WHOLE = {
 def make_run(workdir: Path, lines: list[tuple[Any, ...]], moe: MoEConfig | None = None) -> Path:
     config = RunConfig(model=ModelConfig(num_layers=8, moe=moe or MoEConfig()), train=TrainConfig(steps=2000, batch_size=32))
     (workdir / "config.json").write_text(json.dumps(config.to_dict()))
-    write_environment(workdir)
+    write_environment(workdir, "blockwise")
     with MetricWriter(workdir, TrackingConfig(tensorboard=False), step=0) as writer:
         for line in lines:
             writer.write(*line)

@@ -7,16 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe.kernels.attention import blockwise, flash_attention, tpu
+from moe.kernels.attention import Implementation, flash_attention
 from moe.kernels.attention.masks import Options, key_blocks, span, visible
 from tests.kernels.attention.cases import Case, draw, evaluate, expected, mask, xla
 
-
-def shrink_blocks(monkeypatch):
-    """So that short sequences have several."""
-    for module in (blockwise, tpu):
-        monkeypatch.setattr(module, "Q_BLOCK", 128)
-        monkeypatch.setattr(module, "KV_BLOCK", 128)
+SMALL = (128, 128)  # so that short sequences have several blocks
 
 
 def error(values: list[np.ndarray], wanted: list[np.ndarray]) -> list[float]:
@@ -31,7 +26,7 @@ def flash(implementation, q, k, v, sinks, **keywords):
     return flash_attention(q, k, v, sinks=sinks, return_lse=True, implementation=implementation, **keywords)
 
 
-def check_numerics(case: Case, implementation: str, dtype: str) -> None:
+def check_numerics(case: Case, implementation: Implementation, dtype: str) -> None:
     def plain(q, k, v, sinks, **keywords):
         return xla(q, k, v, sinks, jnp.asarray(mask(case)), keywords.get("softcap"))
 
@@ -44,31 +39,29 @@ def check_numerics(case: Case, implementation: str, dtype: str) -> None:
         assert our <= 2 * max(their, floor), (str(case), ours, theirs)
 
 
-DTYPES = ("float32", "bfloat16", "float16")
+def dtype(implementation: str, seed: int) -> str:
+    dtypes = ("float32", "bfloat16") if implementation == "tpu" else ("float32", "bfloat16", "float16")
+    return dtypes[seed % len(dtypes)]
 
 
 @pytest.mark.parametrize("implementation", ["blockwise", "tpu"])
 @pytest.mark.parametrize("seed", range(5))
-def test_numerics(seed, implementation, monkeypatch):
-    shrink_blocks(monkeypatch)
-    check_numerics(draw(seed, longest=300), implementation, DTYPES[seed % 3])
+def test_numerics(seed, implementation):
+    check_numerics(draw(seed, longest=300), Implementation(implementation, SMALL), dtype(implementation, seed))
 
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("implementation", ["blockwise", "tpu"])
 @pytest.mark.parametrize("seed", range(5, 305))
-def test_numerics_of_300_calls(seed, implementation, monkeypatch):
-    if seed % 2:
-        shrink_blocks(monkeypatch)
-    check_numerics(draw(seed), implementation, DTYPES[seed % 3])
+def test_numerics_of_300_calls(seed, implementation):
+    check_numerics(draw(seed), Implementation(implementation, SMALL if seed % 2 else None), dtype(implementation, seed))
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_the_reference_and_blockwise_in_float64(seed, monkeypatch):
+def test_the_reference_and_blockwise_in_float64(seed):
     """Also the oracle that the other tests use, which is written in NumPy and another way."""
-    shrink_blocks(monkeypatch)
     case = draw(seed, longest=200)
-    for implementation in ("reference", "blockwise"):
+    for implementation in ("reference", Implementation("blockwise", SMALL)):
         with jax.enable_x64(True):
             values = evaluate(functools.partial(flash, implementation), case, "float64")
         for value, right in zip(values, expected(case), strict=True):
@@ -129,8 +122,8 @@ def test_memory_grows_linearly():
 def test_under_vmap_remat_and_scan():
     rng = np.random.default_rng(0)
     q, k, v = (jnp.float32(rng.normal(size=(3, 2, 40, 2, 8))) for _ in range(3))
-    call = functools.partial(flash_attention, causal=True, window=(20, 0))
-    gradient = jax.grad(lambda *qkv: jnp.sum(jnp.sin(call(*qkv))), range(3))
+    call = functools.partial(flash_attention, causal=True, window=(20, 0), implementation="blockwise")
+    gradient = jax.jit(jax.grad(lambda *qkv: jnp.sum(jnp.sin(call(*qkv))), range(3)))
     one_by_one = [jnp.stack(x) for x in zip(*(gradient(*(x[i] for x in (q, k, v))) for i in range(3)), strict=True)]
     scanned = jax.lax.scan(
         lambda _, qkv: (None, jax.grad(lambda *x: jnp.sum(jnp.sin(jax.remat(call)(*x))), range(3))(*qkv)), None, (q, k, v)

@@ -1,0 +1,85 @@
+"""Who computes an attention: by chip, by what a call asks for, and what is told where it cannot."""
+
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from moe.kernels.attention import Implementation, choice, choose, flash_attention, supported, why_not
+
+
+def array(width: int = 128, length: int = 4096, dtype: str = "bfloat16") -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((1, length, 8, width), dtype)
+
+
+IDS = jax.ShapeDtypeStruct((1, 4096), "int32")
+SEGMENTS = {"q_segment_ids": IDS, "kv_segment_ids": IDS}
+
+
+@pytest.mark.parametrize(
+    ("chip", "q", "keywords", "name"),
+    [
+        ("cpu", array(), {"causal": True}, "blockwise"),
+        ("TPU v5p", array(), {"causal": True}, "tpu"),
+        ("TPU v6 lite", array(80, dtype="float32"), {"window": (9, 9), "softcap": 30.0}, "tpu"),
+        ("TPU v5p", array(dtype="float16"), {}, "blockwise"),
+        ("NVIDIA A100-SXM4-80GB", array(), {"causal": True}, "cudnn"),
+        ("NVIDIA A100-SXM4-80GB", array(), {"causal": True, "window": (1023, 0)}, "cudnn"),
+        ("NVIDIA A100-SXM4-80GB", array(), {}, "blockwise"),
+        ("NVIDIA A100-SXM4-80GB", array(256), {"causal": True}, "blockwise"),
+        ("NVIDIA A100-SXM4-80GB", array(dtype="float32"), {"causal": True}, "blockwise"),
+        ("NVIDIA A100-SXM4-80GB", array(), {"causal": True, **SEGMENTS}, "blockwise"),
+        ("NVIDIA A100-SXM4-80GB", array(), {"causal": True, "q_offset": jnp.int32(0)}, "blockwise"),
+    ],
+)
+def test_the_chip_and_the_call_decide(chip, q, keywords, name):
+    chosen = choose(chip, q, q, q, **keywords)
+    assert chosen.name == name and supported(name, q, q, q, chip=chip, **keywords)
+
+
+def test_blocks_come_from_the_table_or_from_a_rule(monkeypatch):
+    monkeypatch.setattr(choice, "tuned_blocks", lambda: {"TPU v5p": {"tpu bfloat16 128 causal 4096": (1024, 512)}})
+    causal = {"causal": True}
+    assert choose("TPU v5p", *[array()] * 3, **causal) == Implementation("tpu", (1024, 512))
+    assert choose("TPU v5p", *[array(length=4000)] * 3, **causal) == Implementation("tpu", (1024, 512))
+    for q, keywords in ((array(length=4097), causal), (array(64), causal), (array(), {}), (array(), {"causal": True, "window": (8, 0)})):
+        assert choose("TPU v5p", q, q, q, **keywords).blocks is None
+    assert Implementation.of("tpu").blocks == choice.BLOCKS["tpu"]
+
+
+def test_the_table_names_chips_and_keys_of_calls():
+    for chip, rows in json.loads(choice.TABLE.read_text()).items():
+        assert chip and all(re.fullmatch(r"(blockwise|tpu) \w+ \d+ (full|causal|window) \d+", key) for key in rows)
+        assert all(len(blocks) == 2 and min(blocks) > 0 for blocks in rows.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "keywords", "reason"),
+    [
+        ("tpu", {"chip": "NVIDIA H200"}, "it runs on TPUs, and interpreted on CPUs, not on NVIDIA H200"),
+        ("cudnn", {"chip": "cpu"}, "it runs on NVIDIA GPUs, not on cpu"),
+        ("cudnn", {}, "it takes causal attention alone"),
+        ("cudnn", {"causal": True, "softcap": 1.0}, "it knows no softcap"),
+        ("cudnn", {"causal": True, "sinks": jax.ShapeDtypeStruct((8,), "float32")}, "it knows no sinks"),
+        ("cudnn", {"causal": True, "return_lse": True}, "it knows no lse"),
+        ("reference", {}, None),
+    ],
+)
+def test_what_an_implementation_cannot_do_has_a_reason(name, keywords, reason):
+    found = why_not(name, *[array()] * 3, **keywords)
+    assert found == reason or found.startswith(reason)
+
+
+def test_an_implementation_asked_for_by_name_that_cannot_says_who_can():
+    q = jnp.zeros((1, 8, 2, 16), jnp.float16)
+    with pytest.raises(NotImplementedError, match=r"^'tpu' cannot do this attention, for it takes bfloat16 and float32.*'blockwise' can$"):
+        flash_attention(q, q, q, implementation="tpu")
+
+
+def test_without_a_name_the_platform_decides_when_the_program_is_lowered():
+    q = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.float32)
+    gradient = jax.jit(jax.grad(lambda q: jnp.sum(flash_attention(q, q, q, causal=True))))
+    kernels = {name: gradient.trace(q).lower(lowering_platforms=(name,)).as_text().count("tpu_custom_call") for name in ("cpu", "tpu")}
+    assert kernels == {"cpu": 0, "tpu": 3}
