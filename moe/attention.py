@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from moe.config import ConfigError, ModelConfig
-from moe.kernels.attention import Implementation, choose, flash_attention, why_not
+from moe.kernels.attention import Implementation, choose, decode_attention, flash_attention, why_not
 from moe.layers import einsum, residual_scale, rotary_angles, rotate
 from moe.parameters import parameter
 from moe.sharding import chip, constrain, per_shard
@@ -23,6 +23,7 @@ class Positions:
     segment_ids_BT: jax.Array  # tokens see only their own segment
     cos_BTH: jax.Array  # of the rotary angles, H/2 of them
     sin_BTH: jax.Array
+    from_start: bool = struct.field(pytree_node=False)  # every row stands at 0, 1, 2, ...: known while tracing
 
     @classmethod
     def of(cls, batch: dict[str, jax.Array], config: ModelConfig) -> "Positions":
@@ -31,7 +32,7 @@ class Positions:
         positions_BT = batch.get("positions", jnp.broadcast_to(jnp.arange(shape[1]), shape))
         segment_ids_BT = batch.get("segment_ids", jnp.ones(shape, jnp.int32))
         angles = rotary_angles(positions_BT, config.head_dim, config.rope_base)
-        return cls(positions_BT, segment_ids_BT, jnp.cos(angles), jnp.sin(angles))
+        return cls(positions_BT, segment_ids_BT, jnp.cos(angles), jnp.sin(angles), "positions" not in batch)
 
 
 class Attention(nn.Module):
@@ -53,11 +54,12 @@ class Attention(nn.Module):
         value_BTKH = constrain(einsum("BTD,DKH->BTKH", x_BTD, w_value_DKH), "BTKH")
         query_BTNH = rotate(query_BTNH, positions.cos_BTH, positions.sin_BTH)
         key_BTKH = rotate(key_BTKH, positions.cos_BTH, positions.sin_BTH)
-        if cache is None:
+        if cache is not None:
+            cache = update_cache(cache, key_BTKH, value_BTKH, positions.positions_BT)
+        if cache is None or positions.from_start:  # before a prompt's first token there is nothing: it need not read the cache
             mixed_BTNH = attend(c, query_BTNH, key_BTKH, value_BTKH, positions.segment_ids_BT)
         else:
-            cache = update_cache(cache, key_BTKH, value_BTKH, positions.positions_BT)
-            mixed_BTNH = attend_to_cache(query_BTNH, cache, positions.positions_BT)
+            mixed_BTNH = decode_attention(query_BTNH, cache["key"], cache["value"], positions.positions_BT)
         return einsum("BTNH,NHD->BTD", constrain(mixed_BTNH, "BTNH"), w_output_NHD), cache
 
 
@@ -120,10 +122,3 @@ def update_cache(cache: Any, key_BTKH: jax.Array, value_BTKH: jax.Array, positio
     rows_B1 = jnp.arange(positions_BT.shape[0])[:, None]
     new = {"key": key_BTKH, "value": value_BTKH}
     return {name: cache[name].at[rows_B1, positions_BT].set(new[name].astype(cache[name].dtype)) for name in cache}
-
-
-def attend_to_cache(query_BTNH: jax.Array, cache: Any, positions_BT: jax.Array) -> jax.Array:
-    """Attention of each query to the cached positions up to its own: [B, T, N, H]."""
-    slots_S = jnp.arange(cache["key"].shape[1])
-    mask_B1TS = slots_S <= positions_BT[:, None, :, None]
-    return jax.nn.dot_product_attention(query_BTNH, cache["key"], cache["value"], mask=mask_B1TS)

@@ -74,12 +74,9 @@ def _generate(
     key: jax.Array,
 ) -> jax.Array:
     batch_size, length = prompts_BT.shape
-    positions_BT = jnp.broadcast_to(jnp.arange(length), prompts_BT.shape)
-    is_prompt_BT = positions_BT < lengths_B[:, None]  # padding takes no expert's room
+    is_prompt_BT = jnp.arange(length) < lengths_B[:, None]  # padding takes no expert's room
     cache = model.init_cache(batch_size, length + max_new_tokens)
-    hidden_BTD, cache = _forward(
-        model, variables, {"tokens": prompts_BT, "positions": positions_BT, "segment_ids": is_prompt_BT.astype(jnp.int32)}, cache
-    )
+    hidden_BTD, cache = _forward(model, variables, {"tokens": prompts_BT, "segment_ids": is_prompt_BT.astype(jnp.int32)}, cache)
     first_B = _draw(model, variables, hidden_BTD[jnp.arange(batch_size), lengths_B - 1], key, lengths_B, sampling)
 
     def unfinished(carry: tuple[Any, ...]) -> jax.Array:

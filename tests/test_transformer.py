@@ -119,20 +119,21 @@ def test_full_remat_keeps_less():
 
 def test_the_cache_changes_nothing():
     model, variables, rows = Transformer(SMALL), init(), tokens(batch=2, length=9)
-    expected = model.apply(variables, {"tokens": rows}).hidden
-    cache = model.init_cache(batch_size=2, length=12)
-    # The first row's prompt has 5 tokens, the second's 3 and two of padding, which later tokens must overwrite.
-    prompt = rows.at[1, 3:5].set(0)[:, :5]
-    output = model.apply(variables, {"tokens": prompt}, cache)
-    np.testing.assert_allclose(output.hidden[0], expected[0, :5], atol=1e-5)
-    np.testing.assert_allclose(output.hidden[1, :3], expected[1, :3], atol=1e-5)
+    apply = jax.jit(model.apply)
+    expected = apply(variables, {"tokens": rows}).hidden
+    # The first row's prompt has 5 tokens, the second's 3 and two of padding, which later tokens must overwrite. A prompt reads no cache.
+    prompt, cache = rows.at[1, 3:5].set(0)[:, :5], model.init_cache(batch_size=2, length=12)
+    for start in (jax.tree.map(lambda x: x * jnp.nan, cache), cache):
+        output = apply(variables, {"tokens": prompt}, start)
+        np.testing.assert_allclose(output.hidden[0], expected[0, :5], atol=1e-5)
+        np.testing.assert_allclose(output.hidden[1, :3], expected[1, :3], atol=1e-5)
     lengths = np.array([5, 3])
-    for _ in range(4):
-        positions = jnp.array(lengths)[:, None]
+    for count in (1, 3):  # tokens at a time, from where each row stands
+        positions = jnp.array(lengths)[:, None] + jnp.arange(count)
         new = jnp.take_along_axis(rows, positions, axis=1)
-        output = model.apply(variables, {"tokens": new, "positions": positions}, output.cache)
-        np.testing.assert_allclose(output.hidden[:, 0], expected[np.arange(2), lengths], atol=1e-5)
-        lengths += 1
+        output = apply(variables, {"tokens": new, "positions": positions}, output.cache)
+        np.testing.assert_allclose(output.hidden, expected[np.arange(2)[:, None], positions], atol=1e-5)
+        lengths += count
 
 
 def test_tied_embeddings_share_one_table():

@@ -14,9 +14,19 @@ import jax.numpy as jnp
 
 from moe.kernels.attention import cudnn
 from moe.kernels.attention.choice import Implementation, Name, choose, describe, obstacle, supported, why_not
+from moe.kernels.attention.decode import decode_attention
 from moe.kernels.attention.masks import Options
 
-__all__ = ["Implementation", "attention_backward", "attention_forward", "choose", "flash_attention", "supported", "why_not"]
+__all__ = [
+    "Implementation",
+    "attention_backward",
+    "attention_forward",
+    "choose",
+    "decode_attention",
+    "flash_attention",
+    "supported",
+    "why_not",
+]
 
 
 def flash_attention(

@@ -1,0 +1,127 @@
+"""Attention of one or a few queries to a key/value cache, split over the sequence ("flash decoding", Dao et al. 2023).
+
+A query alone has next to nothing to do for each key that is read, and the heads of one row are too few for a chip's cores. So the slots are
+cut into blocks, and a step of the loop meets several neighbouring ones at once, one to each split. A split has an online softmax of its
+own, and log-sum-exp's arithmetic merges them at the end. As the splits take turns along the sequence, none is idle while the prefix is
+short, and the loop ends with the longest row.
+"""
+
+import jax
+import jax.numpy as jnp
+
+BLOCK = 64  # slots that one split meets in one step
+SPLITS = 4  # at least, where there are slots for them: a smaller step would be too little for what it costs to start one
+STEPS = 16  # at most, or one more: a longer cache has more splits, and a step reads this part of it
+
+
+def decode_attention(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    positions_BT: jax.Array,
+    *,
+    window: tuple[int, int] | None = None,
+    softcap: float | None = None,
+    sinks: jax.Array | None = None,
+    scale: float | None = None,
+) -> jax.Array:
+    """softmax(scale q kᵀ) v over the slots 0 to positions_BT[b, t] of a cache, for each query (b, t): [B, T, N, H], q's dtype.
+
+    Slots are positions. N is a multiple of K, and H of the result that of `v_BSKH`. `window` (left, right), `softcap`, `sinks` [N] and
+    `scale` are those of `flash_attention`, with causal=True: nothing to the right is seen. A query at position -1 sees nothing, and gives
+    zeros. Sums are float32; beside the results, memory holds the logits of a step, those of S / 16 slots.
+
+    Slots after the longest row's last position, or before all windows, are not read, but for the rest of the step they are in: those
+    must hold finite numbers. For inference alone: it has no gradient in reverse mode. Raises ValueError for shapes that do not agree.
+    """
+    _check(q_BTNH, k_BSKH, v_BSKH, positions_BT, sinks, window)
+    (batch, length, heads, width), (slots, kv_heads) = q_BTNH.shape, k_BSKH.shape[1:3]
+    block = min(BLOCK, slots)
+    splits = min(max(SPLITS, slots // (BLOCK * STEPS)), slots // block)
+    stride, left = splits * block, None if window is None else window[0]
+    scale = width**-0.5 if scale is None else scale
+    q_BKRH = _by_kv_head(q_BTNH, kv_heads)  # R: each position of each head that shares the key, so that one matmul takes them all
+    positions_B11R1 = jnp.repeat(positions_BT, heads // kv_heads, axis=1)[:, None, None, :, None]
+
+    def meet(step: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        output, highest, total = carry
+        start = jnp.minimum(step * stride, slots - stride)  # the last step of a cache of other lengths looks back
+        keys, values = (_slice(x, start, stride).reshape(batch, splits, block, *x.shape[2:]) for x in (k_BSKH, v_BSKH))
+        logits = _matmul("bkrh,bpskh->bpkrs", q_BKRH, keys) * scale
+        logits = logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+        at = (start + jnp.arange(stride)).reshape(1, splits, 1, 1, block)
+        seen = (at <= positions_B11R1) & (at >= step * stride)
+        seen = seen if left is None else seen & (at >= positions_B11R1 - left)
+        logits = jnp.where(seen, logits, -jnp.inf)
+        new_highest = jnp.maximum(highest, jnp.max(logits, axis=-1))
+        base = _finite(new_highest)  # nothing is seen yet: all weights are zero
+        weights, kept = jnp.exp(logits - base[..., None]), jnp.exp(highest - base)
+        product = _matmul("bpkrs,bpskh->bpkrh", weights.astype(values.dtype), values)
+        return output * kept[..., None] + product, new_highest, total * kept + jnp.sum(weights, axis=-1)
+
+    shape, dtype = (batch, splits, *q_BKRH.shape[1:3]), _sum_dtype(q_BTNH)
+    carry = jnp.zeros((*shape, v_BSKH.shape[3]), dtype), jnp.full(shape, -jnp.inf, dtype), jnp.zeros(shape, dtype)
+    carry = jax.lax.fori_loop(*_steps(positions_BT, left, slots, stride), meet, carry)
+    output = _merge(*carry, _sinks_by_row(sinks, kv_heads, length, dtype))
+    groups = output.reshape(batch, kv_heads, length, -1, output.shape[-1])
+    return jnp.moveaxis(groups, 2, 1).reshape(batch, length, heads, -1).astype(q_BTNH.dtype)
+
+
+def _steps(positions_BT: jax.Array, left: int | None, slots: int, stride: int) -> tuple[jax.Array | int, jax.Array]:
+    """The first step that some query needs, and one past the last."""
+    end = jnp.minimum(jnp.max(positions_BT), slots - 1) // stride + 1
+    return 0 if left is None else jnp.maximum(jnp.min(positions_BT) - left, 0) // stride, end
+
+
+def _slice(x_BSKH: jax.Array, start: jax.Array, size: int) -> jax.Array:
+    """Slots `start` and on. Tied to the step: a CPU, which slices no bfloat16, would convert the whole cache before the loop."""
+    return jax.lax.dynamic_slice_in_dim(*jax.lax.optimization_barrier((x_BSKH, start)), size, axis=1)
+
+
+def _merge(output: jax.Array, highest: jax.Array, total: jax.Array, sinks: jax.Array) -> jax.Array:
+    """One attention [B, K, R, H] of those of the splits [B, P, K, R, H] and of the sinks [K, R], which carry no value."""
+    base = _finite(jnp.maximum(jnp.max(highest, axis=1), sinks))
+    share = jnp.exp(highest - base[:, None])
+    total = jnp.sum(total * share, axis=1) + jnp.exp(sinks - base)
+    return jnp.sum(output * share[..., None], axis=1) / jnp.where(total > 0, total, 1.0)[..., None]
+
+
+def _sinks_by_row(sinks_N: jax.Array | None, kv_heads: int, length: int, dtype: jnp.dtype) -> jax.Array:
+    if sinks_N is None:
+        return jnp.full((kv_heads, 1), -jnp.inf, dtype)
+    return jnp.tile(sinks_N.astype(dtype).reshape(kv_heads, -1), length)
+
+
+def _by_kv_head(q_BTNH: jax.Array, kv_heads: int) -> jax.Array:
+    batch, length, _, width = q_BTNH.shape
+    groups = q_BTNH.reshape(batch, length, kv_heads, -1, width)
+    return jnp.moveaxis(groups, 1, 2).reshape(batch, kv_heads, -1, width)
+
+
+def _finite(x: jax.Array) -> jax.Array:
+    return jnp.where(jnp.isfinite(x), x, 0.0)
+
+
+def _matmul(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.einsum(equation, x, y, preferred_element_type=_sum_dtype(x))
+
+
+def _sum_dtype(x: jax.Array) -> jnp.dtype:
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def _check(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, sinks: jax.Array | None, window: tuple[int, int] | None) -> None:
+    if not q.ndim == k.ndim == v.ndim == 4:
+        raise ValueError(f"q {q.shape}, k {k.shape} and v {v.shape} must be [B, T, N, H], [B, S, K, H] and [B, S, K, H]")
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"q {q.shape} and k {k.shape} must have the same batch (B) and head width (H)")
+    if k.shape[:3] != v.shape[:3]:
+        raise ValueError(f"k {k.shape} and v {v.shape} must have the same batch, slots and heads (B, S, K)")
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"q {q.shape} has {q.shape[2]} heads, which are no multiple of the {k.shape[2]} of k {k.shape}")
+    if positions.shape != q.shape[:2]:
+        raise ValueError(f"positions {positions.shape} must be {q.shape[:2]}, one for each query of q {q.shape}")
+    if window is not None and min(window) < 0:
+        raise ValueError(f"window={window} must be two distances (left, right) of 0 or more")
+    if sinks is not None and sinks.shape != q.shape[2:3]:
+        raise ValueError(f"sinks {sinks.shape} must be {q.shape[2:3]}, one for each head of q {q.shape}")
