@@ -6,6 +6,8 @@ own, and log-sum-exp's arithmetic merges them at the end. As the splits take tur
 short, and the loop ends with the longest row.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -74,8 +76,14 @@ def _steps(positions_BT: jax.Array, left: int | None, slots: int, stride: int) -
 
 
 def _slice(x_BSKH: jax.Array, start: jax.Array, size: int) -> jax.Array:
-    """Slots `start` and on. Tied to the step: a CPU, which slices no bfloat16, would convert the whole cache before the loop."""
-    return jax.lax.dynamic_slice_in_dim(*jax.lax.optimization_barrier((x_BSKH, start)), size, axis=1)
+    """Slots `start` and on, and nothing done to the others.
+
+    XLA takes what it does to the whole cache in each step out of the loop. On a CPU that would be a conversion of all of bfloat16, unless
+    the cache is tied to the step; on a TPU being tied costs a copy.
+    """
+    plain = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=size, axis=1)
+    tied = lambda *arrays: plain(*jax.lax.optimization_barrier(arrays))  # noqa: E731
+    return jax.lax.platform_dependent(x_BSKH, start, cpu=tied, default=plain)
 
 
 def _merge(output: jax.Array, highest: jax.Array, total: jax.Array, sinks: jax.Array) -> jax.Array:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from moe.kernels.attention import flash_attention
+from moe.kernels.attention import decode_attention, flash_attention
 
 MASKS = {
     "causal": {"causal": True},
@@ -15,18 +15,22 @@ MASKS = {
 }
 
 
-@pytest.mark.aot
-@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
-@pytest.mark.parametrize(("width", "mask"), [(64, "window"), (128, "segments"), (256, "causal")])
-def test_compiles_for_tpus(topology, width, mask, monkeypatch):
+def on_one(topology, monkeypatch):
+    """A sharding on one chip that is not here."""
     pytest.importorskip("libtpu", reason="needs pip install libtpu")
     from jax.experimental import topologies
 
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    mesh = Mesh(np.array(devices[:1]), ("x",), axis_types=(AxisType.Auto,))
-    here = NamedSharding(mesh, PartitionSpec())
+    return NamedSharding(Mesh(np.array(devices[:1]), ("x",), axis_types=(AxisType.Auto,)), PartitionSpec())
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+@pytest.mark.parametrize(("width", "mask"), [(64, "window"), (128, "segments"), (256, "causal")])
+def test_compiles_for_tpus(topology, width, mask, monkeypatch):
+    here = on_one(topology, monkeypatch)
     q = jax.ShapeDtypeStruct((1, 4096, 4, width), jnp.bfloat16, sharding=here)
     k = jax.ShapeDtypeStruct((1, 4096, 2, width), jnp.bfloat16, sharding=here)
     ids = jax.ShapeDtypeStruct((1, 4096), jnp.int32, sharding=here)
@@ -41,3 +45,13 @@ def test_compiles_for_tpus(topology, width, mask, monkeypatch):
     traced = jax.jit(jax.grad(loss, range(4))).trace(q, k, k, sinks, ids)
     program = traced.lower(lowering_platforms=("tpu",)).compile().as_text()
     assert program.count("tpu_custom_call") >= 3
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2"])
+def test_decoding_copies_no_cache(topology, monkeypatch):
+    here = on_one(topology, monkeypatch)
+    q, k = (jax.ShapeDtypeStruct((8, *shape), jnp.bfloat16, sharding=here) for shape in ((1, 64, 128), (8192, 8, 128)))
+    traced = jax.jit(decode_attention).trace(q, k, k, jax.ShapeDtypeStruct((8, 1), jnp.int32, sharding=here))
+    compiled = traced.lower(lowering_platforms=("tpu",)).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 8 * 8192 * 8 * 128 * 2 / 16  # of a step's keys at most
