@@ -1,0 +1,107 @@
+"""The TPU kernels in JAX's simulation of a TPU's memories, which begin as NaN, with races between its cores and copies looked for.
+
+The interpreter prints races, and nothing else of it is public; so the first tests see that it notices a race and uninitialised memory.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from moe.kernels.attention import blockwise, tpu
+from moe.kernels.attention.masks import Options, span
+
+# The seed makes the order of parallel grid points another than their own, for two points in each dimension.
+SIMULATION = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2, random_seed=4)
+
+
+@pytest.fixture(autouse=True)
+def clean_simulation():
+    yield
+    pltpu.reset_tpu_interpret_mode_state()  # what an exception left of it
+
+
+def copy_blocks(kernel, x, block_index):
+    """Runs `kernel(x, y, scratch)` over blocks of 8 rows, on two cores, and writes its block i at `block_index(i)`."""
+    here, there = (pl.BlockSpec((8, 128), lambda i, index=index: (index(i), 0)) for index in (lambda i: i, block_index))
+    return pl.pallas_call(
+        kernel,
+        grid=(len(x) // 8,),
+        in_specs=[here],
+        out_specs=there,
+        out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
+        scratch_shapes=[pltpu.VMEM((8, 128), jnp.float32)],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
+        interpret=SIMULATION,
+    )(x)
+
+
+def test_a_block_written_by_two_cores_is_noticed(capsys):
+    def copy(x, y, _):
+        y[...] = x[...]
+
+    x = jnp.ones((16, 128))
+    np.testing.assert_array_equal(copy_blocks(copy, x, lambda i: i), x)
+    assert "RACE" not in capsys.readouterr().out
+    jax.block_until_ready(copy_blocks(copy, x, lambda i: 0))
+    assert "RACE DETECTED" in capsys.readouterr().out
+
+
+def test_memory_that_nothing_was_written_to_is_noticed():
+    def add_to_nothing(x, y, scratch):
+        scratch[...] += x[...]
+        y[...] = scratch[...]
+
+    assert np.isnan(copy_blocks(add_to_nothing, jnp.ones((16, 128)), lambda i: i)).all()
+
+
+def check(monkeypatch, capsys, *, batch=1, length=200, kv_length=200, group=2, kv_heads=1, window=None, causal=True, ids=False, **options):
+    """Forward and backward of the kernels, in blocks of 128, are those of blockwise; and there is no race."""
+    for module in (blockwise, tpu):
+        monkeypatch.setattr(module, "Q_BLOCK", 128)
+        monkeypatch.setattr(module, "KV_BLOCK", 128)
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: jnp.float32(rng.normal(size=shape))  # noqa: E731
+    heads = group * kv_heads
+    q, k, v = normal(batch, length, heads, 16), normal(batch, kv_length, kv_heads, 16), normal(batch, kv_length, kv_heads, 8)
+    q_ids, kv_ids = (jnp.sort(jnp.array(rng.integers(0, 3, (batch, x)))) for x in (length, kv_length)) if ids else (None, None)
+    arrays = (Options(*span(causal, window), options.get("softcap"), 0.25), q, k, v, normal(heads), q_ids, kv_ids, options.get("shift", 0))
+    g, row_sums = normal(batch, length, heads, 8), normal(batch, length, heads)
+
+    def values(forward, backward):
+        output, lse = jax.jit(forward, static_argnums=0)(*arrays)
+        return output, lse, *jax.jit(backward, static_argnums=0)(*arrays, lse, g, row_sums)
+
+    simulated = values(*(functools.partial(f, interpret=SIMULATION) for f in (tpu.forward, tpu.backward)))
+    for value, wanted in zip(simulated, values(blockwise.forward, blockwise.backward), strict=True):
+        np.testing.assert_allclose(value, wanted, atol=2e-5)
+    assert "RACE" not in capsys.readouterr().out
+
+
+def test_causal(monkeypatch, capsys):
+    check(monkeypatch, capsys, group=1)
+
+
+def test_a_window_and_segments_of_odd_lengths(monkeypatch, capsys):
+    check(monkeypatch, capsys, length=131, window=(60, 0), ids=True, shift=50)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"length": 300, "kv_length": 300, "window": (40, 0)},
+        {"length": 131, "kv_length": 259, "window": (60, 0), "ids": True, "shift": 100},
+        {"length": 300, "kv_length": 300, "ids": True, "batch": 2},
+        {"length": 131, "kv_length": 259, "causal": False, "kv_heads": 2, "softcap": 5.0},
+        {"length": 259, "kv_length": 131, "causal": False, "window": (20, 150), "ids": True, "batch": 2, "kv_heads": 2},
+        {"length": 200, "kv_length": 200, "shift": -150},
+        {"length": 200, "kv_length": 400, "shift": 5000, "window": (10, 0)},
+    ],
+)
+def test_more_masks(options, monkeypatch, capsys):
+    check(monkeypatch, capsys, **options)
