@@ -1,6 +1,7 @@
 """Sampling from a decoder with a key/value cache."""
 
 import functools
+import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -42,6 +43,7 @@ def generate(
     lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
     if not len(lengths_B) or lengths_B.min() < 1:
         raise ConfigError(f"prompts have {lengths_B.tolist()} tokens: give at least one prompt, each of one token or more")
+    check_memory(model, len(prompts), int(lengths_B.max()), max_new_tokens)
     tokens_BT = np.zeros((len(prompts), lengths_B.max()), np.int32)
     for row, prompt in zip(tokens_BT, prompts, strict=True):
         row[: len(prompt)] = prompt
@@ -60,6 +62,21 @@ def check_sampling(sampling: Sampling, max_new_tokens: int) -> None:
         raise ConfigError(f"top_p={sampling.top_p} is out of range: set it above 0 and up to 1")
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens={max_new_tokens} is not positive: set it to 1 or more")
+
+
+def check_memory(model: nn.Module, batch_size: int, length: int, max_new_tokens: int) -> None:
+    """Raises ConfigError where the key/value cache cannot fit in a device's memory, or, for a CPU, in the machine's."""
+    slot = jax.tree.leaves(jax.eval_shape(lambda: model.init_cache(batch_size, 1)))
+    # A step reads one cache and writes another: compiled programs hold 3.3 of them (v5e) to 3.6 (CPU) at a time.
+    slot_bytes = 3 * sum(x.size * x.dtype.itemsize for x in slot)
+    stats = jax.local_devices()[0].memory_stats() or {}  # a CPU has none
+    memory = stats.get("bytes_limit", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    needed, most = (length + max_new_tokens) * slot_bytes, max(memory // slot_bytes - length, 1)
+    if needed > memory:
+        raise ConfigError(
+            f"max_new_tokens={max_new_tokens} takes {needed / 2**30:.1f} GiB of key/value cache, and there are {memory / 2**30:.1f} GiB of "
+            f"memory: set max_new_tokens to less than {most}, or give fewer prompts"
+        )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))

@@ -80,6 +80,7 @@ def test_draws_follow_the_distribution():
         ({"sampling": Sampling(top_k=-1)}, "top_k=-1"),
         ({"sampling": Sampling(top_p=0.0)}, "top_p=0.0"),
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"max_new_tokens": 10**12}, r"max_new_tokens=10+ takes .* GiB of key/value cache, .* set max_new_tokens to less than [1-9]"),
         ({"prompts": []}, "prompts"),
         ({"prompts": [np.array([], int)]}, "prompts"),
     ],

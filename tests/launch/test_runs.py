@@ -68,6 +68,8 @@ def test_generate_is_a_function_of_its_arguments(workdir):
     assert texts[0] != generate(workdir, ["def ", ""], max_new_tokens=20, seed=1, step=2)[0]
     with pytest.raises(ConfigError, match=r"top_p=2\.0"):
         generate(workdir, ["def "], top_p=2.0)
+    with pytest.raises(ConfigError, match="set max_new_tokens to less than"):
+        generate(workdir, ["def "], max_new_tokens=10**12)
 
 
 def test_summary_counts_llama_2_7b():
