@@ -59,11 +59,8 @@ def test_memory_that_nothing_was_written_to_is_noticed():
     assert np.isnan(copy_blocks(add_to_nothing, jnp.ones((16, 128)), lambda i: i)).all()
 
 
-def check(monkeypatch, capsys, *, batch=1, length=200, kv_length=200, group=2, kv_heads=1, window=None, causal=True, ids=False, **options):
+def check(capsys, *, batch=1, length=200, kv_length=200, group=2, kv_heads=1, window=None, causal=True, ids=False, **options):
     """Forward and backward of the kernels, in blocks of 128, are those of blockwise; and there is no race."""
-    for module in (blockwise, tpu):
-        monkeypatch.setattr(module, "Q_BLOCK", 128)
-        monkeypatch.setattr(module, "KV_BLOCK", 128)
     rng = np.random.default_rng(0)
     normal = lambda *shape: jnp.float32(rng.normal(size=shape))  # noqa: E731
     heads = group * kv_heads
@@ -76,18 +73,19 @@ def check(monkeypatch, capsys, *, batch=1, length=200, kv_length=200, group=2, k
         output, lse = jax.jit(forward, static_argnums=0)(*arrays)
         return output, lse, *jax.jit(backward, static_argnums=0)(*arrays, lse, g, row_sums)
 
-    simulated = values(*(functools.partial(f, interpret=SIMULATION) for f in (tpu.forward, tpu.backward)))
-    for value, wanted in zip(simulated, values(blockwise.forward, blockwise.backward), strict=True):
+    simulated = values(*(functools.partial(f, blocks=(128, 128), interpret=SIMULATION) for f in (tpu.forward, tpu.backward)))
+    plain = values(*(functools.partial(f, blocks=(128, 128)) for f in (blockwise.forward, blockwise.backward)))
+    for value, wanted in zip(simulated, plain, strict=True):
         np.testing.assert_allclose(value, wanted, atol=2e-5)
     assert "RACE" not in capsys.readouterr().out
 
 
-def test_causal(monkeypatch, capsys):
-    check(monkeypatch, capsys, group=1)
+def test_causal(capsys):
+    check(capsys, group=1)
 
 
-def test_a_window_and_segments_of_odd_lengths(monkeypatch, capsys):
-    check(monkeypatch, capsys, length=131, window=(60, 0), ids=True, shift=50)
+def test_a_window_and_segments_of_odd_lengths(capsys):
+    check(capsys, length=131, window=(60, 0), ids=True, shift=50)
 
 
 @pytest.mark.slow
@@ -103,5 +101,5 @@ def test_a_window_and_segments_of_odd_lengths(monkeypatch, capsys):
         {"length": 200, "kv_length": 400, "shift": 5000, "window": (10, 0)},
     ],
 )
-def test_more_masks(options, monkeypatch, capsys):
-    check(monkeypatch, capsys, **options)
+def test_more_masks(options, capsys):
+    check(capsys, **options)
