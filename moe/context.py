@@ -80,8 +80,7 @@ def ulysses_attention(
         segment_ids = jax.lax.all_gather(segment_ids, axis_name, axis=1, tiled=True)
     if sinks is not None:
         sinks = jax.lax.dynamic_slice_in_dim(sinks, jax.lax.axis_index(axis_name) * (heads // size), heads // size)
-    ids = {"q_segment_ids": segment_ids, "kv_segment_ids": segment_ids}
-    mask = {"causal": causal, "window": window, **ids}
+    mask = {"causal": causal, "window": window, "q_segment_ids": segment_ids, "kv_segment_ids": segment_ids}
     output = flash_attention(q, k, v, **mask, softcap=softcap, sinks=sinks, scale=scale, implementation=implementation)
     return jax.lax.all_to_all(output, axis_name, split_axis=1, concat_axis=2, tiled=True)
 
@@ -101,7 +100,7 @@ def chunk_order(options: Options, size: int, length: int) -> Order:
     """The chunks of the sequence that each rank computes with: one, as it comes, or two in zig-zag: chunks r and 2P - 1 - r for rank r.
 
     `length` is T/P. Under a causal mask the last tokens see most: as they come, the last rank would do twice the mean. Under a window of at
-    most T/2 its work is the same in both orders, and keys travel less in the first. Raises ValueError for an odd length in zig-zag.
+    most T/2 it does as much in both orders, and keys travel less in the first. Raises ValueError for an odd length in zig-zag.
     """
     if size == 1 or options.right != 0 or (options.left is not None and 2 * options.left <= size * length):
         return tuple((rank,) for rank in range(size))
@@ -112,9 +111,9 @@ def chunk_order(options: Options, size: int, length: int) -> Order:
 
 
 def plan(options: Options, order: Order, length: int) -> list[Step]:
-    """The steps of a ring with as many calls in each as the rank has that needs most; steps that no rank needs are left out.
+    """The steps of a ring, less those that no rank's mask needs, each with as many calls as its busiest rank needs.
 
-    `length` is a chunk's. A rank that needs fewer calls gets others in which its mask leaves nothing, so no block is computed.
+    `length` is a chunk's. A rank that needs fewer calls makes up the number by some in which it sees nothing: no block is computed in them.
     """
 
     def sees_nothing(call: tuple[int, int, int]) -> bool:
@@ -125,7 +124,7 @@ def plan(options: Options, order: Order, length: int) -> list[Step]:
     for distance in range(len(order)):
         ranks = []
         for rank, queries in enumerate(order):
-            pairs = itertools.product(enumerate(queries), enumerate(order[rank - distance]))
+            pairs = itertools.product(enumerate(queries), enumerate(order[rank - distance]))  # an index below 0 goes around too
             ranks.append(sorted(((i, j, (query - key) * length) for (i, query), (j, key) in pairs), key=sees_nothing))
         if needed := max(sum(not sees_nothing(call) for call in calls) for calls in ranks):
             stops[distance] = np.array([calls[:needed] for calls in ranks], np.int32).swapaxes(0, 1)

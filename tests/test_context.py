@@ -1,12 +1,13 @@
 """Attention over a split sequence against one device's: results, gradients, what is sent, computed and kept."""
 
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe import context
@@ -230,6 +231,32 @@ def test_no_visitor_is_kept_for_the_backward_pass(size):
     attention = split(context.ring_attention, make_mesh(context=size), None, causal=True, implementation="reference")
     kept = jax.tree.leaves(jax.eval_shape(lambda *x: jax.vjp(lambda *x: attention(*x, None), *x)[1], q, k, v))
     assert sum(x.size for x in kept if x.ndim > 1) == sum(x.size for x in (q, k, v, g)) + B * T * N
+
+
+def v5ps(monkeypatch):
+    """Four TPU v5p that are not here. Their compiler is libtpu."""
+    pytest.importorskip("libtpu", reason="needs pip install libtpu")
+    from jax.experimental import topologies
+
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    return topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1").devices
+
+
+@pytest.mark.aot
+def test_on_4_v5p_the_second_ring_sends_the_keys_again(monkeypatch):
+    """In one program with the first ring: had the compiler made their sends of the same keys one, it would keep all that came."""
+    mesh = jax.sharding.Mesh(np.array(v5ps(monkeypatch)), ("context",), axis_types=(AxisType.Auto,))
+    here = NamedSharding(mesh, P(None, "context"))
+    q, k = (jax.ShapeDtypeStruct((1, 4096, heads, 128), jnp.bfloat16, sharding=here) for heads in (2, 1))
+    attention = split(context.ring_attention, mesh, None, causal=True, implementation="tpu")
+
+    def gradients(q, k, v, g):
+        return jax.vjp(lambda *qkv: attention(*qkv, None), q, k, v)[1](g)
+
+    program = jax.jit(gradients).trace(q, k, k, q).lower(lowering_platforms=("tpu",)).compile().as_text()
+    # Halves of q, k and v are dealt, and of g, and those of three gradients collected; keys and values sent on, twice; and their gradients.
+    assert len(re.findall(r"collective-permute(?:-start)?\(", program)) == 6 + 2 + 6 + 2 * 6 + 2 * 4
 
 
 @pytest.mark.parametrize(
