@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from moe.config import ConfigError, ModelConfig
+from moe.context import ring_attention, ulysses_attention
 from moe.kernels.attention import Implementation, choose, decode_attention, flash_attention, why_not
 from moe.layers import einsum, residual_scale, rotary_angles, rotate
 from moe.parameters import parameter
@@ -64,29 +65,33 @@ class Attention(nn.Module):
 
 
 def attend(config: ModelConfig, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
-    """Causal attention within each document, [B, T, N, H]: each device attends for its own rows and heads."""
-    implementation = choose_implementation(config, jax.sharding.get_abstract_mesh(), q_BTNH.shape[1])
-    attend_shard = functools.partial(_attend_shard, implementation, config.num_heads // config.num_kv_heads)
-    return per_shard(attend_shard, ("BTNH", "B-KH", "B-KH", "B-"), ("BTNH",), q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)[0]
+    """Causal attention within each document, [B, T, N, H]: each device attends for its own rows, heads and part of the sequence."""
+    length = q_BTNH.shape[1]
+    implementation = choose_implementation(config, jax.sharding.get_abstract_mesh(), length)
+    attend_shard = functools.partial(_attend_shard, config, implementation, length)
+    return per_shard(attend_shard, ("BTNH", "BTKH", "BTKH", "BT"), ("BTNH",), q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)[0]
 
 
 def _attend_shard(
-    implementation: Implementation | None, group: int, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, ids_BS: jax.Array
+    config: ModelConfig,
+    implementation: Implementation | None,
+    length: int,
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    segment_ids_BT: jax.Array,
 ) -> tuple[jax.Array]:
-    """`group` is N / K of the whole model. Over the context axis queries are split, and every device has all keys."""
-    length, heads = q_BTNH.shape[1:3]
-    if heads < group * k_BSKH.shape[2]:  # keys are copied, for there are fewer heads of them than devices: take the one that is read here
+    """`length` is the whole sequence's: the arrays hold less of it where the context axis splits it."""
+    heads, group = q_BTNH.shape[2], config.num_heads // config.num_kv_heads
+    if heads < group * k_BTKH.shape[2]:  # keys are copied, for there are fewer heads of them than devices: take the one that is read here
         own = jax.lax.axis_index("tensor") * heads // group
-        k_BSKH, v_BSKH = (jax.lax.dynamic_slice_in_dim(x, own, 1, axis=2) for x in (k_BSKH, v_BSKH))
-    first = jax.lax.axis_index("context") * length if length < ids_BS.shape[1] else 0
-    output_BTNH = flash_attention(
-        *(q_BTNH, k_BSKH, v_BSKH),
-        causal=True,
-        q_segment_ids=jax.lax.dynamic_slice_in_dim(ids_BS, first, length, axis=1),
-        kv_segment_ids=ids_BS,
-        q_offset=first,
-        implementation=implementation,
-    )
+        k_BTKH, v_BTKH = (jax.lax.dynamic_slice_in_dim(x, own, 1, axis=2) for x in (k_BTKH, v_BTKH))
+    qkv, keywords = (q_BTNH, k_BTKH, v_BTKH), {"causal": True, "implementation": implementation}
+    if q_BTNH.shape[1] == length:
+        output_BTNH = flash_attention(*qkv, q_segment_ids=segment_ids_BT, kv_segment_ids=segment_ids_BT, **keywords)
+    else:
+        parallel = {"ring": ring_attention, "ulysses": ulysses_attention}[config.attention.context_parallelism]
+        output_BTNH = parallel(*qkv, segment_ids=segment_ids_BT, axis_name="context", **keywords)
     return (output_BTNH,)
 
 

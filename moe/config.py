@@ -110,6 +110,8 @@ class AttentionConfig:
 
     # "auto" takes the fastest on the chip that the mesh is made of; docs/kernels.md says what each can do.
     implementation: Literal["auto", "blockwise", "tpu"] = "auto"
+    # Over the mesh's context axis: keys go around a ring, or each device gets all tokens of some heads. docs/context.md compares them.
+    context_parallelism: Literal["ring", "ulysses"] = "ring"
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -365,6 +367,7 @@ def check_layout(config: RunConfig, mesh: MeshConfig) -> None:
             f"set data.sequence_length to a multiple of {mesh.context}"
         )
     model = config.model
+    _check_context(config, mesh)
     # Key/value heads are copied where the tensor axis is larger than their number, so they need only divide or be divided.
     if mesh.tensor % model.num_kv_heads and model.num_kv_heads % mesh.tensor:
         raise ConfigError(
@@ -381,6 +384,22 @@ def check_layout(config: RunConfig, mesh: MeshConfig) -> None:
     ):
         if value % size:
             raise ConfigError(f"model.{name}={value} cannot be split over mesh.{axes}={size}: set model.{name} to a multiple of {size}")
+
+
+def _check_context(config: RunConfig, mesh: MeshConfig) -> None:
+    attention, length, heads = config.model.attention, config.data.sequence_length, config.model.num_heads
+    if mesh.context == 1:
+        return
+    if attention.context_parallelism == "ring" and length % (2 * mesh.context):
+        raise ConfigError(
+            f"data.sequence_length={length} cannot be cut into 2 chunks for each of mesh.context={mesh.context} devices of a ring: "
+            f"set data.sequence_length to a multiple of {2 * mesh.context}"
+        )
+    if attention.context_parallelism == "ulysses" and heads % (mesh.context * mesh.tensor):
+        raise ConfigError(
+            f"model.num_heads={heads} cannot be split over mesh.context*tensor={mesh.context * mesh.tensor}, as Ulysses does: "
+            "set model.attention.context_parallelism to 'ring'"
+        )
 
 
 def _build(cls: type, values: Any, path: str) -> Any:

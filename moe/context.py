@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe.kernels.attention import Implementation, attention_backward, attention_forward, check, flash_attention
+from moe.kernels.attention import Implementation, attention_backward, attention_forward, flash_attention
+from moe.kernels.attention.choice import check
 from moe.kernels.attention.masks import Options, span
 
 
@@ -29,7 +30,7 @@ def ring_attention(
     softcap: float | None = None,
     sinks: jax.Array | None = None,
     scale: float | None = None,
-    implementation: Implementation,
+    implementation: Implementation | None,
 ) -> jax.Array:
     """`flash_attention` of the whole sequence, of which each rank holds a part: keys and values go around, queries stay (Liu et al. 2023).
 
@@ -61,7 +62,7 @@ def ulysses_attention(
     softcap: float | None = None,
     sinks: jax.Array | None = None,
     scale: float | None = None,
-    implementation: Implementation,
+    implementation: Implementation | None,
 ) -> jax.Array:
     """The same result as `ring_attention`'s, by handing each rank all tokens of N/P of the heads (Jacobs et al. 2023).
 
@@ -156,7 +157,7 @@ class _Ring(NamedTuple):
     """What is static in a ring."""
 
     axis_name: str
-    implementation: Implementation
+    implementation: Implementation | None
     options: Options
     order: Order
 

@@ -242,6 +242,16 @@ def test_values_out_of_range(changes: dict[str, Any], expected: str) -> None:
             "config.data.sequence_length=256 cannot be split over mesh.context=3: set data.sequence_length to a multiple of 3",
         ),
         (
+            {"mesh__context": 4, "data__sequence_length": 36},
+            "config.data.sequence_length=36 cannot be cut into 2 chunks for each of mesh.context=4 devices of a ring: "
+            "set data.sequence_length to a multiple of 8",
+        ),
+        (
+            {"mesh__context": 4, "mesh__tensor": 2, "model__attention__context_parallelism": "ulysses"},
+            "config.model.num_heads=4 cannot be split over mesh.context*tensor=8, as Ulysses does: "
+            "set model.attention.context_parallelism to 'ring'",
+        ),
+        (
             {"mesh__tensor": 3},
             "config.model.num_kv_heads=2 and mesh.tensor=3 do not divide each other: set mesh.tensor to a divisor of 2",
         ),
@@ -273,7 +283,7 @@ def test_the_fixes_that_messages_name_are_accepted() -> None:
     run_config(optimizer__warmup_steps=9, train__steps=10)
     run_config(mesh__data=3, train__batch_size=3)
     run_config(mesh__expert=4, train__batch_size=8, train__accumulation=2)
-    run_config(mesh__context=3, data__sequence_length=3)
+    run_config(mesh__context=3, data__sequence_length=6)
     run_config(mesh__tensor=8, model__num_heads=8)
     run_config(seed=2**32 - 1)
 

@@ -11,18 +11,14 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe import context
-from moe.kernels.attention import blockwise, flash_attention
+from moe.kernels.attention import Implementation, flash_attention
 from moe.kernels.attention.masks import Options, key_blocks, span, visible
 
 B, T, N, K, H = 2, 64, 8, 4, 8
 SEGMENTS = np.repeat([[1, 2, 3, 0], [1, 1, 2, 2]], [37, 9, 12, 6], axis=1)  # documents, and padding at the end of the first row
 
 
-@pytest.fixture(autouse=True)
-def _small_blocks(monkeypatch):
-    """So that a chunk of 4 or 8 tokens is several."""
-    monkeypatch.setattr(blockwise, "Q_BLOCK", 4)
-    monkeypatch.setattr(blockwise, "KV_BLOCK", 4)
+SMALL = Implementation("blockwise", (4, 4))  # so that a chunk of 4 or 8 tokens is several blocks
 
 
 def make_mesh(**sizes):
@@ -60,7 +56,7 @@ def results(attention, q, k, v, sinks, g):
     return [x for x in run(q, k, v, sinks) if x is not None]
 
 
-def check(attention, mesh, *, ids=None, sinks=True, arrays=None, implementation="blockwise", **keywords):
+def check(attention, mesh, *, ids=None, sinks=True, arrays=None, implementation=SMALL, **keywords):
     """Output and gradients of q, k, v and sinks are those of one device."""
     q, k, v, logits, g = draw() if arrays is None else arrays
     ids, logits = None if ids is None else jnp.asarray(ids, jnp.int32), logits if sinks else None

@@ -78,23 +78,23 @@ def flash_attention(
     if implementation is None and obstacle("tpu", call):
         implementation = "blockwise"
     if implementation is not None:
-        implementation = Implementation.of(implementation)
-        if reason := obstacle(implementation.name, call):
-            raise NotImplementedError(f"{implementation.name!r} cannot do this attention, for {reason}: 'blockwise' can")
-        if implementation.name == "cudnn":
+        name = Implementation.of(implementation).name
+        if reason := obstacle(name, call):
+            raise NotImplementedError(f"{name!r} cannot do this attention, for {reason}: 'blockwise' can")
+        if name == "cudnn":
             return cudnn.attend(call.options, *arrays[:3])
     shift = jnp.asarray(q_offset, jnp.int32) - jnp.asarray(kv_offset, jnp.int32)
     output, lse = _attend(implementation, call.options, *arrays, shift)
     return (output, lse) if return_lse else output
 
 
-def attention_forward(implementation: Implementation | None, options: Options, *arrays: Any) -> tuple[jax.Array, jax.Array]:
+def attention_forward(implementation: Name | Implementation | None, options: Options, *arrays: Any) -> tuple[jax.Array, jax.Array]:
     """(output, lse) of q, k, v, sinks, the ids of queries and of keys (any of the three None), and the shift, an int32."""
     return _run("forward", implementation, options, arrays)
 
 
 def attention_backward(
-    implementation: Implementation | None,
+    implementation: Name | Implementation | None,
     options: Options,
     *arrays: Any,
     lse_BTN: jax.Array,
@@ -109,11 +109,12 @@ def attention_backward(
     return _run("backward", implementation, options, (*arrays, lse_BTN, g_BTNH, row_sums_BTN))
 
 
-def _run(which: str, implementation: Implementation | None, options: Options, arrays: tuple[Any, ...]) -> Any:
+def _run(which: str, implementation: Name | Implementation | None, options: Options, arrays: tuple[Any, ...]) -> Any:
     """One pass. The platform is asked for when the program is lowered, so that it may be another than the one at hand."""
     if implementation is None:
         tpu, blockwise = (_function(which, Implementation.of(name), options) for name in ("tpu", "blockwise"))
         return jax.lax.platform_dependent(*arrays, tpu=tpu, default=blockwise)
+    implementation = Implementation.of(implementation)
     function = _function(which, implementation, options)
     if implementation.name == "tpu":
         return jax.lax.platform_dependent(*arrays, tpu=function, cpu=functools.partial(function, interpret=True))
@@ -128,17 +129,19 @@ def _function(which: str, implementation: Implementation, options: Options) -> A
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(implementation: Implementation | None, options: Options, *arrays: Any) -> tuple[jax.Array, jax.Array]:
+def _attend(implementation: Name | Implementation | None, options: Options, *arrays: Any) -> tuple[jax.Array, jax.Array]:
     return attention_forward(implementation, options, *arrays)
 
 
-def _forward(implementation: Implementation | None, options: Options, *arrays: Any) -> tuple[tuple[jax.Array, jax.Array], tuple[Any, ...]]:
+def _forward(
+    implementation: Name | Implementation | None, options: Options, *arrays: Any
+) -> tuple[tuple[jax.Array, jax.Array], tuple[Any, ...]]:
     output, lse = attention_forward(implementation, options, *arrays)
     return (output, lse), (arrays, output, lse)
 
 
 def _backward(
-    implementation: Implementation | None, options: Options, residuals: tuple[Any, ...], gradients: tuple[jax.Array, jax.Array]
+    implementation: Name | Implementation | None, options: Options, residuals: tuple[Any, ...], gradients: tuple[jax.Array, jax.Array]
 ) -> tuple[Any, ...]:
     arrays, output, lse_BTN = residuals
     g_BTNH, g_lse_BTN = gradients

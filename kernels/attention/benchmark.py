@@ -9,6 +9,7 @@ median of calls taken in turns with the others. On a CPU give small lengths.
 
 import argparse
 import functools
+import importlib
 import importlib.util
 import json
 import statistics
@@ -59,8 +60,7 @@ def competitors(chip: str, keywords: dict[str, Any], length: int) -> dict[str, A
         config = attention_mgpu.TuningConfig(block_q=64, block_kv=128, max_concurrent_steps=2, causal=True)
         found["jax's mosaic kernel"] = functools.partial(attention_mgpu.attention, config=config)
         if importlib.util.find_spec("tokamax"):
-            import tokamax
-
+            tokamax = importlib.import_module("tokamax")
             found["tokamax"] = functools.partial(tokamax.dot_product_attention, is_causal=True, implementation="mosaic")
     return found
 
