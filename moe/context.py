@@ -189,7 +189,8 @@ def _ring_forward(ring: _Ring, q: jax.Array, k: jax.Array, v: jax.Array, sinks_N
     total = jnp.zeros((*q.shape[:-1], v.shape[-1]), dtype), jnp.full(q.shape[:-1], -jnp.inf, dtype)
     visitors = k, v, ids
     for step in plan(ring.options, ring.order, q.shape[2]):
-        # Before the calls, to travel meanwhile; after the last step's, lest all be sent ahead and held at once.
+        # Before the calls, to travel meanwhile. Behind the last step's, lest all be sent ahead and held at once; and so that the compiler
+        # does not take the second ring's sends for these, and keep what they brought.
         following = ring.send(jax.lax.optimization_barrier((visitors, total))[0], step.onward)
         for i, j, shift in ring.calls(step):
             part = _attend(ring.implementation, ring.options, *_arrays(i, j, q, *visitors, ids), shift)
@@ -204,8 +205,7 @@ def _ring_forward(ring: _Ring, q: jax.Array, k: jax.Array, v: jax.Array, sinks_N
 
 def _ring_backward(ring: _Ring, residuals: tuple[Any, ...], g: jax.Array) -> tuple[Any, ...]:
     """A second ring, in which the gradients of keys and values go around with them and come home in the end."""
-    # Behind g, for the compiler to send the keys again: it would keep what the first ring received.
-    (q, k, v, sinks_N, ids, output, lse), g = jax.lax.optimization_barrier((residuals, g))
+    q, k, v, sinks_N, ids, output, lse = residuals
     row_sums = jnp.sum(output.astype(lse.dtype) * g.astype(lse.dtype), axis=-1)
     of_q, *of_kv = (jnp.zeros(x.shape, lse.dtype) for x in (q, k, v))
     visitors, steps = (k, v, ids), plan(ring.options, ring.order, q.shape[2])
