@@ -4,7 +4,10 @@ The number of devices is set for this process alone: a command that a test start
 test gives it more (JAX_NUM_CPU_DEVICES).
 """
 
+import functools
 import os
+import shutil
+import tempfile
 
 import jax
 import pytest
@@ -15,6 +18,13 @@ def pytest_configure(config: pytest.Config) -> None:
     # XLA's newer emitters of fusions take twice as long to compile as the old ones. XLA ends the process at a flag that it does not know.
     flags = "--xla_backend_optimization_level=0" + " --xla_cpu_use_fusion_emitters=false" * (jax.__version_info__ < (0, 11))
     os.environ.setdefault("XLA_FLAGS", flags)
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        # Many tests compile the same program. pytest-xdist's workers and the processes that tests start find this in their environment.
+        directory = tempfile.mkdtemp(prefix="moe-compiled-")
+        config.add_cleanup(functools.partial(shutil.rmtree, directory, ignore_errors=True))
+        os.environ |= {"JAX_COMPILATION_CACHE_DIR": directory, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3"}
+    jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
     if config.getoption("markexpr") != "gpu":
         os.environ["JAX_PLATFORMS"] = "cpu"  # for the processes that tests start
         jax.config.update("jax_platforms", "cpu")

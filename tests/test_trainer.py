@@ -138,7 +138,7 @@ def test_other_rows_are_refused(config, uninterrupted, monkeypatch):
 
 def test_the_first_process_alone_writes(config, uninterrupted, tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    with trainer.open_records(tmp_path, config, 0) as record:
+    with trainer.open_records(tmp_path, config, make_program(config), 0) as record:
         record(1, {"train/loss": 1.0})
     assert list(tmp_path.iterdir()) == []
 

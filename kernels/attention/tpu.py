@@ -7,6 +7,7 @@ sequential; it walks over the blocks that the mask leaves, whose numbers come ah
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -29,8 +30,12 @@ class _Call:
     has_ids: bool
     interpret: Any
 
-    def pallas(self, kernel: Any, grid: tuple[int, ...], in_specs: Any, out_specs: Any, shapes: Any, scratch: list[Any]) -> Any:
-        """The kernel as a function of the first and last blocks to meet, of the shift, and of arrays."""
+    def pallas(self, kernel: Any, grid: tuple[int, ...], in_specs: Any, out_specs: Any, shapes: Any, scratch: list[Any], flops: int) -> Any:
+        """The kernel as a function of the first and last blocks to meet, of the shift, and of arrays. `flops`: of a query and a key."""
+        pairs = math.prod(grid) * self.q_block * self.kv_block
+        read = sum(math.prod(x for x in spec.block_shape or () if x) for spec in in_specs)
+        # For the compiler to hide what is sent meanwhile: more than a mask leaves, and as if all that is read were float32.
+        cost = pl.CostEstimate(flops=pairs * flops, transcendentals=pairs, bytes_accessed=4 * math.prod(grid) * read)
         return pl.pallas_call(
             functools.partial(kernel, self, grid[-1]),
             grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -39,6 +44,7 @@ class _Call:
             out_shape=shapes,
             compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * (len(grid) - 1) + ("arbitrary",)),
             interpret=self.interpret,
+            cost_estimate=cost,
         )
 
 
@@ -70,7 +76,9 @@ def forward(
     )
     scratch = [pltpu.VMEM((width, call.q_block), jnp.float32), *[pltpu.VMEM((1, call.q_block), jnp.float32)] * 2]
     grid = (batch, heads, length // call.q_block, _steps(call, call.q_block, call.kv_block, arrays[1].shape[2] // call.kv_block))
-    run = call.pallas(_forward_kernel, grid, [pl.BlockSpec(memory_space=pltpu.SMEM), *specs], out_specs, shapes, scratch)
+    run = call.pallas(
+        _forward_kernel, grid, [pl.BlockSpec(memory_space=pltpu.SMEM), *specs], out_specs, shapes, scratch, 2 * (arrays[0].shape[3] + width)
+    )
     output, lse = run(first, end, jnp.reshape(shift, 1), sinks, *arrays)
     return jnp.moveaxis(output, 1, 2)[:, : q_BTNH.shape[1]], jnp.moveaxis(lse[:, :, 0], 1, 2)[:, : q_BTNH.shape[1]]
 
@@ -139,7 +147,8 @@ def _gradient_q(call: _Call, first: jax.Array, end: jax.Array, shift: Any, opera
     shape = jax.ShapeDtypeStruct(q.shape, q.dtype)
     specs = _specs(call, operands, _q_index, _kv_index(call))
     scratch = [pltpu.VMEM((call.q_block, q.shape[3]), jnp.float32)]
-    return call.pallas(_q_kernel, grid, specs, specs[0], shape, scratch)(first, end, jnp.reshape(shift, 1), *operands)
+    flops = 4 * q.shape[3] + 2 * operands[2].shape[3]
+    return call.pallas(_q_kernel, grid, specs, specs[0], shape, scratch, flops)(first, end, jnp.reshape(shift, 1), *operands)
 
 
 def _q_kernel(call: _Call, steps: int, first: Any, end: Any, shift: Any, q: Any, k: Any, v: Any, *refs: Any) -> None:
@@ -177,7 +186,8 @@ def _gradients_kv(
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k, v)]
     scratch = [pltpu.VMEM((call.kv_block, x.shape[3]), jnp.float32) for x in (k, v)]
     kernel = functools.partial(_kv_kernel, steps)
-    return call.pallas(kernel, grid, specs, tuple(specs[1:3]), shapes, scratch)(first, end, jnp.reshape(shift, 1), *operands)
+    flops = 4 * (k.shape[3] + v.shape[3])
+    return call.pallas(kernel, grid, specs, tuple(specs[1:3]), shapes, scratch, flops)(first, end, jnp.reshape(shift, 1), *operands)
 
 
 def _kv_kernel(q_steps: int, call: _Call, steps: int, first: Any, end: Any, shift: Any, q: Any, k: Any, v: Any, *refs: Any) -> None:
