@@ -57,7 +57,8 @@ def flash_attention(
     for float64. A query that sees nothing has output 0 and lse of minus infinity, or its sink. Differentiable once, in reverse mode, in q,
     k, v and sinks, by way of output and lse. Raises ValueError for arguments that do not agree.
 
-    Implementations: "blockwise", in plain JAX; "tpu", Pallas kernels for TPUs, interpreted on a CPU; "cudnn", on NVIDIA GPUs; "reference".
+    Implementations: "blockwise", in plain JAX; "tpu", Pallas kernels for TPUs, interpreted on a CPU; "hopper" and
+    "cudnn", on NVIDIA GPUs; "reference".
     `choose` gives the fastest on a chip, with its blocks. None takes the TPU's kernels on TPUs, and blockwise elsewhere. Raises
     NotImplementedError for one that cannot do the call.
     """
@@ -123,7 +124,8 @@ def _run(which: str, implementation: Name | Implementation | None, options: Opti
 
 def _function(which: str, implementation: Implementation, options: Options) -> Any:
     """`forward` or `backward` of an implementation, whose file is imported only now: Pallas takes a second."""
-    module = importlib.import_module(f"moe.kernels.attention.{implementation.name}")
+    name = "hopper_backward" if (which, implementation.name) == ("backward", "hopper") else implementation.name
+    module = importlib.import_module(f"moe.kernels.attention.{name}")
     blocks = {} if implementation.blocks is None else {"blocks": implementation.blocks}
     return functools.partial(getattr(module, which), options, **blocks)
 

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe.kernels.attention import Implementation, choose, flash_attention
+from moe.kernels.attention import Implementation, Name, choose, flash_attention
 
 Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
@@ -112,11 +112,13 @@ def median_seconds(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[st
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def measure(chip: str, length: int, shape: tuple[int, int, int], dtype: str, repeats: int) -> Iterator[dict[str, Any]]:
+def measure(
+    chip: str, length: int, shape: tuple[int, int, int], dtype: str, repeats: int, name: Name | None = None
+) -> Iterator[dict[str, Any]]:
     """A row for each mask, pass and implementation at one length."""
     arrays = draw(length, shape, dtype)
     for mask, keywords in masks(length).items():
-        chosen = choose(chip, *arrays[:3], **keywords)
+        chosen = Implementation(name) if name else choose(chip, *arrays[:3], **keywords)
         ours = functools.partial(flash_attention, implementation=chosen, **keywords)
         calls, refused = {}, {}
         for name, attention in {chosen.name: ours, **competitors(chip, keywords, length)}.items():
@@ -148,12 +150,14 @@ def main() -> None:
     parser.add_argument("--kv_heads", type=int, default=8, help="K, key/value heads")
     parser.add_argument("--width", type=int, default=128, help="H of a head")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--implementation", choices=["blockwise", "tpu", "hopper"], help="ours to be timed; what `choose` takes by default")
     parser.add_argument("--repeats", type=int, default=20, help="calls whose median is taken")
     parser.add_argument("--json", type=Path, help="where to write the rows, with the device and the versions")
     arguments = parser.parse_args()
     shape = (arguments.heads, arguments.kv_heads, arguments.width)
     chip = jax.devices()[0].device_kind
-    chosen = choose(chip, *draw(512, shape, arguments.dtype)[:3], causal=True)
+    chosen = Implementation(arguments.implementation) if arguments.implementation else None
+    chosen = chosen or choose(chip, *draw(512, shape, arguments.dtype)[:3], causal=True)
     try:
         worst = check_numbers(chosen, shape, arguments.dtype)
     except ValueError as error:
@@ -161,7 +165,7 @@ def main() -> None:
     print(f"{chosen.name} on {chip}, {arguments.dtype}, N={shape[0]} K={shape[1]} H={shape[2]}: at most {worst:.1e} from the reference")
     rows = []
     for length in arguments.lengths:
-        for row in measure(chip, length, shape, arguments.dtype, arguments.repeats):
+        for row in measure(chip, length, shape, arguments.dtype, arguments.repeats, arguments.implementation):
             rows.append(row)
             result = (
                 f"not run: {row['refused']}" if "refused" in row else f"{row['pass']:8} {row['ms']:9.2f} ms {row['tflops']:7.2f} TFLOP/s"

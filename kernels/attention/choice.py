@@ -3,12 +3,13 @@
 import dataclasses
 import functools
 import json
+import re
 from pathlib import Path
 from typing import Any, Literal
 
 from moe.kernels.attention.masks import Options, span
 
-Name = Literal["reference", "blockwise", "tpu", "cudnn"]
+Name = Literal["reference", "blockwise", "tpu", "hopper", "cudnn"]
 
 # Positions in a block of queries and in one of keys, where blocks.json has none for a call.
 BLOCKS: dict[str, tuple[int, int]] = {"blockwise": (256, 512), "tpu": (512, 512)}
@@ -49,6 +50,7 @@ def choose(chip: str, q: Any, k: Any, v: Any, **keywords: Any) -> Implementation
     Of arrays only shapes and dtypes are read: jax.ShapeDtypeStruct will do. The keywords are flash_attention's.
     """
     call = describe(q, k, v, **keywords)
+    # The Hopper kernels are not among them: they have not run on a device yet, and are there by name.
     candidates: tuple[Name, ...] = () if chip == "cpu" else ("tpu", "cudnn")
     name = next((name for name in candidates if obstacle(name, call, chip) is None), "blockwise")
     return Implementation(name, tuned_blocks().get(chip, {}).get(key(name, call)))
@@ -111,6 +113,8 @@ def obstacle(implementation: Name, call: Call, chip: str | None = None) -> str |
     """What keeps an implementation from doing a call (on `chip`, if given); None where nothing does."""
     if implementation == "tpu":
         return _obstacle_to_tpu(call, chip)
+    if implementation == "hopper":
+        return _obstacle_to_hopper(call, chip)
     if implementation == "cudnn":
         return _obstacle_to_cudnn(call, chip)
     return None
@@ -121,6 +125,16 @@ def _obstacle_to_tpu(call: Call, chip: str | None) -> str | None:
         return f"it runs on TPUs, and interpreted on CPUs, not on {chip}"
     if call.dtype not in ("bfloat16", "float32"):
         return f"it takes bfloat16 and float32, not {call.dtype}"
+    return None
+
+
+def _obstacle_to_hopper(call: Call, chip: str | None) -> str | None:
+    if chip is not None and not re.search(r"\b(H20|H100|H200|H800|GH200)\b", chip):
+        return f"it runs on Hopper GPUs, not on {chip}"
+    if call.dtype not in ("bfloat16", "float16"):
+        return f"it takes bfloat16 and float16, not {call.dtype}"
+    if max(call.widths) > 256:
+        return f"it takes head widths of up to 256, not {max(call.widths)}"
     return None
 
 

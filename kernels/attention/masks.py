@@ -87,6 +87,52 @@ def query_blocks(
     return key_blocks(mirrored, -shift, lengths[::-1], blocks[::-1], kv_ids_BS, q_ids_BT)
 
 
+def clear_key_blocks(
+    options: Options,
+    shift: jax.Array | int,
+    lengths: tuple[int, int],
+    blocks: tuple[int, int],
+    met: tuple[jax.Array, jax.Array],
+    q_ids_BT: jax.Array | None = None,
+    kv_ids_BS: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """The first run of whole blocks, among those `met` (see `key_blocks`), whose keys every query of the block sees: no mask is needed."""
+    (length, kv_length), (q_block, kv_block) = lengths, blocks
+    starts = (jnp.arange(0, length, q_block) + shift)[:, None]
+    ends = jnp.minimum(starts + q_block, length + shift)
+    block = jnp.arange(-(-kv_length // kv_block))
+    keys = block * kv_block
+    clear = jnp.broadcast_to(keys + kv_block <= kv_length, (len(starts), len(keys)))
+    if options.left is not None:
+        clear &= keys >= ends - 1 - options.left
+    if options.right is not None:
+        clear &= keys + kv_block - 1 <= starts + options.right
+    first, end = (x[..., None] for x in met)
+    clear = clear & (block >= first) & (block < end)
+    if q_ids_BT is not None:
+        (q_low, q_high), (kv_low, kv_high) = _id_ranges(q_ids_BT, q_block), _id_ranges(kv_ids_BS, kv_block)
+        one_id = (q_low == q_high)[..., None] & (kv_low == kv_high)[:, None]
+        clear = clear & one_id & (q_low[..., None] == kv_low[:, None])
+    begin = jnp.where(jnp.any(clear, axis=-1), jnp.argmax(clear, axis=-1), met[0])
+    beyond = ~clear & (block >= begin[..., None])
+    stop = jnp.where(jnp.any(beyond, axis=-1), jnp.argmax(beyond, axis=-1), len(block))
+    return begin.astype(jnp.int32), jnp.maximum(stop, begin).astype(jnp.int32)
+
+
+def clear_query_blocks(
+    options: Options,
+    shift: jax.Array | int,
+    lengths: tuple[int, int],
+    blocks: tuple[int, int],
+    met: tuple[jax.Array, jax.Array],
+    q_ids_BT: jax.Array | None = None,
+    kv_ids_BS: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """As `clear_key_blocks`, seen from the keys; `met` is of `query_blocks`."""
+    mirrored = dataclasses.replace(options, left=options.right, right=options.left)
+    return clear_key_blocks(mirrored, -shift, lengths[::-1], blocks[::-1], met, kv_ids_BS, q_ids_BT)
+
+
 def _id_ranges(ids_BT: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
     """The lowest and the highest id of each block, [B, T / block]."""
     padded = jnp.pad(ids_BT, ((0, 0), (0, -ids_BT.shape[1] % block)), mode="edge")

@@ -59,6 +59,8 @@ def test_the_table_names_chips_and_keys_of_calls():
     ("name", "keywords", "reason"),
     [
         ("tpu", {"chip": "NVIDIA H200"}, "it runs on TPUs, and interpreted on CPUs, not on NVIDIA H200"),
+        ("hopper", {"chip": "NVIDIA A100-SXM4-80GB"}, "it runs on Hopper GPUs, not on NVIDIA A100-SXM4-80GB"),
+        ("hopper", {"chip": "NVIDIA H100 80GB HBM3", "causal": True, **SEGMENTS}, None),
         ("cudnn", {"chip": "cpu"}, "it runs on NVIDIA GPUs, not on cpu"),
         ("cudnn", {}, "it takes causal attention alone"),
         ("cudnn", {"causal": True, "softcap": 1.0}, "it knows no softcap"),

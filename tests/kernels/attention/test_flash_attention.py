@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moe.kernels.attention import Implementation, flash_attention
-from moe.kernels.attention.masks import Options, key_blocks, span, visible
+from moe.kernels.attention.masks import Options, clear_key_blocks, key_blocks, span, visible
 from tests.kernels.attention.cases import Case, draw, evaluate, expected, mask, xla
 
 SMALL = (128, 128)  # so that short sequences have several blocks
@@ -108,6 +108,27 @@ def test_the_blocks_met_are_those_that_the_mask_leaves(seed):
     np.testing.assert_array_equal(
         (met >= np.asarray(first)[..., None]) & (met < np.asarray(end)[..., None]) | np.zeros_like(blocks), blocks
     )
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_clear_blocks_are_whole_and_seen_by_every_query(seed):
+    """Those that a kernel may meet without a mask; under a causal mask alone, all such blocks."""
+    rng = np.random.default_rng(seed)
+    length, (q_block, kv_block) = int(rng.integers(64, 300)), (int(x) for x in rng.choice([8, 16, 32], 2))
+    options = Options(*span(True, (int(rng.integers(20, 200)), 0) if seed % 3 == 1 else None), None, 1.0)
+    ids = jnp.array(np.sort(rng.integers(0, 3, (2, length)), axis=1)) if seed % 3 == 2 else None
+    sizes, pair = ((length, length), (q_block, kv_block)), (None, None) if ids is None else (ids, ids)
+    begin, stop = clear_key_blocks(options, 0, *sizes, key_blocks(options, 0, *sizes, *pair), *pair)
+    seen = np.broadcast_to(visible(options, jnp.arange(length), jnp.arange(length), *pair), (2, length, length))
+    # Queries that are only padding see what they like; keys that are padding must be masked.
+    padded = np.pad(seen, ((0, 0), (0, -length % q_block), (0, 0)), constant_values=True)
+    padded = np.pad(padded, ((0, 0), (0, 0), (0, -length % kv_block)))
+    whole = padded.reshape(2, padded.shape[1] // q_block, q_block, -1, kv_block).all(axis=(2, 4))
+    block = np.arange(whole.shape[-1])
+    clear = (block >= np.asarray(begin)[..., None]) & (block < np.asarray(stop)[..., None]) | np.zeros_like(whole)
+    assert not (clear & ~whole).any() and clear.any() == whole.any()
+    if seed % 3 == 0:
+        np.testing.assert_array_equal(clear, whole)
 
 
 def test_memory_grows_linearly():

@@ -1,0 +1,99 @@
+"""JAX's interpreter of Mosaic GPU kernels with what it lacks for attention: operands in registers, layouts, stores to accumulators.
+
+It is private to JAX, and so is all that is added here; it may hang, so what needs it runs in a process of its own, under a time limit.
+Products are done at once and in float32: it shows that values and barriers are right, not that no product is overtaken.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+from jax._src import callback
+from jax._src.pallas.mosaic.interpret import utils
+from jax._src.pallas.mosaic_gpu import core, primitives
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, jaxpr_interpret
+from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams, force_gpu_interpret_mode
+from jax._src.state.types import TransposeTransform
+
+
+def _contents(key: Any, transforms: Any, thread: Any) -> np.ndarray:
+    """What a reference holds, seen through its transforms."""
+    turned = sum(isinstance(x, TransposeTransform) for x in transforms)
+    others = tuple(x for x in transforms if not isinstance(x, TransposeTransform))
+    others = jax.tree.map(int, gpu_callbacks._remove_noop_transforms(others))
+    key = gpu_callbacks.HostAllocationKey.from_array(key)
+    value, *_ = gpu_callbacks._get_shared_memory().get_buffer_content(key, utils.to_range(others), *thread[:1], logging_info=thread[1])
+    value = np.asarray(value, np.float32)
+    return value.T if turned % 2 else value
+
+
+def _wgmma(token: Any, device: Any, grid: Any, thread: Any, acc: Any, a: Any, a_transforms: Any, b: Any, b_transforms: Any, *, held: bool):
+    memory = gpu_callbacks._get_shared_memory()
+    info = utils.GPULoggingInfo(device_id=int(device), grid_point_coords=tuple(map(int, grid)), thread_id=int(thread), source_info=None)
+    thread = memory.get_global_thread_id(int(device), int(thread)), info
+    left = np.asarray(a, np.float32) if held else _contents(a, a_transforms, thread)
+    total = _contents(acc, (), thread) + left @ _contents(b, b_transforms, thread)
+    key = gpu_callbacks.HostAllocationKey.from_array(acc)
+    memory.store_buffer_content(key, (), total, thread[0], logging_info=info)
+    return token
+
+
+class Interpreter(jaxpr_interpret.JaxprInterpreter):
+    def interpret(self, jaxpr: Any, token: Any, *args: Any) -> Any:
+        """One equation after the other, so that those which the base class does not know are met here."""
+        values = dict(zip((*jaxpr.constvars, *jaxpr.invars), args, strict=True))
+        read = lambda x: x.val if isinstance(x, jax.extend.core.Literal) else values[x]  # noqa: E731
+        for eqn in jaxpr.eqns:
+            token, results = self._equation(eqn, token, [read(x) for x in eqn.invars])
+            values.update(zip(eqn.outvars, results, strict=True))
+        return token, [read(x) for x in jaxpr.outvars]
+
+    def _equation(self, eqn: Any, token: Any, inputs: list[Any]) -> Any:
+        if eqn.primitive is core.layout_cast_p:
+            return token, inputs
+        if eqn.primitive.name in ("jit", "pjit"):
+            inner = eqn.params["jaxpr"]
+            return self.interpret(inner.jaxpr, token, *inner.consts, *inputs)
+        if eqn.primitive is primitives.load_p:
+            transforms = jax.tree.unflatten(eqn.params["tree"], inputs[1:])
+            token, value = gpu_callbacks.call_get(**self._of_reference(eqn, token, inputs[0], transforms, eqn.outvars[0].aval))
+            return token, [value]
+        if eqn.primitive is primitives.wgmma_accumulator_store_p:
+            acc, value = inputs
+            token, _ = gpu_callbacks.call_swap(**self._of_reference(eqn, token, acc, (), eqn.invars[1].aval), val=value, mask=None)
+            return token, [value]
+        # The base class reads inputs from an environment of its own.
+        names = {x: value for x, value in zip(eqn.invars, inputs, strict=True) if not isinstance(x, jax.extend.core.Literal)}
+        alone = jax.extend.core.Jaxpr((), list(names), eqn.outvars, [eqn], eqn.effects)
+        return super().interpret(alone, token, *names.values())
+
+    def _of_reference(self, eqn: Any, token: Any, key: Any, transforms: Any, aval: Any) -> dict[str, Any]:
+        return {
+            "token": token,
+            "result_shape_and_dtype": jax.ShapeDtypeStruct(aval.shape, aval.dtype),
+            "device_id": jnp.int32(self.device_info.device_id),
+            "grid_point_coords": self.grid_point_coords,
+            "thread_id": self.thread_id,
+            "allocation_key_as_array": key,
+            "transforms": transforms,
+            "source_info": eqn.source_info,
+        }
+
+    def _interpret_wgmma_ref_p(self, eqn: Any, token: Any, get_invals: Any) -> Any:
+        acc, a, b, *leaves = get_invals()
+        trees = [eqn.params[f"{name}_transforms_tree"] or jax.tree.structure(()) for name in ("acc", "a", "b")]
+        _, a_transforms, b_transforms = jax.tree.unflatten(jax.tree_util.treedef_tuple(trees), leaves)
+        call = functools.partial(_wgmma, held=isinstance(eqn.invars[1].aval, jax.core.ShapedArray))
+        place = jnp.int32(self.device_info.device_id), self.grid_point_coords, self.thread_id
+        operands = acc, a, tuple(a_transforms), b, tuple(b_transforms)
+        return callback.io_callback(call, gpu_callbacks.TOKEN_SHAPE_DTYPE, token, *place, *operands, ordered=True), []
+
+
+def interpreted(function: Any, *args: Any) -> Any:
+    """The result of a function of arrays that calls Mosaic GPU kernels."""
+    jaxpr_interpret.JaxprInterpreter = Interpreter
+    with force_gpu_interpret_mode(InterpretGPUParams()):
+        return jax.jit(function)(*args)
