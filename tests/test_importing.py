@@ -12,10 +12,12 @@ from flax import nnx
 
 from moe import ModelConfig, MoE, MoEConfig, Transformer
 from moe.experts import Weights, dropless
+from moe.kernels.attention import flash_attention
 from moe.routing import route
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "docs/importing.md").read_text(), re.DOTALL)
 NAMES = {"eqx": eqx, "jax": jax, "nnx": nnx, "MoE": MoE, "MoEConfig": MoEConfig, "ModelConfig": ModelConfig, "route": route}
+NAMES |= {"flash_attention": flash_attention, "q": jnp.ones((1, 9, 4, 8)), "k": jnp.ones((1, 9, 2, 8)), "v": jnp.ones((1, 9, 2, 8))}
 NAMES |= {"Weights": Weights, "dropless": dropless, "gate": jnp.ones((8, 16, 4)), "up": jnp.ones((8, 16, 4)), "down": jnp.ones((8, 4, 16))}
 
 
@@ -27,7 +29,7 @@ def run(block: str) -> dict:
 
 
 def test_the_page_has_the_examples() -> None:
-    assert len(BLOCKS) == 6
+    assert len(BLOCKS) == 7
 
 
 def test_a_transformer() -> None:
@@ -68,3 +70,7 @@ def test_names_are_importable_from_the_top(name: str) -> None:
     import moe
 
     assert name in dir(moe)
+
+
+def test_attention_alone() -> None:
+    np.testing.assert_allclose(run(BLOCKS[6])["output"], np.ones((1, 9, 4, 8)), rtol=1e-6)
