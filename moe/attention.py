@@ -110,7 +110,7 @@ def choose_implementation(config: ModelConfig, mesh: Any, length: int) -> Implem
         raise ConfigError(
             f"model.attention.implementation={name!r} cannot be used, for {reason}: set model.attention.implementation to 'auto'"
         )
-    return Implementation.of(name)
+    return Implementation(name)
 
 
 def init_cache(config: ModelConfig, batch_size: int, length: int) -> Any:

@@ -79,7 +79,7 @@ def flash_attention(
     if implementation is None and obstacle("tpu", call):
         implementation = "blockwise"
     if implementation is not None:
-        name = Implementation.of(implementation).name
+        name = implementation.name if isinstance(implementation, Implementation) else implementation
         if reason := obstacle(name, call):
             raise NotImplementedError(f"{name!r} cannot do this attention, for {reason}: 'blockwise' can")
         if name == "cudnn":
@@ -113,17 +113,18 @@ def attention_backward(
 def _run(which: str, implementation: Name | Implementation | None, options: Options, arrays: tuple[Any, ...]) -> Any:
     """One pass. The platform is asked for when the program is lowered, so that it may be another than the one at hand."""
     if implementation is None:
-        tpu, blockwise = (_function(which, Implementation.of(name), options) for name in ("tpu", "blockwise"))
+        tpu, blockwise = (_function(which, name, options) for name in ("tpu", "blockwise"))
         return jax.lax.platform_dependent(*arrays, tpu=tpu, default=blockwise)
-    implementation = Implementation.of(implementation)
+    implementation = Implementation.of(implementation, options)
     function = _function(which, implementation, options)
     if implementation.name == "tpu":
         return jax.lax.platform_dependent(*arrays, tpu=function, cpu=functools.partial(function, interpret=True))
     return function(*arrays)
 
 
-def _function(which: str, implementation: Implementation, options: Options) -> Any:
+def _function(which: str, implementation: Name | Implementation, options: Options) -> Any:
     """`forward` or `backward` of an implementation, whose file is imported only now: Pallas takes a second."""
+    implementation = Implementation.of(implementation, options)
     name = "hopper_backward" if (which, implementation.name) == ("backward", "hopper") else implementation.name
     module = importlib.import_module(f"moe.kernels.attention.{name}")
     blocks = {} if implementation.blocks is None else {"blocks": implementation.blocks}

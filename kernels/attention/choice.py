@@ -36,12 +36,19 @@ class Implementation:
     """Who computes an attention, and the sizes of the blocks of queries and of keys that it takes."""
 
     name: Name
-    blocks: tuple[int, int] | None = None  # None takes those of BLOCKS
+    blocks: tuple[int, int] | None = None  # None takes the rule's: see `of`
 
     @classmethod
-    def of(cls, value: "Name | Implementation") -> "Implementation":
+    def of(cls, value: "Name | Implementation", options: Options) -> "Implementation":
+        """With blocks, where `value` has none: those of BLOCKS, but on CPUs blocks of keys of at most half a window."""
         value = value if isinstance(value, Implementation) else cls(value)
-        return value if value.blocks else cls(value.name, BLOCKS.get(value.name))
+        if value.blocks or value.name not in BLOCKS:
+            return value
+        q_block, kv_block = BLOCKS[value.name]
+        if value.name == "blockwise" and options.left is not None and options.right is not None:
+            half = (options.left + options.right + 1) // 2
+            kv_block = max(128, min(kv_block, 1 << half.bit_length() - 1))
+        return cls(value.name, (q_block, kv_block))
 
 
 def choose(chip: str, q: Any, k: Any, v: Any, **keywords: Any) -> Implementation:

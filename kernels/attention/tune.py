@@ -4,7 +4,7 @@
     python -m moe.kernels.attention.tune --dtypes float32 --widths 64 --lengths 1024 4096
 
 Each candidate's forward and backward pass is timed in turns with the others'. A size that does not compile (too large for the chip's
-memory, say) is left out. Calls that the table lacks take the sizes of `choice.BLOCKS`. Interrupted, it keeps what it has found.
+memory, say) is left out. Calls that the table lacks take the sizes of a rule (choice.py). Interrupted, it keeps what it has found.
 """
 
 import argparse
@@ -17,16 +17,20 @@ from typing import Any
 import jax
 
 from moe.kernels.attention import Implementation, benchmark, choice, flash_attention
+from moe.kernels.attention.masks import Options
 
 CANDIDATES = {"blockwise": ((128, 256, 512), (256, 512, 1024)), "tpu": ((256, 512, 1024), (256, 512, 1024))}
 MASKS: dict[str, dict[str, Any]] = {"causal": {"causal": True}, "full": {}, "window": {"causal": True, "window": (1023, 0)}}
 
 
-def fastest(name: choice.Name, arrays: tuple[jax.Array, ...], keywords: dict[str, Any], repeats: int) -> tuple[tuple[int, int], float]:
-    """The sizes whose forward and backward pass take the least time, and how much less than those of BLOCKS take, as a ratio."""
+def fastest(
+    name: choice.Name, options: Options, arrays: tuple[jax.Array, ...], keywords: dict[str, Any], repeats: int
+) -> tuple[tuple[int, int], float]:
+    """The sizes whose forward and backward pass take the least time, and that time over what the rule's sizes take."""
     calls = {}
     length = arrays[0].shape[1]
-    sizes = {tuple(min(size, length) for size in pair) for pair in (*itertools.product(*CANDIDATES[name]), choice.BLOCKS[name])}
+    rule = Implementation.of(name, options).blocks
+    sizes = {tuple(min(size, length) for size in pair) for pair in (*itertools.product(*CANDIDATES[name]), rule)}
     for blocks in sorted(sizes):
         attention = functools.partial(flash_attention, implementation=Implementation(name, blocks), **keywords)
         try:
@@ -36,8 +40,7 @@ def fastest(name: choice.Name, arrays: tuple[jax.Array, ...], keywords: dict[str
     seconds = benchmark.median_seconds(calls, repeats)
     totals = {blocks: seconds[blocks, "forward"] + seconds[blocks, "backward"] for blocks, _ in calls}
     best = min(totals, key=totals.__getitem__)
-    rule = tuple(min(size, length) for size in choice.BLOCKS[name])
-    return best, totals[best] / totals[rule]
+    return best, totals[best] / totals[tuple(min(size, length) for size in rule)]
 
 
 def main() -> None:
@@ -58,8 +61,8 @@ def main() -> None:
         if name not in CANDIDATES:
             print(f"{mask}, {dtype}, H={width}, T={length}: {name} has no blocks to tune")
             continue
-        blocks, ratio = fastest(name, arrays, keywords, arguments.repeats)
-        print(f"{choice.key(name, call)}: {blocks}, {ratio:.2f} times the time of {choice.BLOCKS[name]}", flush=True)
+        blocks, ratio = fastest(name, call.options, arrays, keywords, arguments.repeats)
+        print(f"{choice.key(name, call)}: {blocks}, {ratio:.2f} times the time of the rule's", flush=True)
         table = json.loads(arguments.table.read_text(encoding="utf-8"))
         table.setdefault(chip, {})[choice.key(name, call)] = blocks
         arguments.table.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8")

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from moe.kernels.attention import Implementation, choice, choose, flash_attention, supported, why_not
+from moe.kernels.attention.masks import Options
 
 
 def array(width: int = 128, length: int = 4096, dtype: str = "bfloat16") -> jax.ShapeDtypeStruct:
@@ -46,7 +47,17 @@ def test_blocks_come_from_the_table_or_from_a_rule(monkeypatch):
     assert choose("TPU v5p", *[array(length=4000)] * 3, **causal) == Implementation("tpu", (1024, 512))
     for q, keywords in ((array(length=4097), causal), (array(64), causal), (array(), {}), (array(), {"causal": True, "window": (8, 0)})):
         assert choose("TPU v5p", q, q, q, **keywords).blocks is None
-    assert Implementation.of("tpu").blocks == choice.BLOCKS["tpu"]
+    causal, narrow = (Options(left, 0, None, 1.0) for left in (None, 511))
+    assert Implementation.of("tpu", narrow) == Implementation("tpu", choice.BLOCKS["tpu"])
+    assert Implementation.of("blockwise", causal).blocks == choice.BLOCKS["blockwise"] == (256, 512)
+    assert [Implementation.of("blockwise", Options(left, 0, None, 1.0)).blocks[1] for left in (9, 300, 511, 1023, 9999)] == [
+        128,
+        128,
+        256,
+        512,
+        512,
+    ]
+    assert Implementation.of(Implementation("blockwise", (8, 8)), narrow).blocks == (8, 8)
 
 
 def test_the_table_names_chips_and_keys_of_calls():
