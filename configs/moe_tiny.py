@@ -22,5 +22,5 @@ def get_config() -> ConfigDict:
     config.model.compute_dtype = "float32"  # CPUs have no faster arithmetic than this
     config.data.sequence_length = 256
     config.optimizer.update(learning_rate=3e-3, warmup_steps=50)
-    config.train.update(batch_size=16, steps=500, eval_every=125, checkpoint_every=125)
+    config.train.update(batch_size=16, steps=300, eval_every=100, checkpoint_every=100)
     return config
