@@ -51,7 +51,7 @@ def upcycle(source: Path, config: RunConfig, workdir: Path, *, step: int | None 
     # After the checkpoint: a directory that has a config and no checkpoint would be trained from scratch.
     if jax.process_index() == 0:
         tracking.write_config(workdir, config)
-        tracking.write_environment(workdir)
+        tracking.write_environment(workdir, program.attention)
 
 
 def _check_paths(source: Path, workdir: Path, noise: float) -> None:

@@ -96,7 +96,7 @@ def test_the_wheel_requires_what_requirements_txt_lists(wheel: Path) -> None:
     required = [re.match(r"[\w.-]+", line)[0] for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
     listed = [re.match(r"[\w.-]+", line)[0] for line in (ROOT / "requirements.txt").read_text().splitlines() if line[0] != "#"]
     assert sorted(required) == sorted(listed)
-    assert set(metadata.get_all("Provides-Extra")) == {"cpu", "cuda13", "tpu", "test"}
+    assert set(metadata.get_all("Provides-Extra")) == {"aot", "cpu", "cuda13", "tpu", "test"}
 
 
 @pytest.mark.slow

@@ -217,7 +217,7 @@ def start(workdir: Path) -> subprocess.Popen[str]:
     values = {f"{group}.{name}": value for group, fields in groups.items() for name, value in dataclasses.asdict(fields).items()}
     values |= {"train.steps": 20, "data.directory": workdir / "data"}
     command = [sys.executable, "-m", "launch.compare", f"--config={experiment(workdir / 'e.py', EXPERIMENT)}", f"--workdir={workdir}"]
-    command += [f"--config.{name}={value}" for name, value in values.items() if not name.startswith("model.moe")]
+    command += [f"--config.{name}={value}" for name, value in values.items() if not name.startswith(("model.moe", "model.attention"))]
     return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
