@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe.kernels.attention import Implementation, attention_backward, attention_forward, flash_attention
+from moe.kernels.attention import Implementation, attention_backward, attention_forward, flash_attention, sinks_gradient
 from moe.kernels.attention.choice import check
 from moe.kernels.attention.masks import Options, span
 
@@ -219,10 +219,7 @@ def _ring_backward(ring: _Ring, residuals: tuple[Any, ...], g: jax.Array) -> tup
         visitors, of_q, of_kv = jax.lax.optimization_barrier((following, of_q, of_kv))
         of_kv = ring.send(of_kv, step.onward)  # to be added to when the next calls are done, and to travel meanwhile
     of_k, of_v = ring.send(of_kv, -steps[-1].distance)
-    of_sinks = None
-    if sinks_N is not None:  # a sink's probability times the gradient of its logit, which has no value to add to it
-        of_sinks = -jnp.sum(jnp.exp(sinks_N - jnp.where(jnp.isfinite(lse), lse, 0)) * row_sums, axis=(0, 1, 2)).astype(sinks_N.dtype)
-    return of_q.astype(q.dtype), of_k.astype(k.dtype), of_v.astype(v.dtype), of_sinks, None
+    return of_q.astype(q.dtype), of_k.astype(k.dtype), of_v.astype(v.dtype), sinks_gradient(sinks_N, lse, row_sums), None
 
 
 _ring.defvjp(_ring_forward, _ring_backward)

@@ -24,6 +24,7 @@ __all__ = [
     "choose",
     "decode_attention",
     "flash_attention",
+    "sinks_gradient",
     "supported",
     "why_not",
 ]
@@ -57,10 +58,9 @@ def flash_attention(
     for float64. A query that sees nothing has output 0 and lse of minus infinity, or its sink. Differentiable once, in reverse mode, in q,
     k, v and sinks, by way of output and lse. Raises ValueError for arguments that do not agree.
 
-    Implementations: "blockwise", in plain JAX; "tpu", Pallas kernels for TPUs, interpreted on a CPU; "hopper" and
-    "cudnn", on NVIDIA GPUs; "reference".
-    `choose` gives the fastest on a chip, with its blocks. None takes the TPU's kernels on TPUs, and blockwise elsewhere. Raises
-    NotImplementedError for one that cannot do the call.
+    Implementations: "blockwise", in plain JAX; "tpu", Pallas kernels for TPUs, interpreted on a CPU; "hopper" and "cudnn", on NVIDIA
+    GPUs; "reference". `choose` gives the fastest on a chip, with its blocks. None takes the TPU's kernels on TPUs, and blockwise elsewhere.
+    Raises NotImplementedError for one that cannot do the call.
     """
     arrays = (q_BTNH, k_BSKH, v_BSKH, sinks, q_segment_ids, kv_segment_ids)
     call = describe(
@@ -110,10 +110,18 @@ def attention_backward(
     return _run("backward", implementation, options, (*arrays, lse_BTN, g_BTNH, row_sums_BTN))
 
 
+def sinks_gradient(sinks_N: jax.Array | None, lse: jax.Array, row_sums: jax.Array) -> jax.Array | None:
+    """A sink's probability times the gradient of its logit, which has no value to add to it; of lse and row sums [..., N]."""
+    if sinks_N is None:
+        return None
+    probs = jnp.exp(sinks_N - jnp.where(jnp.isfinite(lse), lse, 0))
+    return -jnp.sum(probs * row_sums, axis=tuple(range(lse.ndim - 1))).astype(sinks_N.dtype)
+
+
 def _run(which: str, implementation: Name | Implementation | None, options: Options, arrays: tuple[Any, ...]) -> Any:
     """One pass. The platform is asked for when the program is lowered, so that it may be another than the one at hand."""
     if implementation is None:
-        tpu, blockwise = (_function(which, name, options) for name in ("tpu", "blockwise"))
+        tpu, blockwise = (_function(which, Implementation.of(name, options), options) for name in ("tpu", "blockwise"))
         return jax.lax.platform_dependent(*arrays, tpu=tpu, default=blockwise)
     implementation = Implementation.of(implementation, options)
     function = _function(which, implementation, options)
@@ -122,9 +130,8 @@ def _run(which: str, implementation: Name | Implementation | None, options: Opti
     return function(*arrays)
 
 
-def _function(which: str, implementation: Name | Implementation, options: Options) -> Any:
+def _function(which: str, implementation: Implementation, options: Options) -> Any:
     """`forward` or `backward` of an implementation, whose file is imported only now: Pallas takes a second."""
-    implementation = Implementation.of(implementation, options)
     name = "hopper_backward" if (which, implementation.name) == ("backward", "hopper") else implementation.name
     module = importlib.import_module(f"moe.kernels.attention.{name}")
     blocks = {} if implementation.blocks is None else {"blocks": implementation.blocks}
@@ -150,12 +157,7 @@ def _backward(
     g_BTNH, g_lse_BTN = gradients
     row_sums_BTN = jnp.sum(output.astype(lse_BTN.dtype) * g_BTNH.astype(lse_BTN.dtype), axis=-1) - g_lse_BTN
     of_qkv = attention_backward(implementation, options, *arrays, lse_BTN=lse_BTN, g_BTNH=g_BTNH, row_sums_BTN=row_sums_BTN)
-    sinks = arrays[3]
-    if sinks is None:
-        return *of_qkv, None, None, None, None
-    # A sink's probability times the gradient of its logit, which has no value to add to it.
-    of_sinks = -jnp.sum(jnp.exp(sinks - jnp.where(jnp.isfinite(lse_BTN), lse_BTN, 0)) * row_sums_BTN, axis=(0, 1))
-    return *of_qkv, of_sinks.astype(sinks.dtype), None, None, None
+    return *of_qkv, sinks_gradient(arrays[3], lse_BTN, row_sums_BTN), None, None, None
 
 
 _attend.defvjp(_forward, _backward)

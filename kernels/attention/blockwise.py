@@ -82,7 +82,7 @@ def _forward_row(
     q_block, kv_block = blocks
     keys, values = _split_keys(k, kv_block), _split_keys(v, kv_block)
     scores = functools.partial(_scores, options, shift, keys, len(k), _split(q_ids, q_block), _split(kv_ids, kv_block), q_block)
-    dtype = _sum_dtype(q)
+    dtype = sum_dtype(q)
     sinks = jnp.full(q.shape[1], -jnp.inf, dtype) if sinks_N is None else sinks_N.astype(dtype)
     sinks_KR = jnp.repeat(sinks, q_block).reshape(k.shape[1], -1)
 
@@ -95,7 +95,7 @@ def _forward_row(
             new_highest = jnp.maximum(highest, jnp.max(logits, axis=-1))
             base = jnp.where(jnp.isfinite(new_highest), new_highest, 0.0)  # nothing is seen yet: all weights are zero
             weights, kept = jnp.exp(logits - base[..., None]), jnp.exp(highest - base)
-            product = _matmul("krs,ksh->krh", weights.astype(v.dtype), values[j])
+            product = matmul("krs,ksh->krh", weights.astype(v.dtype), values[j])
             return output * kept[..., None] + product, new_highest, total * kept + jnp.sum(weights, axis=-1)
 
         # A sink is a logit as a key's is, with nothing to carry: the softmax begins with it.
@@ -136,20 +136,20 @@ def _backward_row(
             gradient_q, gradient_k, gradient_v = carry
             logits, slopes = scores(i, j, queries)
             probs = jnp.exp(logits - lse)
-            gradient = probs * (_matmul("krh,ksh->krs", g, values[j]) - row_sums) * (options.scale * slopes)
+            gradient = probs * (matmul("krh,ksh->krs", g, values[j]) - row_sums) * (options.scale * slopes)
             gradient = gradient.astype(q.dtype)
             # Summed as [K, H, S]: the scores' gradients, the largest operands, are then multiplied without being transposed.
             return (
-                gradient_q + _matmul("krs,ksh->krh", gradient, keys[j]),
-                gradient_k.at[j].add(_matmul("krh,krs->khs", queries, gradient)),
-                gradient_v.at[j].add(_matmul("krh,krs->khs", g, probs.astype(v.dtype))),
+                gradient_q + matmul("krs,ksh->krh", gradient, keys[j]),
+                gradient_k.at[j].add(matmul("krh,krs->khs", queries, gradient)),
+                gradient_v.at[j].add(matmul("krh,krs->khs", g, probs.astype(v.dtype))),
             )
 
-        gradient_q, *carry = jax.lax.fori_loop(first, end, meet, (jnp.zeros(queries.shape, _sum_dtype(q)), *carry))
+        gradient_q, *carry = jax.lax.fori_loop(first, end, meet, (jnp.zeros(queries.shape, sum_dtype(q)), *carry))
         return tuple(carry), gradient_q.astype(q.dtype)
 
     rows = [_split_queries(x, k.shape[1], q_block) for x in (q, g, lse[..., None], row_sums[..., None])]
-    start = tuple(jnp.zeros(jnp.swapaxes(x, 2, 3).shape, _sum_dtype(q)) for x in (keys, values))
+    start = tuple(jnp.zeros(jnp.swapaxes(x, 2, 3).shape, sum_dtype(q)) for x in (keys, values))
     (gradient_k, gradient_v), gradient_q = jax.lax.scan(attend, start, (jnp.arange(len(first)), first, end, *rows))
     join = lambda x, like: jnp.moveaxis(x, 3, 1).reshape(-1, *like.shape[1:])[: len(like)].astype(like.dtype)  # noqa: E731
     return _join_queries(gradient_q, len(q), q.shape[1]), join(gradient_k, k), join(gradient_v, v)
@@ -168,7 +168,7 @@ def _scores(
     queries: jax.Array,
 ) -> tuple[jax.Array, jax.Array | float]:
     """Logits [K, R, S] of block i of queries and j of keys, minus infinity where a key is not seen; and their slopes under softcap."""
-    logits, slopes = _matmul("krh,ksh->krs", queries, keys[j]) * options.scale, 1.0
+    logits, slopes = matmul("krh,ksh->krs", queries, keys[j]) * options.scale, 1.0
     if options.softcap is not None:
         capped = jnp.tanh(logits / options.softcap)
         logits, slopes = options.softcap * capped, 1 - capped * capped
@@ -210,9 +210,9 @@ def _join_queries(rows: jax.Array, length: int, heads: int) -> jax.Array:
     return jnp.moveaxis(groups, 3, 1).reshape(-1, heads, width)[:length]
 
 
-def _matmul(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    return jnp.einsum(equation, x, y, preferred_element_type=_sum_dtype(x))
+def matmul(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.einsum(equation, x, y, preferred_element_type=sum_dtype(x))
 
 
-def _sum_dtype(x: jax.Array) -> jnp.dtype:
+def sum_dtype(x: jax.Array) -> jnp.dtype:
     return jnp.promote_types(x.dtype, jnp.float32)

@@ -11,6 +11,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from moe.kernels.attention.blockwise import matmul, sum_dtype
+
 BLOCK = 64  # slots that one split meets in one step
 SPLITS = 4  # at least, where there are slots for them: a smaller step would be too little for what it costs to start one
 STEPS = 16  # at most, or one more: a longer cache has more splits, and a step reads this part of it
@@ -49,7 +51,7 @@ def decode_attention(
         output, highest, total = carry
         start = jnp.minimum(step * stride, slots - stride)  # the last step of a cache of other lengths looks back
         keys, values = (_slice(x, start, stride).reshape(batch, splits, block, *x.shape[2:]) for x in (k_BSKH, v_BSKH))
-        logits = _matmul("bkrh,bpskh->bpkrs", q_BKRH, keys) * scale
+        logits = matmul("bkrh,bpskh->bpkrs", q_BKRH, keys) * scale
         logits = logits if softcap is None else softcap * jnp.tanh(logits / softcap)
         at = (start + jnp.arange(stride)).reshape(1, splits, 1, 1, block)
         seen = (at <= positions_B11R1) & (at >= step * stride)
@@ -58,10 +60,10 @@ def decode_attention(
         new_highest = jnp.maximum(highest, jnp.max(logits, axis=-1))
         base = _finite(new_highest)  # nothing is seen yet: all weights are zero
         weights, kept = jnp.exp(logits - base[..., None]), jnp.exp(highest - base)
-        product = _matmul("bpkrs,bpskh->bpkrh", weights.astype(values.dtype), values)
+        product = matmul("bpkrs,bpskh->bpkrh", weights.astype(values.dtype), values)
         return output * kept[..., None] + product, new_highest, total * kept + jnp.sum(weights, axis=-1)
 
-    shape, dtype = (batch, splits, *q_BKRH.shape[1:3]), _sum_dtype(q_BTNH)
+    shape, dtype = (batch, splits, *q_BKRH.shape[1:3]), sum_dtype(q_BTNH)
     carry = jnp.zeros((*shape, v_BSKH.shape[3]), dtype), jnp.full(shape, -jnp.inf, dtype), jnp.zeros(shape, dtype)
     carry = jax.lax.fori_loop(*_steps(positions_BT, left, slots, stride), meet, carry)
     output = _merge(*carry, _sinks_by_row(sinks, kv_heads, length, dtype))
@@ -108,14 +110,6 @@ def _by_kv_head(q_BTNH: jax.Array, kv_heads: int) -> jax.Array:
 
 def _finite(x: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(x), x, 0.0)
-
-
-def _matmul(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    return jnp.einsum(equation, x, y, preferred_element_type=_sum_dtype(x))
-
-
-def _sum_dtype(x: jax.Array) -> jnp.dtype:
-    return jnp.promote_types(x.dtype, jnp.float32)
 
 
 def _check(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, sinks: jax.Array | None, window: tuple[int, int] | None) -> None:
