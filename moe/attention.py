@@ -42,8 +42,8 @@ class Attention(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, positions: Positions, cache: Any = None) -> tuple[jax.Array, Any]:
-        """Returns [B, T, D] and the cache with this call's keys and values in it (None without one)."""
+    def __call__(self, x_BTD: jax.Array, positions: Positions, cache: Any = None, layer: jax.Array | int = 0) -> tuple[jax.Array, Any]:
+        """Returns [B, T, D] and the cache with this call's keys and values in it, at `layer` (None without one)."""
         c = self.config
         d, n, k, h = c.model_dim, c.num_heads, c.num_kv_heads, c.head_dim
         w_query_DNH = parameter(self, "query", "DNH", (d, n, h), kind="linear", fan_in=d)
@@ -56,11 +56,12 @@ class Attention(nn.Module):
         query_BTNH = rotate(query_BTNH, positions.cos_BTH, positions.sin_BTH)
         key_BTKH = rotate(key_BTKH, positions.cos_BTH, positions.sin_BTH)
         if cache is not None:
-            cache = update_cache(cache, key_BTKH, value_BTKH, positions.positions_BT)
+            cache = update_cache(cache, layer, key_BTKH, value_BTKH, positions.positions_BT)
         if cache is None or positions.from_start:  # before a prompt's first token there is nothing: it need not read the cache
             mixed_BTNH = attend(c, query_BTNH, key_BTKH, value_BTKH, positions.segment_ids_BT)
         else:
-            mixed_BTNH = decode_attention(query_BTNH, cache["key"], cache["value"], positions.positions_BT)
+            cached = query_BTNH.astype(cache["key"].dtype), cache["key"], cache["value"]
+            mixed_BTNH = decode_attention(*cached, positions.positions_BT, layer=layer).astype(query_BTNH.dtype)
         return einsum("BTNH,NHD->BTD", constrain(mixed_BTNH, "BTNH"), w_output_NHD), cache
 
 
@@ -113,17 +114,19 @@ def choose_implementation(config: ModelConfig, mesh: Any, length: int) -> Implem
     return Implementation(name)
 
 
-def init_cache(config: ModelConfig, batch_size: int, length: int) -> Any:
-    """An empty cache of one layer, for rows of at most `length` tokens. What is in it is attention's own business."""
-    shape = (batch_size, length, config.num_kv_heads, config.head_dim)
-    return {"key": jnp.zeros(shape, config.compute_dtype), "value": jnp.zeros(shape, config.compute_dtype)}
+def init_cache(config: ModelConfig, layers: int, batch_size: int, length: int) -> Any:
+    """An empty cache of some layers, for rows of at most `length` tokens. What is in it is attention's own business."""
+    shape = (layers, batch_size, length, config.num_kv_heads, config.head_dim)
+    # To write to a part of a bfloat16 array, XLA converts all of it on a CPU, and back.
+    in_float32 = config.compute_dtype == "bfloat16" and jax.default_backend() == "cpu"
+    return {name: jnp.zeros(shape, "float32" if in_float32 else config.compute_dtype) for name in ("key", "value")}
 
 
-def update_cache(cache: Any, key_BTKH: jax.Array, value_BTKH: jax.Array, positions_BT: jax.Array) -> Any:
-    """Writes each key and value into the slot of its position.
+def update_cache(cache: Any, layer: jax.Array | int, key_BTKH: jax.Array, value_BTKH: jax.Array, positions_BT: jax.Array) -> Any:
+    """Writes each key and value into a layer's slot of its position.
 
     Padding after a prompt thus lands in slots that no earlier position sees, and that later tokens overwrite before they are seen.
     """
     rows_B1 = jnp.arange(positions_BT.shape[0])[:, None]
     new = {"key": key_BTKH, "value": value_BTKH}
-    return {name: cache[name].at[rows_B1, positions_BT].set(new[name].astype(cache[name].dtype)) for name in cache}
+    return {name: cache[name].at[layer, rows_B1, positions_BT].set(new[name].astype(cache[name].dtype)) for name in cache}

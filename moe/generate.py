@@ -67,8 +67,7 @@ def check_sampling(sampling: Sampling, max_new_tokens: int) -> None:
 def check_memory(model: nn.Module, batch_size: int, length: int, max_new_tokens: int) -> None:
     """Raises ConfigError where the key/value cache cannot fit in a device's memory, or, for a CPU, in the machine's."""
     slot = jax.tree.leaves(jax.eval_shape(lambda: model.init_cache(batch_size, 1)))
-    # A step reads one cache and writes another: compiled programs hold 3.3 of them (v5e) to 3.6 (CPU) at a time.
-    slot_bytes = 3 * sum(x.size * x.dtype.itemsize for x in slot)
+    slot_bytes = sum(x.size * x.dtype.itemsize for x in slot)  # each token is written in place: programs hold one cache
     stats = jax.local_devices()[0].memory_stats() or {}  # a CPU has none
     memory = stats.get("bytes_limit", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     needed, most = (length + max_new_tokens) * slot_bytes, max(memory // slot_bytes - length, 1)

@@ -1,5 +1,6 @@
 """The Transformer: blocks, groups of scanned layers, and the decoder around them."""
 
+import itertools
 from typing import Any
 
 import flax.linen as nn
@@ -39,10 +40,16 @@ class Block(nn.Module):
     capture: tuple[str, ...] = ()
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, positions: Positions, tokens: Tokens, cache: Any = None) -> tuple[jax.Array, Any, Any, Any]:
-        """Returns the residual stream [B, T, D], this layer's sums (none where it is dense), what is captured of it, and its cache."""
+    def __call__(
+        self, x_BTD: jax.Array, positions: Positions, tokens: Tokens, cache: Any = None, layer: jax.Array | int = 0
+    ) -> tuple[jax.Array, Any, Any, Any]:
+        """Returns the residual stream [B, T, D], this layer's sums (none where it is dense), what is captured of it, and the cache.
+
+        `cache` is that of a stack of layers, and `layer` this one's place in it.
+        """
         c, scale = self.config, residual_scale(self.config)
-        mixed_BTD, cache = Attention(c, name="attention")(RMSNorm(c.norm_epsilon, name="attention_norm")(x_BTD), positions, cache)
+        normed_BTD = RMSNorm(c.norm_epsilon, name="attention_norm")(x_BTD)
+        mixed_BTD, cache = Attention(c, name="attention")(normed_BTD, positions, cache, layer)
         x_BTD = constrain(x_BTD + mixed_BTD, "BTD")
         normed_BTD, sums, seen = RMSNorm(c.norm_epsilon, name="feed_forward_norm")(x_BTD), {}, {}
         if self.kind == "moe":
@@ -60,37 +67,42 @@ class Period(nn.Module):
     config: ModelConfig
     kinds: tuple[str, ...]
     capture: tuple[str, ...]
+    first_layer: int  # of the group
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, positions: Positions, tokens: Tokens, first_layer: jax.Array, caches: Any
-    ) -> tuple[jax.Array, tuple[Any, Any, Any]]:
+        self, carry: tuple[jax.Array, Any], positions: Positions, tokens: Tokens, repeat: jax.Array
+    ) -> tuple[tuple[jax.Array, Any], tuple[Any, Any]]:
+        # The caches of all repeats are carried, and each written in place: looped over as parameters are, they would be copied whole.
+        x_BTD, caches = carry
         # Inside a loop nothing can undo the recomputation; unrolled, the compiler would merge it with the forward pass.
         remat_block = nn.remat(Block, prevent_cse=not self.config.scan_layers)
         block = {"none": Block, "full": remat_block}[self.config.remat]
         auxes, captured, new_caches = [], [], []
         for index, kind in enumerate(self.kinds):
             cache = None if caches is None else caches[index]
-            layer_tokens = tokens.of_layer(first_layer + index)
+            layer_tokens = tokens.of_layer(self.first_layer + len(self.kinds) * repeat + index)
             layer = block(self.config, kind, self.capture, name=f"block_{index}")
-            x_BTD, aux, seen, cache = layer(x_BTD, positions, layer_tokens, cache)
+            x_BTD, aux, seen, cache = layer(x_BTD, positions, layer_tokens, cache, repeat)
             auxes.append(aux)
             captured.append(seen)
             new_caches.append(cache)
-        return x_BTD, (tuple(auxes), tuple(captured), None if caches is None else tuple(new_caches))
+        return (x_BTD, None if caches is None else tuple(new_caches)), (tuple(auxes), tuple(captured))
 
 
-def scan_periods(config: ModelConfig, kinds: tuple[str, ...], repeats: int, capture: tuple[str, ...], name: str) -> nn.Module:
-    """A group: one Period looped over parameters, sums and caches whose first dimension is the repeat."""
+def scan_periods(
+    config: ModelConfig, kinds: tuple[str, ...], repeats: int, capture: tuple[str, ...], first_layer: int, name: str
+) -> nn.Module:
+    """A group: one Period looped over parameters and sums whose first dimension is the repeat."""
     return nn.scan(
         Period,
         variable_axes={"params": 0, "router_state": 0},
         split_rngs={"params": True},
-        in_axes=(nn.broadcast, nn.broadcast, 0, 0),
+        in_axes=(nn.broadcast, nn.broadcast, 0),
         length=repeats,
         unroll=1 if config.scan_layers else repeats,
         metadata_params={"dim": "L"},
-    )(config, kinds, capture, name=name)
+    )(config, kinds, capture, first_layer, name=name)
 
 
 class Transformer(nn.Module):
@@ -107,8 +119,10 @@ class Transformer(nn.Module):
         c = self.config
         shape = (c.vocab_size, c.model_dim)
         self.embedding_VD = parameter(self, "embedding", "VD", shape, kind="embedding", fan_in=c.model_dim)
+        first_layers = itertools.accumulate((len(kinds) * repeats for kinds, repeats in c.layer_groups), initial=0)
         self.groups = [
-            scan_periods(c, kinds, repeats, self.capture, name=f"layers_{index}") for index, (kinds, repeats) in enumerate(c.layer_groups)
+            scan_periods(c, kinds, repeats, self.capture, first_layer, name=f"layers_{index}")
+            for index, ((kinds, repeats), first_layer) in enumerate(zip(c.layer_groups, first_layers, strict=False))
         ]
         self.final_norm = RMSNorm(c.norm_epsilon)
         if not c.tied_embeddings:
@@ -127,14 +141,14 @@ class Transformer(nn.Module):
     def layers(self, x_BTD: jax.Array, batch: Batch, cache: Any = None) -> Output:
         """All blocks: an Output whose `hidden` is the residual stream [B, T, D], before the final norm."""
         positions, tokens = Positions.of(batch, self.config), Tokens.of(batch)
-        stacks, layer = [], 0
-        for index, (group, (kinds, repeats)) in enumerate(zip(self.groups, self.config.layer_groups, strict=True)):
-            first_layers = layer + len(kinds) * jnp.arange(repeats)
-            x_BTD, stacked = group(x_BTD, positions, tokens, first_layers, None if cache is None else cache[index])
-            layer += len(kinds) * repeats
+        stacks, caches = [], []
+        for index, (group, (_, repeats)) in enumerate(zip(self.groups, self.config.layer_groups, strict=True)):
+            carry = x_BTD, None if cache is None else cache[index]
+            (x_BTD, group_caches), stacked = group(carry, positions, tokens, jnp.arange(repeats))
             stacks.append(stacked)
-        aux, captured, caches = zip(*stacks, strict=True)
-        return Output(x_BTD, aux, None if cache is None else caches, captured)
+            caches.append(group_caches)
+        aux, captured = zip(*stacks, strict=True)
+        return Output(x_BTD, aux, None if cache is None else tuple(caches), captured)
 
     def unembed(self, hidden_BTD: jax.Array) -> jax.Array:
         """Logits [B, T, V] in float32."""
@@ -146,6 +160,6 @@ class Transformer(nn.Module):
 
     def init_cache(self, batch_size: int, length: int) -> Any:
         """An empty key/value cache for rows of at most `length` tokens."""
-        layer = init_cache(self.config, batch_size, length)
-        stack = lambda repeats: jax.tree.map(lambda x: jnp.zeros((repeats, *x.shape), x.dtype), layer)  # noqa: E731
-        return tuple(tuple(stack(repeats) for _ in kinds) for kinds, repeats in self.config.layer_groups)
+        return tuple(
+            tuple(init_cache(self.config, repeats, batch_size, length) for _ in kinds) for kinds, repeats in self.config.layer_groups
+        )

@@ -1,12 +1,14 @@
 """Sampling: against repeated full forward passes, independence of rows, and the truncations by hand."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from moe.config import ModelConfig
-from moe.generate import Sampling, generate, keep_likeliest
+from moe.generate import Sampling, _generate, generate, keep_likeliest
 from moe.parameters import unbox
 from moe.transformer import Transformer
 
@@ -52,6 +54,17 @@ def test_a_row_does_not_depend_on_the_others_and_the_seed_decides():
     np.testing.assert_array_equal(together[0], draw(PROMPTS[:1], 3)[0])
     np.testing.assert_array_equal(together[2], draw([PROMPTS[1], PROMPTS[0], PROMPTS[2]], 3)[2])
     assert any(np.any(a != b) for a, b in zip(together, draw(PROMPTS, 4), strict=True))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_memory_is_that_of_one_cache(dtype):
+    """No token copies what the loops over tokens and layers carry, nor converts it."""
+    model = Transformer(dataclasses.replace(MODEL.config, num_layers=6, compute_dtype=dtype))
+    declared = jax.eval_shape(lambda key: unbox(model.init(key, {"tokens": jnp.zeros((1, 1), jnp.int32)})), jax.random.key(0))
+    arrays = declared, jax.ShapeDtypeStruct((2, 8), jnp.int32), jax.ShapeDtypeStruct((2,), jnp.int32), jax.random.key(0)
+    compiled = _generate.lower(model, 4088, -1, Sampling(temperature=0), *arrays).compile()
+    cache = sum(x.nbytes for x in jax.tree.leaves(model.init_cache(2, 4096)))
+    assert compiled.memory_analysis().temp_size_in_bytes < 1.3 * cache
 
 
 def test_keep_likeliest_by_hand():

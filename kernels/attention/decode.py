@@ -6,12 +6,11 @@ own, and log-sum-exp's arithmetic merges them at the end. As the splits take tur
 short, and the loop ends with the longest row.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
 from moe.kernels.attention.blockwise import matmul, sum_dtype
+from moe.kernels.attention.choice import check
 
 BLOCK = 64  # slots that one split meets in one step
 SPLITS = 4  # at least, where there are slots for them: a smaller step would be too little for what it costs to start one
@@ -24,6 +23,7 @@ def decode_attention(
     v_BSKH: jax.Array,
     positions_BT: jax.Array,
     *,
+    layer: jax.Array | int | None = None,
     window: tuple[int, int] | None = None,
     softcap: float | None = None,
     sinks: jax.Array | None = None,
@@ -33,13 +33,17 @@ def decode_attention(
 
     Slots are positions. N is a multiple of K, and H of the result that of `v_BSKH`. `window` (left, right), `softcap`, `sinks` [N] and
     `scale` are those of `flash_attention`, with causal=True: nothing to the right is seen. A query at position -1 sees nothing, and gives
-    zeros. Sums are float32; beside the results, memory holds the logits of a step, those of S / 16 slots.
+    zeros. Sums are float32; beside the results, memory holds the logits of a step, those of S / 16 slots. With `layer` the caches are those
+    of several layers, [L, B, S, K, H], of which that one's is read: so a loop over layers can carry them all and copy none.
 
     Slots after the longest row's last position, or before all windows, are not read, but for the rest of the step they are in: those
     must hold finite numbers. For inference alone: it has no gradient in reverse mode. Raises ValueError for shapes that do not agree.
     """
-    _check(q_BTNH, k_BSKH, v_BSKH, positions_BT, sinks, window)
-    (batch, length, heads, width), (slots, kv_heads) = q_BTNH.shape, k_BSKH.shape[1:3]
+    k_LBSKH, v_LBSKH, layer = (k_BSKH[None], v_BSKH[None], 0) if layer is None else (k_BSKH, v_BSKH, layer)
+    check(q_BTNH, *(jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in (k_LBSKH, v_LBSKH)), sinks, None, None, window)
+    if positions_BT.shape != q_BTNH.shape[:2]:
+        raise ValueError(f"positions {positions_BT.shape} must be {q_BTNH.shape[:2]}, one for each query of q {q_BTNH.shape}")
+    (batch, length, heads, width), (slots, kv_heads) = q_BTNH.shape, k_LBSKH.shape[2:4]
     block = min(BLOCK, slots)
     splits = min(max(SPLITS, slots // (BLOCK * STEPS)), slots // block)
     stride, left = splits * block, None if window is None else window[0]
@@ -50,7 +54,7 @@ def decode_attention(
     def meet(step: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         output, highest, total = carry
         start = jnp.minimum(step * stride, slots - stride)  # the last step of a cache of other lengths looks back
-        keys, values = (_slice(x, start, stride).reshape(batch, splits, block, *x.shape[2:]) for x in (k_BSKH, v_BSKH))
+        keys, values = (_slice(x, layer, start, stride).reshape(batch, splits, block, *x.shape[3:]) for x in (k_LBSKH, v_LBSKH))
         logits = matmul("bkrh,bpskh->bpkrs", q_BKRH, keys) * scale
         logits = logits if softcap is None else softcap * jnp.tanh(logits / softcap)
         at = (start + jnp.arange(stride)).reshape(1, splits, 1, 1, block)
@@ -64,7 +68,7 @@ def decode_attention(
         return output * kept[..., None] + product, new_highest, total * kept + jnp.sum(weights, axis=-1)
 
     shape, dtype = (batch, splits, *q_BKRH.shape[1:3]), sum_dtype(q_BTNH)
-    carry = jnp.zeros((*shape, v_BSKH.shape[3]), dtype), jnp.full(shape, -jnp.inf, dtype), jnp.zeros(shape, dtype)
+    carry = jnp.zeros((*shape, v_LBSKH.shape[4]), dtype), jnp.full(shape, -jnp.inf, dtype), jnp.zeros(shape, dtype)
     carry = jax.lax.fori_loop(*_steps(positions_BT, left, slots, stride), meet, carry)
     output = _merge(*carry, _sinks_by_row(sinks, kv_heads, length, dtype))
     groups = output.reshape(batch, kv_heads, length, -1, output.shape[-1])
@@ -77,15 +81,19 @@ def _steps(positions_BT: jax.Array, left: int | None, slots: int, stride: int) -
     return 0 if left is None else jnp.maximum(jnp.min(positions_BT) - left, 0) // stride, end
 
 
-def _slice(x_BSKH: jax.Array, start: jax.Array, size: int) -> jax.Array:
-    """Slots `start` and on, and nothing done to the others.
+def _slice(x_LBSKH: jax.Array, layer: jax.Array | int, start: jax.Array, size: int) -> jax.Array:
+    """A layer's slots `start` and on, and nothing done to the others.
 
     XLA takes what it does to the whole cache in each step out of the loop. On a CPU that would be a conversion of all of bfloat16, unless
     the cache is tied to the step; on a TPU being tied costs a copy.
     """
-    plain = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=size, axis=1)
+
+    def plain(x: jax.Array, layer: jax.Array, start: jax.Array) -> jax.Array:
+        _, batch, _, *rest = x.shape
+        return jax.lax.dynamic_slice(x, (layer, 0, start, 0, 0), (1, batch, size, *rest))[0]
+
     tied = lambda *arrays: plain(*jax.lax.optimization_barrier(arrays))  # noqa: E731
-    return jax.lax.platform_dependent(x_BSKH, start, cpu=tied, default=plain)
+    return jax.lax.platform_dependent(x_LBSKH, jnp.int32(layer), start, cpu=tied, default=plain)
 
 
 def _merge(output: jax.Array, highest: jax.Array, total: jax.Array, sinks: jax.Array) -> jax.Array:
@@ -110,20 +118,3 @@ def _by_kv_head(q_BTNH: jax.Array, kv_heads: int) -> jax.Array:
 
 def _finite(x: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(x), x, 0.0)
-
-
-def _check(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, sinks: jax.Array | None, window: tuple[int, int] | None) -> None:
-    if not q.ndim == k.ndim == v.ndim == 4:
-        raise ValueError(f"q {q.shape}, k {k.shape} and v {v.shape} must be [B, T, N, H], [B, S, K, H] and [B, S, K, H]")
-    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"q {q.shape} and k {k.shape} must have the same batch (B) and head width (H)")
-    if k.shape[:3] != v.shape[:3]:
-        raise ValueError(f"k {k.shape} and v {v.shape} must have the same batch, slots and heads (B, S, K)")
-    if q.shape[2] % k.shape[2]:
-        raise ValueError(f"q {q.shape} has {q.shape[2]} heads, which are no multiple of the {k.shape[2]} of k {k.shape}")
-    if positions.shape != q.shape[:2]:
-        raise ValueError(f"positions {positions.shape} must be {q.shape[:2]}, one for each query of q {q.shape}")
-    if window is not None and min(window) < 0:
-        raise ValueError(f"window={window} must be two distances (left, right) of 0 or more")
-    if sinks is not None and sinks.shape != q.shape[2:3]:
-        raise ValueError(f"sinks {sinks.shape} must be {q.shape[2:3]}, one for each head of q {q.shape}")

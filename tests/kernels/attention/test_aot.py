@@ -51,7 +51,8 @@ def test_compiles_for_tpus(topology, width, mask, monkeypatch):
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2"])
 def test_decoding_copies_no_cache(topology, monkeypatch):
     here = on_one(topology, monkeypatch)
-    q, k = (jax.ShapeDtypeStruct((8, *shape), jnp.bfloat16, sharding=here) for shape in ((1, 64, 128), (8192, 8, 128)))
-    traced = jax.jit(decode_attention).trace(q, k, k, jax.ShapeDtypeStruct((8, 1), jnp.int32, sharding=here))
+    q, k = (jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=here) for shape in ((8, 1, 64, 128), (4, 8, 8192, 8, 128)))
+    positions, layer = (jax.ShapeDtypeStruct(shape, jnp.int32, sharding=here) for shape in ((8, 1), ()))
+    traced = jax.jit(lambda *arrays, layer: decode_attention(*arrays, layer=layer)).trace(q, k, k, positions, layer=layer)
     compiled = traced.lower(lowering_platforms=("tpu",)).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 8 * 8192 * 8 * 128 * 2 / 16  # of a step's keys at most

@@ -60,6 +60,16 @@ def test_the_last_queries_of_a_sequence_are_those_of_flash_attention():
         np.testing.assert_allclose(decode_attention(q[:, -last:], k, v, positions, **keywords), whole[:, -last:], atol=1e-6)
 
 
+def test_of_several_layers_one_is_read():
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.float32(rng.normal(size=shape)) for shape in ((2, 1, 4, 8), (3, 2, 40, 2, 8), (3, 2, 40, 2, 8)))
+    positions = jnp.array([[39], [7]])
+    for layer in range(3):
+        others = jnp.arange(3)[:, None, None, None, None] != layer
+        output = jax.jit(decode_attention)(q, *(jnp.where(others, jnp.nan, x) for x in (k, v)), positions, layer=layer)
+        np.testing.assert_allclose(output, decode_attention(q, k[layer], v[layer], positions), atol=1e-6)
+
+
 @pytest.mark.parametrize("slots", [4096, 4096 + 77])
 @pytest.mark.parametrize(
     ("positions", "window", "steps"),
@@ -112,7 +122,7 @@ def test_memory_is_that_of_a_step(dtype):
     [
         ({"q": (1, 4, 16)}, "must be"),
         ({"k": (2, 8, 2, 16)}, r"q \(1, 1, 4, 16\) and k \(2, 8, 2, 16\) must have the same batch"),
-        ({"v": (1, 9, 2, 16)}, r"k \(1, 8, 2, 16\) and v \(1, 9, 2, 16\) must have the same batch, slots and heads"),
+        ({"v": (1, 9, 2, 16)}, r"k \(1, 8, 2, 16\) and v \(1, 9, 2, 16\) must have the same batch, length and heads"),
         ({"k": (1, 8, 3, 16), "v": (1, 8, 3, 16)}, "has 4 heads, which are no multiple of the 3"),
         ({"positions": (1,)}, r"positions \(1,\) must be \(1, 1\)"),
         ({"window": (-1, 0)}, "0 or more"),
