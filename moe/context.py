@@ -44,7 +44,7 @@ def ring_attention(
     check(q_BTNH, k_BSKH, v_BSKH, sinks, segment_ids, segment_ids, window)
     if q_BTNH.shape[1] != k_BSKH.shape[1]:
         raise ValueError(f"q {q_BTNH.shape} and k {k_BSKH.shape} must hold the same tokens (T/P) of one sequence")
-    options = Options(*span(causal, window), softcap, q_BTNH.shape[-1] ** -0.5 if scale is None else scale)
+    options = Options(*span(causal, window), softcap, q_BTNH.shape[-1] ** -0.5 if scale is None else scale, partial=True)
     order = chunk_order(options, jax.lax.axis_size(axis_name), q_BTNH.shape[1])
     q, k, v, ids = (None if x is None else _deal(axis_name, order, x) for x in (q_BTNH, k_BSKH, v_BSKH, segment_ids))
     return _collect(axis_name, order, _ring(_Ring(axis_name, implementation, options, order), q, k, v, sinks, ids))

@@ -85,6 +85,21 @@ def test_a_ring_is_one_device(name):
     check(context.ring_attention, make_mesh(context=size), **keywords)
 
 
+@pytest.mark.parametrize("implementation", ["reference", "blockwise", "tpu"])
+def test_a_ring_in_bfloat16_is_as_exact_as_one_device(implementation):
+    """What 8 ranks contribute is rounded once, when all of it is there: root mean square errors from float64."""
+    q, k, v, _, g = (x.astype(jnp.bfloat16) for x in draw(length=128))
+    mask = {"causal": False, "implementation": implementation}
+    ring = split(context.ring_attention, make_mesh(context=8), None, **mask)
+    with jax.enable_x64(True):
+        exact = (x.astype(jnp.float64) for x in (q, k, v))
+        wanted = results(lambda q, k, v, _: flash_attention(q, k, v, implementation="reference"), *exact, None, g.astype(jnp.float64))
+    one = results(lambda q, k, v, _: flash_attention(q, k, v, **mask), q, k, v, None, g)
+    for name, ours, theirs, right in zip(("output", "q", "k", "v"), results(ring, q, k, v, None, g), one, wanted, strict=True):
+        our, their = (np.sqrt(np.mean((np.float64(x) - np.asarray(right)) ** 2)) for x in (ours, theirs))
+        assert our < 1.1 * their, (name, our / their)
+
+
 ULYSSES = {
     "causal": (2, {"causal": True}),
     "copied_heads": (8, {"causal": True, "ids": SEGMENTS, "softcap": 2.0}),

@@ -28,7 +28,7 @@ def forward(
     *,
     blocks: tuple[int, int],
 ) -> tuple[jax.Array, jax.Array]:
-    """Output [B, T, N, H] in the dtype of the queries, and lse [B, T, N] in float32, or in float64 for float64 queries."""
+    """Output [B, T, N, H] in the dtype of the queries or of a part, and lse [B, T, N] in float32, or in float64 for float64 queries."""
     blocks = _at_most(blocks, q_BTNH, k_BSKH)
     arrays = (q_BTNH, k_BSKH, v_BSKH, q_ids_BT, kv_ids_BS, *_ranges(options, blocks, q_BTNH, k_BSKH, q_ids_BT, kv_ids_BS, shift))
     return jax.lax.map(lambda row: _forward_row(options, blocks, sinks_N, shift, *row), arrays)
@@ -102,7 +102,7 @@ def _forward_row(
         start = jnp.zeros((*queries.shape[:-1], v.shape[-1]), dtype), sinks_KR, jnp.isfinite(sinks_KR).astype(dtype)
         output, highest, total = jax.lax.fori_loop(first, end, meet, start)
         some = jnp.where(total > 0, total, 1.0)
-        return (output / some[..., None]).astype(q.dtype), jnp.where(total > 0, highest + jnp.log(some), -jnp.inf)
+        return (output / some[..., None]).astype(options.result_dtype(q.dtype)), jnp.where(total > 0, highest + jnp.log(some), -jnp.inf)
 
     queries = _split_queries(q, k.shape[1], q_block)
     output, lse = jax.lax.map(attend, (jnp.arange(len(queries)), queries, *ranges))
@@ -146,12 +146,13 @@ def _backward_row(
             )
 
         gradient_q, *carry = jax.lax.fori_loop(first, end, meet, (jnp.zeros(queries.shape, sum_dtype(q)), *carry))
-        return tuple(carry), gradient_q.astype(q.dtype)
+        return tuple(carry), gradient_q.astype(options.result_dtype(q.dtype))
 
     rows = [_split_queries(x, k.shape[1], q_block) for x in (q, g, lse[..., None], row_sums[..., None])]
     start = tuple(jnp.zeros(jnp.swapaxes(x, 2, 3).shape, sum_dtype(q)) for x in (keys, values))
     (gradient_k, gradient_v), gradient_q = jax.lax.scan(attend, start, (jnp.arange(len(first)), first, end, *rows))
-    join = lambda x, like: jnp.moveaxis(x, 3, 1).reshape(-1, *like.shape[1:])[: len(like)].astype(like.dtype)  # noqa: E731
+    dtype = options.result_dtype(q.dtype)
+    join = lambda x, like: jnp.moveaxis(x, 3, 1).reshape(-1, *like.shape[1:])[: len(like)].astype(dtype)  # noqa: E731
     return _join_queries(gradient_q, len(q), q.shape[1]), join(gradient_k, k), join(gradient_v, v)
 
 

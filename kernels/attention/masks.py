@@ -12,12 +12,17 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What is static in a call: the span of keys that a query sees, and how scores are made of products."""
+    """What is static in a call: the span of keys that a query sees, how scores are made of products, and whether results are rounded."""
 
     left: int | None  # keys at most so far before the query; None is no limit
     right: int | None  # and after it; 0 is causal
     softcap: float | None
     scale: float
+    partial: bool = False  # the results are parts, for the caller to add up: not to be rounded yet
+
+    def result_dtype(self, dtype: jnp.dtype) -> jnp.dtype:
+        """Of the output and the gradients of arrays of this dtype: theirs, or of parts that in which sums are taken."""
+        return jnp.promote_types(dtype, jnp.float32) if self.partial else dtype
 
 
 def span(causal: bool, window: tuple[int, int] | None) -> tuple[int | None, int | None]:

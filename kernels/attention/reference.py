@@ -18,7 +18,7 @@ def forward(
     kv_ids_BS: jax.Array | None,
     shift: jax.Array | int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Output [B, T, N, H] in the dtype of the queries, and lse [B, T, N]; differentiable in q, k, v and sinks."""
+    """Output [B, T, N, H] in the dtype of the queries or of a part, and lse [B, T, N]; differentiable in q, k, v and sinks."""
     q, k, v = _grouped(q_BTNH, k_BSKH, v_BSKH)
     logits = _logits(options, q, k, q_ids_BT, kv_ids_BS, shift)
     sinks = jnp.full(q_BTNH.shape[2], -jnp.inf, q.dtype) if sinks_N is None else sinks_N.astype(q.dtype)
@@ -32,7 +32,7 @@ def forward(
     some = jnp.where(total > 0, total, 1.0)
     output = _einsum("btkgs,bskh->btkgh", (weights / some)[..., :-1], v)
     lse = jnp.where(total > 0, highest + jnp.log(some), -jnp.inf)
-    return output.reshape(*q_BTNH.shape[:3], -1).astype(q_BTNH.dtype), lse.reshape(q_BTNH.shape[:3])
+    return output.reshape(*q_BTNH.shape[:3], -1).astype(options.result_dtype(q_BTNH.dtype)), lse.reshape(q_BTNH.shape[:3])
 
 
 def backward(
@@ -56,7 +56,7 @@ def backward(
     logits, to_q_and_k = jax.vjp(lambda q, k: _logits(options, q, k, q_ids_BT, kv_ids_BS, shift), q, k)
     probs = jnp.exp(logits - jnp.where(jnp.isfinite(lse), lse, 0.0))
     gradients = *to_q_and_k(probs * (_einsum("btkgh,bskh->btkgs", g, v) - row_sums)), _einsum("btkgs,btkgh->bskh", probs, g)
-    return tuple(gradient.reshape(x.shape).astype(x.dtype) for gradient, x in zip(gradients, arrays, strict=True))
+    return tuple(gradient.reshape(x.shape).astype(options.result_dtype(x.dtype)) for gradient, x in zip(gradients, arrays, strict=True))
 
 
 def _grouped(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, ...]:

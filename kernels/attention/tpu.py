@@ -61,7 +61,7 @@ def forward(
     blocks: tuple[int, int],
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Output [B, T, N, H] in the dtype of the queries, and lse [B, T, N] in float32."""
+    """Output [B, T, N, H] in the dtype of the queries or of a part, and lse [B, T, N] in float32."""
     call, arrays, first, end = _prepare(options, q_BTNH, k_BSKH, v_BSKH, q_ids_BT, kv_ids_BS, shift, blocks, interpret)
     (batch, heads, length, _), width = arrays[0].shape, v_BSKH.shape[3]
     sinks = jnp.full(heads, -jnp.inf) if sinks_N is None else sinks_N.astype(jnp.float32)
@@ -71,7 +71,7 @@ def forward(
         pl.BlockSpec((None, None, 1, call.q_block), lambda b, n, i, *_: (b, n, 0, i)),
     )
     shapes = (
-        jax.ShapeDtypeStruct((batch, heads, length, width), q_BTNH.dtype),
+        jax.ShapeDtypeStruct((batch, heads, length, width), options.result_dtype(q_BTNH.dtype)),
         jax.ShapeDtypeStruct((batch, heads, 1, length), jnp.float32),
     )
     scratch = [pltpu.VMEM((width, call.q_block), jnp.float32), *[pltpu.VMEM((1, call.q_block), jnp.float32)] * 2]
@@ -144,7 +144,7 @@ def backward(
 def _gradient_q(call: _Call, first: jax.Array, end: jax.Array, shift: Any, operands: tuple[jax.Array, ...]) -> jax.Array:
     q, k = operands[:2]
     grid = (*q.shape[:2], q.shape[2] // call.q_block, _steps(call, call.q_block, call.kv_block, k.shape[2] // call.kv_block))
-    shape = jax.ShapeDtypeStruct(q.shape, q.dtype)
+    shape = jax.ShapeDtypeStruct(q.shape, call.options.result_dtype(q.dtype))
     specs = _specs(call, operands, _q_index, _kv_index(call))
     scratch = [pltpu.VMEM((call.q_block, q.shape[3]), jnp.float32)]
     flops = 4 * q.shape[3] + 2 * operands[2].shape[3]
@@ -183,7 +183,7 @@ def _gradients_kv(
         return b, head, jnp.minimum(first[b, j] + step, jnp.maximum(end[b, j] - 1, 0))
 
     specs = _specs(call, operands, q_index, lambda b, n, j, step, *_: (b, n, j))
-    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k, v)]
+    shapes = [jax.ShapeDtypeStruct(x.shape, call.options.result_dtype(x.dtype)) for x in (k, v)]
     scratch = [pltpu.VMEM((call.kv_block, x.shape[3]), jnp.float32) for x in (k, v)]
     kernel = functools.partial(_kv_kernel, steps)
     flops = 4 * (k.shape[3] + v.shape[3])
