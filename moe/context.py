@@ -189,14 +189,13 @@ def _ring_forward(ring: _Ring, q: jax.Array, k: jax.Array, v: jax.Array, sinks_N
     total = jnp.zeros((*q.shape[:-1], v.shape[-1]), dtype), jnp.full(q.shape[:-1], -jnp.inf, dtype)
     visitors = k, v, ids
     for step in plan(ring.options, ring.order, q.shape[2]):
-        # Before the calls, to travel meanwhile. Behind the last step's, lest all be sent ahead and held at once; and so that the compiler
-        # does not take the second ring's sends for these, and keep what they brought.
-        following = ring.send(jax.lax.optimization_barrier((visitors, total))[0], step.onward)
-        for i, j, shift in ring.calls(step):
-            part = _attend(ring.implementation, ring.options, *_arrays(i, j, q, *visitors, ids), shift)
+        following, calls = ring.send(visitors, step.onward), ring.calls(step)
+        parts = [_attend(ring.implementation, ring.options, *_arrays(i, j, q, *visitors, ids), shift) for i, j, shift in calls]
+        following, total, parts = _together(following, total, parts)
+        for (i, _, _), part in zip(calls, parts, strict=True):
             merged = _merge(*(x[i] for x in total), *part)
             total = tuple(_put(x, i, value) for x, value in zip(total, merged, strict=True))
-        visitors = following
+        visitors, total = _together(following, total)
     if sinks_N is not None:  # once, for a query: every part would count it again
         total = _merge(*total, 0.0, jnp.broadcast_to(sinks_N.astype(dtype), total[1].shape))
     output, lse = total[0].astype(q.dtype), total[1]
@@ -206,17 +205,21 @@ def _ring_forward(ring: _Ring, q: jax.Array, k: jax.Array, v: jax.Array, sinks_N
 def _ring_backward(ring: _Ring, residuals: tuple[Any, ...], g: jax.Array) -> tuple[Any, ...]:
     """A second ring, in which the gradients of keys and values go around with them and come home in the end."""
     q, k, v, sinks_N, ids, output, lse = residuals
+    # Lest the compiler take the first ring's sends for these, and keep what they brought.
+    visitors, g = _together((k, v, ids), g)
     row_sums = jnp.sum(output.astype(lse.dtype) * g.astype(lse.dtype), axis=-1)
     of_q, *of_kv = (jnp.zeros(x.shape, lse.dtype) for x in (q, k, v))
-    visitors, steps = (k, v, ids), plan(ring.options, ring.order, q.shape[2])
+    steps = plan(ring.options, ring.order, q.shape[2])
     for step in steps:
-        following = ring.send(visitors, step.onward)
-        for i, j, shift in ring.calls(step):
+        following, calls = ring.send(visitors, step.onward), ring.calls(step)
+        parts = []
+        for i, j, shift in calls:
             rows = {"lse_BTN": lse[i], "g_BTNH": g[i], "row_sums_BTN": row_sums[i]}
-            parts = _differentiate(ring.implementation, ring.options, *_arrays(i, j, q, *visitors, ids), shift, **rows)
-            of_q, *of_kv = (_put(x, at, x[at] + part) for x, at, part in zip((of_q, *of_kv), (i, j, j), parts, strict=True))
-        # Step by step: the gradients of q could all be put off, and every visitor kept for them.
-        visitors, of_q, of_kv = jax.lax.optimization_barrier((following, of_q, of_kv))
+            parts.append(_differentiate(ring.implementation, ring.options, *_arrays(i, j, q, *visitors, ids), shift, **rows))
+        following, of_q, of_kv, parts = _together(following, of_q, of_kv, parts)
+        for (i, j, _), part in zip(calls, parts, strict=True):
+            of_q, *of_kv = (_put(x, at, x[at] + value) for x, at, value in zip((of_q, *of_kv), (i, j, j), part, strict=True))
+        visitors, of_q, of_kv = _together(following, of_q, of_kv)
         of_kv = ring.send(of_kv, step.onward)  # to be added to when the next calls are done, and to travel meanwhile
     of_k, of_v = ring.send(of_kv, -steps[-1].distance)
     return of_q.astype(q.dtype), of_k.astype(k.dtype), of_v.astype(v.dtype), sinks_gradient(sinks_N, lse, row_sums), None
@@ -228,6 +231,15 @@ _ring.defvjp(_ring_forward, _ring_backward)
 def _arrays(i: jax.Array, j: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, kv_ids: Any, q_ids: Any) -> tuple[Any, ...]:
     """What `attention_forward` takes, of a chunk of queries and one of keys; sinks are not for a part."""
     return q[i], k[j], v[j], None, *((None, None) if q_ids is None else (q_ids[i], kv_ids[j]))
+
+
+def _together(*trees: Any) -> Any:
+    """All before any of what follows. Between two of these are a step's sends and calls, or its sums, and nothing else.
+
+    XLA's scheduler starts a send as late as it can, behind whatever takes long enough. Beside the sums it would choose them, which take as
+    long as a send by its own estimate; so it has only the calls. It would also put off the sums, and hold what every visitor adds to them.
+    """
+    return jax.lax.optimization_barrier(trees)
 
 
 def _merge(output: jax.Array, lse: jax.Array, part: jax.Array | float, part_lse: jax.Array) -> tuple[jax.Array, jax.Array]:

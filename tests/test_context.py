@@ -244,30 +244,51 @@ def test_no_visitor_is_kept_for_the_backward_pass(size):
     assert sum(x.size for x in kept if x.ndim > 1) == sum(x.size for x in (q, k, v, g)) + B * T * N
 
 
-def v5ps(monkeypatch):
-    """Four TPU v5p that are not here. Their compiler is libtpu."""
+@pytest.fixture(scope="module")
+def program_for_4_v5p():
+    """A ring's two passes, compiled for four TPU v5p that are not here. Their compiler is libtpu."""
     pytest.importorskip("libtpu", reason="needs pip install libtpu")
     from jax.experimental import topologies
 
-    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
-    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    return topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1").devices
-
-
-@pytest.mark.aot
-def test_on_4_v5p_the_second_ring_sends_the_keys_again(monkeypatch):
-    """In one program with the first ring: had the compiler made their sends of the same keys one, it would keep all that came."""
-    mesh = jax.sharding.Mesh(np.array(v5ps(monkeypatch)), ("context",), axis_types=(AxisType.Auto,))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TPU_SKIP_MDS_QUERY", "1")
+        patch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+        devices = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1").devices
+    mesh = jax.sharding.Mesh(np.array(devices), ("context",), axis_types=(AxisType.Auto,))
     here = NamedSharding(mesh, P(None, "context"))
-    q, k = (jax.ShapeDtypeStruct((1, 4096, heads, 128), jnp.bfloat16, sharding=here) for heads in (2, 1))
+    q, k = (jax.ShapeDtypeStruct((1, 32768, heads, 128), jnp.bfloat16, sharding=here) for heads in (8, 2))
     attention = split(context.ring_attention, mesh, None, causal=True, implementation="tpu")
 
     def gradients(q, k, v, g):
         return jax.vjp(lambda *qkv: attention(*qkv, None), q, k, v)[1](g)
 
-    program = jax.jit(gradients).trace(q, k, k, q).lower(lowering_platforms=("tpu",)).compile().as_text()
+    return jax.jit(gradients).trace(q, k, k, q).lower(lowering_platforms=("tpu",)).compile().as_text()
+
+
+@pytest.mark.aot
+def test_on_4_v5p_the_second_ring_sends_the_keys_again(program_for_4_v5p):
+    """In one program with the first ring: had the compiler made their sends of the same keys one, it would keep all that came."""
     # Halves of q, k and v are dealt, and of g, and those of three gradients collected; keys and values sent on, twice; and their gradients.
-    assert len(re.findall(r"collective-permute(?:-start)?\(", program)) == 6 + 2 + 6 + 2 * 6 + 2 * 4
+    assert len(re.findall(r"collective-permute(?:-start)?\(", program_for_4_v5p)) == 6 + 2 + 6 + 2 * 6 + 2 * 4
+
+
+def sends_behind_kernels(program):
+    """How many sends have a kernel between their start and their end, in the order in which the program runs."""
+    travelling, behind = {}, 0
+    for line in program[program.index("\nENTRY") :].splitlines():
+        if start := re.search(r"%(\S+) = .* collective-permute-start\(", line):
+            travelling[start[1]] = False
+        elif end := re.search(r" collective-permute-done\(%(\S+?)\)", line):
+            behind += travelling.pop(end[1])
+        elif 'custom_call_target="tpu_custom_call"' in line:
+            travelling = dict.fromkeys(travelling, True)
+    return behind
+
+
+@pytest.mark.aot
+def test_on_4_v5p_all_sends_to_the_next_rank_are_behind_kernels(program_for_4_v5p):
+    """Keys and values at 3 steps, twice, and the gradients of both; not what is dealt and collected, nor the gradients' way home."""
+    assert sends_behind_kernels(program_for_4_v5p) == 2 * 6 + 6
 
 
 @pytest.mark.parametrize(
