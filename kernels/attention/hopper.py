@@ -227,7 +227,7 @@ def _attend(call: Call, at: Scratch, me: Any, plan: "Plan", mask: Any, sink: Any
         pl.when(step < plan.steps)(lambda: plgpu.barrier_wait(at.k_full.at[call.slot(step)]))
 
     def first_scores(scores: Any) -> jax.Array:
-        plgpu.wgmma(scores, at.q.at[me], plgpu.transpose_ref(at.k.at[0], (1, 0)))
+        plgpu.wgmma(scores, at.q.at[me], at.k.at[0].T)
         return scores[...]
 
     def meet(masked: bool, step: Any, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -236,7 +236,7 @@ def _attend(call: Call, at: Scratch, me: Any, plan: "Plan", mask: Any, sink: Any
         plgpu.barrier_wait(at.turn.at[me])
 
         def overlap(scores: Any) -> jax.Array:
-            plgpu.wgmma(scores, at.q.at[me], plgpu.transpose_ref(at.k.at[slot], (1, 0)))
+            plgpu.wgmma(scores, at.q.at[me], at.k.at[slot].T)
             plgpu.barrier_wait(at.v_full.at[last])
             plgpu.wgmma(summed, weights, at.v.at[last])
             plgpu.barrier_arrive(at.turn.at[1 - me])
@@ -354,7 +354,7 @@ def mask(
     if left is not None:
         seen &= at_column >= across(at_row - left, logits.shape)
     if ids is not None:
-        row_ids, column_ids = (plgpu.load(x, (), layout=layout) for x, layout in zip(ids, (BY_ROW, BY_COLUMN), strict=True))
+        row_ids, column_ids = (plgpu.layout_cast(x[...], layout) for x, layout in zip(ids, (BY_ROW, BY_COLUMN), strict=True))
         seen &= across(row_ids, logits.shape) == jax.lax.broadcast_in_dim(column_ids, logits.shape, [1])
     return logits if seen is True else jnp.where(seen, logits, -jnp.inf)
 

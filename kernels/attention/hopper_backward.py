@@ -130,7 +130,7 @@ def _q_kernel(call: Call, x: Inputs, output: Any, *scratch: Any) -> None:
         for source, target in copies:
             plgpu.copy_gmem_to_smem(source, target, at.q_full.at[me])
         plgpu.barrier_wait(at.q_full.at[me])
-        lse, row_sums = (plgpu.load(at.rows.at[i, me], (), layout=BY_ROW) for i in range(2))
+        lse, row_sums = (plgpu.layout_cast(at.rows[i, me], BY_ROW) for i in range(2))
         walk = functools.partial(_walk_over_keys, call, at, me, plan, start + x.shift[0], lse, row_sums)
         gradient = pl.run_scoped(walk, plgpu.ACC((ROWS, output.shape[3]), jnp.float32))
         at.q[me] = (gradient * call.options.scale).astype(output.dtype)
@@ -157,9 +157,9 @@ def _walk_over_keys(
         def both(scores: Any, gradient: Any) -> tuple[jax.Array, jax.Array]:
             if not ahead:
                 await_keys(step)
-            plgpu.wgmma(scores, at.q.at[mine], plgpu.transpose_ref(at.k.at[slot], (1, 0)))
+            plgpu.wgmma(scores, at.q.at[mine], at.k.at[slot].T)
             plgpu.barrier_wait(at.v_full.at[slot])
-            plgpu.wgmma(gradient, at.g.at[mine], plgpu.transpose_ref(at.v.at[slot], (1, 0)))
+            plgpu.wgmma(gradient, at.g.at[mine], at.v.at[slot].T)
             logits, slopes = _logits(call, plgpu.wgmma_accumulator_load(scores, wait_n=1))
             if masked:
                 logits = hopper.mask_keys(call, at, me, position, plan, step, slot, logits)
@@ -314,7 +314,7 @@ def _walk_over_queries(
 
         def scores(products: Any) -> jax.Array:
             plgpu.barrier_wait(at.q_full.at[slot])
-            plgpu.wgmma(products, at.k.at[mine], plgpu.transpose_ref(at.q.at[slot], (1, 0)))
+            plgpu.wgmma(products, at.k.at[mine], at.q.at[slot].T)
             return products[...]
 
         logits, slopes = _logits(call, pl.run_scoped(scores, products))
@@ -333,7 +333,7 @@ def _walk_over_queries(
         def gradient_less_row_sums(products: Any) -> jax.Array:
             # Row sums are where the products start, for want of registers to hold them beside.
             products[...] = -_down(at.row_sums.at[slot], products.shape)
-            plgpu.wgmma(products, at.v.at[mine], plgpu.transpose_ref(at.g.at[slot], (1, 0)))
+            plgpu.wgmma(products, at.v.at[mine], at.g.at[slot].T)
             return products[...]
 
         if of_k:
@@ -369,4 +369,4 @@ def _times(probs: jax.Array, slopes: jax.Array | None) -> jax.Array:
 
 def _down(numbers: Any, shape: tuple[int, int]) -> jax.Array:
     """A number to a column, from shared memory, for each of its rows."""
-    return jax.lax.broadcast_in_dim(plgpu.load(numbers, (), layout=BY_COLUMN), shape, [1])
+    return jax.lax.broadcast_in_dim(plgpu.layout_cast(numbers[...], BY_COLUMN), shape, [1])
