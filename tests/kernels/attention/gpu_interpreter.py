@@ -57,30 +57,27 @@ class Interpreter(jaxpr_interpret.JaxprInterpreter):
         if eqn.primitive.name in ("jit", "pjit"):
             inner = eqn.params["jaxpr"]
             return self.interpret(inner.jaxpr, token, *inner.consts, *inputs)
-        if eqn.primitive is primitives.load_p:
-            transforms = jax.tree.unflatten(eqn.params["tree"], inputs[1:])
-            token, value = gpu_callbacks.call_get(**self._of_reference(eqn, token, inputs[0], transforms, eqn.outvars[0].aval))
-            return token, [value]
         if eqn.primitive is primitives.wgmma_accumulator_store_p:
-            acc, value = inputs
-            token, _ = gpu_callbacks.call_swap(**self._of_reference(eqn, token, acc, (), eqn.invars[1].aval), val=value, mask=None)
-            return token, [value]
+            return self._store(eqn, token, *inputs), inputs[1:]
         # The base class reads inputs from an environment of its own.
         names = {x: value for x, value in zip(eqn.invars, inputs, strict=True) if not isinstance(x, jax.extend.core.Literal)}
         alone = jax.extend.core.Jaxpr((), list(names), eqn.outvars, [eqn], eqn.effects)
         return super().interpret(alone, token, *names.values())
 
-    def _of_reference(self, eqn: Any, token: Any, key: Any, transforms: Any, aval: Any) -> dict[str, Any]:
-        return {
-            "token": token,
-            "result_shape_and_dtype": jax.ShapeDtypeStruct(aval.shape, aval.dtype),
-            "device_id": jnp.int32(self.device_info.device_id),
-            "grid_point_coords": self.grid_point_coords,
-            "thread_id": self.thread_id,
-            "allocation_key_as_array": key,
-            "transforms": transforms,
-            "source_info": eqn.source_info,
-        }
+    def _store(self, eqn: Any, token: Any, acc: Any, value: Any) -> Any:
+        token, _ = gpu_callbacks.call_swap(
+            token=token,
+            result_shape_and_dtype=jax.ShapeDtypeStruct(eqn.invars[1].aval.shape, eqn.invars[1].aval.dtype),
+            device_id=jnp.int32(self.device_info.device_id),
+            grid_point_coords=self.grid_point_coords,
+            thread_id=self.thread_id,
+            allocation_key_as_array=acc,
+            transforms=(),
+            source_info=eqn.source_info,
+            val=value,
+            mask=None,
+        )
+        return token
 
     def _interpret_wgmma_ref_p(self, eqn: Any, token: Any, get_invals: Any) -> Any:
         acc, a, b, *leaves = get_invals()
