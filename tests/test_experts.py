@@ -105,7 +105,7 @@ def test_block_rows(rows, experts, block):
     assert block_rows(rows, experts) == block
 
 
-MESH = {"axis_shapes": (2, 4), "axis_names": ("data", "expert"), "axis_types": (AxisType.Auto,) * 2}
+MESH = (2, 4), ("data", "expert"), (AxisType.Auto,) * 2
 
 
 def batch(seed=0, rows=8, length=5):
@@ -130,7 +130,7 @@ def emulated_ragged_all_to_all(operand, output, input_offsets, send_sizes, outpu
 
 
 def over_mesh(config, capacity, x, experts, combine, *weights):
-    mesh = jax.make_mesh(**MESH)
+    mesh = jax.make_mesh(*MESH)
     rows, of_experts = PartitionSpec(("data", "expert")), PartitionSpec("expert")
     function = functools.partial(run_experts, config, capacity)
     mapped = jax.shard_map(function, mesh=mesh, in_specs=(rows,) * 3 + (of_experts,) * 3, out_specs=(rows, rows), check_vma=False)
