@@ -369,9 +369,9 @@ def across(rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jax.lax.broadcast_in_dim(rows, shape, [0])
 
 
-def matrices(shape: tuple[int, ...], dtype: Any) -> Any:
-    """Shared memory for matrices as tensor cores read them."""
-    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
+def matrices(shape: tuple[int, ...], dtype: Any, columns: int = 64) -> Any:
+    """Shared memory for matrices as tensor cores read them; a product sums over multiples of `columns` rows or columns."""
+    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns)))
 
 
 def prepare(

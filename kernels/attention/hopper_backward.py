@@ -44,19 +44,25 @@ def backward(
     lse, row_sums = (hopper.pad(jnp.moveaxis(x.astype(jnp.float32), 2, 1), 2, TILE) for x in (lse, row_sums_BTN))
     g = hopper.pad(hopper.pad(g_BTNH.astype(v_BSKH.dtype), 1, TILE), 3, 64)
     inputs = inputs._replace(g=g, lse=lse, row_sums=row_sums)
-    masked = hopper.needs_mask(options, lengths[1], BLOCK, q_ids_BT)
-    call = Call(options, TILE, BLOCK, 1, lengths[1], q_BTNH.shape[2] // k_BSKH.shape[2], masked)
-    ids = q_ids_BT, kv_ids_BS
-    of_mask = options, shift, lengths, (TILE, BLOCK)
+    group, ids = q_BTNH.shape[2] // k_BSKH.shape[2], (q_ids_BT, kv_ids_BS)
+    blocks = TILE, _key_block(inputs.q.shape[3])
+    of_mask = options, shift, lengths, blocks
     met = key_blocks(*of_mask, *ids)
     ranges = hopper.ranges_of(met, clear_key_blocks(*of_mask, met, *ids), len(q_BTNH))
+    call = Call(options, *blocks, 2, lengths[1], group, hopper.needs_mask(options, lengths[1], blocks[1], q_ids_BT))
     of_q = _gradient_q(call, inputs._replace(ranges=ranges))
     of_mask = options, shift, lengths, (BLOCK, TILE)
     met = query_blocks(*of_mask, *ids)
     ranges = hopper.ranges_of(met, clear_query_blocks(*of_mask, met, *ids), len(q_BTNH))
-    of_k, of_v = _gradients_kv(dataclasses.replace(call, q_block=BLOCK, kv_block=TILE), inputs._replace(ranges=ranges))
+    call = Call(options, BLOCK, TILE, 2, lengths[1], group, hopper.needs_mask(options, lengths[1], BLOCK, q_ids_BT))
+    of_k, of_v = _gradients_kv(call, inputs._replace(ranges=ranges))
     results = zip((of_q, of_k, of_v), (q_BTNH, k_BSKH, v_BSKH), strict=True)
     return tuple(gradient[:, : x.shape[1], :, : x.shape[3]] for gradient, x in results)
+
+
+def _key_block(width: int) -> int:
+    """Keys at a time of the kernel for q: beside sums of 64 x 256, registers hold scores and gradients of 64 x 32."""
+    return BLOCK if width <= 192 else BLOCK // 2
 
 
 class QScratch(NamedTuple):
@@ -80,14 +86,15 @@ def _gradient_q(call: Call, inputs: Inputs) -> jax.Array:
     batch, length, heads, width = inputs.q.shape
     value_width, has_ids = inputs.v.shape[3], inputs.q_ids is not None
     # What 227 KiB of shared memory hold beside the queries and their gradients.
-    call = dataclasses.replace(call, stages=3 if width <= 128 else 2 if width <= 192 else 1)
-    of_queries, of_keys = (2, ROWS), (call.stages, BLOCK)
+    call = dataclasses.replace(call, stages=3 if width <= 128 else 2)
+    of_queries, of_keys = (2, ROWS), (call.stages, call.kv_block)
+    swizzled = functools.partial(matrices, dtype=inputs.q.dtype, columns=call.kv_block)
     scratch = QScratch(
-        q=matrices((*of_queries, width), inputs.q.dtype),
-        g=matrices((*of_queries, value_width), inputs.q.dtype),
+        q=swizzled((*of_queries, width)),
+        g=swizzled((*of_queries, value_width)),
         rows=plgpu.SMEM((2, *of_queries), jnp.float32),
-        k=matrices((*of_keys, width), inputs.q.dtype),
-        v=matrices((*of_keys, value_width), inputs.q.dtype),
+        k=swizzled((*of_keys, width)),
+        v=swizzled((*of_keys, value_width)),
         q_ids=plgpu.SMEM(of_queries, jnp.int32) if has_ids else None,
         kv_ids=plgpu.SMEM(of_keys, jnp.int32) if has_ids else None,
         q_full=plgpu.Barrier(num_barriers=2, num_arrivals=4 + has_ids),
@@ -143,8 +150,7 @@ def _walk_over_keys(
     call: Call, at: QScratch, me: Any, plan: Plan, position: Any, lse: jax.Array, row_sums: jax.Array, summed: Any
 ) -> jax.Array:
     """A warpgroup's gradients of queries, less the scale."""
-    products = plgpu.ACC((ROWS, BLOCK), jnp.float32)
-    ahead = int(call.stages > 1)
+    products = plgpu.ACC((ROWS, call.kv_block), jnp.float32)
 
     def await_keys(step: Any) -> None:
         pl.when(step < plan.steps)(lambda: plgpu.barrier_wait(at.k_full.at[call.slot(step)]))
@@ -152,12 +158,10 @@ def _walk_over_keys(
     def meet(masked: bool, step: Any, _: None) -> None:
         slot = call.slot(step)
 
-        mine = _mine(call, me, step)
+        mine = _mine(at, me, step)
 
         def both(scores: Any, gradient: Any) -> tuple[jax.Array, jax.Array]:
-            if not ahead:
-                await_keys(step)
-            plgpu.wgmma(scores, at.q.at[mine], at.k.at[slot].T)
+            plgpu.wgmma(scores, at.q.at[mine], plgpu.transpose_ref(at.k.at[slot], (1, 0)))
             plgpu.barrier_wait(at.v_full.at[slot])
             plgpu.wgmma(gradient, at.g.at[mine], at.v.at[slot].T)
             logits, slopes = _logits(call, plgpu.wgmma_accumulator_load(scores, wait_n=1))
@@ -166,8 +170,7 @@ def _walk_over_keys(
             weights = _times(jnp.exp2(logits * call.factor - across(lse, logits.shape)), slopes)
             # As in the forward kernel, a branch keeps the exponentials before the wait for the product that they overlap with.
             weights = jax.lax.optimization_barrier(weights)
-            if ahead:
-                await_keys(step + 1)
+            await_keys(step + 1)
             return weights, plgpu.wgmma_accumulator_load(gradient)
 
         weights, gradient = pl.run_scoped(both, products, products)
@@ -177,8 +180,7 @@ def _walk_over_keys(
         plgpu.wgmma_wait(0)
         plgpu.barrier_arrive(at.k_free.at[slot])
 
-    if ahead:
-        await_keys(0)
+    await_keys(0)
     if call.masked:
         jax.lax.fori_loop(0, plan.masked, functools.partial(meet, True), None)
     jax.lax.fori_loop(plan.masked, plan.steps, functools.partial(meet, False), None)
@@ -310,7 +312,7 @@ def _walk_over_queries(
     def meet(masked: bool, step: Any, count: Any) -> Any:
         slot = call.slot(count)
 
-        mine = _mine(call, me, count)
+        mine = _mine(at, me, count)
 
         def scores(products: Any) -> jax.Array:
             plgpu.barrier_wait(at.q_full.at[slot])
@@ -352,9 +354,9 @@ def _walk_over_queries(
     return [plgpu.wgmma_accumulator_load(x) for x in summed]
 
 
-def _mine(call: Call, me: Any, step: Any) -> Any:
-    """`me`, but not seen to be the same in each step where blocks are so wide that their addresses, kept, would fill the registers."""
-    return me if call.stages > 1 else me + jnp.minimum(step, 0)
+def _mine(at: Any, me: Any, step: Any) -> Any:
+    """`me`, but not seen to be the same in each step where matrices are so wide that their addresses, kept, would fill the registers."""
+    return me if at.q.shape[-1] <= 128 else me + jnp.minimum(step, 0)
 
 
 def _logits(call: Call, scores: jax.Array) -> tuple[jax.Array, jax.Array | None]:
