@@ -109,7 +109,7 @@ class AttentionConfig:
     """How attention is computed; what it computes is the model's."""
 
     # "auto" takes the fastest on the chip that the mesh is made of; docs/kernels.md says what each can do.
-    implementation: Literal["auto", "blockwise", "tpu", "hopper"] = "auto"
+    implementation: Literal["auto", "blockwise", "tpu", "hopper", "hopper_fused"] = "auto"
     # Over the mesh's context axis: keys go around a ring, or each device gets all tokens of some heads. docs/context.md compares them.
     context_parallelism: Literal["ring", "ulysses"] = "ring"
 

@@ -30,6 +30,10 @@ __all__ = [
 ]
 
 
+# Where a pass of an implementation is in a file of another name.
+FILES = {("backward", "hopper"): "hopper_backward", ("forward", "hopper_fused"): "hopper"}
+
+
 def flash_attention(
     q_BTNH: jax.Array,
     k_BSKH: jax.Array,
@@ -59,8 +63,9 @@ def flash_attention(
     k, v and sinks, by way of output and lse. Raises ValueError for arguments that do not agree.
 
     Implementations: "blockwise", in plain JAX; "tpu", Pallas kernels for TPUs, interpreted on a CPU; "hopper" and "cudnn", on NVIDIA
-    GPUs; "reference". `choose` gives the fastest on a chip, with its blocks. None takes the TPU's kernels on TPUs, and blockwise elsewhere.
-    Raises NotImplementedError for one that cannot do the call.
+    GPUs; "hopper_fused", "hopper" with gradients of q that are summed in no fixed order; "reference". `choose` gives the fastest on a
+    chip, with its blocks. None takes the TPU's kernels on TPUs, and blockwise elsewhere. Raises NotImplementedError for one that cannot
+    do the call.
     """
     arrays = (q_BTNH, k_BSKH, v_BSKH, sinks, q_segment_ids, kv_segment_ids)
     call = describe(
@@ -136,7 +141,7 @@ def _run(which: str, implementation: Name | Implementation | None, options: Opti
 
 def _function(which: str, implementation: Implementation, options: Options) -> Any:
     """`forward` or `backward` of an implementation, whose file is imported only now: Pallas takes a second."""
-    name = "hopper_backward" if (which, implementation.name) == ("backward", "hopper") else implementation.name
+    name = FILES.get((which, implementation.name), implementation.name)
     module = importlib.import_module(f"moe.kernels.attention.{name}")
     blocks = {} if implementation.blocks is None else {"blocks": implementation.blocks}
     return functools.partial(getattr(module, which), options, **blocks)

@@ -154,7 +154,7 @@ def main() -> None:
     parser.add_argument("--kv_heads", type=int, default=8, help="K, key/value heads")
     parser.add_argument("--width", type=int, default=128, help="H of a head")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--implementation", choices=["blockwise", "tpu", "hopper"], help="ours to be timed; what `choose` takes by default")
+    parser.add_argument("--implementation", choices=["blockwise", "tpu", "hopper", "hopper_fused"], help="ours; by default `choose`'s")
     parser.add_argument("--repeats", type=int, default=20, help="calls whose median is taken")
     parser.add_argument("--json", type=Path, help="where to write the rows, with the device and the versions")
     arguments = parser.parse_args()

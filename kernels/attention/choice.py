@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from moe.kernels.attention.masks import Options, span
 
-Name = Literal["reference", "blockwise", "tpu", "hopper", "cudnn"]
+Name = Literal["reference", "blockwise", "tpu", "hopper", "hopper_fused", "cudnn"]
 
 # Positions in a block of queries and in one of keys, where blocks.json has none for a call.
 BLOCKS: dict[str, tuple[int, int]] = {"blockwise": (256, 512), "tpu": (512, 512)}
@@ -57,7 +57,8 @@ def choose(chip: str, q: Any, k: Any, v: Any, **keywords: Any) -> Implementation
     Of arrays only shapes and dtypes are read: jax.ShapeDtypeStruct will do. The keywords are flash_attention's.
     """
     call = describe(q, k, v, **keywords)
-    # The Hopper kernels are not among them: they have not run on a device yet, and are there by name.
+    # The Hopper kernels are not among them: they have not run on a device yet, and are there by name. The fused one would not be anyway,
+    # for its sums have no order: who takes it should know.
     candidates: tuple[Name, ...] = () if chip == "cpu" else ("tpu", "cudnn")
     name = next((name for name in candidates if obstacle(name, call, chip) is None), "blockwise")
     return Implementation(name, tuned_blocks().get(chip, {}).get(key(name, call)))
@@ -121,7 +122,9 @@ def obstacle(implementation: Name, call: Call, chip: str | None = None) -> str |
     if implementation == "tpu":
         return _obstacle_to_tpu(call, chip)
     if implementation == "hopper":
-        return _obstacle_to_hopper(call, chip)
+        return _obstacle_to_hopper(call, chip, widest=256)
+    if implementation == "hopper_fused":
+        return _obstacle_to_hopper(call, chip, widest=128)
     if implementation == "cudnn":
         return _obstacle_to_cudnn(call, chip)
     return None
@@ -135,13 +138,13 @@ def _obstacle_to_tpu(call: Call, chip: str | None) -> str | None:
     return None
 
 
-def _obstacle_to_hopper(call: Call, chip: str | None) -> str | None:
+def _obstacle_to_hopper(call: Call, chip: str | None, widest: int) -> str | None:
     if chip is not None and not re.search(r"\b(H20|H100|H200|H800|GH200)\b", chip):
         return f"it runs on Hopper GPUs, not on {chip}"
     if call.dtype not in ("bfloat16", "float16"):
         return f"it takes bfloat16 and float16, not {call.dtype}"
-    if max(call.widths) > 256:
-        return f"it takes head widths of up to 256, not {max(call.widths)}"
+    if max(call.widths) > widest:
+        return f"it takes head widths of up to {widest}, not {max(call.widths)}"
     return None
 
 

@@ -18,6 +18,8 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, jaxpr_interpret
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams, force_gpu_interpret_mode
 from jax._src.state.types import TransposeTransform
 
+_copy_to_gmem = gpu_callbacks.copy_smem_to_gmem
+
 
 def _contents(key: Any, transforms: Any, thread: Any) -> np.ndarray:
     """What a reference holds, seen through its transforms."""
@@ -39,6 +41,26 @@ def _wgmma(token: Any, device: Any, grid: Any, thread: Any, acc: Any, a: Any, a_
     key = gpu_callbacks.HostAllocationKey.from_array(acc)
     memory.store_buffer_content(key, (), total, thread[0], logging_info=info)
     return token
+
+
+def _copy(*, reduction_op: str | None, **keywords: Any) -> Any:
+    """To global memory; one that adds takes the sum for what it copies."""
+    if reduction_op is None:
+        return _copy_to_gmem(reduction_op=None, **keywords)
+    assert reduction_op == "add", reduction_op
+    memory = gpu_callbacks._get_shared_memory()
+    info = utils.GPULoggingInfo(
+        device_id=int(keywords["device_id"]),
+        grid_point_coords=tuple(map(int, keywords["grid_point_coords"])),
+        thread_id=int(keywords["thread_id"]),
+        source_info=keywords["source_info"],
+    )
+    thread = memory.get_global_thread_id(info.device_id, info.thread_id), info
+    value = sum(_contents(keywords[f"{x}_allocation_key_as_array"], keywords[f"{x}_transforms"], thread) for x in ("src", "dst"))
+    key = gpu_callbacks.HostAllocationKey.from_array(keywords["dst_allocation_key_as_array"])
+    place = utils.to_range(jax.tree.map(int, gpu_callbacks._remove_noop_transforms(keywords["dst_transforms"])))
+    memory.store_buffer_content(key, place, value, thread[0], logging_info=info)
+    return keywords["token"]
 
 
 class Interpreter(jaxpr_interpret.JaxprInterpreter):
@@ -92,5 +114,6 @@ class Interpreter(jaxpr_interpret.JaxprInterpreter):
 def interpreted(function: Any, *args: Any) -> Any:
     """The result of a function of arrays that calls Mosaic GPU kernels."""
     jaxpr_interpret.JaxprInterpreter = Interpreter
+    gpu_callbacks.copy_smem_to_gmem = _copy
     with force_gpu_interpret_mode(InterpretGPUParams()):
         return jax.jit(function)(*args)

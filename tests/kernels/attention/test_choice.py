@@ -33,6 +33,7 @@ SEGMENTS = {"q_segment_ids": IDS, "kv_segment_ids": IDS}
         ("NVIDIA A100-SXM4-80GB", array(dtype="float32"), {"causal": True}, "blockwise"),
         ("NVIDIA A100-SXM4-80GB", array(), {"causal": True, **SEGMENTS}, "blockwise"),
         ("NVIDIA A100-SXM4-80GB", array(), {"causal": True, "q_offset": jnp.int32(0)}, "blockwise"),
+        ("NVIDIA H200", array(), {"causal": True, **SEGMENTS}, "blockwise"),
     ],
 )
 def test_the_chip_and_the_call_decide(chip, q, keywords, name):
@@ -72,6 +73,7 @@ def test_the_table_names_chips_and_keys_of_calls():
         ("tpu", {"chip": "NVIDIA H200"}, "it runs on TPUs, and interpreted on CPUs, not on NVIDIA H200"),
         ("hopper", {"chip": "NVIDIA A100-SXM4-80GB"}, "it runs on Hopper GPUs, not on NVIDIA A100-SXM4-80GB"),
         ("hopper", {"chip": "NVIDIA H100 80GB HBM3", "causal": True, **SEGMENTS}, None),
+        ("hopper_fused", {"chip": "NVIDIA H200", "causal": True, **SEGMENTS}, None),
         ("cudnn", {"chip": "cpu"}, "it runs on NVIDIA GPUs, not on cpu"),
         ("cudnn", {}, "it takes causal attention alone"),
         ("cudnn", {"causal": True, "softcap": 1.0}, "it knows no softcap"),
@@ -83,6 +85,11 @@ def test_the_table_names_chips_and_keys_of_calls():
 def test_what_an_implementation_cannot_do_has_a_reason(name, keywords, reason):
     found = why_not(name, *[array()] * 3, **keywords)
     assert found == reason or found.startswith(reason)
+
+
+def test_the_fused_gradients_on_hopper_are_of_narrow_heads():
+    assert why_not("hopper", *[array(192)] * 3) is None
+    assert why_not("hopper_fused", *[array(192)] * 3) == "it takes head widths of up to 128, not 192"
 
 
 def test_an_implementation_asked_for_by_name_that_cannot_says_who_can():
