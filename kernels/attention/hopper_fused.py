@@ -43,7 +43,7 @@ def backward(
     batch, length, heads, _ = inputs.k.shape
     summed = jax.new_ref(jnp.zeros(inputs.q.shape, jnp.float32), memory_space=plgpu.GMEM)
     of_k, of_v = pl.kernel(
-        functools.partial(_scoped, call, inputs),
+        functools.partial(_scoped, call),
         out_type=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (inputs.k, inputs.v)),
         mesh=plgpu.Mesh(grid=(batch, length // TILE, heads), grid_names=("batch", "tile", "head"), num_threads=3, thread_name="warpgroup"),
         compiler_params=hopper.PARAMS,
@@ -52,15 +52,15 @@ def backward(
     return hopper_keys.without_padding((of_q, of_k, of_v), arrays)
 
 
-def _scoped(call: Call, shapes: Inputs, x: Inputs, *refs: Any) -> None:
+def _scoped(call: Call, x: Inputs, *refs: Any) -> None:
     """The kernel with its shared memory. `plgpu.kernel`, which would allocate that, takes no reference to an array to be added to."""
     # Tiles as wide as the half of the columns that a warpgroup takes.
-    half = shapes.k.shape[3] // 2
+    half = x.k.shape[3] // 2
     pl.run_scoped(
         functools.partial(_kernel, call, x, *refs),
-        hopper_keys.kv_scratch(call, shapes, columns=half),
+        hopper_keys.kv_scratch(call, x, columns=half),
         # One for each block in flight, so that a warpgroup may fill the next while the other one reads the last.
-        matrices((call.stages, 2, ROWS, BLOCK), shapes.k.dtype, columns=half),
+        matrices((call.stages, 2, ROWS, BLOCK), x.k.dtype, columns=half),
         plgpu.SMEM((2, BLOCK, half), jnp.float32, transforms=(plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))),
         plgpu.Barrier(num_arrivals=2),
         collective_axes="warpgroup",
