@@ -168,9 +168,9 @@ def _walk_over_keys(
         slot, mine = call.slot(step), unseen(at, me, step)
 
         def both(scores: Any, gradient: Any) -> tuple[jax.Array, jax.Array]:
-            plgpu.wgmma(scores, at.q.at[mine], plgpu.transpose_ref(at.k.at[slot], (1, 0)))
+            plgpu.wgmma(scores, at.q.at[mine], at.k.at[slot].T)
             plgpu.barrier_wait(at.v_full.at[slot])
-            plgpu.wgmma(gradient, at.g.at[mine], plgpu.transpose_ref(at.v.at[slot], (1, 0)))
+            plgpu.wgmma(gradient, at.g.at[mine], at.v.at[slot].T)
             logits = call.bounded(plgpu.wgmma_accumulator_load(scores, wait_n=1))
             if masked:
                 logits = hopper.mask_keys(call, at, me, position, plan, step, slot, logits)

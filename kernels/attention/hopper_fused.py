@@ -62,13 +62,14 @@ def _scoped(call: Call, x: Inputs, *refs: Any) -> None:
         # One for each block in flight, so that a warpgroup may fill the next while the other one reads the last.
         matrices((call.stages, 2, ROWS, BLOCK), x.k.dtype, columns=half),
         plgpu.SMEM((2, BLOCK, half), jnp.float32, transforms=(plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))),
-        plgpu.Barrier(num_arrivals=2),
+        plgpu.Barrier(num_barriers=1, num_arrivals=2),
         collective_axes="warpgroup",
     )
 
 
 def _kernel(call: Call, x: Inputs, of_q: Any, of_k: Any, of_v: Any, at: KVScratch, of_scores: Any, staged: Any, exchanged: Any) -> None:
     b, tile, n, me = (jax.lax.axis_index(name) for name in ("batch", "tile", "head", "warpgroup"))
+    exchanged = exchanged.at[0]
 
     @pl.when(me == 2)
     def _() -> None:
@@ -133,7 +134,7 @@ def _walk_over_queries(
 
         def share_of_queries(products: Any) -> jax.Array:
             for i in range(2):
-                plgpu.wgmma(products, plgpu.transpose_ref(pair.at[i], (1, 0)), at.k.at[i, :, pl.ds(mine * half, half)])
+                plgpu.wgmma(products, pair.at[i].T, at.k.at[i, :, pl.ds(mine * half, half)])
             return products[...]
 
         share = pl.run_scoped(share_of_queries, plgpu.ACC((BLOCK, half), jnp.float32))

@@ -136,7 +136,7 @@ def over_heads(call: Call, plan: Plan, visit: Any) -> None:
 def scores_of(at: KVScratch, mine: Any, slot: Any, products: Any) -> jax.Array:
     """A warpgroup's scores [keys, queries] of a block of queries."""
     plgpu.barrier_wait(at.q_full.at[slot])
-    plgpu.wgmma(products, at.k.at[mine], plgpu.transpose_ref(at.q.at[slot], (1, 0)))
+    plgpu.wgmma(products, at.k.at[mine], at.q.at[slot].T)
     return products[...]
 
 
@@ -158,7 +158,7 @@ def weights_of(call: Call, at: KVScratch, me: Any, slot: Any, distance: Any, sco
 def gradient_of(at: KVScratch, mine: Any, slot: Any, products: Any) -> jax.Array:
     """The gradient of weights, less row sums: where the product starts, for want of registers to hold them beside."""
     products[...] = -down(at.row_sums.at[slot], products.shape)
-    plgpu.wgmma(products, at.v.at[mine], plgpu.transpose_ref(at.g.at[slot], (1, 0)))
+    plgpu.wgmma(products, at.v.at[mine], at.g.at[slot].T)
     return products[...]
 
 
@@ -178,4 +178,4 @@ def times(probs: jax.Array, slopes: jax.Array | None) -> jax.Array:
 
 def down(numbers: Any, shape: tuple[int, int]) -> jax.Array:
     """A number to a column, from shared memory, for each of its rows."""
-    return jax.lax.broadcast_in_dim(plgpu.load(numbers, (), layout=BY_COLUMN), shape, [1])
+    return jax.lax.broadcast_in_dim(plgpu.layout_cast(numbers[...], BY_COLUMN), shape, [1])
