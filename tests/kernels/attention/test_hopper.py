@@ -80,18 +80,21 @@ from tests.kernels.attention.gpu_interpreter import interpreted
 
 rng = np.random.default_rng(0)
 array = lambda *shape: jax.numpy.asarray(rng.normal(size=shape), "bfloat16")
-q, k, v, g = array(1, 140, 2, 64), array(1, 200, 1, 64), array(1, 200, 1, 64), array(1, 140, 2, 64)
-ids = [jax.numpy.asarray(np.sort(rng.integers(0, 2, (1, size))), "int32") for size in (140, 200)]
+which, kv_length = sys.argv[1], int(sys.argv[2])
+q, k, v, g = array(1, 140, 2, 64), array(1, kv_length, 1, 64), array(1, kv_length, 1, 64), array(1, 140, 2, 64)
+ids = [jax.numpy.asarray(np.sort(rng.integers(0, 2, (1, size))), "int32") for size in (140, kv_length)]
 sinks, row_sums = (jax.numpy.asarray(rng.normal(size=shape), "float32") for shape in (2, (1, 140, 2)))
 options, shift = Options(120, 40, 5.0, -0.1), jax.numpy.int32(30)
+if kv_length == 128:
+    options, sinks, ids = Options(None, None, None, 0.1), None, (None, None)
 arrays = q, k, v, sinks, *ids, shift
 lse = reference.forward(options, *arrays)[1]
-if sys.argv[1] == "forward":
+if which == "forward":
     call, arguments = (lambda module: lambda *x: module.forward(options, *x)), arrays
     pair = hopper, reference
 else:
     call, arguments = (lambda module: lambda *x: module.backward(options, *x)), (*arrays, lse, g, row_sums)
-    pair = (hopper_fused if sys.argv[1] == "fused" else hopper_backward), reference
+    pair = (hopper_fused if which == "fused" else hopper_backward), reference
 values, wanted = interpreted(call(pair[0]), *arguments), call(pair[1])(*arguments)
 for value, right in zip(values, wanted, strict=True):
     value, right = (np.asarray(x, np.float64) for x in (value, right))
@@ -106,9 +109,13 @@ print("checked")
 @pytest.mark.slow
 @pytest.mark.skipif(jax.__version__ != "0.10.2", reason="the interpreter and what tests add to it are private to JAX 0.10.2")
 @pytest.mark.parametrize("which", ["forward", "backward", "fused"])
-def test_in_the_interpreter(which):
-    """All options at once: a window on both sides, documents, softcap, sinks, a negative scale, a shift, lengths of no whole block."""
-    assert "checked" in run(INTERPRET, which, timeout=280)
+@pytest.mark.parametrize("kv_length", [200, 128])
+def test_in_the_interpreter(which, kv_length):
+    """All options at once: a window on both sides, documents, softcap, sinks, a negative scale, a shift, lengths of no whole block.
+
+    Or none, and whole blocks of keys, so that only queries fill up one.
+    """
+    assert "checked" in run(INTERPRET, which, str(kv_length), timeout=280)
 
 
 @pytest.mark.gpu
