@@ -53,8 +53,9 @@ def evaluate(attention: Callable[..., Any], case: Case, dtype: str) -> list[np.n
     """Output, lse and the gradients of q, k, v and sinks, of `attention(q, k, v, sinks, **keywords)` -> (output, lse)."""
     float_type = "float64" if dtype == "float64" else "float32"
     arrays = [None if x is None else jnp.asarray(x, float_type if x.ndim == 1 else dtype) for x in case.arrays]
-    # Nothing may come of the gradient of a lse of minus infinity.
-    g, g_lse = jnp.asarray(case.gradients[0], dtype), np.where(np.isfinite(expected(case)[1]), case.gradients[1], 0).astype(float_type)
+    # Nothing may come of the gradient of a lse of minus infinity: of a query that sees nothing, not even a sink.
+    finite = mask(case).any(axis=-1, keepdims=True) | (case.arrays[3] is not None)
+    g, g_lse = jnp.asarray(case.gradients[0], dtype), np.where(finite, case.gradients[1], 0).astype(float_type)
 
     @jax.jit
     def values_and_gradients(*arrays: Any) -> tuple[Any, ...]:
@@ -64,8 +65,11 @@ def evaluate(attention: Callable[..., Any], case: Case, dtype: str) -> list[np.n
     return [np.asarray(x, np.float64) for x in values_and_gradients(*arrays)]
 
 
-def expected(case: Case) -> list[np.ndarray]:
-    """What `evaluate` should return, by the equations of docs/kernels.md in float64."""
+def expected(case: Case) -> tuple[list[np.ndarray], list[float]]:
+    """What `evaluate` should return, by the equations of docs/kernels.md in float64, and to what size the rounding of each is relative.
+
+    That is its own root mean square, but for the gradients of sinks, each a sum over all queries of terms that may cancel: the terms'.
+    """
     q, k, v, sinks = case.arrays
     (batch, length, heads, width), kv_heads = q.shape, k.shape[2]
     g, g_lse = case.gradients
@@ -90,9 +94,13 @@ def expected(case: Case) -> list[np.ndarray]:
         by_group(np.einsum("bnts,btnh->bsnh", g_scores, q)),
         by_group(np.einsum("bnts,btnh->bsnh", probs, g)),
     ]
+    values = [output, lse.swapaxes(1, 2), *gradients]
+    sizes = [float(np.sqrt(np.mean(np.where(np.isfinite(x), x, 0) ** 2))) for x in values]
     if sinks is not None:
-        gradients.append(-np.sum(np.exp(sinks[:, None, None] - base) * row_sums, axis=(0, 2, 3)))
-    return [output, lse.swapaxes(1, 2), *gradients]
+        terms = -np.exp(sinks[:, None, None] - base) * row_sums
+        values.append(np.sum(terms, axis=(0, 2, 3)))
+        sizes.append(float(np.sqrt(np.mean(np.sum(np.abs(terms), axis=(0, 2, 3)) ** 2))))
+    return values, sizes
 
 
 def mask(case: Case) -> np.ndarray:
