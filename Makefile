@@ -36,7 +36,7 @@ train: $(RUNTIME) ## Train CONFIG (or resume) in WORKDIR, with ARGS such as "--c
 	.venv/bin/python -m launch.generate --workdir="$(WORKDIR)" --prompt="def " --temperature=0.5
 
 test: $(TESTING) ## Run the tests, with ARGS such as "-m slow" or a file
-	.venv/bin/python -m pytest --numprocesses=2 --dist=loadfile $(ARGS)
+	.venv/bin/python -m pytest --numprocesses=2 --dist=worksteal $(ARGS)
 
 lint: $(TESTING) ## Check style and formatting
 	.venv/bin/python -m ruff check .

@@ -170,6 +170,7 @@ def _accumulate(config: RunConfig, model: nn.Module, loss_fn: losses.LossFn, var
     """The gradient of the whole batch's loss, and its sums, a microbatch at a time."""
     global_counts, microbatches = losses.counts(batch), config.train.accumulation
 
+    @jax.jit  # traced once, for its shapes and for the loop
     @functools.partial(jax.grad, has_aux=True)
     def gradient(params: Any, microbatch: Batch) -> tuple[jax.Array, losses.Sums]:
         sums = _sums(model, loss_fn, variables | {"params": params}, microbatch)

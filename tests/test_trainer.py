@@ -76,7 +76,7 @@ def test_a_run_logs_evaluates_and_learns(config, uninterrupted):
     assert (int(state.step), int(state.examples)) == (8, 64)
 
 
-@pytest.mark.parametrize("steps", [(1,), (3,), (4,), (2, 3), (7,)])
+@pytest.mark.parametrize("steps", [(1,), (2, 3), *(pytest.param((step,), marks=pytest.mark.slow) for step in (3, 4, 7))])
 def test_resumed_equals_uninterrupted_bit_for_bit(config, uninterrupted, tmp_path, monkeypatch, steps):
     for step in steps:
         stop_at(monkeypatch, step)
