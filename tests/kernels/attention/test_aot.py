@@ -30,7 +30,8 @@ def on_one(topology, monkeypatch):
 
 @pytest.mark.aot
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
-@pytest.mark.parametrize(("width", "mask"), [(64, "window"), (128, "segments"), (256, "causal")])
+@pytest.mark.parametrize("width", [64, 128, 256])
+@pytest.mark.parametrize("mask", MASKS)
 def test_compiles_for_tpus(topology, width, mask, monkeypatch):
     here = on_one(topology, monkeypatch)
     q = jax.ShapeDtypeStruct((1, 4096, 4, width), jnp.bfloat16, sharding=here)
