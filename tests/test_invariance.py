@@ -240,8 +240,12 @@ def layer_by_layer(scope: str, balance_weight: float, z_weight: float) -> np.nda
     return np.asarray(jax.grad(loss)(jnp.asarray(params["layers_1"]["block_0"]["moe"]["router"])))
 
 
-@pytest.mark.parametrize("layers", ["scanned", "unrolled"])
-@pytest.mark.parametrize("remat", ["none", "full"])
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("remat", "layers"), [("full", "scanned"), slow("full", "unrolled"), slow("none", "scanned"), slow("none", "unrolled")]
+)
 def test_router_losses_are_neither_lost_nor_doubled_under_scan_and_remat(layers: str, remat: str) -> None:
     """MaxText #4829 (lost under scan), Megatron-LM #1330 (doubled by recomputation), torchtitan #3686."""
     layout = ("one device", layers, remat, "1", "none", "dense", "row")
@@ -258,8 +262,7 @@ def test_router_gradients_are_not_divided_by_the_data_parallel_devices(scope: st
     np.testing.assert_allclose(router_gradients(layout, balance_weight=1.0, z_weight=0.1), expected, atol=2e-5 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("microbatches", ["1", "4"])
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize(("remat", "microbatches"), [("full", "4"), slow("full", "1"), slow("none", "1"), slow("none", "4")])
 def test_load_counts_every_token_once_and_moves_the_bias_once(microbatches: str, remat: str) -> None:
     """torchtitan #2061 (counted twice under recomputation), megablocks #85 (microbatches and pipelines)."""
     config = run_config(("data 2, expert 4", "scanned", remat, microbatches, "none", "dense", "row"))
