@@ -98,7 +98,7 @@ def attention_forward(implementation: Name | Implementation | None, options: Opt
     """(output, lse) of q, k, v, sinks, the ids of queries and of keys (any of the three None), and the shift, an int32.
 
     With `options.partial` the output is not rounded to the inputs' dtype, nor are the gradients of `attention_backward`, which are to be
-    merged with others: float32, or float64 for float64. Only "hopper" rounds them, whose shared memory has no place for more.
+    merged with others: float32, or float64 for float64. Only the Hopper kernels round them, whose shared memory has no place for more.
     """
     return _run("forward", implementation, options, arrays)
 
