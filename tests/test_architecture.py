@@ -180,12 +180,12 @@ def line_counts(*rooms: str) -> dict[str, int]:
     }
 
 
-def test_files_have_less_than_400_lines() -> None:
-    assert {module: count for module, count in line_counts(*ROOMS, "tests").items() if count >= 400} == {}
+def test_files_have_less_than_500_lines() -> None:
+    assert {module: count for module, count in line_counts(*ROOMS, "tests").items() if count >= 500} == {}
 
 
-def test_moe_without_kernels_has_less_than_3500_lines() -> None:
-    assert sum(line_counts("moe").values()) < 3500
+def test_moe_without_kernels_has_less_than_9000_lines() -> None:
+    assert sum(line_counts("moe").values()) < 9000
 
 
 def config_fields() -> list[tuple[type, str]]:
