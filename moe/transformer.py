@@ -11,7 +11,7 @@ from flax import struct
 from moe.attention import Attention, Positions, init_cache
 from moe.config import ModelConfig
 from moe.experts import MoE, Tokens
-from moe.layers import FeedForward, RMSNorm, einsum, residual_scale
+from moe.layers import FeedForward, RMSNorm, einsum, look_up, residual_scale
 from moe.parameters import parameter
 from moe.sharding import constrain
 
@@ -134,9 +134,7 @@ class Transformer(nn.Module):
 
     def embed(self, batch: Batch) -> jax.Array:
         """Token embeddings [B, T, D] in the compute dtype."""
-        # Gathered over fsdp first, as every weight is: looking up in a table split along D would move activations instead.
-        embedding_VD = constrain(self.embedding_VD.astype(self.config.compute_dtype), "V-")
-        return constrain(jnp.take(embedding_VD, batch["tokens"], axis=0), "BTD")
+        return constrain(look_up(self.config.compute_dtype, self.embedding_VD, batch["tokens"]), "BTD")
 
     def layers(self, x_BTD: jax.Array, batch: Batch, cache: Any = None) -> Output:
         """All blocks: an Output whose `hidden` is the residual stream [B, T, D], before the final norm."""
