@@ -43,11 +43,11 @@ def generate(
     lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
     if not len(lengths_B) or lengths_B.min() < 1:
         raise ConfigError(f"prompts have {lengths_B.tolist()} tokens: give at least one prompt, each of one token or more")
+    check_tokens(prompts, model.config.vocab_size)
     check_memory(model, len(prompts), int(lengths_B.max()), max_new_tokens)
     tokens_BT = np.zeros((len(prompts), lengths_B.max()), np.int32)
     for row, prompt in zip(tokens_BT, prompts, strict=True):
         row[: len(prompt)] = prompt
-    check_tokens(tokens_BT, model.config.vocab_size)
     key = jax.random.key(seed)
     new_BT = np.asarray(_generate(model, max_new_tokens, end_id, sampling, variables, tokens_BT, lengths_B, key))
     return [_until(row, end_id) for row in new_BT]
@@ -65,9 +65,10 @@ def check_sampling(sampling: Sampling, max_new_tokens: int) -> None:
         raise ConfigError(f"max_new_tokens={max_new_tokens} is not positive: set it to 1 or more")
 
 
-def check_tokens(tokens_BT: np.ndarray, vocab_size: int) -> None:
+def check_tokens(prompts: Sequence[np.ndarray], vocab_size: int) -> None:
     """Raises ConfigError for a token that the model has no embedding of."""
-    wrong = tokens_BT[(tokens_BT < 0) | (tokens_BT >= vocab_size)]
+    tokens = np.concatenate(prompts)
+    wrong = tokens[(tokens < 0) | (tokens >= vocab_size)]
     if wrong.size:
         raise ConfigError(f"prompts hold the token {wrong[0]}, and vocab_size={vocab_size}: give tokens from 0 to {vocab_size - 1}")
 

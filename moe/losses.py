@@ -111,9 +111,9 @@ def _cross_entropy_sum(
     is_target_BTV = targets_BT[..., None] == jnp.arange(logits_BTV.shape[-1])
     target_logits_BT = jnp.sum(jnp.where(is_target_BTV, logits_BTV, 0.0), axis=-1)
     losses_BT = jax.nn.logsumexp(logits_BTV, axis=-1) - target_logits_BT
-    is_wrong_BT = mask_BT & ((targets_BT < 0) | (targets_BT >= logits_BTV.shape[-1]))
+    in_vocabulary_BT = (targets_BT >= 0) & (targets_BT < logits_BTV.shape[-1])
     # A product makes the gradient NaN as well; otherwise it would be the logsumexp's alone.
-    losses_BT = losses_BT * jnp.where(is_wrong_BT, jnp.nan, 1.0)
+    losses_BT = losses_BT * jnp.where(in_vocabulary_BT | jnp.logical_not(mask_BT), 1.0, jnp.nan)
     return jnp.sum(jnp.where(mask_BT, losses_BT, 0.0))
 
 

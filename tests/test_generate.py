@@ -116,7 +116,7 @@ def test_draws_follow_the_distribution():
         ({"max_new_tokens": 10**12}, r"max_new_tokens=10+ takes .* GiB of key/value cache, .* set max_new_tokens to less than [1-9]"),
         ({"prompts": []}, "prompts"),
         ({"prompts": [np.array([1, -1])]}, "prompts hold the token -1, and vocab_size=16: give tokens from 0 to 15"),
-        ({"prompts": [np.array([16])]}, "prompts hold the token 16"),
+        ({"prompts": [np.array([1]), np.array([2**32 + 1])]}, "prompts hold the token 4294967297"),
         ({"prompts": [np.array([], int)]}, "prompts"),
     ],
 )
