@@ -75,7 +75,7 @@ def ulysses_attention(
         raise ValueError(f"q {q_BTNH.shape} has {heads} heads, which cannot be divided over {axis_name}={size}: use ring attention")
     # Query head n then reads copy n // (N / copies), of head n // (N / K): the least number of copies of which each rank has as many.
     copies = math.lcm(kv_heads, size) // kv_heads
-    k, v = (jnp.repeat(x, copies, axis=2) if copies > 1 else x for x in (k_BSKH, v_BSKH))
+    k, v = (_repeat(x, copies) for x in (k_BSKH, v_BSKH))
     q, k, v = (jax.lax.all_to_all(x, axis_name, split_axis=2, concat_axis=1, tiled=True) for x in (q_BTNH, k, v))
     if segment_ids is not None:
         segment_ids = jax.lax.all_gather(segment_ids, axis_name, axis=1, tiled=True)
@@ -84,6 +84,14 @@ def ulysses_attention(
     mask = {"causal": causal, "window": window, "q_segment_ids": segment_ids, "kv_segment_ids": segment_ids}
     output = flash_attention(q, k, v, **mask, softcap=softcap, sinks=sinks, scale=scale, implementation=implementation)
     return jax.lax.all_to_all(output, axis_name, split_axis=1, concat_axis=2, tiled=True)
+
+
+def _repeat(x_BSKH: jax.Array, copies: int) -> jax.Array:
+    """Repeats each head; the copies' gradients are added up in float32."""
+    if copies == 1:
+        return x_BSKH
+    dtype = jnp.promote_types(x_BSKH.dtype, jnp.float32)
+    return jnp.repeat(x_BSKH.astype(dtype), copies, axis=2).astype(x_BSKH.dtype)
 
 
 Order = tuple[tuple[int, ...], ...]  # the chunks that each rank computes with

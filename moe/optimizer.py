@@ -36,3 +36,8 @@ def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule, declaratio
 def tree_where(condition: jax.Array, new: Any, old: Any) -> Any:
     """`new` where the scalar condition holds, else `old`, leaf by leaf."""
     return jax.tree.map(lambda a, b: jax.numpy.where(condition, a, b), new, old)
+
+
+def all_finite(tree: Any) -> jax.Array:
+    """Whether a tree's arrays hold neither NaN nor an infinity."""
+    return jax.numpy.all(jax.numpy.stack([jax.numpy.all(jax.numpy.isfinite(x)) for x in jax.tree.leaves(tree)]))
