@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe.kernels.attention import Implementation, attention_backward, attention_forward, flash_attention, sinks_gradient
-from moe.kernels.attention.choice import check
-from moe.kernels.attention.masks import Options, span
+from moe.kernels.attention.choice import Name, check, make_options
+from moe.kernels.attention.masks import Options, Window
 
 
 def ring_attention(
@@ -25,12 +25,12 @@ def ring_attention(
     *,
     axis_name: str,
     causal: bool,
-    window: tuple[int, int] | None = None,
+    window: Window | None = None,
     segment_ids: jax.Array | None = None,
     softcap: float | None = None,
     sinks: jax.Array | None = None,
     scale: float | None = None,
-    implementation: Implementation | None,
+    implementation: Name | Implementation | None = None,
 ) -> jax.Array:
     """`flash_attention` of the whole sequence, of which each rank holds a part: keys and values go around, queries stay (Liu et al. 2023).
 
@@ -41,10 +41,10 @@ def ring_attention(
     Nothing of size T is held, in the backward pass either. Ranks get equal work under a causal mask (see `chunk_order`). Raises ValueError
     for arguments that do not agree, and for a T/P that cannot be halved where that order needs it.
     """
-    check(q_BTNH, k_BSKH, v_BSKH, sinks, segment_ids, segment_ids, window)
+    check(q_BTNH, k_BSKH, v_BSKH, sinks, segment_ids, segment_ids, window, softcap, scale)
     if q_BTNH.shape[1] != k_BSKH.shape[1]:
         raise ValueError(f"q {q_BTNH.shape} and k {k_BSKH.shape} must hold the same tokens (T/P) of one sequence")
-    options = Options(*span(causal, window), softcap, q_BTNH.shape[-1] ** -0.5 if scale is None else scale, partial=True)
+    options = make_options(q_BTNH, causal, window, softcap, scale, partial=True)
     order = chunk_order(options, jax.lax.axis_size(axis_name), q_BTNH.shape[1])
     q, k, v, ids = (None if x is None else _deal(axis_name, order, x) for x in (q_BTNH, k_BSKH, v_BSKH, segment_ids))
     return _collect(axis_name, order, _ring(_Ring(axis_name, implementation, options, order), q, k, v, sinks, ids))
@@ -57,19 +57,19 @@ def ulysses_attention(
     *,
     axis_name: str,
     causal: bool,
-    window: tuple[int, int] | None = None,
+    window: Window | None = None,
     segment_ids: jax.Array | None = None,
     softcap: float | None = None,
     sinks: jax.Array | None = None,
     scale: float | None = None,
-    implementation: Implementation | None,
+    implementation: Name | Implementation | None = None,
 ) -> jax.Array:
     """The same result as `ring_attention`'s, by handing each rank all tokens of N/P of the heads (Jacobs et al. 2023).
 
     Shapes and gradients are those of `ring_attention`. A rank that reads a key/value head is sent it: where K is no multiple of P, some go
     to several. Raises ValueError for arguments that do not agree, and where N is no multiple of P.
     """
-    check(q_BTNH, k_BSKH, v_BSKH, sinks, segment_ids, segment_ids, window)
+    check(q_BTNH, k_BSKH, v_BSKH, sinks, segment_ids, segment_ids, window, softcap, scale)
     size, heads, kv_heads = jax.lax.axis_size(axis_name), q_BTNH.shape[2], k_BSKH.shape[2]
     if heads % size:
         raise ValueError(f"q {q_BTNH.shape} has {heads} heads, which cannot be divided over {axis_name}={size}: use ring attention")
@@ -157,7 +157,7 @@ class _Ring(NamedTuple):
     """What is static in a ring."""
 
     axis_name: str
-    implementation: Implementation | None
+    implementation: Name | Implementation | None
     options: Options
     order: Order
 

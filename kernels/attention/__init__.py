@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from moe.kernels.attention import cudnn
 from moe.kernels.attention.choice import Implementation, Name, choose, describe, obstacle, supported, why_not
 from moe.kernels.attention.decode import decode_attention
-from moe.kernels.attention.masks import Options
+from moe.kernels.attention.masks import Options, Window
 
 __all__ = [
     "Implementation",
@@ -40,7 +40,7 @@ def flash_attention(
     v_BSKH: jax.Array,
     *,
     causal: bool = False,
-    window: tuple[int, int] | None = None,
+    window: Window | None = None,
     q_segment_ids: jax.Array | None = None,
     kv_segment_ids: jax.Array | None = None,
     q_offset: jax.Array | int = 0,
@@ -54,9 +54,9 @@ def flash_attention(
     """softmax(scale q kᵀ) v over the keys that each query sees: [B, T, N, H] in the dtype of the queries (H is that of `v_BSKH`).
 
     N is a multiple of K: query head n reads key/value head n // (N / K). `causal` leaves out keys after the query, and `window`, (left,
-    right), those more than so far before or after it; positions are counted from the offsets, which may be traced. Segment ids, integers
-    [B, T] and [B, S], leave out keys of another id. `softcap` c makes scores s into c tanh(s / c) (Gemma 2). `sinks` [N] are logits that
-    take part in the softmax and carry no value (gpt-oss). `scale` is 1 / sqrt(H) where it is None.
+    right), those more than so far before or after it, None being no limit; positions are counted from the offsets, which may be traced.
+    Segment ids, integers [B, T] and [B, S], leave out keys of another id. `softcap` c > 0 makes scores s into c tanh(s / c) (Gemma 2).
+    `sinks` [N] are logits that take part in the softmax and carry no value (gpt-oss). `scale` is 1 / sqrt(H) where it is None.
 
     With `return_lse` the result is (output, lse): the log-sum-exp of each query's logits, sinks included, [B, T, N] in float32, or float64
     for float64. A query that sees nothing has output 0 and lse of minus infinity, or its sink. Differentiable once, in reverse mode, in q,

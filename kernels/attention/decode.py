@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from moe.kernels.attention.blockwise import matmul, sum_dtype
-from moe.kernels.attention.choice import check
+from moe.kernels.attention.choice import check, make_options
+from moe.kernels.attention.masks import Window
 
 BLOCK = 64  # slots that one split meets in one step
 SPLITS = 4  # at least, where there are slots for them: a smaller step would be too little for what it costs to start one
@@ -24,7 +25,7 @@ def decode_attention(
     positions_BT: jax.Array,
     *,
     layer: jax.Array | int | None = None,
-    window: tuple[int, int] | None = None,
+    window: Window | None = None,
     softcap: float | None = None,
     sinks: jax.Array | None = None,
     scale: float | None = None,
@@ -40,14 +41,14 @@ def decode_attention(
     must hold finite numbers. For inference alone: it has no gradient in reverse mode. Raises ValueError for shapes that do not agree.
     """
     k_LBSKH, v_LBSKH, layer = (k_BSKH[None], v_BSKH[None], 0) if layer is None else (k_BSKH, v_BSKH, layer)
-    check(q_BTNH, *(jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in (k_LBSKH, v_LBSKH)), sinks, None, None, window)
+    check(q_BTNH, *(jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in (k_LBSKH, v_LBSKH)), sinks, None, None, window, softcap, scale)
     if positions_BT.shape != q_BTNH.shape[:2]:
         raise ValueError(f"positions {positions_BT.shape} must be {q_BTNH.shape[:2]}, one for each query of q {q_BTNH.shape}")
-    (batch, length, heads, width), (slots, kv_heads) = q_BTNH.shape, k_LBSKH.shape[2:4]
+    (batch, length, heads, _), (slots, kv_heads) = q_BTNH.shape, k_LBSKH.shape[2:4]
     block = min(BLOCK, slots)
     splits = min(max(SPLITS, slots // (BLOCK * STEPS)), slots // block)
-    stride, left = splits * block, None if window is None else window[0]
-    scale = width**-0.5 if scale is None else scale
+    stride, options = splits * block, make_options(q_BTNH, True, window, softcap, scale)
+    left, softcap, scale = options.left, options.softcap, options.scale
     q_BKRH = _by_kv_head(q_BTNH, kv_heads)  # R: each position of each head that shares the key, so that one matmul takes them all
     positions_B11R1 = jnp.repeat(positions_BT, heads // kv_heads, axis=1)[:, None, None, :, None]
 

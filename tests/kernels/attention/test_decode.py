@@ -126,12 +126,14 @@ def test_memory_is_that_of_a_step(dtype):
         ({"k": (1, 8, 3, 16), "v": (1, 8, 3, 16)}, "has 4 heads, which are no multiple of the 3"),
         ({"positions": (1,)}, r"positions \(1,\) must be \(1, 1\)"),
         ({"window": (-1, 0)}, "0 or more"),
+        ({"softcap": 0.0}, "softcap=0.0 must be a finite number above 0"),
+        ({"scale": float("nan")}, "scale=nan must be a finite number other than 0"),
         ({"sinks": (3,)}, r"sinks \(3,\) must be \(4,\)"),
     ],
 )
 def test_bad_input_is_told_in_a_line(changes, message):
     shapes = {"q": (1, 1, 4, 16), "k": (1, 8, 2, 16), "v": (1, 8, 2, 16), "positions": (1, 1)}
-    keywords = {name: x if name == "window" else jnp.zeros(x) for name, x in changes.items() if name not in shapes}
+    keywords = {name: jnp.zeros(x) if name == "sinks" else x for name, x in changes.items() if name not in shapes}
     arrays = {name: jnp.zeros(changes.get(name, shape), int if name == "positions" else float) for name, shape in shapes.items()}
     with pytest.raises(ValueError, match=message) as raised:
         decode_attention(*arrays.values(), **keywords)
