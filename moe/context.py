@@ -13,7 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe.kernels.attention import Implementation, attention_backward, attention_forward, flash_attention, sinks_gradient
+from moe.kernels.attention import (
+    Implementation,
+    attention_backward,
+    attention_forward,
+    flash_attention,
+    plain_dtypes,
+    round_output,
+    sinks_gradient,
+    sum_rows,
+)
 from moe.kernels.attention.choice import Name, check, make_options
 from moe.kernels.attention.masks import Options, Window
 
@@ -45,6 +54,7 @@ def ring_attention(
     if q_BTNH.shape[1] != k_BSKH.shape[1]:
         raise ValueError(f"q {q_BTNH.shape} and k {k_BSKH.shape} must hold the same tokens (T/P) of one sequence")
     options = make_options(q_BTNH, causal, window, softcap, scale, partial=True)
+    sinks, segment_ids, _ = plain_dtypes(q_BTNH, sinks, segment_ids, None)
     order = chunk_order(options, jax.lax.axis_size(axis_name), q_BTNH.shape[1])
     q, k, v, ids = (None if x is None else _deal(axis_name, order, x) for x in (q_BTNH, k_BSKH, v_BSKH, segment_ids))
     return _collect(axis_name, order, _ring(_Ring(axis_name, implementation, options, order), q, k, v, sinks, ids))
@@ -75,7 +85,7 @@ def ulysses_attention(
         raise ValueError(f"q {q_BTNH.shape} has {heads} heads, which cannot be divided over {axis_name}={size}: use ring attention")
     # Query head n then reads copy n // (N / copies), of head n // (N / K): the least number of copies of which each rank has as many.
     copies = math.lcm(kv_heads, size) // kv_heads
-    k, v = (jnp.repeat(x, copies, axis=2) if copies > 1 else x for x in (k_BSKH, v_BSKH))
+    k, v = (_copy_heads(x, copies) if copies > 1 else x for x in (k_BSKH, v_BSKH))
     q, k, v = (jax.lax.all_to_all(x, axis_name, split_axis=2, concat_axis=1, tiled=True) for x in (q_BTNH, k, v))
     if segment_ids is not None:
         segment_ids = jax.lax.all_gather(segment_ids, axis_name, axis=1, tiled=True)
@@ -84,6 +94,11 @@ def ulysses_attention(
     mask = {"causal": causal, "window": window, "q_segment_ids": segment_ids, "kv_segment_ids": segment_ids}
     output = flash_attention(q, k, v, **mask, softcap=softcap, sinks=sinks, scale=scale, implementation=implementation)
     return jax.lax.all_to_all(output, axis_name, split_axis=1, concat_axis=2, tiled=True)
+
+
+def _copy_heads(x_BSKH: jax.Array, copies: int) -> jax.Array:
+    """Repeats each head, as float32, so that autodiff adds up the copies' gradients in float32."""
+    return jnp.repeat(x_BSKH.astype(jnp.promote_types(x_BSKH.dtype, jnp.float32)), copies, axis=2).astype(x_BSKH.dtype)
 
 
 Order = tuple[tuple[int, ...], ...]  # the chunks that each rank computes with
@@ -173,7 +188,8 @@ class _Ring(NamedTuple):
         return [jnp.asarray(call)[jax.lax.axis_index(self.axis_name)] for call in step.calls]
 
 
-# By hand, since autodiff would keep every visitor. Kept are the rank's own chunks, its output and its log-sum-exp.
+# By hand, since autodiff would keep every visitor. Kept are the rank's own chunks, its output, what
+# rounding took from that, and its log-sum-exp.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _ring(ring: _Ring, q: jax.Array, k: jax.Array, v: jax.Array, sinks_N: jax.Array | None, ids: jax.Array | None) -> jax.Array:
     return _ring_forward(ring, q, k, v, sinks_N, ids)[0]
@@ -198,16 +214,16 @@ def _ring_forward(ring: _Ring, q: jax.Array, k: jax.Array, v: jax.Array, sinks_N
         visitors, total = _together(following, total)
     if sinks_N is not None:  # once, for a query: every part would count it again
         total = _merge(*total, 0.0, jnp.broadcast_to(sinks_N.astype(dtype), total[1].shape))
-    output, lse = total[0].astype(q.dtype), total[1]
-    return output, (q, k, v, sinks_N, ids, output, lse)
+    output, lost = round_output(total[0], q.dtype)
+    return output, (q, k, v, sinks_N, ids, output, lost, total[1])
 
 
 def _ring_backward(ring: _Ring, residuals: tuple[Any, ...], g: jax.Array) -> tuple[Any, ...]:
     """A second ring, in which the gradients of keys and values go around with them and come home in the end."""
-    q, k, v, sinks_N, ids, output, lse = residuals
+    q, k, v, sinks_N, ids, output, lost, lse = residuals
     # Lest the compiler take the first ring's sends for these, and keep what they brought.
     visitors, g = _together((k, v, ids), g)
-    row_sums = jnp.sum(output.astype(lse.dtype) * g.astype(lse.dtype), axis=-1)
+    row_sums = sum_rows(output, lost, g, lse.dtype)
     of_q, *of_kv = (jnp.zeros(x.shape, lse.dtype) for x in (q, k, v))
     steps = plan(ring.options, ring.order, q.shape[2])
     for step in steps:

@@ -5,6 +5,7 @@
 `attention_forward` and `attention_backward` are its two halves, for those that merge the attention of several ranges of keys themselves.
 """
 
+import dataclasses
 import functools
 import importlib
 from typing import Any
@@ -16,6 +17,7 @@ from moe.kernels.attention import cudnn
 from moe.kernels.attention.choice import Implementation, Name, choose, describe, obstacle, supported, why_not
 from moe.kernels.attention.decode import decode_attention
 from moe.kernels.attention.masks import Options, Window
+from moe.kernels.settings import own_settings
 
 __all__ = [
     "Implementation",
@@ -24,7 +26,9 @@ __all__ = [
     "choose",
     "decode_attention",
     "flash_attention",
+    "round_output",
     "sinks_gradient",
+    "sum_rows",
     "supported",
     "why_not",
 ]
@@ -67,9 +71,10 @@ def flash_attention(
     chip, with its blocks. None takes the TPU's kernels on TPUs, and blockwise elsewhere. Raises NotImplementedError for one that cannot
     do the call.
     """
-    arrays = (q_BTNH, k_BSKH, v_BSKH, sinks, q_segment_ids, kv_segment_ids)
     call = describe(
-        *arrays[:3],
+        q_BTNH,
+        k_BSKH,
+        v_BSKH,
         causal=causal,
         window=window,
         q_segment_ids=q_segment_ids,
@@ -88,17 +93,25 @@ def flash_attention(
         if reason := obstacle(name, call):
             raise NotImplementedError(f"{name!r} cannot do this attention, for {reason}: 'blockwise' can")
         if name == "cudnn":
-            return cudnn.attend(call.options, *arrays[:3])
+            return cudnn.attend(call.options, q_BTNH, k_BSKH, v_BSKH)
+    arrays = q_BTNH, k_BSKH, v_BSKH, *plain_dtypes(q_BTNH, sinks, q_segment_ids, kv_segment_ids)
     shift = jnp.asarray(q_offset, jnp.int32) - jnp.asarray(kv_offset, jnp.int32)
     output, lse = _attend(implementation, call.options, *arrays, shift)
     return (output, lse) if return_lse else output
+
+
+def plain_dtypes(q_BTNH: jax.Array, sinks_N: Any, q_ids_BT: Any, kv_ids_BS: Any) -> tuple[jax.Array | None, ...]:
+    """Sinks in the dtype of sums, and ids as int32: what all implementations take. None stays None."""
+    dtypes = jnp.promote_types(q_BTNH.dtype, jnp.float32), jnp.int32, jnp.int32
+    return tuple(None if x is None else jnp.asarray(x).astype(d) for x, d in zip((sinks_N, q_ids_BT, kv_ids_BS), dtypes, strict=True))
 
 
 def attention_forward(implementation: Name | Implementation | None, options: Options, *arrays: Any) -> tuple[jax.Array, jax.Array]:
     """(output, lse) of q, k, v, sinks, the ids of queries and of keys (any of the three None), and the shift, an int32.
 
     With `options.partial` the output is not rounded to the inputs' dtype, nor are the gradients of `attention_backward`, which are to be
-    merged with others: float32, or float64 for float64. Only the Hopper kernels round them, whose shared memory has no place for more.
+    merged with others: float32, or float64 for float64. Only the Hopper kernels round these gradients, for want of shared memory; they
+    give the output with twice the digits of its dtype.
     """
     return _run("forward", implementation, options, arrays)
 
@@ -114,21 +127,51 @@ def attention_backward(
     """Gradients of q, k and v, of the arrays that `attention_forward` took, for the gradient `g_BTNH` of the output.
 
     `lse_BTN` may be of more keys than these: so a ring adds up what each range of keys contributes. `row_sums_BTN` is each query's sum over
-    H of output times `g_BTNH` (of all keys, too), less the gradient of its lse.
+    H of output times `g_BTNH` (of all keys, too), less the gradient of its lse: see `sum_rows`.
     """
     return _run("backward", implementation, options, (*arrays, lse_BTN, g_BTNH, row_sums_BTN))
+
+
+def round_output(output: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array | None]:
+    """The output in `dtype`, and what rounding took from it, in `dtype` too, or None if nothing.
+
+    `sum_rows` needs both. They take half of the memory that the float32 output would take beside
+    the rounded one, which the rest of a model keeps in any case.
+    """
+    if output.dtype == dtype:
+        return output, None
+    # XLA may leave out a conversion to `dtype` and back, but it never leaves out this operation.
+    # The exponent keeps its 8 bits, since with fewer the small numbers of float16 would become 0.
+    rounded = jax.lax.reduce_precision(output, exponent_bits=8, mantissa_bits=jnp.finfo(dtype).nmant)
+    return output.astype(dtype), (output - rounded).astype(dtype)
+
+
+def sum_rows(output: jax.Array, lost: jax.Array | None, g: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Each query's sum over H of output times `g`, taken in `dtype` from what `round_output` returned.
+
+    The backward pass subtracts it from the products of `g` and the values. With few keys these
+    differ little, and the sum of a rounded output would be off by as much as they differ.
+    """
+    whole = output.astype(dtype) if lost is None else output.astype(dtype) + lost.astype(dtype)
+    return jnp.sum(whole * g.astype(dtype), axis=-1)
 
 
 def sinks_gradient(sinks_N: jax.Array | None, lse: jax.Array, row_sums: jax.Array) -> jax.Array | None:
     """A sink's probability times the gradient of its logit, which has no value to add to it; of lse and row sums [..., N]."""
     if sinks_N is None:
         return None
-    probs = jnp.exp(sinks_N - jnp.where(jnp.isfinite(lse), lse, 0))
-    return -jnp.sum(probs * row_sums, axis=tuple(range(lse.ndim - 1))).astype(sinks_N.dtype)
+    with own_settings(lse.dtype):
+        probs = jnp.exp(sinks_N.astype(lse.dtype) - jnp.where(jnp.isfinite(lse), lse, 0))
+        return -jnp.sum(probs * row_sums, axis=tuple(range(lse.ndim - 1))).astype(sinks_N.dtype)
 
 
 def _run(which: str, implementation: Name | Implementation | None, options: Options, arrays: tuple[Any, ...]) -> Any:
     """One pass. The platform is asked for when the program is lowered, so that it may be another than the one at hand."""
+    with own_settings(arrays[0].dtype):
+        return _run_on_platform(which, implementation, options, arrays)
+
+
+def _run_on_platform(which: str, implementation: Name | Implementation | None, options: Options, arrays: tuple[Any, ...]) -> Any:
     if implementation is None:
         tpu, blockwise = (_function(which, Implementation.of(name, options), options) for name in ("tpu", "blockwise"))
         return jax.lax.platform_dependent(*arrays, tpu=tpu, default=blockwise)
@@ -155,16 +198,17 @@ def _attend(implementation: Name | Implementation | None, options: Options, *arr
 def _forward(
     implementation: Name | Implementation | None, options: Options, *arrays: Any
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[Any, ...]]:
-    output, lse = attention_forward(implementation, options, *arrays)
-    return (output, lse), (arrays, output, lse)
+    output, lse = attention_forward(implementation, dataclasses.replace(options, partial=True), *arrays)
+    output, lost = round_output(output, arrays[0].dtype)
+    return (output, lse), (arrays, output, lost, lse)
 
 
 def _backward(
     implementation: Name | Implementation | None, options: Options, residuals: tuple[Any, ...], gradients: tuple[jax.Array, jax.Array]
 ) -> tuple[Any, ...]:
-    arrays, output, lse_BTN = residuals
+    arrays, output, lost, lse_BTN = residuals
     g_BTNH, g_lse_BTN = gradients
-    row_sums_BTN = jnp.sum(output.astype(lse_BTN.dtype) * g_BTNH.astype(lse_BTN.dtype), axis=-1) - g_lse_BTN
+    row_sums_BTN = sum_rows(output, lost, g_BTNH, lse_BTN.dtype) - g_lse_BTN
     of_qkv = attention_backward(implementation, options, *arrays, lse_BTN=lse_BTN, g_BTNH=g_BTNH, row_sums_BTN=row_sums_BTN)
     return *of_qkv, sinks_gradient(arrays[3], lse_BTN, row_sums_BTN), None, None, None
 

@@ -222,5 +222,7 @@ def _check_arrays(q: Any, k: Any, v: Any, sinks: Any, q_ids: Any, kv_ids: Any) -
         raise ValueError("q_segment_ids and kv_segment_ids must be given together")
     if q_ids is not None and (q_ids.shape != q.shape[:2] or kv_ids.shape != k.shape[:2]):
         raise ValueError(f"q_segment_ids {q_ids.shape} and kv_segment_ids {kv_ids.shape} must be {q.shape[:2]} and {k.shape[:2]}")
+    if q_ids is not None and not {q_ids.dtype.kind, kv_ids.dtype.kind} <= set("iub"):
+        raise ValueError(f"q_segment_ids {q_ids.dtype} and kv_segment_ids {kv_ids.dtype} must be integers")
     if sinks is not None and sinks.shape != q.shape[2:3]:
         raise ValueError(f"sinks {sinks.shape} must be {q.shape[2:3]}, one for each head of q {q.shape}")

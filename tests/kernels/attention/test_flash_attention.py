@@ -199,3 +199,9 @@ def test_bad_input_is_told_in_a_line(changes, message):
     with pytest.raises(ValueError, match=message) as raised:
         flash_attention(*(jnp.zeros(shape, dtype) for shape in shapes.values()), **arrays)
     assert "\n" not in str(raised.value)
+
+
+def test_ids_that_are_no_integers_are_refused():
+    q, ids = jnp.zeros((1, 8, 2, 16)), jnp.zeros((1, 8))
+    with pytest.raises(ValueError, match="q_segment_ids float32 and kv_segment_ids float32 must be integers"):
+        flash_attention(q, q, q, q_segment_ids=ids, kv_segment_ids=ids)
