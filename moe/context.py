@@ -18,7 +18,6 @@ from moe.kernels.attention import (
     attention_backward,
     attention_forward,
     flash_attention,
-    plain_dtypes,
     round_output,
     sinks_gradient,
     sum_rows,
@@ -54,7 +53,6 @@ def ring_attention(
     if q_BTNH.shape[1] != k_BSKH.shape[1]:
         raise ValueError(f"q {q_BTNH.shape} and k {k_BSKH.shape} must hold the same tokens (T/P) of one sequence")
     options = make_options(q_BTNH, causal, window, softcap, scale, partial=True)
-    sinks, segment_ids, _ = plain_dtypes(q_BTNH, sinks, segment_ids, None)
     order = chunk_order(options, jax.lax.axis_size(axis_name), q_BTNH.shape[1])
     q, k, v, ids = (None if x is None else _deal(axis_name, order, x) for x in (q_BTNH, k_BSKH, v_BSKH, segment_ids))
     return _collect(axis_name, order, _ring(_Ring(axis_name, implementation, options, order), q, k, v, sinks, ids))
@@ -98,7 +96,7 @@ def ulysses_attention(
 
 def _copy_heads(x_BSKH: jax.Array, copies: int) -> jax.Array:
     """Repeats each head, as float32, so that autodiff adds up the copies' gradients in float32."""
-    return jnp.repeat(x_BSKH.astype(jnp.promote_types(x_BSKH.dtype, jnp.float32)), copies, axis=2).astype(x_BSKH.dtype)
+    return jnp.repeat(x_BSKH.astype(np.promote_types(x_BSKH.dtype, np.float32)), copies, axis=2).astype(x_BSKH.dtype)
 
 
 Order = tuple[tuple[int, ...], ...]  # the chunks that each rank computes with
@@ -201,7 +199,7 @@ _differentiate = jax.jit(attention_backward, static_argnums=(0, 1))
 
 
 def _ring_forward(ring: _Ring, q: jax.Array, k: jax.Array, v: jax.Array, sinks_N: Any, ids: Any) -> tuple[jax.Array, tuple[Any, ...]]:
-    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    dtype = np.promote_types(q.dtype, np.float32)
     total = jnp.zeros((*q.shape[:-1], v.shape[-1]), dtype), jnp.full(q.shape[:-1], -jnp.inf, dtype)
     visitors = k, v, ids
     for step in plan(ring.options, ring.order, q.shape[2]):

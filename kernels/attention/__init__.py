@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from moe.kernels.attention import cudnn
 from moe.kernels.attention.choice import Implementation, Name, choose, describe, obstacle, supported, why_not
@@ -94,16 +95,10 @@ def flash_attention(
             raise NotImplementedError(f"{name!r} cannot do this attention, for {reason}: 'blockwise' can")
         if name == "cudnn":
             return cudnn.attend(call.options, q_BTNH, k_BSKH, v_BSKH)
-    arrays = q_BTNH, k_BSKH, v_BSKH, *plain_dtypes(q_BTNH, sinks, q_segment_ids, kv_segment_ids)
+    arrays = q_BTNH, k_BSKH, v_BSKH, sinks, q_segment_ids, kv_segment_ids
     shift = jnp.asarray(q_offset, jnp.int32) - jnp.asarray(kv_offset, jnp.int32)
     output, lse = _attend(implementation, call.options, *arrays, shift)
     return (output, lse) if return_lse else output
-
-
-def plain_dtypes(q_BTNH: jax.Array, sinks_N: Any, q_ids_BT: Any, kv_ids_BS: Any) -> tuple[jax.Array | None, ...]:
-    """Sinks in the dtype of sums, and ids as int32: what all implementations take. None stays None."""
-    dtypes = jnp.promote_types(q_BTNH.dtype, jnp.float32), jnp.int32, jnp.int32
-    return tuple(None if x is None else jnp.asarray(x).astype(d) for x, d in zip((sinks_N, q_ids_BT, kv_ids_BS), dtypes, strict=True))
 
 
 def attention_forward(implementation: Name | Implementation | None, options: Options, *arrays: Any) -> tuple[jax.Array, jax.Array]:
@@ -160,15 +155,21 @@ def sinks_gradient(sinks_N: jax.Array | None, lse: jax.Array, row_sums: jax.Arra
     """A sink's probability times the gradient of its logit, which has no value to add to it; of lse and row sums [..., N]."""
     if sinks_N is None:
         return None
+    logits = sinks_N.astype(lse.dtype)
     with own_settings(lse.dtype):
-        probs = jnp.exp(sinks_N.astype(lse.dtype) - jnp.where(jnp.isfinite(lse), lse, 0))
-        return -jnp.sum(probs * row_sums, axis=tuple(range(lse.ndim - 1))).astype(sinks_N.dtype)
+        probs = jnp.exp(logits - jnp.where(jnp.isfinite(lse), lse, 0))
+        gradient = -jnp.sum(probs * row_sums, axis=tuple(range(lse.ndim - 1)))
+    return gradient.astype(sinks_N.dtype)
 
 
 def _run(which: str, implementation: Name | Implementation | None, options: Options, arrays: tuple[Any, ...]) -> Any:
     """One pass. The platform is asked for when the program is lowered, so that it may be another than the one at hand."""
-    with own_settings(arrays[0].dtype):
-        return _run_on_platform(which, implementation, options, arrays)
+    q, k, v, sinks, *ids_and_shift = arrays[:7]
+    # In the dtypes that all implementations know: of a process with 64-bit types they may come in these.
+    sinks = None if sinks is None else jnp.asarray(sinks, np.promote_types(q.dtype, np.float32))
+    ids_and_shift = (None if x is None else jnp.asarray(x, jnp.int32) for x in ids_and_shift)
+    with own_settings(q.dtype):
+        return _run_on_platform(which, implementation, options, (q, k, v, sinks, *ids_and_shift, *arrays[7:]))
 
 
 def _run_on_platform(which: str, implementation: Name | Implementation | None, options: Options, arrays: tuple[Any, ...]) -> Any:

@@ -8,6 +8,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Options:
 
     def result_dtype(self, dtype: jnp.dtype) -> jnp.dtype:
         """Of the output and the gradients of arrays of this dtype: theirs, or of parts that in which sums are taken."""
-        return jnp.promote_types(dtype, jnp.float32) if self.partial else dtype
+        return np.promote_types(dtype, np.float32) if self.partial else dtype
 
 
 Window = tuple[int | None, int | None]  # how far a query sees to the left and to the right; None is no limit
