@@ -65,12 +65,16 @@ def flash_attention(
 
     With `return_lse` the result is (output, lse): the log-sum-exp of each query's logits, sinks included, [B, T, N] in float32, or float64
     for float64. A query that sees nothing has output 0 and lse of minus infinity, or its sink. Differentiable once, in reverse mode, in q,
-    k, v and sinks, by way of output and lse. Raises ValueError for arguments that do not agree.
+    k, v and sinks, by way of output and lse. "reference" has second derivatives, too, and "blockwise" has them in forward over reverse
+    mode (jax.hessian). Raises ValueError for arguments that do not agree.
+
+    A key that is masked for a query may be NaN or infinite: the outputs of queries that do not see it do not change. A value may not, nor
+    any number in the backward pass: a weight of 0 times NaN is NaN, and reaches the queries of all blocks that meet the block it is in.
 
     Implementations: "blockwise", in plain JAX; "tpu", Pallas kernels for TPUs, interpreted on a CPU; "hopper" and "cudnn", on NVIDIA
     GPUs; "hopper_fused", "hopper" with gradients of q that are summed in no fixed order; "reference". `choose` gives the fastest on a
     chip, with its blocks. None takes the TPU's kernels on TPUs, and blockwise elsewhere. Raises NotImplementedError for one that cannot
-    do the call.
+    do the call. For jax.export the batch may be symbolic with "blockwise", and any dimension with "reference".
     """
     call = describe(
         q_BTNH,
@@ -92,7 +96,8 @@ def flash_attention(
     if implementation is not None:
         name = implementation.name if isinstance(implementation, Implementation) else implementation
         if reason := obstacle(name, call):
-            raise NotImplementedError(f"{name!r} cannot do this attention, for {reason}: 'blockwise' can")
+            able = next(other for other in ("blockwise", "reference") if not obstacle(other, call))
+            raise NotImplementedError(f"{name!r} cannot do this attention, for {reason}: {able!r} can")
         if name == "cudnn":
             return cudnn.attend(call.options, q_BTNH, k_BSKH, v_BSKH)
     arrays = q_BTNH, k_BSKH, v_BSKH, sinks, q_segment_ids, kv_segment_ids
@@ -177,18 +182,32 @@ def _run_on_platform(which: str, implementation: Name | Implementation | None, o
         tpu, blockwise = (_function(which, Implementation.of(name, options), options) for name in ("tpu", "blockwise"))
         return jax.lax.platform_dependent(*arrays, tpu=tpu, default=blockwise)
     implementation = Implementation.of(implementation, options)
-    function = _function(which, implementation, options)
     if implementation.name == "tpu":
-        return jax.lax.platform_dependent(*arrays, tpu=function, cpu=functools.partial(function, interpret=True))
-    return function(*arrays)
+        tpu, cpu = (_function(which, implementation, options, interpret=interpret) for interpret in (False, True))
+        return jax.lax.platform_dependent(*arrays, tpu=tpu, cpu=cpu)
+    return _function(which, implementation, options)(*arrays)
 
 
-def _function(which: str, implementation: Implementation, options: Options) -> Any:
+def _function(which: str, implementation: Implementation, options: Options, **keywords: Any) -> Any:
     """`forward` or `backward` of an implementation, whose file is imported only now: Pallas takes a second."""
     name = FILES.get((which, implementation.name), implementation.name)
     module = importlib.import_module(f"moe.kernels.attention.{name}")
     blocks = {} if implementation.blocks is None else {"blocks": implementation.blocks}
-    return functools.partial(getattr(module, which), options, **blocks)
+    function = functools.partial(getattr(module, which), options, **blocks, **keywords)
+    return function if implementation.name in ("blockwise", "reference") else _differentiable_once(implementation.name, function)
+
+
+def _differentiable_once(name: Name, kernel: Any) -> Any:
+    """Makes a kernel say so where it is to be differentiated: Pallas would fail without a word."""
+    guarded = jax.custom_jvp(kernel)
+
+    @guarded.defjvp
+    def _(primals: Any, tangents: Any) -> Any:
+        raise NotImplementedError(
+            f"{name!r} attention has no second derivatives: take implementation='reference', or 'blockwise' for forward over reverse mode"
+        )
+
+    return guarded
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

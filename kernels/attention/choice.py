@@ -25,6 +25,7 @@ class Call:
     """What of a call decides who can do it."""
 
     dtype: str
+    batch: int  # this and the lengths may be symbolic, for jax.export
     lengths: tuple[int, int]  # T and S
     widths: tuple[int, int]  # H of keys and of values
     options: Options
@@ -110,6 +111,7 @@ def describe(
     check(q, k, v, sinks, q_segment_ids, kv_segment_ids, window, softcap, scale)
     return Call(
         q.dtype.name,
+        q.shape[0],
         (q.shape[1], k.shape[1]),
         (k.shape[3], v.shape[3]),
         make_options(q, causal, window, softcap, scale),
@@ -122,6 +124,10 @@ def describe(
 
 def obstacle(implementation: Name, call: Call, chip: str | None = None) -> str | None:
     """What keeps an implementation from doing a call (on `chip`, if given); None where nothing does."""
+    if implementation != "reference" and not all(isinstance(x, int) for x in call.lengths):
+        return f"it takes lengths that are numbers, not {call.lengths[0]} and {call.lengths[1]}"
+    if implementation not in ("blockwise", "reference") and not isinstance(call.batch, int):
+        return f"it takes a batch that is a number, not {call.batch}"
     if implementation == "tpu":
         return _obstacle_to_tpu(call, chip)
     if implementation == "hopper":

@@ -58,7 +58,7 @@ def test_the_last_queries_of_a_sequence_are_those_of_flash_attention():
     whole = flash_attention(q, k, v, causal=True, **keywords)
     for last in (1, 3):
         positions = jnp.broadcast_to(jnp.arange(300 - last, 300), (2, last))
-        np.testing.assert_allclose(decode_attention(q[:, -last:], k, v, positions, **keywords), whole[:, -last:], atol=1e-6)
+        np.testing.assert_allclose(decode_attention(q[:, -last:], k, v, positions, **keywords), whole[:, -last:], rtol=0, atol=1e-5)
 
 
 def test_of_several_layers_one_is_read():
@@ -68,7 +68,7 @@ def test_of_several_layers_one_is_read():
     for layer in range(3):
         others = jnp.arange(3)[:, None, None, None, None] != layer
         output = jax.jit(decode_attention)(q, *(jnp.where(others, jnp.nan, x) for x in (k, v)), positions, layer=layer)
-        np.testing.assert_allclose(output, decode_attention(q, k[layer], v[layer], positions), atol=1e-6)
+        np.testing.assert_allclose(output, decode_attention(q, k[layer], v[layer], positions), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -91,7 +91,7 @@ def test_a_query_beyond_the_cache_gives_nan():
     q, k, v = (jnp.float32(rng.normal(size=shape)) for shape in ((3, 1, 4, 8), (3, 20, 2, 8), (3, 20, 2, 8)))
     inside = decode_attention(q, k, v, jnp.array([[3], [19], [19]]))
     output = decode_attention(q, k, v, jnp.array([[3], [20], [10**6]]))
-    np.testing.assert_allclose(output[0], inside[0], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(output[0], inside[0], rtol=0, atol=1e-5)
     assert np.isnan(output[1:]).all()
 
 

@@ -45,7 +45,7 @@ def test_a_window_of_one_token_gives_its_value():
     rng = np.random.default_rng(0)
     q, k, v = (np.float32(rng.normal(size=(2, 5, 2, 8))) for _ in range(3))
     for keywords in ({"causal": True, "window": (0, 0)}, {"window": (0, 0)}, {"causal": True, "window": (0, 3)}):
-        np.testing.assert_allclose(flash(None, q, k, v, None, **keywords)[0], v, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(flash(None, q, k, v, None, **keywords)[0], v, rtol=0, atol=1e-5)
 
 
 def test_limits_beyond_int32_are_none():
@@ -53,4 +53,4 @@ def test_limits_beyond_int32_are_none():
     q, k, v = (np.float32(rng.normal(size=(1, 5, 2, 8))) for _ in range(3))
     whole = flash(None, q, k, v, None, causal=True)[0]
     for left in (2**30, 2**40):
-        np.testing.assert_allclose(flash(None, q, k, v, None, causal=True, window=(left, 0))[0], whole, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(flash(None, q, k, v, None, causal=True, window=(left, 0))[0], whole, rtol=0, atol=1e-5)
