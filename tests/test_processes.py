@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 CONFIG = RunConfig(
     model=ModelConfig(num_layers=2, model_dim=16, feed_forward_dim=24, num_heads=2, num_kv_heads=1, head_dim=8, compute_dtype="float32"),
     data=DataConfig(sequence_length=64),
-    optimizer=OptimizerConfig(learning_rate=0.01, warmup_steps=2),
+    optimizer=OptimizerConfig(learning_rate=0.01, warmup_fraction=1 / 3),
     mesh=MeshConfig(data=2, fsdp=2),
     train=TrainConfig(steps=6, batch_size=8, log_every=1, eval_every=3, eval_batches=1, checkpoint_every=3),
     tracking=TrackingConfig(tensorboard=False),

@@ -40,7 +40,7 @@ def config(data_directory):
     return RunConfig(
         model=MODEL,
         data=DataConfig(sequence_length=64, directory=data_directory),
-        optimizer=OptimizerConfig(learning_rate=0.01, warmup_steps=2),
+        optimizer=OptimizerConfig(learning_rate=0.01, warmup_fraction=0.25),
         train=TrainConfig(steps=8, batch_size=8, log_every=1, eval_every=4, eval_batches=1, checkpoint_every=3),
         tracking=TrackingConfig(tensorboard=False),
     )
@@ -206,7 +206,7 @@ def test_a_step_that_was_not_saved_is_refused(uninterrupted):
 def test_a_run_that_is_not_finite_stops_and_keeps_its_last_checkpoint(config, tmp_path):
     config = dataclasses.replace(
         config,
-        optimizer=dataclasses.replace(config.optimizer, learning_rate=1e30, warmup_steps=1),
+        optimizer=dataclasses.replace(config.optimizer, learning_rate=1e30, warmup_fraction=0.125),
         train=dataclasses.replace(config.train, max_skipped_steps=3, checkpoint_every=1),
     )
     with pytest.raises(trainer.Diverged, match="3 updates in a row"):

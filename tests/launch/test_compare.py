@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 TINY = RunConfig(
     model=ModelConfig(num_layers=1, model_dim=16, feed_forward_dim=24, num_heads=2, num_kv_heads=1, head_dim=8),
     data=DataConfig(sequence_length=64),
-    optimizer=OptimizerConfig(learning_rate=0.05, warmup_steps=1),
+    optimizer=OptimizerConfig(learning_rate=0.05, warmup_fraction=0.25),
     train=TrainConfig(steps=4, batch_size=8, log_every=1, eval_every=4, eval_batches=1, checkpoint_every=2),
     tracking=TrackingConfig(tensorboard=False),
 )

@@ -37,7 +37,7 @@ def workdir(tmp_path_factory, data_directory):
     config = RunConfig(
         model=ModelConfig(num_layers=1, model_dim=16, feed_forward_dim=24, num_heads=2, num_kv_heads=1, head_dim=8),
         data=DataConfig(sequence_length=64, directory=data_directory),
-        optimizer=OptimizerConfig(learning_rate=0.05, warmup_steps=1),
+        optimizer=OptimizerConfig(learning_rate=0.05, warmup_fraction=0.25),
         train=TrainConfig(steps=4, batch_size=8, log_every=1, eval_every=4, checkpoint_every=2),
         tracking=TrackingConfig(tensorboard=False),
     )
@@ -90,7 +90,7 @@ def test_benchmark_reports_rates_that_agree():
 
 
 def train(workdir, data_directory, **popen):
-    flags = SMALL | {"train.steps": 30, "train.checkpoint_every": 7, "data.directory": data_directory, "optimizer.warmup_steps": 1}
+    flags = SMALL | {"train.steps": 30, "train.checkpoint_every": 7, "data.directory": data_directory, "optimizer.warmup_fraction": 0.03}
     command = [sys.executable, "-m", "launch.train", "--config=configs/dense_tiny.py", f"--workdir={workdir}"]
     command += [f"--config.{name}={value}" for name, value in flags.items()]
     return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **popen)
