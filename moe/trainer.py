@@ -183,7 +183,7 @@ class Log:
     def __init__(self, config: RunConfig, program: Program, record: Record, start: int):
         self._config, self._record = config, record
         devices = list(program.mesh.devices.flat)
-        self._peak = peak_flops(devices, config.model.compute_dtype)
+        self._peak = peak_flops(devices)
         self._flops_per_token = training_flops_per_token(config.model, config.data.sequence_length)
         self._bar = tqdm(total=config.train.steps, initial=start, unit="step", disable=jax.process_index() > 0)
         self._pending: tuple[int, dict[str, Any]] | None = None
@@ -248,11 +248,9 @@ class Log:
             return {}
         seconds = time.perf_counter() - self._started
         tokens = self._config.train.batch_size * self._config.data.sequence_length * self._steps
-        values = {
-            "train/tokens_per_second": tokens / seconds,
-            "train/mfu": tokens / seconds * self._flops_per_token / self._peak,
-            "train/data_wait_fraction": self._waited / seconds,
-        }
+        values = {"train/tokens_per_second": tokens / seconds, "train/data_wait_fraction": self._waited / seconds}
+        if self._peak:
+            values["train/mfu"] = tokens / seconds * self._flops_per_token / self._peak
         self._restart_clock(time.perf_counter())
         return values
 
@@ -260,8 +258,10 @@ class Log:
 def postfix(values: Mapping[str, float]) -> dict[str, str]:
     """What the progress bar shows of a step's metrics."""
     texts = {"loss": f"{values['train/loss']:.3f}"}
+    if "train/tokens_per_second" in values:
+        texts["tokens/s"] = f"{values['train/tokens_per_second']:.3g}"
     if "train/mfu" in values:
-        texts |= {"tokens/s": f"{values['train/tokens_per_second']:.3g}", "MFU": f"{values['train/mfu']:.1%}"}
+        texts["MFU"] = f"{values['train/mfu']:.1%}"
     if "router/worst_max_vio" in values:
         texts["MaxVio"] = f"{values['router/worst_max_vio']:.2f}"
         if values["router/dropped_fraction"]:

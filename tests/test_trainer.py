@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import threading
+import types
 
 import jax
 import numpy as np
@@ -15,6 +16,7 @@ import pytest
 
 from moe import checkpoint, train_step, trainer
 from moe.config import ConfigError, DataConfig, MeshConfig, ModelConfig, MoEConfig, OptimizerConfig, RunConfig, TrackingConfig, TrainConfig
+from moe.scaling import hardware
 from moe.tracking import read_metrics, read_router
 
 MODEL = ModelConfig(num_layers=2, model_dim=16, feed_forward_dim=24, num_heads=2, num_kv_heads=1, head_dim=8, compute_dtype="float32")
@@ -326,10 +328,21 @@ def test_router_statistics_are_means_sums_and_largest_values():
     assert trainer.router_summary({}) == {}
 
 
+def test_an_mfu_is_only_of_a_peak_that_cannot_be_exceeded(config, uninterrupted):
+    """A rate measured on this machine can be: a run on CPUs has a speed and no MFU."""
+    timed = [line for line in read_metrics(uninterrupted) if "train/tokens_per_second" in line]
+    assert timed and not [line for line in timed if "train/mfu" in line]
+    h100 = types.SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3")
+    assert hardware.peak_flops([h100, h100]) == 2 * 989e12
+    assert hardware.peak_flops([h100, jax.devices()[0]]) is None
+
+
 def test_the_progress_bar_shows_what_there_is():
     dense = {"train/loss": 2.5, "train/skipped_steps": 0.0}
     assert trainer.postfix(dense) == {"loss": "2.500"}
-    speeds = {"train/tokens_per_second": 41234.0, "train/mfu": 0.5}
+    on_a_cpu = {"train/tokens_per_second": 41234.0}
+    assert trainer.postfix(dense | on_a_cpu) == {"loss": "2.500", "tokens/s": "4.12e+04"}
+    speeds = on_a_cpu | {"train/mfu": 0.5}
     assert trainer.postfix(dense | speeds) == {"loss": "2.500", "tokens/s": "4.12e+04", "MFU": "50.0%"}
     sparse = dense | {"router/worst_max_vio": 0.426, "router/dropped_fraction": 0.0}
     assert trainer.postfix(sparse) == {"loss": "2.500", "MaxVio": "0.43"}

@@ -85,7 +85,8 @@ def test_benchmark_reports_rates_that_agree():
     config = RunConfig(model=ModelConfig(num_layers=1), train=TrainConfig(batch_size=8), data=DataConfig(sequence_length=32))
     result = benchmark(config, trials=2)
     assert result["tokens_per_second"] == pytest.approx(8 * 32 / result["step_seconds"])
-    assert len(result["mfu_of_trials"]) == 2 and all(0 < ratio < 1.5 for ratio in result["mfu_of_trials"])
+    assert len(result["ratio_to_matmul_of_trials"]) == 2 and all(ratio > 0 for ratio in result["ratio_to_matmul_of_trials"])
+    assert "mfu" not in result  # what a CPU can do at most is not known
     assert result["devices"] == "8 x cpu" and result["temporary_bytes_per_device"] > 0
 
 
@@ -104,7 +105,7 @@ def wait_for_step(process, workdir, step):
 
 
 def deterministic(workdir):
-    timed = ("train/tokens_per_second", "train/mfu", "train/data_wait_fraction")
+    timed = ("train/tokens_per_second", "train/data_wait_fraction")
     return [{name: value for name, value in line.items() if name not in timed} for line in read_metrics(workdir)]
 
 
