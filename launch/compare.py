@@ -250,7 +250,7 @@ def main(values: flags.FlagValues) -> int:
     runs = plan(*read_experiment(config_flags.get_config_filename(values["config"]), base), workdir)
     if not values.report_only:
         # fit() has handlers of its own. Around it everything is saved, and SIGTERM may act at once, as Ctrl-C does.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
         from moe.trainer import Interrupted  # loads JAX, which bad input need not wait for
 
         try:

@@ -6,10 +6,10 @@ Examples:
 
 A run directory holds config.json, environment.jsonl, metrics.jsonl, tensorboard/ and checkpoints/, and of a model with experts
 router.jsonl. The same command on an existing run directory goes on from its latest checkpoint, to the same numbers bit for bit. Ctrl-C
-(SIGINT) and SIGTERM save before they stop.
+(SIGINT) and SIGTERM save before they stop; a second one of either stops at once.
 
-Exit codes: 0 trained to the end; 2 bad input, told in one line; 3 stopped, since too many updates in a row were not finite; 75 interrupted
-and saved, so that the same command goes on.
+Exit codes: 0 trained to the end; 2 bad input, told in one line; 3 stopped, since too many updates in a row were not finite; 75 interrupted,
+with all that was trained saved, so that the same command goes on; 130 and 143 stopped at once by a second SIGINT or SIGTERM.
 """
 
 import sys

@@ -4,8 +4,6 @@ import contextlib
 import dataclasses
 import logging
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -13,14 +11,15 @@ from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from moe import checkpoint, losses, sharding
 from moe.config import MeshConfig, RunConfig
 from moe.data.loader import evaluation_batches, make_loader
 from moe.data.prepare import PreparedRows, prepare
+from moe.progress import Bar
 from moe.scaling.flops import training_flops_per_token
 from moe.scaling.hardware import peak_flops
+from moe.signals import catch_signals
 from moe.tracking import MetricWriter, check_workdir, read_config, read_metrics, write_config, write_environment
 from moe.train_step import Program, TrainState, make_program
 
@@ -46,26 +45,34 @@ def fit(config: RunConfig, workdir: Path, devices: list[jax.Device] | None = Non
     validation_rows = prepare(config.data, config.data.validation_split)
     with contextlib.ExitStack() as stack:
         interrupted = stack.enter_context(catch_signals())
+        bar = stack.enter_context(Bar(config.train.steps, shown=jax.process_index() == 0))
         checkpoints = stack.enter_context(checkpoint.open_checkpoints(workdir, config))
+        latest = checkpoints.latest_step()
+        bar.show("initialising the parameters" if latest is None else f"restoring step {latest}")
         state = first_state(checkpoints, program, train_rows)
         start = int(state.step)
         record = stack.enter_context(open_records(workdir, config, program, start))
-        log = stack.enter_context(Log(config, program, record, start))
+        log = Log(config, program, record, bar)
         batches = stack.enter_context(train_batches(config, program, train_rows, int(state.examples)))
         stack.enter_context(jax.set_mesh(program.mesh))
+        bar.show(f"{'starting' if latest is None else f'resuming from step {start}'}: compiling the training step")
         for step in range(start + 1, config.train.steps + 1):
             state, metrics = program.train_step(state, log.next_batch(batches))
             log.add(step, metrics)
             last, stop = step == config.train.steps, interrupted()
             if last or step % config.train.eval_every == 0:
                 log.pause()
+                bar.show(f"evaluating step {step}")
                 values = evaluate(config, program, state.variables, validation_rows)
                 record(step, {f"validation/{name}": value for name, value in values.items()})
             if last or stop or step % config.train.checkpoint_every == 0:
                 log.pause()  # a step's metrics are written before its checkpoint, so that resuming loses none
+                bar.show(f"{'stopping: ' if stop else ''}saving step {step}")
                 checkpoint.save(checkpoints, config, train_rows.sha256, state)
-            if stop and not last:
-                raise Interrupted(f"{workdir} stopped at step {step} and saved: run the same command again to go on")
+            if stop:
+                break
+    if interrupted():  # also in the last step or while it was saved, so that a caller does not begin another run
+        raise Interrupted(f"{workdir} stopped at step {int(state.step)} and saved: run the same command again to go on")
     return last_validation(workdir)
 
 
@@ -155,45 +162,16 @@ def last_validation(workdir: Path) -> dict[str, float]:
     return {name: value for line in lines[-1:] for name, value in line.items() if name.startswith("validation/")}
 
 
-@contextlib.contextmanager
-def catch_signals() -> Iterator[Callable[[], bool]]:
-    """Yields a function that tells whether SIGINT or SIGTERM has come; a second one of either acts at once."""
-    arrived = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield arrived.is_set  # only the main thread may have signal handlers
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def remember(number: int, _: Any) -> None:
-        arrived.set()
-        signal.signal(number, before[number])
-
-    for number in before:
-        signal.signal(number, remember)
-    try:
-        yield arrived.is_set
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 class Log:
-    """The progress bar and the metrics of training steps, read one step late so that devices never wait for the host."""
+    """The metrics of training steps, written and shown; read one step late so that devices never wait for the host."""
 
-    def __init__(self, config: RunConfig, program: Program, record: Record, start: int):
-        self._config, self._record = config, record
+    def __init__(self, config: RunConfig, program: Program, record: Record, bar: Bar):
+        self._config, self._record, self._bar = config, record, bar
         devices = list(program.mesh.devices.flat)
         self._peak = peak_flops(devices)
         self._flops_per_token = training_flops_per_token(config.model, config.data.sequence_length)
-        self._bar = tqdm(total=config.train.steps, initial=start, unit="step", disable=jax.process_index() > 0)
         self._pending: tuple[int, dict[str, Any]] | None = None
         self._restart_clock(None)
-
-    def __enter__(self) -> "Log":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._bar.close()
 
     def next_batch(self, batches: Iterator[Any]) -> Any:
         """The next batch; the wait for it is a metric."""
@@ -222,7 +200,7 @@ class Log:
         step, metrics = self._pending
         self._pending = None
         skipped_in_row = int(metrics["skipped_in_row"])  # waits for the step
-        self._bar.update()
+        self._bar.step(step)
         if self._started is None:
             self._restart_clock(time.perf_counter())
         else:
@@ -240,7 +218,7 @@ class Log:
         layers = {name: np.asarray(value) for name, value in metrics.get("router", {}).items()}
         values |= self._rates() | {f"router/{name}": value for name, value in router_summary(layers).items()}
         self._record(step, values, layers)
-        self._bar.set_postfix(postfix(values))
+        self._bar.show_metrics(postfix(values))
 
     def _rates(self) -> dict[str, float]:
         """Speeds since the clock was restarted, which this does again; none where no step has ended since."""

@@ -3,10 +3,14 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import textwrap
 import threading
 import types
 
@@ -17,6 +21,7 @@ import pytest
 from moe import checkpoint, train_step, trainer
 from moe.config import ConfigError, DataConfig, MeshConfig, ModelConfig, MoEConfig, OptimizerConfig, RunConfig, TrackingConfig, TrainConfig
 from moe.scaling import hardware
+from moe.signals import SIGNALS
 from moe.tracking import read_metrics, read_router
 
 MODEL = ModelConfig(num_layers=2, model_dim=16, feed_forward_dim=24, num_heads=2, num_kv_heads=1, head_dim=8, compute_dtype="float32")
@@ -216,16 +221,47 @@ def test_a_run_that_is_not_finite_stops_and_keeps_its_last_checkpoint(config, tm
     assert lines(tmp_path)[-1]["train/skipped_steps"] == 3.0
 
 
-def test_signals_are_remembered_once_and_handlers_come_back():
-    before = signal.getsignal(signal.SIGTERM)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_remembered_and_handlers_come_back(number, capfd):
+    before = [signal.getsignal(number) for number in SIGNALS]
     with trainer.catch_signals() as interrupted:
         assert not interrupted()
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         assert interrupted()
-        assert signal.getsignal(signal.SIGTERM) == before  # a second one acts as it would have
-    with trainer.catch_signals():
-        pass
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+    assert "a second signal stops at once" in capfd.readouterr().err
+    with trainer.catch_signals() as interrupted:
+        assert not interrupted()
+
+
+@pytest.mark.parametrize(("first", "second"), list(itertools.product(SIGNALS, SIGNALS)))
+def test_a_second_signal_of_either_kind_ends_a_process_that_runs_no_python(first, second):
+    """As while XLA compiles: the main thread waits in C, where Python calls no handlers."""
+    program = textwrap.dedent("""
+        import ctypes
+        from moe.signals import catch_signals
+        with catch_signals():
+            print("ready", flush=True)
+            ctypes.CDLL(None).select(0, None, None, None, ctypes.byref((ctypes.c_long * 2)(60, 0)))
+            ctypes.CDLL(None).select(0, None, None, None, ctypes.byref((ctypes.c_long * 2)(60, 0)))
+    """)
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(first)
+        while "stopping: this step is finished and saved first" not in process.stderr.readline():
+            pass
+        process.send_signal(second)
+        assert process.wait(20) == 128 + second
+        assert "stopped at once: what was trained since the last checkpoint is lost" in process.stderr.read()
+
+
+def test_a_signal_in_the_last_step_or_after_it_is_told_to_the_caller(config, tmp_path, monkeypatch):
+    """A comparison would go on to its next run. The run itself is whole."""
+    stop_at(monkeypatch, config.train.steps + 1)
+    with pytest.raises(trainer.Interrupted, match="stopped at step 8 and saved"):
+        trainer.fit(config, tmp_path)
+    monkeypatch.undo()
+    assert trainer.fit(config, tmp_path)["validation/loss"] > 0
 
 
 def test_fit_may_run_in_a_thread():

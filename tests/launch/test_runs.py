@@ -139,6 +139,32 @@ def test_a_signal_saves_and_exits_with_its_code(tmp_path, data_directory, number
 
 
 @pytest.mark.slow
+def test_a_run_whose_reader_has_left_trains_to_its_end(tmp_path, data_directory):
+    """As `2>&1 | head -1` leaves it, in the first step."""
+    process = train(tmp_path, data_directory)
+    process.stderr.read(1)
+    process.stderr.close()
+    process.stdout.close()
+    assert process.wait(200) == 0
+    assert read_metrics(tmp_path)[-1]["step"] == 30 and (tmp_path / "checkpoints" / "30").is_dir()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "module"), [("train", "absl"), ("train", "ml_collections"), ("train", "jaxlib._jax"), ("compare", "jaxlib._jax")]
+)
+def test_ctrl_c_during_imports_is_answered_in_one_line(tmp_path, command, module):
+    config = {"train": "configs/dense_tiny.py", "compare": "configs/experiments/moe_vs_dense.py"}[command]
+    arguments = [sys.executable, "-X", "importtime", "-m", f"launch.{command}", f"--workdir={tmp_path}", f"--config={config}"]
+    with subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+        imported = iter(process.stderr.readline, "")  # a line for each module, when it has been imported
+        assert any(line.split("|")[-1].strip() == module for line in imported)
+        process.send_signal(signal.SIGINT)
+        errors = [line for line in imported if not line.startswith("import time:")]
+        assert process.wait(20) == 75 and errors == ["interrupted: before there was anything to save\n"]
+
+
+@pytest.mark.slow
 def test_bad_input_is_answered_in_one_line_and_two_seconds(tmp_path):
     (tmp_path / "file").write_text("")
     cases = {
