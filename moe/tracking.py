@@ -86,7 +86,7 @@ class MetricWriter:
         for path in (self._metrics, self._router):
             _drop_later_lines(path, step)
         self._metrics.touch()  # a run that has logged nothing yet is a run all the same
-        self._tensorboard = _tensorboard_writer(workdir, step) if config.tensorboard else None
+        self._tensorboard = _tensorboard(workdir, step) if config.tensorboard else None
 
     def write(self, step: int, metrics: Mapping[str, Any], layers: Mapping[str, np.ndarray] | None = None) -> None:
         """Writes the scalars of one step (Python, numpy or JAX ones); metrics.jsonl holds them when this returns.
@@ -98,8 +98,7 @@ class MetricWriter:
         if layers:
             _append_line(self._router, step, {name: _rounded(value.tolist()) for name, value in layers.items()})
         if self._tensorboard:
-            for name, value in values.items():
-                self._tensorboard.add_scalar(name, value, step)
+            self._tensorboard.write(step, values)
 
     def close(self) -> None:
         if self._tensorboard:
@@ -194,11 +193,11 @@ def _drop_later_lines(path: Path, step: int) -> None:
     partial.replace(path)
 
 
-def _tensorboard_writer(workdir: Path, step: int) -> Any:
+def _tensorboard(workdir: Path, step: int) -> Any:
     # Imported here because reading metrics needs none of it, and it takes half a second.
-    from tensorboardX import SummaryWriter
+    from moe.tensorboard import TensorBoard
 
-    return SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1, flush_secs=10)
+    return TensorBoard(workdir / "tensorboard", step)
 
 
 def _version(package: str) -> str | None:
