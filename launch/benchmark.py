@@ -38,8 +38,10 @@ def benchmark(config: RunConfig, trials: int = 5) -> dict[str, Any]:
     from moe.scaling.flops import training_flops_per_token
     from moe.scaling.hardware import matmul_flops, peak_flops
     from moe.train_step import make_program
+    from moe.trainer import check_memory
 
     program = make_program(config)
+    check_memory(program.mesh, program.abstract_state, program.abstract_state.params)
     devices = list(program.mesh.devices.flat)
     size, length, dtype = config.train.batch_size, config.data.sequence_length, config.model.compute_dtype
     rows = random_rows(config, len(sharding.host_rows(program.mesh, size)))

@@ -21,7 +21,7 @@ from moe.progress import Stream
 
 # Exit codes. 0 is done; 1 is a bug or a broken machine, with its traceback.
 BAD_INPUT = 2
-DIVERGED = 3  # too many updates in a row skipped for a non-finite loss or gradient
+DIVERGED = 3  # too many updates in a row skipped for a non-finite loss or gradient, or a last validation that is not finite
 INTERRUPTED = 75  # sysexits.h's EX_TEMPFAIL: the state is saved, and the same command resumes
 
 Main = Callable[[flags.FlagValues], int | None]

@@ -8,8 +8,9 @@ A run directory holds config.json, environment.jsonl, metrics.jsonl, tensorboard
 router.jsonl. The same command on an existing run directory goes on from its latest checkpoint, to the same numbers bit for bit. Ctrl-C
 (SIGINT) and SIGTERM save before they stop; a second one of either stops at once.
 
-Exit codes: 0 trained to the end; 2 bad input, told in one line; 3 stopped, since too many updates in a row were not finite; 75 interrupted,
-with all that was trained saved, so that the same command goes on; 130 and 143 stopped at once by a second SIGINT or SIGTERM.
+Exit codes: 0 trained to the end; 2 bad input, told in one line; 3 stopped, since too many updates in a row were not finite, or trained to
+the end without a finite result; 75 interrupted, with all that was trained saved, so that the same command goes on; 130 and 143 stopped at
+once by a second SIGINT or SIGTERM.
 """
 
 import sys

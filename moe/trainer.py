@@ -13,12 +13,12 @@ import jax
 import numpy as np
 
 from moe import checkpoint, losses, sharding
-from moe.config import MeshConfig, RunConfig
+from moe.config import ConfigError, MeshConfig, RunConfig
 from moe.data.loader import evaluation_batches, make_loader
 from moe.data.prepare import PreparedRows, prepare
 from moe.progress import Bar
 from moe.scaling.flops import training_flops_per_token
-from moe.scaling.hardware import peak_flops
+from moe.scaling.hardware import memory_bytes, peak_flops
 from moe.signals import catch_signals
 from moe.tracking import MetricWriter, check_workdir, read_config, read_metrics, write_config, write_environment
 from moe.train_step import Program, TrainState, make_program
@@ -31,7 +31,7 @@ class Interrupted(Exception):
 
 
 class Diverged(Exception):
-    """Too many updates in a row had a loss or gradient that was not finite."""
+    """Too many updates in a row had a loss or gradient that was not finite, or the validation of the last state is not."""
 
 
 def fit(config: RunConfig, workdir: Path, devices: list[jax.Device] | None = None) -> dict[str, float]:
@@ -41,6 +41,7 @@ def fit(config: RunConfig, workdir: Path, devices: list[jax.Device] | None = Non
     """
     check_workdir(workdir, config)
     program = make_program(config, devices)
+    check_memory(program.mesh, program.abstract_state, program.abstract_state.params)  # a gradient is as large as the parameters
     train_rows = prepare(config.data, config.data.train_split)
     validation_rows = prepare(config.data, config.data.validation_split)
     with contextlib.ExitStack() as stack:
@@ -73,7 +74,42 @@ def fit(config: RunConfig, workdir: Path, devices: list[jax.Device] | None = Non
                 break
     if interrupted():  # also in the last step or while it was saved, so that a caller does not begin another run
         raise Interrupted(f"{workdir} stopped at step {int(state.step)} and saved: run the same command again to go on")
-    return last_validation(workdir)
+    metrics = last_validation(workdir)
+    check_outcome(int(state.step), int(state.skipped), metrics)
+    return metrics
+
+
+def check_memory(mesh: jax.sharding.Mesh, *trees: Any) -> None:
+    """Raises ConfigError where arrays of these shapes and shardings cannot fit in the memory of the mesh's devices, before any is made."""
+    devices = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+    sharers = len(devices) if devices[0].platform == "cpu" else 1  # a CPU's virtual devices share the machine's memory
+    needed = sharers * sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(trees))
+    memory = memory_bytes(devices[0])
+    if needed > memory:
+        raise ConfigError(
+            f"config.model takes {needed / 2**30:.1f} GiB of memory without its activations, and there are {memory / 2**30:.1f} GiB: "
+            "split it over more devices (mesh.fsdp), or set a smaller model"
+        )
+
+
+def check_finite(checkpoint_path: Path, variables: Any) -> None:
+    """Raises ConfigError naming the first of a checkpoint's variables that holds NaN or an infinity."""
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(variables)[0]:
+        if not jax.numpy.isfinite(leaf).all():
+            raise ConfigError(
+                f"{checkpoint_path} holds numbers that are not finite in {jax.tree_util.keystr(keys, simple=True, separator='/')}: "
+                "set the step to that of an earlier checkpoint"
+            )
+
+
+def check_outcome(step: int, skipped: int, metrics: Mapping[str, float]) -> None:
+    """Raises Diverged where a run came to its end without learning: every update was skipped, or the validation is not finite."""
+    advice = "lower optimizer.learning_rate, or look at the data"
+    if step and skipped == step:
+        raise Diverged(f"step {step}: every update had a loss or gradient that was not finite, and was skipped: {advice}")
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            raise Diverged(f"step {step}: {name} is {value}: {advice}")
 
 
 def first_state(checkpoints: Any, program: Program, rows: PreparedRows) -> TrainState:
@@ -110,6 +146,7 @@ def load_run(workdir: Path, step: int | None = None) -> tuple[RunConfig, Program
     train = dataclasses.replace(config.train, batch_size=rows, accumulation=1)
     config = dataclasses.replace(config, mesh=mesh, train=train)
     program = make_program(config)
+    check_memory(program.mesh, program.abstract_state.variables)
     with checkpoint.read_checkpoints(workdir) as checkpoints:
         variables = checkpoint.restore_variables(checkpoints, program.abstract_state, step)
         return config, program, variables, checkpoints.latest_step() if step is None else step

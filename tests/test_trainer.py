@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 import os
 import shutil
 import signal
@@ -18,6 +19,10 @@ import jax
 import numpy as np
 import pytest
 
+from launch.benchmark import benchmark
+from launch.evaluate import evaluate
+from launch.generate import generate
+from launch.upcycle import upcycle
 from moe import checkpoint, train_step, trainer
 from moe.config import ConfigError, DataConfig, MeshConfig, ModelConfig, MoEConfig, OptimizerConfig, RunConfig, TrackingConfig, TrainConfig
 from moe.scaling import hardware
@@ -253,6 +258,60 @@ def test_a_second_signal_of_either_kind_ends_a_process_that_runs_no_python(first
         process.send_signal(second)
         assert process.wait(20) == 128 + second
         assert "stopped at once: what was trained since the last checkpoint is lost" in process.stderr.read()
+
+
+def test_a_short_run_whose_every_update_was_skipped_has_diverged(config, tmp_path, monkeypatch):
+    """It has too few steps for max_skipped_steps. The finished run says it again."""
+    train = dataclasses.replace(config.train, steps=2)
+    config = dataclasses.replace(config, train=train)
+    state = make_program(config).init_state()
+    broken = state.replace(params=jax.tree.map(lambda x: x * np.nan, state.params))
+    monkeypatch.setattr(trainer, "first_state", lambda *_: broken)
+    with pytest.raises(trainer.Diverged, match="step 2: every update had a loss or gradient that was not finite, and was skipped"):
+        trainer.fit(config, tmp_path)
+    monkeypatch.undo()
+    with pytest.raises(trainer.Diverged, match="step 2: every update"):
+        trainer.fit(config, tmp_path)
+    with pytest.raises(ConfigError, match="checkpoints/2 has a loss that is not finite: set --step to an earlier checkpoint"):
+        evaluate(tmp_path)
+    with pytest.raises(ConfigError, match=r"checkpoints/2 holds numbers that are not finite in params/.*: set the step to"):
+        generate(tmp_path, ["def "], max_new_tokens=2)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["validation/loss", "validation/bits_per_byte", "validation/max_vio"])
+def test_an_end_that_is_not_finite_has_diverged(name, value):
+    with pytest.raises(trainer.Diverged, match=f"step 8: {name} is {value}: lower optimizer.learning_rate"):
+        trainer.check_outcome(8, 0, {"validation/loss": 2.0, name: value})
+    trainer.check_outcome(8, 7, {"validation/loss": 2.0})
+    trainer.check_outcome(0, 0, {})
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_a_model_that_cannot_fit_is_refused_before_anything_is_made(config, tmp_path, monkeypatch, devices):
+    """Virtual CPU devices share one memory: what each of 8 holds counts 8 times."""
+    program = make_program(config, tuple(jax.devices()[:devices]))
+    state_bytes = sum(leaf.size * 4 for leaf in jax.tree.leaves(program.abstract_state))
+    params_bytes = sum(leaf.size * 4 for leaf in jax.tree.leaves(program.abstract_state.params))
+    needed = devices * (state_bytes + params_bytes)
+    monkeypatch.setattr(trainer, "prepare", lambda *_: pytest.fail("data was prepared"))
+    monkeypatch.setattr(trainer, "memory_bytes", lambda device: needed - 1)
+    with pytest.raises(ConfigError, match=r"config.model takes .* GiB of memory without its activations, and there are .* GiB: split it"):
+        trainer.fit(config, tmp_path, jax.devices()[:devices])
+    monkeypatch.setattr(trainer, "memory_bytes", lambda device: needed)
+    trainer.check_memory(program.mesh, program.abstract_state, program.abstract_state.params)
+
+
+def test_every_command_that_makes_a_state_looks_at_the_memory_first(config, uninterrupted, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "memory_bytes", lambda device: 1000)
+    sparse = dataclasses.replace(MODEL, moe=MoEConfig(num_experts=2, expert_dim=24))
+    for command in (
+        lambda: benchmark(config, trials=1),
+        lambda: trainer.load_run(uninterrupted),
+        lambda: upcycle(uninterrupted, dataclasses.replace(config, model=sparse), tmp_path / "upcycled"),
+    ):
+        with pytest.raises(ConfigError, match=r"config\.model takes 0\.0 GiB of memory"):
+            command()
 
 
 def test_a_signal_in_the_last_step_or_after_it_is_told_to_the_caller(config, tmp_path, monkeypatch):

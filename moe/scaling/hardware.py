@@ -1,5 +1,6 @@
-"""What a chip can do, to hold a program's FLOPs per second against."""
+"""What a chip can do, to hold a program's FLOPs per second against, and how much it has room for."""
 
+import os
 import statistics
 import time
 
@@ -29,6 +30,12 @@ def peak_flops(devices: list[jax.Device]) -> float | None:
     if not all(device.device_kind in PEAK_FLOPS for device in devices):
         return None
     return sum(PEAK_FLOPS[device.device_kind] for device in devices)
+
+
+def memory_bytes(device: jax.Device) -> int:
+    """The memory that JAX may take of a device; for a CPU all of the machine's, which its virtual devices share."""
+    stats = device.memory_stats() or {}  # a CPU has none
+    return stats.get("bytes_limit", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
 def matmul_flops(device: jax.Device, dtype: str, size: int = 2048, trials: int = 5) -> float:

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -240,3 +241,16 @@ def test_an_interrupted_experiment_goes_on(tmp_path: Path) -> None:
     assert output.splitlines()[-1].startswith("| sparse | ") and " | 2 | " in output
     assert f"run 2 of 4: {path.parent}\n" in errors and "run 1 of 4" not in errors
     assert len((path.parent / "environment.jsonl").read_text().splitlines()) == 2  # two starts, of which the second resumed
+
+
+def test_a_run_whose_loss_is_not_finite_is_no_result(tmp_path: Path) -> None:
+    """It came to its end, and is not trained again; the comparison is of the others, and its JSON has no NaN."""
+    runs = plan({"dense": TINY}, (0, 1), tmp_path)
+    for run, loss in zip(runs, (math.nan, 2.0), strict=True):
+        (run.workdir / "checkpoints" / "4").mkdir(parents=True)
+        lines = [{"step": 4, "train/loss": 2.5, "train/skipped_steps": 0.0}, {"step": 4, "validation/loss": loss}]
+        (run.workdir / "metrics.jsonl").write_text("".join(json.dumps(line).replace("NaN", '"NaN"') + "\n" for line in lines))
+    assert [(run.finished, run.diverged) for run in runs] == [(True, True), (True, False)]
+    compare(runs, tmp_path)
+    results = json.loads((tmp_path / "comparison.json").read_text(), parse_constant=pytest.fail)
+    assert results["dense"]["validation_loss"] == {"mean": 2.0, "standard_error": None, "of_seeds": {"1": 2.0}}
