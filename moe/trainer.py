@@ -16,11 +16,13 @@ from moe import checkpoint, losses, sharding
 from moe.config import ConfigError, MeshConfig, RunConfig
 from moe.data.loader import evaluation_batches, make_loader
 from moe.data.prepare import PreparedRows, prepare
+from moe.optimizer import make_schedule
+from moe.origin import Origin, find_origin, read_variables, write_origin
 from moe.progress import Bar
 from moe.scaling.flops import training_flops_per_token
 from moe.scaling.hardware import memory_bytes, peak_flops
 from moe.signals import catch_signals
-from moe.tracking import MetricWriter, check_workdir, read_config, read_metrics, write_config, write_environment
+from moe.tracking import CONFIG_FILE, MetricWriter, check_workdir, read_config, read_metrics, write_config, write_environment
 from moe.train_step import Program, TrainState, make_program
 
 Record = Callable[..., None]  # tracking.MetricWriter.write: (step, metrics by name, arrays over sparse layers by name)
@@ -34,12 +36,23 @@ class Diverged(Exception):
     """Too many updates in a row had a loss or gradient that was not finite, or the validation of the last state is not."""
 
 
-def fit(config: RunConfig, workdir: Path, devices: list[jax.Device] | None = None) -> dict[str, float]:
+def fit(
+    config: RunConfig,
+    workdir: Path,
+    devices: list[jax.Device] | None = None,
+    *,
+    init_from: Path | None = None,
+    init_step: int | None = None,
+) -> dict[str, float]:
     """Trains to `config.train.steps`, from the run's latest checkpoint if `workdir` has one; returns the last validation metrics.
+
+    These steps may be more than the run began with. A new run starts from the parameters of step `init_step` (the latest) of the run in
+    `init_from`, if that is given; all else of its state is new.
 
     Raises ConfigError for a workdir of another config, Interrupted on SIGINT or SIGTERM once the state is saved, and Diverged.
     """
     check_workdir(workdir, config)
+    origin = find_origin(workdir, config.model, init_from, init_step)
     program = make_program(config, devices)
     check_memory(program.mesh, program.abstract_state, program.abstract_state.params)  # a gradient is as large as the parameters
     train_rows = prepare(config.data, config.data.train_split)
@@ -51,7 +64,12 @@ def fit(config: RunConfig, workdir: Path, devices: list[jax.Device] | None = Non
         latest = checkpoints.latest_step()
         bar.show("initialising the parameters" if latest is None else f"restoring step {latest}")
         state = first_state(checkpoints, program, train_rows)
+        if latest is None and origin:
+            bar.show(f"restoring the parameters of step {origin.step} of {origin.run}")
+            state = start_from(origin, workdir, program, state)
+            checkpoint.save(checkpoints, config, train_rows.sha256, state)  # from here on the other run is not needed
         start = int(state.step)
+        report_new_schedule(workdir, config, state)
         record = stack.enter_context(open_records(workdir, config, program, start))
         log = Log(config, program, record, bar)
         batches = stack.enter_context(train_batches(config, program, train_rows, int(state.examples)))
@@ -77,6 +95,28 @@ def fit(config: RunConfig, workdir: Path, devices: list[jax.Device] | None = Non
     metrics = last_validation(workdir)
     check_outcome(int(state.step), int(state.skipped), metrics)
     return metrics
+
+
+def start_from(origin: Origin, workdir: Path, program: Program, state: TrainState) -> TrainState:
+    """The state of a new run with the model's variables of another run's checkpoint, which `workdir` notes down."""
+    variables = read_variables(origin, program.abstract_state)
+    check_finite(origin.run / "checkpoints" / str(origin.step), variables)
+    if jax.process_index() == 0:
+        write_origin(workdir, origin)
+    return state.replace(**variables)
+
+
+def report_new_schedule(workdir: Path, config: RunConfig, state: TrainState) -> None:
+    """Logs what the learning rate becomes where a run goes on to another number of steps than its config.json says."""
+    if not (workdir / CONFIG_FILE).exists():
+        return
+    before, update = read_config(workdir), int(state.step) - int(state.skipped)
+    if before.train.steps != config.train.steps:
+        rates = [float(make_schedule(run)(update)) for run in (before, config)]
+        logging.warning(
+            "train.steps is %d now, and was %d: at step %d the learning rate goes from %.3g, of the old schedule, to %.3g",
+            *(config.train.steps, before.train.steps, int(state.step), *rates),
+        )
 
 
 def check_memory(mesh: jax.sharding.Mesh, *trees: Any) -> None:

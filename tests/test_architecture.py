@@ -24,6 +24,7 @@ FLOORS = (
     ("attention", "experts"),
     ("data", "pipeline", "scaling", "transformer"),
     ("checkpoint", "generate", "tracking", "train_step", "upcycle"),
+    ("origin",),
     ("trainer",),
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS, start=-1) for name in names}

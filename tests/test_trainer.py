@@ -25,9 +25,12 @@ from launch.generate import generate
 from launch.upcycle import upcycle
 from moe import checkpoint, train_step, trainer
 from moe.config import ConfigError, DataConfig, MeshConfig, ModelConfig, MoEConfig, OptimizerConfig, RunConfig, TrackingConfig, TrainConfig
+from moe.optimizer import make_schedule
+from moe.origin import KEPT_MOE_FIELDS
 from moe.scaling import hardware
 from moe.signals import SIGNALS
 from moe.tracking import read_metrics, read_router
+from moe.upcycle import KEPT_FIELDS
 
 MODEL = ModelConfig(num_layers=2, model_dim=16, feed_forward_dim=24, num_heads=2, num_kv_heads=1, head_dim=8, compute_dtype="float32")
 
@@ -150,9 +153,128 @@ def test_another_mesh_restores_the_same_state_and_agrees(config, uninterrupted, 
 
 
 def test_another_config_is_refused_by_its_fields(config, uninterrupted):
-    other = dataclasses.replace(config, seed=1, train=dataclasses.replace(config.train, steps=9))
-    with pytest.raises(ConfigError, match=r"seed is 0 there and 1 here; train.steps is 8 there and 9 here"):
+    other = dataclasses.replace(config, seed=1, train=dataclasses.replace(config.train, steps=9, batch_size=16))
+    with pytest.raises(ConfigError, match=r"seed is 0 there and 1 here; train.batch_size is 8 there and 16 here"):
         trainer.fit(other, uninterrupted)
+
+
+def with_steps(config, steps):
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps))
+
+
+def test_a_finished_run_goes_on_to_more_steps_by_their_schedule(config, uninterrupted, tmp_path, monkeypatch):
+    """It is a run of 12 steps that was interrupted at 8, but for the learning rates that it had before."""
+    warnings = []
+    monkeypatch.setattr(trainer.logging, "warning", lambda text, *values: warnings.append(text % values))
+    shutil.copytree(uninterrupted, tmp_path, dirs_exist_ok=True)
+    longer = with_steps(config, 12)
+    trainer.fit(longer, tmp_path)
+    expected = [float(make_schedule(run)(step)) for run, steps in ((config, range(8)), (longer, range(8, 12))) for step in steps]
+    assert [line["train/learning_rate"] for line in lines(tmp_path) if "train/loss" in line] == pytest.approx(expected, rel=1e-5)
+    old, new = (float(make_schedule(run)(8)) for run in (config, longer))
+    assert warnings == [
+        f"train.steps is 12 now, and was 8: at step 8 the learning rate goes from {old:.3g}, of the old schedule, to {new:.3g}"
+    ]
+    assert lines(tmp_path)[: len(lines(uninterrupted))] == lines(uninterrupted)
+    assert json.loads((tmp_path / "config.json").read_text())["train"]["steps"] == 12
+    with pytest.raises(ConfigError, match=r"train.steps=8 is not more than the 12 steps that .* has trained: set train.steps to 12, or"):
+        trainer.fit(config, tmp_path)
+    trainer.fit(longer, tmp_path)
+    assert len(warnings) == 1
+
+
+def test_a_longer_run_equals_one_that_had_its_schedule_from_the_start(config, tmp_path, monkeypatch):
+    """With a constant learning rate the schedules agree, and the extended run is the longer one bit for bit."""
+    constant = dataclasses.replace(config.optimizer, warmup_fraction=0.0, final_learning_rate_fraction=1.0)
+    config = dataclasses.replace(config, optimizer=constant)
+    trainer.fit(with_steps(config, 4), tmp_path / "extended")
+    trainer.fit(with_steps(config, 8), tmp_path / "extended")
+    trainer.fit(with_steps(config, 8), tmp_path / "whole")
+    assert_same_run(with_steps(config, 8), tmp_path / "extended", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("steps", "refused"), [(2, True), (3, True), (4, False), (8, False), (12, False)])
+def test_an_interrupted_run_may_change_its_steps_to_more_than_it_has_trained(config, tmp_path, monkeypatch, steps, refused):
+    stop_at(monkeypatch, 3)
+    with pytest.raises(trainer.Interrupted):
+        trainer.fit(config, tmp_path)
+    if refused:
+        with pytest.raises(ConfigError, match=rf"train.steps={steps} is not more than the 3 steps"):
+            trainer.check_workdir(tmp_path, with_steps(config, steps))
+    else:
+        trainer.check_workdir(tmp_path, with_steps(config, steps))
+
+
+def fork_of(config, **train):
+    """Another schedule, batch size and seed, on the other split."""
+    optimizer = OptimizerConfig(learning_rate=1e-4, warmup_fraction=0.0, weight_decay=0.0)
+    train = dataclasses.replace(config.train, steps=4, eval_every=4, checkpoint_every=1, **train)
+    return dataclasses.replace(config, seed=1, optimizer=optimizer, train=train)
+
+
+def test_a_new_run_starts_from_anothers_parameters(config, uninterrupted, tmp_path, monkeypatch):
+    """Its loss at step 0 is the other's last validation loss; step, stream and moments are new. Resuming needs neither flag nor source."""
+    source, workdir = tmp_path / "source", tmp_path / "fork"
+    shutil.copytree(uninterrupted, source)
+    fork = fork_of(config, keep_last=9)
+    stop_at(monkeypatch, 2)
+    with pytest.raises(trainer.Interrupted):
+        trainer.fit(fork, workdir, init_from=source)
+    monkeypatch.undo()
+    assert json.loads((workdir / "origin.json").read_text()) == {"init_from": str(source), "step": 8}
+    first, last = saved_state(fork, workdir, 0), saved_state(config, source)
+    jax.tree.map(np.testing.assert_array_equal, *(jax.tree.map(np.asarray, state.params) for state in (first, last)))
+    assert (int(first.step), int(first.examples)) == (0, 0)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(first.opt_state))
+    rows = trainer.prepare(fork.data, "validation")
+    loss = trainer.evaluate(fork, make_program(fork), first.variables, rows)["loss"]
+    assert loss == pytest.approx(lines(source)[-1]["validation/loss"], rel=1e-5)
+    trainer.fit(fork, workdir, init_from=source, init_step=8)  # the same flags again
+    shutil.rmtree(source)
+    assert trainer.fit(fork, workdir)["validation/loss"] < loss + 0.01
+    with pytest.raises(ConfigError, match=r"fork started from step 8 of .*/source: leave out --init_from, or set another --workdir"):
+        trainer.fit(fork, workdir, init_from=uninterrupted)
+    with pytest.raises(ConfigError, match=r"fork started from step 8 of .*/source"):
+        trainer.fit(fork, workdir, init_from=source, init_step=6)
+
+
+def test_a_fork_killed_before_its_first_checkpoint_starts_from_the_same_step_again(config, uninterrupted, tmp_path, monkeypatch):
+    def kill(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "save", kill)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit(fork_of(config), tmp_path, init_from=uninterrupted, init_step=6)
+    monkeypatch.undo()
+    stop_at(monkeypatch, 1)
+    with pytest.raises(trainer.Interrupted):
+        trainer.fit(fork_of(config), tmp_path)
+    params = [saved_state(run, workdir, step).params for run, workdir, step in ((fork_of(config), tmp_path, 0), (config, uninterrupted, 6))]
+    jax.tree.map(np.testing.assert_array_equal, *(jax.tree.map(np.asarray, tree) for tree in params))
+
+
+def test_what_a_run_cannot_start_from_is_refused(config, uninterrupted, tmp_path):
+    def refused(message, workdir=tmp_path / "new", model=MODEL, **flags):
+        with pytest.raises(ConfigError, match=message):
+            trainer.fit(dataclasses.replace(config, model=model), workdir, **flags)
+
+    refused(r"--init_from=.*nothing is no run: set --init_from to the directory of a run", init_from=tmp_path / "nothing")
+    refused(r"no checkpoint of step 5: set --init_step to one of its steps \(6, 8\)", init_from=uninterrupted, init_step=5)
+    refused(r"holds a run that started from new parameters: leave out --init_from", workdir=uninterrupted, init_from=uninterrupted)
+    moe = MoEConfig(num_experts=2, expert_dim=24)
+    for field, value in (("rope_base", 5000.0), ("num_layers", 1), ("moe", moe)):
+        name = "moe.num_experts" if field == "moe" else field
+        model = dataclasses.replace(MODEL, **{field: value})
+        refused(rf"model.{name}=.* in the run to start from: set model.{name} to", model=model, init_from=uninterrupted)
+
+
+def test_every_field_of_a_model_may_differ_between_a_run_and_its_origin_or_not():
+    """A new field has to be put on one side: it changes the function of the same parameters, or it does not."""
+    free = {"compute_dtype", "remat", "scan_layers", "attention", "moe"}
+    assert {field.name for field in dataclasses.fields(ModelConfig)} == free | set(KEPT_FIELDS)
+    free = {"jitter", "balance_weight", "balance_scope", "z_weight", "bias_update_rate"}
+    free |= {"dispatch", "capacity_factor", "priority", "exchange", "receive_factor"}
+    assert {field.name for field in dataclasses.fields(MoEConfig)} == free | set(KEPT_MOE_FIELDS)
 
 
 def test_other_rows_are_refused(config, uninterrupted, monkeypatch):

@@ -149,8 +149,8 @@ def test_seeds_are_distinct_and_runs_of_the_same_config(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"seed=-1 is out of range"):
         plan({"dense": TINY}, (-1,), tmp_path)
     write_run(plan({"dense": TINY}, (0,), tmp_path)[0], [1.0])
-    with pytest.raises(ConfigError, match=r"dense/seed_0 holds a run of another config \(train.steps is 4 there and 5 here\)"):
-        plan({"dense": dataclasses.replace(TINY, train=dataclasses.replace(TINY.train, steps=5))}, (0,), tmp_path)
+    with pytest.raises(ConfigError, match=r"dense/seed_0 holds a run of another config \(train.log_every is 1 there and 5 here\)"):
+        plan({"dense": dataclasses.replace(TINY, train=dataclasses.replace(TINY.train, log_every=5))}, (0,), tmp_path)
 
 
 def test_a_comparison_needs_a_run_that_has_begun(tmp_path: Path) -> None:
