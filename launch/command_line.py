@@ -17,10 +17,11 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from moe.config import ConfigError, RunConfig
+from moe.progress import Stream
 
 # Exit codes. 0 is done; 1 is a bug or a broken machine, with its traceback.
 BAD_INPUT = 2
-DIVERGED = 3  # too many updates in a row skipped for a non-finite loss or gradient
+DIVERGED = 3  # too many updates in a row skipped for a non-finite loss or gradient, or a last validation that is not finite
 INTERRUPTED = 75  # sysexits.h's EX_TEMPFAIL: the state is saved, and the same command resumes
 
 Main = Callable[[flags.FlagValues], int | None]
@@ -56,6 +57,7 @@ def run(main: Main, description: str) -> NoReturn:
     Bad input (a flag, a config, a path) gets one line on stderr and exit code 2; any other error keeps its traceback. `--help` prints
     `description`, the flags this command defined, and the fields of --config if it is one of them.
     """
+    sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)  # `| head -1` ends what is shown, and not what is done
     app.run(functools.partial(_call, main), flags_parser=functools.partial(_parse, description))
 
 

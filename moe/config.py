@@ -199,7 +199,7 @@ class OptimizerConfig:
     """AdamW (Loshchilov & Hutter 2019) with linear warm-up, then a cosine to a fraction of the peak."""
 
     learning_rate: float = 1e-3
-    warmup_steps: int = 100
+    warmup_fraction: float = 0.1  # of train.steps, rounded to a whole number of steps
     final_learning_rate_fraction: float = 0.1
     weight_decay: float = 0.1
     beta1: float = 0.9
@@ -213,7 +213,11 @@ class OptimizerConfig:
         for name in ("beta1", "beta2"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ConfigError(f"{name}={getattr(self, name)} is not a decay: set {name} to at least 0.0 and less than 1.0")
-        check_not_negative(self, "warmup_steps", "weight_decay")
+        if not 0.0 <= self.warmup_fraction < 1.0:
+            raise ConfigError(
+                f"warmup_fraction={self.warmup_fraction} is not a part of the run: set warmup_fraction to at least 0.0 and less than 1.0"
+            )
+        check_not_negative(self, "weight_decay")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -309,11 +313,6 @@ class RunConfig:
                 f"model.vocab_size={self.model.vocab_size} is smaller than the byte tokenizer's {BYTE_VOCABULARY}: "
                 f"set model.vocab_size to at least {BYTE_VOCABULARY}"
             )
-        if self.optimizer.warmup_steps >= self.train.steps:
-            raise ConfigError(
-                f"optimizer.warmup_steps={self.optimizer.warmup_steps} leaves nothing of train.steps={self.train.steps}: "
-                f"set optimizer.warmup_steps to less than {self.train.steps}"
-            )
         if self.train.steps * self.train.batch_size >= 2**31:
             raise ConfigError(
                 f"train.steps={self.train.steps} times batch_size={self.train.batch_size} is more examples than an int32 counts: "
@@ -337,6 +336,11 @@ class RunConfig:
                 f"model.moe.capacity_factor={moe.capacity_factor} gives an expert less than one of a row's tokens: "
                 f"set model.moe.capacity_factor to at least {math.ceil(1000 / share) / 1000}"
             )
+
+    @property
+    def warmup_steps(self) -> int:
+        """The number of the update that has the peak learning rate; at least one step is left for the cosine."""
+        return min(round(self.optimizer.warmup_fraction * self.train.steps), self.train.steps - 1)
 
     @classmethod
     def from_config_dict(cls, config: ConfigDict | Mapping[str, Any]) -> "RunConfig":

@@ -18,7 +18,7 @@ def make_schedule(config: RunConfig) -> optax.Schedule:
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=peak,
-        warmup_steps=config.optimizer.warmup_steps,
+        warmup_steps=config.warmup_steps,
         decay_steps=config.train.steps,
         end_value=peak * config.optimizer.final_learning_rate_fraction,
     )

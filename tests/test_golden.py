@@ -116,7 +116,7 @@ def measure(model: str, dtype: str) -> dict[str, Any]:
     config = RunConfig(
         model=dataclasses.replace(MODELS[model], compute_dtype=dtype),
         data=DataConfig(sequence_length=inputs["batches/tokens"].shape[2]),
-        optimizer=OptimizerConfig(learning_rate=0.01, warmup_steps=1),
+        optimizer=OptimizerConfig(learning_rate=0.01, warmup_fraction=0.01),
         train=TrainConfig(steps=100, batch_size=inputs["batches/tokens"].shape[1], accumulation=2, loss_chunk=16),
     )
     program = make_program(config, jax.devices()[:1])

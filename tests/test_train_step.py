@@ -21,7 +21,7 @@ CONFIG = RunConfig(
         vocab_size=256, num_layers=2, model_dim=32, feed_forward_dim=48, num_heads=4, num_kv_heads=2, head_dim=8, compute_dtype="float32"
     ),
     data=DataConfig(sequence_length=16),
-    optimizer=OptimizerConfig(warmup_steps=1),
+    optimizer=OptimizerConfig(warmup_fraction=0.1),
     train=TrainConfig(batch_size=16, steps=10),
 )
 
@@ -188,7 +188,7 @@ def test_decay_reaches_what_multiplies_activations_alone():
 def test_schedule():
     schedule = make_schedule(
         RunConfig(
-            optimizer=OptimizerConfig(learning_rate=2.0, warmup_steps=10, final_learning_rate_fraction=0.1),
+            optimizer=OptimizerConfig(learning_rate=2.0, warmup_fraction=10 / 110, final_learning_rate_fraction=0.1),
             train=TrainConfig(steps=110),
         )
     )
