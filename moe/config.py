@@ -7,16 +7,31 @@ every pair of fields is checked here, before JAX is imported: a mistake costs a 
 import dataclasses
 import difflib
 import math
-import os
 import typing
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from ml_collections import ConfigDict
 
-from moe.checks import ConfigError, check_not_negative, check_positive, check_range, check_types
+from moe.checks import (
+    LARGEST_INT,
+    ConfigError,
+    check_not_negative,
+    check_path,
+    check_positive,
+    check_range,
+    check_types,
+    computed,
+    expand_path,
+    nearest_divisors,
+    show,
+)
 
 BYTE_VOCABULARY = 256  # what the byte tokenizer produces
+MAX_LAYERS = 2**16  # the layers of a period are unrolled in the program, and each layer has lines of its own in router.jsonl
+MAX_SEQUENCE_LENGTH = 2**24  # rotary positions are float32, which cannot tell larger ones apart
+MAX_ELEMENTS = 2**59  # of an array; XLA counts bytes in int64, and a training state holds each parameter several times
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +70,7 @@ class MoEConfig:
             self, "num_experts", "num_shared_experts", "first_dense_layers", "balance_weight", "z_weight", "bias_update_rate"
         )
         check_range(self, 0.0, 0.5, "jitter")
-        if not self.receive_factor >= 1:
+        if not computed(self, "receive_factor") >= 1:
             raise ConfigError(f"receive_factor={self.receive_factor} has no room for an even load: set receive_factor to 1.0 or more")
         if self.num_experts:
             self._check_choice()
@@ -68,10 +83,9 @@ class MoEConfig:
                 f"set experts_per_token to at most {self.num_experts}"
             )
         if self.num_experts % self.num_groups:
-            divisors = [n for n in range(1, self.num_experts + 1) if self.num_experts % n == 0]
             raise ConfigError(
                 f"num_groups={self.num_groups} does not divide num_experts={self.num_experts}: "
-                f"set num_groups to one of {', '.join(map(str, divisors))}"
+                f"set num_groups to {nearest_divisors(self.num_experts, self.num_groups)}"
             )
         if self.groups_per_token > self.num_groups:
             raise ConfigError(
@@ -144,11 +158,13 @@ class ModelConfig:
         check_types(self)
         check_positive(self, "vocab_size", "num_layers", "model_dim", "feed_forward_dim", "num_heads", "num_kv_heads")
         check_positive(self, "head_dim", "rope_base", "norm_epsilon")
+        check_range(self, 1, MAX_LAYERS, "num_layers")
+        if not computed(self, "rope_base") >= 1:
+            raise ConfigError(f"rope_base={self.rope_base} turns later pairs faster than the first: set rope_base to 1.0 or more")
         if self.num_heads % self.num_kv_heads:
-            divisors = [n for n in range(1, self.num_heads + 1) if self.num_heads % n == 0]
             raise ConfigError(
                 f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}: "
-                f"set num_kv_heads to one of {', '.join(map(str, divisors))}"
+                f"set num_kv_heads to {nearest_divisors(self.num_heads, self.num_kv_heads)}"
             )
         if self.head_dim % 2:
             raise ConfigError(f"head_dim={self.head_dim} is odd, and rotary positions turn pairs: set an even head_dim")
@@ -158,6 +174,27 @@ class ModelConfig:
                 f"moe.first_dense_layers={self.moe.first_dense_layers} and moe.layer_period={self.moe.layer_period} leave no sparse layer "
                 f"of num_layers={self.num_layers}: set num_layers to at least {reach}"
             )
+        self._check_sizes()
+
+    def _check_sizes(self) -> None:
+        """Raises ConfigError for parameters with a dimension or a number of elements that no array can have."""
+        products = [
+            (LARGEST_INT, ("num_heads", "head_dim")),
+            (MAX_ELEMENTS, ("vocab_size", "model_dim")),
+            (MAX_ELEMENTS, ("num_layers", "model_dim", "num_heads", "head_dim")),
+            (MAX_ELEMENTS, ("num_layers", "model_dim", "feed_forward_dim")),
+        ]
+        if self.moe.num_experts:
+            products += [
+                (LARGEST_INT, ("moe.num_shared_experts", "moe.expert_dim")),
+                (MAX_ELEMENTS, ("num_layers", "model_dim", "moe.num_experts", "moe.expert_dim")),
+                (MAX_ELEMENTS, ("num_layers", "model_dim", "moe.num_shared_experts", "moe.expert_dim")),
+            ]
+        for limit, names in products:
+            values = [getattr(self.moe if name.startswith("moe.") else self, name.removeprefix("moe.")) for name in names]
+            if math.prod(values) > limit:
+                sizes = ", ".join(f"{name}={value}" for name, value in zip(names, values, strict=True))
+                raise ConfigError(f"{sizes} make an array larger than any can be: set them to a product of at most {limit}")
 
     @property
     def layer_groups(self) -> tuple[tuple[tuple[str, ...], int], ...]:
@@ -190,8 +227,13 @@ class DataConfig:
     def __post_init__(self) -> None:
         check_types(self)
         check_positive(self, "sequence_length")
-        if os.path.expanduser(self.directory).startswith("~"):
-            raise ConfigError(f"directory={self.directory!r} names no user's home: set directory to a path")
+        check_range(self, 1, MAX_SEQUENCE_LENGTH, "sequence_length")
+        check_path("directory", self.directory)
+
+    @property
+    def path(self) -> Path:
+        """`directory`, with ~ expanded. Raises ConfigError where the home directory is not known, as in some containers."""
+        return Path(expand_path("config.data.directory", self.directory))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,7 +253,7 @@ class OptimizerConfig:
         check_positive(self, "learning_rate", "clip_norm")
         check_range(self, 0.0, 1.0, "final_learning_rate_fraction")
         for name in ("beta1", "beta2"):
-            if not 0.0 <= getattr(self, name) < 1.0:
+            if not 0.0 <= computed(self, name) < 1.0:
                 raise ConfigError(f"{name}={getattr(self, name)} is not a decay: set {name} to at least 0.0 and less than 1.0")
         check_not_negative(self, "warmup_steps", "weight_decay")
 
@@ -302,7 +344,7 @@ class RunConfig:
     tracking: TrackingConfig = TrackingConfig()
 
     def __post_init__(self) -> None:
-        check_types(self)
+        check_types(self, wide=("seed",))
         check_range(self, 0, 2**32 - 1, "seed")  # JAX makes keys of 32 bits: a larger seed would be another one's double
         if self.data.tokenizer == "byte" and self.model.vocab_size < BYTE_VOCABULARY:
             raise ConfigError(
@@ -317,11 +359,25 @@ class RunConfig:
         if self.train.steps * self.train.batch_size >= 2**31:
             raise ConfigError(
                 f"train.steps={self.train.steps} times batch_size={self.train.batch_size} is more examples than an int32 counts: "
-                f"set train.steps to less than {2**31 // self.train.batch_size}"
+                f"set train.steps to less than {-(-(2**31) // self.train.batch_size)}"
             )
+        self._check_batch()
         self._check_routing()
         # What does not fit with one device along the open axis, fits with no number of them.
         check_layout(self, MeshConfig(*map(abs, self.mesh.sizes)))
+
+    def _check_batch(self) -> None:
+        """Raises ConfigError for a batch whose tokens, or their rows at the experts, an int32 cannot number."""
+        moe, length = self.model.moe, self.data.sequence_length
+        factor, names = 1.0, f"train.batch_size={self.train.batch_size} times data.sequence_length={length}"
+        if moe.num_experts:
+            factor, names = moe.experts_per_token, f"{names} times model.moe.experts_per_token={moe.experts_per_token}"
+            if moe.dispatch == "capacity":
+                factor, names = factor * max(1.0, moe.capacity_factor), f"{names} times model.moe.capacity_factor={moe.capacity_factor}"
+            elif moe.exchange == "ragged_all_to_all":
+                factor, names = factor * moe.receive_factor, f"{names} times model.moe.receive_factor={moe.receive_factor}"
+        if self.train.batch_size * length * factor > LARGEST_INT:
+            raise ConfigError(f"{names} is more rows than an int32 counts: set them to a product of at most {LARGEST_INT}")
 
     def _check_routing(self) -> None:
         moe, length = self.model.moe, self.data.sequence_length
@@ -341,7 +397,9 @@ class RunConfig:
     @classmethod
     def from_config_dict(cls, config: ConfigDict | Mapping[str, Any]) -> "RunConfig":
         """Checks a ConfigDict (or the dict of a saved run) field by field. Raises ConfigError."""
-        return _build(cls, config, "config")
+        built = _build(cls, config, "config")
+        _ = built.data.path  # for its error
+        return built
 
     @classmethod
     def config_dict(cls) -> ConfigDict:
@@ -406,13 +464,14 @@ def _build(cls: type, values: Any, path: str) -> Any:
     if isinstance(values, ConfigDict):
         values = values.to_dict()  # a ConfigDict prints itself over many lines
     if not isinstance(values, Mapping):
-        raise ConfigError(f"{path}={values!r} is not a group of fields: set its fields one by one")
+        raise ConfigError(f"{path}={show(values)} is not a group of fields: set its fields one by one")
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for name in values:
         if name not in fields:
             near = difflib.get_close_matches(str(name), fields, n=1)
             hint = f"did you mean {path}.{near[0]}?" if near else f"the fields are {', '.join(fields)}"
-            raise ConfigError(f"{path}.{name}={values[name]!r} is not a field: {hint}")
+            shown = name if isinstance(name, str) and name.isprintable() else show(name)
+            raise ConfigError(f"{path}.{shown}={show(values[name])} is not a field: {hint}")
     types = typing.get_type_hints(cls)
     arguments = {
         name: _build(types[name], values[name], f"{path}.{name}") if dataclasses.is_dataclass(types[name]) else values[name]

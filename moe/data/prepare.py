@@ -100,7 +100,7 @@ def prepare(config: DataConfig, split: str, num_workers: int | None = None) -> P
         "format_version": _FORMAT_VERSION,
     }
     fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    directory = Path(config.directory).expanduser() / "rows" / fingerprint
+    directory = config.path / "rows" / fingerprint
     if not directory.exists():
         with exclusive(directory.with_suffix(".lock")) as alone:
             if not directory.exists():

@@ -65,7 +65,7 @@ def open_documents(config: DataConfig, split: str) -> Documents:
 
     builder = _builder(config)
     if not _is_prepared(builder):
-        with exclusive(Path(config.directory).expanduser() / "tfds" / f"{builder.name}.lock"):
+        with exclusive(config.path / "tfds" / f"{builder.name}.lock"):
             builder = _prepared(config)
     features = builder.info.features
     if not (isinstance(features, tfds.features.FeaturesDict) and "text" in features and isinstance(features["text"], tfds.features.Text)):
@@ -85,7 +85,7 @@ def _builder(config: DataConfig) -> "tfds.core.DatasetBuilder":
 
     import moe.data.stdlib  # noqa: F401  (defining the builder makes its name known to TFDS)
 
-    directory = Path(config.directory).expanduser() / "tfds"
+    directory = config.path / "tfds"
     try:
         return tfds.builder(config.dataset, data_dir=os.fspath(directory), file_format="array_record")
     except (ValueError, AssertionError) as error:  # an unknown name or config, or an unknown version
