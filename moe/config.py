@@ -39,7 +39,7 @@ class MoEConfig:
     """Which layers have experts, how a router chooses among them, and how tokens travel to those chosen."""
 
     num_experts: int = 0  # routed experts of a sparse layer; 0 leaves every layer dense
-    experts_per_token: int = 2
+    experts_per_token: int = 2  # routed experts that a token passes
     expert_dim: int = 352  # feed-forward width of one expert
     num_shared_experts: int = 0  # experts that every token passes, as one feed-forward part so many times as wide
     first_dense_layers: int = 0  # layers before the first sparse one
@@ -49,16 +49,18 @@ class MoEConfig:
     normalize_weights: bool = True  # divide a token's combine weights by their sum: the softmax over its chosen experts
     weight_scale: float = 1.0  # what combine weights are multiplied by
     num_groups: int = 1  # groups of consecutive experts, of which a token chooses first
-    groups_per_token: int = 1
+    groups_per_token: int = 1  # groups of experts that a token chooses
     jitter: float = 0.0  # in training, the router's input is multiplied by a uniform draw between 1 - jitter and 1 + jitter
     balance_weight: float = 0.01  # of the balance loss, a mean over the sparse layers
     balance_scope: Literal["row", "batch"] = "batch"  # over which load and probability are balanced; a batch is a microbatch, on all hosts
     z_weight: float = 0.0  # of the mean squared log-sum-exp of the router's logits
     bias_update_rate: float = 0.0  # above 0, biases follow the load and steer the choice
+    # "dense" computes every expert for every token, "capacity" gives each expert a fixed number of rows,
+    # and "dropless" sorts the rows by their experts.
     dispatch: Literal["dense", "capacity", "dropless"] = "dropless"
     capacity_factor: float = 1.25  # an expert takes so many times its share of a row's tokens
     priority: Literal["position", "probability"] = "position"  # who stays where an expert is full: the earlier, or the more probable
-    # Between the devices of the mesh's expert axis.
+    # How rows travel between the devices of the mesh's expert axis.
     exchange: Literal["all_gather", "all_to_all", "ragged_all_to_all"] = "all_gather"
     receive_factor: float = 2.0  # rows that a device has room for in a ragged exchange, over their mean number
 
@@ -135,19 +137,19 @@ class AttentionConfig:
 class ModelConfig:
     """A decoder-only Transformer: RMSNorm, rotary positions, grouped queries, SwiGLU."""
 
-    vocab_size: int = BYTE_VOCABULARY
-    num_layers: int = 4
-    model_dim: int = 256
-    feed_forward_dim: int = 704
-    num_heads: int = 4
-    num_kv_heads: int = 2
-    head_dim: int = 64
-    rope_base: float = 10_000.0
-    norm_epsilon: float = 1e-6
-    tied_embeddings: bool = False
-    # Parameters, norms, softmax and losses are float32 whatever this says.
+    vocab_size: int = BYTE_VOCABULARY  # token ids that the embedding and the logits have
+    num_layers: int = 4  # Transformer layers
+    model_dim: int = 256  # width of the residual stream
+    feed_forward_dim: int = 704  # width within a dense feed-forward part
+    num_heads: int = 4  # query heads
+    num_kv_heads: int = 2  # key/value heads, each shared by as many query heads
+    head_dim: int = 64  # width of a head
+    rope_base: float = 10_000.0  # base of the rotary positions' frequencies
+    norm_epsilon: float = 1e-6  # added to the mean square that RMSNorm divides by
+    tied_embeddings: bool = False  # the embedding makes the logits too
+    # The type of activations. Parameters, norms, softmax and losses are float32 whatever this says.
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    # "full" keeps only each layer's input for the backward pass.
+    # What is computed again in the backward pass: "full" keeps only each layer's input.
     remat: Literal["none", "full"] = "none"
     # True compiles one layer and loops; False unrolls the loop in the program. Parameters are stacked either way.
     scan_layers: bool = True
@@ -218,10 +220,10 @@ class DataConfig:
     """Where the text comes from and how it becomes rows of tokens."""
 
     dataset: str = "stdlib"  # "stdlib", or any TFDS name ("name/config:version") with a "text" feature
-    train_split: str = "train"
-    validation_split: str = "validation"
-    tokenizer: Literal["byte"] = "byte"
-    sequence_length: int = 256
+    train_split: str = "train"  # the split that is trained on
+    validation_split: str = "validation"  # the split that evaluations read
+    tokenizer: Literal["byte"] = "byte"  # how text becomes token ids: its UTF-8 bytes
+    sequence_length: int = 256  # tokens of a row
     directory: str = "~/.cache/moe"  # TFDS's files and the prepared rows; shared by all hosts
 
     def __post_init__(self) -> None:
@@ -240,13 +242,13 @@ class DataConfig:
 class OptimizerConfig:
     """AdamW (Loshchilov & Hutter 2019) with linear warm-up, then a cosine to a fraction of the peak."""
 
-    learning_rate: float = 1e-3
-    warmup_steps: int = 100
-    final_learning_rate_fraction: float = 0.1
-    weight_decay: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.95
-    clip_norm: float = 1.0
+    learning_rate: float = 1e-3  # the peak
+    warmup_steps: int = 100  # steps in which the learning rate rises to its peak
+    final_learning_rate_fraction: float = 0.1  # of the peak, where the cosine ends
+    weight_decay: float = 0.1  # of matrices, times the learning rate
+    beta1: float = 0.9  # decay of the gradient's mean
+    beta2: float = 0.95  # decay of the squared gradient's mean
+    clip_norm: float = 1.0  # the norm that larger gradients are scaled down to
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -262,11 +264,11 @@ class OptimizerConfig:
 class MeshConfig:
     """Devices along each mesh axis. One of them may be -1: whatever devices remain."""
 
-    data: int = -1
-    fsdp: int = 1
-    expert: int = 1
-    context: int = 1
-    tensor: int = 1
+    data: int = -1  # replicas of the parameters, each with its part of the batch
+    fsdp: int = 1  # parameters and batch are split
+    expert: int = 1  # experts and batch are split
+    context: int = 1  # the tokens of a row are split
+    tensor: int = 1  # heads and feed-forward widths are split
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -297,14 +299,14 @@ class MeshConfig:
 class TrainConfig:
     """How long, how much at a time, and what is written down on the way."""
 
-    steps: int = 1000
+    steps: int = 1000  # updates of the parameters
     batch_size: int = 16  # rows of a step, over all devices and microbatches
     accumulation: int = 1  # microbatches of a step
     loss_chunk: int = 128  # positions of each row whose logits exist at once
-    log_every: int = 10
-    eval_every: int = 500
+    log_every: int = 10  # steps from one line of metrics to the next
+    eval_every: int = 500  # steps from one evaluation to the next
     eval_batches: int = 0  # batches of the validation split at each evaluation; 0 takes them all
-    checkpoint_every: int = 500
+    checkpoint_every: int = 500  # steps from one checkpoint to the next
     keep_last: int = 2  # checkpoints kept besides the multiples of keep_every
     keep_every: int = 0  # 0 keeps only the last ones
     max_skipped_steps: int = 10  # updates skipped in a row, for a non-finite loss or gradient, before the run stops
@@ -325,7 +327,7 @@ class TrainConfig:
 class TrackingConfig:
     """Where metrics go besides metrics.jsonl, which is always written."""
 
-    tensorboard: bool = True
+    tensorboard: bool = True  # metrics are written for TensorBoard as well
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -335,7 +337,7 @@ class TrackingConfig:
 class RunConfig:
     """Everything that determines a run."""
 
-    seed: int = 0
+    seed: int = 0  # of the parameters, the order of the rows, and every other draw
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
