@@ -14,10 +14,11 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from launch.config_file import Blaming, check_config_file, saying
+from launch.config_file import Blaming, check_config_file
 from launch.help_text import config_fields, help_text
 from moe.checks import expand_path, show
 from moe.config import ConfigError, RunConfig
+from moe.data.files import saying
 
 # Exit codes. 0 is done; 1 is a bug or a broken machine, with its traceback.
 BAD_INPUT = 2

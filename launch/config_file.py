@@ -1,12 +1,8 @@
 """Reading somebody's config file, whose mistakes are told as the file's: its path, the line and the message, without frames of ours."""
 
-import contextlib
 import os
 import stat
-import sys
-import threading
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -15,20 +11,7 @@ from absl import flags
 from moe.config import ConfigError
 
 ROOT = Path(__file__).parents[1]
-_SECONDS = 1.0  # after which a person asks what is going on
 _WRAPPED = "Error whilst parsing config file"  # what config_flags puts before a copy of a TypeError or ValueError
-
-
-@contextlib.contextmanager
-def saying(text: str) -> Iterator[None]:
-    """Prints what is being done, if it takes more than a second."""
-    timer = threading.Timer(_SECONDS, lambda: print(text, file=sys.stderr, flush=True))
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
 
 
 def check_config_file(path: str) -> None:

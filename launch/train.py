@@ -18,11 +18,13 @@ from pathlib import Path
 from absl import flags
 
 from launch import command_line
+from moe.data.sources import check_dataset
 
 
 def main(values: flags.FlagValues) -> int:
     config = command_line.read_run_config(values.config)
     workdir = Path(values.workdir)
+    check_dataset(config.data)
     from moe.trainer import Diverged, Interrupted, fit  # loads JAX, which bad input need not wait for
 
     try:

@@ -6,6 +6,7 @@ import functools
 import io
 import os
 import re
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -61,21 +62,34 @@ def open_documents(config: DataConfig, split: str) -> Documents:
 
     Raises ConfigError for an unknown data set or split or one without text, OSError where preparing it fails.
     """
-    import tensorflow_datasets as tfds
-
     builder = _builder(config)
+    _check_text(config, builder)
     if not _is_prepared(builder):
-        with exclusive(config.path / "tfds" / f"{builder.name}.lock"):
+        with exclusive(config.path / "tfds" / f"{builder.name}.lock") as alone:
+            if alone:  # what killed preparations have left; with no lock, another process may be at work there
+                for stale in Path(builder.data_dir).parent.glob("incomplete.*"):
+                    shutil.rmtree(stale)
             builder = _prepared(config)
-    features = builder.info.features
-    if not (isinstance(features, tfds.features.FeaturesDict) and "text" in features and isinstance(features["text"], tfds.features.Text)):
-        raise ConfigError(f"data.dataset={config.dataset!r} has no feature 'text' of text: set data.dataset to one that has")
     try:
         builder.info.splits[split]
     except (KeyError, ValueError):
         splits = " or ".join(repr(name) for name in builder.info.splits)
         raise ConfigError(f"split {split!r} is not one of data.dataset={config.dataset!r}: set the split to {splits}") from None
     return Documents(os.fspath(builder.data_dir), split)
+
+
+def check_dataset(config: DataConfig) -> None:
+    """Raises ConfigError for a data set that TFDS doesn't know, or one without text. Nothing is downloaded, and JAX not imported."""
+    if config.dataset != "stdlib":
+        _check_text(config, _builder(config))
+
+
+def _check_text(config: DataConfig, builder: "tfds.core.DatasetBuilder") -> None:
+    import tensorflow_datasets as tfds
+
+    features = builder.info.features
+    if not (isinstance(features, tfds.features.FeaturesDict) and "text" in features and isinstance(features["text"], tfds.features.Text)):
+        raise ConfigError(f"data.dataset={config.dataset!r} has no feature 'text' of text: set data.dataset to one that has")
 
 
 def _builder(config: DataConfig) -> "tfds.core.DatasetBuilder":
