@@ -92,6 +92,7 @@ def _call(main: Main, _: list[str]) -> int | None:
 
 def _parse(description: str, argv: list[str]) -> list[str]:
     logging.set_verbosity(logging.WARNING)  # of absl's log, in which libraries tell each step they take; --verbosity=0 shows it
+    logging.get_absl_logger().addFilter(lambda record: "get_config() returned None" not in str(record.msg))  # read_run_config tells it
     help_wanted = {"--help", "-help", "-h", "--helpshort", "--helpfull"}.intersection(argv)
     try:
         argv[1:] = _expand_config_path(argv[1:])
@@ -103,8 +104,10 @@ def _parse(description: str, argv: list[str]) -> list[str]:
         if "config" in flags.FLAGS:
             _check_config_flags(argv, path)
         return _parse_flags(argv, path)
-    except (ConfigError, flags.Error) as error:
+    except ConfigError as error:
         sys.exit(_fail(error))
+    except flags.Error as error:  # what a flag's own parser refuses is told in its words
+        sys.exit(_fail(error.__context__ if isinstance(error.__context__, ConfigError) else _explain(str(error))))
     except KeyboardInterrupt:
         print("interrupted: before there was anything to save", file=sys.stderr)
         sys.exit(INTERRUPTED)
@@ -137,7 +140,7 @@ def _config_of(argv: list[str], path: str) -> RunConfig:
     """The config that the arguments name, whatever other flags are there or missing."""
     _check_config_flags(argv, path)
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, flag_values=values)
+    config_flags.DEFINE_config_file("config", None, flag_values=values, sys_argv=argv)
     with saying(f"reading {path}"), Blaming(path):
         values(argv, known_only=True)
         getattr(values.config, "lock", None)
@@ -159,15 +162,10 @@ def _check_config_flags(argv: list[str], path: str | None) -> None:
 
 
 def _parse_flags(argv: list[str], config_path: str | None) -> list[str]:
-    try:
-        with saying(f"reading {config_path}"), Blaming(config_path or "--config"):
-            rest = flags.FLAGS(argv)
-            if config_path:
-                getattr(flags.FLAGS.config, "lock", None)  # config_flags keeps an OSError of get_config() until the config is touched
-    except flags.Error as error:
-        if isinstance(error.__context__, ConfigError):  # a flag's own parser has said all
-            raise error.__context__ from None
-        raise ConfigError(_explain(str(error))) from error
+    with saying(f"reading {config_path}"), Blaming(config_path or "--config"):
+        rest = flags.FLAGS(argv)
+        if config_path:
+            getattr(flags.FLAGS.config, "lock", None)  # config_flags keeps an OSError of get_config() until the config is touched
     if rest[1:]:
         raise ConfigError(f"{rest[1]!r} is not a flag: write flags as --name=value, and quote values that have spaces")
     return rest

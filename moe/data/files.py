@@ -34,7 +34,7 @@ def exclusive(path: Path) -> Iterator[bool]:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+")
+        file = path.open("a+", encoding="utf-8", errors="replace")
     except OSError as error:
         reason = f"{error.strerror}: {error.filename}"
         raise OSError(f"{path.parent} cannot be written ({reason}): set data.directory to a directory that can") from None

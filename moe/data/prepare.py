@@ -171,11 +171,12 @@ def _in_processes(job: ShardJob, num_workers: int) -> Iterator[dict]:
     begun, patience = time.monotonic(), _PATIENCE
     try:
         with open(read_end, "rb", buffering=0) as pipe:
-            unread = b""
+            unread, poll = b"", select.poll()
+            poll.register(pipe, select.POLLIN)
             while True:
-                if not select.select([pipe], [], [], min(1.0, patience))[0]:
+                if not poll.poll(500):  # milliseconds
                     if time.monotonic() - begun > patience:
-                        print(f"waiting for {_doing(workers, shards)}", file=sys.stderr, flush=True)
+                        tqdm.write(f"waiting for {_doing(workers, shards)}", file=sys.stderr)
                         patience *= 4
                 elif chunk := pipe.read(2**16):
                     *lines, unread = (unread + chunk).split(b"\n")
@@ -213,8 +214,10 @@ def _doing(workers: list[subprocess.Popen], shards: list[list[int]]) -> str:
     texts = []
     for worker, left in zip(workers, shards, strict=True):
         if left:
-            stat = Path(f"/proc/{worker.pid}/stat")
-            state = stat.read_text().rpartition(")")[2].split()[0] if stat.exists() else ""
+            try:
+                state = Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()[0]
+            except OSError:  # it has just ended, or this is no Linux
+                state = ""
             stopped = f", which is stopped (kill -CONT {worker.pid} lets it go on)" if state == "T" else ""
             texts.append(f"data worker {worker.pid} writing {shard_name(left[0])}{stopped}")
     return "; ".join(texts) or "data workers to end"

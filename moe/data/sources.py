@@ -68,20 +68,25 @@ def open_documents(config: DataConfig, split: str) -> Documents:
         with exclusive(config.path / "tfds" / f"{builder.name}.lock") as alone:
             if alone:  # what killed preparations have left; with no lock, another process may be at work there
                 for stale in Path(builder.data_dir).parent.glob("incomplete.*"):
-                    shutil.rmtree(stale)
+                    shutil.rmtree(stale, ignore_errors=True)
             builder = _prepared(config)
-    try:
-        builder.info.splits[split]
-    except (KeyError, ValueError):
-        splits = " or ".join(repr(name) for name in builder.info.splits)
-        raise ConfigError(f"split {split!r} is not one of data.dataset={config.dataset!r}: set the split to {splits}") from None
+    _check_split(config, builder, split)
     return Documents(os.fspath(builder.data_dir), split)
 
 
 def check_dataset(config: DataConfig) -> None:
-    """Raises ConfigError for a data set that TFDS doesn't know, or one without text. Nothing is downloaded, and JAX not imported."""
-    if config.dataset != "stdlib":
-        _check_text(config, _builder(config))
+    """Raises ConfigError for a data set that TFDS doesn't know or that has no text, and for a split that it lacks, if that is known.
+
+    Nothing is downloaded, and JAX is not imported, nor TFDS where it is not needed.
+    """
+    splits = (config.train_split, config.validation_split)
+    if config.dataset == "stdlib" and {"train", "validation"}.issuperset(splits):
+        return
+    builder = _builder(config)
+    _check_text(config, builder)
+    if _is_prepared(builder):
+        for split in splits:
+            _check_split(config, builder, split)
 
 
 def _check_text(config: DataConfig, builder: "tfds.core.DatasetBuilder") -> None:
@@ -90,6 +95,14 @@ def _check_text(config: DataConfig, builder: "tfds.core.DatasetBuilder") -> None
     features = builder.info.features
     if not (isinstance(features, tfds.features.FeaturesDict) and "text" in features and isinstance(features["text"], tfds.features.Text)):
         raise ConfigError(f"data.dataset={config.dataset!r} has no feature 'text' of text: set data.dataset to one that has")
+
+
+def _check_split(config: DataConfig, builder: "tfds.core.DatasetBuilder", split: str) -> None:
+    try:
+        builder.info.splits[split]
+    except (KeyError, ValueError):
+        splits = " or ".join(repr(name) for name in builder.info.splits)
+        raise ConfigError(f"split {split!r} is not one of data.dataset={config.dataset!r}: set the split to {splits}") from None
 
 
 def _builder(config: DataConfig) -> "tfds.core.DatasetBuilder":

@@ -1,6 +1,7 @@
 import dataclasses
 import importlib
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -77,6 +78,8 @@ def test_a_data_set_that_cannot_be_used_is_refused_in_one_line(empty: DataConfig
 def test_an_unknown_split_is_refused_in_one_line(small: DataConfig, split: str):
     with pytest.raises(ConfigError) as error:
         open_documents(small, split)
+    with pytest.raises(ConfigError, match=re.escape(str(error.value))):
+        check_dataset(dataclasses.replace(small, validation_split=split))
     options = "'train' or 'validation' or 'blank'"
     assert str(error.value) == f"split {split!r} is not one of data.dataset='small_text/plain': set the split to {options}"
 

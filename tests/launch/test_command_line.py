@@ -53,6 +53,7 @@ CONFIGS = {
     "file.py": "def get_config():\n    return open('nowhere.txt')\n",
     "exit.py": "import sys\ndef get_config():\n    sys.exit(0)\n",
     "loop.py": "import sys\nprint('begun', flush=True)\nwhile True:\n    pass\n",
+    "none.py": "def get_config():\n    pass\n",
     "dict.py": "def get_config():\n    return [1]\n",
     "few_steps.py": "from moe.config import RunConfig\ndef get_config():\n"
     "    c = RunConfig.config_dict()\n    c.train.steps = 300\n    return c\n",
@@ -119,6 +120,7 @@ WHOLE = ("--config=config.py", "--workdir=config.py")
             ("--workdir=x", "--config=file.py"),
             "file.py, line 2: FileNotFoundError: [Errno 2] No such file or directory: 'nowhere.txt'",
         ),
+        (("--workdir=x", "--config=none.py"), "--config: get_config() returned None: return RunConfig.config_dict() with your changes"),
         (("--workdir=x", "--config=dict.py"), "--config: get_config() returned [1]: return RunConfig.config_dict() with your changes"),
         (("--workdir=x", "--config=exit.py"), "exit.py, line 3: SystemExit: 0: a config file returns its config, and ends no program"),
         (("--workdir=x", "--config=field.py"), "config.train.step=1 is not a field: did you mean config.train.steps?"),
@@ -191,9 +193,16 @@ def test_help_shows_the_values_of_a_config(directory: Path) -> None:
     assert "  --config.train.steps=300\n" in result.stdout and "  --config.train.batch_size=32\n" in result.stdout
 
 
-def test_help_for_a_config_that_cannot_run_says_why(directory: Path) -> None:
-    result = run(directory, "--help", "--config=value.py")
-    assert (result.stderr, result.stdout, result.returncode) == ("error: value.py, line 2: ValueError: no such size\n", "", 2)
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--config=value.py", "value.py, line 2: ValueError: no such size"),
+        ("--config.seed=x", "--config.seed=x has the wrong type: set config.seed to a value of type int"),
+    ],
+)
+def test_help_for_a_config_that_cannot_run_says_why(directory: Path, argument: str, message: str) -> None:
+    result = run(directory, "--help", "--config=config.py", argument)
+    assert (result.stderr, result.stdout, result.returncode) == (f"error: {message}\n", "", 2)
 
 
 def test_every_field_has_a_line_of_help_within_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
