@@ -57,7 +57,7 @@ def make_config(kind: str, mesh: str, *, tied: bool, scan: bool, microbatches: i
     return RunConfig(
         model=model,
         data=DataConfig(sequence_length=length),
-        optimizer=OptimizerConfig(warmup_steps=1),
+        optimizer=OptimizerConfig(warmup_fraction=0.1),
         mesh=MeshConfig(**MESHES[mesh]),
         train=TrainConfig(batch_size=rows, accumulation=microbatches, steps=10, loss_chunk=512),
     )
