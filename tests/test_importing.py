@@ -62,7 +62,9 @@ def test_the_router_in_equinox() -> None:
 def test_the_experts_alone() -> None:
     names = run(BLOCKS[5])
     total = jnp.sum(names["x"][0], axis=-1, keepdims=True)  # of weights that are all 1, and four experts' hidden units
-    np.testing.assert_allclose(names["y"], jnp.broadcast_to(4 * jax.nn.silu(total) * total, (6, 16)), rtol=1e-5)
+    expected = jnp.broadcast_to(4 * jax.nn.silu(total) * total, (6, 16))
+    # What rounding takes off `total` is a part of the 16 numbers that it sums, which may cancel: of the largest result, not of each.
+    np.testing.assert_allclose(names["y"], expected, atol=1e-6 * float(jnp.max(expected)))
 
 
 @pytest.mark.parametrize("name", ["MoE", "MoEConfig"])
