@@ -100,7 +100,7 @@ def cross_entropy_sum(
 def _cross_entropy_sum(logits_BTV: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
     logits_BTV = logits_BTV.astype(jnp.float32)
     # A comparison rather than a gather: it fuses, its gradient needs no scatter, and it splits over vocabulary shards.
-    is_target_BTV = targets_BT[..., None] == jnp.arange(logits_BTV.shape[-1])
+    is_target_BTV = jax.nn.one_hot(targets_BT.astype(jnp.int32), logits_BTV.shape[-1], dtype=bool)
     target_logits_BT = jnp.sum(jnp.where(is_target_BTV, logits_BTV, 0.0), axis=-1)
     losses_BT = jax.nn.logsumexp(logits_BTV, axis=-1) - target_logits_BT
     return jnp.sum(jnp.where(mask_BT, losses_BT, 0.0))

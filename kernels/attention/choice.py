@@ -7,6 +7,9 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
+from jax.sharding import AxisType
+
 from moe.kernels.attention.masks import Options, span
 
 Name = Literal["reference", "blockwise", "tpu", "hopper", "hopper_fused", "cudnn"]
@@ -165,6 +168,7 @@ def _obstacle_to_cudnn(call: Call, chip: str | None) -> str | None:
 
 def check(q: Any, k: Any, v: Any, sinks: Any, q_ids: Any, kv_ids: Any, window: tuple[int, int] | None) -> None:
     """Raises ValueError, in one line with both shapes, for arrays that do not make an attention."""
+    check_axes(q)
     if not q.ndim == k.ndim == v.ndim == 4:
         raise ValueError(f"q {q.shape}, k {k.shape} and v {v.shape} must be [B, T, N, H], [B, S, K, H] and [B, S, K, H]")
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
@@ -183,3 +187,14 @@ def check(q: Any, k: Any, v: Any, sinks: Any, q_ids: Any, kv_ids: Any, window: t
         raise ValueError(f"q_segment_ids {q_ids.shape} and kv_segment_ids {kv_ids.shape} must be {q.shape[:2]} and {k.shape[:2]}")
     if sinks is not None and sinks.shape != q.shape[2:3]:
         raise ValueError(f"sinks {sinks.shape} must be {q.shape[2:3]}, one for each head of q {q.shape}")
+
+
+def check_axes(q: Any) -> None:
+    """Raises ValueError where JAX checks how each operation treats a mesh axis: the kernels know of no mesh and cannot tell it."""
+    if not isinstance(q, jax.Array):
+        return
+    sharding, manual = jax.typeof(q).sharding, getattr(jax.typeof(q), "manual_axis_type", None)
+    if AxisType.Explicit in sharding.mesh.axis_types and any(sharding.spec):
+        raise ValueError(f"q {q.shape} is split over Explicit mesh axes, as {sharding.spec}: call attention inside jax.sharding.auto_axes")
+    if manual is not None and manual.varying:
+        raise ValueError(f"q {q.shape} is inside a jax.shard_map that checks {sorted(manual.varying)}: give it check_vma=False")
