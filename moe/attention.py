@@ -7,13 +7,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import PartitionSpec
 
 from moe.config import ConfigError, ModelConfig
 from moe.context import ring_attention, ulysses_attention
 from moe.kernels.attention import Implementation, choose, decode_attention, flash_attention, why_not
 from moe.layers import einsum, residual_scale, rotary_angles, rotate
 from moe.parameters import parameter
-from moe.sharding import chip, constrain, per_shard
+from moe.sharding import chip, constrain, on_auto_axes, per_shard
 
 
 @struct.dataclass
@@ -30,7 +31,7 @@ class Positions:
     def of(cls, batch: dict[str, jax.Array], config: ModelConfig) -> "Positions":
         """Reads `positions` and `segment_ids` of a batch; without them every row is one document from its start."""
         shape = batch["tokens"].shape
-        positions_BT = batch.get("positions", jnp.broadcast_to(jnp.arange(shape[1]), shape))
+        positions_BT = batch.get("positions", jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape))
         segment_ids_BT = batch.get("segment_ids", jnp.ones(shape, jnp.int32))
         angles = rotary_angles(positions_BT, config.head_dim, config.rope_base)
         return cls(positions_BT, segment_ids_BT, jnp.cos(angles), jnp.sin(angles), "positions" not in batch)
@@ -41,6 +42,7 @@ class Attention(nn.Module):
 
     config: ModelConfig
 
+    @on_auto_axes(lambda x_BTD: (x_BTD, PartitionSpec(None, *x_BTD[:1])))
     @nn.compact
     def __call__(self, x_BTD: jax.Array, positions: Positions, cache: Any = None, layer: jax.Array | int = 0) -> tuple[jax.Array, Any]:
         """Returns [B, T, D] and the cache with this call's keys and values in it, at `layer` (None without one)."""

@@ -99,7 +99,7 @@ def _generate(
     key: jax.Array,
 ) -> jax.Array:
     batch_size, length = prompts_BT.shape
-    is_prompt_BT = jnp.arange(length) < lengths_B[:, None]  # padding takes no expert's room
+    is_prompt_BT = jnp.arange(length, dtype=jnp.int32)[None] < lengths_B[:, None]  # padding takes no expert's room
     cache = model.init_cache(batch_size, length + max_new_tokens)
     hidden_BTD, cache = _forward(model, variables, {"tokens": prompts_BT, "segment_ids": is_prompt_BT.astype(jnp.int32)}, cache)
     first_B = _draw(model, variables, hidden_BTD[jnp.arange(batch_size), lengths_B - 1], key, lengths_B, sampling)
@@ -116,7 +116,7 @@ def _generate(
         return index + 1, jnp.where(token_B == end_id, end_id, next_B), new_BT, cache
 
     new_BT = jnp.full((batch_size, max_new_tokens), end_id, jnp.int32)
-    return jax.lax.while_loop(unfinished, extend, (jnp.array(0), first_B, new_BT, cache))[2]
+    return jax.lax.while_loop(unfinished, extend, (jnp.int32(0), first_B, new_BT, cache))[2]
 
 
 def _forward(model: nn.Module, variables: Any, batch: dict[str, jax.Array], cache: Any) -> tuple[jax.Array, Any]:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from moe.config import ModelConfig
 from moe.parameters import parameter
-from moe.sharding import constrain
+from moe.sharding import constrain, on_auto_axes
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
@@ -72,6 +72,12 @@ def _look_up_backward(dtype: jnp.dtype, residuals: tuple[jax.Array, jax.Array], 
 look_up.defvjp(lambda dtype, table, ids: (look_up(dtype, table, ids), (table, ids)), _look_up_backward)
 
 
+def check_static(name: str, shape: tuple[int, ...]) -> None:
+    """Raises ValueError for a symbolic size, as jax.export makes it: blocks and capacities are computed from sizes while tracing."""
+    if not all(isinstance(size, int) for size in shape):
+        raise ValueError(f"{name} {shape} has a symbolic size, which this cannot be traced for: export a program for each shape")
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm (Zhang & Sennrich 2019, eq. 4), in float32; returns the dtype of its input."""
 
@@ -83,13 +89,13 @@ class RMSNorm(nn.Module):
         scale_D = parameter(self, "scale", "D", (dim,), kind="norm", fan_in=1)
         x = x_BTD.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
-        return (x * scale_D).astype(x_BTD.dtype)
+        return (x * scale_D[None, None]).astype(x_BTD.dtype)
 
 
 def rotary_angles(positions_BT: jax.Array, head_dim: int, base: float) -> jax.Array:
     """Angles of rotary positions (Su et al. 2021, eq. 15): position / base^(2i/H), as float32 [B, T, H/2]."""
     frequencies = base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    return positions_BT[..., None].astype(jnp.float32) * frequencies
+    return positions_BT[..., None].astype(jnp.float32) * frequencies[None, None]
 
 
 def rotate(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
@@ -107,6 +113,7 @@ class FeedForward(nn.Module):
     width: int
     output_scale: float = 1.0  # of the initial output
 
+    @on_auto_axes(lambda x_BTD: x_BTD)
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         d, f = x_BTD.shape[-1], self.width

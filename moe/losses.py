@@ -108,7 +108,7 @@ def _cross_entropy_sum(
     # in the gradient of the unembedding.
     logits_BTV = unembed(jnp.where(mask_BT[..., None], hidden_BTD, 0)).astype(jnp.float32)
     # A comparison rather than a gather: it fuses, its gradient needs no scatter, and it splits over vocabulary shards.
-    is_target_BTV = targets_BT[..., None] == jnp.arange(logits_BTV.shape[-1])
+    is_target_BTV = jax.nn.one_hot(targets_BT.astype(jnp.int32), logits_BTV.shape[-1], dtype=bool)
     target_logits_BT = jnp.sum(jnp.where(is_target_BTV, logits_BTV, 0.0), axis=-1)
     losses_BT = jax.nn.logsumexp(logits_BTV, axis=-1) - target_logits_BT
     in_vocabulary_BT = (targets_BT >= 0) & (targets_BT < logits_BTV.shape[-1])

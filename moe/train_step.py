@@ -125,7 +125,7 @@ def make_train_step(
         new = TrainState(
             step=state.step + 1,
             examples=state.examples + config.train.batch_size,
-            skipped=state.skipped + ~finite,
+            skipped=state.skipped + (~finite).astype(state.skipped.dtype),
             skipped_in_row=jnp.where(finite, 0, state.skipped_in_row + 1),
             params=tree_where(finite, params, state.params),
             opt_state=tree_where(finite, opt_state, state.opt_state),
@@ -142,7 +142,7 @@ def make_train_step(
 
 def _row_keys(config: RunConfig, examples: jax.Array) -> jax.Array:
     """A key for each row of the step that begins after `examples` rows, by its number in the whole run."""
-    numbers_B = examples + jnp.arange(config.train.batch_size)
+    numbers_B = examples + jnp.arange(config.train.batch_size, dtype=examples.dtype)
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(config.seed), numbers_B)
 
 

@@ -34,9 +34,9 @@ def test_chunks_equal_the_plain_formula(chunk):
     with jax.enable_x64(True):
         value, gradients = jax.value_and_grad(chunked, argnums=(0, 1))(hidden, weight)
         expected, expected_gradients = jax.value_and_grad(plain_cross_entropy, argnums=(0, 1))(hidden, weight, targets, mask)
-    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
     for gradient, wanted in zip(gradients, expected_gradients, strict=True):
-        np.testing.assert_allclose(gradient, wanted, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(gradient, wanted, rtol=1e-5, atol=1e-5)  # sums of up to 39 terms of size 1
 
 
 @pytest.mark.parametrize("chunk", [4, 100])

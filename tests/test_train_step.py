@@ -211,5 +211,5 @@ def test_evaluation_sums_add_up():
         whole = program.eval_step(variables, sharding.global_batch(rows, program.mesh, 16))
         parts = [program.eval_step(variables, {name: x[half] for name, x in rows.items()}) for half in (slice(0, 4), slice(4, 16))]
     total = jax.tree.map(lambda *sums: sum(sums), *parts)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), whole, total)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), whole, total)  # some 200 positive terms
     assert losses.metrics(whole)["loss"] == pytest.approx(np.log(256), rel=0.2)
