@@ -199,15 +199,19 @@ def _function(which: str, implementation: Implementation, options: Options, **ke
 
 def _differentiable_once(name: Name, kernel: Any) -> Any:
     """Makes a kernel say so where it is to be differentiated: Pallas would fail without a word."""
-    guarded = jax.custom_jvp(kernel)
 
-    @guarded.defjvp
+    # Not the kernel itself, which may write to references, where a custom_jvp knows of none.
+    @jax.custom_jvp
+    def guard(*arrays: Any) -> Any:
+        return arrays
+
+    @guard.defjvp
     def _(primals: Any, tangents: Any) -> Any:
         raise NotImplementedError(
             f"{name!r} attention has no second derivatives: take implementation='reference', or 'blockwise' for forward over reverse mode"
         )
 
-    return guarded
+    return lambda *arrays: kernel(*guard(*arrays))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

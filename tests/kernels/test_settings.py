@@ -164,6 +164,16 @@ def test_programs_for_other_platforms_with_64_bits(name, platform):
     assert ("tpu_custom_call" in program) == (platform == "tpu" and name != "decode_attention")
 
 
+@pytest.mark.parametrize(("implementation", "kernels"), [("hopper", 3), ("hopper_fused", 2)])
+@pytest.mark.parametrize("names", [(), tuple(SETTINGS)])
+def test_programs_of_the_hopper_kernels(names, implementation, kernels):
+    """Lowered whole, with its gradient: other tests call the kernels by themselves, or need their compiler."""
+    with settings(names):
+        run, arguments = flash("bfloat16", implementation)
+        program = jax.jit(run).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    assert program.count("custom_call @mosaic_gpu") == kernels
+
+
 def test_float64_stays_float64():
     with settings(SETTINGS):
         for name in ("flash_attention", "the_reference", "decode_attention"):
