@@ -4,6 +4,7 @@ Rank r of the axis's P holds tokens r T/P to (r + 1) T/P - 1 of each array, as e
 docs/context.md draws both ways and says when to take which.
 """
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -15,6 +16,7 @@ import numpy as np
 
 from moe.kernels.attention import (
     Implementation,
+    able_implementation,
     attention_backward,
     attention_forward,
     flash_attention,
@@ -22,7 +24,7 @@ from moe.kernels.attention import (
     sinks_gradient,
     sum_rows,
 )
-from moe.kernels.attention.choice import Name, check, make_options
+from moe.kernels.attention.choice import Name, check, describe
 from moe.kernels.attention.masks import Options, Window
 
 
@@ -47,12 +49,14 @@ def ring_attention(
     Gradients are of this rank's inputs, and that of the sinks is what its queries add to it: shard_map adds up the ranks'.
 
     Nothing of size T is held, in the backward pass either. Ranks get equal work under a causal mask (see `chunk_order`). Raises ValueError
-    for arguments that do not agree, and for a T/P that cannot be halved where that order needs it.
+    for arguments that do not agree, and for a T/P that cannot be halved where that order needs it; NotImplementedError for
+    an implementation that cannot do a ring.
     """
-    check(q_BTNH, k_BSKH, v_BSKH, sinks, segment_ids, segment_ids, window, softcap, scale)
+    mask = {"causal": causal, "window": window, "q_segment_ids": segment_ids, "kv_segment_ids": segment_ids}
+    call = describe(q_BTNH, k_BSKH, v_BSKH, **mask, softcap=softcap, sinks=sinks, scale=scale, return_lse=True)
     if q_BTNH.shape[1] != k_BSKH.shape[1]:
         raise ValueError(f"q {q_BTNH.shape} and k {k_BSKH.shape} must hold the same tokens (T/P) of one sequence")
-    options = make_options(q_BTNH, causal, window, softcap, scale, partial=True)
+    implementation, options = able_implementation(implementation, call), dataclasses.replace(call.options, partial=True)
     order = chunk_order(options, jax.lax.axis_size(axis_name), q_BTNH.shape[1])
     q, k, v, ids = (None if x is None else _deal(axis_name, order, x) for x in (q_BTNH, k_BSKH, v_BSKH, segment_ids))
     return _collect(axis_name, order, _ring(_Ring(axis_name, implementation, options, order), q, k, v, sinks, ids))

@@ -155,6 +155,26 @@ def test_all_options(attention, size, mask, ids, extras, implementation):
     check(attention, make_mesh(context=size), arrays=arrays, ids=ids, sinks=extras, implementation=implementation, **keywords)
 
 
+@pytest.mark.parametrize("attention", [context.ring_attention, context.ulysses_attention])
+def test_without_an_implementation_any_dtype_will_do(attention):
+    """The TPU's kernels, which the default would take, do no float16 and no float64."""
+    q, k, v, _, g = draw(length=16)
+    function = split(attention, make_mesh(context=2), None, causal=True, window=(3, 0))
+    right = results(function, q, k, v, None, g)
+    for dtype, tolerance in (("float16", 0.02), ("float64", 1e-4)):
+        with jax.enable_x64(dtype == "float64"):
+            values = results(function, *(x.astype(dtype) for x in (q, k, v)), None, g.astype(dtype))
+        assert {x.dtype.name for x in values} == {dtype}
+        for value, wanted in zip(values, right, strict=True):
+            np.testing.assert_allclose(np.float64(value), wanted, rtol=0, atol=tolerance * np.abs(wanted).max())
+
+
+def test_a_ring_refuses_who_cannot_do_it():
+    q = jnp.zeros((2, 16, 8, 8), jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match="'cudnn' cannot do this attention, for it knows no lse: 'blockwise' can"):
+        jax.eval_shape(split(context.ring_attention, make_mesh(context=2), None, causal=True, implementation="cudnn"), q, q, q, None)
+
+
 def options_of(causal, window):
     return Options(*span(causal, window), None, 1.0)
 

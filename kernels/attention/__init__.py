@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe.kernels.attention import cudnn
-from moe.kernels.attention.choice import Implementation, Name, choose, describe, obstacle, supported, why_not
+from moe.kernels.attention.choice import Call, Implementation, Name, choose, describe, obstacle, supported, why_not
 from moe.kernels.attention.decode import decode_attention
 from moe.kernels.attention.masks import Options, Window
 from moe.kernels.settings import own_settings
@@ -91,6 +91,17 @@ def flash_attention(
         scale=scale,
         return_lse=return_lse,
     )
+    implementation = able_implementation(implementation, call)
+    if implementation is not None and Implementation.of(implementation, call.options).name == "cudnn":
+        return cudnn.attend(call.options, q_BTNH, k_BSKH, v_BSKH)
+    arrays = q_BTNH, k_BSKH, v_BSKH, sinks, q_segment_ids, kv_segment_ids
+    shift = jnp.asarray(q_offset, jnp.int32) - jnp.asarray(kv_offset, jnp.int32)
+    output, lse = _attend(implementation, call.options, *arrays, shift)
+    return (output, lse) if return_lse else output
+
+
+def able_implementation(implementation: Name | Implementation | None, call: Call) -> Name | Implementation | None:
+    """Returns who does a call; None leaves it to the platform. Raises NotImplementedError for one that cannot do it."""
     if implementation is None and obstacle("tpu", call):
         implementation = "blockwise"
     if implementation is not None:
@@ -98,12 +109,7 @@ def flash_attention(
         if reason := obstacle(name, call):
             able = next(other for other in ("blockwise", "reference") if not obstacle(other, call))
             raise NotImplementedError(f"{name!r} cannot do this attention, for {reason}: {able!r} can")
-        if name == "cudnn":
-            return cudnn.attend(call.options, q_BTNH, k_BSKH, v_BSKH)
-    arrays = q_BTNH, k_BSKH, v_BSKH, sinks, q_segment_ids, kv_segment_ids
-    shift = jnp.asarray(q_offset, jnp.int32) - jnp.asarray(kv_offset, jnp.int32)
-    output, lse = _attend(implementation, call.options, *arrays, shift)
-    return (output, lse) if return_lse else output
+    return implementation
 
 
 def attention_forward(implementation: Name | Implementation | None, options: Options, *arrays: Any) -> tuple[jax.Array, jax.Array]:

@@ -174,10 +174,10 @@ def _obstacle_to_cudnn(call: Call, chip: str | None) -> str | None:
     return next((f"it knows no {name}" for name, present in given.items() if present), None)
 
 
-def make_options(q: Any, causal: bool, window: Window | None, softcap: float | None, scale: float | None, partial: bool = False) -> Options:
+def make_options(q: Any, causal: bool, window: Window | None, softcap: float | None, scale: float | None) -> Options:
     """The options of a call that `check` lets through, as plain numbers of Python."""
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    return Options(*span(causal, window), None if softcap is None else float(softcap), scale, partial)
+    return Options(*span(causal, window), None if softcap is None else float(softcap), scale)
 
 
 def check(
