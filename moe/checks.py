@@ -64,7 +64,7 @@ def _check_float(name: str, value: float) -> None:
     if math.isinf(as_float32(value)):
         raise ConfigError(f"{name}={value} is infinite in float32: set {name} to a number between ±{LARGEST_FLOAT:.7g}")
     if value and abs(value) < SMALLEST_FLOAT:
-        raise ConfigError(f"{name}={value} is 0 in float32: set {name} to 0.0, or to a number of at least {SMALLEST_FLOAT:.7g} in size")
+        raise ConfigError(f"{name}={value} is 0 in float32: set {name} to a number of at least {SMALLEST_FLOAT:.7g} in size")
 
 
 def computed(config: Any, name: str) -> float:
