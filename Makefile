@@ -4,7 +4,7 @@ CONFIG ?= configs/moe_tiny.py
 WORKDIR ?= runs/$(basename $(notdir $(CONFIG)))
 ARGS ?=
 
-# The extra of pyproject.toml to install. Where it is not given: what the machine has. Google's PCI vendor tells a TPU from other /dev/vfio.
+# The extra of setup.py to install. Where it is not given: what the machine has. Google's PCI vendor tells a TPU from other /dev/vfio.
 ifeq ($(ACCELERATOR),)
 override ACCELERATOR := $(shell \
 	if ls /dev/nvidia[0-9]* >/dev/null 2>&1 || nvidia-smi -L 2>/dev/null | grep -q GPU; then echo cuda13; \
@@ -42,17 +42,17 @@ lint: $(TESTING) ## Check style and formatting
 	.venv/bin/python -m ruff check .
 	.venv/bin/python -m ruff format --check .
 
-$(RUNTIME): requirements.txt pyproject.toml
+$(RUNTIME): requirements.txt pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 		{ echo "PYTHON=$(PYTHON) is not Python 3.11 or later: set PYTHON to one that is"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 		{ echo "PYTHON=$(PYTHON) cannot make environments: install its venv module (on Debian, python3-venv)"; exit 1; }
 	@echo "Installing requirements.txt for $(ACCELERATOR) into .venv: some minutes the first time"
 	@$(PYTHON) -m venv $(if $(filter-out $@,$(wildcard .venv/installed-*)),--clear) .venv
-	@$(PIP) --editable ".[$(ACCELERATOR)]"
+	@$(PIP) --editable ".[$(ACCELERATOR),run]"
 	@touch $@
 
 $(TESTING): $(RUNTIME)
 	@echo "Installing the test extras into .venv"
-	@$(PIP) --editable ".[$(ACCELERATOR),test]"
+	@$(PIP) --editable ".[$(ACCELERATOR),run,test]"
 	@touch $@

@@ -37,6 +37,7 @@ from ml_collections import config_flags
 from launch import command_line
 from launch.report import THEMES, Metrics, column, style, summarise
 from moe.config import ConfigError, RunConfig
+from moe.data.sources import check_dataset
 from moe.scaling.flops import active_parameters, total_parameters, training_flops_per_token
 from moe.tracking import CONFIG_FILE, METRICS_FILE, check_workdir, read_metrics
 
@@ -259,6 +260,8 @@ def main(values: flags.FlagValues) -> int:
     if not values.report_only:
         # fit() has handlers of its own. Around it everything is saved, and SIGTERM may act at once, as Ctrl-C does.
         signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
+        for run in runs:
+            check_dataset(run.config.data)
         from moe.trainer import Interrupted  # loads JAX, which bad input need not wait for
 
         try:

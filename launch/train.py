@@ -25,14 +25,16 @@ from absl import flags
 
 from launch import command_line
 from moe.config import ConfigError
+from moe.data.sources import check_dataset
 
 
 def main(values: flags.FlagValues) -> int:
     config = command_line.read_run_config(values.config)
     workdir = Path(values.workdir)
-    init_from = Path(values.init_from).expanduser() if values.init_from else None
+    init_from = Path(values.init_from) if values.init_from else None
     if init_from is None and values.init_step is not None:
         raise ConfigError(f"--init_step={values.init_step} is a step of no run: set --init_from to a run too")
+    check_dataset(config.data)
     from moe.trainer import Diverged, Interrupted, fit  # loads JAX, which bad input need not wait for
 
     try:
@@ -52,6 +54,6 @@ def main(values: flags.FlagValues) -> int:
 if __name__ == "__main__":
     command_line.define_config()
     command_line.define_workdir("The run directory: a new one, or one to go on with.")
-    flags.DEFINE_string("init_from", None, "The directory of another run whose parameters a new one starts from.")
+    command_line.define_directory("init_from", "The directory of another run whose parameters a new one starts from.")
     flags.DEFINE_integer("init_step", None, "The step of the checkpoint of --init_from; the latest by default.")
     command_line.run(main, __doc__)

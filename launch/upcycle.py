@@ -74,7 +74,7 @@ def main(values: flags.FlagValues) -> None:
 if __name__ == "__main__":
     command_line.define_config()
     command_line.define_workdir("The directory of the run to make: a new or empty one.")
-    flags.DEFINE_string("from", None, "The directory of the dense run. Required.", required=True)
+    command_line.define_directory("from", "The directory of the dense run. Required.", required=True)
     flags.DEFINE_integer("step", None, "The dense run's checkpoint; the latest by default.")
     flags.DEFINE_float(
         "noise", 0.0, "Adds normal noise to each expert's copy, of so many of each matrix's standard deviations; drawn from config.seed."

@@ -68,7 +68,7 @@ def ragged_exchange(rows_RD: jax.Array, loads_E: jax.Array, room: int, run: RunE
     back = jax.lax.ragged_all_to_all(
         made, jnp.zeros_like(rows_RD), plan.offsets_PP[:, me], plan.sizes_PP[:, me], plan.starts_PP[:, me], sizes_P, axis_name="expert"
     )
-    row = jnp.arange(rows_RD.shape[0])
+    row = jnp.arange(rows_RD.shape[0], dtype=jnp.int32)
     to = jnp.searchsorted(starts_P, row, side="right") - 1
     return back, (row - starts_P[to] >= sizes_P[to]) & (row < jnp.sum(loads_E))
 
@@ -84,14 +84,15 @@ class ExchangePlan(NamedTuple):
 def plan_exchange(loads_PE: jax.Array, room: int) -> ExchangePlan:
     """The plan of a ragged exchange, from every device's rows per expert. A buffer takes the first device's rows, then the second's."""
     devices = loads_PE.shape[0]
-    wanted_PP = jnp.sum(loads_PE.reshape(devices, devices, -1), axis=-1)
-    offsets_PP = jnp.minimum(jnp.cumsum(wanted_PP, axis=0) - wanted_PP, room)
-    return ExchangePlan(jnp.cumsum(wanted_PP, axis=1) - wanted_PP, offsets_PP, jnp.minimum(wanted_PP, room - offsets_PP))
+    wanted_PP = jnp.sum(loads_PE.reshape(devices, devices, -1), axis=-1, dtype=jnp.int32)
+    offsets_PP, starts_PP = (jnp.cumsum(wanted_PP, axis=axis, dtype=jnp.int32) - wanted_PP for axis in (0, 1))
+    offsets_PP = jnp.minimum(offsets_PP, room)
+    return ExchangePlan(starts_PP, offsets_PP, jnp.minimum(wanted_PP, room - offsets_PP))
 
 
 def received_experts(loads_PE: jax.Array, me: jax.Array, room: int) -> jax.Array:
     """The local expert of each received row, which come by device, then by expert; E/P for the empty rest of the buffer."""
     size = loads_PE.shape[1] // loads_PE.shape[0]
     mine = jax.lax.dynamic_slice_in_dim(loads_PE, me * size, size, axis=1)
-    segment = jnp.searchsorted(jnp.cumsum(mine.reshape(-1)), jnp.arange(room), side="right")
+    segment = jnp.searchsorted(jnp.cumsum(mine.reshape(-1), dtype=jnp.int32), jnp.arange(room, dtype=jnp.int32), side="right")
     return jnp.where(segment < mine.size, segment % size, size)

@@ -15,13 +15,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import PartitionSpec
 
 from moe import expert_parallel, routing
 from moe.config import MoEConfig
 from moe.kernels.grouped_matmul import grouped_swiglu, grouped_swiglu_backward
-from moe.layers import FeedForward, einsum, swiglu
+from moe.layers import FeedForward, check_static, einsum, swiglu
 from moe.parameters import parameter
-from moe.sharding import axis_size, constrain, per_shard
+from moe.sharding import axis_size, constrain, on_auto_axes, per_shard
 
 
 @struct.dataclass
@@ -66,18 +67,22 @@ class Arrangement(NamedTuple):
 
 def dense_dispatch(experts_NA: jax.Array, weights_NA: jax.Array, num_experts: int) -> Dispatch:
     """Every token to every expert, weighted by zero where it did not choose it: the oracle, E / A times the work."""
-    chosen_NAE = experts_NA[..., None] == jnp.arange(num_experts)
+    chosen_NAE = jax.nn.one_hot(experts_NA, num_experts, dtype=bool)
     weights_NE = jnp.sum(jnp.where(chosen_NAE, weights_NA[..., None], 0.0), axis=1)
 
     def receive(rows_END: jax.Array) -> jax.Array:
         return jnp.einsum("end,ne->nd", rows_END.astype(jnp.float32), weights_NE).astype(rows_END.dtype)
 
-    return Dispatch(lambda x_ND: jnp.broadcast_to(x_ND, (num_experts, *x_ND.shape)), receive)
+    def send(x_ND: jax.Array) -> jax.Array:
+        # By way of float32, in which the backward pass then adds up the experts' gradients.
+        return jnp.broadcast_to(x_ND.astype(jnp.float32), (num_experts, *x_ND.shape)).astype(x_ND.dtype)
+
+    return Dispatch(send, receive)
 
 
 def capacity_dispatch(experts_NA: jax.Array, weights_NA: jax.Array, num_experts: int, capacity: int) -> Dispatch:
     """`capacity` rows for each expert, which `routing.limit_to_capacity` has made enough."""
-    starts_E = jnp.arange(num_experts) * capacity
+    starts_E = jnp.arange(num_experts, dtype=jnp.int32) * capacity
     arranged = _arrange(experts_NA, starts_E, num_experts * capacity)
     return Dispatch(
         lambda x_ND: _send(x_ND, arranged).reshape(num_experts, capacity, -1),
@@ -87,18 +92,18 @@ def capacity_dispatch(experts_NA: jax.Array, weights_NA: jax.Array, num_experts:
 
 def _loads(experts_NA: jax.Array, num_experts: int) -> jax.Array:
     """Assignments of each expert, [E]."""
-    return jnp.sum(experts_NA[..., None] == jnp.arange(num_experts), axis=(0, 1))
+    return jnp.sum(jax.nn.one_hot(experts_NA, num_experts, dtype=bool), axis=(0, 1), dtype=jnp.int32)
 
 
 def _arrange(experts_NA: jax.Array, starts_E: jax.Array, size: int) -> Arrangement:
     """Puts each expert's assignments, in order, into the slots from its start on."""
-    experts_R, num_experts = experts_NA.reshape(-1), starts_E.shape[0]
-    index = jnp.arange(experts_R.size)
+    experts_R, num_experts = experts_NA.reshape(-1).astype(jnp.int32), starts_E.shape[0]
+    index = jnp.arange(experts_R.size, dtype=jnp.int32)
     sorted_experts, order = jax.lax.sort((experts_R, index), num_keys=1)
-    firsts = jnp.searchsorted(sorted_experts, jnp.arange(num_experts + 1))
-    slots = jnp.append(starts_E, size)[sorted_experts] + index - firsts[sorted_experts]
+    firsts = jnp.searchsorted(sorted_experts, jnp.arange(num_experts + 1, dtype=jnp.int32)).astype(jnp.int32)
+    slots = jnp.append(starts_E, jnp.int32(size))[sorted_experts] + index - firsts[sorted_experts]
     slots = jnp.minimum(slots, size)
-    sources_I = jnp.full(size, experts_R.size).at[slots].set(order, mode="drop")
+    sources_I = jnp.full(size, experts_R.size, jnp.int32).at[slots].set(order, mode="drop")
     return Arrangement(jnp.zeros_like(index).at[order].set(slots).reshape(experts_NA.shape), sources_I)
 
 
@@ -109,7 +114,7 @@ def _send(x_ND: jax.Array, arranged: Arrangement) -> jax.Array:
 
 
 def _send_backward(arranged: Arrangement, g_ID: jax.Array) -> tuple[jax.Array, None]:
-    return _add_up(g_ID, jnp.ones(arranged.slots_NA.shape), arranged), None
+    return _add_up(g_ID, jnp.ones(arranged.slots_NA.shape, jnp.float32), arranged), None
 
 
 _send.defvjp(lambda x, arranged: (_send(x, arranged), arranged), _send_backward)
@@ -124,8 +129,9 @@ def _receive(rows_ID: jax.Array, weights_NA: jax.Array, arranged: Arrangement) -
 def _receive_backward(residuals: tuple[Any, ...], g_ND: jax.Array) -> tuple[jax.Array, jax.Array, None]:
     rows_ID, weights_NA, arranged = residuals
     g_ID = _send(g_ND, arranged)
-    gradient_rows = (g_ID * _of_slots(weights_NA, arranged)[:, None]).astype(rows_ID.dtype)
-    gradient_weights_I = jnp.sum(rows_ID * g_ID, axis=1, dtype=jnp.float32)
+    weights_I1 = _of_slots(weights_NA, arranged)[:, None]
+    gradient_rows = (g_ID.astype(weights_I1.dtype) * weights_I1).astype(rows_ID.dtype)
+    gradient_weights_I = jnp.sum(rows_ID.astype(jnp.float32) * g_ID.astype(jnp.float32), axis=1)
     return gradient_rows, _of_assignments(gradient_weights_I, arranged), None
 
 
@@ -135,7 +141,7 @@ _receive.defvjp(lambda rows, weights, arranged: (_receive(rows, weights, arrange
 def _add_up(rows_ID: jax.Array, weights_NA: jax.Array, arranged: Arrangement) -> jax.Array:
     weights_NA = jnp.where(arranged.slots_NA < rows_ID.shape[0], weights_NA, 0.0)
     # A gathers, which XLA fuses with the sum; one gather of all [N, A, D] takes four times as long on a CPU.
-    rows_of_choices = (rows_ID.at[slots_N].get(mode="clip") for slots_N in arranged.slots_NA.T)
+    rows_of_choices = (rows_ID.at[slots_N].get(mode="clip").astype(weights_NA.dtype) for slots_N in arranged.slots_NA.T)
     return sum(rows * weights_N[:, None] for rows, weights_N in zip(rows_of_choices, weights_NA.T, strict=True)).astype(rows_ID.dtype)
 
 
@@ -199,8 +205,8 @@ def dropless(x_ND: jax.Array, experts_NA: jax.Array, weights_NA: jax.Array, weig
     block = block or block_rows(experts_NA.size, num_experts)
     size = -(-(experts_NA.size + min(num_experts, experts_NA.size) * (block - 1)) // block) * block
     padded_E = -(-_loads(experts_NA, num_experts) // block) * block
-    ends_E = jnp.cumsum(padded_E)
-    blocks_M = jnp.searchsorted(ends_E, jnp.arange(0, size, block), side="right").astype(jnp.int32)
+    ends_E = jnp.cumsum(padded_E, dtype=jnp.int32)
+    blocks_M = jnp.searchsorted(ends_E, jnp.arange(0, size, block, dtype=jnp.int32), side="right").astype(jnp.int32)
     return _dropless(x_ND, weights_NA, weights, _arrange(experts_NA, ends_E - padded_E, size), blocks_M)
 
 
@@ -250,7 +256,7 @@ def run_experts(
     batch, length, dim = x_BTD.shape
     experts = Weights(*weights)
     x_ND, experts_NA, weights_NA = (x.reshape(batch * length, -1) for x in (x_BTD, experts_BTA, weights_BTA))
-    rows_per_expert, dropped_BT = batch * min(capacity, length), jnp.zeros((batch, length))
+    rows_per_expert, dropped_BT = batch * min(capacity, length), jnp.zeros((batch, length), jnp.float32)
 
     def run(x_ND: jax.Array, experts_NA: jax.Array, weights_NA: jax.Array) -> jax.Array:
         if config.dispatch == "dropless":
@@ -281,7 +287,7 @@ def _run_ragged(
 ) -> tuple[jax.Array, jax.Array]:
     """The ragged exchange: each token's weighted sum, [N, D], and how many of its assignments found no room, [N]."""
     loads_E = _loads(experts_NA, config.num_experts)
-    arranged = _arrange(experts_NA, jnp.cumsum(loads_E) - loads_E, experts_NA.size)
+    arranged = _arrange(experts_NA, jnp.cumsum(loads_E, dtype=jnp.int32) - loads_E, experts_NA.size)
     room = math.ceil(experts_NA.size * config.receive_factor)
     rows_RD, lost_R = expert_parallel.ragged_exchange(_send(x_ND, arranged), loads_E, room, run)
     return _receive(rows_RD, weights_NA, arranged), jnp.sum(_of_assignments(lost_R, arranged), axis=1, dtype=jnp.float32)
@@ -296,10 +302,12 @@ class MoE(nn.Module):
     config: MoEConfig
     output_scale: float = 1.0
 
+    @on_auto_axes(lambda x_BTD: (x_BTD, routing.Routing(PartitionSpec(*x_BTD[:2]), PartitionSpec(*x_BTD[:2]), PartitionSpec())))
     @nn.compact
     def __call__(self, x_BTD: jax.Array, tokens: Tokens | None = None) -> tuple[jax.Array, routing.Routing]:
         """Returns [B, T, D], and the routing with its sums for losses and statistics. Without `tokens` none is padding."""
         c, (batch, length, d) = self.config, x_BTD.shape
+        check_static("x_BTD", x_BTD.shape[1:] if c.dispatch == "dense" else x_BTD.shape)
         if tokens is None:
             tokens = Tokens(jnp.zeros((batch, length), jnp.int32), jnp.ones((batch, length), bool))
         shape, scale = (c.num_experts, d, c.expert_dim), self.output_scale

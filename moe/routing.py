@@ -62,12 +62,12 @@ def _token_choice(scores_BTE: jax.Array, config: MoEConfig, bias_E: jax.Array | 
     """
     choice_BTE = jax.lax.stop_gradient(scores_BTE)
     if bias_E is not None:
-        choice_BTE = choice_BTE + jax.lax.stop_gradient(bias_E)
+        choice_BTE = choice_BTE + jax.lax.stop_gradient(bias_E)[None, None]
     if config.num_groups > 1:
         choice_BTE = _limit_groups(choice_BTE, config)
     experts_BTA = _largest(choice_BTE, config.experts_per_token)
     # A comparison rather than a gather: it fuses, and its gradient needs no scatter.
-    chosen_BTAE = experts_BTA[..., None] == jnp.arange(config.num_experts)
+    chosen_BTAE = jax.nn.one_hot(experts_BTA, config.num_experts, dtype=bool)
     weights_BTA = jnp.sum(jnp.where(chosen_BTAE, scores_BTE[:, :, None], 0.0), axis=-1)
     if config.normalize_weights:
         weights_BTA = weights_BTA / jnp.maximum(jnp.sum(weights_BTA, axis=-1, keepdims=True), 1e-9)
@@ -78,7 +78,7 @@ def _limit_groups(choice_BTE: jax.Array, config: MoEConfig) -> jax.Array:
     """Leaves the experts of the best groups, by the sum of each group's two highest scores (DeepSeek-V3, section 2.1.2)."""
     groups = choice_BTE.reshape(*choice_BTE.shape[:2], config.num_groups, -1)
     allowed = _largest(sum(_two_largest(groups)), config.groups_per_token)
-    is_allowed_BTG = jnp.any(allowed[..., None] == jnp.arange(config.num_groups), axis=-2)
+    is_allowed_BTG = jnp.any(jax.nn.one_hot(allowed, config.num_groups, dtype=bool), axis=-2)
     return jnp.where(is_allowed_BTG[..., None], groups, -jnp.inf).reshape(choice_BTE.shape)
 
 
@@ -90,14 +90,14 @@ def _largest(x: jax.Array, count: int) -> jax.Array:
     indices = []
     for _ in range(count):
         indices.append(jnp.argmax(x, axis=-1))
-        x = jnp.where(jnp.arange(x.shape[-1]) == indices[-1][..., None], -jnp.inf, x)
+        x = jnp.where(jax.nn.one_hot(indices[-1], x.shape[-1], dtype=bool), -jnp.inf, x)
     return jnp.stack(indices, axis=-1).astype(jnp.int32)
 
 
 def _two_largest(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The two largest values of the last dimension; the second is 0 where there is one alone."""
-    is_first = jnp.arange(x.shape[-1]) == jnp.argmax(x, axis=-1)[..., None]
-    return jnp.max(x, axis=-1), jnp.max(jnp.where(is_first, -jnp.inf, x), axis=-1) if x.shape[-1] > 1 else jnp.zeros(x.shape[:-1])
+    is_first = jax.nn.one_hot(jnp.argmax(x, axis=-1), x.shape[-1], dtype=bool)
+    return jnp.max(x, axis=-1), jnp.max(jnp.where(is_first, -jnp.inf, x), axis=-1) if x.shape[-1] > 1 else jnp.zeros(x.shape[:-1], x.dtype)
 
 
 def _expert_choice(probs_BTE: jax.Array, config: MoEConfig, mask_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -105,8 +105,9 @@ def _expert_choice(probs_BTE: jax.Array, config: MoEConfig, mask_BT: jax.Array) 
     keys_BTE = jnp.where(mask_BT[..., None], jax.lax.stop_gradient(probs_BTE), -jnp.inf)
     rank_BTE = jnp.argsort(jnp.argsort(-keys_BTE, axis=1), axis=1)  # stable: of equal ones the earlier token wins
     limit_B = jnp.floor(_even_share(mask_BT, config) * config.capacity_factor)
-    taken_BTE = (rank_BTE < limit_B[:, None, None]) & mask_BT[..., None]
-    experts_BTE = jnp.where(taken_BTE, jnp.arange(config.num_experts), config.num_experts).astype(jnp.int32)
+    taken_BTE = (rank_BTE.astype(jnp.float32) < limit_B[:, None, None]) & mask_BT[..., None]
+    every_E = jnp.arange(config.num_experts, dtype=jnp.int32)
+    experts_BTE = jnp.where(taken_BTE, every_E[None, None], config.num_experts)
     return experts_BTE, jnp.where(taken_BTE, probs_BTE, 0.0) * config.weight_scale
 
 
@@ -122,7 +123,7 @@ def limit_to_capacity(routing: Routing, config: MoEConfig, mask_BT: jax.Array | 
     keys_BTA = {"position": jnp.broadcast_to(ranks_BTA, experts_BTA.shape), "probability": -jax.lax.stop_gradient(weights_BTA)}
     places_BTA = jax.vmap(_places, in_axes=(0, 0, None))(experts_BTA, keys_BTA[config.priority], config.num_experts)
     limit_B = jnp.ceil(_even_share(mask_BT, config) * config.capacity_factor)
-    kept_BTA = (places_BTA < limit_B[:, None, None]) & (experts_BTA < config.num_experts)
+    kept_BTA = (places_BTA.astype(jnp.float32) < limit_B[:, None, None]) & (experts_BTA < config.num_experts)
     dropped = jnp.sum((experts_BTA < config.num_experts) & ~kept_BTA, dtype=jnp.float32)
     experts_BTA = jnp.where(kept_BTA, experts_BTA, config.num_experts)
     return Routing(experts_BTA, jnp.where(kept_BTA, weights_BTA, 0.0), routing.sums | {"dropped": dropped})
@@ -135,16 +136,17 @@ def _even_share(mask_BT: jax.Array, config: MoEConfig) -> jax.Array:
 
 def _places(experts_TA: jax.Array, keys_TA: jax.Array, num_experts: int) -> jax.Array:
     """Each assignment's place among those of its expert, by ascending key, then by index."""
-    flat, index = experts_TA.reshape(-1), jnp.arange(experts_TA.size)
+    flat, index = experts_TA.reshape(-1), jnp.arange(experts_TA.size, dtype=jnp.int32)
     sorted_experts, _, order = jax.lax.sort((flat, keys_TA.reshape(-1), index), num_keys=2)
-    places = index - jnp.searchsorted(sorted_experts, jnp.arange(num_experts + 1))[sorted_experts]
-    return jnp.zeros_like(flat).at[order].set(places).reshape(experts_TA.shape)
+    firsts = jnp.searchsorted(sorted_experts, jnp.arange(num_experts + 1, dtype=flat.dtype)).astype(jnp.int32)
+    places = index - firsts[sorted_experts]
+    return jnp.zeros_like(index).at[order].set(places).reshape(experts_TA.shape)
 
 
 def _sums(logits_BTE: jax.Array, probs_BTE: jax.Array, experts_BTA: jax.Array, mask_BT: jax.Array, config: MoEConfig) -> Sums:
     mask_BT = mask_BT.astype(jnp.float32)
     over_tokens = lambda x_BT: jnp.sum(x_BT * mask_BT)  # noqa: E731
-    load_BE = jnp.sum(experts_BTA[..., None] == jnp.arange(config.num_experts), axis=(1, 2), dtype=jnp.float32)
+    load_BE = jnp.sum(jax.nn.one_hot(experts_BTA, config.num_experts, dtype=bool), axis=(1, 2), dtype=jnp.float32)
     probs_BE = jnp.einsum("bte,bt->be", probs_BTE, mask_BT)
     finite_BTE = jnp.where(jnp.isfinite(logits_BTE), logits_BTE, 0.0)  # a hash's other experts stand at minus infinity
     first_BT, second_BT = _two_largest(jax.lax.stop_gradient(probs_BTE))
@@ -193,5 +195,6 @@ def hash_logits(tokens_BT: jax.Array, config: MoEConfig) -> jax.Array:
     """
     bits = tokens_BT.astype(jnp.uint32) * jnp.uint32(0x9E3779B1)  # Knuth's multiplicative hash; the high bits are the mixed ones
     first_BT = ((bits >> 16) % config.num_experts).astype(jnp.int32)
-    distance_BTE = (jnp.arange(config.num_experts) - first_BT[..., None]) % config.num_experts
-    return jnp.where(distance_BTE < config.experts_per_token, 0.0, -jnp.inf)
+    every_E = jnp.arange(config.num_experts, dtype=jnp.int32)
+    distance_BTE = (every_E[None, None] - first_BT[..., None]) % config.num_experts
+    return jnp.where(distance_BTE < config.experts_per_token, jnp.float32(0.0), -jnp.inf)

@@ -4,6 +4,7 @@ Dimensions are named by the letters of the legend (docs/design.md), so an array'
 tensor, `x_BTD` over the batch axes and context.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -53,12 +54,10 @@ def spec(dims: str, shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
     for dim, size in zip(dims, shape, strict=True):
         axes = tuple(axis for axis in RULES.get(dim, ()) if axis in mesh.shape and axis not in used)
         split = math.prod(mesh.shape[axis] for axis in axes)
-        if size % split and dim in "BTK":
-            axes = ()
-        elif size % split:
+        if size % split and dim not in "BTK":
             raise ValueError(f"dimension {dim} of {dims} has size {size}: it cannot be split over {'*'.join(axes)}={split}")
-        used.update(axes)
-        entries.append(axes)
+        used.update(axes)  # of what is copied, too: the axes that B cannot use do not fall to an activation's D
+        entries.append(() if size % split else axes)
     return PartitionSpec(*entries)
 
 
@@ -85,6 +84,73 @@ def per_shard(function: Callable[..., Any], in_dims: tuple[str, ...], out_dims: 
     shapes = jax.eval_shape(function, *arrays)
     out_specs = tuple(spec(dims, x.shape, mesh) for dims, x in zip(out_dims, shapes, strict=True))
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*arrays)
+
+
+def on_auto_axes(out_specs: Callable[[PartitionSpec], Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Makes a function of arrays, or a method of a Flax module, run where arrays lie on a mesh of Explicit axes: they are Auto within.
+
+    JAX checks the sharding of each operation on Explicit axes, which is the default of jax.make_mesh, and asks where it cannot tell; we
+    leave that to the compiler. `out_specs` gives the specs of the results (a prefix of their tree) from that of the first argument.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            mesh, spec = _explicit_mesh(args, kwargs)
+            if mesh is None:
+                return function(*args, **kwargs)
+            if not hasattr(args[0], "unbind"):
+                return _call_on_auto_axes(function, mesh, out_specs(spec), *args, **kwargs)
+            module, *args = args
+            if module.is_initializing():  # on copies of whole arrays no sharding is in doubt
+                args, kwargs = jax.tree.map(functools.partial(_copy_everywhere, mesh), (args, kwargs))
+                return function(module, *args, **kwargs)
+            module, variables = module.unbind()
+            apply = functools.partial(module.apply, method=function.__name__)
+            return _call_on_auto_axes(apply, mesh, out_specs(spec), variables, *args, **kwargs)
+
+        return run
+
+    return decorate
+
+
+def _explicit_mesh(*tree: Any) -> tuple[Any, PartitionSpec | None]:
+    """The mesh with Explicit axes that the arrays of a tree lie on, and the spec of the first that it splits; None where none is."""
+    shardings = [jax.typeof(x).sharding for x in jax.tree.leaves(tree) if _is_array(x)]
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:  # arrays bring their mesh along
+        mesh = next((sharding.mesh for sharding in shardings if not sharding.mesh.empty), mesh)
+    if AxisType.Explicit not in mesh.axis_types:
+        return None, None
+    return mesh, next((sharding.spec for sharding in shardings if any(sharding.spec)), PartitionSpec())
+
+
+def _call_on_auto_axes(function: Callable[..., Any], mesh: Any, out_specs: Any, *args: Any, **kwargs: Any) -> Any:
+    leaves, structure = jax.tree.flatten((args, kwargs))
+    arrays = [leaf for leaf in leaves if _is_array(leaf)]
+
+    def call(arrays: list[jax.Array]) -> Any:
+        rest = iter(arrays)
+        args, kwargs = jax.tree.unflatten(structure, [next(rest) if _is_array(leaf) else leaf for leaf in leaves])
+        return function(*args, **kwargs)
+
+    axes = tuple(axis for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit)
+
+    @jax.jit  # outside of it shard_map takes no mesh of other axis types than the arrays'
+    def on_auto_axes(arrays: list[jax.Array]) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh):
+            return jax.sharding.auto_axes(call, axes=axes, out_sharding=out_specs)(arrays)
+
+    return on_auto_axes(arrays)
+
+
+def _copy_everywhere(mesh: Any, x: Any) -> Any:
+    """An array with the same value whole on each device of the mesh; anything else as it is."""
+    return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec())) if _is_array(x) else x
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, (jax.Array, np.ndarray))
 
 
 def axis_size(axis: str) -> int:

@@ -7,13 +7,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import PartitionSpec
 
-from moe.attention import Attention, Positions, init_cache
+from moe.attention import Attention, Positions, fits_cache, init_cache
 from moe.config import ModelConfig
 from moe.experts import MoE, Tokens
-from moe.layers import FeedForward, RMSNorm, einsum, residual_scale
+from moe.layers import FeedForward, RMSNorm, check_static, einsum, look_up, residual_scale
 from moe.parameters import parameter
-from moe.sharding import constrain
+from moe.sharding import constrain, on_auto_axes
 
 Batch = dict[str, jax.Array]
 
@@ -30,6 +31,12 @@ class Output:
     aux: Any
     cache: Any
     captured: Any = None
+
+
+def _output_specs(rows: PartitionSpec) -> Output:
+    """How an Output lies whose hidden states are split as `rows`: sums are whole everywhere."""
+    rows_BT = PartitionSpec(*rows[:2])
+    return Output(rows_BT, aux=PartitionSpec(), cache=PartitionSpec(None, *rows[:1]), captured=PartitionSpec(None, *rows[:2]))
 
 
 class Block(nn.Module):
@@ -108,7 +115,9 @@ def scan_periods(
 class Transformer(nn.Module):
     """A decoder-only language model. `apply(variables, batch, cache)` gives hidden states; `unembed` makes logits of them.
 
-    `batch` holds `tokens` [B, T], and may hold `segment_ids` and `positions` [B, T] where rows pack several documents.
+    `batch` holds `tokens` [B, T], and may hold `segment_ids` (0 is padding) and `positions` [B, T] where rows pack several documents.
+    A token outside [0, V) makes hidden states of its row NaN, unless it is padding. So does a token
+    that the cache cannot take (`attention.fits_cache`): a cache holds one document in each row.
     `capture` names what else to return of each layer: "residual" [B, T, D], its output, and "experts" [B, T, A], a sparse one's choice.
     """
 
@@ -128,28 +137,38 @@ class Transformer(nn.Module):
         if not c.tied_embeddings:
             self.unembedding_DV = parameter(self, "unembedding", "DV", shape[::-1], kind="unembedding", fan_in=c.model_dim)
 
+    @on_auto_axes(_output_specs)
     def __call__(self, batch: Batch, cache: Any = None) -> Output:
+        check_static("tokens", batch["tokens"].shape)
         output = self.layers(self.embed(batch), batch, cache)
         return output.replace(hidden=self.final_norm(output.hidden))
 
+    @on_auto_axes(lambda rows: PartitionSpec(*rows[:2]))
     def embed(self, batch: Batch) -> jax.Array:
         """Token embeddings [B, T, D] in the compute dtype."""
-        # Gathered over fsdp first, as every weight is: looking up in a table split along D would move activations instead.
-        embedding_VD = constrain(self.embedding_VD.astype(self.config.compute_dtype), "V-")
-        return constrain(jnp.take(embedding_VD, batch["tokens"], axis=0), "BTD")
+        tokens_BT = batch["tokens"]
+        if not tokens_BT.size:
+            raise ValueError(f"tokens have shape {tokens_BT.shape}: give at least one row of at least one token")
+        if "segment_ids" in batch:
+            tokens_BT = jnp.where(batch["segment_ids"] > 0, tokens_BT, 0)
+        return constrain(look_up(self.config.compute_dtype, self.embedding_VD, tokens_BT), "BTD")
 
+    @on_auto_axes(_output_specs)
     def layers(self, x_BTD: jax.Array, batch: Batch, cache: Any = None) -> Output:
         """All blocks: an Output whose `hidden` is the residual stream [B, T, D], before the final norm."""
         positions, tokens = Positions.of(batch, self.config), Tokens.of(batch)
+        if cache is not None:
+            x_BTD = jnp.where(fits_cache(cache[0][0], batch)[..., None], x_BTD, jnp.nan)
         stacks, caches = [], []
         for index, (group, (_, repeats)) in enumerate(zip(self.groups, self.config.layer_groups, strict=True)):
             carry = x_BTD, None if cache is None else cache[index]
-            (x_BTD, group_caches), stacked = group(carry, positions, tokens, jnp.arange(repeats))
+            (x_BTD, group_caches), stacked = group(carry, positions, tokens, jnp.arange(repeats, dtype=jnp.int32))
             stacks.append(stacked)
             caches.append(group_caches)
         aux, captured = zip(*stacks, strict=True)
         return Output(x_BTD, aux, None if cache is None else tuple(caches), captured)
 
+    @on_auto_axes(lambda rows: PartitionSpec(*rows[:2]))
     def unembed(self, hidden_BTD: jax.Array) -> jax.Array:
         """Logits [B, T, V] in float32."""
         if self.config.tied_embeddings:

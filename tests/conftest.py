@@ -13,11 +13,16 @@ import jax
 import pytest
 
 
-def pytest_configure(config: pytest.Config) -> None:
+def xla_flags(given: str) -> str:
+    """Returns the flags that tests compile with: ours, then those given, since of a flag that stands twice XLA takes the last."""
     # Tests compile hundreds of small programs and run each once or twice: LLVM's optimisations would take longer than they save, and
     # XLA's newer emitters of fusions take twice as long to compile as the old ones. XLA ends the process at a flag that it does not know.
-    flags = "--xla_backend_optimization_level=0" + " --xla_cpu_use_fusion_emitters=false" * (jax.__version_info__ < (0, 11))
-    os.environ.setdefault("XLA_FLAGS", flags)
+    ours = "--xla_backend_optimization_level=0" + " --xla_cpu_use_fusion_emitters=false" * (jax.__version_info__ < (0, 11))
+    return f"{ours} {given}".strip()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    os.environ["XLA_FLAGS"] = xla_flags(os.environ.get("XLA_FLAGS", ""))
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         # Many tests compile the same program. pytest-xdist's workers and the processes that tests start find this in their environment.
         directory = tempfile.mkdtemp(prefix="moe-compiled-")

@@ -226,7 +226,7 @@ def test_values_out_of_range(changes: dict[str, Any], expected: str) -> None:
             "config.train.steps=134217728 times batch_size=16 is more examples than an int32 counts: "
             "set train.steps to less than 134217728",
         ),
-        ({"data__directory": "~nobody_here/x"}, "config.data.directory='~nobody_here/x' names no user's home: set directory to a path"),
+        ({"data__directory": "~nobody_here/x"}, "config.data.directory='~nobody_here/x' names no user's home: set it to a path"),
         (
             {"mesh__data": 3},
             "config.train.batch_size=16 in 1 microbatches cannot be split over mesh data*fsdp*expert=3: "

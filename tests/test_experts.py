@@ -61,10 +61,15 @@ def plain(x, experts, combine, gate, up, down):
     return y
 
 
+def close(actual, expected, rtol=1e-6):
+    """Within `rtol` of the largest number: sums of five and six products of that size may cancel to anything smaller."""
+    np.testing.assert_allclose(actual, expected, atol=rtol * np.abs(expected).max())
+
+
 @pytest.mark.parametrize("name", DISPATCHES)
 def test_a_dispatch_equals_a_loop_over_tokens(name):
     arguments = (*routed(), *weights())
-    np.testing.assert_allclose(DISPATCHES[name](*arguments), plain(*map(np.asarray, arguments)), atol=1e-5)
+    close(DISPATCHES[name](*arguments), plain(*map(np.asarray, arguments)))
 
 
 @pytest.mark.parametrize("name", list(DISPATCHES)[1:])
@@ -79,7 +84,7 @@ def test_a_dispatch_has_the_oracles_gradients(name):
     assigned = np.asarray(experts < E)  # an assignment to nowhere has a weight that nothing reads
     gradients = [(g[0], np.where(assigned, g[1], 0), *g[2:]) for g in gradients]
     for expected, actual in zip(*gradients, strict=True):
-        np.testing.assert_allclose(actual, expected, atol=1e-4)
+        close(actual, expected)
 
 
 def test_dropless_takes_the_most_uneven_load():
@@ -88,7 +93,7 @@ def test_dropless_takes_the_most_uneven_load():
     combine = jnp.ones((40, 1))
     for experts in (jnp.zeros((40, 1), jnp.int32), jnp.arange(40, dtype=jnp.int32)[:, None] % E, jnp.full((40, 1), E)):
         y = dropless(x, experts, combine, Weights(*weights()), block=8)
-        np.testing.assert_allclose(y, plain(*map(np.asarray, (x, experts, combine, *weights()))), atol=1e-5)
+        close(y, plain(*map(np.asarray, (x, experts, combine, *weights()))))
 
 
 def test_capacity_rows_lie_by_expert():
@@ -151,13 +156,13 @@ def test_an_exchange_equals_one_device(exchange, dispatch, monkeypatch):
         return jnp.sum(run(config, 5, x, experts, combine, *weights)[0] * target)
 
     y, dropped = over_mesh(config, 5, x, experts, combine, *weights())
-    np.testing.assert_allclose(y, run_experts(config, 5, x, experts, combine, *weights())[0], atol=1e-5)
+    close(y, run_experts(config, 5, x, experts, combine, *weights())[0])
     assert not dropped.any()
     expected, actual = (jax.grad(functools.partial(loss, run), range(5))(x, combine, *weights()) for run in (run_experts, over_mesh))
     assigned = np.asarray(experts < E)
-    np.testing.assert_allclose(np.where(assigned, actual[1], 0), np.where(assigned, expected[1], 0), atol=1e-4)
+    close(np.where(assigned, actual[1], 0), np.where(assigned, expected[1], 0))
     for index in (0, 2, 3, 4):
-        np.testing.assert_allclose(actual[index], expected[index], atol=1e-4)
+        close(actual[index], expected[index])
 
 
 def test_what_overflows_a_ragged_exchange_is_counted_and_passes_by(monkeypatch):
@@ -170,7 +175,7 @@ def test_what_overflows_a_ragged_exchange_is_counted_and_passes_by(monkeypatch):
     kept = np.array([True, False, False, False] * 2)  # of each data row's four devices, one row of the batch each
     np.testing.assert_array_equal(dropped, np.broadcast_to(~kept[:, None], (8, 5)))
     np.testing.assert_array_equal(y[~kept], 0)
-    np.testing.assert_allclose(y[kept], run_experts(config, 5, x, experts, combine, *weights())[0][kept], atol=1e-5)
+    close(y[kept], run_experts(config, 5, x, experts, combine, *weights())[0][kept])
 
 
 def test_the_plan_of_an_exchange_by_hand():

@@ -287,7 +287,7 @@ def test_the_batch_of_a_balance_loss_is_the_microbatch() -> None:
         batch = jax.tree.map(lambda x: jnp.asarray(x[first::4]), batch_rows())  # noqa: B023
         sums = losses.router_sums(model.apply(variables(), batch).aux)
         expected, tokens = expected + sums["balance"], tokens + sums["tokens"]
-    np.testing.assert_allclose(parts, expected / tokens, rtol=1e-6)
+    np.testing.assert_allclose(parts, expected / tokens, rtol=1e-5)
 
 
 def test_jitter_is_the_same_on_every_layout() -> None:

@@ -15,7 +15,7 @@ import pytest
 import moe
 
 ROOT = Path(__file__).parents[1]
-PACKAGED = ("README.md", "pyproject.toml", "requirements.txt", "configs", "kernels", "launch", "moe")
+PACKAGED = ("MANIFEST.in", "README.md", "pyproject.toml", "requirements.txt", "setup.py", "configs", "kernels", "launch", "moe")
 
 IN_ANOTHER_PROJECT = """
 import importlib.util, sys
@@ -84,7 +84,8 @@ def test_the_wheel_holds_moe_and_the_kernels_and_nothing_else(tree: Path, wheel:
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     files = [path for folder in ("moe", "kernels") for pattern in ("*.py", "*.json") for path in (tree / folder).rglob(pattern)]
     names = {path.relative_to(tree).as_posix() for path in files}
-    assert packed == {name.replace("kernels/", "moe/kernels/", 1) if name.startswith("kernels/") else name for name in names}
+    names = {name.replace("kernels/", "moe/kernels/", 1) if name.startswith("kernels/") else name for name in names}
+    assert packed == names | {"moe/py.typed"}
     assert {"moe/kernels/probe/tuning.json", "moe/kernels/probe/tables/chip.json"} <= packed
 
 
@@ -93,10 +94,15 @@ def test_the_wheel_requires_what_requirements_txt_lists(wheel: Path) -> None:
     archive = zipfile.ZipFile(wheel)
     [path] = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
     metadata = email.message_from_bytes(archive.read(path))
-    required = [re.match(r"[\w.-]+", line)[0] for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
-    listed = [re.match(r"[\w.-]+", line)[0] for line in (ROOT / "requirements.txt").read_text().splitlines() if line[0] != "#"]
-    assert sorted(required) == sorted(listed)
-    assert set(metadata.get_all("Provides-Extra")) == {"aot", "cpu", "cuda13", "tpu", "test"}
+    required = {"": set(), "run": set()}
+    for line in metadata.get_all("Requires-Dist"):
+        extra = re.search(r"extra == .(\w*)", line)
+        required.setdefault(extra[1] if extra else "", set()).add(re.match(r"[\w.-]+", line)[0])
+    base, run = (ROOT / "requirements.txt").read_text().split("\n\n")
+    for extra, text in (("", base), ("run", run)):
+        assert required[extra] == {re.match(r"[\w.-]+", line)[0] for line in text.splitlines() if line[0] != "#"}
+    assert {"jax", "flax", "optax", "einops", "ml-collections", "numpy"} == required[""]
+    assert set(metadata.get_all("Provides-Extra")) == {"aot", "cpu", "cuda13", "run", "test", "tpu"}
 
 
 @pytest.mark.slow
@@ -113,10 +119,32 @@ def test_another_project_applies_a_model_in_three_lines(wheel: Path, tmp_path: P
     assert printed == [str(installed / "moe" / "__init__.py"), "(2, 8, 32)", "[]", "[]"]
 
 
+WITH_ITS_OWN_DEPENDENCIES = """
+import sys
+import moe.expert_parallel, moe.generate, moe.kernels.attention, moe.kernels.grouped_matmul, moe.losses, moe.optimizer, moe.routing
+import moe.sharding, moe.train_step, moe.upcycle
+from moe import ConfigError, MoE, MoEConfig, ModelConfig, RunConfig, Transformer
+
+print(sorted({"matplotlib", "tensorboardX", "tensorflow_datasets", "grain", "tqdm"} & sys.modules.keys()))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_wheel_brings_what_importing_needs_and_no_more(wheel: Path, tmp_path: Path) -> None:
+    run(sys.executable, "-m", "venv", "--without-pip", "env", cwd=tmp_path)
+    python = tmp_path / "env" / "bin" / "python"
+    run(sys.executable, "-m", "pip", "--python", python, "install", "--quiet", wheel, cwd=tmp_path)
+    assert run(python, "-c", WITH_ITS_OWN_DEPENDENCIES, cwd=tmp_path, JAX_PLATFORMS="cpu") == "[]\n"
+    [installed] = (tmp_path / "env" / "lib").glob("python*/site-packages")
+    unneeded = {"matplotlib", "tensorboardX", "tensorflow_datasets", "grain", "array_record"}
+    assert not unneeded & {path.name for path in installed.iterdir()}
+
+
 @pytest.fixture
 def makefile(tmp_path: Path) -> Path:
     """A folder with the Makefile alone and no .venv, where make is only asked what it would do."""
-    for name in ("Makefile", "pyproject.toml", "requirements.txt"):
+    for name in ("Makefile", "pyproject.toml", "requirements.txt", "setup.py"):
         shutil.copy(ROOT / name, tmp_path)
     return tmp_path
 
@@ -124,7 +152,7 @@ def makefile(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("accelerator", ["cuda13", "tpu", "cpu"])
 def test_make_installs_the_accelerator_that_is_asked_for(makefile: Path, accelerator: str) -> None:
     plan = run("make", "--dry-run", "train", f"ACCELERATOR={accelerator}", cwd=makefile)
-    assert f'--editable ".[{accelerator}]"' in plan
+    assert f'--editable ".[{accelerator},run]"' in plan
 
 
 def test_make_finds_an_nvidia_gpu(makefile: Path) -> None:
@@ -132,7 +160,7 @@ def test_make_finds_an_nvidia_gpu(makefile: Path) -> None:
     smi.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA H200 (UUID: GPU-0)'\n")
     smi.chmod(0o755)
     plan = run("make", "--dry-run", "train", cwd=makefile, PATH=f"{makefile}:{os.environ['PATH']}")
-    assert '--editable ".[cuda13]"' in plan
+    assert '--editable ".[cuda13,run]"' in plan
 
 
 def test_make_passes_config_and_arguments_on(makefile: Path) -> None:

@@ -107,7 +107,7 @@ def test_slices_are_right_on_average_over_choices():
     x_BTD = jnp.broadcast_to(jax.random.normal(jax.random.key(3), (1, 1, 16)), (6, 1, 16))
     got_BTD, routed = MoE(config.moe).apply({"params": layer}, x_BTD, Tokens(ids_BT, ids_BT >= 0))
     assert routed.experts_BTA.ravel().tolist() == [0, 1, 2, 3, 4, 5]
-    np.testing.assert_allclose(jnp.mean(got_BTD, axis=0), FeedForward(24).apply({"params": dense}, x_BTD)[0], atol=1e-6)
+    np.testing.assert_allclose(jnp.mean(got_BTD, axis=0), FeedForward(24).apply({"params": dense}, x_BTD)[0], atol=1e-5)
 
 
 def test_experts_are_slices_and_all_else_is_copied():
