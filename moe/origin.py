@@ -33,8 +33,11 @@ def find_origin(workdir: Path, model: ModelConfig, init_from: Path | None, init_
     """
     path = workdir / ORIGIN_FILE
     if path.exists():
-        saved = json.loads(path.read_text())
-        origin = Origin(Path(saved["init_from"]), saved["step"])
+        try:
+            saved = json.loads(path.read_text())
+            origin = Origin(Path(saved["init_from"]), int(saved["step"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{path} does not say a run and a step ({error}): restore it, or set another --workdir") from None
         if init_from and (init_from.resolve(), origin.step if init_step is None else init_step) != origin:
             raise ConfigError(f"{workdir} started from step {origin.step} of {origin.run}: leave out --init_from, or set another --workdir")
         return origin

@@ -62,6 +62,8 @@ class Bar:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        if self._stepped:
+            self._bar.set_description_str("", refresh=False)  # nothing is going on any more
         self._bar.close()
 
     def show(self, text: str) -> None:

@@ -33,10 +33,11 @@ def test_the_bar_says_what_is_going_on_before_the_first_step_and_between_steps(s
         bar.show("evaluating step 6")
         bar.step(7)
         bar.show("stopping: saving step 7")
+    assert ":" not in shown()[-1].split("%")[0]  # nothing is going on at the end
     assert shown()[2].startswith("30%|") and " 6/20 " in shown()[2]
     assert [text.split(":  ")[0] for text in shown() if "%" in text and ": " in text.split("%")[0]] == [
         "evaluating step 6",
-        *["stopping: saving step 7"] * 2,
+        "stopping: saving step 7",
     ]
     assert shown()[-1].endswith("loss=2.500]") and " 7/20 " in shown()[-1]
 

@@ -183,6 +183,7 @@ def test_a_finished_run_goes_on_to_more_steps_by_their_schedule(config, uninterr
     assert len(warnings) == 1
 
 
+@pytest.mark.slow
 def test_a_longer_run_equals_one_that_had_its_schedule_from_the_start(config, tmp_path, monkeypatch):
     """With a constant learning rate the schedules agree, and the extended run is the longer one bit for bit."""
     constant = dataclasses.replace(config.optimizer, warmup_fraction=0.0, final_learning_rate_fraction=1.0)
@@ -205,10 +206,10 @@ def test_an_interrupted_run_may_change_its_steps_to_more_than_it_has_trained(con
         trainer.check_workdir(tmp_path, with_steps(config, steps))
 
 
-def fork_of(config, **train):
+def fork_of(config):
     """Another schedule, batch size and seed, on the other split."""
     optimizer = OptimizerConfig(learning_rate=1e-4, warmup_fraction=0.0, weight_decay=0.0)
-    train = dataclasses.replace(config.train, steps=4, eval_every=4, checkpoint_every=1, **train)
+    train = dataclasses.replace(config.train, steps=4, eval_every=4, checkpoint_every=1, keep_last=9)
     return dataclasses.replace(config, seed=1, optimizer=optimizer, train=train)
 
 
@@ -216,7 +217,7 @@ def test_a_new_run_starts_from_anothers_parameters(config, uninterrupted, tmp_pa
     """Its loss at step 0 is the other's last validation loss; step, stream and moments are new. Resuming needs neither flag nor source."""
     source, workdir = tmp_path / "source", tmp_path / "fork"
     shutil.copytree(uninterrupted, source)
-    fork = fork_of(config, keep_last=9)
+    fork = fork_of(config)
     stop_at(monkeypatch, 2)
     with pytest.raises(trainer.Interrupted):
         trainer.fit(fork, workdir, init_from=source)

@@ -173,6 +173,7 @@ def test_bad_input_is_answered_in_one_line_and_two_seconds(tmp_path):
         ("train", "--config=configs/dense_tiny.py", "--workdir=x", "--config.train.step=1"): "config.train.steps",
         ("train", "--config=configs/dense_tiny.py", "--workdir=x", "--config.mesh.fsdp=3"): "mesh",
         ("train", "--config=configs/dense_tiny.py", "--workdir="): "workdir",
+        ("train", "--config=configs/dense_tiny.py", "--workdir=x", "--init_step=3"): "set --init_from",
         ("summary", "--config=configs/none.py"): "configs/none.py",
         ("report", f"--workdir={tmp_path}"): str(tmp_path),
     }
