@@ -168,7 +168,7 @@ def _obstacle_to_cudnn(call: Call, chip: str | None) -> str | None:
 
 def check(q: Any, k: Any, v: Any, sinks: Any, q_ids: Any, kv_ids: Any, window: tuple[int, int] | None) -> None:
     """Raises ValueError, in one line with both shapes, for arrays that do not make an attention."""
-    check_axes(q)
+    check_axes("q", q)
     if not q.ndim == k.ndim == v.ndim == 4:
         raise ValueError(f"q {q.shape}, k {k.shape} and v {v.shape} must be [B, T, N, H], [B, S, K, H] and [B, S, K, H]")
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
@@ -189,12 +189,12 @@ def check(q: Any, k: Any, v: Any, sinks: Any, q_ids: Any, kv_ids: Any, window: t
         raise ValueError(f"sinks {sinks.shape} must be {q.shape[2:3]}, one for each head of q {q.shape}")
 
 
-def check_axes(q: Any) -> None:
+def check_axes(name: str, x: Any) -> None:
     """Raises ValueError where JAX checks how each operation treats a mesh axis: the kernels know of no mesh and cannot tell it."""
-    if not isinstance(q, jax.Array):
+    if not isinstance(x, jax.Array):
         return
-    sharding, manual = jax.typeof(q).sharding, getattr(jax.typeof(q), "manual_axis_type", None)
+    sharding, manual = jax.typeof(x).sharding, getattr(jax.typeof(x), "manual_axis_type", None)
     if AxisType.Explicit in sharding.mesh.axis_types and any(sharding.spec):
-        raise ValueError(f"q {q.shape} is split over Explicit mesh axes, as {sharding.spec}: call attention inside jax.sharding.auto_axes")
+        raise ValueError(f"{name} {x.shape} is split over Explicit mesh axes, as {sharding.spec}: call this inside jax.sharding.auto_axes")
     if manual is not None and manual.varying:
-        raise ValueError(f"q {q.shape} is inside a jax.shard_map that checks {sorted(manual.varying)}: give it check_vma=False")
+        raise ValueError(f"{name} {x.shape} is inside a jax.shard_map that checks {sorted(manual.varying)}: give it check_vma=False")
