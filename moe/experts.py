@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec
 
 from moe import expert_parallel, routing
 from moe.config import MoEConfig
+from moe.kernels.attention.choice import check_axes
 from moe.kernels.grouped_matmul import grouped_swiglu, grouped_swiglu_backward
 from moe.layers import FeedForward, check_static, einsum, swiglu
 from moe.parameters import parameter
@@ -201,6 +202,7 @@ def dropless(x_ND: jax.Array, experts_NA: jax.Array, weights_NA: jax.Array, weig
 
     Rows are sorted by expert, each expert's padded to blocks of `block` rows.
     """
+    check_axes("x_ND", x_ND)
     num_experts = weights.gate_EDF.shape[0]
     block = block or block_rows(experts_NA.size, num_experts)
     size = -(-(experts_NA.size + min(num_experts, experts_NA.size) * (block - 1)) // block) * block

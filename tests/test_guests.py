@@ -334,6 +334,17 @@ def test_attention_says_that_shard_map_must_not_check_its_axes(attention):
     same(jax.jit(mapped(check_vma=False))(q, q, q), flash_attention(q, q, q, causal=True, implementation="reference"))
 
 
+def test_experts_say_what_shard_map_and_explicit_axes_need():
+    function, (x, *arrays) = experts_case()
+    mesh = jax.make_mesh((2,), ("data",), (AxisType.Auto,), devices=jax.devices()[:2])
+    mapped = jax.shard_map(lambda x: function(jnp.concatenate([x, x]), *arrays)[0], mesh=mesh, in_specs=P("data"), out_specs=P("data"))
+    with pytest.raises(ValueError, match=r"x_ND \(6, 16\) is inside a jax.shard_map that checks \['data'\]: give it check_vma=False"):
+        mapped(x)
+    mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match=r"x_ND \(6, 16\) is split over Explicit .* inside jax.sharding.auto_axes"):
+        function(layout(mesh, x, "data"), *arrays)
+
+
 def transformed(function, variables, x):
     """By name: the function under a transformation, and what it must equal."""
     loss = lambda v, x: sum_of_sines(function(v, x))  # noqa: E731

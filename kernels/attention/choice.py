@@ -192,7 +192,7 @@ def check(
     scale: float | None = None,
 ) -> None:
     """Raises ValueError, in one line, for arrays that do not make an attention, with their shapes, and for options that make no sense."""
-    check_axes(q)
+    check_axes("q", q)
     _check_arrays(q, k, v, sinks, q_ids, kv_ids)
     if window is not None and not (isinstance(window, tuple | list) and len(window) == 2 and all(map(_is_distance, window))):
         raise ValueError(f"window={window} must be two distances (left, right) of 0 or more, or None for no limit")
@@ -237,12 +237,12 @@ def _check_arrays(q: Any, k: Any, v: Any, sinks: Any, q_ids: Any, kv_ids: Any) -
         raise ValueError(f"sinks {sinks.shape} must be {q.shape[2:3]}, one for each head of q {q.shape}")
 
 
-def check_axes(q: Any) -> None:
+def check_axes(name: str, x: Any) -> None:
     """Raises ValueError where JAX checks how each operation treats a mesh axis: the kernels know of no mesh and cannot tell it."""
-    if not isinstance(q, jax.Array):
+    if not isinstance(x, jax.Array):
         return
-    sharding, manual = jax.typeof(q).sharding, getattr(jax.typeof(q), "manual_axis_type", None)
+    sharding, manual = jax.typeof(x).sharding, getattr(jax.typeof(x), "manual_axis_type", None)
     if AxisType.Explicit in sharding.mesh.axis_types and any(sharding.spec):
-        raise ValueError(f"q {q.shape} is split over Explicit mesh axes, as {sharding.spec}: call attention inside jax.sharding.auto_axes")
+        raise ValueError(f"{name} {x.shape} is split over Explicit mesh axes, as {sharding.spec}: call this inside jax.sharding.auto_axes")
     if manual is not None and manual.varying:
-        raise ValueError(f"q {q.shape} is inside a jax.shard_map that checks {sorted(manual.varying)}: give it check_vma=False")
+        raise ValueError(f"{name} {x.shape} is inside a jax.shard_map that checks {sorted(manual.varying)}: give it check_vma=False")
