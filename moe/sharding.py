@@ -53,11 +53,12 @@ def spec(dims: str, shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
     for dim, size in zip(dims, shape, strict=True):
         axes = tuple(axis for axis in RULES.get(dim, ()) if axis in mesh.shape and axis not in used)
         split = math.prod(mesh.shape[axis] for axis in axes)
+        # A dimension that is copied still claims its axes: a small batch must not let D be split.
+        used.update(axes)
         if size % split and dim in "BTK":
             axes = ()
         elif size % split:
             raise ValueError(f"dimension {dim} of {dims} has size {size}: it cannot be split over {'*'.join(axes)}={split}")
-        used.update(axes)
         entries.append(axes)
     return PartitionSpec(*entries)
 
