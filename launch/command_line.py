@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from moe.checks import without_none
 from moe.config import ConfigError, RunConfig
 
 # Exit codes. 0 is done; 1 is a bug or a broken machine, with its traceback.
@@ -142,7 +143,7 @@ def _config_fields(config_class: type, path: str = "config") -> Iterator[tuple[s
     """The dotted name, type and default of every field of a config."""
     types = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
-        name, field_type = f"{path}.{field.name}", types[field.name]
+        name, field_type = f"{path}.{field.name}", without_none(types[field.name])
         if dataclasses.is_dataclass(field_type):
             yield from _config_fields(field_type, name)
         else:

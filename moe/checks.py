@@ -1,6 +1,7 @@
 """Checks that the config's dataclasses share, and the error that they raise."""
 
 import math
+import types
 import typing
 from typing import Any, Literal
 
@@ -9,10 +10,18 @@ class ConfigError(ValueError):
     """A configuration that cannot run; the message is one line naming the field, the value and the fix."""
 
 
+def without_none(expected: Any) -> Any:
+    """Returns the X of a type `X | None`, whose None leaves a field's value to other fields."""
+    return typing.get_args(expected)[0] if isinstance(expected, types.UnionType) else expected
+
+
 def check_types(config: Any) -> None:
     """Raises ConfigError for a field of another type than it is declared with, or a string that is not one of its options."""
     for name, expected in typing.get_type_hints(type(config)).items():
         value = getattr(config, name)
+        if isinstance(expected, types.UnionType) and value is None:
+            continue
+        expected = without_none(expected)
         if typing.get_origin(expected) is Literal:
             if value not in typing.get_args(expected):
                 options = " or ".join(repr(option) for option in typing.get_args(expected))

@@ -1,5 +1,6 @@
 """The Transformer: blocks, groups of scanned layers, and the decoder around them."""
 
+import dataclasses
 import itertools
 from typing import Any
 
@@ -109,6 +110,8 @@ class Transformer(nn.Module):
     """A decoder-only language model. `apply(variables, batch, cache)` gives hidden states; `unembed` makes logits of them.
 
     `batch` holds `tokens` [B, T], and may hold `segment_ids` and `positions` [B, T] where rows pack several documents.
+    With `moe.jitter`, a training batch holds `row_keys` [B], a random key for each row, and
+    evaluation uses `without_jitter()`.
     `capture` names what else to return of each layer: "residual" [B, T, D], its output, and "experts" [B, T, A], a sparse one's choice.
     """
 
@@ -131,6 +134,11 @@ class Transformer(nn.Module):
     def __call__(self, batch: Batch, cache: Any = None) -> Output:
         output = self.layers(self.embed(batch), batch, cache)
         return output.replace(hidden=self.final_norm(output.hidden))
+
+    def without_jitter(self) -> "Transformer":
+        """The same model for evaluation, in which nothing is random."""
+        moe = dataclasses.replace(self.config.moe, jitter=0.0)
+        return self.clone(config=dataclasses.replace(self.config, moe=moe)) if self.config.moe.jitter else self
 
     def embed(self, batch: Batch) -> jax.Array:
         """Token embeddings [B, T, D] in the compute dtype."""
