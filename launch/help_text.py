@@ -12,6 +12,7 @@ from typing import Any
 
 from absl import flags
 
+from moe.checks import without_none
 from moe.config import RunConfig
 
 
@@ -35,7 +36,7 @@ def config_fields(config: Any, path: str = "config") -> Iterator[tuple[str, Any]
         if dataclasses.is_dataclass(value):
             yield from config_fields(value, name)
         else:
-            yield name, types[field.name]
+            yield name, without_none(types[field.name])
 
 
 def _group(config: Any, path: str) -> Iterator[str]:

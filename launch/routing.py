@@ -157,7 +157,7 @@ def choice_reader(config: RunConfig, mesh: Any, rows: Any, num_batches: int) -> 
     from moe.data.loader import evaluation_batches
     from moe.transformer import Transformer
 
-    model, size = Transformer(config.model, capture=("experts",)), config.train.batch_size
+    model, size = Transformer(config.model, capture=("experts",)).without_jitter(), config.train.batch_size
     held = sharding.host_rows(mesh, size)
     total = -(-min(num_batches * size or len(rows), len(rows)) // size)
     # What is captured is stacked as the sums are, and put in the order of the layers like them.

@@ -4,6 +4,7 @@ import math
 import os
 import re
 import struct
+import types
 import typing
 from typing import Any, Literal
 
@@ -35,6 +36,11 @@ def as_float32(value: float) -> float:
         return math.copysign(math.inf, value)
 
 
+def without_none(expected: Any) -> Any:
+    """Returns the X of a type `X | None`, whose None leaves a field's value to other fields."""
+    return typing.get_args(expected)[0] if isinstance(expected, types.UnionType) else expected
+
+
 def check_types(config: Any, *, wide: tuple[str, ...] = ()) -> None:
     """Raises ConfigError for a field of another type than it is declared with, or a string that is not one of its options.
 
@@ -42,6 +48,9 @@ def check_types(config: Any, *, wide: tuple[str, ...] = ()) -> None:
     """
     for name, expected in typing.get_type_hints(type(config)).items():
         value = getattr(config, name)
+        if isinstance(expected, types.UnionType) and value is None:
+            continue
+        expected = without_none(expected)
         if typing.get_origin(expected) is Literal:
             if type(value) is not str or value not in typing.get_args(expected):
                 options = " or ".join(repr(option) for option in typing.get_args(expected))

@@ -9,10 +9,12 @@ import difflib
 import math
 import typing
 from collections.abc import Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from moe.checks import (
     LARGEST_INT,
@@ -46,7 +48,10 @@ class MoEConfig:
     layer_period: int = 1  # after those, the last of every so many layers is sparse
     # Scores: softmax over the experts, or a sigmoid of each. "hash" chooses by the token alone; with "expert_choice" experts choose tokens.
     router: Literal["softmax", "sigmoid", "hash", "expert_choice"] = "softmax"
-    normalize_weights: bool = True  # divide a token's combine weights by their sum: the softmax over its chosen experts
+    # Divides a token's combine weights by their sum, which makes a softmax over its experts. None
+    # does so but in two cases, where True is refused: a single weight over itself is 1 whatever
+    # the router says, and with "expert_choice" weights are probabilities.
+    normalize_weights: bool | None = None
     weight_scale: float = 1.0  # what combine weights are multiplied by
     num_groups: int = 1  # groups of consecutive experts, of which a token chooses first
     groups_per_token: int = 1  # groups of experts that a token chooses
@@ -77,6 +82,21 @@ class MoEConfig:
         if self.num_experts:
             self._check_choice()
             self._check_pairs()
+
+    @property
+    def normalized(self) -> bool:
+        """Whether weights are divided by their sum: `normalize_weights`, or what its None means."""
+        if self.normalize_weights is None:
+            return self.router == "hash" or (self.router != "expert_choice" and self.experts_per_token > 1)
+        return self.normalize_weights
+
+    @property
+    def row_share(self) -> Fraction:
+        """The part of a row's tokens that an expert has room for: capacity_factor A / E, exactly.
+
+        The factor is taken as it is written, in decimals: 1.2 is 6/5.
+        """
+        return Fraction(str(self.capacity_factor)) * self.experts_per_token / self.num_experts
 
     def _check_choice(self) -> None:
         if self.experts_per_token > self.num_experts:
@@ -115,6 +135,16 @@ class MoEConfig:
         if self.router in ("hash", "expert_choice") and self.bias_update_rate:
             raise ConfigError(
                 f"bias_update_rate={self.bias_update_rate} steers nothing with router={self.router!r}: set bias_update_rate to 0.0"
+            )
+        if self.normalize_weights and self.router == "expert_choice":
+            raise ConfigError(
+                "normalize_weights=True normalizes nothing with router='expert_choice', whose weights are probabilities: "
+                "set normalize_weights to False"
+            )
+        if self.normalize_weights and self.router != "hash" and self.experts_per_token == 1:
+            raise ConfigError(
+                "normalize_weights=True makes the weight of experts_per_token=1 expert 1.0 and teaches the router nothing: "
+                "set normalize_weights to False"
             )
         if self.router in ("hash", "expert_choice") and self.num_groups > 1:
             raise ConfigError(f"num_groups={self.num_groups} limits nothing with router={self.router!r}: set num_groups to 1")
@@ -389,7 +419,7 @@ class RunConfig:
                 "model.moe.router='expert_choice' looks at later tokens, which a decoder must not: set model.moe.router to 'softmax'"
             )
         share = length * moe.experts_per_token / moe.num_experts
-        if moe.dispatch == "capacity" and moe.capacity_factor * share < 1:
+        if moe.dispatch == "capacity" and moe.row_share * length < 1:
             raise ConfigError(
                 f"model.moe.capacity_factor={moe.capacity_factor} gives an expert less than one of a row's tokens: "
                 f"set model.moe.capacity_factor to at least {math.ceil(1000 / share) / 1000}"
@@ -410,7 +440,9 @@ class RunConfig:
     @classmethod
     def config_dict(cls) -> ConfigDict:
         """Every field with its default, as the mutable ConfigDict that a config file starts from."""
-        return ConfigDict(dataclasses.asdict(cls()))
+        config = ConfigDict(dataclasses.asdict(cls()))
+        config.model.moe.normalize_weights = placeholder(bool)  # None, but a flag may set it
+        return config
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -11,8 +11,10 @@ import jax.numpy as jnp
 
 from moe.sharding import axis_size
 
-# (rows [N, D], their experts [N, A], their weights [N, A]) -> the weighted sums of what a device's own experts make of them, [N, D]
-RunExperts = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+# (rows [N, D], their experts [N, A], their weights [N, A]) -> the weighted sums of what a device's
+# own experts make of them, [N, D], and how many assignments of each row found no room there, [N],
+# or None where there is always room.
+RunExperts = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array | None]]
 
 
 def gather_weight(w: jax.Array, dtype: jnp.dtype, dim: int) -> jax.Array:
@@ -31,14 +33,16 @@ def sum_over_tensor(y: jax.Array) -> jax.Array:
     return jax.lax.psum(y, "tensor") if axis_size("tensor") > 1 else y
 
 
-def all_gather_exchange(x_ND: jax.Array, experts_NA: jax.Array, weights_NA: jax.Array, num_experts: int, run: RunExperts) -> jax.Array:
+def all_gather_exchange(
+    x_ND: jax.Array, experts_NA: jax.Array, weights_NA: jax.Array, num_experts: int, run: RunExperts
+) -> tuple[jax.Array, jax.Array | None]:
     """Every device sees all tokens of its expert group and runs its own experts; the sums return to each token's device."""
     gather = lambda x: jax.lax.all_gather(x, "expert", tiled=True)  # noqa: E731
     size = num_experts // axis_size("expert")
     local_NA = gather(experts_NA) - jax.lax.axis_index("expert") * size
     local_NA = jnp.where((local_NA >= 0) & (local_NA < size), local_NA, size)
-    y_ND = run(gather(x_ND), local_NA, gather(weights_NA))
-    return jax.lax.psum_scatter(y_ND, "expert", tiled=True)
+    outputs = run(gather(x_ND), local_NA, gather(weights_NA))
+    return jax.tree.map(lambda x: jax.lax.psum_scatter(x, "expert", tiled=True), outputs)
 
 
 def all_to_all(rows_ECD: jax.Array) -> jax.Array:
@@ -64,7 +68,7 @@ def ragged_exchange(rows_RD: jax.Array, loads_E: jax.Array, room: int, run: RunE
     buffer = jnp.zeros((room, rows_RD.shape[1]), rows_RD.dtype)
     received = jax.lax.ragged_all_to_all(rows_RD, buffer, starts_P, sizes_P, offsets_P, plan.sizes_PP[:, me], axis_name="expert")
     experts = received_experts(loads_PE, me, room)
-    made = run(received, experts[:, None], jnp.ones((room, 1), jnp.float32))
+    made, _ = run(received, experts[:, None], jnp.ones((room, 1), jnp.float32))  # drops nothing
     back = jax.lax.ragged_all_to_all(
         made, jnp.zeros_like(rows_RD), plan.offsets_PP[:, me], plan.sizes_PP[:, me], plan.starts_PP[:, me], sizes_P, axis_name="expert"
     )

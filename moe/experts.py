@@ -18,7 +18,7 @@ from flax import struct
 from jax.sharding import PartitionSpec
 
 from moe import expert_parallel, routing
-from moe.config import MoEConfig
+from moe.config import ConfigError, MoEConfig
 from moe.kernels.attention.choice import check_axes
 from moe.kernels.grouped_matmul import grouped_swiglu, grouped_swiglu_backward
 from moe.layers import FeedForward, check_static, einsum, swiglu
@@ -32,7 +32,7 @@ class Tokens:
 
     ids_BT: jax.Array
     mask_BT: jax.Array  # False on padding
-    keys_B: jax.Array | None = None  # of each row's random draws in this step; without them nothing is drawn
+    keys_B: jax.Array | None = None  # of each row's random draws in this step, which `jitter` needs
 
     @classmethod
     def of(cls, batch: dict[str, jax.Array]) -> "Tokens":
@@ -52,6 +52,8 @@ class Dispatch(NamedTuple):
 
     send: Callable[[jax.Array], jax.Array]  # [N, D] to rows [E, C, D]
     receive: Callable[[jax.Array], jax.Array]  # rows to [N, D]: each token's weighted sum
+    # Each token's assignments that found no room, float32; None where there is always room.
+    dropped_N: jax.Array | None = None
 
 
 class Arrangement(NamedTuple):
@@ -82,12 +84,17 @@ def dense_dispatch(experts_NA: jax.Array, weights_NA: jax.Array, num_experts: in
 
 
 def capacity_dispatch(experts_NA: jax.Array, weights_NA: jax.Array, num_experts: int, capacity: int) -> Dispatch:
-    """`capacity` rows for each expert, which `routing.limit_to_capacity` has made enough."""
-    starts_E = jnp.arange(num_experts, dtype=jnp.int32) * capacity
-    arranged = _arrange(experts_NA, starts_E, num_experts * capacity)
+    """Gives each expert `capacity` rows; what comes after them is dropped and counted.
+
+    `routing.limit_to_capacity` drops in the papers' order, and leaves no more than have room.
+    """
+    starts_E, size = jnp.arange(num_experts, dtype=jnp.int32) * capacity, num_experts * capacity
+    arranged = _arrange(experts_NA, starts_E, size)
+    assigned_NA = (experts_NA >= 0) & (experts_NA < num_experts)
     return Dispatch(
-        lambda x_ND: _send(x_ND, arranged).reshape(num_experts, capacity, -1),
-        lambda rows_ECD: _receive(rows_ECD.reshape(num_experts * capacity, -1), weights_NA, arranged),
+        lambda x_ND: _send(x_ND, arranged).reshape(num_experts, capacity, x_ND.shape[1]),
+        lambda rows_ECD: _receive(rows_ECD.reshape(size, rows_ECD.shape[2]), weights_NA, arranged),
+        jnp.sum(assigned_NA & (arranged.slots_NA == size), axis=1, dtype=jnp.float32),
     )
 
 
@@ -97,13 +104,18 @@ def _loads(experts_NA: jax.Array, num_experts: int) -> jax.Array:
 
 
 def _arrange(experts_NA: jax.Array, starts_E: jax.Array, size: int) -> Arrangement:
-    """Puts each expert's assignments, in order, into the slots from its start on."""
+    """Puts each expert's assignments, in order, into the slots from its start to the next.
+
+    Those that find no slot there have none: they never take another expert's.
+    """
     experts_R, num_experts = experts_NA.reshape(-1).astype(jnp.int32), starts_E.shape[0]
+    experts_R = jnp.where((experts_R >= 0) & (experts_R < num_experts), experts_R, num_experts)
     index = jnp.arange(experts_R.size, dtype=jnp.int32)
     sorted_experts, order = jax.lax.sort((experts_R, index), num_keys=1)
     firsts = jnp.searchsorted(sorted_experts, jnp.arange(num_experts + 1, dtype=jnp.int32)).astype(jnp.int32)
-    slots = jnp.append(starts_E, jnp.int32(size))[sorted_experts] + index - firsts[sorted_experts]
-    slots = jnp.minimum(slots, size)
+    bounds = jnp.append(starts_E, jnp.array([size, size], starts_E.dtype))
+    slots = bounds[sorted_experts] + index - firsts[sorted_experts]
+    slots = jnp.where(slots < bounds[sorted_experts + 1], slots, size)
     sources_I = jnp.full(size, experts_R.size, jnp.int32).at[slots].set(order, mode="drop")
     return Arrangement(jnp.zeros_like(index).at[order].set(slots).reshape(experts_NA.shape), sources_I)
 
@@ -203,6 +215,8 @@ def dropless(x_ND: jax.Array, experts_NA: jax.Array, weights_NA: jax.Array, weig
     Rows are sorted by expert, each expert's padded to blocks of `block` rows.
     """
     check_axes("x_ND", x_ND)
+    if not experts_NA.size:
+        return x_ND
     num_experts = weights.gate_EDF.shape[0]
     block = block or block_rows(experts_NA.size, num_experts)
     size = -(-(experts_NA.size + min(num_experts, experts_NA.size) * (block - 1)) // block) * block
@@ -253,34 +267,37 @@ def run_experts(
 ) -> tuple[jax.Array, jax.Array]:
     """One device's tokens through the experts of all devices of its group: [B, T, D], and each token's dropped assignments, [B, T].
 
-    `capacity` is the most assignments that an expert takes of one packed row; `weights` are this device's shards of gate, up and down.
+    `capacity` is the most assignments that an expert takes of one packed row (`routing.capacities`);
+    `weights` are this device's shards of gate, up and down.
     """
     batch, length, dim = x_BTD.shape
+    if not batch * length:
+        return x_BTD, jnp.zeros((batch, length), jnp.float32)
     experts = Weights(*weights)
     x_ND, experts_NA, weights_NA = (x.reshape(batch * length, -1) for x in (x_BTD, experts_BTA, weights_BTA))
-    rows_per_expert, dropped_BT = batch * min(capacity, length), jnp.zeros((batch, length), jnp.float32)
+    rows_per_expert = batch * max(1, min(capacity, length))  # nothing can be gathered from no rows
 
-    def run(x_ND: jax.Array, experts_NA: jax.Array, weights_NA: jax.Array) -> jax.Array:
+    def run(x_ND: jax.Array, experts_NA: jax.Array, weights_NA: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         if config.dispatch == "dropless":
-            return dropless(x_ND, experts_NA, weights_NA, experts)
+            return dropless(x_ND, experts_NA, weights_NA, experts), None
         arguments = (experts_NA, weights_NA, experts.gate_EDF.shape[0])
         if config.dispatch == "dense":
             dispatch = dense_dispatch(*arguments)
         else:
-            dispatch = capacity_dispatch(*arguments, rows_per_expert * x_ND.shape[0] // (batch * length))
-        return dispatch.receive(experts(dispatch.send(x_ND)))
+            dispatch = capacity_dispatch(*arguments, rows_per_expert * axis_size("expert"))
+        return dispatch.receive(experts(dispatch.send(x_ND))), dispatch.dropped_N
 
     if axis_size("expert") == 1:
-        y_ND = run(x_ND, experts_NA, weights_NA)
+        y_ND, dropped_N = run(x_ND, experts_NA, weights_NA)
     elif config.exchange == "all_gather":
-        y_ND = expert_parallel.all_gather_exchange(x_ND, experts_NA, weights_NA, config.num_experts, run)
+        y_ND, dropped_N = expert_parallel.all_gather_exchange(x_ND, experts_NA, weights_NA, config.num_experts, run)
     elif config.exchange == "all_to_all":
         dispatch = capacity_dispatch(experts_NA, weights_NA, config.num_experts, rows_per_expert)
         rows_ECD = expert_parallel.all_to_all(dispatch.send(x_ND))
-        y_ND = dispatch.receive(expert_parallel.all_to_all_back(experts(rows_ECD)))
+        y_ND, dropped_N = dispatch.receive(expert_parallel.all_to_all_back(experts(rows_ECD))), dispatch.dropped_N
     else:
         y_ND, dropped_N = _run_ragged(config, x_ND, experts_NA, weights_NA, run)
-        dropped_BT = dropped_N.reshape(batch, length)
+    dropped_BT = jnp.zeros((batch, length), jnp.float32) if dropped_N is None else dropped_N.reshape(batch, length)
     return expert_parallel.sum_over_tensor(y_ND).reshape(batch, length, dim), dropped_BT
 
 
@@ -307,17 +324,26 @@ class MoE(nn.Module):
     @on_auto_axes(lambda x_BTD: (x_BTD, routing.Routing(PartitionSpec(*x_BTD[:2]), PartitionSpec(*x_BTD[:2]), PartitionSpec())))
     @nn.compact
     def __call__(self, x_BTD: jax.Array, tokens: Tokens | None = None) -> tuple[jax.Array, routing.Routing]:
-        """Returns [B, T, D], and the routing with its sums for losses and statistics. Without `tokens` none is padding."""
+        """Returns [B, T, D], and the routing with its sums for losses and statistics.
+
+        Without `tokens` none is padding. The router "hash" needs their ids, and `jitter` their keys:
+        to evaluate a model that was trained with jitter, set it to 0.0.
+        """
+        self._check(x_BTD, tokens)
         c, (batch, length, d) = self.config, x_BTD.shape
         check_static("x_BTD", x_BTD.shape[1:] if c.dispatch == "dense" else x_BTD.shape)
         if tokens is None:
             tokens = Tokens(jnp.zeros((batch, length), jnp.int32), jnp.ones((batch, length), bool))
+        else:
+            # Padding may hold anything. A NaN there would reach the weights' gradients as 0 * NaN.
+            x_BTD = jnp.where(tokens.mask_BT[..., None], x_BTD, jnp.zeros((), x_BTD.dtype))
         shape, scale = (c.num_experts, d, c.expert_dim), self.output_scale
         w_gate_EDF = parameter(self, "gate", "EDF", shape, kind="linear", fan_in=d)
         w_up_EDF = parameter(self, "up", "EDF", shape, kind="linear", fan_in=d)
         w_down_EFD = parameter(self, "down", "EFD", (c.num_experts, c.expert_dim, d), kind="linear", fan_in=c.expert_dim, scale=scale)
         routed = self._route(x_BTD, tokens)
-        capacity = math.ceil(c.capacity_factor * length * c.experts_per_token / c.num_experts)
+        # `routing.limit_to_capacity` reads the same table for rows with fewer real tokens.
+        capacity = int(routing.capacities(c, length)[length]) if c.dispatch == "capacity" else 0
         y_BTD, dropped_BT = per_shard(
             functools.partial(run_experts, c, capacity),
             ("BTD", "BTA", "BTA", "EDF", "EDF", "EFD"),
@@ -329,13 +355,27 @@ class MoE(nn.Module):
         sums = routed.sums | {"dropped": routed.sums.get("dropped", 0.0) + jnp.sum(dropped_BT)}
         return y_BTD, dataclasses.replace(routed, sums=sums)
 
+    def _check(self, x_BTD: jax.Array, tokens: Tokens | None) -> None:
+        c = self.config
+        if not c.num_experts:
+            raise ConfigError("num_experts=0 makes a sparse layer without experts: set num_experts to 1 or more, or use FeedForward")
+        if x_BTD.ndim != 3:
+            raise ValueError(f"x has shape {x_BTD.shape}: give MoE activations [B, T, D]")
+        if tokens is None and c.router == "hash":
+            raise ValueError("router='hash' chooses by token ids, and tokens=None has none: pass tokens=Tokens(ids, mask)")
+        if c.jitter and (tokens is None or tokens.keys_B is None) and not self.is_initializing():
+            raise ValueError(
+                f"jitter={c.jitter} draws from keys that are not there: pass tokens=Tokens(ids, mask, keys) in training, "
+                "and set jitter to 0.0 elsewhere"
+            )
+
     def _route(self, x_BTD: jax.Array, tokens: Tokens) -> routing.Routing:
         c = self.config
         if c.router == "hash":
             logits_BTE = routing.hash_logits(tokens.ids_BT, c)
         else:
             w_router_DE = parameter(self, "router", "DE", (x_BTD.shape[-1], c.num_experts), kind="router", fan_in=x_BTD.shape[-1])
-            if c.jitter and tokens.keys_B is not None:
+            if c.jitter and tokens.keys_B is not None:  # none in `init`
                 x_BTD = routing.jitter(x_BTD, tokens.keys_B, c.jitter)
             # In float32 whatever the activations are: a rounded logit changes who is chosen (Switch Transformer, section 2.4).
             logits_BTE = constrain(einsum("BTD,DE->BTE", x_BTD.astype(jnp.float32), w_router_DE), "BTE")

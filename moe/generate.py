@@ -49,7 +49,7 @@ def generate(
     for row, prompt in zip(tokens_BT, prompts, strict=True):
         row[: len(prompt)] = prompt
     key = jax.random.key(seed)
-    new_BT = np.asarray(_generate(model, max_new_tokens, end_id, sampling, variables, tokens_BT, lengths_B, key))
+    new_BT = np.asarray(_generate(model.without_jitter(), max_new_tokens, end_id, sampling, variables, tokens_BT, lengths_B, key))
     return [_until(row, end_id) for row in new_BT]
 
 

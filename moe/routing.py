@@ -9,8 +9,9 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from moe.config import MoEConfig
+from moe.config import ConfigError, MoEConfig
 
 Sums = dict[str, jax.Array]
 
@@ -27,6 +28,8 @@ class Routing:
     experts_BTA: jax.Array  # int32
     weights_BTA: jax.Array  # float32, what the experts' outputs are multiplied by
     sums: Sums
+    # Each token's largest score among its experts, before normalising, float32; 0 on padding.
+    gates_BT: jax.Array
 
 
 def route(logits_BTE: jax.Array, config: MoEConfig, mask_BT: jax.Array | None = None, bias_E: jax.Array | None = None) -> Routing:
@@ -34,31 +37,58 @@ def route(logits_BTE: jax.Array, config: MoEConfig, mask_BT: jax.Array | None = 
 
     A is `config.experts_per_token`; with expert choice it is E, since a token may be chosen by all.
     """
+    _check_shapes(logits_BTE, config, mask_BT)
     mask_BT = jnp.ones(logits_BTE.shape[:2], bool) if mask_BT is None else mask_BT
-    logits_BTE = logits_BTE.astype(jnp.float32)
+    # Padding may hold anything. A NaN there would reach all tokens as 0 * NaN, and in gradients.
+    logits_BTE = jnp.where(mask_BT[..., None], logits_BTE.astype(jnp.float32), 0.0)
     scores_BTE, probs_BTE = _scores(logits_BTE, config)
     if config.router == "expert_choice":
         experts_BTA, weights_BTA = _expert_choice(probs_BTE, config, mask_BT)
+        gates_BT = jnp.max(weights_BTA, axis=-1)
     else:
-        experts_BTA, weights_BTA = _token_choice(scores_BTE, config, bias_E)
+        experts_BTA, weights_BTA, gates_BT = _token_choice(logits_BTE, scores_BTE, config, bias_E)
     experts_BTA = jnp.where(mask_BT[..., None], experts_BTA, config.num_experts)
     weights_BTA = jnp.where(mask_BT[..., None], weights_BTA, 0.0)
-    return Routing(experts_BTA, weights_BTA, _sums(logits_BTE, probs_BTE, experts_BTA, mask_BT, config))
+    gates_BT = jnp.where(mask_BT, jax.lax.stop_gradient(gates_BT), 0.0)
+    balanced_BTA = experts_BTA
+    if config.router == "sigmoid" and (bias_E is not None or config.num_groups > 1):
+        preferred_BTA = _largest(jax.lax.stop_gradient(scores_BTE), config.experts_per_token)
+        balanced_BTA = jnp.where(mask_BT[..., None], preferred_BTA, config.num_experts)
+    sums = _sums(logits_BTE, probs_BTE, experts_BTA, balanced_BTA, mask_BT, config)
+    return Routing(experts_BTA, weights_BTA, sums, gates_BT)
+
+
+def _check_shapes(logits_BTE: jax.Array, config: MoEConfig, mask_BT: jax.Array | None) -> None:
+    """Raises what a wrong shape would otherwise raise far from here, or not at all."""
+    if not config.num_experts:
+        raise ConfigError("num_experts=0 leaves a router nothing to choose from: set num_experts to 1 or more")
+    if logits_BTE.ndim != 3 or logits_BTE.shape[-1] != config.num_experts:
+        raise ValueError(f"logits has shape {logits_BTE.shape}: give route logits [B, T, E] with E = num_experts = {config.num_experts}")
+    if mask_BT is not None and mask_BT.shape != logits_BTE.shape[:2]:
+        raise ValueError(f"mask has shape {mask_BT.shape}: give route a mask [B, T] of shape {logits_BTE.shape[:2]}")
 
 
 def _scores(logits_BTE: jax.Array, config: MoEConfig) -> tuple[jax.Array, jax.Array]:
     """What experts are chosen by, and a distribution over them: the softmax, or sigmoids (DeepSeek-V3, eq. 15) and their share."""
-    if config.router == "sigmoid":
-        scores_BTE = jax.nn.sigmoid(logits_BTE)
-        return scores_BTE, scores_BTE / jnp.maximum(jnp.sum(scores_BTE, axis=-1, keepdims=True), 1e-9)
-    probs_BTE = jax.nn.softmax(logits_BTE, axis=-1)
-    return probs_BTE, probs_BTE
+    probs_BTE = jax.nn.softmax(_log_scores(logits_BTE, config), axis=-1)
+    return jax.nn.sigmoid(logits_BTE) if config.router == "sigmoid" else probs_BTE, probs_BTE
 
 
-def _token_choice(scores_BTE: jax.Array, config: MoEConfig, bias_E: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """The A experts of the highest score plus bias, and their scores as weights. Of equal ones the lower number wins.
+def _log_scores(logits: jax.Array, config: MoEConfig) -> jax.Array:
+    """Returns logarithms of scores, up to a constant.
 
-    Divided by their sum, softmax scores are the softmax over the chosen alone (Mixtral); as they are, Switch's and OLMoE's weights.
+    Their softmax is each score over the sum of all, exact however small the scores are.
+    """
+    return jax.nn.log_sigmoid(logits) if config.router == "sigmoid" else logits
+
+
+def _token_choice(
+    logits_BTE: jax.Array, scores_BTE: jax.Array, config: MoEConfig, bias_E: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns the A experts of highest score plus bias, their weights, and their largest score.
+
+    Of equal experts the lower number wins. Weights are the scores (Switch, OLMoE), or the scores
+    over their sum, which for a softmax is the softmax over the chosen alone (Mixtral).
     """
     choice_BTE = jax.lax.stop_gradient(scores_BTE)
     if bias_E is not None:
@@ -68,15 +98,20 @@ def _token_choice(scores_BTE: jax.Array, config: MoEConfig, bias_E: jax.Array | 
     experts_BTA = _largest(choice_BTE, config.experts_per_token)
     # A comparison rather than a gather: it fuses, and its gradient needs no scatter.
     chosen_BTAE = jax.nn.one_hot(experts_BTA, config.num_experts, dtype=bool)
-    weights_BTA = jnp.sum(jnp.where(chosen_BTAE, scores_BTE[:, :, None], 0.0), axis=-1)
-    if config.normalize_weights:
-        weights_BTA = weights_BTA / jnp.maximum(jnp.sum(weights_BTA, axis=-1, keepdims=True), 1e-9)
-    return experts_BTA, weights_BTA * config.weight_scale
+    scores_BTA = jnp.sum(jnp.where(chosen_BTAE, scores_BTE[:, :, None], 0.0), axis=-1)
+    weights_BTA = scores_BTA
+    if config.normalized:
+        logits_BTA = jnp.sum(jnp.where(chosen_BTAE, logits_BTE[:, :, None], 0.0), axis=-1)
+        weights_BTA = jax.nn.softmax(_log_scores(logits_BTA, config), axis=-1)
+    return experts_BTA, weights_BTA * config.weight_scale, jnp.max(scores_BTA, axis=-1)
 
 
 def _limit_groups(choice_BTE: jax.Array, config: MoEConfig) -> jax.Array:
-    """Leaves the experts of the best groups, by the sum of each group's two highest scores (DeepSeek-V3, section 2.1.2)."""
-    groups = choice_BTE.reshape(*choice_BTE.shape[:2], config.num_groups, -1)
+    """Leaves the experts of the groups with the largest sums of two highest scores.
+
+    This is DeepSeek-V3's rule (section 2.1.2). DeepSeek-V2 takes a group's one highest score.
+    """
+    groups = choice_BTE.reshape(*choice_BTE.shape[:2], config.num_groups, config.num_experts // config.num_groups)
     allowed = _largest(sum(_two_largest(groups)), config.groups_per_token)
     is_allowed_BTG = jnp.any(jax.nn.one_hot(allowed, config.num_groups, dtype=bool), axis=-2)
     return jnp.where(is_allowed_BTG[..., None], groups, -jnp.inf).reshape(choice_BTE.shape)
@@ -104,8 +139,8 @@ def _expert_choice(probs_BTE: jax.Array, config: MoEConfig, mask_BT: jax.Array) 
     """Experts take floor(capacity_factor * real tokens * A / E) tokens of a row each, the likeliest (Zhou et al. 2022, eq. 1-3)."""
     keys_BTE = jnp.where(mask_BT[..., None], jax.lax.stop_gradient(probs_BTE), -jnp.inf)
     rank_BTE = jnp.argsort(jnp.argsort(-keys_BTE, axis=1), axis=1)  # stable: of equal ones the earlier token wins
-    limit_B = jnp.floor(_even_share(mask_BT, config) * config.capacity_factor)
-    taken_BTE = (rank_BTE.astype(jnp.float32) < limit_B[:, None, None]) & mask_BT[..., None]
+    limit_B = _limits(config, mask_BT)
+    taken_BTE = (rank_BTE < limit_B[:, None, None]) & mask_BT[..., None]
     every_E = jnp.arange(config.num_experts, dtype=jnp.int32)
     experts_BTE = jnp.where(taken_BTE, every_E[None, None], config.num_experts)
     return experts_BTE, jnp.where(taken_BTE, probs_BTE, 0.0) * config.weight_scale
@@ -114,46 +149,75 @@ def _expert_choice(probs_BTE: jax.Array, config: MoEConfig, mask_BT: jax.Array) 
 def limit_to_capacity(routing: Routing, config: MoEConfig, mask_BT: jax.Array | None = None) -> Routing:
     """Drops what an expert has no room for: of each packed row it takes ceil(capacity_factor * real tokens * A / E) assignments.
 
-    First come all tokens' first choices, then the second ones, each by position (GShard, algorithm 1); or the highest weights first
-    (Riquelme et al. 2021, section 4.1). `sums` gains `dropped`, the number of assignments that went nowhere.
+    First come all tokens' first choices, then all second ones. Among each, tokens come by position
+    (GShard, algorithm 1), or by their largest gate (Batch Prioritized Routing, Riquelme et al. 2021,
+    algorithm 2). `sums` gains `dropped`, the number of assignments that went nowhere.
     """
-    experts_BTA, weights_BTA = routing.experts_BTA, routing.weights_BTA
+    experts_BTA, weights_BTA, num_experts = routing.experts_BTA, routing.weights_BTA, config.num_experts
     mask_BT = jnp.ones(experts_BTA.shape[:2], bool) if mask_BT is None else mask_BT
-    ranks_BTA = jnp.arange(experts_BTA[0].size, dtype=jnp.float32).reshape(experts_BTA.shape[:0:-1]).T  # choice by choice
-    keys_BTA = {"position": jnp.broadcast_to(ranks_BTA, experts_BTA.shape), "probability": -jax.lax.stop_gradient(weights_BTA)}
-    places_BTA = jax.vmap(_places, in_axes=(0, 0, None))(experts_BTA, keys_BTA[config.priority], config.num_experts)
-    limit_B = jnp.ceil(_even_share(mask_BT, config) * config.capacity_factor)
-    kept_BTA = (places_BTA.astype(jnp.float32) < limit_B[:, None, None]) & (experts_BTA < config.num_experts)
-    dropped = jnp.sum((experts_BTA < config.num_experts) & ~kept_BTA, dtype=jnp.float32)
-    experts_BTA = jnp.where(kept_BTA, experts_BTA, config.num_experts)
-    return Routing(experts_BTA, jnp.where(kept_BTA, weights_BTA, 0.0), routing.sums | {"dropped": dropped})
+    keys_BT = -routing.gates_BT if config.priority == "probability" else jnp.zeros_like(routing.gates_BT)
+    places_BTA = jax.vmap(_places, in_axes=(0, 0, None))(experts_BTA, keys_BT, num_experts)
+    kept_BTA = (places_BTA < _limits(config, mask_BT)[:, None, None]) & (experts_BTA < num_experts)
+    dropped = jnp.sum((experts_BTA < num_experts) & ~kept_BTA, dtype=jnp.float32)
+    experts_BTA, weights_BTA = jnp.where(kept_BTA, experts_BTA, num_experts), jnp.where(kept_BTA, weights_BTA, 0.0)
+    return Routing(experts_BTA, weights_BTA, routing.sums | {"dropped": dropped}, routing.gates_BT)
 
 
-def _even_share(mask_BT: jax.Array, config: MoEConfig) -> jax.Array:
-    """Assignments of each row that an expert gets under an even load."""
-    return jnp.sum(mask_BT, axis=1, dtype=jnp.float32) * config.experts_per_token / config.num_experts
+def capacities(config: MoEConfig, length: int) -> np.ndarray:
+    """Returns how much an expert takes of a row with 0, 1, ..., `length` real tokens.
+
+    Each is exactly ceil(capacity_factor * tokens * A / E), or the floor with expert choice, and at
+    most the tokens. It is a table made in Python, int32 [length + 1], because floats round (float32
+    puts 1.2 * 50 / 4 above 15), and the integers of an exact product need not fit in 32 bits.
+    """
+    numerator, denominator = config.row_share.as_integer_ratio()
+    if config.router == "expert_choice":
+        limits = [numerator * tokens // denominator for tokens in range(length + 1)]
+    else:
+        limits = [-(-numerator * tokens // denominator) for tokens in range(length + 1)]
+    return np.array([min(limit, tokens) for tokens, limit in enumerate(limits)], np.int32)
 
 
-def _places(experts_TA: jax.Array, keys_TA: jax.Array, num_experts: int) -> jax.Array:
-    """Each assignment's place among those of its expert, by ascending key, then by index."""
-    flat, index = experts_TA.reshape(-1), jnp.arange(experts_TA.size, dtype=jnp.int32)
-    sorted_experts, _, order = jax.lax.sort((flat, keys_TA.reshape(-1), index), num_keys=2)
-    firsts = jnp.searchsorted(sorted_experts, jnp.arange(num_experts + 1, dtype=flat.dtype)).astype(jnp.int32)
+def _limits(config: MoEConfig, mask_BT: jax.Array) -> jax.Array:
+    """What each packed row lets an expert take of it, by its number of real tokens: int32 [B]."""
+    return jnp.asarray(capacities(config, mask_BT.shape[1]))[jnp.sum(mask_BT, axis=1, dtype=jnp.int32)]
+
+
+def _places(experts_TA: jax.Array, keys_T: jax.Array, num_experts: int) -> jax.Array:
+    """Returns each assignment's place among those of its expert.
+
+    They come by choice (first, second, ...), then by their token's key, then by position.
+    """
+    choices = experts_TA.shape[1]
+    # The sort is stable, so that positions decide between equal keys.
+    ranks = (experts_TA * choices + jnp.arange(choices, dtype=experts_TA.dtype)[None]).reshape(-1)
+    keys, index = jnp.broadcast_to(keys_T[:, None], experts_TA.shape).reshape(-1), jnp.arange(experts_TA.size, dtype=jnp.int32)
+    sorted_ranks, _, order = jax.lax.sort((ranks, keys, index), num_keys=2)
+    sorted_experts = sorted_ranks // choices
+    firsts = jnp.searchsorted(sorted_experts, jnp.arange(num_experts + 1, dtype=ranks.dtype)).astype(jnp.int32)
     places = index - firsts[sorted_experts]
     return jnp.zeros_like(index).at[order].set(places).reshape(experts_TA.shape)
 
 
-def _sums(logits_BTE: jax.Array, probs_BTE: jax.Array, experts_BTA: jax.Array, mask_BT: jax.Array, config: MoEConfig) -> Sums:
+def _loads(experts_BTA: jax.Array, num_experts: int) -> jax.Array:
+    """Returns the number of assignments of each expert in each row, float32 [B, E]."""
+    return jnp.sum(jax.nn.one_hot(experts_BTA, num_experts, dtype=bool), axis=(1, 2), dtype=jnp.float32)
+
+
+def _sums(
+    logits_BTE: jax.Array, probs_BTE: jax.Array, experts_BTA: jax.Array, balanced_BTA: jax.Array, mask_BT: jax.Array, config: MoEConfig
+) -> Sums:
+    """Returns `Routing.sums`; the balance loss counts `balanced_BTA`, not the choice made."""
     mask_BT = mask_BT.astype(jnp.float32)
     over_tokens = lambda x_BT: jnp.sum(x_BT * mask_BT)  # noqa: E731
-    load_BE = jnp.sum(jax.nn.one_hot(experts_BTA, config.num_experts, dtype=bool), axis=(1, 2), dtype=jnp.float32)
+    load_BE, balanced_BE = (_loads(x_BTA, config.num_experts) for x_BTA in (experts_BTA, balanced_BTA))
     probs_BE = jnp.einsum("bte,bt->be", probs_BTE, mask_BT)
     finite_BTE = jnp.where(jnp.isfinite(logits_BTE), logits_BTE, 0.0)  # a hash's other experts stand at minus infinity
     first_BT, second_BT = _two_largest(jax.lax.stop_gradient(probs_BTE))
     return {
         "tokens": jnp.sum(mask_BT),
         "load": jnp.sum(load_BE, axis=0),
-        "balance": balance_sum(load_BE, probs_BE, jnp.sum(mask_BT, axis=1), config),
+        "balance": balance_sum(balanced_BE, probs_BE, jnp.sum(mask_BT, axis=1), config),
         "z": over_tokens(jnp.square(jax.nn.logsumexp(logits_BTE, axis=-1))),
         "logit_norm": over_tokens(jnp.linalg.norm(jax.lax.stop_gradient(finite_BTE), axis=-1)),
         "entropy": over_tokens(jnp.sum(jax.scipy.special.entr(jax.lax.stop_gradient(probs_BTE)), axis=-1)),
@@ -166,6 +230,10 @@ def balance_sum(load_BE: jax.Array, probs_BE: jax.Array, tokens_B: jax.Array, co
 
     The loss of a scope is E times the sum over experts of (share of assignments) x (mean probability) (Switch Transformer, eq. 4-6;
     GShard's is the same with A assignments): 1 where the load is even. The scope is a packed row, or all rows given.
+
+    `route` counts `load_BE`. With a softmax those are the assignments made, by biases and groups too
+    (DeepSeek-V2, eq. 24); with sigmoids each token's A largest scores, without biases and groups
+    (DeepSeek-V3, eq. 17-20).
     """
     if config.balance_scope == "batch":
         load_BE, probs_BE, tokens_B = (jnp.sum(x, axis=0, keepdims=True) for x in (load_BE, probs_BE, tokens_B))

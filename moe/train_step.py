@@ -154,8 +154,9 @@ def _update_biases(config: RunConfig, router_state: Any, router_sums: losses.Sum
     return jax.tree.unflatten(structure, [update_bias(bias, load, rate) for bias, load in zip(biases, loads, strict=True)])
 
 
-def make_eval_step(model: nn.Module, loss_fn: losses.LossFn) -> Callable[[Any, Batch], losses.Sums]:
+def make_eval_step(model: Transformer, loss_fn: losses.LossFn) -> Callable[[Any, Batch], losses.Sums]:
     """The pure function (variables, batch) -> sums and counts, to be added up over batches and divided once."""
+    model = model.without_jitter()
 
     def eval_step(variables: Any, batch: Batch) -> losses.Sums:
         return _sums(model, loss_fn, variables, batch)

@@ -1,5 +1,6 @@
 """The Transformer: blocks, groups of scanned layers, and the decoder around them."""
 
+import dataclasses
 import itertools
 from typing import Any
 
@@ -116,7 +117,8 @@ class Transformer(nn.Module):
     """A decoder-only language model. `apply(variables, batch, cache)` gives hidden states; `unembed` makes logits of them.
 
     `batch` holds `tokens` [B, T], and may hold `segment_ids` (0 is padding) and `positions` [B, T] where rows pack several documents.
-    A token outside [0, V) makes hidden states of its row NaN, unless it is padding. So does a token
+    With `moe.jitter`, a training batch holds `row_keys` [B], a random key for each row, and
+    evaluation uses `without_jitter()`. A token outside [0, V) makes hidden states of its row NaN, unless it is padding. So does a token
     that the cache cannot take (`attention.fits_cache`): a cache holds one document in each row.
     `capture` names what else to return of each layer: "residual" [B, T, D], its output, and "experts" [B, T, A], a sparse one's choice.
     """
@@ -142,6 +144,11 @@ class Transformer(nn.Module):
         check_static("tokens", batch["tokens"].shape)
         output = self.layers(self.embed(batch), batch, cache)
         return output.replace(hidden=self.final_norm(output.hidden))
+
+    def without_jitter(self) -> "Transformer":
+        """The same model for evaluation, in which nothing is random."""
+        moe = dataclasses.replace(self.config.moe, jitter=0.0)
+        return self.clone(config=dataclasses.replace(self.config, moe=moe)) if self.config.moe.jitter else self
 
     @on_auto_axes(lambda rows: PartitionSpec(*rows[:2]))
     def embed(self, batch: Batch) -> jax.Array:

@@ -7,7 +7,7 @@ the sum of a token's combine weights, so that weights that are equal over all sl
 
 The model's function is exactly the dense one's if all of these hold:
 - no noise is added, and no assignment dropped: `dispatch` is "dense" or "dropless" (or nothing finds its expert full);
-- the weights have a known sum: `normalize_weights`, or the router "hash", or every expert is chosen by a softmax;
+- the weights have a known sum: they are normalized, or the router is "hash", or every expert is chosen by a softmax;
 - every token chooses whole copies: `experts_per_token` is a multiple of G, and with `num_groups` a group's experts are too. For then the
   G experts of a copy start with one router column (virtual groups, He et al. 2024), have equal scores, and are chosen together. The hash
   router chooses consecutive experts with equal weights, which hold each slice equally often.
@@ -71,7 +71,7 @@ def num_slices(config: ModelConfig) -> int:
 
 def total_weight(config: MoEConfig) -> float:
     """The sum of a token's combine weights, if all of its scores are equal."""
-    if config.normalize_weights or config.router == "hash":
+    if config.normalized or config.router == "hash":
         return config.weight_scale
     return config.weight_scale * config.experts_per_token * (0.5 if config.router == "sigmoid" else 1 / config.num_experts)
 

@@ -113,7 +113,7 @@ def test_messages_have_one_line_where_a_config_dict_prints_many() -> None:
 
 @pytest.mark.parametrize(("section", "name", "default"), FIELDS)
 def test_every_field_refuses_a_wrong_type(section: str, name: str, default: Any) -> None:
-    for wrong in ([1], None, 1 if isinstance(default, bool | str) else True):
+    for wrong in ([1], 1) if default is None else ([1], None, 1 if isinstance(default, bool | str) else True):
         text = message(**{f"{section}__{name}": wrong})
         assert text.startswith(f"config.{section.replace('__', '.')}.{name}={wrong!r} ")
         assert f"set {name} to " in text
@@ -376,6 +376,16 @@ MOE = {"model__moe__num_experts": 8}
             "bias_update_rate=0.1 steers nothing with router='hash': set bias_update_rate to 0.0",
         ),
         ({"router": "hash", "num_groups": 2, "groups_per_token": 2}, "num_groups=2 limits nothing with router='hash': set num_groups to 1"),
+        (
+            {"experts_per_token": 1, "normalize_weights": True},
+            "normalize_weights=True makes the weight of experts_per_token=1 expert 1.0 and teaches the router nothing: "
+            "set normalize_weights to False",
+        ),
+        (
+            {"router": "expert_choice", "dispatch": "dense", "normalize_weights": True},
+            "normalize_weights=True normalizes nothing with router='expert_choice', whose weights are probabilities: "
+            "set normalize_weights to False",
+        ),
         ({"receive_factor": 0.5}, "receive_factor=0.5 has no room for an even load: set receive_factor to 1.0 or more"),
         ({"jitter": 0.7}, "jitter=0.7 is out of range: set jitter between 0.0 and 0.5"),
     ],
@@ -401,6 +411,21 @@ def test_routing_that_contradicts_itself(changes: dict[str, Any], expected: str)
 )
 def test_routing_that_the_run_has_no_room_for(changes: dict[str, Any], expected: str) -> None:
     assert message(**MOE, **changes).startswith(f"config.{expected}")
+
+
+@pytest.mark.parametrize("value", [None, True, False])
+def test_normalize_weights_may_be_left_to_the_router(value: bool | None) -> None:
+    """None is stored as it is, so that a changed experts_per_token finds its own default."""
+    config = run_config(**MOE, model__moe__normalize_weights=value)
+    assert RunConfig.from_config_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert config.model.moe.normalized == (value is not False)
+    values = RunConfig.config_dict()
+    values.model.moe.num_experts = 8
+    values.model.moe.normalize_weights = value
+    assert RunConfig.from_config_dict(values) == config
+    if value is None:
+        values.model.moe.experts_per_token = 1
+        assert not RunConfig.from_config_dict(values).model.moe.normalized
 
 
 def test_sparse_layers_need_layers() -> None:

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from moe import expert_parallel
-from moe.config import MoEConfig
+from moe.config import ConfigError, MoEConfig
 from moe.experts import MoE, Tokens, Weights, block_rows, capacity_dispatch, dense_dispatch, dropless, run_experts
 from moe.parameters import unbox
 from moe.routing import route
@@ -103,6 +103,19 @@ def test_capacity_rows_lie_by_expert():
     rows = dispatch.send(jnp.arange(1.0, 6.0)[:, None])
     np.testing.assert_array_equal(rows[..., 0], [[2, 3, 0], [0, 0, 0], [1, 4, 5]])
     np.testing.assert_array_equal(dispatch.receive(rows)[:, 0], [1, 2, 3, 4, 5])
+    np.testing.assert_array_equal(dispatch.dropped_N, 0)
+
+
+def test_a_row_beyond_an_experts_room_takes_no_others_place():
+    """Two experts get three tokens and have room for two; -1 and 7 are no experts at all."""
+    experts = jnp.array([[0], [0], [0], [2], [2], [2], [-1], [7]])
+    dispatch = capacity_dispatch(experts, jnp.ones((8, 1)), 3, capacity=2)
+    rows = dispatch.send(jnp.arange(1.0, 9.0)[:, None])
+    np.testing.assert_array_equal(rows[..., 0], [[1, 2], [0, 0], [4, 5]])
+    np.testing.assert_array_equal(dispatch.receive(rows)[:, 0], [1, 2, 0, 4, 5, 0, 0, 0])
+    np.testing.assert_array_equal(dispatch.dropped_N, [0, 0, 1, 0, 0, 1, 0, 0])
+    gradient = jax.grad(lambda x: jnp.sum(dispatch.receive(dispatch.send(x))))(jnp.ones((8, 1)))
+    np.testing.assert_array_equal(gradient[:, 0], [1, 1, 0, 1, 1, 0, 0, 0])
 
 
 @pytest.mark.parametrize(("rows", "experts", "block"), [(65536, 64, 64), (2048, 64, 8), (16384, 64, 16), (3, 64, 8), (8192, 8, 64)])
@@ -165,6 +178,18 @@ def test_an_exchange_equals_one_device(exchange, dispatch, monkeypatch):
         close(actual[index], expected[index])
 
 
+@pytest.mark.parametrize("exchange", ["all_gather", "all_to_all"])
+def test_what_overflows_an_experts_rows_is_counted_and_passes_by(exchange):
+    """An unlimited caller gives experts 2 or 3 of a row's 5 tokens; they have room for 1."""
+    config = dataclasses.replace(CONFIG, exchange=exchange, dispatch="capacity", experts_per_token=1, normalize_weights=False)
+    x, _, _ = batch()
+    experts, combine = jnp.broadcast_to(jnp.array([0, 1, 0, 1, 0])[:, None], (8, 5, 1)), jnp.ones((8, 5, 1))
+    y, dropped = over_mesh(config, 1, x, experts, combine, *weights())
+    assert dropped.sum() == 8 * 3
+    free = plain(*map(np.asarray, (x.reshape(40, D), experts.reshape(40, 1), combine.reshape(40, 1), *weights())))
+    np.testing.assert_allclose(y, np.where(np.asarray(dropped)[..., None] > 0, 0, free.reshape(x.shape)), atol=1e-5)
+
+
 def test_what_overflows_a_ragged_exchange_is_counted_and_passes_by(monkeypatch):
     """Everything goes to device 0, which has room for as many rows as one device sends: the first device's."""
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", emulated_ragged_all_to_all)
@@ -208,3 +233,127 @@ def test_bfloat16_activations_are_routed_in_float32():
     assert y.dtype == jnp.bfloat16 and routing.weights_BTA.dtype == jnp.float32
     logits = x.astype(jnp.float32) @ variables["params"]["router"]
     np.testing.assert_array_equal(routing.experts_BTA, route(logits, CONFIG).experts_BTA)
+
+
+def layer_and_variables(config, x, **tokens):
+    layer = MoE(config)
+    ids = jnp.zeros(x.shape[:2], jnp.int32)
+    init = jax.jit(lambda key: unbox(layer.init(key, x, Tokens(ids, tokens.get("mask_BT", ids == 0)))))
+    return layer, init(jax.random.key(1))
+
+
+@pytest.mark.parametrize("factor", [1.2, 0.7, 1.3])
+@pytest.mark.parametrize(
+    "changes",
+    [{"dispatch": "dense"}, {"dispatch": "capacity"}, {"dispatch": "dropless"}, {"dispatch": "capacity", "priority": "probability"}],
+)
+def test_a_row_of_a_batch_changes_no_other(changes, factor):
+    """The second row crowds expert 0 of 4; the first crowds it too, or crowds another.
+
+    With 50 tokens float32 puts 1.2 * 50 / 4 above 15.
+    """
+    config = MoEConfig(num_experts=4, experts_per_token=1, expert_dim=F, capacity_factor=factor, **changes)
+    x = jax.random.normal(jax.random.key(0), (2, 50, D))
+    layer, variables = layer_and_variables(config, x)
+    variables["params"]["router"] = jnp.eye(D)[:, :4] * 5.0
+    x = x.at[1, :, 0].set(9.0)
+    both, alone = x.at[0, :, 0].set(9.0), x.at[0, :, 1].set(99.0)
+    apply = jax.jit(layer.apply)
+    (y, routed), (other, _) = apply(variables, both), apply(variables, alone)
+    np.testing.assert_array_equal(y[1], other[1])
+    assert (y[0] != other[0]).any()
+    np.testing.assert_array_equal(routed.experts_BTA[0, :, 0], routed.experts_BTA[1, :, 0])
+    np.testing.assert_allclose(apply(variables, x[1:])[0][0], y[1], atol=1e-5)
+
+
+DISPATCH_CONFIGS = {
+    "dense": {"dispatch": "dense"},
+    "capacity": {"dispatch": "capacity", "capacity_factor": 1.0},
+    "dropless": {"dispatch": "dropless"},
+    "expert choice": {"dispatch": "capacity", "router": "expert_choice"},
+    "jitter": {"jitter": 0.1},
+}
+
+
+@pytest.mark.parametrize("name", DISPATCH_CONFIGS)
+def test_nan_in_padding_reaches_nothing(name):
+    """Neither other tokens, losses and statistics, nor any gradient."""
+    config = dataclasses.replace(CONFIG, num_shared_experts=1, **DISPATCH_CONFIGS[name])
+    mask = jnp.array([[True] * 3 + [False] * 2, [False] + [True] * 4])
+    clean = jax.random.normal(jax.random.key(0), (2, 5, D))
+    layer, variables = layer_and_variables(config, clean, mask_BT=mask)
+    keys = jax.random.split(jax.random.key(2), 2) if config.jitter else None
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
+    def loss(params, x):
+        y, routed = layer.apply({"params": params}, x, Tokens(jnp.zeros((2, 5), jnp.int32), mask, keys))
+        return jnp.sum(jnp.where(mask[..., None], y, 0.0) ** 2) + routed.sums["balance"] + routed.sums["z"], routed
+
+    (value, routed), gradients = loss(variables["params"], clean)
+    assert np.isfinite(value)
+    spoilt = loss(variables["params"], jnp.where(mask[..., None], clean, jnp.nan))
+    jax.tree.map(np.testing.assert_array_equal, spoilt, ((value, routed), gradients))
+
+
+@pytest.mark.parametrize("shape", [(0, 5, D), (2, 0, D)])
+@pytest.mark.parametrize("dispatch", ["dense", "capacity", "dropless"])
+def test_no_rows_and_no_tokens_are_a_layers_too(dispatch, shape):
+    layer, variables = layer_and_variables(dataclasses.replace(CONFIG, dispatch=dispatch, num_shared_experts=1), jnp.zeros(shape))
+    (total, routed), gradient = jax.jit(
+        jax.value_and_grad(
+            lambda variables: (lambda y, routed: (jnp.sum(y), routed))(*layer.apply(variables, jnp.zeros(shape))), has_aux=True
+        )
+    )(variables)
+    assert total == 0 and routed.experts_BTA.shape == (*shape[:2], A)
+    assert all(not jnp.any(leaf) for leaf in jax.tree.leaves((routed.sums, gradient)))
+
+
+def test_what_a_layer_cannot_do_is_refused_in_one_line():
+    x, tokens = jnp.zeros((2, 5, D)), Tokens(jnp.zeros((2, 5), jnp.int32), jnp.ones((2, 5), bool))
+    for config, arguments, message in (
+        (MoEConfig(), (x,), "num_experts=0 makes a sparse layer without experts"),
+        (CONFIG, (x[0],), r"x has shape \(5, 6\): give MoE activations \[B, T, D\]"),
+        (dataclasses.replace(CONFIG, router="hash"), (x,), "router='hash' chooses by token ids, and tokens=None has none: pass tokens"),
+    ):
+        for call in (lambda: MoE(config).init(jax.random.key(0), *arguments), lambda: MoE(config).apply({}, *arguments)):  # noqa: B023
+            with pytest.raises(ValueError, match=f"^{message}") as caught:
+                call()
+            assert "\n" not in str(caught.value)
+    assert issubclass(ConfigError, ValueError)
+    noisy = MoE(dataclasses.replace(CONFIG, jitter=0.1))
+    for arguments in ((x,), (x, tokens)):
+        variables = unbox(jax.eval_shape(noisy.init, jax.random.key(0), *arguments))  # which draws no jitter
+        with pytest.raises(ValueError, match=r"^jitter=0.1 draws from keys that are not there: pass tokens=.* in training, and set jitter"):
+            jax.eval_shape(noisy.apply, variables, *arguments)
+
+
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rows", "dispatch", "exchange"),
+    [
+        ({"fsdp": 8}, 1, "capacity", "all_to_all"),
+        ({"data": 4, "expert": 2}, 4, "dropless", "all_gather"),
+        slow({"fsdp": 8}, 1, "dropless", "all_gather"),
+        slow({"data": 4, "expert": 2}, 4, "capacity", "all_to_all"),
+        slow({"fsdp": 2, "expert": 4}, 2, "capacity", "all_to_all"),
+        slow({"data": 2, "fsdp": 2, "tensor": 2}, 3, "dropless", "all_gather"),
+    ],
+)
+def test_a_batch_too_small_for_the_mesh_is_copied(sizes, rows, dispatch, exchange):
+    """B gives up its axes; D must not take them. Outputs and gradients are those without a mesh."""
+    config = MoEConfig(num_experts=8, experts_per_token=2, expert_dim=4, dispatch=dispatch, exchange=exchange)
+    x = jax.random.normal(jax.random.key(0), (rows, 6, 16))
+    layer, variables = layer_and_variables(config, x)
+
+    def loss(variables, x):
+        y, routed = layer.apply(variables, x)
+        return jnp.sum(y**2) + routed.sums["balance"], (y, routed)
+
+    step = jax.value_and_grad(loss, (0, 1), has_aux=True)
+    expected = jax.jit(step)(variables, x)
+    with jax.set_mesh(jax.make_mesh(tuple(sizes.values()), tuple(sizes), (AxisType.Auto,) * len(sizes))):
+        actual = jax.jit(step)(variables, x)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-4), actual, expected)

@@ -27,6 +27,8 @@ def test_parameters_and_activations_follow_one_table():
     # B takes both, so an activation's D is whole on each device.
     assert sharding.spec("BTD", (16, 8, 64), mesh) == P(batch, "context", ())
     assert sharding.spec("BTNH", (16, 8, 8, 16), mesh) == P(batch, "context", "tensor", ())
+    # So it is where B is too small to be split: its axes are nobody else's.
+    assert sharding.spec("BTD", (1, 8, 64), mesh) == P((), "context", ())
 
 
 def test_fewer_key_value_heads_than_the_tensor_axis_are_copied():

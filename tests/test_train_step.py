@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from moe import losses, sharding
-from moe.config import DataConfig, MeshConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
+from moe.config import DataConfig, MeshConfig, ModelConfig, MoEConfig, OptimizerConfig, RunConfig, TrainConfig
 from moe.optimizer import make_optimizer, make_schedule
 from moe.parameters import declarations, unbox
 from moe.train_step import TrainState, make_program, make_train_step
@@ -204,8 +204,9 @@ def test_adamw_by_hand():
     np.testing.assert_allclose(updates, -0.1 * (-1.0 + 0.1 * 2.0), rtol=1e-5)
 
 
-def test_evaluation_sums_add_up():
-    program = make_program(CONFIG, jax.devices()[:1])
+def test_evaluation_sums_add_up_and_draw_nothing():
+    moe = MoEConfig(num_experts=4, expert_dim=8, jitter=0.1)  # in training alone
+    program = make_program(dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, moe=moe)), jax.devices()[:1])
     variables, rows = program.init_state().variables, batch_rows()
     with jax.set_mesh(program.mesh):
         whole = program.eval_step(variables, sharding.global_batch(rows, program.mesh, 16))

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
-from moe.config import ModelConfig
+from moe.config import ModelConfig, MoEConfig
 from moe.layers import einsum, look_up, swiglu
 from moe.parameters import declarations, is_declared, unbox
 from moe.transformer import Transformer
@@ -267,3 +268,40 @@ def test_swiglu_has_the_gradients_of_its_formula():
     expected, expected_gradients = jax.vjp(lambda gate, up: jax.nn.silu(gate) * up, gate, up)
     np.testing.assert_allclose(value, expected, rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(gradients(g), expected_gradients(g), rtol=1e-5, atol=1e-6)
+
+
+SPARSE = dataclasses.replace(SMALL, num_layers=2, moe=MoEConfig(num_experts=4, expert_dim=8, num_shared_experts=1, first_dense_layers=1))
+
+
+@pytest.mark.parametrize(("sizes", "rows"), [({"data": 4, "expert": 2}, 4), pytest.param({"fsdp": 8}, 1, marks=pytest.mark.slow)])
+def test_a_batch_too_small_for_the_mesh_is_copied(sizes, rows):
+    """The batch gives up its axes, and no other dimension takes them: results are one device's."""
+    model, batch = Transformer(SPARSE), {"tokens": tokens(batch=rows)}
+
+    def loss(params):
+        output = model.apply({"params": params}, batch)
+        return jnp.mean(model.apply({"params": params}, output.hidden, method="unembed") ** 2)
+
+    params = init(SPARSE)["params"]
+    expected = jax.jit(jax.value_and_grad(loss))(params)
+    with jax.set_mesh(jax.make_mesh(tuple(sizes.values()), tuple(sizes), (AxisType.Auto,) * len(sizes))):
+        actual = jax.jit(jax.value_and_grad(loss))(params)
+    jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, atol=1e-5 * np.abs(e).max() + 1e-7), actual, expected)
+
+
+def test_jitter_is_neither_forgotten_in_training_nor_drawn_in_evaluation():
+    noisy = dataclasses.replace(SPARSE, moe=dataclasses.replace(SPARSE.moe, jitter=0.1))
+    variables, batch = init(SPARSE), {"tokens": tokens()}
+    with pytest.raises(ValueError, match=r"^jitter=0.1 draws from keys that are not there"):
+        jax.eval_shape(Transformer(noisy).apply, variables, batch)
+    keys = jax.random.split(jax.random.key(0), 2)
+    quiet, drawn, plain = (
+        jax.jit(model.apply)(variables, batch).hidden
+        for model, batch in (
+            (Transformer(noisy).without_jitter(), batch),
+            (Transformer(noisy), batch | {"row_keys": keys}),
+            (Transformer(SPARSE), batch),
+        )
+    )
+    np.testing.assert_array_equal(quiet, plain)
+    assert np.abs(drawn - plain).max() > 1e-4
