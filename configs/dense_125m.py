@@ -19,6 +19,6 @@ def get_config() -> ConfigDict:
     config.model.vocab_size = 50_304
     config.model.tied_embeddings = True
     config.data.sequence_length = 1024
-    config.optimizer.update(learning_rate=6e-4, warmup_steps=200)
+    config.optimizer.update(learning_rate=6e-4, warmup_fraction=0.02)
     config.train.update(batch_size=256, accumulation=16, steps=10_000, checkpoint_every=1000)
     return config

@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
     config.model.update(num_layers=16, model_dim=2048, feed_forward_dim=8192, num_heads=32, num_kv_heads=8, head_dim=64)
     config.model.update(vocab_size=128_256, tied_embeddings=True, rope_base=500_000.0, remat="full")
     config.data.sequence_length = 2048
-    config.optimizer.update(learning_rate=3e-4, warmup_steps=1000)
+    config.optimizer.update(learning_rate=3e-4, warmup_fraction=0.04)
     config.mesh.update(data=1, fsdp=-1)
     config.train.update(batch_size=512, accumulation=4, steps=25_000, eval_batches=20, checkpoint_every=1000, keep_every=5000)
     return config

@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
     config.model.update(num_layers=32, model_dim=4096, feed_forward_dim=11_008, num_heads=32, num_kv_heads=32, head_dim=128)
     config.model.update(vocab_size=32_000, norm_epsilon=1e-5, remat="full")
     config.data.sequence_length = 4096
-    config.optimizer.update(learning_rate=3e-4, warmup_steps=2000)
+    config.optimizer.update(learning_rate=3e-4, warmup_fraction=0.008)
     config.mesh.update(data=1, fsdp=-1, tensor=8)
     config.train.update(batch_size=1024, accumulation=16, steps=250_000)
     config.train.update(eval_every=1000, eval_batches=20, checkpoint_every=1000, keep_every=25_000)

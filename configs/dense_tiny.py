@@ -16,6 +16,6 @@ def get_config() -> ConfigDict:
     config.model.update(num_layers=4, model_dim=256, feed_forward_dim=704, num_heads=4, num_kv_heads=2, head_dim=64)
     config.model.compute_dtype = "float32"  # CPUs have no faster arithmetic than this
     config.data.sequence_length = 256
-    config.optimizer.update(learning_rate=3e-3, warmup_steps=50)
+    config.optimizer.update(learning_rate=3e-3, warmup_fraction=0.0625)
     config.train.update(batch_size=16, steps=800, eval_every=200, checkpoint_every=200)
     return config

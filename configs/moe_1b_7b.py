@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
     config.model.moe.update(num_experts=64, experts_per_token=8, expert_dim=1024, normalize_weights=False, dispatch="dropless")
     config.model.moe.update(balance_weight=0.01, balance_scope="batch", z_weight=0.001)
     config.data.sequence_length = 4096
-    config.optimizer.update(learning_rate=4e-4, warmup_steps=2000)
+    config.optimizer.update(learning_rate=4e-4, warmup_fraction=2000 / 1_220_000)
     config.mesh.update(data=-1, fsdp=8)
     config.train.update(batch_size=1024, accumulation=4, steps=1_220_000)
     config.train.update(eval_every=5000, eval_batches=20, checkpoint_every=1000, keep_every=25_000)

@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
     config.model.moe.update(num_experts=128, experts_per_token=8, expert_dim=768, normalize_weights=True)
     config.model.moe.update(dispatch="dropless", exchange="ragged_all_to_all", balance_weight=0.001, balance_scope="batch")
     config.data.sequence_length = 4096
-    config.optimizer.update(learning_rate=3e-4, warmup_steps=2000)
+    config.optimizer.update(learning_rate=3e-4, warmup_fraction=0.008)
     config.mesh.update(data=1, fsdp=-1, expert=8)
     config.train.update(batch_size=1024, accumulation=4, steps=250_000)
     config.train.update(eval_every=1000, eval_batches=20, checkpoint_every=1000, keep_every=25_000)

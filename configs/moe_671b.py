@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
     config.model.moe.update(bias_update_rate=0.001, balance_weight=58 * 1e-4, balance_scope="row")
     config.model.moe.update(dispatch="dropless", exchange="ragged_all_to_all")
     config.data.sequence_length = 4096
-    config.optimizer.update(learning_rate=2.2e-4, final_learning_rate_fraction=0.033, warmup_steps=2000)
+    config.optimizer.update(learning_rate=2.2e-4, final_learning_rate_fraction=0.033, warmup_fraction=0.02)
     config.mesh.update(data=1, fsdp=-1, expert=64)
     config.train.update(batch_size=15_360, accumulation=15, steps=100_000)
     config.train.update(eval_every=1000, eval_batches=5, checkpoint_every=500, keep_every=10_000)

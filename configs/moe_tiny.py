@@ -21,6 +21,6 @@ def get_config() -> ConfigDict:
     config.model.moe.update(balance_weight=0.01, balance_scope="batch")
     config.model.compute_dtype = "float32"  # CPUs have no faster arithmetic than this
     config.data.sequence_length = 256
-    config.optimizer.update(learning_rate=3e-3, warmup_steps=50)
+    config.optimizer.update(learning_rate=3e-3, warmup_fraction=0.2)
     config.train.update(batch_size=16, steps=250, eval_every=125, checkpoint_every=125)
     return config

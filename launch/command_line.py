@@ -3,30 +3,30 @@
 JAX is not imported here, so a mistyped flag is answered before a second has passed.
 """
 
-import dataclasses
 import difflib
 import functools
+import os
 import re
 import sys
-import traceback
-import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from launch.config_file import Blaming, check_config_file
+from launch.help_text import config_fields, help_text
+from moe.checks import expand_path, show
 from moe.config import ConfigError, RunConfig
+from moe.data.files import saying
+from moe.progress import Stream
 
 # Exit codes. 0 is done; 1 is a bug or a broken machine, with its traceback.
 BAD_INPUT = 2
-DIVERGED = 3  # too many updates in a row skipped for a non-finite loss or gradient
+DIVERGED = 3  # too many updates in a row skipped for a non-finite loss or gradient, or a last validation that is not finite
 INTERRUPTED = 75  # sysexits.h's EX_TEMPFAIL: the state is saved, and the same command resumes
 
 Main = Callable[[flags.FlagValues], int | None]
-
-# What somebody's unfinished config file raises, besides TypeError and ValueError, which absl makes its own.
-_CONFIG_FILE_ERRORS = (SyntaxError, ImportError, NameError, AttributeError, LookupError, ArithmeticError, AssertionError, OSError)
 
 # Flags defined here belong to the command that asks for them, and are listed in its help.
 flags.disclaim_key_flags()
@@ -39,15 +39,33 @@ def define_config() -> None:
 
 def define_workdir(description: str) -> None:
     """Defines the required flag --workdir."""
-    flags.DEFINE_string("workdir", None, f"{description} Required.", required=True)
-    flags.register_validator("workdir", bool, "set it to a directory")
+    define_directory("workdir", f"{description} Required.", required=True)
+
+
+class _DirectoryParser(flags.ArgumentParser):
+    """Checks a path and expands its ~, which shells leave alone in --flag=~/x."""
+
+    syntactic_help = "a directory"
+
+    def __init__(self, name: str):
+        self._name = name
+
+    def parse(self, argument: str) -> str:
+        return expand_path(f"--{self._name}", argument)
+
+
+def define_directory(name: str, description: str, *, required: bool = False) -> None:
+    """Defines a flag whose value is a path of a file system, with ~ for the home directory."""
+    flags.DEFINE(_DirectoryParser(name), name, None, description, serializer=flags.ArgumentSerializer(), required=required)
 
 
 def read_run_config(config: Any) -> RunConfig:
     """The checked config of the flag --config. Raises ConfigError."""
     if not isinstance(config, ConfigDict):
-        raise ConfigError(f"--config: get_config() returned {config!r}: return RunConfig.config_dict() with your changes")
-    return RunConfig.from_config_dict(config)
+        raise ConfigError(f"--config: get_config() returned {show(config)}: return RunConfig.config_dict() with your changes")
+    with Blaming("--config"):  # a field may be a reference, computed only now
+        values = config.to_dict()
+    return RunConfig.from_config_dict(values)
 
 
 def run(main: Main, description: str) -> NoReturn:
@@ -56,6 +74,7 @@ def run(main: Main, description: str) -> NoReturn:
     Bad input (a flag, a config, a path) gets one line on stderr and exit code 2; any other error keeps its traceback. `--help` prints
     `description`, the flags this command defined, and the fields of --config if it is one of them.
     """
+    sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)  # `| head -1` ends what is shown, and not what is done
     app.run(functools.partial(_call, main), flags_parser=functools.partial(_parse, description))
 
 
@@ -74,15 +93,26 @@ def _call(main: Main, _: list[str]) -> int | None:
 
 
 def _parse(description: str, argv: list[str]) -> list[str]:
-    if {"--help", "-help", "-h", "--helpshort", "--helpfull"}.intersection(argv):
-        print(_help(description))
-        sys.exit(0)
     logging.set_verbosity(logging.WARNING)  # of absl's log, in which libraries tell each step they take; --verbosity=0 shows it
+    logging.get_absl_logger().addFilter(lambda record: "get_config() returned None" not in str(record.msg))  # read_run_config tells it
+    help_wanted = {"--help", "-help", "-h", "--helpshort", "--helpfull"}.intersection(argv)
     try:
-        config_path = _check_config_flags(argv) if "config" in flags.FLAGS else None
-        return _parse_flags(argv, config_path)
-    except (ConfigError, flags.Error) as error:
+        argv[1:] = _expand_config_path(argv[1:])
+        path = _config_path(argv) if "config" in flags.FLAGS else None
+        if help_wanted:
+            config = _config_of(argv, path) if path else RunConfig()
+            print(help_text(description, config if "config" in flags.FLAGS else None, path))
+            sys.exit(0)
+        if "config" in flags.FLAGS:
+            _check_config_flags(argv, path)
+        return _parse_flags(argv, path)
+    except ConfigError as error:
         sys.exit(_fail(error))
+    except flags.Error as error:  # what a flag's own parser refuses is told in its words
+        sys.exit(_fail(error.__context__ if isinstance(error.__context__, ConfigError) else _explain(str(error))))
+    except KeyboardInterrupt:
+        print("interrupted: before there was anything to save", file=sys.stderr)
+        sys.exit(INTERRUPTED)
 
 
 def _fail(error: Exception | str) -> int:
@@ -90,74 +120,64 @@ def _fail(error: Exception | str) -> int:
     return BAD_INPUT
 
 
-def _check_config_flags(argv: list[str]) -> str:
-    """The path in --config. Checks it and the names of changed fields, where config_flags raises errors that could be anybody's."""
+def _expand_config_path(arguments: list[str]) -> list[str]:
+    """The arguments with the ~ of --config expanded. Config_flags read them again, so their list is changed, not the flag's value."""
+    return [
+        re.sub(r"^(--?config=)?(~.*)$", lambda match: (match[1] or "") + os.path.expanduser(match[2]), argument)
+        if argument.startswith(("--config=", "-config=")) or before in ("--config", "-config")
+        else argument
+        for before, argument in zip(["", *arguments], arguments, strict=False)
+    ]
+
+
+def _config_path(argv: list[str]) -> str | None:
+    """The path in --config without get_config's argument, which follows a colon; None where there is no --config."""
     values = flags.FlagValues()
     flags.DEFINE_string("config", None, "", flag_values=values)
     values(argv, known_only=True)
-    if not values.config:
+    return values.config and values.config.split(":")[0]
+
+
+def _config_of(argv: list[str], path: str) -> RunConfig:
+    """The config that the arguments name, whatever other flags are there or missing."""
+    _check_config_flags(argv, path)
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, flag_values=values, sys_argv=argv)
+    with saying(f"reading {path}"), Blaming(path):
+        values(argv, known_only=True)
+        getattr(values.config, "lock", None)
+    return read_run_config(values.config)
+
+
+def _check_config_flags(argv: list[str], path: str | None) -> None:
+    """Checks the names of changed fields, where config_flags raises errors that could be anybody's."""
+    if not path:
         raise ConfigError("--config is missing: set --config to a config file")
-    path = values.config.split(":")[0]  # what follows a colon is get_config's argument
-    try:
-        open(path).close()
-    except OSError as error:
-        raise ConfigError(f"--config={path}: {error.strerror}: set --config to a config file") from error
-    names = [name.removeprefix("config.") for name, _, _ in _config_fields(RunConfig)]
+    names = [name.removeprefix("config.") for name, _ in config_fields(RunConfig())]
+    with saying(f"reading {path}"):
+        check_config_file(path)
     for changed in filter(None, (re.match(r"--?(?:no)?config\.([^=]*)", argument) for argument in argv)):
         if changed[1] not in names:
             near = difflib.get_close_matches(changed[1], names, n=1)
             hint = f"did you mean --config.{near[0]}?" if near else "--help lists the fields"
             raise ConfigError(f"{changed[0]} is not a field: {hint}")
-    return path
 
 
 def _parse_flags(argv: list[str], config_path: str | None) -> list[str]:
-    try:
+    with saying(f"reading {config_path}"), Blaming(config_path or "--config"):
         rest = flags.FLAGS(argv)
         if config_path:
             getattr(flags.FLAGS.config, "lock", None)  # config_flags keeps an OSError of get_config() until the config is touched
-    except flags.Error as error:
-        raise ConfigError(_explain(str(error), config_path)) from error
-    except _CONFIG_FILE_ERRORS as error:
-        raise ConfigError(_explain("".join(traceback.format_exception(error)), config_path)) from error
     if rest[1:]:
         raise ConfigError(f"{rest[1]!r} is not a flag: write flags as --name=value, and quote values that have spaces")
     return rest
 
 
-def _explain(message: str, config_path: str | None) -> str:
-    """One line for what flags and config files raise: the flag or the place, the value, and the fix."""
-    if "Traceback" in message:
-        line = re.findall(rf'File "{re.escape(str(config_path))}", line (\d+)', message)
-        return f"{config_path}{', line ' + line[-1] if line else ''}: {message.strip().splitlines()[-1]}"
+def _explain(message: str) -> str:
+    """One line for what flags raise: the flag, the value, and the fix."""
     if missing := re.match(r"flag --(\S+)=None: Flag --\1 must have a value", message):
         return f"--{missing[1]} is missing: set --{missing[1]}=VALUE"
-    for name, field_type, _ in _config_fields(RunConfig):
+    for name, field_type in config_fields(RunConfig()):
         if mistyped := re.match(rf"flag --{name}=(.*?): ", message):
             return f"--{name}={mistyped[1]} has the wrong type: set {name} to a value of type {field_type.__name__}"
     return message
-
-
-def _config_fields(config_class: type, path: str = "config") -> Iterator[tuple[str, Any, Any]]:
-    """The dotted name, type and default of every field of a config."""
-    types = typing.get_type_hints(config_class)
-    for field in dataclasses.fields(config_class):
-        name, field_type = f"{path}.{field.name}", types[field.name]
-        if dataclasses.is_dataclass(field_type):
-            yield from _config_fields(field_type, name)
-        else:
-            yield name, field_type, field.default
-
-
-def _help(description: str) -> str:
-    own_flags = flags.FLAGS.get_key_flags_for_module(sys.argv[0])
-    lines = [description.strip(), "", "Flags:"]
-    for flag in own_flags:
-        default = f" (default: {flag.default})" if flag.default not in (None, "") else ""
-        lines += [f"  --{flag.name}=...", flags.text_wrap(flag.help + default, indent="      ")]
-    if "config" in flags.FLAGS:
-        lines += ["", "Fields of --config, with the values they have where the file sets no other:"]
-        for name, field_type, default in _config_fields(RunConfig):
-            options = f"  ({' or '.join(typing.get_args(field_type))})" if typing.get_args(field_type) else ""
-            lines.append(f"  --{name}={default}{options}")
-    return "\n".join(lines)

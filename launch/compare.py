@@ -15,7 +15,7 @@ second ones. Ctrl-C (SIGINT) and SIGTERM save before they stop; the same command
 Writes and prints DIR/comparison.md, a table; beside it are comparison.json, with each seed's loss, and comparison.png. With --report_only
 nothing is trained: they are made of the runs there are, while others still train too.
 
-Exit codes: 0 trained to the end; 2 bad input, told in one line; 3 a run stopped, since too many updates in a row were not finite (the
+Exit codes: 0 trained to the end; 2 bad input, told in one line; 3 a run diverged, as launch.train says it (the
 others were trained); 75 interrupted and saved.
 """
 
@@ -37,6 +37,7 @@ from ml_collections import config_flags
 from launch import command_line
 from launch.report import THEMES, Metrics, column, style, summarise
 from moe.config import ConfigError, RunConfig
+from moe.data.sources import check_dataset
 from moe.scaling.flops import active_parameters, total_parameters, training_flops_per_token
 from moe.tracking import CONFIG_FILE, METRICS_FILE, check_workdir, read_metrics
 
@@ -45,8 +46,9 @@ if TYPE_CHECKING:
 
 LAST = 10  # logged steps at the end of a run over which the router's statistics are averaged
 LEGEND = (
-    "Loss: mean ± standard error over the finished seeds. MaxVio, by how much the fullest expert of the worst layer exceeds an even share, "
-    f"and dropped, the fraction of assignments: means over the last {LAST} logged steps. Tokens/s: median."
+    "Loss: mean ± standard error over the seeds that finished, and did not diverge. MaxVio, by how much the fullest expert of the worst "
+    "layer exceeds an even share, and dropped, the fraction of assignments: means over the last "
+    f"{LAST} logged steps. Tokens/s: median."
 )
 
 
@@ -62,6 +64,13 @@ class Run:
     def finished(self) -> bool:
         """Whether the last checkpoint is there; Orbax gives it its name once it is whole, and its metrics were written before."""
         return (self.workdir / "checkpoints" / str(self.config.train.steps)).is_dir()
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the last validation of a finished run is not finite, or none of its updates was."""
+        metrics = read_metrics(self.workdir)
+        last = {name: value for line in metrics for name, value in line.items()}
+        return not math.isfinite(last["validation/loss"]) or last.get("train/skipped_steps") == self.config.train.steps
 
 
 def read_experiment(path: str, base: RunConfig) -> tuple[dict[str, RunConfig], tuple[int, ...]]:
@@ -141,12 +150,12 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def result(runs: list[Run]) -> dict[str, Any]:
-    """What is known of one variant: counts, and statistics over its finished runs, None where there is nothing to take them of.
+    """What is known of one variant: counts, and statistics over the runs that finished with a finite loss, None where there are none.
 
     Losses are in nats per token; the router's statistics are means over each run's last logged steps; tokens/s is a median of all.
     """
     model, length = runs[0].config.model, runs[0].config.data.sequence_length
-    finished = {run.config.seed: read_metrics(run.workdir) for run in runs if run.finished}
+    finished = {run.config.seed: read_metrics(run.workdir) for run in runs if run.finished and not run.diverged}
     losses = {seed: float(column(metrics, "validation/loss")[1][-1]) for seed, metrics in finished.items()}
     mean, error = mean_and_error(list(losses.values())) if losses else (None, None)
     of_all = list(finished.values())
@@ -250,7 +259,9 @@ def main(values: flags.FlagValues) -> int:
     runs = plan(*read_experiment(config_flags.get_config_filename(values["config"]), base), workdir)
     if not values.report_only:
         # fit() has handlers of its own. Around it everything is saved, and SIGTERM may act at once, as Ctrl-C does.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
+        for run in runs:
+            check_dataset(run.config.data)
         from moe.trainer import Interrupted  # loads JAX, which bad input need not wait for
 
         try:
@@ -259,7 +270,7 @@ def main(values: flags.FlagValues) -> int:
             print(f"interrupted: {error or 'run the same command again to go on'}", file=sys.stderr)
             return command_line.INTERRUPTED
     print(compare(runs, workdir))
-    return 0 if values.report_only or all(run.finished for run in runs) else command_line.DIVERGED
+    return 0 if values.report_only or all(run.finished and not run.diverged for run in runs) else command_line.DIVERGED
 
 
 if __name__ == "__main__":

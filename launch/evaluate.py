@@ -10,17 +10,19 @@ load's max_vio and load_entropy and the dropped_fraction too, as means over the 
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 from absl import flags
 
 from launch import command_line
+from moe.config import ConfigError
 
 
 def evaluate(workdir: Path, step: int | None = None, split: str | None = None) -> dict[str, float]:
     """`loss` and `bits_per_byte` of a run's checkpoint (the latest) on all of a split (the validation split), and the `step`.
 
-    For sparse layers also the statistics of their load that `trainer.evaluate` gives.
+    For sparse layers also the statistics of their load that `trainer.evaluate` gives. Raises ConfigError where a number is not finite.
     """
     from moe import trainer  # loads JAX, which --help need not wait for
     from moe.data.prepare import prepare
@@ -28,11 +30,15 @@ def evaluate(workdir: Path, step: int | None = None, split: str | None = None) -
     config, program, variables, step = trainer.load_run(workdir, step)
     rows = prepare(config.data, split or config.data.validation_split)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, eval_batches=0))
-    return {"step": step, **trainer.evaluate(config, program, variables, rows)}
+    result = trainer.evaluate(config, program, variables, rows)
+    for name, value in result.items():
+        if not math.isfinite(value):
+            raise ConfigError(f"{workdir / 'checkpoints' / str(step)} has a {name} that is not finite: set --step to an earlier checkpoint")
+    return {"step": step, **result}
 
 
 def main(values: flags.FlagValues) -> None:
-    print(json.dumps(evaluate(Path(values.workdir), values.step, values.split)))
+    print(json.dumps(evaluate(Path(values.workdir), values.step, values.split), allow_nan=False))
 
 
 if __name__ == "__main__":

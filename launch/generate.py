@@ -40,7 +40,8 @@ def generate(
     for prompt in prompts:
         if prompt.encode(errors="ignore").decode() != prompt:  # bytes of the command line that are no text
             raise ConfigError(f"prompt={prompt!r} is not UTF-8: write it in UTF-8")
-    config, program, variables, _ = trainer.load_run(workdir, step)
+    config, program, variables, step = trainer.load_run(workdir, step)
+    trainer.check_finite(workdir / "checkpoints" / str(step), variables)
     tokenizer = make_tokenizer(config.data)
     tokens = [[tokenizer.boundary_id, *tokenizer.encode(prompt)] for prompt in prompts]
     continued = generate(

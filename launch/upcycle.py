@@ -29,7 +29,7 @@ def upcycle(source: Path, config: RunConfig, workdir: Path, *, step: int | None 
     _check_paths(source, workdir, noise)
     import jax  # loaded here, so that bad input need not wait for it
 
-    from moe import checkpoint, tracking
+    from moe import checkpoint, tracking, trainer
     from moe.data.prepare import prepare
     from moe.train_step import make_program
     from moe.upcycle import check_upcycle, upcycle
@@ -37,9 +37,11 @@ def upcycle(source: Path, config: RunConfig, workdir: Path, *, step: int | None 
     dense = tracking.read_config(source).model
     check_upcycle(dense, config.model)
     program = make_program(config)
+    trainer.check_memory(program.mesh, program.abstract_state)
     with checkpoint.read_checkpoints(source) as checkpoints:  # laid out as the new run, so that no array has to move
         wanted = make_program(dataclasses.replace(config, model=dense)).abstract_state
         dense_params = checkpoint.restore_variables(checkpoints, wanted, step)["params"]
+    trainer.check_finite(source / "checkpoints", dense_params)
     rows = prepare(config.data, config.data.train_split)
     state = program.init_state()
     shardings = jax.tree.map(lambda leaf: leaf.sharding, program.abstract_state.params)
@@ -72,7 +74,7 @@ def main(values: flags.FlagValues) -> None:
 if __name__ == "__main__":
     command_line.define_config()
     command_line.define_workdir("The directory of the run to make: a new or empty one.")
-    flags.DEFINE_string("from", None, "The directory of the dense run. Required.", required=True)
+    command_line.define_directory("from", "The directory of the dense run. Required.", required=True)
     flags.DEFINE_integer("step", None, "The dense run's checkpoint; the latest by default.")
     flags.DEFINE_float(
         "noise", 0.0, "Adds normal noise to each expert's copy, of so many of each matrix's standard deviations; drawn from config.seed."

@@ -124,11 +124,36 @@ def init_cache(config: ModelConfig, layers: int, batch_size: int, length: int) -
     return {name: jnp.zeros(shape, "float32" if in_float32 else config.compute_dtype) for name in ("key", "value")}
 
 
+def fits_cache(cache: Any, batch: dict[str, jax.Array]) -> jax.Array:
+    """Returns which tokens [B, T] a layer's cache can take.
+
+    A prompt has no `positions`: each row is one document from its start, and `segment_ids` of 0 mark
+    the padding after it. Later tokens have `positions`, which rise along a row and stay below the
+    cache's length. Raises ValueError where shapes and names alone show that a batch does not fit.
+    """
+    (batch_size, length), (rows, slots) = batch["tokens"].shape, cache["key"].shape[1:3]
+    if batch_size != rows:
+        raise ValueError(f"tokens have {batch_size} rows and the cache has {rows}: make the cache with batch_size={batch_size}")
+    if length > slots:
+        raise ValueError(f"tokens have {length} positions and the cache has {slots}: make the cache with length={length} or more")
+    if "positions" not in batch:
+        ids_BT = batch.get("segment_ids", jnp.ones((batch_size, length), jnp.int32))
+        in_first_segment_BT = jnp.cumprod(ids_BT == ids_BT[:, :1], axis=1, dtype=jnp.int32) > 0
+        return in_first_segment_BT | (ids_BT == 0)
+    if "segment_ids" in batch:
+        raise ValueError("a batch has positions and segment_ids, and a cache holds one document a row: leave segment_ids out")
+    positions_BT = batch["positions"]
+    highest_BT = jnp.pad(jax.lax.cummax(positions_BT, axis=1), ((0, 0), (1, 0)), constant_values=-1)
+    return (positions_BT > highest_BT[:, :length]) & (positions_BT < slots)
+
+
 def update_cache(cache: Any, layer: jax.Array | int, key_BTKH: jax.Array, value_BTKH: jax.Array, positions_BT: jax.Array) -> Any:
     """Writes each key and value into a layer's slot of its position.
 
     Padding after a prompt thus lands in slots that no earlier position sees, and that later tokens overwrite before they are seen.
+    A position that has no slot is not written.
     """
     rows_B1 = jnp.arange(positions_BT.shape[0])[:, None]
+    positions_BT = jnp.where(positions_BT < 0, cache["key"].shape[2], positions_BT)  # JAX would count from the end
     new = {"key": key_BTKH, "value": value_BTKH}
-    return {name: cache[name].at[layer, rows_B1, positions_BT].set(new[name].astype(cache[name].dtype)) for name in cache}
+    return {name: cache[name].at[layer, rows_B1, positions_BT].set(new[name].astype(cache[name].dtype), mode="drop") for name in cache}

@@ -13,9 +13,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe.kernels.attention import Implementation, attention_backward, attention_forward, flash_attention, sinks_gradient
-from moe.kernels.attention.choice import check
-from moe.kernels.attention.masks import Options, span
+from moe.kernels.attention import (
+    Implementation,
+    attention_backward,
+    attention_forward,
+    flash_attention,
+    round_output,
+    sinks_gradient,
+    sum_rows,
+)
+from moe.kernels.attention.choice import Name, check, make_options
+from moe.kernels.attention.masks import Options, Window
 
 
 def ring_attention(
@@ -25,12 +33,12 @@ def ring_attention(
     *,
     axis_name: str,
     causal: bool,
-    window: tuple[int, int] | None = None,
+    window: Window | None = None,
     segment_ids: jax.Array | None = None,
     softcap: float | None = None,
     sinks: jax.Array | None = None,
     scale: float | None = None,
-    implementation: Implementation | None,
+    implementation: Name | Implementation | None = None,
 ) -> jax.Array:
     """`flash_attention` of the whole sequence, of which each rank holds a part: keys and values go around, queries stay (Liu et al. 2023).
 
@@ -41,10 +49,10 @@ def ring_attention(
     Nothing of size T is held, in the backward pass either. Ranks get equal work under a causal mask (see `chunk_order`). Raises ValueError
     for arguments that do not agree, and for a T/P that cannot be halved where that order needs it.
     """
-    check(q_BTNH, k_BSKH, v_BSKH, sinks, segment_ids, segment_ids, window)
+    check(q_BTNH, k_BSKH, v_BSKH, sinks, segment_ids, segment_ids, window, softcap, scale)
     if q_BTNH.shape[1] != k_BSKH.shape[1]:
         raise ValueError(f"q {q_BTNH.shape} and k {k_BSKH.shape} must hold the same tokens (T/P) of one sequence")
-    options = Options(*span(causal, window), softcap, q_BTNH.shape[-1] ** -0.5 if scale is None else scale, partial=True)
+    options = make_options(q_BTNH, causal, window, softcap, scale, partial=True)
     order = chunk_order(options, jax.lax.axis_size(axis_name), q_BTNH.shape[1])
     q, k, v, ids = (None if x is None else _deal(axis_name, order, x) for x in (q_BTNH, k_BSKH, v_BSKH, segment_ids))
     return _collect(axis_name, order, _ring(_Ring(axis_name, implementation, options, order), q, k, v, sinks, ids))
@@ -57,25 +65,25 @@ def ulysses_attention(
     *,
     axis_name: str,
     causal: bool,
-    window: tuple[int, int] | None = None,
+    window: Window | None = None,
     segment_ids: jax.Array | None = None,
     softcap: float | None = None,
     sinks: jax.Array | None = None,
     scale: float | None = None,
-    implementation: Implementation | None,
+    implementation: Name | Implementation | None = None,
 ) -> jax.Array:
     """The same result as `ring_attention`'s, by handing each rank all tokens of N/P of the heads (Jacobs et al. 2023).
 
     Shapes and gradients are those of `ring_attention`. A rank that reads a key/value head is sent it: where K is no multiple of P, some go
     to several. Raises ValueError for arguments that do not agree, and where N is no multiple of P.
     """
-    check(q_BTNH, k_BSKH, v_BSKH, sinks, segment_ids, segment_ids, window)
+    check(q_BTNH, k_BSKH, v_BSKH, sinks, segment_ids, segment_ids, window, softcap, scale)
     size, heads, kv_heads = jax.lax.axis_size(axis_name), q_BTNH.shape[2], k_BSKH.shape[2]
     if heads % size:
         raise ValueError(f"q {q_BTNH.shape} has {heads} heads, which cannot be divided over {axis_name}={size}: use ring attention")
     # Query head n then reads copy n // (N / copies), of head n // (N / K): the least number of copies of which each rank has as many.
     copies = math.lcm(kv_heads, size) // kv_heads
-    k, v = (jnp.repeat(x, copies, axis=2) if copies > 1 else x for x in (k_BSKH, v_BSKH))
+    k, v = (_copy_heads(x, copies) if copies > 1 else x for x in (k_BSKH, v_BSKH))
     q, k, v = (jax.lax.all_to_all(x, axis_name, split_axis=2, concat_axis=1, tiled=True) for x in (q_BTNH, k, v))
     if segment_ids is not None:
         segment_ids = jax.lax.all_gather(segment_ids, axis_name, axis=1, tiled=True)
@@ -84,6 +92,11 @@ def ulysses_attention(
     mask = {"causal": causal, "window": window, "q_segment_ids": segment_ids, "kv_segment_ids": segment_ids}
     output = flash_attention(q, k, v, **mask, softcap=softcap, sinks=sinks, scale=scale, implementation=implementation)
     return jax.lax.all_to_all(output, axis_name, split_axis=1, concat_axis=2, tiled=True)
+
+
+def _copy_heads(x_BSKH: jax.Array, copies: int) -> jax.Array:
+    """Repeats each head, as float32, so that autodiff adds up the copies' gradients in float32."""
+    return jnp.repeat(x_BSKH.astype(np.promote_types(x_BSKH.dtype, np.float32)), copies, axis=2).astype(x_BSKH.dtype)
 
 
 Order = tuple[tuple[int, ...], ...]  # the chunks that each rank computes with
@@ -157,7 +170,7 @@ class _Ring(NamedTuple):
     """What is static in a ring."""
 
     axis_name: str
-    implementation: Implementation | None
+    implementation: Name | Implementation | None
     options: Options
     order: Order
 
@@ -173,7 +186,8 @@ class _Ring(NamedTuple):
         return [jnp.asarray(call)[jax.lax.axis_index(self.axis_name)] for call in step.calls]
 
 
-# By hand, since autodiff would keep every visitor. Kept are the rank's own chunks, its output and its log-sum-exp.
+# By hand, since autodiff would keep every visitor. Kept are the rank's own chunks, its output, what
+# rounding took from that, and its log-sum-exp.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _ring(ring: _Ring, q: jax.Array, k: jax.Array, v: jax.Array, sinks_N: jax.Array | None, ids: jax.Array | None) -> jax.Array:
     return _ring_forward(ring, q, k, v, sinks_N, ids)[0]
@@ -185,7 +199,7 @@ _differentiate = jax.jit(attention_backward, static_argnums=(0, 1))
 
 
 def _ring_forward(ring: _Ring, q: jax.Array, k: jax.Array, v: jax.Array, sinks_N: Any, ids: Any) -> tuple[jax.Array, tuple[Any, ...]]:
-    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    dtype = np.promote_types(q.dtype, np.float32)
     total = jnp.zeros((*q.shape[:-1], v.shape[-1]), dtype), jnp.full(q.shape[:-1], -jnp.inf, dtype)
     visitors = k, v, ids
     for step in plan(ring.options, ring.order, q.shape[2]):
@@ -198,16 +212,16 @@ def _ring_forward(ring: _Ring, q: jax.Array, k: jax.Array, v: jax.Array, sinks_N
         visitors, total = _together(following, total)
     if sinks_N is not None:  # once, for a query: every part would count it again
         total = _merge(*total, 0.0, jnp.broadcast_to(sinks_N.astype(dtype), total[1].shape))
-    output, lse = total[0].astype(q.dtype), total[1]
-    return output, (q, k, v, sinks_N, ids, output, lse)
+    output, lost = round_output(total[0], q.dtype)
+    return output, (q, k, v, sinks_N, ids, output, lost, total[1])
 
 
 def _ring_backward(ring: _Ring, residuals: tuple[Any, ...], g: jax.Array) -> tuple[Any, ...]:
     """A second ring, in which the gradients of keys and values go around with them and come home in the end."""
-    q, k, v, sinks_N, ids, output, lse = residuals
+    q, k, v, sinks_N, ids, output, lost, lse = residuals
     # Lest the compiler take the first ring's sends for these, and keep what they brought.
     visitors, g = _together((k, v, ids), g)
-    row_sums = jnp.sum(output.astype(lse.dtype) * g.astype(lse.dtype), axis=-1)
+    row_sums = sum_rows(output, lost, g, lse.dtype)
     of_q, *of_kv = (jnp.zeros(x.shape, lse.dtype) for x in (q, k, v))
     steps = plan(ring.options, ring.order, q.shape[2])
     for step in steps:

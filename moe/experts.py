@@ -74,7 +74,11 @@ def dense_dispatch(experts_NA: jax.Array, weights_NA: jax.Array, num_experts: in
     def receive(rows_END: jax.Array) -> jax.Array:
         return jnp.einsum("end,ne->nd", rows_END.astype(jnp.float32), weights_NE).astype(rows_END.dtype)
 
-    return Dispatch(lambda x_ND: jnp.broadcast_to(x_ND, (num_experts, *x_ND.shape)), receive)
+    def send(x_ND: jax.Array) -> jax.Array:
+        # By way of float32, in which the backward pass then adds up the experts' gradients.
+        return jnp.broadcast_to(x_ND.astype(jnp.float32), (num_experts, *x_ND.shape)).astype(x_ND.dtype)
+
+    return Dispatch(send, receive)
 
 
 def capacity_dispatch(experts_NA: jax.Array, weights_NA: jax.Array, num_experts: int, capacity: int) -> Dispatch:
@@ -128,7 +132,7 @@ def _receive_backward(residuals: tuple[Any, ...], g_ND: jax.Array) -> tuple[jax.
     g_ID = _send(g_ND, arranged)
     weights_I1 = _of_slots(weights_NA, arranged)[:, None]
     gradient_rows = (g_ID.astype(weights_I1.dtype) * weights_I1).astype(rows_ID.dtype)
-    gradient_weights_I = jnp.sum(rows_ID * g_ID, axis=1, dtype=jnp.float32)
+    gradient_weights_I = jnp.sum(rows_ID.astype(jnp.float32) * g_ID.astype(jnp.float32), axis=1)
     return gradient_rows, _of_assignments(gradient_weights_I, arranged), None
 
 

@@ -43,6 +43,7 @@ def generate(
     lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
     if not len(lengths_B) or lengths_B.min() < 1:
         raise ConfigError(f"prompts have {lengths_B.tolist()} tokens: give at least one prompt, each of one token or more")
+    check_tokens(prompts, model.config.vocab_size)
     check_memory(model, len(prompts), int(lengths_B.max()), max_new_tokens)
     tokens_BT = np.zeros((len(prompts), lengths_B.max()), np.int32)
     for row, prompt in zip(tokens_BT, prompts, strict=True):
@@ -62,6 +63,14 @@ def check_sampling(sampling: Sampling, max_new_tokens: int) -> None:
         raise ConfigError(f"top_p={sampling.top_p} is out of range: set it above 0 and up to 1")
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens={max_new_tokens} is not positive: set it to 1 or more")
+
+
+def check_tokens(prompts: Sequence[np.ndarray], vocab_size: int) -> None:
+    """Raises ConfigError for a token that the model has no embedding of."""
+    tokens = np.concatenate(prompts)
+    wrong = tokens[(tokens < 0) | (tokens >= vocab_size)]
+    if wrong.size:
+        raise ConfigError(f"prompts hold the token {wrong[0]}, and vocab_size={vocab_size}: give tokens from 0 to {vocab_size - 1}")
 
 
 def check_memory(model: nn.Module, batch_size: int, length: int, max_new_tokens: int) -> None:
@@ -127,18 +136,21 @@ def _draw(model: nn.Module, variables: Any, hidden_BD: jax.Array, key: jax.Array
 
 
 def keep_likeliest(logits_BV: jax.Array, top_k: int, top_p: float) -> jax.Array:
-    """Logits with -inf outside the `top_k` largest (0: all) and outside the nucleus of mass `top_p` (Holtzman et al. 2020, eq. 2-3)."""
-    if top_k:
-        kth_B1 = jax.lax.top_k(logits_BV, min(top_k, logits_BV.shape[-1]))[0][:, -1:]
-        logits_BV = jnp.where(logits_BV < kth_B1, -jnp.inf, logits_BV)
-    if top_p < 1:
-        sorted_BV = -jnp.sort(-logits_BV, axis=-1)
-        probs_BV = jax.nn.softmax(sorted_BV, axis=-1)
-        # A token is in the nucleus if those before it do not reach top_p; the likeliest always is.
-        inside_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV < top_p
-        least_B1 = jnp.min(jnp.where(inside_BV, sorted_BV, jnp.inf), axis=-1, keepdims=True)
-        logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
-    return logits_BV
+    """Logits with -inf outside the `top_k` largest (0: all) and outside the nucleus of mass `top_p` (Holtzman et al. 2020, eq. 2-3).
+
+    Tokens are kept by rank: of equal logits the one with the lower id comes first.
+    """
+    if not top_k and top_p == 1:
+        return logits_BV
+    size = logits_BV.shape[-1]
+    sorted_BK, ids_BK = jax.lax.top_k(logits_BV, min(top_k or size, size))
+    probs_BK = jax.nn.softmax(sorted_BK, axis=-1)
+    mass_before_BK = jnp.cumsum(probs_BK, axis=-1) - probs_BK
+    # The nucleus ends with the token whose mass reaches top_p. Sums of rounded probabilities miss a
+    # mass that is exactly top_p by some 1e-7 of it.
+    is_inside_BK = (mass_before_BK < top_p * (1 - 1e-6)) | (top_p == 1)
+    rows_B1 = jnp.arange(logits_BV.shape[0])[:, None]
+    return jnp.full_like(logits_BV, -jnp.inf).at[rows_B1, ids_BK].set(jnp.where(is_inside_BK, sorted_BK, -jnp.inf))
 
 
 def _until(tokens_T: np.ndarray, end_id: int) -> np.ndarray:

@@ -41,6 +41,37 @@ def _einsum_backward(
 einsum.defvjp(_einsum_forward, _einsum_backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def look_up(dtype: jnp.dtype, table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
+    """Returns the table's row of each id in `dtype`, [B, T, D]; NaN for an id outside [0, V).
+
+    The table's gradient has the table's dtype and is summed in float32: in bfloat16 a sum of many
+    like terms stops growing at 256 of them.
+    """
+    # Gathered over fsdp first, as every weight is: looking up in a table split along D would move
+    # activations instead.
+    table_VD = constrain(table_VD.astype(dtype), "V-")
+    return table_VD.at[_rows(ids_BT, table_VD)].get(mode="fill", fill_value=jnp.nan)
+
+
+def _rows(ids_BT: jax.Array, table_VD: jax.Array) -> jax.Array:
+    """Returns the ids, with V in place of negative ones, which JAX would count from the end."""
+    return jnp.where(ids_BT < 0, table_VD.shape[0], ids_BT)
+
+
+def _look_up_backward(dtype: jnp.dtype, residuals: tuple[jax.Array, jax.Array], g_BTD: jax.Array) -> tuple[jax.Array, None]:
+    table_VD, ids_BT = residuals
+    sum_dtype = jnp.promote_types(table_VD.dtype, jnp.float32)
+    zeros_VD = jnp.zeros(table_VD.shape, sum_dtype)
+    gradient_VD = zeros_VD.at[_rows(ids_BT, table_VD)].add(g_BTD.astype(sum_dtype), mode="drop")
+    # Each device sums what its own tokens add to the whole table: if the sum were split along D,
+    # the partitioner would move activations instead.
+    return constrain(gradient_VD, "V-").astype(table_VD.dtype), None
+
+
+look_up.defvjp(lambda dtype, table, ids: (look_up(dtype, table, ids), (table, ids)), _look_up_backward)
+
+
 def check_static(name: str, shape: tuple[int, ...]) -> None:
     """Raises ValueError for a symbolic size, as jax.export makes it: blocks and capacities are computed from sizes while tracing."""
     if not all(isinstance(size, int) for size in shape):

@@ -81,28 +81,39 @@ def cross_entropy_sum(
     """Sum over unmasked positions of -log softmax(unembed(hidden))[target], in nats, float32.
 
     Logits exist for `chunk` positions of each row at a time, in the backward pass too, which computes them again.
+    What a masked position holds changes nothing, even NaN. An unmasked target outside [0, V) makes
+    the sum and its gradients NaN.
     """
 
     def chunk_sum(total: jax.Array, inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         hidden, targets, mask = inputs
-        return total + _cross_entropy_sum(unembed(hidden), targets, mask), None
+        return total + _cross_entropy_sum(hidden, unembed, targets, mask), None
 
     length = targets_BT.shape[1]
+    if not length:
+        return jnp.zeros((), jnp.float32)
     chunk = -(-length // -(-length // chunk))  # as many chunks, of sizes as equal as can be
     if chunk == length:
-        return _cross_entropy_sum(unembed(hidden_BTD), targets_BT, mask_BT)
+        return _cross_entropy_sum(hidden_BTD, unembed, targets_BT, mask_BT)
     padding = -length % chunk
     inputs = tuple(_split_time(x, chunk, padding) for x in (hidden_BTD, targets_BT, mask_BT))
     total, _ = jax.lax.scan(jax.checkpoint(chunk_sum, prevent_cse=False), jnp.zeros((), jnp.float32), inputs)
     return total
 
 
-def _cross_entropy_sum(logits_BTV: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
-    logits_BTV = logits_BTV.astype(jnp.float32)
+def _cross_entropy_sum(
+    hidden_BTD: jax.Array, unembed: Callable[[jax.Array], jax.Array], targets_BT: jax.Array, mask_BT: jax.Array
+) -> jax.Array:
+    # Masked positions become zeros before anything multiplies them: 0 times NaN would be NaN, also
+    # in the gradient of the unembedding.
+    logits_BTV = unembed(jnp.where(mask_BT[..., None], hidden_BTD, 0)).astype(jnp.float32)
     # A comparison rather than a gather: it fuses, its gradient needs no scatter, and it splits over vocabulary shards.
     is_target_BTV = jax.nn.one_hot(targets_BT.astype(jnp.int32), logits_BTV.shape[-1], dtype=bool)
     target_logits_BT = jnp.sum(jnp.where(is_target_BTV, logits_BTV, 0.0), axis=-1)
     losses_BT = jax.nn.logsumexp(logits_BTV, axis=-1) - target_logits_BT
+    in_vocabulary_BT = (targets_BT >= 0) & (targets_BT < logits_BTV.shape[-1])
+    # A product makes the gradient NaN as well; otherwise it would be the logsumexp's alone.
+    losses_BT = losses_BT * jnp.where(in_vocabulary_BT | jnp.logical_not(mask_BT), 1.0, jnp.nan)
     return jnp.sum(jnp.where(mask_BT, losses_BT, 0.0))
 
 

@@ -20,7 +20,7 @@ def make_schedule(config: RunConfig) -> optax.Schedule:
     schedule = optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=peak,
-        warmup_steps=config.optimizer.warmup_steps,
+        warmup_steps=config.warmup_steps,
         decay_steps=config.train.steps,
         end_value=peak * config.optimizer.final_learning_rate_fraction,
     )
@@ -51,3 +51,8 @@ def _with_standard_promotion(function: Callable[..., Any]) -> Callable[..., Any]
 def tree_where(condition: jax.Array, new: Any, old: Any) -> Any:
     """`new` where the scalar condition holds, else `old`, leaf by leaf."""
     return jax.tree.map(lambda a, b: jax.numpy.where(condition, a, b), new, old)
+
+
+def all_finite(tree: Any) -> jax.Array:
+    """Whether a tree's arrays hold neither NaN nor an infinity."""
+    return jax.numpy.all(jax.numpy.stack([jax.numpy.all(jax.numpy.isfinite(x)) for x in jax.tree.leaves(tree)]))

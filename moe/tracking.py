@@ -33,7 +33,8 @@ Numbers = float | list["Numbers"]
 def check_workdir(workdir: Path, config: RunConfig) -> None:
     """Makes a new run directory, or checks that the run that is there has the same config. Raises ConfigError naming what differs.
 
-    `mesh` and `data.directory` may differ: they say where a run is laid out, and are no part of the experiment.
+    `mesh` and `data.directory` may differ: they say where a run is laid out, and are no part of the experiment. `train.steps` may differ
+    too, as long as it is more than the run has trained: the schedule from there on is that of the new number.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     if (workdir / CONFIG_FILE).exists():
@@ -41,10 +42,21 @@ def check_workdir(workdir: Path, config: RunConfig) -> None:
         differing = [
             f"{name} is {before!r} there and {after!r} here"
             for (name, before), (_, after) in zip(_flatten(saved.to_dict()), _flatten(config.to_dict()), strict=True)
-            if before != after and name != "data.directory" and not name.startswith("mesh.")
+            if before != after and name not in ("data.directory", "train.steps") and not name.startswith("mesh.")
         ]
         if differing:
             raise ConfigError(f"{workdir} holds a run of another config ({'; '.join(differing)}): set another --workdir")
+        _check_steps(workdir, saved.train.steps, config.train.steps)
+
+
+def _check_steps(workdir: Path, before: int, after: int) -> None:
+    """Raises ConfigError where a run's number of steps is changed to no more than it has trained."""
+    trained = max((int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdecimal()), default=0)
+    if after != before and after <= trained:
+        raise ConfigError(
+            f"train.steps={after} is not more than the {trained} steps that {workdir} has trained: set train.steps to {before}, or to more "
+            f"than {trained}"
+        )
 
 
 def write_config(workdir: Path, config: RunConfig) -> None:
@@ -86,7 +98,7 @@ class MetricWriter:
         for path in (self._metrics, self._router):
             _drop_later_lines(path, step)
         self._metrics.touch()  # a run that has logged nothing yet is a run all the same
-        self._tensorboard = _tensorboard_writer(workdir, step) if config.tensorboard else None
+        self._tensorboard = _tensorboard(workdir, step) if config.tensorboard else None
 
     def write(self, step: int, metrics: Mapping[str, Any], layers: Mapping[str, np.ndarray] | None = None) -> None:
         """Writes the scalars of one step (Python, numpy or JAX ones); metrics.jsonl holds them when this returns.
@@ -98,8 +110,7 @@ class MetricWriter:
         if layers:
             _append_line(self._router, step, {name: _rounded(value.tolist()) for name, value in layers.items()})
         if self._tensorboard:
-            for name, value in values.items():
-                self._tensorboard.add_scalar(name, value, step)
+            self._tensorboard.write(step, values)
 
     def close(self) -> None:
         if self._tensorboard:
@@ -194,11 +205,11 @@ def _drop_later_lines(path: Path, step: int) -> None:
     partial.replace(path)
 
 
-def _tensorboard_writer(workdir: Path, step: int) -> Any:
+def _tensorboard(workdir: Path, step: int) -> Any:
     # Imported here because reading metrics needs none of it, and it takes half a second.
-    from tensorboardX import SummaryWriter
+    from moe.tensorboard import TensorBoard
 
-    return SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1, flush_secs=10)
+    return TensorBoard(workdir / "tensorboard", step)
 
 
 def _version(package: str) -> str | None:

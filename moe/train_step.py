@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from moe import losses, sharding
 from moe.attention import choose_implementation
 from moe.config import RunConfig
-from moe.optimizer import make_optimizer, make_schedule, tree_where
+from moe.optimizer import all_finite, make_optimizer, make_schedule, tree_where
 from moe.parameters import declarations, unbox
 from moe.routing import update_bias
 from moe.transformer import Transformer
@@ -30,7 +30,7 @@ class TrainState(struct.PyTreeNode):
 
     step: jax.Array  # steps taken, skipped updates included
     examples: jax.Array  # rows consumed: the whole state of the data stream
-    skipped: jax.Array  # updates skipped so far, for a non-finite loss or gradient
+    skipped: jax.Array  # updates skipped so far, for a loss, a gradient or new parameters that are not finite
     skipped_in_row: jax.Array  # of them, those since the last update
     params: Any
     opt_state: Any
@@ -107,7 +107,7 @@ def make_train_step(
     """The pure function (state, batch) -> (state, metrics) of one step.
 
     The loss is the sum over all microbatches' unmasked targets over their number, so accumulation changes nothing but memory. An update
-    whose loss or gradient is not finite is skipped and counted.
+    is skipped and counted if its loss, its gradient or the parameters that it makes are not finite.
     """
     schedule = make_schedule(config)
 
@@ -117,9 +117,11 @@ def make_train_step(
         gradient, sums = _accumulate(config, model, loss_fn, state.variables, batch)
         metrics = losses.metrics(sums)
         norm = optax.tree.norm(gradient)
-        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        # The moments need no test of their own: they are means of gradients and of their squares,
+        # and the norm is finite only if the sum of all squares is.
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm) & all_finite(params)
         new = TrainState(
             step=state.step + 1,
             examples=state.examples + config.train.batch_size,

@@ -4,8 +4,6 @@ import contextlib
 import dataclasses
 import logging
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -13,15 +11,18 @@ from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from moe import checkpoint, losses, sharding
-from moe.config import MeshConfig, RunConfig
+from moe.config import ConfigError, MeshConfig, RunConfig
 from moe.data.loader import evaluation_batches, make_loader
 from moe.data.prepare import PreparedRows, prepare
+from moe.optimizer import make_schedule
+from moe.origin import Origin, find_origin, read_variables, write_origin
+from moe.progress import Bar
 from moe.scaling.flops import training_flops_per_token
-from moe.scaling.hardware import peak_flops
-from moe.tracking import MetricWriter, check_workdir, read_config, read_metrics, write_config, write_environment
+from moe.scaling.hardware import memory_bytes, peak_flops
+from moe.signals import catch_signals
+from moe.tracking import CONFIG_FILE, MetricWriter, check_workdir, read_config, read_metrics, write_config, write_environment
 from moe.train_step import Program, TrainState, make_program
 
 Record = Callable[..., None]  # tracking.MetricWriter.write: (step, metrics by name, arrays over sparse layers by name)
@@ -32,41 +33,123 @@ class Interrupted(Exception):
 
 
 class Diverged(Exception):
-    """Too many updates in a row had a loss or gradient that was not finite."""
+    """Too many updates in a row had a loss or gradient that was not finite, or the validation of the last state is not."""
 
 
-def fit(config: RunConfig, workdir: Path, devices: list[jax.Device] | None = None) -> dict[str, float]:
+def fit(
+    config: RunConfig,
+    workdir: Path,
+    devices: list[jax.Device] | None = None,
+    *,
+    init_from: Path | None = None,
+    init_step: int | None = None,
+) -> dict[str, float]:
     """Trains to `config.train.steps`, from the run's latest checkpoint if `workdir` has one; returns the last validation metrics.
+
+    These steps may be more than the run began with. A new run starts from the parameters of step `init_step` (the latest) of the run in
+    `init_from`, if that is given; all else of its state is new.
 
     Raises ConfigError for a workdir of another config, Interrupted on SIGINT or SIGTERM once the state is saved, and Diverged.
     """
     check_workdir(workdir, config)
+    origin = find_origin(workdir, config.model, init_from, init_step)
     program = make_program(config, devices)
+    check_memory(program.mesh, program.abstract_state, program.abstract_state.params)  # a gradient is as large as the parameters
     train_rows = prepare(config.data, config.data.train_split)
     validation_rows = prepare(config.data, config.data.validation_split)
     with contextlib.ExitStack() as stack:
         interrupted = stack.enter_context(catch_signals())
+        bar = stack.enter_context(Bar(config.train.steps, shown=jax.process_index() == 0))
         checkpoints = stack.enter_context(checkpoint.open_checkpoints(workdir, config))
+        latest = checkpoints.latest_step()
+        bar.show("initialising the parameters" if latest is None else f"restoring step {latest}")
         state = first_state(checkpoints, program, train_rows)
+        if latest is None and origin:
+            bar.show(f"restoring the parameters of step {origin.step} of {origin.run}")
+            state = start_from(origin, workdir, program, state)
+            checkpoint.save(checkpoints, config, train_rows.sha256, state)  # from here on the other run is not needed
         start = int(state.step)
+        report_new_schedule(workdir, config, state)
         record = stack.enter_context(open_records(workdir, config, program, start))
-        log = stack.enter_context(Log(config, program, record, start))
+        log = Log(config, program, record, bar)
         batches = stack.enter_context(train_batches(config, program, train_rows, int(state.examples)))
         stack.enter_context(jax.set_mesh(program.mesh))
+        bar.show(f"{'starting' if latest is None else f'resuming from step {start}'}: compiling the training step")
         for step in range(start + 1, config.train.steps + 1):
             state, metrics = program.train_step(state, log.next_batch(batches))
             log.add(step, metrics)
             last, stop = step == config.train.steps, interrupted()
             if last or step % config.train.eval_every == 0:
                 log.pause()
+                bar.show(f"evaluating step {step}")
                 values = evaluate(config, program, state.variables, validation_rows)
                 record(step, {f"validation/{name}": value for name, value in values.items()})
             if last or stop or step % config.train.checkpoint_every == 0:
                 log.pause()  # a step's metrics are written before its checkpoint, so that resuming loses none
+                bar.show(f"{'stopping: ' if stop else ''}saving step {step}")
                 checkpoint.save(checkpoints, config, train_rows.sha256, state)
-            if stop and not last:
-                raise Interrupted(f"{workdir} stopped at step {step} and saved: run the same command again to go on")
-    return last_validation(workdir)
+            if stop:
+                break
+    if interrupted():  # also in the last step or while it was saved, so that a caller does not begin another run
+        raise Interrupted(f"{workdir} stopped at step {int(state.step)} and saved: run the same command again to go on")
+    metrics = last_validation(workdir)
+    check_outcome(int(state.step), int(state.skipped), metrics)
+    return metrics
+
+
+def start_from(origin: Origin, workdir: Path, program: Program, state: TrainState) -> TrainState:
+    """The state of a new run with the model's variables of another run's checkpoint, which `workdir` notes down."""
+    variables = read_variables(origin, program.abstract_state)
+    check_finite(origin.run / "checkpoints" / str(origin.step), variables)
+    if jax.process_index() == 0:
+        write_origin(workdir, origin)
+    return state.replace(**variables)
+
+
+def report_new_schedule(workdir: Path, config: RunConfig, state: TrainState) -> None:
+    """Logs what the learning rate becomes where a run goes on to another number of steps than its config.json says."""
+    if not (workdir / CONFIG_FILE).exists():
+        return
+    before, update = read_config(workdir), int(state.step) - int(state.skipped)
+    if before.train.steps != config.train.steps:
+        rates = [float(make_schedule(run)(update)) for run in (before, config)]
+        logging.warning(
+            "train.steps is %d now, and was %d: at step %d the learning rate goes from %.3g, of the old schedule, to %.3g",
+            *(config.train.steps, before.train.steps, int(state.step), *rates),
+        )
+
+
+def check_memory(mesh: jax.sharding.Mesh, *trees: Any) -> None:
+    """Raises ConfigError where arrays of these shapes and shardings cannot fit in the memory of the mesh's devices, before any is made."""
+    devices = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+    sharers = len(devices) if devices[0].platform == "cpu" else 1  # a CPU's virtual devices share the machine's memory
+    needed = sharers * sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(trees))
+    memory = memory_bytes(devices[0])
+    if needed > memory:
+        raise ConfigError(
+            f"config.model takes {needed / 2**30:.1f} GiB of memory without its activations, and there are {memory / 2**30:.1f} GiB: "
+            "split it over more devices (mesh.fsdp), or set a smaller model"
+        )
+
+
+def check_finite(checkpoint_path: Path, variables: Any) -> None:
+    """Raises ConfigError naming the first of a checkpoint's variables that holds NaN or an infinity."""
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(variables)[0]:
+        if not jax.numpy.isfinite(leaf).all():
+            raise ConfigError(
+                f"{checkpoint_path} holds numbers that are not finite in {jax.tree_util.keystr(keys, simple=True, separator='/')}: "
+                "set the step to that of an earlier checkpoint"
+            )
+
+
+def check_outcome(step: int, skipped: int, metrics: Mapping[str, float]) -> None:
+    """Raises Diverged where a run came to its end without learning: every update was skipped, or the validation is not finite."""
+    advice = "lower optimizer.learning_rate, or look at the data"
+    if step and skipped == step:
+        raise Diverged(f"step {step}: every update had a loss or gradient that was not finite, and was skipped: {advice}")
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            raise Diverged(f"step {step}: {name} is {value}: {advice}")
 
 
 def first_state(checkpoints: Any, program: Program, rows: PreparedRows) -> TrainState:
@@ -103,6 +186,7 @@ def load_run(workdir: Path, step: int | None = None) -> tuple[RunConfig, Program
     train = dataclasses.replace(config.train, batch_size=rows, accumulation=1)
     config = dataclasses.replace(config, mesh=mesh, train=train)
     program = make_program(config)
+    check_memory(program.mesh, program.abstract_state.variables)
     with checkpoint.read_checkpoints(workdir) as checkpoints:
         variables = checkpoint.restore_variables(checkpoints, program.abstract_state, step)
         return config, program, variables, checkpoints.latest_step() if step is None else step
@@ -155,45 +239,16 @@ def last_validation(workdir: Path) -> dict[str, float]:
     return {name: value for line in lines[-1:] for name, value in line.items() if name.startswith("validation/")}
 
 
-@contextlib.contextmanager
-def catch_signals() -> Iterator[Callable[[], bool]]:
-    """Yields a function that tells whether SIGINT or SIGTERM has come; a second one of either acts at once."""
-    arrived = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield arrived.is_set  # only the main thread may have signal handlers
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def remember(number: int, _: Any) -> None:
-        arrived.set()
-        signal.signal(number, before[number])
-
-    for number in before:
-        signal.signal(number, remember)
-    try:
-        yield arrived.is_set
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 class Log:
-    """The progress bar and the metrics of training steps, read one step late so that devices never wait for the host."""
+    """The metrics of training steps, written and shown; read one step late so that devices never wait for the host."""
 
-    def __init__(self, config: RunConfig, program: Program, record: Record, start: int):
-        self._config, self._record = config, record
+    def __init__(self, config: RunConfig, program: Program, record: Record, bar: Bar):
+        self._config, self._record, self._bar = config, record, bar
         devices = list(program.mesh.devices.flat)
-        self._peak = peak_flops(devices, config.model.compute_dtype)
+        self._peak = peak_flops(devices)
         self._flops_per_token = training_flops_per_token(config.model, config.data.sequence_length)
-        self._bar = tqdm(total=config.train.steps, initial=start, unit="step", disable=jax.process_index() > 0)
         self._pending: tuple[int, dict[str, Any]] | None = None
         self._restart_clock(None)
-
-    def __enter__(self) -> "Log":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._bar.close()
 
     def next_batch(self, batches: Iterator[Any]) -> Any:
         """The next batch; the wait for it is a metric."""
@@ -222,7 +277,7 @@ class Log:
         step, metrics = self._pending
         self._pending = None
         skipped_in_row = int(metrics["skipped_in_row"])  # waits for the step
-        self._bar.update()
+        self._bar.step(step)
         if self._started is None:
             self._restart_clock(time.perf_counter())
         else:
@@ -240,7 +295,7 @@ class Log:
         layers = {name: np.asarray(value) for name, value in metrics.get("router", {}).items()}
         values |= self._rates() | {f"router/{name}": value for name, value in router_summary(layers).items()}
         self._record(step, values, layers)
-        self._bar.set_postfix(postfix(values))
+        self._bar.show_metrics(postfix(values))
 
     def _rates(self) -> dict[str, float]:
         """Speeds since the clock was restarted, which this does again; none where no step has ended since."""
@@ -248,11 +303,9 @@ class Log:
             return {}
         seconds = time.perf_counter() - self._started
         tokens = self._config.train.batch_size * self._config.data.sequence_length * self._steps
-        values = {
-            "train/tokens_per_second": tokens / seconds,
-            "train/mfu": tokens / seconds * self._flops_per_token / self._peak,
-            "train/data_wait_fraction": self._waited / seconds,
-        }
+        values = {"train/tokens_per_second": tokens / seconds, "train/data_wait_fraction": self._waited / seconds}
+        if self._peak:
+            values["train/mfu"] = tokens / seconds * self._flops_per_token / self._peak
         self._restart_clock(time.perf_counter())
         return values
 
@@ -260,8 +313,10 @@ class Log:
 def postfix(values: Mapping[str, float]) -> dict[str, str]:
     """What the progress bar shows of a step's metrics."""
     texts = {"loss": f"{values['train/loss']:.3f}"}
+    if "train/tokens_per_second" in values:
+        texts["tokens/s"] = f"{values['train/tokens_per_second']:.3g}"
     if "train/mfu" in values:
-        texts |= {"tokens/s": f"{values['train/tokens_per_second']:.3g}", "MFU": f"{values['train/mfu']:.1%}"}
+        texts["MFU"] = f"{values['train/mfu']:.1%}"
     if "router/worst_max_vio" in values:
         texts["MaxVio"] = f"{values['router/worst_max_vio']:.2f}"
         if values["router/dropped_fraction"]:

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from flax import struct
 from jax.sharding import PartitionSpec
 
-from moe.attention import Attention, Positions, init_cache
+from moe.attention import Attention, Positions, fits_cache, init_cache
 from moe.config import ModelConfig
 from moe.experts import MoE, Tokens
-from moe.layers import FeedForward, RMSNorm, check_static, einsum, residual_scale
+from moe.layers import FeedForward, RMSNorm, check_static, einsum, look_up, residual_scale
 from moe.parameters import parameter
 from moe.sharding import constrain, on_auto_axes
 
@@ -115,7 +115,9 @@ def scan_periods(
 class Transformer(nn.Module):
     """A decoder-only language model. `apply(variables, batch, cache)` gives hidden states; `unembed` makes logits of them.
 
-    `batch` holds `tokens` [B, T], and may hold `segment_ids` and `positions` [B, T] where rows pack several documents.
+    `batch` holds `tokens` [B, T], and may hold `segment_ids` (0 is padding) and `positions` [B, T] where rows pack several documents.
+    A token outside [0, V) makes hidden states of its row NaN, unless it is padding. So does a token
+    that the cache cannot take (`attention.fits_cache`): a cache holds one document in each row.
     `capture` names what else to return of each layer: "residual" [B, T, D], its output, and "experts" [B, T, A], a sparse one's choice.
     """
 
@@ -144,14 +146,19 @@ class Transformer(nn.Module):
     @on_auto_axes(lambda rows: PartitionSpec(*rows[:2]))
     def embed(self, batch: Batch) -> jax.Array:
         """Token embeddings [B, T, D] in the compute dtype."""
-        # Gathered over fsdp first, as every weight is: looking up in a table split along D would move activations instead.
-        embedding_VD = constrain(self.embedding_VD.astype(self.config.compute_dtype), "V-")
-        return constrain(jnp.take(embedding_VD, batch["tokens"], axis=0), "BTD")
+        tokens_BT = batch["tokens"]
+        if not tokens_BT.size:
+            raise ValueError(f"tokens have shape {tokens_BT.shape}: give at least one row of at least one token")
+        if "segment_ids" in batch:
+            tokens_BT = jnp.where(batch["segment_ids"] > 0, tokens_BT, 0)
+        return constrain(look_up(self.config.compute_dtype, self.embedding_VD, tokens_BT), "BTD")
 
     @on_auto_axes(_output_specs)
     def layers(self, x_BTD: jax.Array, batch: Batch, cache: Any = None) -> Output:
         """All blocks: an Output whose `hidden` is the residual stream [B, T, D], before the final norm."""
         positions, tokens = Positions.of(batch, self.config), Tokens.of(batch)
+        if cache is not None:
+            x_BTD = jnp.where(fits_cache(cache[0][0], batch)[..., None], x_BTD, jnp.nan)
         stacks, caches = [], []
         for index, (group, (_, repeats)) in enumerate(zip(self.groups, self.config.layer_groups, strict=True)):
             carry = x_BTD, None if cache is None else cache[index]

@@ -16,7 +16,7 @@ ROOMS = ("configs", "kernels", "launch", "moe")
 
 # The files of moe/, lowest floor first. A file imports only from floors below its own.
 FLOORS = (
-    ("kernels", "checks"),
+    ("kernels", "checks", "progress", "signals", "tensorboard"),
     ("config",),
     ("parameters",),
     ("distributed", "losses", "optimizer", "routing", "sharding"),
@@ -24,6 +24,7 @@ FLOORS = (
     ("attention", "experts"),
     ("data", "pipeline", "scaling", "transformer"),
     ("checkpoint", "generate", "tracking", "train_step", "upcycle"),
+    ("origin",),
     ("trainer",),
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS, start=-1) for name in names}

@@ -1,5 +1,6 @@
 """Every config file loads, says how to run it, and fits the hardware it names; those of published models have their parameters."""
 
+import dataclasses
 import importlib
 import json
 import re
@@ -41,6 +42,39 @@ def test_a_config_fits_the_accelerators_it_names(name):
     config = load(name)
     check_layout(config, config.mesh.resolve(devices))
     assert devices > 1 or total_parameters(config.model) < 1e9
+
+
+# The warm-up that each config trains with at its own number of steps, whatever part of them that is.
+WARMUP_STEPS = {
+    "benchmark_dense": 100,
+    "benchmark_moe": 100,
+    "dense_125m": 200,
+    "dense_1b": 1000,
+    "dense_1b_32k": 1000,
+    "dense_7b": 2000,
+    "dense_tiny": 50,
+    "experiments.moe_vs_dense": 50,
+    "moe_1b_7b": 2000,
+    "moe_30b_a3b": 2000,
+    "moe_671b": 2000,
+    "moe_8x7b": 2000,
+    "moe_tiny": 50,
+}
+
+
+@pytest.mark.parametrize(("name", "warmup_steps"), WARMUP_STEPS.items())
+def test_a_config_warms_up_in_its_steps_and_runs_with_few(name, warmup_steps):
+    config = load(name)
+    assert config.warmup_steps == warmup_steps
+    short = importlib.import_module(f"configs.{name}").get_config()
+    for steps in (1, 20):
+        short.train.steps = steps  # as --config.train.steps=20 does
+        assert RunConfig.from_config_dict(short).warmup_steps < short.train.steps
+
+
+def test_every_config_has_its_warm_up_here():
+    experiments = {f"experiments.{path.stem}" for path in (ROOT / "configs/experiments").glob("[!_]*.py")}
+    assert WARMUP_STEPS.keys() == set(NAMES) | experiments
 
 
 def test_the_default_of_make_train_is_there():
@@ -100,7 +134,8 @@ def test_routing_of_671b_is_deepseek_v3s():
 
 def test_moe_tiny_costs_a_token_what_dense_tiny_does():
     sparse, dense = load("moe_tiny"), load("dense_tiny")
-    assert sparse.data == dense.data and sparse.optimizer == dense.optimizer
+    assert sparse.data == dense.data and sparse.warmup_steps == dense.warmup_steps
+    assert dataclasses.replace(sparse.optimizer, warmup_fraction=dense.optimizer.warmup_fraction) == dense.optimizer
     flops = [training_flops_per_token(config.model, config.data.sequence_length) for config in (sparse, dense)]
     assert 1 < flops[0] / flops[1] < 1.01  # the router is the difference
     assert active_parameters(sparse.model) < 1.01 * total_parameters(dense.model) < total_parameters(sparse.model) / 3

@@ -79,6 +79,26 @@ def test_keep_likeliest_by_hand():
     assert kept(1, 0.9) == [False, True, False, False]
 
 
+@pytest.mark.parametrize(
+    ("probs", "top_k", "top_p", "kept"),
+    [
+        ([0.3, 0.1, 0.1, 0.5], 0, 0.8, [0, 3]),  # 0.5 + 0.3 is the mass exactly
+        ([0.3, 0.1, 0.1, 0.5], 0, 0.9, [0, 1, 3]),  # of equal ones the lower number
+        ([0.25, 0.25, 0.25, 0.25], 0, 0.5, [0, 1]),
+        ([0.25, 0.25, 0.25, 0.25], 0, 0.51, [0, 1, 2]),
+        ([0.25, 0.25, 0.25, 0.25], 3, 1.0, [0, 1, 2]),
+        ([0.1, 0.4, 0.1, 0.4], 3, 1.0, [0, 1, 3]),
+        ([0.1] * 10, 0, 0.3, [0, 1, 2]),
+        ([0.2, 0.2, 0.3, 0.3], 3, 0.75, [2, 3]),  # of the three that are left, 0.3 is 3/8
+        ([0.2, 0.2, 0.3, 0.3], 3, 0.76, [0, 2, 3]),
+    ],
+)
+def test_tokens_are_kept_by_rank(probs, top_k, top_p, kept):
+    logits = keep_likeliest(jnp.log(jnp.array([probs])), top_k, top_p)[0]
+    np.testing.assert_array_equal(np.flatnonzero(np.isfinite(logits)), kept)
+    np.testing.assert_array_equal(logits[np.array(kept)], jnp.log(jnp.array(probs))[np.array(kept)])
+
+
 def test_draws_follow_the_distribution():
     prompts = [np.array([1, 2])] * 4000
     first = np.array([text[0] for text in generate(MODEL, VARIABLES, prompts, max_new_tokens=1, end_id=-1)])
@@ -95,6 +115,8 @@ def test_draws_follow_the_distribution():
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
         ({"max_new_tokens": 10**12}, r"max_new_tokens=10+ takes .* GiB of key/value cache, .* set max_new_tokens to less than [1-9]"),
         ({"prompts": []}, "prompts"),
+        ({"prompts": [np.array([1, -1])]}, "prompts hold the token -1, and vocab_size=16: give tokens from 0 to 15"),
+        ({"prompts": [np.array([1]), np.array([2**32 + 1])]}, "prompts hold the token 4294967297"),
         ({"prompts": [np.array([], int)]}, "prompts"),
     ],
 )

@@ -98,7 +98,7 @@ def program_case(config):
     run = RunConfig(
         model=model,
         data=DataConfig(sequence_length=6),
-        optimizer=OptimizerConfig(warmup_steps=1),
+        optimizer=OptimizerConfig(warmup_fraction=0.25),
         train=TrainConfig(batch_size=8, accumulation=2, steps=4),
     )
     program = make_program(run, jax.devices()[:1])

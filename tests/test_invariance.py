@@ -103,7 +103,7 @@ def run_config(layout: Layout) -> RunConfig:
     return RunConfig(
         model=dataclasses.replace(MODEL, scan_layers=layers, remat=remat, moe=moe),
         data=DataConfig(sequence_length=padding),
-        optimizer=OptimizerConfig(warmup_steps=1),
+        optimizer=OptimizerConfig(warmup_fraction=0.1),
         mesh=MeshConfig(**mesh),
         train=TrainConfig(batch_size=ROWS, accumulation=microbatches, steps=10),
     )

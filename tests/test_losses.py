@@ -39,6 +39,45 @@ def test_chunks_equal_the_plain_formula(chunk):
         np.testing.assert_allclose(gradient, wanted, rtol=1e-5, atol=1e-5)  # sums of up to 39 terms of size 1
 
 
+@pytest.mark.parametrize("chunk", [4, 100])
+@pytest.mark.parametrize("wrong", [-100, -1, 11, 300])
+def test_a_target_outside_the_vocabulary_is_nan_unless_it_is_masked(wrong, chunk):
+    hidden, weight, targets, mask = inputs(dtype=np.float32)
+    targets[1, 2], mask[1, 2] = wrong, True
+
+    def total(hidden, weight, mask):
+        return losses.cross_entropy_sum(hidden, lambda h: h @ weight, targets, mask, chunk)
+
+    for leaf in jax.tree.leaves(jax.value_and_grad(total, (0, 1))(hidden, weight, mask)):
+        assert np.isnan(leaf).any()
+    mask[1, 2] = False
+    value, gradients = jax.value_and_grad(total, (0, 1))(hidden, weight, mask)
+    np.testing.assert_allclose(value, plain_cross_entropy(hidden, weight, np.clip(targets, 0, 10), mask), rtol=1e-5)
+    assert all(np.isfinite(gradient).all() for gradient in gradients) and not np.any(gradients[0][1, 2])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("chunk", [4, 100])
+def test_what_a_masked_position_holds_changes_nothing(chunk, value):
+    hidden, weight, targets, mask = inputs(dtype=np.float32)
+
+    def total(hidden, weight):
+        return losses.cross_entropy_sum(hidden, lambda h: h @ weight, targets, mask, chunk)
+
+    expected = jax.value_and_grad(total, (0, 1))(hidden, weight)
+    actual = jax.value_and_grad(total, (0, 1))(np.where(mask[..., None], hidden, value).astype(np.float32), weight)
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+@pytest.mark.parametrize("shape", [(2, 0), (0, 5)])
+def test_no_position_has_no_loss(shape):
+    hidden, weight = jnp.ones((*shape, 8)), jnp.ones((8, 11))
+    targets, mask = jnp.zeros(shape, jnp.int32), jnp.ones(shape, bool)
+    total = lambda weight: losses.cross_entropy_sum(hidden, lambda h: h @ weight, targets, mask, 4)  # noqa: E731
+    value, gradient = jax.value_and_grad(total)(weight)
+    assert value == 0 and not gradient.any()
+
+
 def test_chunks_are_as_equal_as_can_be():
     seen = []
 

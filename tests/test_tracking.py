@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 import signal
 import struct
 import subprocess
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from moe import tracking
+from moe import tensorboard, tracking
 from moe.config import ConfigError, TrackingConfig
 from moe.tracking import MetricWriter, read_metrics, read_router, write_environment
 
@@ -184,6 +186,27 @@ def test_tensorboard_gets_the_same_values_and_purges_later_steps(tmp_path: Path)
     scalars = [(event.step, value.tag, value.simple_value) for event in events(path) for value in event.summary.value]
     assert scalars == [(30, "train/loss", 1.5), (30, "validation/loss", 1.75)]
     assert [event.step for event in events(path) if event.session_log.status == SessionLog.START] == [21]
+
+
+@pytest.mark.parametrize("write", [0, 1, 5])
+def test_tensorboard_may_fail_at_any_time_and_metrics_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: int) -> None:
+    """As on a full disk: one warning, and nobody waits for room in a queue that nobody empties."""
+    (tmp_path / "tensorboard").mkdir()
+    calls = iter(range(100))
+
+    def flush(writer: object) -> None:
+        if next(calls) >= write:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(tensorboard, "FLUSH_SECONDS", -1)
+    monkeypatch.setattr(tensorboard.RecordWriter, "flush", flush)
+    warnings: list[str] = []
+    monkeypatch.setattr(tensorboard.logging, "warning", lambda text, *values: warnings.append(text % values))
+    with MetricWriter(tmp_path, TrackingConfig(tensorboard=True), step=0) as writer:
+        for step in range(1, 31):
+            writer.write(step, {"train/loss": 1.0, "train/gradient_norm": 2.0})
+    assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, 31))
+    assert warnings == [f"{tmp_path}/tensorboard gets no more events (No space left on device): metrics.jsonl, which it copies, goes on"]
 
 
 def test_without_tensorboard_there_is_no_such_directory(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """One step on 8 devices against one, accumulation, golden metrics, and updates that are skipped."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,8 @@ import pytest
 from moe import losses, sharding
 from moe.config import DataConfig, MeshConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
 from moe.optimizer import make_optimizer, make_schedule
-from moe.parameters import declarations
-from moe.train_step import make_program
+from moe.parameters import declarations, unbox
+from moe.train_step import TrainState, make_program, make_train_step
 from moe.transformer import Transformer
 
 CONFIG = RunConfig(
@@ -20,7 +21,7 @@ CONFIG = RunConfig(
         vocab_size=256, num_layers=2, model_dim=32, feed_forward_dim=48, num_heads=4, num_kv_heads=2, head_dim=8, compute_dtype="float32"
     ),
     data=DataConfig(sequence_length=16),
-    optimizer=OptimizerConfig(warmup_steps=1),
+    optimizer=OptimizerConfig(warmup_fraction=0.1),
     train=TrainConfig(batch_size=16, steps=10),
 )
 
@@ -144,6 +145,34 @@ def test_what_is_not_finite_is_skipped_and_counted():
     assert metrics["learning_rate"] == 0.0  # the first update that is made is the schedule's first
 
 
+def assert_skipped(optimizer, *batches):
+    """A step leaves the parameters and the optimizer's state as they were, and counts the update; returns the metrics of all."""
+    config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, num_layers=1, model_dim=8, feed_forward_dim=8))
+    model = Transformer(config.model)
+    params = jax.jit(lambda key: unbox(model.init(key, {"tokens": jnp.zeros((1, 1), jnp.int32)})))(jax.random.key(0))["params"]
+    zero = jnp.zeros((), jnp.int32)
+    state = TrainState(zero, zero, zero, zero, params, optimizer.init(params), {})
+    step = jax.jit(make_train_step(config, model, optimizer, losses.next_token_loss(16)))
+    found = [step(state, batch) for batch in batches]
+    for new, metrics in found:
+        jax.tree.map(np.testing.assert_array_equal, (new.params, new.opt_state), (state.params, state.opt_state))
+        assert (int(new.step), int(new.skipped), int(metrics["skipped_steps"]), int(metrics["skipped_in_row"])) == (1, 1, 1, 1)
+    return [metrics for _, metrics in found]
+
+
+def test_an_update_that_makes_parameters_infinite_is_skipped():
+    (metrics,) = assert_skipped(optax.chain(optax.adam(3e38), optax.scale(10.0)), batch_rows())
+    assert np.isfinite(metrics["loss"]) and np.isfinite(metrics["gradient_norm"])
+
+
+def test_a_batch_with_an_id_outside_the_vocabulary_is_skipped():
+    batches = [batch_rows() for _ in range(4)]
+    row, position = np.argwhere(batches[0]["loss_mask"])[7]
+    for batch, (field, wrong) in zip(batches, itertools.product(("tokens", "targets"), (-1, 256)), strict=True):
+        batch[field][row, position] = wrong
+    assert all(np.isnan(metrics["loss"]) for metrics in assert_skipped(optax.sgd(0.1), *batches))
+
+
 def test_decay_reaches_what_multiplies_activations_alone():
     model = Transformer(CONFIG.model)
     optimizer = make_optimizer(CONFIG.optimizer, optax.constant_schedule(0.5), declarations(model))
@@ -159,7 +188,7 @@ def test_decay_reaches_what_multiplies_activations_alone():
 def test_schedule():
     schedule = make_schedule(
         RunConfig(
-            optimizer=OptimizerConfig(learning_rate=2.0, warmup_steps=10, final_learning_rate_fraction=0.1),
+            optimizer=OptimizerConfig(learning_rate=2.0, warmup_fraction=10 / 110, final_learning_rate_fraction=0.1),
             train=TrainConfig(steps=110),
         )
     )

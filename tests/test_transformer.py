@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moe.config import ModelConfig
-from moe.layers import einsum, swiglu
+from moe.layers import einsum, look_up, swiglu
 from moe.parameters import declarations, is_declared, unbox
 from moe.transformer import Transformer
 
@@ -134,6 +134,78 @@ def test_the_cache_changes_nothing():
         output = apply(variables, {"tokens": new, "positions": positions}, output.cache)
         np.testing.assert_allclose(output.hidden, expected[np.arange(2)[:, None], positions], atol=1e-5)
         lengths += count
+
+
+@pytest.mark.parametrize("wrong", [-1, -17, 16, 300])
+def test_a_token_outside_the_vocabulary_has_no_other_ones_value(wrong):
+    hidden = Transformer(SMALL).apply(init(), {"tokens": tokens().at[0, 4].set(wrong)}).hidden
+    assert np.isnan(hidden[0, 4:]).all() and np.isfinite(hidden[1]).all()
+    gradient = jax.vjp(lambda table: look_up("float32", table, jnp.array([[wrong, 3]])), jnp.ones((16, 2)))[1](jnp.ones((1, 2, 2)))[0]
+    np.testing.assert_array_equal(gradient, np.eye(16)[3][:, None] * np.ones(2))
+
+
+def test_a_vocabulary_over_devices_has_rows_for_its_own_tokens_alone():
+    mesh = jax.make_mesh((2, 4), ("fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    table, ids = jnp.arange(32.0).reshape(16, 2), jnp.array([[-1, 0, 3, 4], [15, 16, 17, -16]])
+    with jax.set_mesh(mesh):
+        value, pull_back = jax.vjp(jax.jit(lambda table: look_up("float32", table, ids)), table)
+        gradient = pull_back(jnp.ones_like(value))[0]
+    np.testing.assert_array_equal(value[..., 0], [[np.nan, 0, 6, 8], [30, np.nan, np.nan, np.nan]])
+    np.testing.assert_array_equal(gradient[:, 0], np.isin(np.arange(16), [0, 3, 4, 15]))
+
+
+def test_padding_may_hold_any_number():
+    rows, segments = tokens(), jnp.array([[1] * 6 + [0] * 3] * 2)
+    expected, got = (
+        Transformer(SMALL).apply(init(), {"tokens": x, "segment_ids": segments}).hidden for x in (rows, rows.at[:, 6:].set(-100))
+    )
+    np.testing.assert_array_equal(got[:, :6], expected[:, :6])
+
+
+@pytest.mark.parametrize("shape", [(2, 0), (0, 3)])
+def test_an_empty_batch_is_refused(shape):
+    with pytest.raises(ValueError, match=r"tokens have shape .*: give at least one row"):
+        Transformer(SMALL).apply(init(), {"tokens": jnp.zeros(shape, jnp.int32)})
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ({"tokens": (2, 9)}, "tokens have 9 positions and the cache has 8: make the cache with length=9 or more"),
+        ({"tokens": (2, 9), "positions": (2, 9)}, "tokens have 9 positions"),
+        ({"tokens": (3, 1)}, "tokens have 3 rows and the cache has 2: make the cache with batch_size=3"),
+        ({"tokens": (2, 1), "positions": (2, 1), "segment_ids": (2, 1)}, "leave segment_ids out"),
+    ],
+)
+def test_what_a_cache_cannot_take_is_refused(batch, message):
+    model = Transformer(SMALL)
+    arrays = {name: jnp.ones(shape, jnp.int32) for name, shape in batch.items()}
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(model.apply, init(), arrays, model.init_cache(batch_size=2, length=8))
+
+
+def test_tokens_beyond_the_cache_are_nan_and_change_nothing():
+    model, variables, rows = Transformer(SMALL), init(), tokens()
+    apply = jax.jit(model.apply)
+    prompt = apply(variables, {"tokens": rows[:, :6]}, model.init_cache(batch_size=2, length=8))
+    # The first row has slots for two more tokens; the second one's stand before the first slot, in
+    # turn where they should not, and in the last slot.
+    positions = jnp.array([[6, 7, 8], [-1, 7, 7]])
+    output = apply(variables, {"tokens": rows[:, 6:], "positions": positions}, prompt.cache)
+    assert np.isnan(output.hidden[0, 2]).all() and np.isnan(output.hidden[1, [0, 2]]).all()
+    expected = apply(variables, {"tokens": rows}).hidden
+    np.testing.assert_allclose(output.hidden[0, :2], expected[0, 6:8], atol=1e-5)
+    for before, after in zip(jax.tree.leaves(prompt.cache), jax.tree.leaves(output.cache), strict=True):
+        np.testing.assert_array_equal(before[:, :, :6], after[:, :, :6])
+        assert np.isfinite(after[:, 0]).all()
+
+
+@pytest.mark.parametrize("segments", [[1, 1, 2, 2], [0, 0, 1, 1], [1, 0, 1, 0]], ids=["two documents", "padding first", "a gap"])
+def test_a_prompt_that_is_not_one_document_from_its_start_is_nan(segments):
+    model, rows = Transformer(SMALL), tokens(length=4)
+    batch = {"tokens": rows, "segment_ids": jnp.array([[1, 1, 1, 0], segments])}
+    hidden = jax.jit(model.apply)(init(), batch, model.init_cache(batch_size=2, length=8)).hidden
+    assert np.isfinite(hidden[0]).all() and np.isnan(hidden[1]).any()
 
 
 def test_tied_embeddings_share_one_table():

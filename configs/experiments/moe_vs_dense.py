@@ -49,7 +49,7 @@ def get_config(variant: str = "dense") -> ConfigDict:
     config.model.update(num_layers=2, model_dim=64, feed_forward_dim=_WIDTH, num_heads=4, num_kv_heads=2, head_dim=16)
     config.model.compute_dtype = "float32"
     config.data.sequence_length = 256
-    config.optimizer.update(learning_rate=3e-3, warmup_steps=50)
+    config.optimizer.update(learning_rate=3e-3, warmup_fraction=0.05)
     config.train.update(batch_size=16, steps=1000, eval_every=500, checkpoint_every=250, keep_last=1)
     config.tracking.tensorboard = False
     config.update_from_flattened_dict(VARIANTS[variant])

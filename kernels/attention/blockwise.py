@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from moe.kernels.attention.masks import Options, key_blocks, visible
 
@@ -216,4 +217,4 @@ def matmul(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def sum_dtype(x: jax.Array) -> jnp.dtype:
-    return jnp.promote_types(x.dtype, jnp.float32)
+    return np.promote_types(x.dtype, np.float32)

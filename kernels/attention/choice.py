@@ -3,14 +3,16 @@
 import dataclasses
 import functools
 import json
+import numbers
 import re
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import numpy as np
 from jax.sharding import AxisType
 
-from moe.kernels.attention.masks import Options, span
+from moe.kernels.attention.masks import Options, Window, span
 
 Name = Literal["reference", "blockwise", "tpu", "hopper", "hopper_fused", "cudnn"]
 
@@ -25,6 +27,7 @@ class Call:
     """What of a call decides who can do it."""
 
     dtype: str
+    batch: int  # this and the lengths may be symbolic, for jax.export
     lengths: tuple[int, int]  # T and S
     widths: tuple[int, int]  # H of keys and of values
     options: Options
@@ -49,7 +52,7 @@ class Implementation:
             return value
         q_block, kv_block = BLOCKS[value.name]
         if value.name == "blockwise" and options.left is not None and options.right is not None:
-            half = (options.left + options.right + 1) // 2
+            half = max(1, (options.left + options.right + 1) // 2)
             kv_block = max(128, min(kv_block, 1 << half.bit_length() - 1))
         return cls(value.name, (q_block, kv_block))
 
@@ -96,7 +99,7 @@ def describe(
     v: Any,
     *,
     causal: bool = False,
-    window: tuple[int, int] | None = None,
+    window: Window | None = None,
     q_segment_ids: Any = None,
     kv_segment_ids: Any = None,
     q_offset: Any = 0,
@@ -107,12 +110,13 @@ def describe(
     return_lse: bool = False,
 ) -> Call:
     """What decides of a call's arguments. Raises ValueError where they do not agree."""
-    check(q, k, v, sinks, q_segment_ids, kv_segment_ids, window)
+    check(q, k, v, sinks, q_segment_ids, kv_segment_ids, window, softcap, scale)
     return Call(
         q.dtype.name,
+        q.shape[0],
         (q.shape[1], k.shape[1]),
         (k.shape[3], v.shape[3]),
-        Options(*span(causal, window), softcap, q.shape[3] ** -0.5 if scale is None else scale),
+        make_options(q, causal, window, softcap, scale),
         segments=q_segment_ids is not None,
         sinks=sinks is not None,
         offsets=not (isinstance(q_offset, int) and isinstance(kv_offset, int) and q_offset == kv_offset),
@@ -122,6 +126,10 @@ def describe(
 
 def obstacle(implementation: Name, call: Call, chip: str | None = None) -> str | None:
     """What keeps an implementation from doing a call (on `chip`, if given); None where nothing does."""
+    if implementation != "reference" and not all(isinstance(x, int) for x in call.lengths):
+        return f"it takes lengths that are numbers, not {call.lengths[0]} and {call.lengths[1]}"
+    if implementation not in ("blockwise", "reference") and not isinstance(call.batch, int):
+        return f"it takes a batch that is a number, not {call.batch}"
     if implementation == "tpu":
         return _obstacle_to_tpu(call, chip)
     if implementation == "hopper":
@@ -166,25 +174,65 @@ def _obstacle_to_cudnn(call: Call, chip: str | None) -> str | None:
     return next((f"it knows no {name}" for name, present in given.items() if present), None)
 
 
-def check(q: Any, k: Any, v: Any, sinks: Any, q_ids: Any, kv_ids: Any, window: tuple[int, int] | None) -> None:
-    """Raises ValueError, in one line with both shapes, for arrays that do not make an attention."""
+def make_options(q: Any, causal: bool, window: Window | None, softcap: float | None, scale: float | None, partial: bool = False) -> Options:
+    """The options of a call that `check` lets through, as plain numbers of Python."""
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    return Options(*span(causal, window), None if softcap is None else float(softcap), scale, partial)
+
+
+def check(
+    q: Any,
+    k: Any,
+    v: Any,
+    sinks: Any,
+    q_ids: Any,
+    kv_ids: Any,
+    window: Window | None,
+    softcap: float | None = None,
+    scale: float | None = None,
+) -> None:
+    """Raises ValueError, in one line, for arrays that do not make an attention, with their shapes, and for options that make no sense."""
     check_axes("q", q)
+    _check_arrays(q, k, v, sinks, q_ids, kv_ids)
+    if window is not None and not (isinstance(window, tuple | list) and len(window) == 2 and all(map(_is_distance, window))):
+        raise ValueError(f"window={window} must be two distances (left, right) of 0 or more, or None for no limit")
+    if softcap is not None and not _as_float32(softcap) > 0:
+        raise ValueError(f"softcap={softcap} must be a finite number above 0, or None for no cap")
+    if scale is not None and not abs(_as_float32(scale)) > 0:
+        raise ValueError(f"scale={scale} must be a finite number other than 0, or None for 1 / sqrt(H)")
+
+
+def _is_distance(x: Any) -> bool:
+    return x is None or (isinstance(x, numbers.Integral) and not isinstance(x, bool) and x >= 0)
+
+
+def _as_float32(x: Any) -> float:
+    """The number that a kernel computes with, and NaN for what is no finite number: a text, infinity, 1e39. Below 2**-126 it is 0."""
+    float32 = np.finfo(np.float32)
+    if not isinstance(x, numbers.Real) or isinstance(x, bool) or not abs(float(x)) <= float(float32.max):
+        return float("nan")
+    return float(x) if abs(float(x)) >= float(float32.tiny) else 0.0
+
+
+def _check_arrays(q: Any, k: Any, v: Any, sinks: Any, q_ids: Any, kv_ids: Any) -> None:
     if not q.ndim == k.ndim == v.ndim == 4:
         raise ValueError(f"q {q.shape}, k {k.shape} and v {v.shape} must be [B, T, N, H], [B, S, K, H] and [B, S, K, H]")
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise ValueError(f"q {q.shape} and k {k.shape} must have the same batch (B) and head width (H)")
     if k.shape[:3] != v.shape[:3]:
         raise ValueError(f"k {k.shape} and v {v.shape} must have the same batch, length and heads (B, S, K)")
-    if q.shape[2] % k.shape[2]:
+    if k.shape[2] and q.shape[2] % k.shape[2]:
         raise ValueError(f"q {q.shape} has {q.shape[2]} heads, which are no multiple of the {k.shape[2]} of k {k.shape}")
     if not q.dtype == k.dtype == v.dtype or q.dtype.name not in DTYPES:
         raise ValueError(f"q {q.dtype}, k {k.dtype} and v {v.dtype} must have one dtype of {', '.join(DTYPES)}")
-    if window is not None and min(window) < 0:
-        raise ValueError(f"window={window} must be two distances (left, right) of 0 or more")
+    if 0 in (*q.shape[1:], *k.shape[1:], v.shape[3]):
+        raise ValueError(f"q {q.shape}, k {k.shape} and v {v.shape} must have at least one token, one head and one number in a head")
     if (q_ids is None) != (kv_ids is None):
         raise ValueError("q_segment_ids and kv_segment_ids must be given together")
     if q_ids is not None and (q_ids.shape != q.shape[:2] or kv_ids.shape != k.shape[:2]):
         raise ValueError(f"q_segment_ids {q_ids.shape} and kv_segment_ids {kv_ids.shape} must be {q.shape[:2]} and {k.shape[:2]}")
+    if q_ids is not None and not {q_ids.dtype.kind, kv_ids.dtype.kind} <= set("iub"):
+        raise ValueError(f"q_segment_ids {q_ids.dtype} and kv_segment_ids {kv_ids.dtype} must be integers")
     if sinks is not None and sinks.shape != q.shape[2:3]:
         raise ValueError(f"sinks {sinks.shape} must be {q.shape[2:3]}, one for each head of q {q.shape}")
 

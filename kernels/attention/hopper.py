@@ -88,7 +88,11 @@ def forward(
     kv_ids_BS: jax.Array | None,
     shift: jax.Array | int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Output [B, T, N, H] in the dtype of the queries, and lse [B, T, N] in float32."""
+    """Output [B, T, N, H] in the dtype of the queries, and lse [B, T, N] in float32.
+
+    With `options.partial` the output is float32, with twice the digits of the queries' dtype: the
+    kernel writes the rounded output and what rounding took, for shared memory holds no float32.
+    """
     kv_block, stages = _block_and_stages(q_BTNH.shape[3], v_BSKH.shape[3])
     lengths, blocks = (q_BTNH.shape[1], k_BSKH.shape[1]), (Q_BLOCK, kv_block)
     of_mask = options, shift, lengths, blocks
@@ -100,12 +104,10 @@ def forward(
     inputs = prepare(blocks, ranges, shift, q_BTNH, k_BSKH, v_BSKH, q_ids_BT, kv_ids_BS)
     inputs = inputs._replace(sinks=None if sinks_N is None else sinks_N.astype(jnp.float32))
     (batch, length, heads, width), value_width = inputs.q.shape, inputs.v.shape[3]
-    output, lse = plgpu.kernel(
+    rounded = jax.ShapeDtypeStruct((batch, length, heads, value_width), q_BTNH.dtype)
+    output, lse, *lost = plgpu.kernel(
         functools.partial(_forward_kernel, call),
-        out_type=(
-            jax.ShapeDtypeStruct((batch, length, heads, value_width), q_BTNH.dtype),
-            jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
-        ),
+        out_type=(rounded, jax.ShapeDtypeStruct((batch, heads, length), jnp.float32), *[rounded] * options.partial),
         scratch_types=_scratch(call, width, value_width, q_BTNH.dtype, q_ids_BT is not None),
         # Heads that share keys run at the same time and find them in the cache; tiles that meet the most blocks come first.
         grid=(batch, length // Q_BLOCK, heads),
@@ -114,6 +116,8 @@ def forward(
         thread_name="warpgroup",
         compiler_params=PARAMS,
     )(inputs)
+    if options.partial:
+        output = output.astype(jnp.float32) + lost[0].astype(jnp.float32)
     return output[:, : lengths[0], :, : v_BSKH.shape[3]], jnp.moveaxis(lse, 1, 2)[:, : lengths[0]]
 
 
@@ -160,8 +164,9 @@ class Scratch(NamedTuple):
     turn: Any  # a warpgroup's, to issue products
 
 
-def _forward_kernel(call: Call, x: Inputs, output: Any, lse: Any, *scratch: Any) -> None:
-    at = Scratch(*scratch)
+def _forward_kernel(call: Call, x: Inputs, output: Any, lse: Any, *refs: Any) -> None:
+    """`refs` begin with where to write what rounding takes from the output, if that is wanted."""
+    lost, at = refs[: call.options.partial], Scratch(*refs[call.options.partial :])
     b, n, me = (jax.lax.axis_index(name) for name in ("batch", "head", "warpgroup"))
     tile = x.ranges.shape[1] - 1 - jax.lax.axis_index("tile")
     plan = read_plan(x.ranges, b, tile, least=1)
@@ -186,12 +191,22 @@ def _forward_kernel(call: Call, x: Inputs, output: Any, lse: Any, *scratch: Any)
         total_output, highest, total = pl.run_scoped(attend, plgpu.ACC((ROWS, output.shape[3]), jnp.float32))
         some = jnp.where(total > 0, total, 1.0)
         staged = (at.q if at.output is None else at.output).at[me]
-        staged[...] = (total_output * across(1 / some, total_output.shape)).astype(output.dtype)
+        total_output = total_output * across(1 / some, total_output.shape)
+        rounded = total_output.astype(output.dtype)
+        if lost:  # before anything is stored, so that registers hold two halves of the output then, and not all of it and a half
+            rest = (total_output - rounded.astype(jnp.float32)).astype(output.dtype)
+            rounded, rest = jax.lax.optimization_barrier((rounded, rest))
+        staged[...] = rounded
         at.lse[me] = jnp.where(total > 0, highest / LOG2E + jnp.log(some), -jnp.inf)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(staged, output.at[b, rows, n])
         plgpu.copy_smem_to_gmem(at.lse.at[me], lse.at[b, n, rows])
         pl.when(me == 0)(lambda: plgpu.barrier_wait(at.turn.at[0]))
+        if lost:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # until the output has left its place
+            staged[...] = rest
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(staged, lost[0].at[b, rows, n])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 

@@ -8,6 +8,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,12 +23,16 @@ class Options:
 
     def result_dtype(self, dtype: jnp.dtype) -> jnp.dtype:
         """Of the output and the gradients of arrays of this dtype: theirs, or of parts that in which sums are taken."""
-        return jnp.promote_types(dtype, jnp.float32) if self.partial else dtype
+        return np.promote_types(dtype, np.float32) if self.partial else dtype
 
 
-def span(causal: bool, window: tuple[int, int] | None) -> tuple[int | None, int | None]:
+Window = tuple[int | None, int | None]  # how far a query sees to the left and to the right; None is no limit
+FARTHEST = 2**30  # the farthest limit that int32 positions can be compared with; no sequence is longer
+
+
+def span(causal: bool, window: Window | None) -> Window:
     """How far before and after itself a query sees."""
-    left, right = window if window is not None else (None, None)
+    left, right = (None if x is None or x > FARTHEST else int(x) for x in (window if window is not None else (None, None)))
     return left, 0 if causal else right
 
 

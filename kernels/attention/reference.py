@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from moe.kernels.attention.masks import Options, visible
 
@@ -61,7 +62,7 @@ def backward(
 
 def _grouped(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, ...]:
     """q [B, T, K, N/K, H], k and v [B, S, K, H], in float32 or float64."""
-    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    dtype = np.promote_types(q.dtype, np.float32)
     groups = (*q.shape[:2], k.shape[2], q.shape[2] // k.shape[2], q.shape[3])
     return q.astype(dtype).reshape(groups), k.astype(dtype), v.astype(dtype)
 

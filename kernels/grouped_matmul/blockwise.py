@@ -12,6 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from moe.kernels.settings import own_settings
+
 RUNS = (16, 4, 1)  # blocks of one expert that are multiplied at once: large matmuls are faster, and small blocks pad less
 
 _slice = jax.lax.dynamic_slice_in_dim
@@ -27,6 +29,14 @@ def grouped_swiglu(
     number of N fills a block up: what its row holds is not defined, and of weight 0 it has no gradients. All is in the dtype of `x_ND`,
     summed in float32.
     """
+    tokens_I, experts_M = (jnp.asarray(x).astype(jnp.int32) for x in (tokens_I, experts_M))
+    with own_settings(x_ND.dtype):
+        return _forward(x_ND, w_gate_EDF, w_up_EDF, w_down_EFD, tokens_I, experts_M)
+
+
+def _forward(
+    x_ND: jax.Array, w_gate_EDF: jax.Array, w_up_EDF: jax.Array, w_down_EFD: jax.Array, tokens_I: jax.Array, experts_M: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     block = _block_rows(tokens_I, experts_M)
 
     def multiply(carry: tuple[jax.Array, jax.Array], start: jax.Array, size: int, expert: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -54,6 +64,24 @@ def grouped_swiglu_backward(
 
     Of each row's input, [I, D] in the dtype of `x_ND`; of the weights gate, up and down, and of `weights_I`, in float32.
     """
+    tokens_I, experts_M = (jnp.asarray(x).astype(jnp.int32) for x in (tokens_I, experts_M))
+    with own_settings(x_ND.dtype):
+        return _backward(
+            x_ND, w_gate_EDF, w_up_EDF, w_down_EFD, tokens_I, experts_M, inner, jnp.asarray(weights_I).astype(jnp.float32), g_ND
+        )
+
+
+def _backward(
+    x_ND: jax.Array,
+    w_gate_EDF: jax.Array,
+    w_up_EDF: jax.Array,
+    w_down_EFD: jax.Array,
+    tokens_I: jax.Array,
+    experts_M: jax.Array,
+    inner: jax.Array,
+    weights_I: jax.Array,
+    g_ND: jax.Array,
+) -> tuple[jax.Array, ...]:
     block = _block_rows(tokens_I, experts_M)
 
     def multiply(carry: tuple[jax.Array, ...], start: jax.Array, size: int, expert: jax.Array) -> tuple[jax.Array, ...]:

@@ -3,30 +3,61 @@
 import contextlib
 import fcntl
 import os
+import socket
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
+
+_SECONDS = 1.0  # after which a person asks what is going on
+
+
+@contextlib.contextmanager
+def saying(text: str) -> Iterator[None]:
+    """Prints what is being waited for, if it takes more than a second."""
+    timer = threading.Timer(_SECONDS, lambda: print(text, file=sys.stderr, flush=True))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 @contextlib.contextmanager
 def exclusive(path: Path) -> Iterator[bool]:
-    """Holds the lock file `path`, waiting for whoever has it. Yields False where the file system has no locks.
+    """Holds the lock file `path`, waiting for the process that has it. Yields False where the file system has no locks.
 
-    The lock ends with its process, however that ends. Raises OSError where the file cannot be written.
+    A wait of more than a second is told, with the holder. The lock ends with its process, however that ends. Raises OSError where the
+    file cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a")
+        file = path.open("a+", encoding="utf-8", errors="replace")
     except OSError as error:
         reason = f"{error.strerror}: {error.filename}"
         raise OSError(f"{path.parent} cannot be written ({reason}): set data.directory to a directory that can") from None
     with file:
+        yield _lock(file)
+
+
+def _lock(file: IO[str]) -> bool:
+    """Locks the file, and writes into it which process holds it. Returns False where the file system has no locks."""
+    try:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:
-            locked = False
-        else:
-            locked = True
-        yield locked
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            with saying(f"waiting for {file.name}, which {file.read().strip() or 'another process'} holds"):
+                fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError:
+        return False
+    with contextlib.suppress(OSError):  # a full disk takes nothing from the lock
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+    return True
 
 
 def flush(path: Path) -> None:

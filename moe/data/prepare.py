@@ -5,10 +5,13 @@ import functools
 import hashlib
 import json
 import os
+import select
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +30,7 @@ _FORMAT_VERSION = 1
 _DOCUMENTS_PER_SHARD = 256
 _MAX_SHARDS = 512  # each is an open file while training
 _SHARDS_PER_WORKER = 8  # starting a process takes about as long as packing these
+_PATIENCE = 10.0  # seconds without a finished shard, after which it is told who works on what
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +104,7 @@ def prepare(config: DataConfig, split: str, num_workers: int | None = None) -> P
         "format_version": _FORMAT_VERSION,
     }
     fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    directory = Path(config.directory).expanduser() / "rows" / fingerprint
+    directory = config.path / "rows" / fingerprint
     if not directory.exists():
         with exclusive(directory.with_suffix(".lock")) as alone:
             if not directory.exists():
@@ -159,20 +163,61 @@ def _in_processes(job: ShardJob, num_workers: int) -> Iterator[dict]:
     """
     read_end, write_end = os.pipe()  # one for all workers, whose lines are short enough not to be torn apart
     command = [sys.executable, "-P", "-m", "moe.data.shards", json.dumps(dataclasses.asdict(job))]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    workers = [
-        subprocess.Popen([*command, str(worker), str(num_workers)], stdout=write_end, env=environment) for worker in range(num_workers)
-    ]
+    # A worker ends itself at the end of its input: when this process is gone, however it went.
+    pipes = {"stdin": subprocess.PIPE, "stdout": write_end, "env": os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}}
+    workers = [subprocess.Popen([*command, str(worker), str(num_workers)], **pipes) for worker in range(num_workers)]
     os.close(write_end)
+    shards = [list(range(worker, job.num_shards, num_workers)) for worker in range(num_workers)]  # in the order they are written
+    begun, patience = time.monotonic(), _PATIENCE
     try:
-        with open(read_end) as lines:
-            for line in lines:
-                yield json.loads(line)
-                if any(worker.poll() for worker in workers):
+        with open(read_end, "rb", buffering=0) as pipe:
+            unread, poll = b"", select.poll()
+            poll.register(pipe, select.POLLIN)
+            while True:
+                if not poll.poll(500):  # milliseconds
+                    if time.monotonic() - begun > patience:
+                        tqdm.write(f"waiting for {_doing(workers, shards)}", file=sys.stderr)
+                        patience *= 4
+                elif chunk := pipe.read(2**16):
+                    *lines, unread = (unread + chunk).split(b"\n")
+                    for count in map(json.loads, lines):
+                        shards[count["shard"] % num_workers].remove(count["shard"])
+                        yield count
+                    begun, patience = time.monotonic(), _PATIENCE
+                else:
                     break
-        if any(worker.wait() for worker in workers):
-            raise OSError("preparing the data failed in a worker process: its message is above")
+                _check_workers(workers, shards)
+        for worker in workers:
+            worker.wait()
+        _check_workers(workers, shards)
     finally:
         for worker in workers:
             worker.kill()
             worker.wait()
+            worker.stdin.close()
+
+
+def _check_workers(workers: list[subprocess.Popen], shards: list[list[int]]) -> None:
+    """Raises OSError for a worker that failed or was killed, with what it had left of its shards."""
+    for worker, left in zip(workers, shards, strict=True):
+        code = worker.poll()
+        if code is not None and code < 0:
+            why = " (as the system does where memory runs out)" if -code == signal.SIGKILL else ""
+            where = f" while it wrote {shard_name(left[0])}" if left else ""
+            raise OSError(f"preparing the data failed: a worker process was killed by {signal.Signals(-code).name}{where}{why}")
+        if code:
+            raise OSError("preparing the data failed in a worker process: its message is above")
+
+
+def _doing(workers: list[subprocess.Popen], shards: list[list[int]]) -> str:
+    """The processes that still work and the file each writes, with a word on those that are stopped."""
+    texts = []
+    for worker, left in zip(workers, shards, strict=True):
+        if left:
+            try:
+                state = Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()[0]
+            except OSError:  # it has just ended, or this is no Linux
+                state = ""
+            stopped = f", which is stopped (kill -CONT {worker.pid} lets it go on)" if state == "T" else ""
+            texts.append(f"data worker {worker.pid} writing {shard_name(left[0])}{stopped}")
+    return "; ".join(texts) or "data workers to end"

@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -99,5 +100,12 @@ def main(arguments: list[str]) -> None:
         sys.exit(f"preparing the data failed: {error}")
 
 
+def _end_with_parent() -> None:
+    """Ends this process at the end of its input, whose other end the parent alone holds: when that is gone, even by SIGKILL."""
+    os.read(sys.stdin.fileno(), 1)
+    os._exit(1)
+
+
 if __name__ == "__main__":
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     main(sys.argv[1:])

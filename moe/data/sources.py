@@ -6,6 +6,7 @@ import functools
 import io
 import os
 import re
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -61,21 +62,47 @@ def open_documents(config: DataConfig, split: str) -> Documents:
 
     Raises ConfigError for an unknown data set or split or one without text, OSError where preparing it fails.
     """
+    builder = _builder(config)
+    _check_text(config, builder)
+    if not _is_prepared(builder):
+        with exclusive(config.path / "tfds" / f"{builder.name}.lock") as alone:
+            if alone:  # what killed preparations have left; with no lock, another process may be at work there
+                for stale in Path(builder.data_dir).parent.glob("incomplete.*"):
+                    shutil.rmtree(stale, ignore_errors=True)
+            builder = _prepared(config)
+    _check_split(config, builder, split)
+    return Documents(os.fspath(builder.data_dir), split)
+
+
+def check_dataset(config: DataConfig) -> None:
+    """Raises ConfigError for a data set that TFDS doesn't know or that has no text, and for a split that it lacks, if that is known.
+
+    Nothing is downloaded, and JAX is not imported, nor TFDS where it is not needed.
+    """
+    splits = (config.train_split, config.validation_split)
+    if config.dataset == "stdlib" and {"train", "validation"}.issuperset(splits):
+        return
+    builder = _builder(config)
+    _check_text(config, builder)
+    if _is_prepared(builder):
+        for split in splits:
+            _check_split(config, builder, split)
+
+
+def _check_text(config: DataConfig, builder: "tfds.core.DatasetBuilder") -> None:
     import tensorflow_datasets as tfds
 
-    builder = _builder(config)
-    if not _is_prepared(builder):
-        with exclusive(Path(config.directory).expanduser() / "tfds" / f"{builder.name}.lock"):
-            builder = _prepared(config)
     features = builder.info.features
     if not (isinstance(features, tfds.features.FeaturesDict) and "text" in features and isinstance(features["text"], tfds.features.Text)):
         raise ConfigError(f"data.dataset={config.dataset!r} has no feature 'text' of text: set data.dataset to one that has")
+
+
+def _check_split(config: DataConfig, builder: "tfds.core.DatasetBuilder", split: str) -> None:
     try:
         builder.info.splits[split]
     except (KeyError, ValueError):
         splits = " or ".join(repr(name) for name in builder.info.splits)
         raise ConfigError(f"split {split!r} is not one of data.dataset={config.dataset!r}: set the split to {splits}") from None
-    return Documents(os.fspath(builder.data_dir), split)
 
 
 def _builder(config: DataConfig) -> "tfds.core.DatasetBuilder":
@@ -85,7 +112,7 @@ def _builder(config: DataConfig) -> "tfds.core.DatasetBuilder":
 
     import moe.data.stdlib  # noqa: F401  (defining the builder makes its name known to TFDS)
 
-    directory = Path(config.directory).expanduser() / "tfds"
+    directory = config.path / "tfds"
     try:
         return tfds.builder(config.dataset, data_dir=os.fspath(directory), file_format="array_record")
     except (ValueError, AssertionError) as error:  # an unknown name or config, or an unknown version

@@ -47,7 +47,7 @@ def _feed_forward_counts(config: ModelConfig) -> list[Count]:
     """What dense and sparse layers do after attention, without the parts that a model lacks."""
     d, f, moe = config.model_dim, config.feed_forward_dim, config.moe
     e, a, w, wide = moe.num_experts, moe.experts_per_token, moe.expert_dim, moe.num_shared_experts * moe.expert_dim
-    sparse = len(config.sparse_layers)
+    sparse = sum(kinds.count("moe") * repeats for kinds, repeats in config.layer_groups)
     dense = config.num_layers - sparse
     counts = (
         _linear("feed-forward", f"2 x {d}x{f}, {f}x{d}", dense, 3 * d * f),

@@ -1,5 +1,6 @@
-"""What a chip can do, to hold a program's FLOPs per second against."""
+"""What a chip can do, to hold a program's FLOPs per second against, and how much it has room for."""
 
+import os
 import statistics
 import time
 
@@ -21,15 +22,20 @@ PEAK_FLOPS = {
 }
 
 
-def peak_flops(devices: list[jax.Device], dtype: str) -> float:
-    """FLOP/s that MFU is a fraction of: the data sheets' bfloat16 rates added up, or where there is none, a matmul's measured here.
+def peak_flops(devices: list[jax.Device]) -> float | None:
+    """The FLOP/s that MFU is a fraction of: the data sheets' bfloat16 rates added up, or None where a device has none.
 
-    The virtual devices of a CPU share its cores, so one matmul on one of them measures them all.
+    A rate that is measured, as a CPU's would have to be, is no peak: whatever slowed the measurement can let a step exceed it.
     """
-    if all(device.device_kind in PEAK_FLOPS for device in devices):
-        return sum(PEAK_FLOPS[device.device_kind] for device in devices)
-    measured = matmul_flops(devices[0], dtype)
-    return measured if devices[0].platform == "cpu" else measured * len(devices)
+    if not all(device.device_kind in PEAK_FLOPS for device in devices):
+        return None
+    return sum(PEAK_FLOPS[device.device_kind] for device in devices)
+
+
+def memory_bytes(device: jax.Device) -> int:
+    """The memory that JAX may take of a device; for a CPU all of the machine's, which its virtual devices share."""
+    stats = device.memory_stats() or {}  # a CPU has none
+    return stats.get("bytes_limit", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
 def matmul_flops(device: jax.Device, dtype: str, size: int = 2048, trials: int = 5) -> float:

@@ -2,10 +2,12 @@ import dataclasses
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -167,6 +169,61 @@ def test_a_failing_worker_is_reported_and_leaves_nothing(fresh: DataConfig, monk
     with pytest.raises(OSError, match=r"^preparing the data failed in a worker process"):
         prepare(fresh, "train", num_workers=2)
     assert not list(Path(fresh.directory, "rows").glob(".*"))
+
+
+def worker_script(tmp_path: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets prepare start its workers by a shell script; "$@" is what Python would be given."""
+    path = tmp_path / "python"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(path))
+
+
+def test_a_killed_worker_is_reported_with_its_signal_and_file(fresh: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    worker_script(tmp_path, f'[ "$5" = 1 ] && kill -9 $$; exec {sys.executable} "$@"', monkeypatch)
+    with pytest.raises(
+        OSError, match=r"killed by SIGKILL while it wrote rows-00001.array_record \(as the system does where memory runs out"
+    ):
+        prepare(fresh, "train", num_workers=2)
+    worker_script(tmp_path, "kill -TERM $$", monkeypatch)
+    with pytest.raises(OSError, match=r"killed by SIGTERM while it wrote rows-0000[01].array_record$"):
+        prepare(fresh, "train", num_workers=2)
+    assert not list(Path(fresh.directory, "rows").glob(".*"))
+
+
+def test_a_stopped_worker_is_named(
+    fresh: DataConfig, rows: PreparedRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    worker_script(tmp_path, f'(sleep 1.5; kill -CONT $$) & kill -STOP $$; exec {sys.executable} "$@"', monkeypatch)
+    monkeypatch.setattr(module, "_PATIENCE", 0.5)
+    assert contents(prepare(fresh, "train", num_workers=2).directory) == contents(rows.directory)
+    told = capfd.readouterr().err
+    name = r"data worker (\d+) writing rows-0000%d.array_record, which is stopped \(kill -CONT \1 lets it go on\)"
+    assert re.search(f"^waiting for {name % 0}; ", told) and re.search(name % 1, told)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_workers_end_with_the_process_that_started_them(rows: PreparedRows, small: DataConfig, tmp_path: Path, number: signal.Signals):
+    program = """
+import json, sys
+from moe.config import DataConfig
+from moe.data import prepare, shards
+job = shards.ShardJob(DataConfig(**json.loads(sys.argv[1])), "train", sys.argv[2], sys.argv[3], 1, 10**6)
+for _ in prepare._in_processes(job, 2):
+    print("begun", flush=True)
+"""
+    source = str(Path(small.directory, "tfds", rows.source))
+    command = [sys.executable, "-c", program, json.dumps(dataclasses.asdict(small)), source, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment()) as process:
+        assert process.stdout.readline() == "begun\n"
+        workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        process.send_signal(number)
+        process.stdout.read()
+    assert len(workers) == 2 and process.returncode != 0
+    deadline = time.monotonic() + 20
+    while alive := [worker for worker in workers if Path(f"/proc/{worker}/exe").exists()]:  # a zombie has none
+        assert time.monotonic() < deadline, f"{alive} are left"
+        time.sleep(0.05)
 
 
 def environment() -> dict[str, str]:

@@ -62,7 +62,21 @@ def test_a_worker_that_fails_says_so_in_one_line(job: ShardJob):
     job = dataclasses.replace(job, target="/nonexistent")
     command = [sys.executable, "-m", "moe.data.shards", json.dumps(dataclasses.asdict(job)), "0", "1"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 1
-    assert done.stderr.startswith("preparing the data failed: ")
-    assert done.stderr.count("\n") == 1
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, env=environment, **pipes) as worker:
+        error = worker.stderr.read()  # while its input is open
+    assert worker.returncode == 1
+    assert error.startswith("preparing the data failed: ")
+    assert error.count("\n") == 1
+
+
+def test_a_worker_ends_with_its_input(job: ShardJob):
+    """The input ends with the parent, however that was killed."""
+    job = dataclasses.replace(job, num_shards=10**6)
+    command = [sys.executable, "-m", "moe.data.shards", json.dumps(dataclasses.asdict(job)), "0", "1"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as worker:
+        assert worker.stdout.readline()
+        worker.stdin.close()
+        worker.stdout.read()  # ends with the worker
+    assert worker.returncode == 1 and not Path(job.target, "rows-99999.array_record").exists()

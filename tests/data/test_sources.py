@@ -1,16 +1,21 @@
 import dataclasses
+import importlib
 import os
+import re
 import shutil
+import socket
 import subprocess
 import sys
+import threading
+import unittest.mock
 from pathlib import Path
 
 import pytest
 import tensorflow_datasets as tfds
 
-from moe.config import ConfigError, DataConfig
+from moe.config import ConfigError, DataConfig, RunConfig
 from moe.data import files
-from moe.data.sources import open_documents, source_name
+from moe.data.sources import check_dataset, open_documents, source_name
 from tests.data.conftest import TRAIN, SmallText
 
 
@@ -73,6 +78,8 @@ def test_a_data_set_that_cannot_be_used_is_refused_in_one_line(empty: DataConfig
 def test_an_unknown_split_is_refused_in_one_line(small: DataConfig, split: str):
     with pytest.raises(ConfigError) as error:
         open_documents(small, split)
+    with pytest.raises(ConfigError, match=re.escape(str(error.value))):
+        check_dataset(dataclasses.replace(small, validation_split=split))
     options = "'train' or 'validation' or 'blank'"
     assert str(error.value) == f"split {split!r} is not one of data.dataset='small_text/plain': set the split to {options}"
 
@@ -117,11 +124,72 @@ print(prepare(DataConfig(directory=sys.argv[1]), "validation").sha256)
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=_environment()) for _ in range(2)]
     outputs = [process.communicate() for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
-    assert outputs[0] == outputs[1]
-    assert outputs[0][1] == ""
+    assert outputs[0][0] == outputs[1][0]
+    told = "".join(error for _, error in outputs).splitlines()
+    assert all(line.startswith("waiting for ") for line in told) and len(told) <= 2 * locks, told
     left = sorted(path.name for path in (tmp_path / "rows").iterdir())
     assert len(left) == 2
     assert left[1] == left[0] + ".lock"
+
+
+def test_waiting_for_a_lock_says_who_holds_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    path = tmp_path / "lock"
+    program = """
+import sys
+from pathlib import Path
+from moe.data.files import exclusive
+with exclusive(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", program, str(path)], text=True, env=_environment(), **pipes) as holder:
+        assert holder.stdout.readline() == "held\n"
+        release = threading.Timer(1.5, holder.stdin.close)
+        release.start()
+        with files.exclusive(path) as alone:
+            assert alone
+        release.join()
+    assert capfd.readouterr().err == f"waiting for {path}, which process {holder.pid} on {socket.gethostname()} holds\n"
+    with files.exclusive(path):
+        pass
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_what_a_killed_preparation_left_is_removed_under_the_lock(empty: DataConfig, monkeypatch: pytest.MonkeyPatch, locks: bool):
+    def refuse(file: object, operation: int) -> None:
+        raise OSError(95, "no locks")
+
+    if not locks:
+        monkeypatch.setattr("fcntl.flock", refuse)
+    stale = Path(empty.directory, "tfds", "small_text", "plain", "incomplete.ABC123_1.2.3")
+    stale.mkdir(parents=True)
+    (stale / "half").touch()
+    open_documents(empty, "train")
+    assert stale.exists() != locks  # without a lock another process may be at work there
+
+
+def test_a_data_set_without_text_is_refused_before_it_is_prepared(empty: DataConfig, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(SmallText, "before_generating", lambda: pytest.fail("it is prepared"))
+    for check in (check_dataset, lambda config: open_documents(config, "train")):
+        with pytest.raises(ConfigError, match=r"^data\.dataset='small_text/no_text' has no feature 'text' of text: "):
+            check(dataclasses.replace(empty, dataset="small_text/no_text"))
+    assert not list(Path(empty.directory).iterdir())
+
+
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_commands_check_the_data_set_before_they_load_jax(command: str, empty: DataConfig, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "moe.trainer", None)  # importing it fails
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    monkeypatch.setattr("launch.compare.read_experiment", lambda path, base: ({"base": base}, (0,)))
+    monkeypatch.setattr("ml_collections.config_flags.get_config_filename", lambda flag: "config.py")
+    config = RunConfig.config_dict()
+    config.data.update(dataset="nonesuch", directory=empty.directory)
+    flags = unittest.mock.MagicMock(config=config, workdir=f"{empty.directory}/run", report_only=False)
+    with pytest.raises(ConfigError, match=r"^data\.dataset='nonesuch': Dataset nonesuch not found: "):
+        importlib.import_module(f"launch.{command}").main(flags)
+    assert not list(Path(empty.directory).iterdir())
 
 
 def test_a_lock_is_free_again_when_it_is_left(tmp_path: Path):

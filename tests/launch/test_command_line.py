@@ -1,10 +1,19 @@
 import os
+import re
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from ml_collections import FieldReference
+from ml_collections.config_dict import placeholder
+
+from launch import command_line
+from launch.config_file import check_config_file
+from launch.help_text import config_fields, field_comments, help_text
+from moe.config import ConfigError, MoEConfig, RunConfig
 
 ROOT = Path(__file__).parents[2]
 COMMAND = '''"""Trains nothing.
@@ -30,7 +39,7 @@ def main(values):
 
 if __name__ == "__main__":
     command_line.define_config()
-    flags.DEFINE_string("workdir", None, "The run directory.", required=True)
+    command_line.define_workdir("The run directory.")
     flags.DEFINE_integer("samples", 4, "How many.")
     command_line.run(main, __doc__)
 '''
@@ -42,7 +51,12 @@ CONFIGS = {
     "import.py": "import nowhere\n",
     "empty.py": "",
     "file.py": "def get_config():\n    return open('nowhere.txt')\n",
+    "exit.py": "import sys\ndef get_config():\n    sys.exit(0)\n",
+    "loop.py": "import sys\nprint('begun', flush=True)\nwhile True:\n    pass\n",
+    "none.py": "def get_config():\n    pass\n",
     "dict.py": "def get_config():\n    return [1]\n",
+    "few_steps.py": "from moe.config import RunConfig\ndef get_config():\n"
+    "    c = RunConfig.config_dict()\n    c.train.steps = 300\n    return c\n",
     "field.py": "from moe.config import RunConfig\ndef get_config():\n    c = RunConfig.config_dict()\n    c.train.step = 1\n    return c",
 }
 
@@ -98,13 +112,17 @@ WHOLE = ("--config=config.py", "--workdir=config.py")
         (("--workdir=x", "--config=name.py"), "name.py, line 2: NameError: name 'RunConfig' is not defined"),
         (("--workdir=x", "--config=value.py", "--config.train.steps=3"), "value.py, line 2: ValueError: no such size"),
         (("--workdir=x", "--config=import.py"), "import.py, line 1: ModuleNotFoundError: No module named 'nowhere'"),
-        (("--workdir=x", "--config=empty.py"), "empty.py: AttributeError: module 'config_config' has no attribute 'get_config'"),
+        (
+            ("--workdir=x", "--config=empty.py"),
+            "empty.py has no get_config(): write one that returns RunConfig.config_dict() with your changes",
+        ),
         (
             ("--workdir=x", "--config=file.py"),
-            "file.py, line 2: OSError: Configuration is not available because of an earlier failure to load: "
-            "[Errno 2] No such file or directory: 'nowhere.txt'",
+            "file.py, line 2: FileNotFoundError: [Errno 2] No such file or directory: 'nowhere.txt'",
         ),
+        (("--workdir=x", "--config=none.py"), "--config: get_config() returned None: return RunConfig.config_dict() with your changes"),
         (("--workdir=x", "--config=dict.py"), "--config: get_config() returned [1]: return RunConfig.config_dict() with your changes"),
+        (("--workdir=x", "--config=exit.py"), "exit.py, line 3: SystemExit: 0: a config file returns its config, and ends no program"),
         (("--workdir=x", "--config=field.py"), "config.train.step=1 is not a field: did you mean config.train.steps?"),
         # Paths.
         (("--workdir=config.py/x", "--config=config.py"), "[Errno 20] Not a directory: 'config.py/x'"),
@@ -154,13 +172,136 @@ Flags:
   --config=...
       Config file; --config.FIELD=VALUE changes one field of it. Required.
   --workdir=...
-      The run directory.
+      The run directory. Required.
   --samples=...
       How many. (default: 4)
 
 Fields of --config, with the values they have where the file sets no other:
   --config.seed=0
-  --config.model.vocab_size="""
+      of the parameters, the order of the rows, and every other draw
+
+config.model: A decoder-only Transformer"""
     )
-    assert "  --config.model.compute_dtype=bfloat16  (float32 or bfloat16)\n" in result.stdout
+    assert "  --config.model.compute_dtype=bfloat16  (float32 or bfloat16)\n      The type of activations. " in result.stdout
     assert "logtostderr" not in result.stdout
+
+
+def test_help_shows_the_values_of_a_config(directory: Path) -> None:
+    result = run(directory, "--help", "--config=few_steps.py", "--config.train.batch_size=32", "--workdirs=x")
+    assert (result.stderr, result.returncode) == ("", 0)
+    assert "\nFields of --config, with their values in few_steps.py:\n  --config.seed=0\n" in result.stdout
+    assert "  --config.train.steps=300\n" in result.stdout and "  --config.train.batch_size=32\n" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--config=value.py", "value.py, line 2: ValueError: no such size"),
+        ("--config.seed=x", "--config.seed=x has the wrong type: set config.seed to a value of type int"),
+    ],
+)
+def test_help_for_a_config_that_cannot_run_says_why(directory: Path, argument: str, message: str) -> None:
+    result = run(directory, "--help", "--config=config.py", argument)
+    assert (result.stderr, result.stdout, result.returncode) == (f"error: {message}\n", "", 2)
+
+
+def test_every_field_has_a_line_of_help_within_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "70")
+    lines = help_text("", RunConfig()).splitlines()
+    for name, _ in config_fields(RunConfig()):
+        (number,) = [number for number, line in enumerate(lines) if line.startswith(f"  --{name}=")]
+        assert lines[number + 1].startswith("      ") and len(lines[number + 1].strip()) > 5, f"{name} has no comment"
+    assert max(len(line) for line in lines if not line.startswith(("  --", "Fields of"))) <= 70
+
+
+def test_comments_above_and_beside_a_field_are_its_help() -> None:
+    comments = field_comments(MoEConfig)
+    assert comments["num_experts"] == "routed experts of a sparse layer; 0 leaves every layer dense"
+    assert comments["router"].startswith("Scores: softmax over the experts") and "divide a token" not in comments["router"]
+
+
+RAISED = {
+    "raise RuntimeError('out of luck')": "line 2: RuntimeError: out of luck",
+    "raise RuntimeError('two\\nlines')": "line 2: RuntimeError: two lines",
+    "raise StopIteration": "line 2: StopIteration",
+    "raise KeyboardInterrupt": "line 2: KeyboardInterrupt",
+    "raise MemoryError": "line 2: MemoryError",
+    "raise Exception('of any kind')": "line 2: Exception: of any kind",
+    "raise GeneratorExit": "line 2: GeneratorExit",
+    "return get_config()": "line 2: RecursionError: maximum recursion depth exceeded",
+    "import subprocess; subprocess.run(['false'], check=True)": "line 2: subprocess.CalledProcessError: Command '['false']'",
+    "import sys; sys.exit('done')": "line 2: SystemExit: done: a config file returns its config, and ends no program",
+    "import os; os.chdir('/'); raise OSError('gone')": "line 2: OSError: gone",
+    "import json; json.loads('{')": "line 2: json.decoder.JSONDecodeError: Expecting property name",
+    "b'\\xff'.decode()": "line 2: UnicodeDecodeError: 'utf-8' codec can't decode byte 0xff",
+    "from absl import flags; raise flags.ValidationError('one of absl')": "line 2: absl.flags._exceptions.ValidationError: one of absl",
+    "import ml_collections; c = ml_collections.ConfigDict(); c.x = c.get_ref('y')": "line 2: ",
+}
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
+@pytest.mark.parametrize("statement", RAISED)
+def test_whatever_a_config_file_raises_is_told_as_its_own(statement: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("own.py").write_text(f"def get_config():\n    {statement}\n")
+    with pytest.raises(ConfigError, match=re.escape(f"own.py, {RAISED[statement]}")) as caught:
+        command_line._config_of(["command", "--config=own.py"], "own.py")
+    assert "\n" not in str(caught.value)
+
+
+def test_references_that_fail_late_are_told_in_one_line() -> None:
+    config = RunConfig.config_dict()
+    parts = FieldReference(2)
+    config.train.steps = 10 // parts
+    parts.set(0)
+    with pytest.raises(ConfigError, match=r"^--config: ZeroDivisionError: .*zero"):
+        command_line.read_run_config(config)
+    config = RunConfig.config_dict()
+    config.train.steps = placeholder(int)
+    with pytest.raises(ConfigError, match=r"^config\.train\.steps=None has type NoneType"):
+        command_line.read_run_config(config)
+
+
+def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path / "fifo", "/dev/zero"):
+        with pytest.raises(ConfigError, match=r"^--config=\S+ is a FIFO, a socket or a device: set --config to a config file$"):
+            check_config_file(str(path))
+
+
+def test_a_config_of_the_repository_is_named_from_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=rf": set --config to {ROOT}/configs/dense_tiny.py, which is there$"):
+        check_config_file("configs/dense_tiny.py")
+
+
+def test_a_config_that_never_ends_is_named_and_can_be_interrupted(directory: Path) -> None:
+    command = [sys.executable, "command.py", "--workdir=x", "--config=loop.py"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=directory, env=environment, text=True, **pipes) as process:
+        assert process.stdout.readline() == "begun\n"
+        assert process.stderr.readline() == "reading loop.py\n"
+        process.send_signal(signal.SIGINT)
+        assert re.fullmatch(r"error: loop\.py, line [34]: KeyboardInterrupt\n", process.stderr.read())
+    assert process.returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("workdir", "message"),
+    [
+        ("", "--workdir='' is empty: set it to a path"),
+        ("gs://bucket/run", "--workdir='gs://bucket/run' is a URL, and only file systems can be written: set it to a path"),
+        ("run\udcff", "--workdir='run\\udcff' is not UTF-8 text without NUL: set it to a path that is"),
+        ("~nobody_here/run", "--workdir='~nobody_here/run' names no user's home: set it to a path"),
+    ],
+)
+def test_directories_are_checked_as_flags(directory: Path, workdir: str, message: str) -> None:
+    result = run(directory, "--config=config.py", f"--workdir={workdir}")
+    assert (result.stderr, result.stdout, result.returncode) == (f"error: {message}\n", "", 2)
+
+
+def test_home_is_expanded_where_shells_leave_it(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(directory))
+    result = run(directory, "--config=~/config.py", "--workdir=~/config.py")
+    assert (result.stdout, result.stderr, result.returncode) == ("1000 0.001 True False\n", "", 3)

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 TINY = RunConfig(
     model=ModelConfig(num_layers=1, model_dim=16, feed_forward_dim=24, num_heads=2, num_kv_heads=1, head_dim=8),
     data=DataConfig(sequence_length=64),
-    optimizer=OptimizerConfig(learning_rate=0.05, warmup_steps=1),
+    optimizer=OptimizerConfig(learning_rate=0.05, warmup_fraction=0.25),
     train=TrainConfig(steps=4, batch_size=8, log_every=1, eval_every=4, eval_batches=1, checkpoint_every=2),
     tracking=TrackingConfig(tensorboard=False),
 )
@@ -148,8 +149,8 @@ def test_seeds_are_distinct_and_runs_of_the_same_config(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"seed=-1 is out of range"):
         plan({"dense": TINY}, (-1,), tmp_path)
     write_run(plan({"dense": TINY}, (0,), tmp_path)[0], [1.0])
-    with pytest.raises(ConfigError, match=r"dense/seed_0 holds a run of another config \(train.steps is 4 there and 5 here\)"):
-        plan({"dense": dataclasses.replace(TINY, train=dataclasses.replace(TINY.train, steps=5))}, (0,), tmp_path)
+    with pytest.raises(ConfigError, match=r"dense/seed_0 holds a run of another config \(train.log_every is 1 there and 5 here\)"):
+        plan({"dense": dataclasses.replace(TINY, train=dataclasses.replace(TINY.train, log_every=5))}, (0,), tmp_path)
 
 
 def test_a_comparison_needs_a_run_that_has_begun(tmp_path: Path) -> None:
@@ -240,3 +241,16 @@ def test_an_interrupted_experiment_goes_on(tmp_path: Path) -> None:
     assert output.splitlines()[-1].startswith("| sparse | ") and " | 2 | " in output
     assert f"run 2 of 4: {path.parent}\n" in errors and "run 1 of 4" not in errors
     assert len((path.parent / "environment.jsonl").read_text().splitlines()) == 2  # two starts, of which the second resumed
+
+
+def test_a_run_whose_loss_is_not_finite_is_no_result(tmp_path: Path) -> None:
+    """It came to its end, and is not trained again; the comparison is of the others, and its JSON has no NaN."""
+    runs = plan({"dense": TINY}, (0, 1), tmp_path)
+    for run, loss in zip(runs, (math.nan, 2.0), strict=True):
+        (run.workdir / "checkpoints" / "4").mkdir(parents=True)
+        lines = [{"step": 4, "train/loss": 2.5, "train/skipped_steps": 0.0}, {"step": 4, "validation/loss": loss}]
+        (run.workdir / "metrics.jsonl").write_text("".join(json.dumps(line).replace("NaN", '"NaN"') + "\n" for line in lines))
+    assert [(run.finished, run.diverged) for run in runs] == [(True, True), (True, False)]
+    compare(runs, tmp_path)
+    results = json.loads((tmp_path / "comparison.json").read_text(), parse_constant=pytest.fail)
+    assert results["dense"]["validation_loss"] == {"mean": 2.0, "standard_error": None, "of_seeds": {"1": 2.0}}

@@ -98,7 +98,7 @@ def config(data_directory):
     return RunConfig(
         model=dataclasses.replace(MODEL, moe=MoEConfig(num_experts=4, expert_dim=12, layer_period=2, dispatch="dense")),
         data=DataConfig(sequence_length=64, directory=data_directory),
-        optimizer=OptimizerConfig(learning_rate=0.01, warmup_steps=1),
+        optimizer=OptimizerConfig(learning_rate=0.01, warmup_fraction=1 / 6),
         train=TrainConfig(steps=6, batch_size=8, eval_every=6, eval_batches=1, checkpoint_every=2, keep_last=3),
         tracking=TrackingConfig(tensorboard=False),
     )

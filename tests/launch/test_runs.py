@@ -37,7 +37,7 @@ def workdir(tmp_path_factory, data_directory):
     config = RunConfig(
         model=ModelConfig(num_layers=1, model_dim=16, feed_forward_dim=24, num_heads=2, num_kv_heads=1, head_dim=8),
         data=DataConfig(sequence_length=64, directory=data_directory),
-        optimizer=OptimizerConfig(learning_rate=0.05, warmup_steps=1),
+        optimizer=OptimizerConfig(learning_rate=0.05, warmup_fraction=0.25),
         train=TrainConfig(steps=4, batch_size=8, log_every=1, eval_every=4, checkpoint_every=2),
         tracking=TrackingConfig(tensorboard=False),
     )
@@ -85,12 +85,13 @@ def test_benchmark_reports_rates_that_agree():
     config = RunConfig(model=ModelConfig(num_layers=1), train=TrainConfig(batch_size=8), data=DataConfig(sequence_length=32))
     result = benchmark(config, trials=2)
     assert result["tokens_per_second"] == pytest.approx(8 * 32 / result["step_seconds"])
-    assert len(result["mfu_of_trials"]) == 2 and all(0 < ratio < 1.5 for ratio in result["mfu_of_trials"])
+    assert len(result["ratio_to_matmul_of_trials"]) == 2 and all(ratio > 0 for ratio in result["ratio_to_matmul_of_trials"])
+    assert "mfu" not in result  # what a CPU can do at most is not known
     assert result["devices"] == "8 x cpu" and result["temporary_bytes_per_device"] > 0
 
 
 def train(workdir, data_directory, **popen):
-    flags = SMALL | {"train.steps": 30, "train.checkpoint_every": 7, "data.directory": data_directory, "optimizer.warmup_steps": 1}
+    flags = SMALL | {"train.steps": 30, "train.checkpoint_every": 7, "data.directory": data_directory, "optimizer.warmup_fraction": 0.03}
     command = [sys.executable, "-m", "launch.train", "--config=configs/dense_tiny.py", f"--workdir={workdir}"]
     command += [f"--config.{name}={value}" for name, value in flags.items()]
     return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **popen)
@@ -104,7 +105,7 @@ def wait_for_step(process, workdir, step):
 
 
 def deterministic(workdir):
-    timed = ("train/tokens_per_second", "train/mfu", "train/data_wait_fraction")
+    timed = ("train/tokens_per_second", "train/data_wait_fraction")
     return [{name: value for name, value in line.items() if name not in timed} for line in read_metrics(workdir)]
 
 
@@ -135,6 +136,32 @@ def test_a_signal_saves_and_exits_with_its_code(tmp_path, data_directory, number
     assert "run the same command again to go on" in errors.splitlines()[-1]
     saved = [int(path.name) for path in (tmp_path / "checkpoints").iterdir()]
     assert max(saved) == read_metrics(tmp_path)[-1]["step"] >= 3
+
+
+@pytest.mark.slow
+def test_a_run_whose_reader_has_left_trains_to_its_end(tmp_path, data_directory):
+    """As `2>&1 | head -1` leaves it, in the first step."""
+    process = train(tmp_path, data_directory)
+    process.stderr.read(1)
+    process.stderr.close()
+    process.stdout.close()
+    assert process.wait(200) == 0
+    assert read_metrics(tmp_path)[-1]["step"] == 30 and (tmp_path / "checkpoints" / "30").is_dir()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "module"), [("train", "absl"), ("train", "ml_collections"), ("train", "jaxlib._jax"), ("compare", "jaxlib._jax")]
+)
+def test_ctrl_c_during_imports_is_answered_in_one_line(tmp_path, command, module):
+    config = {"train": "configs/dense_tiny.py", "compare": "configs/experiments/moe_vs_dense.py"}[command]
+    arguments = [sys.executable, "-X", "importtime", "-m", f"launch.{command}", f"--workdir={tmp_path}", f"--config={config}"]
+    with subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+        imported = iter(process.stderr.readline, "")  # a line for each module, when it has been imported
+        assert any(line.split("|")[-1].strip() == module for line in imported)
+        process.send_signal(signal.SIGINT)
+        errors = [line for line in imported if not line.startswith("import time:")]
+        assert process.wait(20) == 75 and errors == ["interrupted: before there was anything to save\n"]
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ def dense(data_directory):
     return RunConfig(
         model=MODEL,
         data=DataConfig(sequence_length=64, directory=data_directory),
-        optimizer=OptimizerConfig(learning_rate=0.01, warmup_steps=1),
+        optimizer=OptimizerConfig(learning_rate=0.01, warmup_fraction=1 / 6),
         train=TrainConfig(steps=6, batch_size=8, log_every=1, eval_every=6, eval_batches=2, checkpoint_every=3),
         tracking=TrackingConfig(tensorboard=False),
     )

@@ -107,7 +107,7 @@ def mask(case: Case) -> np.ndarray:
     """[B, T, S]: whether each query sees each key."""
     (batch, length), kv_length, keywords = case.arrays[0].shape[:2], case.arrays[1].shape[1], case.keywords
     distance = np.arange(kv_length) + keywords.get("kv_offset", 0) - (np.arange(length) + keywords.get("q_offset", 0))[:, None]
-    left, right = keywords.get("window", (np.inf, np.inf))
+    left, right = (np.inf if x is None else x for x in keywords.get("window", (None, None)))
     seen = np.broadcast_to((distance >= -left) & (distance <= (0 if keywords["causal"] else right)), (batch, length, kv_length))
     if "q_segment_ids" in keywords:
         seen = seen & (keywords["q_segment_ids"][:, :, None] == keywords["kv_segment_ids"][:, None])

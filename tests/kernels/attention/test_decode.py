@@ -29,6 +29,7 @@ def draw(seed: int):
     batch, kv_heads, group, slots = (int(rng.integers(1, top)) for top in (4, 4, 4, 600))
     length, width = int(rng.choice([1, 3])), int(rng.choice([8, 64]))
     value_width = width if some() else 16
+    slots = max(slots, length)
     shapes = (batch, length, kv_heads * group, width), (batch, slots, kv_heads, width), (batch, slots, kv_heads, value_width)
     positions = rng.integers(-1, slots, (batch, length)) if some() else slots - length + np.tile(np.arange(length), (batch, 1))
     positions = np.maximum(positions, -1)
@@ -57,7 +58,7 @@ def test_the_last_queries_of_a_sequence_are_those_of_flash_attention():
     whole = flash_attention(q, k, v, causal=True, **keywords)
     for last in (1, 3):
         positions = jnp.broadcast_to(jnp.arange(300 - last, 300), (2, last))
-        np.testing.assert_allclose(decode_attention(q[:, -last:], k, v, positions, **keywords), whole[:, -last:], atol=1e-6)
+        np.testing.assert_allclose(decode_attention(q[:, -last:], k, v, positions, **keywords), whole[:, -last:], rtol=0, atol=1e-5)
 
 
 def test_of_several_layers_one_is_read():
@@ -67,7 +68,31 @@ def test_of_several_layers_one_is_read():
     for layer in range(3):
         others = jnp.arange(3)[:, None, None, None, None] != layer
         output = jax.jit(decode_attention)(q, *(jnp.where(others, jnp.nan, x) for x in (k, v)), positions, layer=layer)
-        np.testing.assert_allclose(output, decode_attention(q, k[layer], v[layer], positions), atol=1e-6)
+        np.testing.assert_allclose(output, decode_attention(q, k[layer], v[layer], positions), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_slots_that_a_row_does_not_see_may_hold_anything(value):
+    """Also those in the steps that are read: after each row's last position, and before its window."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=shape) for shape in ((2, 1, 4, 8), (2, 50, 2, 8), (2, 50, 2, 8)))
+    positions, window = np.array([[7], [31]]), (9, 0)
+    right = expected(q, k, v, positions, window)
+    slot = np.arange(50)[None, :, None, None]
+    hidden = (slot > positions[..., None, None]) | (slot < positions[..., None, None] - window[0])
+    k, v = (np.where(hidden, value, x) for x in (k, v))
+    output = decode_attention(*(jnp.float32(x) for x in (q, k, v)), jnp.array(positions), window=window)
+    np.testing.assert_allclose(output, right, rtol=0, atol=1e-5)
+
+
+def test_a_query_beyond_the_cache_gives_nan():
+    """Its own key has no slot: what the others give would be a wrong answer without a word. Other queries are not changed."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.float32(rng.normal(size=shape)) for shape in ((3, 1, 4, 8), (3, 20, 2, 8), (3, 20, 2, 8)))
+    inside = decode_attention(q, k, v, jnp.array([[3], [19], [19]]))
+    output = decode_attention(q, k, v, jnp.array([[3], [20], [10**6]]))
+    np.testing.assert_allclose(output[0], inside[0], rtol=0, atol=1e-5)
+    assert np.isnan(output[1:]).all()
 
 
 @pytest.mark.parametrize("slots", [4096, 4096 + 77])
@@ -126,12 +151,17 @@ def test_memory_is_that_of_a_step(dtype):
         ({"k": (1, 8, 3, 16), "v": (1, 8, 3, 16)}, "has 4 heads, which are no multiple of the 3"),
         ({"positions": (1,)}, r"positions \(1,\) must be \(1, 1\)"),
         ({"window": (-1, 0)}, "0 or more"),
+        ({"softcap": 0.0}, "softcap=0.0 must be a finite number above 0"),
+        ({"q": (1, 9, 4, 16), "positions": (1, 9)}, r"q \(1, 9, 4, 16\) has 9 queries a row and the cache 8 slots"),
+        ({"layer": 3, "k": (3, 1, 8, 2, 16), "v": (3, 1, 8, 2, 16)}, "layer=3 must be at least 0 and less than 3"),
+        ({"layer": -1, "k": (3, 1, 8, 2, 16), "v": (3, 1, 8, 2, 16)}, "layer=-1 must be"),
+        ({"scale": float("nan")}, "scale=nan must be a finite number other than 0"),
         ({"sinks": (3,)}, r"sinks \(3,\) must be \(4,\)"),
     ],
 )
 def test_bad_input_is_told_in_a_line(changes, message):
     shapes = {"q": (1, 1, 4, 16), "k": (1, 8, 2, 16), "v": (1, 8, 2, 16), "positions": (1, 1)}
-    keywords = {name: x if name == "window" else jnp.zeros(x) for name, x in changes.items() if name not in shapes}
+    keywords = {name: jnp.zeros(x) if name == "sinks" else x for name, x in changes.items() if name not in shapes}
     arrays = {name: jnp.zeros(changes.get(name, shape), int if name == "positions" else float) for name, shape in shapes.items()}
     with pytest.raises(ValueError, match=message) as raised:
         decode_attention(*arrays.values(), **keywords)

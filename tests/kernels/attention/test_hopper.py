@@ -20,7 +20,7 @@ MASKS = {
     "segments": "Options(None, 0, None, 0.1), None, ids",
 }
 COMPILE = """
-import pathlib, sys
+import dataclasses, pathlib, sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -39,7 +39,8 @@ options, sinks, ids = MASK
 def every(q, k, v, sinks, ids, lse, g, row_sums):
     arrays = q, k, v, sinks, ids, ids, jnp.int32(0)
     modules = (hopper_backward, hopper_fused) if width <= 128 else (hopper_backward,)
-    return hopper.forward(options, *arrays), [x.backward(options, *arrays, lse, g, row_sums) for x in modules]
+    outputs = [hopper.forward(dataclasses.replace(options, partial=partial), *arrays) for partial in (False, True)]
+    return outputs, [x.backward(options, *arrays, lse, g, row_sums) for x in modules]
 
 jax.jit(every).trace(q, k, k, sinks, ids, rows, q, rows).lower(lowering_platforms=("cuda",)).compile()
 """
@@ -64,7 +65,7 @@ def test_compiles_for_h200_without_spills(mask, width, tmp_path):
     dumps = {"MOSAIC_GPU_DUMP_PTXAS": "1", "MOSAIC_GPU_DUMP_PTX": "1", "MOSAIC_GPU_DUMP_TO": str(tmp_path)}
     run(COMPILE.replace("MASK", MASKS[mask]), str(width), timeout=280, **dumps)
     reports = [path.read_text() for path in sorted(tmp_path.glob("*.ptxas"))]
-    assert len(reports) >= (4 if width <= 128 else 3)
+    assert len(reports) >= (5 if width <= 128 else 4)
     for report in reports:
         print(re.search(r"Used \d+ registers", report).group(), re.search(r"\d+ bytes spill stores", report).group())
         assert set(re.findall(r"(\d+) bytes spill", report)) == {"0"} and "are spilled" not in report
@@ -72,7 +73,7 @@ def test_compiles_for_h200_without_spills(mask, width, tmp_path):
 
 
 INTERPRET = """
-import sys
+import dataclasses, sys
 import jax, numpy as np
 from moe.kernels.attention import hopper, hopper_backward, hopper_fused, reference
 from moe.kernels.attention.masks import Options
@@ -95,13 +96,21 @@ if which == "forward":
 else:
     call, arguments = (lambda module: lambda *x: module.backward(options, *x)), (*arrays, lse, g, row_sums)
     pair = (hopper_fused if which == "fused" else hopper_backward), reference
-values, wanted = interpreted(call(pair[0]), *arguments), call(pair[1])(*arguments)
-for value, right in zip(values, wanted, strict=True):
-    value, right = (np.asarray(x, np.float64) for x in (value, right))
-    np.testing.assert_array_equal(np.isfinite(value), np.isfinite(right))
-    finite = np.isfinite(right)
-    error = np.sqrt(np.mean((value - right)[finite] ** 2) / np.mean(right[finite] ** 2))
-    assert error < 6e-3, error
+
+def errors():
+    values, wanted = interpreted(call(pair[0]), *arguments), call(pair[1])(*arguments)
+    for value, right in zip(values, wanted, strict=True):
+        value, right = (np.asarray(x, np.float64) for x in (value, right))
+        np.testing.assert_array_equal(np.isfinite(value), np.isfinite(right))
+        finite = np.isfinite(right)
+        yield np.sqrt(np.mean((value - right)[finite] ** 2) / np.mean(right[finite] ** 2))
+
+found = list(errors())
+assert max(found) < 6e-3, found
+if which == "forward":  # what rounding takes from the output is given beside it: the weights' own rounding is left
+    options = dataclasses.replace(options, partial=True)
+    whole = list(errors())
+    assert whole[0] < 0.85 * found[0], (whole, found)
 print("checked")
 """
 

@@ -1,0 +1,71 @@
+"""What --help prints: the command's own text, its flags, and each field of --config with its value and its comment in moe/config.py."""
+
+import ast
+import dataclasses
+import inspect
+import io
+import sys
+import tokenize
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+from absl import flags
+
+from moe.config import RunConfig
+
+
+def help_text(description: str, config: RunConfig | None = None, path: str | None = None) -> str:
+    """The whole text; with `config`, its fields' values too, which were read from `path` or are the defaults."""
+    lines = [description.strip(), "", "Flags:"]
+    for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0]):
+        default = f" (default: {flag.default})" if flag.default not in (None, "") else ""
+        lines += [f"  --{flag.name}=...", flags.text_wrap(flag.help + default, indent="      ")]
+    if config:
+        values = f"their values in {path}" if path else "the values they have where the file sets no other"
+        lines += ["", f"Fields of --config, with {values}:", *_group(config, "config")]
+    return "\n".join(lines)
+
+
+def config_fields(config: Any, path: str = "config") -> Iterator[tuple[str, Any]]:
+    """The dotted name and type of every field of a config and of the configs within it."""
+    types = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), f"{path}.{field.name}"
+        if dataclasses.is_dataclass(value):
+            yield from config_fields(value, name)
+        else:
+            yield name, types[field.name]
+
+
+def _group(config: Any, path: str) -> Iterator[str]:
+    """The lines of one dataclass: its own fields first, then the dataclasses within it, each under its docstring."""
+    types, comments = typing.get_type_hints(type(config)), field_comments(type(config))
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    for name, value in values.items():
+        if not dataclasses.is_dataclass(value):
+            is_choice = typing.get_origin(types[name]) is typing.Literal
+            options = f"  ({' or '.join(typing.get_args(types[name]))})" if is_choice else ""
+            yield f"  --{path}.{name}={value}{options}"
+            yield flags.text_wrap(comments[name], indent="      ")
+    for name, value in values.items():
+        if dataclasses.is_dataclass(value):
+            yield ""
+            yield flags.text_wrap(f"{path}.{name}: {inspect.getdoc(type(value))}")
+            yield from _group(value, f"{path}.{name}")
+
+
+def field_comments(config_class: type) -> dict[str, str]:
+    """The comments above and beside each field in the source of a dataclass, as one text."""
+    source = inspect.getsource(config_class)
+    lines = source.splitlines()
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    comments = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
+    texts = {}
+    for node in ast.parse(source).body[0].body:
+        if isinstance(node, ast.AnnAssign):
+            first = node.lineno
+            while lines[first - 2].strip().startswith("#"):
+                first -= 1
+            texts[node.target.id] = " ".join(comments[line] for line in range(first, node.end_lineno + 1) if line in comments)
+    return texts
