@@ -205,7 +205,7 @@ def test_adamw_by_hand():
 
 
 def test_evaluation_sums_add_up_and_draw_nothing():
-    moe = MoEConfig(num_experts=4, expert_dim=8, jitter=0.1)  # in training alone
+    moe = MoEConfig(num_experts=4, expert_dim=8, balance_scope="row", jitter=0.1)  # jitter is training's
     program = make_program(dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, moe=moe)), jax.devices()[:1])
     variables, rows = program.init_state().variables, batch_rows()
     with jax.set_mesh(program.mesh):
