@@ -312,6 +312,12 @@ def _run_ragged(
     return _receive(rows_RD, weights_NA, arranged), jnp.sum(_of_assignments(lost_R, arranged), axis=1, dtype=jnp.float32)
 
 
+def _output_specs(x_BTD: PartitionSpec) -> tuple[PartitionSpec, routing.Routing]:
+    """Returns how `MoE` lays out its results on Explicit axes, from the layout of its input."""
+    rows_BT = PartitionSpec(*x_BTD[:2])
+    return x_BTD, routing.Routing(rows_BT, rows_BT, PartitionSpec(), rows_BT)
+
+
 class MoE(nn.Module):
     """A sparse feed-forward part (Shazeer et al. 2017, eq. 1): the sum of the outputs of each token's experts, weighted by its router.
 
@@ -321,7 +327,7 @@ class MoE(nn.Module):
     config: MoEConfig
     output_scale: float = 1.0
 
-    @on_auto_axes(lambda x_BTD: (x_BTD, routing.Routing(PartitionSpec(*x_BTD[:2]), PartitionSpec(*x_BTD[:2]), PartitionSpec())))
+    @on_auto_axes(_output_specs)
     @nn.compact
     def __call__(self, x_BTD: jax.Array, tokens: Tokens | None = None) -> tuple[jax.Array, routing.Routing]:
         """Returns [B, T, D], and the routing with its sums for losses and statistics.
