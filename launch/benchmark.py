@@ -24,6 +24,7 @@ import numpy as np
 from absl import flags
 
 from launch import command_line
+from launch.files import write_whole
 from moe.config import ConfigError, RunConfig
 
 
@@ -136,7 +137,7 @@ def main(values: flags.FlagValues) -> None:
     if not values.layer:
         print("mfu = model_flops_per_second / peak; peak: the data sheets' bfloat16 rate, or on a CPU matmul_flops_per_second")
     if values.json:
-        Path(values.json).write_text(json.dumps(result, indent=2) + "\n")
+        write_whole(Path(values.json), json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":
