@@ -26,6 +26,7 @@ import numpy as np
 from absl import flags
 
 from launch import command_line
+from launch.files import write_whole
 from moe.config import ConfigError, RunConfig
 
 
@@ -143,7 +144,7 @@ def main(values: flags.FlagValues) -> None:
             print("mfu = model_flops_per_second / the data sheets' bfloat16 rate of all devices")
         print("ratio_to_matmul = model_flops_per_second / matmul_flops_per_second, each timed beside the other: not a share of a peak")
     if values.json:
-        Path(values.json).write_text(json.dumps(result, indent=2) + "\n")
+        write_whole(Path(values.json), json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ others were trained); 75 interrupted and saved.
 """
 
 import dataclasses
+import io
 import json
 import math
 import runpy
@@ -35,6 +36,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from launch import command_line
+from launch.files import write_whole
 from launch.report import THEMES, Metrics, column, style, summarise
 from moe.config import ConfigError, RunConfig
 from moe.data.sources import check_dataset
@@ -204,7 +206,9 @@ def draw(results: dict[str, dict[str, Any]], runs: list[Run], path: Path) -> Non
         losses, curves = figure.subplots(1, 2)
         _draw_losses(losses, results, colours)
         _draw_curves(curves, runs, colours)
-        figure.savefig(path)
+        image = io.BytesIO()
+        figure.savefig(image, format="png")
+    write_whole(path, image.getvalue())
 
 
 def _draw_losses(axes: "Axes", results: dict[str, dict[str, Any]], colours: dict[str, str]) -> None:
@@ -247,9 +251,9 @@ def compare(runs: list[Run], workdir: Path) -> str:
         raise FileNotFoundError(f"{workdir} holds none of the experiment's runs: leave out --report_only, or set --workdir to theirs")
     results = {variant: result([run for run in runs if run.variant == variant]) for variant in dict.fromkeys(run.variant for run in runs)}
     text = table(results)
-    (workdir / "comparison.json").write_text(json.dumps(results, indent=2) + "\n")
-    (workdir / "comparison.md").write_text(f"{text}\n\n{LEGEND}\n\n![Losses by variant, and over steps](comparison.png)\n")
+    write_whole(workdir / "comparison.json", json.dumps(results, indent=2) + "\n")
     draw(results, runs, workdir / "comparison.png")
+    write_whole(workdir / "comparison.md", f"{text}\n\n{LEGEND}\n\n![Losses by variant, and over steps](comparison.png)\n")
     return text
 
 

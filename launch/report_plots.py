@@ -13,7 +13,6 @@ class Plot:
     lines: dict[str, str]
     log: bool = False
     percent: bool = False
-    legend: str = "upper right"  # fixed, since the best place would be searched among all points
 
 
 PLOTS = (
@@ -37,7 +36,6 @@ ROUTING = (
         "Entropy of the load",
         "over log E: 1 is even",
         {"router/load_entropy": "mean of layers", "router/worst_load_entropy": "worst layer", "validation/load_entropy": "validation"},
-        legend="lower right",
     ),
     Plot(
         "dropped",
@@ -61,15 +59,15 @@ ROUTING = (
 )
 SKIPPED = "train/skipped_steps"  # a running total, drawn as marks at the steps where it grew
 
-# What a reader looks for first: metric, name, and how its last value is written.
+# What a reader looks for first: metric, name, how its last value is written, and its unit.
 HEADLINES = (
-    ("validation/loss", "validation loss", "{:.4f}<small>nats per token</small>"),
-    ("validation/bits_per_byte", "bits per byte", "{:.4f}<small>of text</small>"),
-    ("train/loss", "training loss", "{:.4f}<small>nats per token</small>"),
-    ("router/worst_max_vio", "worst MaxVio", "{:.2f}<small>largest load / mean − 1</small>"),
-    ("router/dropped_fraction", "dropped", "{:.1%}<small>of assignments</small>"),
-    ("train/tokens_per_second", "throughput", "{:,.0f}<small>tokens per second</small>"),
-    ("train/mfu", "MFU", "{:.1%}<small>of peak FLOP/s</small>"),
-    ("train/data_wait_fraction", "wait for data", "{:.1%}<small>of a step's time</small>"),
-    (SKIPPED, "skipped updates", "{:.0f}"),
+    ("validation/loss", "validation loss", "{:.4f}", "nats per token"),
+    ("validation/bits_per_byte", "bits per byte", "{:.4f}", "of text"),
+    ("train/loss", "training loss", "{:.4f}", "nats per token"),
+    ("router/worst_max_vio", "worst MaxVio", "{:.2f}", "largest load / mean − 1"),
+    ("router/dropped_fraction", "dropped", "{:.1%}", "of assignments"),
+    ("train/tokens_per_second", "throughput", "{:,.0f}", "tokens per second"),
+    ("train/mfu", "MFU", "{:.1%}", "of peak FLOP/s"),
+    ("train/data_wait_fraction", "wait for data", "{:.1%}", "of a step's time"),
+    (SKIPPED, "skipped updates", "{:,.0f}", "since the run began"),
 )

@@ -2,11 +2,14 @@
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moe.config import ModelConfig
+from launch.figures import add_bar, ratio_shades, set_steps
+from moe.config import ConfigError, ModelConfig
+from moe.tracking import ROUTER_FILE, read_router
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -15,6 +18,7 @@ RouterLines = list[tuple[int, dict[str, np.ndarray]]]  # of router.jsonl: a step
 
 MAX_LAYERS = 8
 MAX_COLUMNS = 400  # about as many as a plot has room for
+MAX_BYTES = 100_000_000  # of router.jsonl are parsed, which takes seconds; of a longer one every so many lines
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +29,26 @@ class LoadMap:
     title: str
     steps: np.ndarray
     load: np.ndarray
+
+
+def read_lines(workdir: Path, model: ModelConfig) -> tuple[RouterLines, int]:
+    """The lines of router.jsonl, of which only every n-th is read where they are too many, and that n.
+
+    Raises ConfigError for a line whose arrays do not fit the model's layers and experts.
+    """
+    path, layers = workdir / ROUTER_FILE, len(model.sparse_layers)
+    if not layers or not path.exists():
+        return [], 1
+    every = 1 + path.stat().st_size // MAX_BYTES
+    shapes = {"load": (layers, model.moe.num_experts), "load_entropy": (layers,), "dropped_fraction": (layers,)}
+    lines = []
+    for step, values in read_router(workdir, every):
+        for name, shape in shapes.items():
+            if name not in values or values[name].shape != shape:
+                found = f"the shape {values[name].shape}" if name in values else "no values"
+                raise ConfigError(f"{path}: {name} of step {step} has {found} instead of the shape {shape}: delete that line")
+        lines.append((step, values))
+    return lines, every
 
 
 def load_maps(lines: RouterLines, model: ModelConfig) -> list[LoadMap]:
@@ -58,18 +82,14 @@ def worst_layers(lines: RouterLines) -> list[dict[str, Any]]:
     ]
 
 
-def draw_load(axes: "Axes", load_map: LoadMap, colours: Mapping[str, str]) -> None:
+def draw_load(load_map: LoadMap, axes: "Axes", colours: Mapping[str, str]) -> None:
     """Draws a heat map: an even load in the page's colour, less in the first one, and more, from twice the even share on, in the second."""
-    from matplotlib.colors import LinearSegmentedColormap  # as in launch.report
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import MaxNLocator  # as in launch.figures
 
-    # An odd number of shades, so that one of them is the even load's.
-    shades = LinearSegmentedColormap.from_list("load", [colours[role] for role in ("first", "card", "second")], N=255)
     times = np.concatenate([[0], load_map.steps])
     experts = np.arange(load_map.load.shape[1] + 1) - 0.5
-    mesh = axes.pcolormesh(times, experts, load_map.load.T, cmap=shades, vmin=0, vmax=2)
-    axes.grid(False)
-    axes.set_ylabel("expert")
+    mesh = axes.pcolormesh(times, experts, load_map.load.T, cmap=ratio_shades(colours), vmin=0, vmax=2)
+    add_bar(axes, mesh, "load / even share", extend="max", ticks=(0, 0.5, 1, 1.5, 2))
+    axes.set(ylabel="expert", ylim=(experts[-1], experts[0]))
     axes.yaxis.set_major_locator(MaxNLocator(8, integer=True))
-    bar = axes.figure.colorbar(mesh, ax=axes, extend="max", label="load / even share", ticks=(0, 0.5, 1, 1.5, 2))
-    bar.outline.set_visible(False)
+    set_steps(axes, load_map.steps[-1])

@@ -16,10 +16,11 @@ Saturation is measured for each earlier checkpoint that the run has kept (train.
 reading of the text, through both. Layers and experts are numbered from 0, dense layers counted; what a full expert dropped was not chosen.
 
 Prints tables, writes them with plots in WORKDIR/routing/ (routing.md; routing.json holds every number), and prints that page's path.
+launch.report shows the same plots on the run's page when it is run after this. There, and in routing.md, they are drawn for light and for
+dark pages; of many layers four at even distances are drawn, and the tables have all.
 """
 
 import json
-import math
 import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +31,9 @@ from absl import flags
 from tqdm import tqdm
 
 from launch import command_line
+from launch.figures import THEMES, Drawing, picture, write_drawing
+from launch.files import write_whole
+from launch.routing_figures import drawings
 from moe.config import ConfigError, RunConfig
 from moe.tracking import read_config
 
@@ -44,8 +48,6 @@ CLASSES = {
     "operators": "+-*/%=<>&|^~@!",
     "punctuation": "\"'`#$,.:;?\\_",
 }
-DRAWN_LAYERS = 4  # of many layers, so many are drawn; the tables have all
-LARGEST_RATIO = 4  # times the even share, where colours end
 
 Counts = dict[str, np.ndarray]
 
@@ -109,10 +111,9 @@ def routing(workdir: Path, step: int | None = None, compare_step: int | None = N
     results = measure(workdir, step, compare_step, batches)
     directory = workdir / "routing"
     directory.mkdir(exist_ok=True)
-    (directory / "routing.json").write_text(json.dumps(results) + "\n", encoding="utf-8")
-    images = "".join(f"\n![{stem}]({stem}.png)\n" for stem in draw(results, directory))
+    write_whole(directory / "routing.json", json.dumps(results) + "\n")
     page = directory / "routing.md"
-    page.write_text(tables(results) + images, encoding="utf-8")
+    write_whole(page, tables(results) + "".join(f"\n{picture(drawing)}\n" for drawing in draw(results, directory)))
     return page
 
 
@@ -251,75 +252,22 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, ["---"] * len(head), *rows))
 
 
-def draw(results: Mapping[str, Any], directory: Path) -> list[str]:
-    """Writes the plots as PNG files, and returns their names without the ending."""
-    num_experts, layers, names = results["num_experts"], results["layers"], list(results["classes"])
-    drawn = np.unique(np.linspace(0, len(layers) - 1, DRAWN_LAYERS).round().astype(int))
-    panels = lambda values_L: {f"layer {layers[index]}": values_L[index] for index in drawn}  # noqa: E731
-    load_LE = np.array(results["load"]) * num_experts
-    shares_LCE = np.stack([values["share"] for values in results["classes"].values()], axis=1) * num_experts
-    pairs_LEE = np.where(np.eye(num_experts), np.nan, np.array(results["coactivation"]))
-    _draw_shares(directory / "load.png", "Load / even load", {"": load_LE}, [f"layer {layer}" for layer in layers], ratio=True)
-    _draw_shares(directory / "classes.png", "Share of each token class / even share", panels(shares_LCE), names, ratio=True)
-    experts = [f"chose {expert}" for expert in range(num_experts)]
-    _draw_shares(directory / "coactivation.png", "Co-activation: the share that also chose", panels(pairs_LEE), experts, ratio=False)
-    vocabulary = {"mean over tokens": results["vocabulary"]["mean"], "by load alone": results["vocabulary"]["by_load"]}
-    even = results["experts_per_token"] / num_experts
-    _draw_lines(directory / "vocabulary.png", "Vocabulary specialisation", "layer", layers, vocabulary, even)
-    (directory / "saturation.png").unlink(missing_ok=True)  # an earlier call's
-    if not results["saturation"]:
-        return ["load", "classes", "coactivation", "vocabulary"]
-    steps, shares = [*results["saturation"], results["step"]], [*results["saturation"].values(), [1.0] * len(layers)]
-    lines = {f"layer {layers[index]}": [row[index] for row in shares] for index in drawn}
-    _draw_lines(directory / "saturation.png", f"Saturation: share also chosen at step {results['step']:,}", "step", steps, lines, even)
-    return ["load", "classes", "coactivation", "vocabulary", "saturation"]
-
-
-def _draw_shares(path: Path, title: str, panels: Mapping[str, np.ndarray], names: Sequence[str], *, ratio: bool) -> None:
-    """Panels of shares [names, experts] in colour; ratios to the even share on a logarithmic scale, cut off at LARGEST_RATIO."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    figure = Figure(figsize=(2 + 3 * len(panels), 1.6 + min(4.0, 0.25 * len(names))), dpi=150, layout="constrained")
-    figure.suptitle(title, fontweight="bold")
-    all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    limit = math.log2(LARGEST_RATIO)
-    style = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit} if ratio else {"cmap": "viridis", "vmin": 0, "vmax": 1}
-    for axes, (label, values) in zip(all_axes, panels.items(), strict=True):
-        shown = np.log2(np.clip(values, 1 / LARGEST_RATIO, LARGEST_RATIO)) if ratio else values
-        image = axes.imshow(shown, aspect="auto", interpolation="nearest", **style)
-        axes.set(title=label, xlabel="expert")
-        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-    every = -(-len(names) // 16)
-    all_axes[0].set_yticks(range(0, len(names), every), names[::every])
-    bar = figure.colorbar(image, ax=list(all_axes))
-    if ratio:
-        bar.set_ticks([-limit, 0, limit], labels=[f"≤ 1/{LARGEST_RATIO}", "1", f"≥ {LARGEST_RATIO}"])
-    figure.savefig(path)
-
-
-def _draw_lines(path: Path, title: str, xlabel: str, x: Sequence[int], lines: Mapping[str, Sequence[float]], even: float) -> None:
-    """Lines of shares over layers or steps, and what experts drawn at random would have."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
-
-    figure = Figure(figsize=(5.6, 3.3), dpi=200, layout="constrained")
-    axes = figure.subplots()
-    for label, values in lines.items():
-        axes.plot(x, values, marker="o", markersize=3, label=label)
-    axes.axhline(even, color="grey", linestyle="--", linewidth=1, label="experts drawn at random")
-    axes.set(title=title, xlabel=xlabel, ylim=(0, 1.05))
-    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-    axes.yaxis.set_major_formatter(PercentFormatter(1))
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    figure.savefig(path)
+def draw(results: Mapping[str, Any], directory: Path) -> list[Drawing]:
+    """Writes the plots as PNG files, removes an earlier call's that are no more, and returns what was drawn."""
+    drawn = drawings(results)
+    for drawing in tqdm(drawn, desc="drawing", unit="plot", disable=None, leave=False):
+        write_drawing(drawing, directory)
+    written = {f"{drawing.stem}-{theme}.png" for drawing in drawn for theme in THEMES}
+    for path in directory.glob("*-*.png"):
+        if path.name not in written:
+            path.unlink()
+    return drawn
 
 
 def main(values: flags.FlagValues) -> None:
     page = routing(Path(values.workdir), values.step, values.compare_step, values.batches)
-    print(page.read_text(encoding="utf-8").split("\n![")[0])
-    print(page)
+    print(page.read_text(encoding="utf-8").split("\n<picture>")[0])
+    print(f"wrote {page}, and beside it routing.json and the plots")
 
 
 if __name__ == "__main__":

@@ -9,11 +9,12 @@ import datetime
 import importlib.metadata
 import json
 import math
+import operator
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -128,17 +129,16 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
 
     A last line still being written is left out. Raises FileNotFoundError, and ConfigError where the file is damaged.
     """
-    return [{"step": step} | values for step, values in _parse_lines(workdir / METRICS_FILE)]
+    return [{"step": step} | values for step, values in _parse_lines(workdir / METRICS_FILE, float)]
 
 
-def read_router(workdir: Path) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+def read_router(workdir: Path, every: int = 1) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
     """The step and the arrays [L, ...] of each line of router.jsonl, in order; none for a run without sparse layers.
 
-    Raises ConfigError where the file is damaged.
+    With `every` above 1 only the first of every so many lines is parsed. Raises ConfigError where the file is damaged.
     """
     path = workdir / ROUTER_FILE
-    for step, values in _parse_lines(path) if path.exists() else ():
-        yield step, {name: np.array(value, np.float32) for name, value in values.items()}
+    return _parse_lines(path, lambda value: np.array(_decode(value), np.float32), every) if path.exists() else iter(())
 
 
 def write_environment(workdir: Path, attention: str) -> None:
@@ -180,17 +180,20 @@ def _rounded(value: Numbers) -> Numbers:
     return [_rounded(item) for item in value] if isinstance(value, list) else float(f"{value:.5g}")
 
 
-def _parse_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The step and the values of each line."""
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-    for number, line in enumerate(lines, start=1):
-        try:
-            values = json.loads(line)
-            yield values.pop("step"), {name: _decode(value) for name, value in values.items()}
-        except (ValueError, TypeError, AttributeError, KeyError):
-            # kill -9 can cut the last line short. Anywhere else the file was damaged, and guessing would hide that.
-            if line.endswith("\n"):
-                raise ConfigError(f"{path}, line {number} is not a JSON object of a step and numbers: delete that line") from None
+def _parse_lines(path: Path, decode: Callable[[Any], Any], every: int = 1) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The step and the decoded values of each line, or of the first of every so many lines."""
+    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
+        for number, line in enumerate(file):
+            if number % every:
+                continue
+            try:
+                values = json.loads(line)
+                step = operator.index(values.pop("step"))
+                yield step, {name: decode(value) for name, value in values.items()}
+            except (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError):
+                # kill -9 can cut the last line short. Anywhere else the file was damaged, and guessing would hide that.
+                if line.endswith("\n"):
+                    raise ConfigError(f"{path}, line {number + 1} is not a JSON object of a step and numbers: delete that line") from None
 
 
 def _drop_later_lines(path: Path, step: int) -> None:
@@ -198,7 +201,7 @@ def _drop_later_lines(path: Path, step: int) -> None:
         return
     partial = path.with_suffix(".partial")
     with partial.open("w", encoding="utf-8") as file:
-        file.writelines(_format_line(line_step, values) for line_step, values in _parse_lines(path) if line_step <= step)
+        file.writelines(_format_line(line_step, values) for line_step, values in _parse_lines(path, _decode) if line_step <= step)
         file.flush()
         os.fsync(file.fileno())
     # A kill before this line leaves the old file, and after it the new one: never half of either.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
 from PIL import Image
 
+from launch.figures import THEMES, line_shades
+from launch.report import report
 from launch.routing import (
     class_shares,
     coactivation,
@@ -23,6 +28,7 @@ from launch.routing import (
     token_classes,
     vocabulary_specialisation,
 )
+from launch.routing_figures import drawings, read_results
 from moe import checkpoint, sharding, trainer
 from moe.config import ConfigError, DataConfig, ModelConfig, MoEConfig, OptimizerConfig, RunConfig, TrackingConfig, TrainConfig
 from moe.data.loader import evaluation_batches
@@ -31,6 +37,12 @@ from moe.transformer import Transformer
 
 ROOT = Path(__file__).parents[2]
 MODEL = ModelConfig(num_layers=4, model_dim=16, feed_forward_dim=24, num_heads=2, num_kv_heads=1, head_dim=8, compute_dtype="float32")
+
+
+def colours(path: Path) -> set[str]:
+    pixels = np.unique(np.asarray(Image.open(path).convert("RGB")).reshape(-1, 3), axis=0)
+    return {"#" + bytes(pixel).hex() for pixel in pixels}
+
 
 # One layer, four tokens, of 2 ids; 3 experts, of which each token has 2; the last token's second choice was dropped.
 IDS = np.array([0, 1, 1, 0])
@@ -172,25 +184,83 @@ def test_saturation_is_measured_at_each_earlier_checkpoint(choices, results):
     assert np.mean(results["saturation"]["4"]) > np.mean(results["saturation"]["2"])
 
 
+STEMS = ["load", "classes_1", "classes_3", "coactivation_1", "coactivation_3", "vocabulary", "saturation"]
+
+
 def test_the_page_has_tables_and_plots(page, results):
     text = page.read_text()
     assert "1,024 tokens of the split 'validation'; 2 of 4 experts per token" in text
     assert "\n| layer | largest load / even |" in text
     mean = np.mean(results["saturation"]["4"])
     assert f"\n| 4 | {mean:.1%} | " in text
-    for stem in ("load", "classes", "coactivation", "vocabulary", "saturation"):
-        assert f"![{stem}]({stem}.png)" in text
-        pixels = np.asarray(Image.open(page.parent / f"{stem}.png").convert("RGB"))
-        assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 10
+    assert re.findall('<img src="([^"]*)"', text) == [f"{stem}-light.png" for stem in STEMS]
+    assert re.findall('srcset="([^"]*)"', text) == [f"{stem}-dark.png" for stem in STEMS]
+    for stem in STEMS:
+        for theme, other in (("light", "dark"), ("dark", "light")):
+            seen = colours(page.parent / f"{stem}-{theme}.png")
+            assert THEMES[theme]["card"] in seen and THEMES[other]["card"] not in seen and len(seen) > 10
 
 
-def test_a_run_without_earlier_checkpoints_has_no_saturation(page, results, tmp_path):
-    for name in ("load", "classes", "coactivation", "vocabulary", "saturation"):
-        (tmp_path / f"{name}.png").write_bytes((page.parent / f"{name}.png").read_bytes())
-    alone = results | {"saturation": {}}
+def test_the_report_of_the_run_shows_the_same_figures(page, workdir):
+    text = report(workdir).read_text()
+    for stem in STEMS:
+        assert f'<img src="{stem}-light.png"' in text
+        assert (workdir / "report" / f"{stem}-dark.png").read_bytes() == (page.parent / f"{stem}-dark.png").read_bytes()
+    assert "At step 6, over 1,024 held-out tokens." in text
+
+
+def test_a_report_says_how_the_figures_are_made_and_what_is_wrong_with_them(workdir, tmp_path):
+    for name in ("config.json", "metrics.jsonl"):
+        (tmp_path / name).write_bytes((workdir / name).read_bytes())
+    assert f"python -m launch.routing --workdir={tmp_path} &amp;&amp; python -m launch.report" in report(tmp_path).read_text()
+    (tmp_path / "routing").mkdir()
+    path = tmp_path / "routing" / "routing.json"
+    for content in ("", "[]", "{}", '{"layers": 3}', '{"layers": [0], "num_experts": "x", "load": []}'):
+        path.write_text(content)
+        with pytest.raises(ConfigError, match=f"{path} is not what launch.routing writes: run launch.routing again, or delete {path}$"):
+            report(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["load", "coactivation", "classes", "vocabulary", "saturation", "step", "layers", "num_experts"])
+def test_damaged_results_are_refused(results, tmp_path, name):
+    path = tmp_path / "routing.json"
+    path.write_text(json.dumps(results))
+    assert read_results(path) == results
+    for value in (None, "x", [[1]], {"a": [2]}, 2.5):
+        path.write_text(json.dumps(results | {name: value}))
+        with pytest.raises(ConfigError, match=r"is not what launch\.routing writes"):
+            read_results(path)
+
+
+def test_without_earlier_checkpoints_and_with_one_expert_per_token_empty_figures_are_left_out(page, results, tmp_path):
+    alone = results | {"saturation": {}, "coactivation": np.tile(np.eye(4), (2, 1, 1)).tolist()}
+    (tmp_path / "saturation-light.png").write_bytes(b"an earlier call's")
     assert "has kept no earlier checkpoint" in tables(alone)
-    assert draw(alone, tmp_path) == ["load", "classes", "coactivation", "vocabulary"]
-    assert not (tmp_path / "saturation.png").exists()  # an earlier call's
+    assert [drawing.stem for drawing in draw(alone, tmp_path)] == ["load", "classes_1", "classes_3", "vocabulary"]
+    assert not (tmp_path / "saturation-light.png").exists()
+
+
+def test_of_many_layers_four_are_drawn_in_shades_of_one_colour(results):
+    layers = list(range(1, 128, 2))
+    many = results | {"layers": layers, "coactivation": results["coactivation"] * 32, "load": results["load"] * 32}
+    many |= {"saturation": {"2": [0.5] * 64}, "classes": {"digits": {"share": results["load"] * 32}}}
+    stems = [drawing.stem for drawing in drawings(many)]
+    assert [stem for stem in stems if stem.startswith("classes")] == ["classes_1", "classes_43", "classes_85", "classes_127"]
+    shades = np.array(line_shades(THEMES["light"], 4))[:, :3]
+    assert np.all(np.diff(shades.sum(axis=1)) < 0)  # the later the stronger
+    assert to_hex(shades[-1]) == THEMES["light"]["first"]
+
+
+@pytest.mark.parametrize("stem", ["vocabulary", "saturation"])
+def test_no_legend_lies_over_a_line_and_every_axis_has_a_title(results, stem):
+    (drawing,) = [drawing for drawing in drawings(results) if drawing.stem == stem]
+    figure = Figure(figsize=(5, 660 / 224), dpi=224, layout="constrained")
+    axes = figure.subplots()
+    drawing.paint(axes, THEMES["light"])
+    figure.canvas.draw()
+    assert axes.get_legend().get_window_extent().y0 >= axes.get_window_extent().y1
+    assert axes.get_legend().get_window_extent().x1 <= figure.bbox.x1
+    assert axes.get_xlabel() and axes.get_ylabel()
 
 
 def test_one_earlier_checkpoint_can_be_asked_for():
