@@ -6,6 +6,7 @@ JAX is not imported here, so a mistyped flag is answered before a second has pas
 import dataclasses
 import difflib
 import functools
+import os
 import re
 import sys
 import traceback
@@ -39,8 +40,33 @@ def define_config() -> None:
 
 def define_workdir(description: str) -> None:
     """Defines the required flag --workdir."""
-    flags.DEFINE_string("workdir", None, f"{description} Required.", required=True)
-    flags.register_validator("workdir", bool, "set it to a directory")
+    define_directory("workdir", description)
+
+
+def define_directory(name: str, description: str, flag_values: flags.FlagValues = flags.FLAGS) -> None:
+    """Defines a required flag that holds a directory of this machine; a leading ~ is the home directory."""
+    flags.DEFINE(_DirectoryParser(name), name, None, f"{description} Required.", flag_values, required=True)
+
+
+class _DirectoryParser(flags.ArgumentParser):
+    """Raises ValueError with what stands after `flag --NAME=VALUE: ` in the message."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        self._name = name
+
+    def parse(self, argument: str) -> str:
+        name = self._name
+        if not argument:
+            raise ValueError(f"the path is empty: set --{name} to a directory")
+        if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", argument):
+            raise ValueError(f"addresses cannot be used yet: set --{name} to a directory of this machine")
+        if argument.encode(errors="ignore").decode() != argument:
+            raise ValueError(f"the path is not UTF-8: set --{name} to a directory whose path is")
+        expanded = os.path.expanduser(argument)
+        if expanded.startswith("~"):
+            raise ValueError(f"that home directory is not known: set --{name} to the whole path")
+        return expanded
 
 
 def read_run_config(config: Any) -> RunConfig:

@@ -1,10 +1,14 @@
 import os
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from absl import flags
+
+from launch import command_line
 
 ROOT = Path(__file__).parents[2]
 COMMAND = '''"""Trains nothing.
@@ -30,7 +34,7 @@ def main(values):
 
 if __name__ == "__main__":
     command_line.define_config()
-    flags.DEFINE_string("workdir", None, "The run directory.", required=True)
+    command_line.define_workdir("The run directory.")
     flags.DEFINE_integer("samples", 4, "How many.")
     command_line.run(main, __doc__)
 '''
@@ -133,6 +137,38 @@ def test_flags_reach_main_and_its_exit_code_the_shell(directory: Path) -> None:
     assert (result.stdout, result.stderr, result.returncode) == ("300 1.0 False False\n", "", 3)
 
 
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("gs://bucket/run", "addresses cannot be used yet: set --from to a directory of this machine"),
+        ("s3://b", "addresses cannot be used yet: set --from to a directory of this machine"),
+        ("", "the path is empty: set --from to a directory"),
+        ("~no.such.user/x", "that home directory is not known: set --from to the whole path"),
+        (os.fsdecode(b"x\xff"), "the path is not UTF-8: set --from to a directory whose path is"),
+    ],
+)
+def test_a_path_that_cannot_be_used_is_refused(path: str, message: str) -> None:
+    values = flags.FlagValues()
+    command_line.define_directory("from", "A directory.", values)
+    with pytest.raises(flags.IllegalFlagValueError) as error:
+        values(["command", f"--from={path}"])
+    assert str(error.value) == f"flag --from={path}: {message}"
+
+
+def test_every_command_takes_its_directories_the_same_way() -> None:
+    for path in (ROOT / "launch").glob("*.py"):
+        assert not re.search(r"DEFINE_string\(\s*\"(workdir|from)\"", path.read_text()), path
+
+
+def test_a_tilde_is_the_home_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    values = flags.FlagValues()
+    command_line.define_directory("workdir", "A directory.", values)
+    for given, expected in {"~/x": "/home/somebody/x", "~": "/home/somebody", "a/~/b": "a/~/b", "gs:/b": "gs:/b"}.items():
+        values(["command", f"--workdir={given}"])
+        assert values.workdir == expected
+
+
 @pytest.mark.parametrize(("workdir", "last_line"), [("bug", "ValueError: a bug"), ("full", "OSError: [Errno 28] No space left on device")])
 def test_what_is_not_input_keeps_its_traceback(directory: Path, workdir: str, last_line: str) -> None:
     result = run(directory, "--config=config.py", f"--workdir={workdir}")
@@ -154,7 +190,7 @@ Flags:
   --config=...
       Config file; --config.FIELD=VALUE changes one field of it. Required.
   --workdir=...
-      The run directory.
+      The run directory. Required.
   --samples=...
       How many. (default: 4)
 
