@@ -4,7 +4,7 @@ Examples:
     python -m launch.train --config=configs/dense_tiny.py --workdir=runs/dense_tiny
     python -m launch.train --config=configs/dense_tiny.py --workdir=runs/short --config.train.steps=100
 
-A run directory holds config.json, environment.jsonl, metrics.jsonl, tensorboard/ and checkpoints/, and of a model with experts
+A run directory holds config.json, environment.jsonl, metrics.jsonl, tensorboard/, checkpoints/ and run.lock, and of a model with experts
 router.jsonl. The same command on an existing run directory goes on from its latest checkpoint, to the same numbers bit for bit. Ctrl-C
 (SIGINT) and SIGTERM save before they stop.
 

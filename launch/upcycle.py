@@ -22,6 +22,7 @@ from absl import flags
 
 from launch import command_line
 from moe.config import ConfigError, RunConfig
+from moe.identity import LOCK_FILE, UNFINISHED_FILE
 
 
 def upcycle(source: Path, config: RunConfig, workdir: Path, *, step: int | None = None, noise: float = 0.0) -> None:
@@ -29,7 +30,7 @@ def upcycle(source: Path, config: RunConfig, workdir: Path, *, step: int | None 
     _check_paths(source, workdir, noise)
     import jax  # loaded here, so that bad input need not wait for it
 
-    from moe import checkpoint, tracking
+    from moe import checkpoint, tracking, trainer
     from moe.data.prepare import prepare
     from moe.train_step import make_program
     from moe.upcycle import check_upcycle, upcycle
@@ -45,19 +46,24 @@ def upcycle(source: Path, config: RunConfig, workdir: Path, *, step: int | None 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, program.abstract_state.params)
     convert = jax.jit(functools.partial(upcycle, dense=dense, config=config.model, noise=noise), out_shardings=shardings)
     state = state.replace(params=convert(dense_params, state.params, jax.random.key(config.seed)))
-    tracking.check_workdir(workdir, config)
-    with checkpoint.open_checkpoints(workdir, config) as checkpoints:
-        checkpoint.save(checkpoints, config, rows.sha256, state)
-    # After the checkpoint: a directory that has a config and no checkpoint would be trained from scratch.
-    if jax.process_index() == 0:
-        tracking.write_config(workdir, config)
-        tracking.write_environment(workdir, program.attention)
+    with trainer.lock_run(workdir):
+        tracking.check_workdir(workdir, config)
+        # Until all is written, the directory is no run: launch.train would begin one from scratch.
+        unfinished = workdir / UNFINISHED_FILE
+        if jax.process_index() == 0:
+            unfinished.write_text(f"launch.upcycle from {source} did not finish\n")
+        with checkpoint.open_checkpoints(workdir, config) as checkpoints:
+            checkpoint.save(checkpoints, config, rows.sha256, state)
+        if jax.process_index() == 0:
+            tracking.write_config(workdir, config)
+            tracking.write_environment(workdir, program.attention)
+            unfinished.unlink()
 
 
 def _check_paths(source: Path, workdir: Path, noise: float) -> None:
     if not (source / "checkpoints").is_dir():
         raise ConfigError(f"--from={source} holds no checkpoint: set --from to the directory of a dense run that has saved one")
-    if workdir.exists() and any(workdir.iterdir()):
+    if workdir.exists() and any(path.name != LOCK_FILE for path in workdir.iterdir()):
         raise ConfigError(f"--workdir={workdir} is not empty: set --workdir to a new directory")
     if not 0 <= noise < math.inf:
         raise ConfigError(f"--noise={noise} is no standard deviation: set --noise to 0.0 or more")
@@ -72,7 +78,7 @@ def main(values: flags.FlagValues) -> None:
 if __name__ == "__main__":
     command_line.define_config()
     command_line.define_workdir("The directory of the run to make: a new or empty one.")
-    flags.DEFINE_string("from", None, "The directory of the dense run. Required.", required=True)
+    command_line.define_directory("from", "The directory of the dense run.")
     flags.DEFINE_integer("step", None, "The dense run's checkpoint; the latest by default.")
     flags.DEFINE_float(
         "noise", 0.0, "Adds normal noise to each expert's copy, of so many of each matrix's standard deviations; drawn from config.seed."

@@ -9,6 +9,7 @@ import datetime
 import importlib.metadata
 import json
 import math
+import operator
 import os
 import platform
 import subprocess
@@ -20,11 +21,14 @@ from typing import Any
 import numpy as np
 
 from moe.config import ConfigError, RunConfig, TrackingConfig
+from moe.identity import CONFIG_FILE as CONFIG_FILE
+from moe.identity import UNFINISHED_FILE, differing_fields, read_saved_config
+from moe.identity import read_config as read_config
+from moe.identity import write_config as write_config
 
 METRICS_FILE = "metrics.jsonl"
 ROUTER_FILE = "router.jsonl"
 ENVIRONMENT_FILE = "environment.jsonl"
-CONFIG_FILE = "config.json"
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "grain", "array_record", "numpy")
 
 Numbers = float | list["Numbers"]
@@ -33,45 +37,17 @@ Numbers = float | list["Numbers"]
 def check_workdir(workdir: Path, config: RunConfig) -> None:
     """Makes a new run directory, or checks that the run that is there has the same config. Raises ConfigError naming what differs.
 
-    `mesh` and `data.directory` may differ: they say where a run is laid out, and are no part of the experiment.
+    `mesh` and `data.directory` may differ: they say where a run is laid out, and are no part of the experiment. Where config.json is
+    missing, the latest checkpoint says which run this is.
     """
     workdir.mkdir(parents=True, exist_ok=True)
-    if (workdir / CONFIG_FILE).exists():
-        saved = read_config(workdir)
-        differing = [
-            f"{name} is {before!r} there and {after!r} here"
-            for (name, before), (_, after) in zip(_flatten(saved.to_dict()), _flatten(config.to_dict()), strict=True)
-            if before != after and name != "data.directory" and not name.startswith("mesh.")
-        ]
-        if differing:
-            raise ConfigError(f"{workdir} holds a run of another config ({'; '.join(differing)}): set another --workdir")
-
-
-def write_config(workdir: Path, config: RunConfig) -> None:
-    """Writes the run's config.json, whole or not at all."""
-    path = workdir / CONFIG_FILE
-    temporary = path.with_suffix(".partial")
-    temporary.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-    os.replace(temporary, path)
-
-
-def read_config(workdir: Path) -> RunConfig:
-    """The config of the run in `workdir`. Raises ConfigError where there is none."""
-    path = workdir / CONFIG_FILE
-    try:
-        return RunConfig.from_config_dict(json.loads(path.read_text()))
-    except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist: set --workdir to the directory of a run") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not JSON ({error}): restore it, or set another --workdir") from None
-
-
-def _flatten(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in config.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
+    unfinished = workdir / UNFINISHED_FILE
+    if unfinished.exists():
+        raise ConfigError(f"{workdir} is no run yet ({unfinished.read_text().strip()}): delete it, and make it again")
+    saved = read_saved_config(workdir)
+    differing = differing_fields(saved, config) if saved else []
+    if differing:
+        raise ConfigError(f"{workdir} holds a run of another config ({'; '.join(differing)}): set another --workdir")
 
 
 class MetricWriter:
@@ -142,8 +118,11 @@ def write_environment(workdir: Path, attention: str) -> None:
         "attention": attention,
         "git": _git_state(Path(__file__).resolve()),
     }
-    with (workdir / ENVIRONMENT_FILE).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(environment) + "\n")
+    path = workdir / ENVIRONMENT_FILE
+    # A killed process may have left half a line, which must not swallow this one.
+    begin = "\n" if path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size else ""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(begin + json.dumps(environment) + "\n")
 
 
 def _append_line(path: Path, step: int, values: Mapping[str, Numbers]) -> None:
@@ -175,11 +154,14 @@ def _parse_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, line in enumerate(lines, start=1):
         try:
             values = json.loads(line)
-            yield values.pop("step"), {name: _decode(value) for name, value in values.items()}
-        except (ValueError, TypeError, AttributeError, KeyError):
+            step = operator.index(values.pop("step"))
+            values = {name: _decode(value) for name, value in values.items()}
+        except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
             # kill -9 can cut the last line short. Anywhere else the file was damaged, and guessing would hide that.
             if line.endswith("\n"):
                 raise ConfigError(f"{path}, line {number} is not a JSON object of a step and numbers: delete that line") from None
+        else:
+            yield step, values
 
 
 def _drop_later_lines(path: Path, step: int) -> None:

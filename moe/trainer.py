@@ -16,9 +16,11 @@ import numpy as np
 from tqdm import tqdm
 
 from moe import checkpoint, losses, sharding
-from moe.config import MeshConfig, RunConfig
+from moe.config import ConfigError, MeshConfig, RunConfig
+from moe.data.files import sole
 from moe.data.loader import evaluation_batches, make_loader
 from moe.data.prepare import PreparedRows, prepare
+from moe.identity import LOCK_FILE
 from moe.scaling.flops import training_flops_per_token
 from moe.scaling.hardware import peak_flops
 from moe.tracking import MetricWriter, check_workdir, read_config, read_metrics, write_config, write_environment
@@ -38,8 +40,15 @@ class Diverged(Exception):
 def fit(config: RunConfig, workdir: Path, devices: list[jax.Device] | None = None) -> dict[str, float]:
     """Trains to `config.train.steps`, from the run's latest checkpoint if `workdir` has one; returns the last validation metrics.
 
-    Raises ConfigError for a workdir of another config, Interrupted on SIGINT or SIGTERM once the state is saved, and Diverged.
+    Raises ConfigError for a workdir of another config or that another process writes, OSError where a checkpoint cannot be saved,
+    Interrupted on SIGINT or SIGTERM once the state is saved, and Diverged.
     """
+    with lock_run(workdir):
+        return _fit(config, workdir, devices)
+
+
+def _fit(config: RunConfig, workdir: Path, devices: list[jax.Device] | None) -> dict[str, float]:
+    """Does what fit() says, for the one process that holds the run's lock."""
     check_workdir(workdir, config)
     program = make_program(config, devices)
     train_rows = prepare(config.data, config.data.train_split)
@@ -67,6 +76,21 @@ def fit(config: RunConfig, workdir: Path, devices: list[jax.Device] | None = Non
             if stop and not last:
                 raise Interrupted(f"{workdir} stopped at step {step} and saved: run the same command again to go on")
     return last_validation(workdir)
+
+
+@contextlib.contextmanager
+def lock_run(workdir: Path) -> Iterator[None]:
+    """Makes this process the only one that writes the run. Raises ConfigError where another one does.
+
+    Of a run's processes, the first alone holds the lock.
+    """
+    if jax.process_index() > 0:
+        yield
+        return
+    with sole(workdir / LOCK_FILE) as holder:
+        if holder:
+            raise ConfigError(f"{workdir} is being written by {holder}: wait until it ends, or set another --workdir")
+        yield
 
 
 def first_state(checkpoints: Any, program: Program, rows: PreparedRows) -> TrainState:
@@ -104,8 +128,8 @@ def load_run(workdir: Path, step: int | None = None) -> tuple[RunConfig, Program
     config = dataclasses.replace(config, mesh=mesh, train=train)
     program = make_program(config)
     with checkpoint.read_checkpoints(workdir) as checkpoints:
-        variables = checkpoint.restore_variables(checkpoints, program.abstract_state, step)
-        return config, program, variables, checkpoints.latest_step() if step is None else step
+        variables, step = checkpoint.restore_variables_and_step(checkpoints, program.abstract_state, step)
+        return config, program, variables, step
 
 
 @contextlib.contextmanager

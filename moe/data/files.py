@@ -2,7 +2,9 @@
 
 import contextlib
 import fcntl
+import logging
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +29,29 @@ def exclusive(path: Path) -> Iterator[bool]:
         else:
             locked = True
         yield locked
+
+
+@contextlib.contextmanager
+def sole(path: Path) -> Iterator[str | None]:
+    """Holds the lock file `path` without waiting, and yields None; where another process holds it, yields that one's name.
+
+    The lock ends with its process, however that ends. A file system without locks lets everyone in.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as file:
+        holder = None
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+        except OSError as error:
+            logging.warning("%s cannot be locked (%s): make sure that no other process writes there", path, error.strerror)
+        else:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+        yield holder
 
 
 def flush(path: Path) -> None:
