@@ -135,7 +135,7 @@ class Checkpoints:
                 shutil.rmtree(path)
             except OSError as error:
                 if not self._warned:
-                    logging.warning("%s cannot be deleted (%s): training goes on, and keeps it", path, _system_words(error))
+                    logging.warning("%s cannot be deleted (%s): training goes on, and keeps it", path, error.strerror)
                 self._warned = True
 
 
