@@ -40,8 +40,9 @@ from launch.files import write_whole
 from launch.report import THEMES, Metrics, column, style, summarise
 from moe.config import ConfigError, RunConfig
 from moe.data.sources import check_dataset
+from moe.identity import CONFIG_FILE
 from moe.scaling.flops import active_parameters, total_parameters, training_flops_per_token
-from moe.tracking import CONFIG_FILE, METRICS_FILE, check_workdir, read_metrics
+from moe.tracking import METRICS_FILE, check_workdir, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -33,7 +33,8 @@ from launch.figures import THEMES, Drawing, place_legend, set_steps, style, writ
 from launch.files import write_whole
 from launch.report_page import Columns, Section, page
 from launch.report_plots import PLOTS, ROUTING, SKIPPED, Plot
-from moe.tracking import ENVIRONMENT_FILE, METRICS_FILE, read_config, read_metrics
+from moe.identity import read_config
+from moe.tracking import ENVIRONMENT_FILE, METRICS_FILE, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -35,7 +35,7 @@ from launch.figures import THEMES, Drawing, picture, write_drawing
 from launch.files import write_whole
 from launch.routing_figures import drawings
 from moe.config import ConfigError, RunConfig
-from moe.tracking import read_config
+from moe.identity import read_config
 
 # The byte tokenizer's ids by class; two more follow: the boundaries of documents, and all other bytes.
 CLASSES = {

@@ -6,7 +6,7 @@ Examples:
     python -m launch.train --config=configs/dense_tiny.py --workdir=runs/short --config.train.steps=150
     python -m launch.train --config=configs/dense_tiny.py --workdir=runs/fine_tuned --init_from=runs/dense_tiny --init_step=400
 
-A run directory holds config.json, environment.jsonl, metrics.jsonl, tensorboard/ and checkpoints/, and of a model with experts
+A run directory holds config.json, environment.jsonl, metrics.jsonl, tensorboard/, checkpoints/ and run.lock, and of a model with experts
 router.jsonl. The same command on an existing run directory goes on from its latest checkpoint, to the same numbers bit for bit. With more
 --config.train.steps a run goes on past its end: the learning rate is then that of the new number's schedule. Ctrl-C (SIGINT) and SIGTERM
 save before they stop; a second one of either stops at once.

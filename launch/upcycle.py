@@ -22,6 +22,7 @@ from absl import flags
 
 from launch import command_line
 from moe.config import ConfigError, RunConfig
+from moe.identity import LOCK_FILE, UNFINISHED_FILE, read_config, write_config
 
 
 def upcycle(source: Path, config: RunConfig, workdir: Path, *, step: int | None = None, noise: float = 0.0) -> None:
@@ -34,7 +35,7 @@ def upcycle(source: Path, config: RunConfig, workdir: Path, *, step: int | None 
     from moe.train_step import make_program
     from moe.upcycle import check_upcycle, upcycle
 
-    dense = tracking.read_config(source).model
+    dense = read_config(source).model
     check_upcycle(dense, config.model)
     program = make_program(config)
     trainer.check_memory(program.mesh, program.abstract_state)
@@ -47,19 +48,24 @@ def upcycle(source: Path, config: RunConfig, workdir: Path, *, step: int | None 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, program.abstract_state.params)
     convert = jax.jit(functools.partial(upcycle, dense=dense, config=config.model, noise=noise), out_shardings=shardings)
     state = state.replace(params=convert(dense_params, state.params, jax.random.key(config.seed)))
-    tracking.check_workdir(workdir, config)
-    with checkpoint.open_checkpoints(workdir, config) as checkpoints:
-        checkpoint.save(checkpoints, config, rows.sha256, state)
-    # After the checkpoint: a directory that has a config and no checkpoint would be trained from scratch.
-    if jax.process_index() == 0:
-        tracking.write_config(workdir, config)
-        tracking.write_environment(workdir, program.attention)
+    with trainer.lock_run(workdir):
+        tracking.check_workdir(workdir, config)
+        # Until all is written, the directory is no run: launch.train would begin one from scratch.
+        unfinished = workdir / UNFINISHED_FILE
+        if jax.process_index() == 0:
+            unfinished.write_text(f"launch.upcycle from {source} did not finish\n")
+        with checkpoint.open_checkpoints(workdir, config) as checkpoints:
+            checkpoint.save(checkpoints, config, rows.sha256, state)
+        if jax.process_index() == 0:
+            write_config(workdir, config)
+            tracking.write_environment(workdir, program.attention)
+            unfinished.unlink()
 
 
 def _check_paths(source: Path, workdir: Path, noise: float) -> None:
     if not (source / "checkpoints").is_dir():
         raise ConfigError(f"--from={source} holds no checkpoint: set --from to the directory of a dense run that has saved one")
-    if workdir.exists() and any(workdir.iterdir()):
+    if workdir.exists() and any(path.name != LOCK_FILE for path in workdir.iterdir()):
         raise ConfigError(f"--workdir={workdir} is not empty: set --workdir to a new directory")
     if not 0 <= noise < math.inf:
         raise ConfigError(f"--noise={noise} is no standard deviation: set --noise to 0.0 or more")

@@ -386,7 +386,8 @@ class MoE(nn.Module):
             # In float32 whatever the activations are: a rounded logit changes who is chosen (Switch Transformer, section 2.4).
             logits_BTE = constrain(einsum("BTD,DE->BTE", x_BTD.astype(jnp.float32), w_router_DE), "BTE")
         bias_E = None
-        if c.bias_update_rate:
+        # Biases that were trained steer the choice wherever they are given, also by a config that no longer moves them.
+        if c.bias_update_rate or self.has_variable("router_state", "bias"):
             bias_E = self.variable("router_state", "bias", jnp.zeros, (c.num_experts,), jnp.float32).value
         routed = routing.route(logits_BTE, c, tokens.mask_BT, bias_E)
         return routing.limit_to_capacity(routed, c, tokens.mask_BT) if c.dispatch == "capacity" else routed

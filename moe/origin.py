@@ -1,13 +1,12 @@
 """A new run that starts from another run's parameters and routers' biases: `launch.train --init_from`."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from moe import checkpoint
 from moe.config import ConfigError, ModelConfig
-from moe.tracking import CONFIG_FILE, read_config
+from moe.identity import CONFIG_FILE, read_config, read_saved_config, write_whole
 from moe.upcycle import KEPT_FIELDS
 
 ORIGIN_FILE = "origin.json"
@@ -43,7 +42,7 @@ def find_origin(workdir: Path, model: ModelConfig, init_from: Path | None, init_
         return origin
     if not init_from:
         return None
-    if (workdir / CONFIG_FILE).exists():
+    if read_saved_config(workdir):
         raise ConfigError(f"{workdir} holds a run that started from new parameters: leave out --init_from, or set another --workdir")
     if not (init_from / CONFIG_FILE).exists():
         raise ConfigError(f"--init_from={init_from} is no run: set --init_from to the directory of a run that has saved a checkpoint")
@@ -71,9 +70,7 @@ def check_model(before: ModelConfig, after: ModelConfig) -> None:
 
 def write_origin(workdir: Path, origin: Origin) -> None:
     """Writes origin.json, whole or not at all; before config.json, since a run without it started from new parameters."""
-    partial = workdir / f"{ORIGIN_FILE}.partial"
-    partial.write_text(json.dumps({"init_from": str(origin.run), "step": origin.step}) + "\n")
-    os.replace(partial, workdir / ORIGIN_FILE)
+    write_whole(workdir / ORIGIN_FILE, json.dumps({"init_from": str(origin.run), "step": origin.step}) + "\n")
 
 
 def read_variables(origin: Origin, abstract_state: Any) -> Any:

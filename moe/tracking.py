@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 
 from moe.config import ConfigError, RunConfig, TrackingConfig
+from moe.identity import UNFINISHED_FILE, checkpoint_steps, differing_fields, read_saved_config
 
 METRICS_FILE = "metrics.jsonl"
 ROUTER_FILE = "router.jsonl"
 ENVIRONMENT_FILE = "environment.jsonl"
-CONFIG_FILE = "config.json"
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "grain", "array_record", "numpy")
 
 Numbers = float | list["Numbers"]
@@ -35,56 +35,30 @@ def check_workdir(workdir: Path, config: RunConfig) -> None:
     """Makes a new run directory, or checks that the run that is there has the same config. Raises ConfigError naming what differs.
 
     `mesh` and `data.directory` may differ: they say where a run is laid out, and are no part of the experiment. `train.steps` may differ
-    too, as long as it is more than the run has trained: the schedule from there on is that of the new number.
+    too, as long as it is more than the run has trained: the schedule from there on is that of the new number. Where config.json is
+    missing, the latest checkpoint says which run this is.
     """
     workdir.mkdir(parents=True, exist_ok=True)
-    if (workdir / CONFIG_FILE).exists():
-        saved = read_config(workdir)
-        differing = [
-            f"{name} is {before!r} there and {after!r} here"
-            for (name, before), (_, after) in zip(_flatten(saved.to_dict()), _flatten(config.to_dict()), strict=True)
-            if before != after and name not in ("data.directory", "train.steps") and not name.startswith("mesh.")
-        ]
-        if differing:
-            raise ConfigError(f"{workdir} holds a run of another config ({'; '.join(differing)}): set another --workdir")
-        _check_steps(workdir, saved.train.steps, config.train.steps)
+    unfinished = workdir / UNFINISHED_FILE
+    if unfinished.exists():
+        raise ConfigError(f"{workdir} is no run yet ({unfinished.read_text().strip()}): delete it, and make it again")
+    saved = read_saved_config(workdir)
+    if saved is None:
+        return
+    differing = differing_fields(saved, config, allowed=("train.steps",))
+    if differing:
+        raise ConfigError(f"{workdir} holds a run of another config ({'; '.join(differing)}): set another --workdir")
+    _check_steps(workdir, saved.train.steps, config.train.steps)
 
 
 def _check_steps(workdir: Path, before: int, after: int) -> None:
     """Raises ConfigError where a run's number of steps is changed to no more than it has trained."""
-    trained = max((int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdecimal()), default=0)
+    trained = max(checkpoint_steps(workdir / "checkpoints"), default=0)
     if after != before and after <= trained:
         raise ConfigError(
             f"train.steps={after} is not more than the {trained} steps that {workdir} has trained: set train.steps to {before}, or to more "
             f"than {trained}"
         )
-
-
-def write_config(workdir: Path, config: RunConfig) -> None:
-    """Writes the run's config.json, whole or not at all."""
-    path = workdir / CONFIG_FILE
-    temporary = path.with_suffix(".partial")
-    temporary.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-    os.replace(temporary, path)
-
-
-def read_config(workdir: Path) -> RunConfig:
-    """The config of the run in `workdir`. Raises ConfigError where there is none."""
-    path = workdir / CONFIG_FILE
-    try:
-        return RunConfig.from_config_dict(json.loads(path.read_text()))
-    except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist: set --workdir to the directory of a run") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not JSON ({error}): restore it, or set another --workdir") from None
-
-
-def _flatten(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in config.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
 
 
 class MetricWriter:
@@ -153,8 +127,11 @@ def write_environment(workdir: Path, attention: str) -> None:
         "attention": attention,
         "git": _git_state(Path(__file__).resolve()),
     }
-    with (workdir / ENVIRONMENT_FILE).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(environment) + "\n")
+    path = workdir / ENVIRONMENT_FILE
+    # A killed process may have left half a line, which must not swallow this one.
+    begin = "\n" if path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size else ""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(begin + json.dumps(environment) + "\n")
 
 
 def _append_line(path: Path, step: int, values: Mapping[str, Numbers]) -> None:

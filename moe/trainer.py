@@ -14,15 +14,17 @@ import numpy as np
 
 from moe import checkpoint, losses, sharding
 from moe.config import ConfigError, MeshConfig, RunConfig
+from moe.data.files import sole
 from moe.data.loader import evaluation_batches, make_loader
 from moe.data.prepare import PreparedRows, prepare
+from moe.identity import CONFIG_FILE, LOCK_FILE, read_config, write_config
 from moe.optimizer import make_schedule
 from moe.origin import Origin, find_origin, read_variables, write_origin
 from moe.progress import Bar
 from moe.scaling.flops import training_flops_per_token
 from moe.scaling.hardware import memory_bytes, peak_flops
 from moe.signals import catch_signals
-from moe.tracking import CONFIG_FILE, MetricWriter, check_workdir, read_config, read_metrics, write_config, write_environment
+from moe.tracking import MetricWriter, check_workdir, read_metrics, write_environment
 from moe.train_step import Program, TrainState, make_program
 
 Record = Callable[..., None]  # tracking.MetricWriter.write: (step, metrics by name, arrays over sparse layers by name)
@@ -49,8 +51,17 @@ def fit(
     These steps may be more than the run began with. A new run starts from the parameters of step `init_step` (the latest) of the run in
     `init_from`, if that is given; all else of its state is new.
 
-    Raises ConfigError for a workdir of another config, Interrupted on SIGINT or SIGTERM once the state is saved, and Diverged.
+    Raises ConfigError for a workdir of another config or that another process writes, OSError where a checkpoint cannot be saved,
+    Interrupted on SIGINT or SIGTERM once the state is saved, and Diverged.
     """
+    with lock_run(workdir):
+        return _fit(config, workdir, devices, init_from, init_step)
+
+
+def _fit(
+    config: RunConfig, workdir: Path, devices: list[jax.Device] | None, init_from: Path | None, init_step: int | None
+) -> dict[str, float]:
+    """Does what fit() says, for the one process that holds the run's lock."""
     check_workdir(workdir, config)
     origin = find_origin(workdir, config.model, init_from, init_step)
     program = make_program(config, devices)
@@ -152,6 +163,21 @@ def check_outcome(step: int, skipped: int, metrics: Mapping[str, float]) -> None
             raise Diverged(f"step {step}: {name} is {value}: {advice}")
 
 
+@contextlib.contextmanager
+def lock_run(workdir: Path) -> Iterator[None]:
+    """Makes this process the only one that writes the run. Raises ConfigError where another one does.
+
+    Of a run's processes, the first alone holds the lock.
+    """
+    if jax.process_index() > 0:
+        yield
+        return
+    with sole(workdir / LOCK_FILE) as holder:
+        if holder:
+            raise ConfigError(f"{workdir} is being written by {holder}: wait until it ends, or set another --workdir")
+        yield
+
+
 def first_state(checkpoints: Any, program: Program, rows: PreparedRows) -> TrainState:
     """The state of the latest checkpoint, which must have been trained on these rows, or that of a new run."""
     if checkpoints.latest_step() is None:
@@ -188,8 +214,8 @@ def load_run(workdir: Path, step: int | None = None) -> tuple[RunConfig, Program
     program = make_program(config)
     check_memory(program.mesh, program.abstract_state.variables)
     with checkpoint.read_checkpoints(workdir) as checkpoints:
-        variables = checkpoint.restore_variables(checkpoints, program.abstract_state, step)
-        return config, program, variables, checkpoints.latest_step() if step is None else step
+        variables, step = checkpoint.restore_variables_and_step(checkpoints, program.abstract_state, step)
+        return config, program, variables, step
 
 
 @contextlib.contextmanager

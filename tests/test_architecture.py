@@ -22,7 +22,7 @@ FLOORS = (
     ("distributed", "losses", "optimizer", "routing", "sharding"),
     ("context", "expert_parallel", "layers"),
     ("attention", "experts"),
-    ("data", "pipeline", "scaling", "transformer"),
+    ("checksum", "data", "identity", "pipeline", "scaling", "transformer"),
     ("checkpoint", "generate", "tracking", "train_step", "upcycle"),
     ("origin",),
     ("trainer",),

@@ -10,10 +10,11 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from moe import expert_parallel
-from moe.config import ConfigError, MoEConfig
+from moe.config import ConfigError, ModelConfig, MoEConfig
 from moe.experts import MoE, Tokens, Weights, block_rows, capacity_dispatch, dense_dispatch, dropless, run_experts
 from moe.parameters import unbox
 from moe.routing import route
+from moe.transformer import Transformer
 
 E, A, D, F = 4, 2, 6, 5
 CONFIG = MoEConfig(num_experts=E, experts_per_token=A, expert_dim=F)
@@ -357,3 +358,22 @@ def test_a_batch_too_small_for_the_mesh_is_copied(sizes, rows, dispatch, exchang
     with jax.set_mesh(jax.make_mesh(tuple(sizes.values()), tuple(sizes), (AxisType.Auto,) * len(sizes))):
         actual = jax.jit(step)(variables, x)
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-4), actual, expected)
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_biases_steer_the_choice_whenever_they_are_given(scan_layers):
+    """Also by a config that does not move them: such as one that evaluates or fine-tunes what was trained with them."""
+    moe = MoEConfig(num_experts=E, experts_per_token=A, expert_dim=F, bias_update_rate=0.1)
+    config = ModelConfig(
+        num_layers=2, model_dim=8, feed_forward_dim=8, num_heads=2, num_kv_heads=1, head_dim=4, moe=moe, scan_layers=scan_layers
+    )
+    still = dataclasses.replace(config, moe=dataclasses.replace(moe, bias_update_rate=0.0))
+    batch = {"tokens": jnp.arange(12)[None]}
+    drawn = unbox(Transformer(config).init(jax.random.key(0), batch))
+    biased = drawn | {"router_state": jax.tree.map(lambda bias: bias.at[..., 1].set(5.0), drawn["router_state"])}
+    hidden = [Transformer(c).apply(v, batch).hidden for c, v in ((config, biased), (still, biased), (still, drawn), (config, drawn))]
+    np.testing.assert_array_equal(hidden[0], hidden[1])
+    np.testing.assert_array_equal(hidden[2], hidden[3])
+    assert np.any(hidden[1] != hidden[2])
+    np.testing.assert_array_equal(Transformer(still).apply({"params": drawn["params"]}, batch).hidden, hidden[2])
+    assert "router_state" not in Transformer(still).init(jax.random.key(0), batch)

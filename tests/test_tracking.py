@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from moe import tensorboard, tracking
-from moe.config import ConfigError, TrackingConfig
+from moe import identity, tensorboard, tracking
+from moe.config import ConfigError, RunConfig, TrackingConfig
 from moe.tracking import MetricWriter, read_metrics, read_router, write_environment
 
 NO_COPIES = TrackingConfig(tensorboard=False)
@@ -222,6 +222,43 @@ def test_every_start_adds_its_environment(tmp_path: Path) -> None:
     assert first["packages"]["numpy"] == np.__version__
     assert first["command"] == sys.argv and first["attention"] == "blockwise"
     assert first | {"time": second["time"]} == second
+
+
+def test_half_a_line_of_a_killed_start_does_not_swallow_the_next(tmp_path: Path) -> None:
+    write_environment(tmp_path, "blockwise")
+    path = tmp_path / "environment.jsonl"
+    path.write_text(path.read_text()[:50])
+    write_environment(tmp_path, "blockwise")
+    lines = path.read_text().splitlines()
+    assert len(lines) == 2 and json.loads(lines[1])["attention"] == "blockwise"
+
+
+NO_OBJECTS = ("", "{", "3", "[]", "null", '"a"', "[" * 100_000)
+
+
+@pytest.mark.parametrize("line", [*NO_OBJECTS, '{"a": 1}', '{"step": "3"}', '{"step": 1.5}', '{"step": null}'])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "router.jsonl"])
+def test_a_damaged_line_is_named_in_one_line(tmp_path: Path, name: str, line: str) -> None:
+    (tmp_path / name).write_text(f'{{"step": 1, "load": 1}}\n{line}\n{{"step": 2, "load": 1}}\n')
+    read = {"metrics.jsonl": read_metrics, "router.jsonl": lambda workdir: list(read_router(workdir))}[name]
+    for attempt in (read, lambda workdir: MetricWriter(workdir, NO_COPIES, step=9)):
+        with pytest.raises(ConfigError, match=rf"{name}, line 2 is not a JSON object of a step and numbers: delete that line$"):
+            attempt(tmp_path)
+
+
+@pytest.mark.parametrize("text", [*NO_OBJECTS, '{"model": 3}', '{"model": [1]}', '{"train": {"steps": null}}'])
+def test_a_damaged_config_json_is_named_in_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    for attempt in (identity.read_config, lambda workdir: tracking.check_workdir(workdir, RunConfig())):
+        with pytest.raises(ConfigError, match=r"config\.json") as error:
+            attempt(tmp_path)
+        assert "\n" not in str(error.value)
+
+
+def test_a_directory_that_another_command_did_not_finish_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "unfinished.txt").write_text("launch.upcycle from runs/a did not finish\n")
+    with pytest.raises(ConfigError, match=r"is no run yet \(launch.upcycle from runs/a did not finish\): delete it, and make it again"):
+        tracking.check_workdir(tmp_path, RunConfig())
 
 
 def git(directory: Path, *arguments: str) -> str:

@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -25,6 +26,7 @@ from launch.generate import generate
 from launch.upcycle import upcycle
 from moe import checkpoint, train_step, trainer
 from moe.config import ConfigError, DataConfig, MeshConfig, ModelConfig, MoEConfig, OptimizerConfig, RunConfig, TrackingConfig, TrainConfig
+from moe.data.files import sole
 from moe.optimizer import make_schedule
 from moe.origin import KEPT_MOE_FIELDS
 from moe.scaling import hardware
@@ -124,8 +126,7 @@ def test_what_was_logged_after_the_last_checkpoint_is_written_again(config, unin
     monkeypatch.undo()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "train/loss": 9.0}\n{"step": 5, "train/loss": 9.0}\n{"step": 6, "tra')
-    half = tmp_path / "checkpoints" / "6.orbax-checkpoint-tmp"
-    (half / "state.orbax-checkpoint-tmp").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "6" / "state.orbax-checkpoint-tmp" / "d").mkdir(parents=True)
     trainer.fit(config, tmp_path)
     assert_same_run(config, tmp_path, uninterrupted)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["6", "8"]
@@ -302,8 +303,8 @@ def test_a_refused_config_leaves_its_workdir_free(config, tmp_path):
 def test_a_damaged_checkpoint_is_named(config, uninterrupted, tmp_path):
     workdir = tmp_path / "copy"
     shutil.copytree(uninterrupted, workdir)
-    shutil.rmtree(workdir / "checkpoints" / "8" / "about")
-    with pytest.raises(ConfigError, match=r"checkpoints/8 is damaged: delete it"):
+    shutil.rmtree(workdir / "checkpoints" / "8" / "state")
+    with pytest.raises(ConfigError, match=r"checkpoints/8 is damaged \([^\n]*\): delete it"):
         trainer.load_run(workdir)
     shutil.rmtree(workdir / "checkpoints")
     with pytest.raises(ConfigError, match="checkpoints does not exist"):
@@ -329,8 +330,44 @@ def test_a_checkpoint_of_another_shape_dtype_or_tree_is_refused(config, uninterr
     with pytest.raises(ConfigError, match=r"unembedding as float32\[16, 256\], and the config asks for nothing"):
         restore({"tied_embeddings": True})
     bfloat16 = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, "bfloat16", sharding=leaf.sharding)  # noqa: E731
-    with pytest.raises(ConfigError, match=r"params/embedding as float32\[256, 16\], and the config asks for bfloat16"):
+    with pytest.raises(ConfigError, match=r"params\.embedding as float32\[256, 16\], and the config asks for bfloat16"):
         restore({}, lambda state: state.replace(params=jax.tree.map(bfloat16, state.params)))
+
+
+def test_a_run_without_its_config_json_is_still_that_run(config, uninterrupted, tmp_path):
+    """The checkpoints say which run they are of: another config is refused, and the same one writes the file again."""
+    shutil.copytree(uninterrupted, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "config.json").unlink()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError, match=r"holds a run of another config \(seed is 0 there and 1 here\)"):
+        trainer.fit(dataclasses.replace(config, seed=1), tmp_path)
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} == before.keys()
+    trainer.fit(config, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text()) == config.to_dict()
+    assert_same_run(config, tmp_path, uninterrupted)
+
+
+def test_a_second_start_on_a_run_is_refused_and_writes_nothing(config, tmp_path):
+    with trainer.lock_run(tmp_path):
+        before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+        with pytest.raises(ConfigError, match=rf"is being written by process {os.getpid()} on {socket.gethostname()}: wait until it ends"):
+            trainer.fit(config, tmp_path)
+        assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    with trainer.lock_run(tmp_path):
+        pass
+
+
+def test_a_lock_ends_with_its_process(tmp_path):
+    code = "import pathlib, sys; from moe.data.files import sole\nwith sole(pathlib.Path(sys.argv[1])) as holder: print(holder); input()"
+    path = tmp_path / "run.lock"
+    process = subprocess.Popen([sys.executable, "-c", code, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "None\n"
+    with sole(path) as holder:
+        assert holder == f"process {process.pid} on {socket.gethostname()}"
+    process.kill()
+    process.communicate()
+    with sole(path) as holder:
+        assert holder is None
 
 
 def test_a_step_that_was_not_saved_is_refused(uninterrupted):

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import logging
 import os
 import socket
 import sys
@@ -53,11 +54,37 @@ def _lock(file: IO[str]) -> bool:
                 fcntl.flock(file, fcntl.LOCK_EX)
     except OSError:
         return False
+    _write_holder(file)
+    return True
+
+
+def _write_holder(file: IO[str]) -> None:
+    """Writes into a locked file which process holds it."""
     with contextlib.suppress(OSError):  # a full disk takes nothing from the lock
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
-    return True
+
+
+@contextlib.contextmanager
+def sole(path: Path) -> Iterator[str | None]:
+    """Holds the lock file `path` without waiting, and yields None; where another process holds it, yields that one's name.
+
+    The lock ends with its process, however that ends. A file system without locks lets everyone in.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as file:
+        holder = None
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+        except OSError as error:
+            logging.warning("%s cannot be locked (%s): make sure that no other process writes there", path, error.strerror)
+        else:
+            _write_holder(file)
+        yield holder
 
 
 def flush(path: Path) -> None:

@@ -72,9 +72,12 @@ class PreparedRows:
             # By its bounds, not as a list of indices, nor through ArrayRecordDataSource: those take longer the longer the file is.
             (record,) = self._readers[shard].read(row, row + 1)
         except (RuntimeError, IndexError) as error:
-            reason = str(error).split("\n")[0]
-            raise OSError(f"{self.directory / shard_name(shard)} is damaged ({reason}): delete {self.directory}") from error
-        return unpack(*decode_record(record, self.vocab_size), self.sequence_length)
+            self.__dict__.pop("_readers", None)  # a file that could not be opened would stay so
+            raise _unreadable(self.directory / shard_name(shard), str(error)) from error
+        try:
+            return unpack(*decode_record(record, self.vocab_size), self.sequence_length)
+        except (ValueError, IndexError, RuntimeError, AssertionError, ArithmeticError) as error:
+            raise _unreadable(self.directory / shard_name(shard), f"row {index}: {error}") from error
 
     def __reduce__(self) -> tuple:
         return open_rows, (self.directory,)  # open files can't be pickled
@@ -114,8 +117,32 @@ def prepare(config: DataConfig, split: str, num_workers: int | None = None) -> P
 
 def open_rows(directory: Path) -> PreparedRows:
     """The rows that `prepare` has left in `directory`."""
-    metadata = json.loads((directory / "metadata.json").read_text())
-    return PreparedRows(directory, **metadata | {"rows_per_shard": tuple(metadata["rows_per_shard"])})
+    path = directory / "metadata.json"
+    text = path.read_bytes()
+    try:
+        metadata = json.loads(text)
+        rows = PreparedRows(directory, **metadata | {"rows_per_shard": tuple(metadata["rows_per_shard"])})
+        counts = (rows.num_rows, rows.num_tokens, rows.num_bytes, rows.num_documents, rows.sequence_length, *rows.rows_per_shard)
+        whole = all(type(count) is int and count >= 0 for count in counts) and sum(rows.rows_per_shard) == rows.num_rows
+        whole = whole and type(rows.sha256) is str
+    except (ValueError, TypeError, LookupError, RecursionError):
+        whole = False
+    if not whole:
+        raise OSError(f"{path} is damaged: delete {directory}")
+    return rows
+
+
+def _unreadable(path: Path, reason: str) -> OSError:
+    """Says that a file is damaged only where it can be read: deleting it helps against nothing else. The reader does not tell."""
+    try:
+        with path.open("rb") as file:
+            file.read(1)
+    except FileNotFoundError:
+        return OSError(f"{path} was deleted while it was in use: run the same command again, which prepares it anew")
+    except OSError as error:
+        return OSError(f"{path} cannot be read: {error.strerror}")
+    first_line = reason.split("\n")[0]
+    return OSError(f"{path} is damaged ({first_line}): delete {path.parent}")
 
 
 def _write(config: DataConfig, identity: dict, directory: Path, alone: bool, num_workers: int | None) -> None:

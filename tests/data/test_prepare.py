@@ -1,8 +1,10 @@
+import contextlib
 import dataclasses
 import json
 import os
 import pickle
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -121,6 +123,70 @@ def test_a_damaged_file_is_named(fresh: DataConfig):
     assert rows[0]["tokens"][0] == 255
     with pytest.raises(OSError, match=r"^\S*/rows-00001.array_record is damaged \([^\n]*\): delete \S*$"):
         rows[rows.rows_per_shard[0]]
+
+
+def test_only_bytes_that_were_read_are_called_damaged(fresh: DataConfig):
+    """Deleting the rows helps neither against a limit on open files nor where they are gone."""
+    rows = prepare(fresh, "train")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    held = []
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 10, hard))
+        with contextlib.suppress(OSError):
+            while True:
+                held.append(os.open("/dev/null", os.O_RDONLY))
+        with pytest.raises(OSError, match=r"rows-00000\S* cannot be read: Too many open files$"):
+            rows[0]
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert rows[0]["tokens"][0] == 255
+    rows = module.open_rows(rows.directory)
+    shutil.rmtree(rows.directory)
+    with pytest.raises(OSError, match=r"rows-00000\S* was deleted while it was in use: run the same command again[^\n]*$"):
+        rows[0]
+
+
+def test_each_flipped_byte_of_the_first_rows_is_named_or_changes_nothing(fresh: DataConfig):
+    rows = prepare(fresh, "train")
+    path = rows.directory / "rows-00000.array_record"
+    original = path.read_bytes()
+    expected = rows[0]
+    for position in range(0, len(original), max(1, len(original) // 40)):
+        changed = bytearray(original)
+        changed[position] ^= 0xFF
+        path.write_bytes(changed)
+        try:
+            row = module.open_rows(rows.directory)[0]
+        except OSError as error:
+            assert re.search(r"rows-00000.array_record is damaged \([^\n]*\): delete \S*$", str(error)), error
+        else:
+            assert all(np.array_equal(row[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: "",
+        lambda text: text[: len(text) // 2],
+        lambda text: "[]",
+        lambda text: "3",
+        lambda text: "{}",
+        lambda text: "[" * 100_000,
+        lambda text: text.replace('"num_rows"', '"num_cows"'),
+        lambda text: text.replace('"num_rows": ', '"num_rows": 1'),
+        lambda text: re.sub(r'"num_tokens": \d+', '"num_tokens": "many"', text),
+        lambda text: re.sub(r'"num_bytes": \d+', '"num_bytes": null', text),
+        lambda text: re.sub(r'"rows_per_shard": \[[^]]*\]', '"rows_per_shard": 3', text),
+        lambda text: text.replace("{", '{"more": 1, ', 1),
+    ],
+)
+def test_damaged_metadata_is_named(fresh: DataConfig, change):
+    path = prepare(fresh, "train").directory / "metadata.json"
+    path.write_text(change(path.read_text()))
+    with pytest.raises(OSError, match=r"^\S*/metadata.json is damaged: delete \S*$"):
+        prepare(fresh, "train")
 
 
 def test_another_host_may_write_them_first(fresh: DataConfig, rows: PreparedRows, monkeypatch: pytest.MonkeyPatch):

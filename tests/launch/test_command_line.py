@@ -151,6 +151,11 @@ def test_flags_reach_main_and_its_exit_code_the_shell(directory: Path) -> None:
     assert (result.stdout, result.stderr, result.returncode) == ("300 1.0 False False\n", "", 3)
 
 
+def test_every_command_takes_its_directories_the_same_way() -> None:
+    for path in (ROOT / "launch").glob("*.py"):
+        assert not re.search(r"DEFINE_string\(\s*\"(workdir|from|init_from)\"", path.read_text()), path
+
+
 @pytest.mark.parametrize(("workdir", "last_line"), [("bug", "ValueError: a bug"), ("full", "OSError: [Errno 28] No space left on device")])
 def test_what_is_not_input_keeps_its_traceback(directory: Path, workdir: str, last_line: str) -> None:
     result = run(directory, "--config=config.py", f"--workdir={workdir}")

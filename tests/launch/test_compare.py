@@ -16,8 +16,9 @@ from PIL import Image
 from launch.compare import Run, compare, mean_and_error, plan, read_experiment, result, table, train
 from moe import trainer
 from moe.config import ConfigError, DataConfig, ModelConfig, MoEConfig, OptimizerConfig, RunConfig, TrackingConfig, TrainConfig
+from moe.identity import write_config
 from moe.scaling.flops import training_flops_per_token
-from moe.tracking import MetricWriter, read_metrics, write_config
+from moe.tracking import MetricWriter, read_metrics
 
 ROOT = Path(__file__).parents[2]
 TINY = RunConfig(

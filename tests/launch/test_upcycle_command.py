@@ -85,6 +85,21 @@ def test_what_cannot_be_upcycled_leaves_no_directory(source, config, tmp_path):
     assert not new.exists()
 
 
+@pytest.mark.slow
+def test_an_upcycling_that_is_cut_off_leaves_no_run(source, config, tmp_path, monkeypatch):
+    """Wherever it ends, the directory is refused: launch.train would train it from scratch."""
+    from moe import tracking, trainer
+
+    for number, (module, name) in enumerate([(checkpoint, "open_checkpoints"), (checkpoint, "save"), (tracking, "write_environment")]):
+        workdir = tmp_path / str(number)
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                upcycle(source, config, workdir)
+        with pytest.raises(ConfigError, match=r"is no run yet \(launch.upcycle from .* did not finish\): delete it, and make it again"):
+            trainer.fit(config, workdir)
+
+
 def test_wrong_paths_and_noise_are_refused(tmp_path):
     (tmp_path / "dense" / "checkpoints").mkdir(parents=True)
     with pytest.raises(ConfigError, match=r"--from=.*/none holds no checkpoint: set --from to the directory of a dense run"):
