@@ -223,7 +223,7 @@ def dropless(x_ND: jax.Array, experts_NA: jax.Array, weights_NA: jax.Array, weig
     padded_E = -(-_loads(experts_NA, num_experts) // block) * block
     ends_E = jnp.cumsum(padded_E, dtype=jnp.int32)
     blocks_M = jnp.searchsorted(ends_E, jnp.arange(0, size, block, dtype=jnp.int32), side="right").astype(jnp.int32)
-    return _dropless(x_ND, weights_NA, weights, _arrange(experts_NA, ends_E - padded_E, size), blocks_M)
+    return _dropless(jnp.asarray(x_ND), weights_NA, weights, _arrange(experts_NA, ends_E - padded_E, size), blocks_M)
 
 
 def block_rows(num_assignments: int, num_experts: int) -> int:
@@ -336,6 +336,7 @@ class MoE(nn.Module):
         to evaluate a model that was trained with jitter, set it to 0.0.
         """
         self._check(x_BTD, tokens)
+        x_BTD = jnp.asarray(x_BTD)
         c, (batch, length, d) = self.config, x_BTD.shape
         check_static("x_BTD", x_BTD.shape[1:] if c.dispatch == "dense" else x_BTD.shape)
         if tokens is None:

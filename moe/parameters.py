@@ -59,7 +59,7 @@ def parameter(module: nn.Module, name: str, dims: str, shape: tuple[int, ...], *
             value = scale / math.sqrt(fan_in) * jax.random.truncated_normal(key, -3.0, 3.0, shape, jnp.float32)
         return Declared(value, dims=dims, kind=kind, fan_in=fan_in)
 
-    return module.param(name, init)
+    return jnp.asarray(module.param(name, init))  # a tree of NumPy arrays is one, too
 
 
 def is_declared(leaf: Any) -> bool:

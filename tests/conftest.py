@@ -22,6 +22,9 @@ def xla_flags(given: str) -> str:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # XLA's CPU client takes as many threads as it has devices, 8, and a device that waits in two independent collectives at once
+    # holds two of them: with the rest of the devices left without a thread, all wait for ever, and XLA ends the process.
+    os.environ.setdefault("NPROC", "32")
     os.environ["XLA_FLAGS"] = xla_flags(os.environ.get("XLA_FLAGS", ""))
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         # Many tests compile the same program. pytest-xdist's workers and the processes that tests start find this in their environment.

@@ -406,3 +406,19 @@ def test_symbolic_shapes_are_refused_in_one_line():
             run((batch, 6, 16))
         with pytest.raises(ValueError, match=r"^x_BTD \(.*\) has a symbolic size"):
             run((8, length, 16))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        Transformer(dataclasses.replace(DENSE, num_layers=1)),
+        *(MoE(dataclasses.replace(SPARSE, dispatch=d)) for d in ("capacity", "dropless")),
+    ],
+)
+def test_numpy_arrays_are_arrays_too(model):
+    """As parameters, which a checkpoint may give as NumPy arrays, and as inputs; outside of jit, which would make them JAX's."""
+    arrays, x = (variables(model), rows(2)) if isinstance(model, Transformer) else (variables(model, 2), activations(2))
+    expected = jax.tree.leaves(jax.jit(model.apply)(arrays, x))
+    actual = jax.tree.leaves(model.apply(*jax.tree.map(np.asarray, (arrays, x))))
+    for got, wanted in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(got, wanted, atol=1e-5)
