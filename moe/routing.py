@@ -138,7 +138,8 @@ def _two_largest(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _expert_choice(probs_BTE: jax.Array, config: MoEConfig, mask_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Experts take floor(capacity_factor * real tokens * A / E) tokens of a row each, the likeliest (Zhou et al. 2022, eq. 1-3)."""
     keys_BTE = jnp.where(mask_BT[..., None], jax.lax.stop_gradient(probs_BTE), -jnp.inf)
-    rank_BTE = jnp.argsort(jnp.argsort(-keys_BTE, axis=1), axis=1)  # stable: of equal ones the earlier token wins
+    # The sorts are stable: of equal ones the earlier token wins.
+    rank_BTE = jnp.argsort(jnp.argsort(-keys_BTE, axis=1), axis=1).astype(jnp.int32)
     limit_B = _limits(config, mask_BT)
     taken_BTE = (rank_BTE < limit_B[:, None, None]) & mask_BT[..., None]
     every_E = jnp.arange(config.num_experts, dtype=jnp.int32)
