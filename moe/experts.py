@@ -152,9 +152,12 @@ _receive.defvjp(lambda rows, weights, arranged: (_receive(rows, weights, arrange
 
 
 def _add_up(rows_ID: jax.Array, weights_NA: jax.Array, arranged: Arrangement) -> jax.Array:
-    weights_NA = jnp.where(arranged.slots_NA < rows_ID.shape[0], weights_NA, 0.0)
+    """Each token's rows times their weights, added up in float32: [N, D].
+
+    An assignment without a slot adds zeros, not 0 times another token's row, which may be NaN.
+    """
     # A gathers, which XLA fuses with the sum; one gather of all [N, A, D] takes four times as long on a CPU.
-    rows_of_choices = (rows_ID.at[slots_N].get(mode="clip").astype(weights_NA.dtype) for slots_N in arranged.slots_NA.T)
+    rows_of_choices = (rows_ID.at[slots_N].get(mode="fill", fill_value=0).astype(weights_NA.dtype) for slots_N in arranged.slots_NA.T)
     return sum(rows * weights_N[:, None] for rows, weights_N in zip(rows_of_choices, weights_NA.T, strict=True)).astype(rows_ID.dtype)
 
 

@@ -119,6 +119,16 @@ def test_a_row_beyond_an_experts_room_takes_no_others_place():
     np.testing.assert_array_equal(gradient[:, 0], [1, 1, 0, 1, 1, 0, 0, 0])
 
 
+def test_a_dropped_assignment_adds_nothing_even_where_another_row_is_nan():
+    """The token 0 has no expert, the token 4 no room, and the last of all rows is NaN."""
+    experts = jnp.array([[2], [0], [1], [1], [1]])
+    dispatch = capacity_dispatch(experts, jnp.ones((5, 1)), 2, capacity=2)
+    rows = jnp.array([[[1.0], [0.0]], [[2.0], [jnp.nan]]])
+    np.testing.assert_array_equal(dispatch.receive(rows)[:, 0], [0, 1, 2, jnp.nan, 0])
+    gradient = jax.vjp(dispatch.send, jnp.ones((5, 1)))[1](rows)[0]
+    np.testing.assert_array_equal(gradient[:, 0], [0, 1, 2, jnp.nan, 0])
+
+
 @pytest.mark.parametrize(("rows", "experts", "block"), [(65536, 64, 64), (2048, 64, 8), (16384, 64, 16), (3, 64, 8), (8192, 8, 64)])
 def test_block_rows(rows, experts, block):
     assert block_rows(rows, experts) == block
