@@ -212,7 +212,7 @@ def _sums(
     mask_BT = mask_BT.astype(jnp.float32)
     over_tokens = lambda x_BT: jnp.sum(x_BT * mask_BT)  # noqa: E731
     load_BE, balanced_BE = (_loads(x_BTA, config.num_experts) for x_BTA in (experts_BTA, balanced_BTA))
-    probs_BE = jnp.einsum("bte,bt->be", probs_BTE, mask_BT)
+    probs_BE = jnp.einsum("bte,bt->be", probs_BTE, mask_BT, precision="highest")
     finite_BTE = jnp.where(jnp.isfinite(logits_BTE), logits_BTE, 0.0)  # a hash's other experts stand at minus infinity
     first_BT, second_BT = _two_largest(jax.lax.stop_gradient(probs_BTE))
     return {
@@ -239,7 +239,7 @@ def balance_sum(load_BE: jax.Array, probs_BE: jax.Array, tokens_B: jax.Array, co
     if config.balance_scope == "batch":
         load_BE, probs_BE, tokens_B = (jnp.sum(x, axis=0, keepdims=True) for x in (load_BE, probs_BE, tokens_B))
     assignments_B = jnp.maximum(jnp.sum(load_BE, axis=-1), 1.0)
-    products_B = jnp.einsum("be,be->b", jax.lax.stop_gradient(load_BE), probs_BE)
+    products_B = jnp.einsum("be,be->b", jax.lax.stop_gradient(load_BE), probs_BE, precision="highest")
     return jnp.sum(config.num_experts * products_B / assignments_B)
 
 
