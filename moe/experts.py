@@ -74,7 +74,8 @@ def dense_dispatch(experts_NA: jax.Array, weights_NA: jax.Array, num_experts: in
     weights_NE = jnp.sum(jnp.where(chosen_NAE, weights_NA[..., None], 0.0), axis=1)
 
     def receive(rows_END: jax.Array) -> jax.Array:
-        return jnp.einsum("end,ne->nd", rows_END.astype(jnp.float32), weights_NE).astype(rows_END.dtype)
+        y_ND = jnp.einsum("end,ne->nd", rows_END.astype(jnp.float32), weights_NE, precision="highest")
+        return y_ND.astype(rows_END.dtype)
 
     def send(x_ND: jax.Array) -> jax.Array:
         # By way of float32, in which the backward pass then adds up the experts' gradients.
@@ -152,9 +153,12 @@ _receive.defvjp(lambda rows, weights, arranged: (_receive(rows, weights, arrange
 
 
 def _add_up(rows_ID: jax.Array, weights_NA: jax.Array, arranged: Arrangement) -> jax.Array:
-    weights_NA = jnp.where(arranged.slots_NA < rows_ID.shape[0], weights_NA, 0.0)
+    """Each token's rows times their weights, added up in float32: [N, D].
+
+    An assignment without a slot adds zeros, not 0 times another token's row, which may be NaN.
+    """
     # A gathers, which XLA fuses with the sum; one gather of all [N, A, D] takes four times as long on a CPU.
-    rows_of_choices = (rows_ID.at[slots_N].get(mode="clip").astype(weights_NA.dtype) for slots_N in arranged.slots_NA.T)
+    rows_of_choices = (rows_ID.at[slots_N].get(mode="fill", fill_value=0).astype(weights_NA.dtype) for slots_N in arranged.slots_NA.T)
     return sum(rows * weights_N[:, None] for rows, weights_N in zip(rows_of_choices, weights_NA.T, strict=True)).astype(rows_ID.dtype)
 
 
@@ -384,8 +388,10 @@ class MoE(nn.Module):
             w_router_DE = parameter(self, "router", "DE", (x_BTD.shape[-1], c.num_experts), kind="router", fan_in=x_BTD.shape[-1])
             if c.jitter and tokens.keys_B is not None:  # none in `init`
                 x_BTD = routing.jitter(x_BTD, tokens.keys_B, c.jitter)
-            # In float32 whatever the activations are: a rounded logit changes who is chosen (Switch Transformer, section 2.4).
-            logits_BTE = constrain(einsum("BTD,DE->BTE", x_BTD.astype(jnp.float32), w_router_DE), "BTE")
+            # In float32 whatever the activations and the chip are: a rounded logit changes who is
+            # chosen (Switch Transformer, section 2.4).
+            logits_BTE = einsum("BTD,DE->BTE", x_BTD.astype(jnp.float32), w_router_DE, precision="highest")
+            logits_BTE = constrain(logits_BTE, "BTE")
         bias_E = None
         # Biases that were trained steer the choice wherever they are given, also by a config that no longer moves them.
         if c.bias_update_rate or self.has_variable("router_state", "bias"):

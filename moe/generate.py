@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe.checks import LARGEST_FLOAT, SMALLEST_FLOAT
 from moe.config import ConfigError
 
 
@@ -55,8 +56,11 @@ def generate(
 
 def check_sampling(sampling: Sampling, max_new_tokens: int) -> None:
     """Raises ConfigError where a sampling option makes no sense."""
-    if not sampling.temperature >= 0:
-        raise ConfigError(f"temperature={sampling.temperature} is not at least 0: set it to 0 (the likeliest token) or more")
+    if sampling.temperature and not SMALLEST_FLOAT <= sampling.temperature <= LARGEST_FLOAT:
+        raise ConfigError(
+            f"temperature={sampling.temperature} is out of range: set it to 0 (the likeliest token), or from {SMALLEST_FLOAT:.7g} to "
+            f"{LARGEST_FLOAT:.7g}"
+        )
     if sampling.top_k < 0:
         raise ConfigError(f"top_k={sampling.top_k} is negative: set it to a number of tokens, or 0 for all")
     if not 0 < sampling.top_p <= 1:
@@ -131,6 +135,8 @@ def _draw(model: nn.Module, variables: Any, hidden_BD: jax.Array, key: jax.Array
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     rows_B = jnp.arange(positions_B.shape[0])
     keys_B = jax.vmap(lambda row, position: jax.random.fold_in(jax.random.fold_in(key, row), position))(rows_B, positions_B)
+    # The largest becomes 0, which no temperature makes infinite.
+    logits_BV = logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)
     logits_BV = keep_likeliest(logits_BV / sampling.temperature, sampling.top_k, sampling.top_p)
     return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
 
@@ -147,8 +153,9 @@ def keep_likeliest(logits_BV: jax.Array, top_k: int, top_p: float) -> jax.Array:
     probs_BK = jax.nn.softmax(sorted_BK, axis=-1)
     mass_before_BK = jnp.cumsum(probs_BK, axis=-1) - probs_BK
     # The nucleus ends with the token whose mass reaches top_p. Sums of rounded probabilities miss a
-    # mass that is exactly top_p by some 1e-7 of it.
-    is_inside_BK = (mass_before_BK < top_p * (1 - 1e-6)) | (top_p == 1)
+    # mass that is exactly top_p by some 1e-7 of it. The first token stays even if float32 makes 0
+    # of top_p.
+    is_inside_BK = (mass_before_BK <= top_p * (1 - 1e-6)) | (top_p == 1)
     rows_B1 = jnp.arange(logits_BV.shape[0])[:, None]
     return jnp.full_like(logits_BV, -jnp.inf).at[rows_B1, ids_BK].set(jnp.where(is_inside_BK, sorted_BK, -jnp.inf))
 

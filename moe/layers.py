@@ -11,30 +11,34 @@ from moe.parameters import parameter
 from moe.sharding import constrain, on_auto_axes
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
-def einsum(equation: str, x: jax.Array, w: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4))
+def einsum(equation: str, x: jax.Array, w: jax.Array, dtype: jnp.dtype | None = None, precision: str | None = None) -> jax.Array:
     """Multiplies activations by a weight, in the activations' dtype, into `dtype` (theirs). All weight matmuls are this one.
 
     The weight's gradient has the weight's dtype and is summed in float32, never rounded to the activations' on the way.
+    TPUs and GPUs round float32 operands before they multiply them; the `precision` "highest" forbids that.
     """
-    return jnp.einsum(equation, x, w.astype(x.dtype), preferred_element_type=dtype)
+    return jnp.einsum(equation, x, w.astype(x.dtype), preferred_element_type=dtype, precision=precision)
 
 
-def _einsum_forward(equation: str, x: jax.Array, w: jax.Array, dtype: jnp.dtype | None) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return einsum(equation, x, w, dtype), (x, w)
+def _einsum_forward(
+    equation: str, x: jax.Array, w: jax.Array, dtype: jnp.dtype | None, precision: str | None
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return einsum(equation, x, w, dtype, precision), (x, w)
 
 
 def _einsum_backward(
-    equation: str, _: jnp.dtype | None, residuals: tuple[jax.Array, jax.Array], g: jax.Array
+    equation: str, _: jnp.dtype | None, precision: str | None, residuals: tuple[jax.Array, jax.Array], g: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     x, w = residuals
     g = g.astype(x.dtype)
     operands, out_dims = equation.split("->")
     x_dims, w_dims = operands.split(",")
-    gradient_x = jnp.einsum(f"{out_dims},{w_dims}->{x_dims}", g, w.astype(g.dtype))
+    gradient_x = jnp.einsum(f"{out_dims},{w_dims}->{x_dims}", g, w.astype(g.dtype), precision=precision)
     # First the operand that has the weight's first dimension, so that what comes out need not be transposed.
     (left, left_dims), (right, right_dims) = sorted(((x, x_dims), (g, out_dims)), key=lambda operand: w_dims[0] not in operand[1])
-    gradient_w = jnp.einsum(f"{left_dims},{right_dims}->{w_dims}", left, right, preferred_element_type=w.dtype)
+    equation = f"{left_dims},{right_dims}->{w_dims}"
+    gradient_w = jnp.einsum(equation, left, right, preferred_element_type=w.dtype, precision=precision)
     return gradient_x, gradient_w
 
 

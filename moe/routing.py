@@ -138,7 +138,8 @@ def _two_largest(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _expert_choice(probs_BTE: jax.Array, config: MoEConfig, mask_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Experts take floor(capacity_factor * real tokens * A / E) tokens of a row each, the likeliest (Zhou et al. 2022, eq. 1-3)."""
     keys_BTE = jnp.where(mask_BT[..., None], jax.lax.stop_gradient(probs_BTE), -jnp.inf)
-    rank_BTE = jnp.argsort(jnp.argsort(-keys_BTE, axis=1), axis=1)  # stable: of equal ones the earlier token wins
+    # The sorts are stable: of equal ones the earlier token wins.
+    rank_BTE = jnp.argsort(jnp.argsort(-keys_BTE, axis=1), axis=1).astype(jnp.int32)
     limit_B = _limits(config, mask_BT)
     taken_BTE = (rank_BTE < limit_B[:, None, None]) & mask_BT[..., None]
     every_E = jnp.arange(config.num_experts, dtype=jnp.int32)
@@ -211,7 +212,7 @@ def _sums(
     mask_BT = mask_BT.astype(jnp.float32)
     over_tokens = lambda x_BT: jnp.sum(x_BT * mask_BT)  # noqa: E731
     load_BE, balanced_BE = (_loads(x_BTA, config.num_experts) for x_BTA in (experts_BTA, balanced_BTA))
-    probs_BE = jnp.einsum("bte,bt->be", probs_BTE, mask_BT)
+    probs_BE = jnp.einsum("bte,bt->be", probs_BTE, mask_BT, precision="highest")
     finite_BTE = jnp.where(jnp.isfinite(logits_BTE), logits_BTE, 0.0)  # a hash's other experts stand at minus infinity
     first_BT, second_BT = _two_largest(jax.lax.stop_gradient(probs_BTE))
     return {
@@ -238,7 +239,7 @@ def balance_sum(load_BE: jax.Array, probs_BE: jax.Array, tokens_B: jax.Array, co
     if config.balance_scope == "batch":
         load_BE, probs_BE, tokens_B = (jnp.sum(x, axis=0, keepdims=True) for x in (load_BE, probs_BE, tokens_B))
     assignments_B = jnp.maximum(jnp.sum(load_BE, axis=-1), 1.0)
-    products_B = jnp.einsum("be,be->b", jax.lax.stop_gradient(load_BE), probs_BE)
+    products_B = jnp.einsum("be,be->b", jax.lax.stop_gradient(load_BE), probs_BE, precision="highest")
     return jnp.sum(config.num_experts * products_B / assignments_B)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -119,6 +120,16 @@ def test_a_row_beyond_an_experts_room_takes_no_others_place():
     np.testing.assert_array_equal(gradient[:, 0], [1, 1, 0, 1, 1, 0, 0, 0])
 
 
+def test_a_dropped_assignment_adds_nothing_even_where_another_row_is_nan():
+    """The token 0 has no expert, the token 4 no room, and the last of all rows is NaN."""
+    experts = jnp.array([[2], [0], [1], [1], [1]])
+    dispatch = capacity_dispatch(experts, jnp.ones((5, 1)), 2, capacity=2)
+    rows = jnp.array([[[1.0], [0.0]], [[2.0], [jnp.nan]]])
+    np.testing.assert_array_equal(dispatch.receive(rows)[:, 0], [0, 1, 2, jnp.nan, 0])
+    gradient = jax.vjp(dispatch.send, jnp.ones((5, 1)))[1](rows)[0]
+    np.testing.assert_array_equal(gradient[:, 0], [0, 1, 2, jnp.nan, 0])
+
+
 @pytest.mark.parametrize(("rows", "experts", "block"), [(65536, 64, 64), (2048, 64, 8), (16384, 64, 16), (3, 64, 8), (8192, 8, 64)])
 def test_block_rows(rows, experts, block):
     assert block_rows(rows, experts) == block
@@ -224,6 +235,22 @@ def test_the_layer_is_usable_alone_and_leaves_padding_out():
     np.testing.assert_allclose(padded[mask], y[mask], atol=1e-6)
     np.testing.assert_array_equal(padded[1, 3:], 0)
     assert routing.sums["load"].sum() == 8 * A
+
+
+@pytest.mark.parametrize("dispatch", ["dense", "capacity", "dropless"])
+def test_what_float32_is_claimed_for_is_float32_on_every_chip(dispatch):
+    """In a bfloat16 model all matmuls of float32 are the router's and its sums'. By default TPUs and GPUs would round their operands."""
+    layer, x = MoE(MoEConfig(num_experts=4, expert_dim=8, dispatch=dispatch, num_shared_experts=1)), jnp.ones((2, 8, 8), jnp.bfloat16)
+    params = unbox(jax.eval_shape(layer.init, jax.random.key(0), x))
+
+    def loss(params, x):
+        y, routed = layer.apply(params, x)
+        return jnp.sum(y.astype(jnp.float32)) + sum(jnp.sum(value) for value in routed.sums.values())
+
+    program = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(params, x).lower(lowering_platforms=("tpu",)).as_text()
+    matmuls = re.findall(r"dot_general.*: \(tensor<[^>]*f32>, tensor<[^>]*f32>\)", program)
+    assert len(matmuls) >= 5  # the logits, their two gradients, and the gradients of the balance loss
+    assert [matmul for matmul in matmuls if "precision = [HIGHEST, HIGHEST]" not in matmul] == []
 
 
 def test_bfloat16_activations_are_routed_in_float32():

@@ -99,6 +99,12 @@ def test_tokens_are_kept_by_rank(probs, top_k, top_p, kept):
     np.testing.assert_array_equal(logits[np.array(kept)], jnp.log(jnp.array(probs))[np.array(kept)])
 
 
+@pytest.mark.parametrize("sampling", [Sampling(temperature=2e-38), Sampling(top_p=1e-45), Sampling(2e-38, 3, 1e-45)])
+def test_the_least_random_draw_is_the_likeliest_token(sampling):
+    draw = lambda sampling: generate(MODEL, VARIABLES, PROMPTS, max_new_tokens=2, end_id=-1, sampling=sampling)  # noqa: E731
+    np.testing.assert_array_equal(draw(sampling), draw(Sampling(temperature=0)))
+
+
 def test_draws_follow_the_distribution():
     prompts = [np.array([1, 2])] * 4000
     first = np.array([text[0] for text in generate(MODEL, VARIABLES, prompts, max_new_tokens=1, end_id=-1)])
@@ -110,6 +116,9 @@ def test_draws_follow_the_distribution():
     ("options", "message"),
     [
         ({"sampling": Sampling(temperature=-1.0)}, "temperature=-1.0"),
+        ({"sampling": Sampling(temperature=1e-40)}, "temperature=1e-40 is out of range: set it to 0 .*, or from 1.175494e-38"),
+        ({"sampling": Sampling(temperature=float("nan"))}, "temperature=nan"),
+        ({"sampling": Sampling(temperature=1e39)}, "temperature=1e[+]39"),
         ({"sampling": Sampling(top_k=-1)}, "top_k=-1"),
         ({"sampling": Sampling(top_p=0.0)}, "top_p=0.0"),
         ({"max_new_tokens": 0}, "max_new_tokens=0"),

@@ -177,6 +177,15 @@ def same(actual, expected, rtol=1e-5):
     jax.tree.map(compare, actual, expected)
 
 
+@pytest.mark.parametrize("case", [case if case.startswith("MoE") else exhaustive(case) for case in CASES])
+def test_all_settings_together_change_no_type(case):
+    """With 64-bit types argsort makes int64, which strict promotion then does not mix with int32."""
+    function, arguments = CASES[case]()
+    with all_settings():
+        found = types(jax.eval_shape(function, *arguments))
+    assert found == types(jax.eval_shape(function, *arguments))
+
+
 @pytest.mark.parametrize("case", [exhaustive("loss and gradient, sparse"), "MoE, sigmoid, capacity"])
 def test_all_settings_together_change_no_number(case):
     function, arguments = CASES[case]()
