@@ -66,7 +66,9 @@ def read_about(path: Path) -> dict[str, Any]:
 
 def damaged(path: Path, reason: str) -> ConfigError:
     """For bytes that were read and are wrong; never for a file that the system did not let us read."""
-    return ConfigError(f"{path} is damaged ({reason}): delete it, and the checkpoint before it is taken")
+    earlier = [step for step in checkpoint_steps(path.parent) if step < int(path.name)]
+    advice = f"delete it, and step {earlier[-1]} is taken" if earlier else "no earlier one is left, so restore its files from a copy"
+    return ConfigError(f"{path} is damaged ({reason}): {advice}")
 
 
 def read_saved_config(workdir: Path) -> RunConfig | None:

@@ -124,7 +124,7 @@ def test_arrays_that_read_well_and_are_others_are_refused(copy, change):
     with checkpoint.open_checkpoints(copy, CONFIG) as checkpoints:
         checkpoint.save(checkpoints, CONFIG, ROWS, state.replace(params=state.params | {"w": w}))
     (copy / "checkpoints" / "4" / "about.json").write_text(about)
-    with pytest.raises(ConfigError, match=r"checkpoints/4 is damaged \(params\.w .*checksum.*\): delete it") as error:
+    with pytest.raises(ConfigError, match=r"checkpoints/4 is damaged \(params\.w .*checksum.*\): no earlier one is left") as error:
         restore(copy)
     one_line(error)
 

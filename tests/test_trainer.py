@@ -304,7 +304,7 @@ def test_a_damaged_checkpoint_is_named(config, uninterrupted, tmp_path):
     workdir = tmp_path / "copy"
     shutil.copytree(uninterrupted, workdir)
     shutil.rmtree(workdir / "checkpoints" / "8" / "state")
-    with pytest.raises(ConfigError, match=r"checkpoints/8 is damaged \([^\n]*\): delete it"):
+    with pytest.raises(ConfigError, match=r"checkpoints/8 is damaged \([^\n]*\): delete it, and step 6 is taken$"):
         trainer.load_run(workdir)
     shutil.rmtree(workdir / "checkpoints")
     with pytest.raises(ConfigError, match="checkpoints does not exist"):
