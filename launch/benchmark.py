@@ -26,8 +26,8 @@ import numpy as np
 from absl import flags
 
 from launch import command_line
-from launch.files import write_whole
 from moe.config import ConfigError, RunConfig
+from moe.files import write_whole
 
 
 def benchmark(config: RunConfig, trials: int = 5) -> dict[str, Any]:

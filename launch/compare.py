@@ -36,10 +36,10 @@ from absl import flags
 from ml_collections import config_flags
 
 from launch import command_line
-from launch.files import write_whole
 from launch.report import THEMES, Metrics, column, style, summarise
 from moe.config import ConfigError, RunConfig
 from moe.data.sources import check_dataset
+from moe.files import write_whole
 from moe.identity import CONFIG_FILE
 from moe.scaling.flops import active_parameters, total_parameters, training_flops_per_token
 from moe.tracking import METRICS_FILE, check_workdir, read_metrics

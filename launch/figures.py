@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from launch.files import write_whole
+from moe.files import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -30,9 +30,9 @@ from tqdm import tqdm
 
 from launch import command_line, report_routing, routing_figures
 from launch.figures import THEMES, Drawing, place_legend, set_steps, style, write_drawing
-from launch.files import write_whole
 from launch.report_page import Columns, Section, page
 from launch.report_plots import PLOTS, ROUTING, SKIPPED, Plot
+from moe.files import write_whole
 from moe.identity import read_config
 from moe.tracking import ENVIRONMENT_FILE, METRICS_FILE, read_metrics
 

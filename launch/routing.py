@@ -32,9 +32,9 @@ from tqdm import tqdm
 
 from launch import command_line
 from launch.figures import THEMES, Drawing, picture, write_drawing
-from launch.files import write_whole
 from launch.routing_figures import drawings
 from moe.config import ConfigError, RunConfig
+from moe.files import write_whole
 from moe.identity import read_config
 
 # The byte tokenizer's ids by class; two more follow: the boundaries of documents, and all other bytes.

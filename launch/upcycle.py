@@ -22,6 +22,7 @@ from absl import flags
 
 from launch import command_line
 from moe.config import ConfigError, RunConfig
+from moe.files import write_whole
 from moe.identity import LOCK_FILE, UNFINISHED_FILE, read_config, write_config
 
 
@@ -53,7 +54,7 @@ def upcycle(source: Path, config: RunConfig, workdir: Path, *, step: int | None 
         # Until all is written, the directory is no run: launch.train would begin one from scratch.
         unfinished = workdir / UNFINISHED_FILE
         if jax.process_index() == 0:
-            unfinished.write_text(f"launch.upcycle from {source} did not finish\n")
+            write_whole(unfinished, f"launch.upcycle from {source} did not finish\n")
         with checkpoint.open_checkpoints(workdir, config) as checkpoints:
             checkpoint.save(checkpoints, config, rows.sha256, state)
         if jax.process_index() == 0:

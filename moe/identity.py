@@ -6,12 +6,12 @@ a directory without one was cut off and is never restored. (An object store cann
 
 import hashlib
 import json
-import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 from moe.config import ConfigError, RunConfig
+from moe.files import write_whole
 
 FORMAT_VERSION = 2
 CONFIG_FILE = "config.json"
@@ -112,16 +112,6 @@ def differing_fields(saved: RunConfig, config: RunConfig, allowed: Collection[st
         for (name, before), (_, after) in zip(_flatten(saved.to_dict()), _flatten(config.to_dict()), strict=True)
         if before != after and name not in ("data.directory", *allowed) and not name.startswith("mesh.")
     ]
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file that is seen whole or not at all, whenever this process ends."""
-    partial = path.with_suffix(".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def _digest(about: dict[str, Any]) -> str:

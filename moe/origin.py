@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 from moe import checkpoint
 from moe.config import ConfigError, ModelConfig
-from moe.identity import CONFIG_FILE, read_config, read_saved_config, write_whole
+from moe.files import write_whole
+from moe.identity import CONFIG_FILE, read_config, read_saved_config
 from moe.upcycle import KEPT_FIELDS
 
 ORIGIN_FILE = "origin.json"

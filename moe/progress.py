@@ -4,6 +4,7 @@ Showing is never worth a run: a closed or full stderr is written to no more, and
 """
 
 import io
+import logging
 import os
 import sys
 from collections.abc import Mapping
@@ -59,9 +60,13 @@ class Bar:
         self._stepped = False
 
     def __enter__(self) -> "Bar":
+        for handler in logging.getLogger().handlers:
+            handler.addFilter(self._make_room)
         return self
 
     def __exit__(self, *exception: object) -> None:
+        for handler in logging.getLogger().handlers:
+            handler.removeFilter(self._make_room)
         if self._stepped:
             self._bar.set_description_str("", refresh=False)  # nothing is going on any more
         self._bar.close()
@@ -81,6 +86,11 @@ class Bar:
         self._bar.unpause()
         self._bar.start_t = self._bar.last_print_t
         self._bar.refresh()
+
+    def _make_room(self, _: logging.LogRecord) -> bool:
+        """Clears the line before a log message is written on it; the next step shows it again."""
+        self._bar.clear()
+        return True
 
     def show_metrics(self, texts: Mapping[str, str]) -> None:
         """Puts the newest metrics behind the bar."""

@@ -25,6 +25,7 @@ class TensorBoard:
     def __init__(self, directory: Path, step: int):
         self._directory, self._flushed = directory, time.monotonic()
         self._writer: RecordWriter | None = None
+        logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)  # it would warn of each NaN, which the metrics show
         try:
             directory.mkdir(parents=True, exist_ok=True)
             # TensorBoard reads a directory's files in the order of their names.

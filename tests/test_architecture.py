@@ -16,7 +16,7 @@ ROOMS = ("configs", "kernels", "launch", "moe")
 
 # The files of moe/, lowest floor first. A file imports only from floors below its own.
 FLOORS = (
-    ("kernels", "checks", "progress", "signals", "tensorboard"),
+    ("kernels", "checks", "files", "progress", "signals", "tensorboard"),
     ("config",),
     ("parameters",),
     ("distributed", "losses", "optimizer", "routing", "sharding"),

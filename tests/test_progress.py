@@ -1,5 +1,6 @@
 """What a person in front of a run sees, and that a run does not need to be seen."""
 
+import logging
 import os
 import re
 import subprocess
@@ -102,3 +103,14 @@ sys.exit(7)
         process.stdout.close()
         assert process.wait(20) == 7, process.stderr.read()
         assert process.stderr.read() == b""
+
+
+def test_a_log_message_has_a_line_of_its_own(capsys, monkeypatch):
+    monkeypatch.setattr(logging.getLogger(), "handlers", [logging.StreamHandler(sys.stderr)])
+    with Bar(20) as bar:
+        bar.show("restoring step 5")
+        logging.warning("the schedule is another")
+        bar.show("compiling")
+    assert re.search(r"restoring step 5\r +\rthe schedule is another\n\r?compiling", capsys.readouterr().err)
+    logging.warning("later")
+    assert capsys.readouterr().err == "later\n"
