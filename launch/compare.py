@@ -40,7 +40,7 @@ from launch.report import THEMES, Metrics, column, style, summarise
 from moe.config import ConfigError, RunConfig
 from moe.data.sources import check_dataset
 from moe.files import write_whole
-from moe.identity import CONFIG_FILE
+from moe.identity import CONFIG_FILE, checkpoint_steps
 from moe.scaling.flops import active_parameters, total_parameters, training_flops_per_token
 from moe.tracking import METRICS_FILE, check_workdir, read_metrics
 
@@ -65,8 +65,8 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether the last checkpoint is there; Orbax gives it its name once it is whole, and its metrics were written before."""
-        return (self.workdir / "checkpoints" / str(self.config.train.steps)).is_dir()
+        """Whether the last checkpoint is there, and complete; its metrics were written before."""
+        return self.config.train.steps in checkpoint_steps(self.workdir / "checkpoints")
 
     @property
     def diverged(self) -> bool:

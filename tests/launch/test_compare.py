@@ -16,7 +16,7 @@ from PIL import Image
 from launch.compare import Run, compare, mean_and_error, plan, read_experiment, result, table, train
 from moe import trainer
 from moe.config import ConfigError, DataConfig, ModelConfig, MoEConfig, OptimizerConfig, RunConfig, TrackingConfig, TrainConfig
-from moe.identity import write_config
+from moe.identity import write_about, write_config
 from moe.scaling.flops import training_flops_per_token
 from moe.tracking import MetricWriter, read_metrics
 
@@ -50,8 +50,15 @@ def write_run(run: Run, losses: list[float], router: list[tuple[float, float]] =
             writer.write(step, {"train/loss": 3.0, "router/worst_max_vio": max_vio, "router/dropped_fraction": dropped})
         for step, loss in enumerate(losses, start=1):
             writer.write(step, {"validation/loss": loss})
-    (run.workdir / "checkpoints" / str(run.config.train.steps)).mkdir(parents=True)
+    finish(run)
     return run
+
+
+def finish(run: Run) -> None:
+    """Leaves what marks the last checkpoint as complete."""
+    path = run.workdir / "checkpoints" / str(run.config.train.steps)
+    path.mkdir(parents=True)
+    write_about(path, {"step": run.config.train.steps})
 
 
 def experiment(path: Path, text: str) -> str:
@@ -199,7 +206,7 @@ def test_what_there_is_of_an_experiment_is_written_and_drawn(tmp_path: Path) -> 
     write_run(runs[0], [2.0], speeds=[10.0, 20.0])
     write_run(runs[3], [4.0], speeds=[10.0])
     write_run(runs[1], [], speeds=[10.0])
-    (runs[1].workdir / "checkpoints" / "4").rmdir()  # begun, and not finished
+    (runs[1].workdir / "checkpoints" / "4" / "about.json").unlink()  # killed while it saved, and not finished
     text = compare(runs, tmp_path)
     assert [line.split(" | ")[4:6] for line in text.splitlines()[2:]] == [["3.0000 ± 1.0000", "2"], ["–", "0"], ["–", "0"]]
     written = (tmp_path / "comparison.md").read_text()
@@ -248,7 +255,7 @@ def test_a_run_whose_loss_is_not_finite_is_no_result(tmp_path: Path) -> None:
     """It came to its end, and is not trained again; the comparison is of the others, and its JSON has no NaN."""
     runs = plan({"dense": TINY}, (0, 1), tmp_path)
     for run, loss in zip(runs, (math.nan, 2.0), strict=True):
-        (run.workdir / "checkpoints" / "4").mkdir(parents=True)
+        finish(run)
         lines = [{"step": 4, "train/loss": 2.5, "train/skipped_steps": 0.0}, {"step": 4, "validation/loss": loss}]
         (run.workdir / "metrics.jsonl").write_text("".join(json.dumps(line).replace("NaN", '"NaN"') + "\n" for line in lines))
     assert [(run.finished, run.diverged) for run in runs] == [(True, True), (True, False)]
