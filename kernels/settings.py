@@ -1,10 +1,11 @@
-"""The settings of JAX that the kernels are written for, whatever the process that imports them has set for its own code."""
+"""The settings and meshes of JAX that the kernels are written for, whatever the process that imports them has set for its own code."""
 
 import contextlib
 from collections.abc import Iterator
 from typing import Any
 
 import jax
+from jax.sharding import AxisType
 
 
 @contextlib.contextmanager
@@ -17,3 +18,14 @@ def own_settings(dtype: Any) -> Iterator[None]:
     """
     with jax.enable_x64(dtype == "float64"), jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         yield
+
+
+def check_axes(name: str, x: Any) -> None:
+    """Raises ValueError where JAX checks how each operation treats a mesh axis: the kernels know of no mesh and cannot tell it."""
+    if not isinstance(x, jax.Array):
+        return
+    sharding, manual = jax.typeof(x).sharding, getattr(jax.typeof(x), "manual_axis_type", None)
+    if AxisType.Explicit in sharding.mesh.axis_types and any(sharding.spec):
+        raise ValueError(f"{name} {x.shape} is split over Explicit mesh axes, as {sharding.spec}: call this inside jax.sharding.auto_axes")
+    if manual is not None and manual.varying:
+        raise ValueError(f"{name} {x.shape} is inside a jax.shard_map that checks {sorted(manual.varying)}: give it check_vma=False")

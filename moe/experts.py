@@ -19,8 +19,8 @@ from jax.sharding import PartitionSpec
 
 from moe import expert_parallel, routing
 from moe.config import ConfigError, MoEConfig
-from moe.kernels.attention.choice import check_axes
 from moe.kernels.grouped_matmul import grouped_swiglu, grouped_swiglu_backward
+from moe.kernels.settings import check_axes
 from moe.layers import FeedForward, check_static, einsum, swiglu
 from moe.parameters import parameter
 from moe.sharding import axis_size, constrain, on_auto_axes, per_shard

@@ -1,7 +1,6 @@
 """Sampling from a decoder with a key/value cache."""
 
 import functools
-import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +11,7 @@ import numpy as np
 
 from moe.checks import LARGEST_FLOAT, SMALLEST_FLOAT
 from moe.config import ConfigError
+from moe.scaling.hardware import memory_bytes
 
 
 class Sampling(NamedTuple):
@@ -81,8 +81,7 @@ def check_memory(model: nn.Module, batch_size: int, length: int, max_new_tokens:
     """Raises ConfigError where the key/value cache cannot fit in a device's memory, or, for a CPU, in the machine's."""
     slot = jax.tree.leaves(jax.eval_shape(lambda: model.init_cache(batch_size, 1)))
     slot_bytes = sum(x.size * x.dtype.itemsize for x in slot)  # each token is written in place: programs hold one cache
-    stats = jax.local_devices()[0].memory_stats() or {}  # a CPU has none
-    memory = stats.get("bytes_limit", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    memory = memory_bytes(jax.local_devices()[0])
     needed, most = (length + max_new_tokens) * slot_bytes, max(memory // slot_bytes - length, 1)
     if needed > memory:
         raise ConfigError(

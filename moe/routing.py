@@ -6,6 +6,7 @@
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -164,6 +165,7 @@ def limit_to_capacity(routing: Routing, config: MoEConfig, mask_BT: jax.Array | 
     return Routing(experts_BTA, weights_BTA, routing.sums | {"dropped": dropped}, routing.gates_BT)
 
 
+@functools.lru_cache(maxsize=16)  # a trace asks for it twice in every sparse layer
 def capacities(config: MoEConfig, length: int) -> np.ndarray:
     """Returns how much an expert takes of a row with 0, 1, ..., `length` real tokens.
 
@@ -176,7 +178,9 @@ def capacities(config: MoEConfig, length: int) -> np.ndarray:
         limits = [numerator * tokens // denominator for tokens in range(length + 1)]
     else:
         limits = [-(-numerator * tokens // denominator) for tokens in range(length + 1)]
-    return np.array([min(limit, tokens) for tokens, limit in enumerate(limits)], np.int32)
+    table = np.array([min(limit, tokens) for tokens, limit in enumerate(limits)], np.int32)
+    table.flags.writeable = False  # all callers share it
+    return table
 
 
 def _limits(config: MoEConfig, mask_BT: jax.Array) -> jax.Array:

@@ -17,7 +17,7 @@ from moe.config import ConfigError, MeshConfig, RunConfig
 from moe.data.files import sole
 from moe.data.loader import evaluation_batches, make_loader
 from moe.data.prepare import PreparedRows, prepare
-from moe.identity import CONFIG_FILE, LOCK_FILE, read_config, write_config
+from moe.identity import LOCK_FILE, read_config, read_saved_config, write_config
 from moe.optimizer import make_schedule
 from moe.origin import Origin, find_origin, read_variables, write_origin
 from moe.progress import Bar
@@ -118,11 +118,9 @@ def start_from(origin: Origin, workdir: Path, program: Program, state: TrainStat
 
 
 def report_new_schedule(workdir: Path, config: RunConfig, state: TrainState) -> None:
-    """Logs what the learning rate becomes where a run goes on to another number of steps than its config.json says."""
-    if not (workdir / CONFIG_FILE).exists():
-        return
-    before, update = read_config(workdir), int(state.step) - int(state.skipped)
-    if before.train.steps != config.train.steps:
+    """Logs what the learning rate becomes where a run goes on to another number of steps than it was told before."""
+    before, update = read_saved_config(workdir), int(state.step) - int(state.skipped)
+    if before and before.train.steps != config.train.steps:
         rates = [float(make_schedule(run)(update)) for run in (before, config)]
         logging.warning(
             "train.steps is %d now, and was %d: at step %d the learning rate goes from %.3g, of the old schedule, to %.3g",

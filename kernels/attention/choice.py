@@ -8,11 +8,10 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import numpy as np
-from jax.sharding import AxisType
 
 from moe.kernels.attention.masks import Options, Window, span
+from moe.kernels.settings import check_axes
 
 Name = Literal["reference", "blockwise", "tpu", "hopper", "hopper_fused", "cudnn"]
 
@@ -235,14 +234,3 @@ def _check_arrays(q: Any, k: Any, v: Any, sinks: Any, q_ids: Any, kv_ids: Any) -
         raise ValueError(f"q_segment_ids {q_ids.dtype} and kv_segment_ids {kv_ids.dtype} must be integers")
     if sinks is not None and sinks.shape != q.shape[2:3]:
         raise ValueError(f"sinks {sinks.shape} must be {q.shape[2:3]}, one for each head of q {q.shape}")
-
-
-def check_axes(name: str, x: Any) -> None:
-    """Raises ValueError where JAX checks how each operation treats a mesh axis: the kernels know of no mesh and cannot tell it."""
-    if not isinstance(x, jax.Array):
-        return
-    sharding, manual = jax.typeof(x).sharding, getattr(jax.typeof(x), "manual_axis_type", None)
-    if AxisType.Explicit in sharding.mesh.axis_types and any(sharding.spec):
-        raise ValueError(f"{name} {x.shape} is split over Explicit mesh axes, as {sharding.spec}: call this inside jax.sharding.auto_axes")
-    if manual is not None and manual.varying:
-        raise ValueError(f"{name} {x.shape} is inside a jax.shard_map that checks {sorted(manual.varying)}: give it check_vma=False")
