@@ -1,4 +1,6 @@
-"""What the package requires, from requirements.txt: its first paragraph to import it, the second for the extra `run`."""
+"""What the package requires, from requirements.txt: its first paragraph to import it, the second
+for the extra `run`.
+"""
 
 from pathlib import Path
 

@@ -17,7 +17,11 @@ def get_config(shape: str = "8x2") -> ConfigDict:
     num_experts, experts_per_token = map(int, shape.split("x"))
     config = RunConfig.config_dict()
     config.model.update(model_dim=512, compute_dtype="float32")
-    config.model.moe.update(num_experts=num_experts, experts_per_token=experts_per_token, expert_dim=2048 // experts_per_token)
+    config.model.moe.update(
+        num_experts=num_experts,
+        experts_per_token=experts_per_token,
+        expert_dim=2048 // experts_per_token,
+    )
     config.data.sequence_length = 512
     config.train.batch_size = 16
     return config

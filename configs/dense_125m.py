@@ -1,11 +1,13 @@
-"""A dense decoder of 124M parameters, of the width and depth of GPT-2 small: the usual first rung of a scaling ladder.
+"""A dense decoder of 124M parameters, of the width and depth of GPT-2 small: the usual first rung
+of a scaling ladder.
 
 Command:  python -m launch.train --config=configs/dense_125m.py --workdir=runs/dense_125m
 Hardware: 1 accelerator of 40 GB or more.
-Time, result: not measured yet. 2.6B tokens (21 per parameter) need 2.1e18 FLOPs: an hour and a half at 40 % of an H100's peak.
+Time, result: not measured yet. 2.6B tokens (21 per parameter) need 2.1e18 FLOPs: an hour and a half
+          at 40 % of an H100's peak.
 
-The data is `stdlib` in bytes, which a model of this size only memorises: good for measuring speed and memory. Point data.dataset at a
-corpus of yours before you read anything into its loss.
+The data is `stdlib` in bytes, which a model of this size only memorises: good for measuring speed
+and memory. Point data.dataset at a corpus of yours before you read anything into its loss.
 """
 
 from ml_collections import ConfigDict
@@ -15,7 +17,14 @@ from moe.config import RunConfig
 
 def get_config() -> ConfigDict:
     config = RunConfig.config_dict()
-    config.model.update(num_layers=12, model_dim=768, feed_forward_dim=2048, num_heads=12, num_kv_heads=12, head_dim=64)
+    config.model.update(
+        num_layers=12,
+        model_dim=768,
+        feed_forward_dim=2048,
+        num_heads=12,
+        num_kv_heads=12,
+        head_dim=64,
+    )
     config.model.vocab_size = 50_304
     config.model.tied_embeddings = True
     config.data.sequence_length = 1024

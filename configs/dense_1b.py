@@ -1,9 +1,11 @@
-"""A dense decoder of 1.24B parameters: the shape of Llama 3.2 1B (Grattafiori et al. 2024), whose parameter count it equals.
+"""A dense decoder of 1.24B parameters: the shape of Llama 3.2 1B (Grattafiori et al. 2024), whose
+parameter count it equals.
 
 Command:  python -m launch.train --config=configs/dense_1b.py --workdir=runs/dense_1b
 Hardware: 8 accelerators of 80 GB, sharded over fsdp.
-Time, result: not measured. 26B tokens (21 per parameter) need 2.0e20 FLOPs: 18 hours at 40 % of eight H100s' peak. Its step with
-train.batch_size=64 and accumulation=1 compiles for 8 TPU v5p (fsdp=8): 1.7 GiB of state and 7.8 GiB of temporaries on each.
+Time, result: not measured. 26B tokens (21 per parameter) need 2.0e20 FLOPs: 18 hours at 40 % of
+          eight H100s' peak. Its step with train.batch_size=64 and accumulation=1 compiles for 8 TPU
+          v5p (fsdp=8): 1.7 GiB of state and 7.8 GiB of temporaries on each.
 """
 
 from ml_collections import ConfigDict
@@ -13,10 +15,24 @@ from moe.config import RunConfig
 
 def get_config() -> ConfigDict:
     config = RunConfig.config_dict()
-    config.model.update(num_layers=16, model_dim=2048, feed_forward_dim=8192, num_heads=32, num_kv_heads=8, head_dim=64)
+    config.model.update(
+        num_layers=16,
+        model_dim=2048,
+        feed_forward_dim=8192,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=64,
+    )
     config.model.update(vocab_size=128_256, tied_embeddings=True, rope_base=500_000.0, remat="full")
     config.data.sequence_length = 2048
     config.optimizer.update(learning_rate=3e-4, warmup_fraction=0.04)
     config.mesh.update(data=1, fsdp=-1)
-    config.train.update(batch_size=512, accumulation=4, steps=25_000, eval_batches=20, checkpoint_every=1000, keep_every=5000)
+    config.train.update(
+        batch_size=512,
+        accumulation=4,
+        steps=25_000,
+        eval_batches=20,
+        checkpoint_every=1000,
+        keep_every=5000,
+    )
     return config

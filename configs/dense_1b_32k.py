@@ -1,12 +1,13 @@
-"""`dense_1b` on rows of 32,768 tokens, each split over 8 devices, which exchange heads in attention (Ulysses, Jacobs et al. 2023).
+"""`dense_1b` on rows of 32,768 tokens, each split over 8 devices, which exchange heads in attention
+(Ulysses, Jacobs et al. 2023).
 
-Eight key/value heads on eight devices of one host are what Ulysses wants; over more devices than heads take
-`--config.model.attention.context_parallelism=ring` and a larger `mesh.context`.
+Eight key/value heads on eight devices of one host are what Ulysses wants; over more devices than
+heads take `--config.model.attention.context_parallelism=ring` and a larger `mesh.context`.
 
 Command:  python -m launch.train --config=configs/dense_1b_32k.py --workdir=runs/dense_1b_32k
 Hardware: 8 accelerators of 80 GB, one row at a time over all of them.
-Time, result: not measured. Its step, with the TPU's attention kernels, compiles for 8 TPU v5p (jax 0.10.2, libtpu 0.0.42): 13.8 GiB
-of state and 21.6 GiB of temporaries on each.
+Time, result: not measured. Its step, with the TPU's attention kernels, compiles for 8 TPU v5p (jax
+          0.10.2, libtpu 0.0.42): 13.8 GiB of state and 21.6 GiB of temporaries on each.
 """
 
 from ml_collections import ConfigDict

@@ -1,4 +1,5 @@
-"""A dense decoder of 6.7B parameters: Llama 2 7B's architecture (Touvron et al. 2023, section 2.2), whose parameter count it equals.
+"""A dense decoder of 6.7B parameters: Llama 2 7B's architecture (Touvron et al. 2023, section 2.2),
+whose parameter count it equals.
 
 Command:  python -m launch.train --config=configs/dense_7b.py --workdir=runs/dense_7b
 Hardware: 64 accelerators of 80 GB: 8 for tensor parallelism within a host, the rest over fsdp.
@@ -12,7 +13,14 @@ from moe.config import RunConfig
 
 def get_config() -> ConfigDict:
     config = RunConfig.config_dict()
-    config.model.update(num_layers=32, model_dim=4096, feed_forward_dim=11_008, num_heads=32, num_kv_heads=32, head_dim=128)
+    config.model.update(
+        num_layers=32,
+        model_dim=4096,
+        feed_forward_dim=11_008,
+        num_heads=32,
+        num_kv_heads=32,
+        head_dim=128,
+    )
     config.model.update(vocab_size=32_000, norm_epsilon=1e-5, remat="full")
     config.data.sequence_length = 4096
     config.optimizer.update(learning_rate=3e-4, warmup_fraction=0.008)

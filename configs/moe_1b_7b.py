@@ -1,11 +1,15 @@
-"""OLMoE-1B-7B (Muennighoff et al. 2024, table 1): 6.92B parameters, of which a token uses 1.28B. 64 experts a layer, 8 for each token.
+"""OLMoE-1B-7B (Muennighoff et al. 2024, table 1): 6.92B parameters, of which a token uses 1.28B. 64
+experts a layer, 8 for each token.
 
 Command:  python -m launch.train --config=configs/moe_1b_7b.py --workdir=runs/moe_1b_7b
-Hardware: 64 accelerators of 80 GB: parameters split over the 8 of a host, rows over all. No token is dropped.
-Time, result: not measured. The paper's 5.1T tokens need 4.0e22 FLOPs: 18 days at 40 % of 64 H100s' peak.
+Hardware: 64 accelerators of 80 GB: parameters split over the 8 of a host, rows over all. No token
+          is dropped.
+Time, result: not measured. The paper's 5.1T tokens need 4.0e22 FLOPs: 18 days at 40 % of 64 H100s'
+          peak.
 
-Other than OLMoE, there is no norm on queries and keys (65,536 parameters), and loads are balanced over a microbatch on all devices rather
-than on each. Text comes in bytes so far: the vocabulary has the published size, and its cost.
+Other than OLMoE, there is no norm on queries and keys (65,536 parameters), and loads are balanced
+over a microbatch on all devices rather than on each. Text comes in bytes so far: the vocabulary has
+the published size, and its cost.
 """
 
 from ml_collections import ConfigDict
@@ -17,7 +21,13 @@ def get_config() -> ConfigDict:
     config = RunConfig.config_dict()
     config.model.update(num_layers=16, model_dim=2048, num_heads=16, num_kv_heads=16, head_dim=128)
     config.model.update(vocab_size=50_304, norm_epsilon=1e-5, remat="full")
-    config.model.moe.update(num_experts=64, experts_per_token=8, expert_dim=1024, normalize_weights=False, dispatch="dropless")
+    config.model.moe.update(
+        num_experts=64,
+        experts_per_token=8,
+        expert_dim=1024,
+        normalize_weights=False,
+        dispatch="dropless",
+    )
     config.model.moe.update(balance_weight=0.01, balance_scope="batch", z_weight=0.001)
     config.data.sequence_length = 4096
     config.optimizer.update(learning_rate=4e-4, warmup_fraction=2000 / 1_220_000)

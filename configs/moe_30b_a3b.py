@@ -1,13 +1,16 @@
-"""Qwen3-30B-A3B (Yang et al. 2025, table 2): 30.5B parameters, of which a token uses 3.35B. 128 experts a layer, 8 for each token.
+"""Qwen3-30B-A3B (Yang et al. 2025, table 2): 30.5B parameters, of which a token uses 3.35B. 128
+experts a layer, 8 for each token.
 
 Command:  python -m launch.train --config=configs/moe_30b_a3b.py --workdir=runs/moe_30b_a3b
-Hardware: 64 accelerators of 80 GB: 16 experts of each layer on each of a host's 8, their parameters split over the 8 hosts.
+Hardware: 64 accelerators of 80 GB: 16 experts of each layer on each of a host's 8, their parameters
+          split over the 8 hosts.
 Time, result: not measured. 1.05T tokens need 2.4e22 FLOPs: 11 days at 40 % of 64 H100s' peak.
 
-Loads are balanced over a microbatch on all devices, which is the global batch of Qiu et al. 2025, with the weight of the published config.
-Other than Qwen3, there is no norm on queries and keys (12,288 parameters). Batch and learning rate, which the paper does not give, are
-usual ones. A device has room for twice its mean load, and what comes beyond is dropped. Text comes in bytes so far: the vocabulary has the
-published size, and its cost.
+Loads are balanced over a microbatch on all devices, which is the global batch of Qiu et al. 2025,
+with the weight of the published config. Other than Qwen3, there is no norm on queries and keys
+(12,288 parameters). Batch and learning rate, which the paper does not give, are usual ones. A
+device has room for twice its mean load, and what comes beyond is dropped. Text comes in bytes so
+far: the vocabulary has the published size, and its cost.
 """
 
 from ml_collections import ConfigDict
@@ -19,8 +22,15 @@ def get_config() -> ConfigDict:
     config = RunConfig.config_dict()
     config.model.update(num_layers=48, model_dim=2048, num_heads=32, num_kv_heads=4, head_dim=128)
     config.model.update(vocab_size=151_936, rope_base=1e6, remat="full")
-    config.model.moe.update(num_experts=128, experts_per_token=8, expert_dim=768, normalize_weights=True)
-    config.model.moe.update(dispatch="dropless", exchange="ragged_all_to_all", balance_weight=0.001, balance_scope="batch")
+    config.model.moe.update(
+        num_experts=128, experts_per_token=8, expert_dim=768, normalize_weights=True
+    )
+    config.model.moe.update(
+        dispatch="dropless",
+        exchange="ragged_all_to_all",
+        balance_weight=0.001,
+        balance_scope="batch",
+    )
     config.data.sequence_length = 4096
     config.optimizer.update(learning_rate=3e-4, warmup_fraction=0.008)
     config.mesh.update(data=1, fsdp=-1, expert=8)

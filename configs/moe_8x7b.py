@@ -1,11 +1,14 @@
-"""Mixtral 8x7B (Jiang et al. 2024, table 1): 46.7B parameters, of which a token uses 12.9B. 8 experts a layer, 2 for each token.
+"""Mixtral 8x7B (Jiang et al. 2024, table 1): 46.7B parameters, of which a token uses 12.9B. 8
+experts a layer, 2 for each token.
 
 Command:  python -m launch.train --config=configs/moe_8x7b.py --workdir=runs/moe_8x7b
-Hardware: 64 accelerators of 80 GB: an expert of each layer on each of a host's 8, its parameters split over the 8 hosts.
+Hardware: 64 accelerators of 80 GB: an expert of each layer on each of a host's 8, its parameters
+          split over the 8 hosts.
 Time, result: not measured. 1.05T tokens need 8.4e22 FLOPs: 38 days at 40 % of 64 H100s' peak.
 
-The paper tells nothing of the training: batch, learning rate and balance loss are usual ones. A device has room for twice its mean load,
-and what comes beyond is dropped. Text comes in bytes so far: the vocabulary has the published size, and its cost.
+The paper tells nothing of the training: batch, learning rate and balance loss are usual ones. A
+device has room for twice its mean load, and what comes beyond is dropped. Text comes in bytes so
+far: the vocabulary has the published size, and its cost.
 """
 
 from ml_collections import ConfigDict
@@ -17,8 +20,15 @@ def get_config() -> ConfigDict:
     config = RunConfig.config_dict()
     config.model.update(num_layers=32, model_dim=4096, num_heads=32, num_kv_heads=8, head_dim=128)
     config.model.update(vocab_size=32_000, rope_base=1e6, norm_epsilon=1e-5, remat="full")
-    config.model.moe.update(num_experts=8, experts_per_token=2, expert_dim=14_336, normalize_weights=True)
-    config.model.moe.update(dispatch="dropless", exchange="ragged_all_to_all", balance_weight=0.01, balance_scope="batch")
+    config.model.moe.update(
+        num_experts=8, experts_per_token=2, expert_dim=14_336, normalize_weights=True
+    )
+    config.model.moe.update(
+        dispatch="dropless",
+        exchange="ragged_all_to_all",
+        balance_weight=0.01,
+        balance_scope="batch",
+    )
     config.data.sequence_length = 4096
     config.optimizer.update(learning_rate=3e-4, warmup_fraction=0.008)
     config.mesh.update(data=1, fsdp=-1, expert=8)

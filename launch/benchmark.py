@@ -1,4 +1,5 @@
-"""Measures a config's training step: tokens per second, MFU, and the ratio to this process's own matmul rate.
+"""Measures a config's training step: tokens per second, MFU, and the ratio to this process's own
+matmul rate.
 
 Examples:
     python -m launch.benchmark --config=configs/moe_tiny.py
@@ -6,13 +7,16 @@ Examples:
     python -m launch.benchmark --config=configs/dense_125m.py --json=dense_125m.json
     python -m launch.benchmark --config=configs/benchmark_moe.py:64x8 --layer
 
-MFU = tokens/s x training FLOPs per token / peak FLOP/s (Chowdhery et al. 2022, appendix B), with the causal half of attention's scores
-counted and recomputation not; peak is the data sheet's bfloat16 rate of all devices. A CPU has no such rate, and gets no MFU.
+MFU = tokens/s x training FLOPs per token / peak FLOP/s (Chowdhery et al. 2022, appendix B), with
+the causal half of attention's scores counted and recomputation not; peak is the data sheet's
+bfloat16 rate of all devices. A CPU has no such rate, and gets no MFU.
 
-ratio_to_matmul is the same numerator over the rate of a 2048^3 matmul, on all devices. Every trial times the matmul right before the
-step, and the ratio is the median of the trials' own: a busy machine slows both. It is no share of a peak, and may exceed 1.
+ratio_to_matmul is the same numerator over the rate of a 2048^3 matmul, on all devices. Every trial
+times the matmul right before the step, and the ratio is the median of the trials' own: a busy
+machine slows both. It is no share of a peak, and may exceed 1.
 
-With --layer it measures one sparse layer instead, forward and backward, beside a dense one of the same active FLOPs, in pairs.
+With --layer it measures one sparse layer instead, forward and backward, beside a dense one of the
+same active FLOPs, in pairs.
 """
 
 import json
@@ -31,22 +35,28 @@ from moe.files import write_whole
 
 
 def benchmark(config: RunConfig, trials: int = 5) -> dict[str, Any]:
-    """Times `trials` training steps on random tokens; medians, with the compiled step's memory and the versions."""
+    """Times `trials` training steps on random tokens; medians, with the compiled step's memory and
+    the versions.
+    """
     import jax
     from tqdm import trange
 
-    from moe import sharding
+    from moe.parallel.mesh import global_batch, host_rows
     from moe.scaling.flops import training_flops_per_token
     from moe.scaling.hardware import matmul_flops, peak_flops
-    from moe.train_step import make_program
-    from moe.trainer import check_memory
+    from moe.training.train_step import make_program
+    from moe.training.trainer import check_memory
 
     program = make_program(config)
     check_memory(program.mesh, program.abstract_state, program.abstract_state.params)
     devices = list(program.mesh.devices.flat)
-    size, length, dtype = config.train.batch_size, config.data.sequence_length, config.model.compute_dtype
-    rows = random_rows(config, len(sharding.host_rows(program.mesh, size)))
-    batch = sharding.global_batch(rows, program.mesh, size)
+    size, length, dtype = (
+        config.train.batch_size,
+        config.data.sequence_length,
+        config.model.compute_dtype,
+    )
+    rows = random_rows(config, len(host_rows(program.mesh, size)))
+    batch = global_batch(rows, program.mesh, size)
     tokens = size * length
     flops = tokens * training_flops_per_token(config.model, length)
     state = program.init_state()
@@ -55,7 +65,9 @@ def benchmark(config: RunConfig, trials: int = 5) -> dict[str, Any]:
         compiled = program.train_step.lower(state, batch).compile()
         compile_seconds = time.perf_counter() - begin
     state, _ = jax.block_until_ready(compiled(state, batch))
-    matmul_devices = 1 if devices[0].platform == "cpu" else len(devices)  # a CPU's virtual devices share its cores
+    matmul_devices = (
+        1 if devices[0].platform == "cpu" else len(devices)
+    )  # a CPU's virtual devices share its cores
     seconds, matmul, ratios = [], [], []
     for _ in trange(trials, desc="steps", disable=jax.process_index() > 0):
         matmul.append(matmul_flops(devices[0], dtype, trials=3) * matmul_devices)
@@ -80,35 +92,45 @@ def benchmark(config: RunConfig, trials: int = 5) -> dict[str, Any]:
 
 
 def benchmark_layer(config: RunConfig, trials: int = 9) -> dict[str, Any]:
-    """Times a sparse layer against a dense one as wide as the experts that a token passes; gradients of all weights and of the input."""
+    """Times a sparse layer against a dense one as wide as the experts that a token passes;
+    gradients of all weights and of the input.
+    """
     import jax
     from tqdm import trange
 
-    from moe.experts import MoE
-    from moe.layers import FeedForward
+    from moe.model.experts import MoE
+    from moe.model.layers import FeedForward
     from moe.parameters import unbox
 
     c = config.model.moe
     if not c.num_experts:
-        raise ConfigError("model.moe.num_experts=0 is no sparse layer: set --config to a config that has experts")
+        raise ConfigError(
+            "model.moe.num_experts=0 is no sparse layer: set --config to a config that has experts"
+        )
     shape = (config.train.batch_size, config.data.sequence_length, config.model.model_dim)
-    x, target = jax.random.normal(jax.random.key(config.seed), (2, *shape), config.model.compute_dtype)
+    x, target = jax.random.normal(
+        jax.random.key(config.seed), (2, *shape), config.model.compute_dtype
+    )
 
     def gradient(layer: Any, output: Callable[[Any], jax.Array]) -> Callable[[], Any]:
         variables = unbox(jax.jit(layer.init)(jax.random.key(config.seed), x))
-        loss = lambda variables, x: jax.numpy.sum(output(layer.apply(variables, x)) * target)  # noqa: E731
+        loss = lambda variables, x: jax.numpy.sum(output(layer.apply(variables, x)) * target)
         compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(variables, x).compile()
         return lambda: jax.block_until_ready(compiled(variables, x))
 
     sparse = gradient(MoE(c), lambda result: result[0])
-    dense = gradient(FeedForward((c.experts_per_token + c.num_shared_experts) * c.expert_dim), lambda y: y)
+    dense = gradient(
+        FeedForward((c.experts_per_token + c.num_shared_experts) * c.expert_dim), lambda y: y
+    )
     seconds: dict[Callable[[], Any], list[float]] = {sparse: [], dense: []}
     for _ in trange(trials + 1, desc="pairs"):
         for run in seconds:
             begin = time.perf_counter()
             run()
             seconds[run].append(time.perf_counter() - begin)
-    ratios = [a / b for a, b in zip(seconds[sparse][1:], seconds[dense][1:], strict=True)]  # the first pair warms up
+    ratios = [
+        a / b for a, b in zip(seconds[sparse][1:], seconds[dense][1:], strict=True)
+    ]  # the first pair warms up
     return {
         "sparse_over_dense": statistics.median(ratios),
         "sparse_over_dense_of_trials": ratios,
@@ -142,7 +164,9 @@ def main(values: flags.FlagValues) -> None:
     if not values.layer:
         if "mfu" in result:
             print("mfu = model_flops_per_second / the data sheets' bfloat16 rate of all devices")
-        print("ratio_to_matmul = model_flops_per_second / matmul_flops_per_second, each timed beside the other: not a share of a peak")
+        print(
+            "ratio_to_matmul = model_flops_per_second / matmul_flops_per_second, each timed beside the other: not a share of a peak"
+        )
     if values.json:
         write_whole(Path(values.json), json.dumps(result, indent=2) + "\n")
 
@@ -150,6 +174,8 @@ def main(values: flags.FlagValues) -> None:
 if __name__ == "__main__":
     command_line.define_config()
     flags.DEFINE_integer("trials", 5, "Steps to time.", lower_bound=1)
-    flags.DEFINE_bool("layer", False, "Time one sparse layer against a dense one, instead of the training step.")
+    flags.DEFINE_bool(
+        "layer", False, "Time one sparse layer against a dense one, instead of the training step."
+    )
     flags.DEFINE_string("json", None, "A file to write the numbers to.")
     command_line.run(main, __doc__)

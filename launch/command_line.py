@@ -16,14 +16,16 @@ from ml_collections import ConfigDict, config_flags
 
 from launch.config_file import Blaming, check_config_file
 from launch.help_text import config_fields, help_text
-from moe.checks import expand_path, show
 from moe.config import ConfigError, RunConfig
-from moe.data.files import saying
-from moe.progress import Stream
+from moe.config.checks import expand_path, show
+from moe.files import saying
+from moe.training.progress import Stream
 
 # Exit codes. 0 is done; 1 is a bug or a broken machine, with its traceback.
 BAD_INPUT = 2
-DIVERGED = 3  # too many updates in a row skipped for a non-finite loss or gradient, or a last validation that is not finite
+# too many updates in a row skipped for a non-finite loss or gradient, or a last validation that is
+# not finite
+DIVERGED = 3
 INTERRUPTED = 75  # sysexits.h's EX_TEMPFAIL: the state is saved, and the same command resumes
 
 Main = Callable[[flags.FlagValues], int | None]
@@ -33,8 +35,12 @@ flags.disclaim_key_flags()
 
 
 def define_config() -> None:
-    """Defines the required flag --config=FILE.py, and --config.FIELD=VALUE for each field of RunConfig."""
-    config_flags.DEFINE_config_file("config", None, "Config file; --config.FIELD=VALUE changes one field of it. Required.")
+    """Defines the required flag --config=FILE.py, and --config.FIELD=VALUE for each field of
+    RunConfig.
+    """
+    config_flags.DEFINE_config_file(
+        "config", None, "Config file; --config.FIELD=VALUE changes one field of it. Required."
+    )
 
 
 def define_workdir(description: str) -> None:
@@ -56,25 +62,39 @@ class _DirectoryParser(flags.ArgumentParser):
 
 def define_directory(name: str, description: str, *, required: bool = False) -> None:
     """Defines a flag whose value is a path of a file system, with ~ for the home directory."""
-    flags.DEFINE(_DirectoryParser(name), name, None, description, serializer=flags.ArgumentSerializer(), required=required)
+    flags.DEFINE(
+        _DirectoryParser(name),
+        name,
+        None,
+        description,
+        serializer=flags.ArgumentSerializer(),
+        required=required,
+    )
 
 
 def read_run_config(config: Any) -> RunConfig:
     """The checked config of the flag --config. Raises ConfigError."""
     if not isinstance(config, ConfigDict):
-        raise ConfigError(f"--config: get_config() returned {show(config)}: return RunConfig.config_dict() with your changes")
+        raise ConfigError(
+            f"--config: get_config() returned {show(config)}: return RunConfig.config_dict() with your changes"
+        )
     with Blaming("--config"):  # a field may be a reference, computed only now
         values = config.to_dict()
     return RunConfig.from_config_dict(values)
 
 
 def run(main: Main, description: str) -> NoReturn:
-    """Parses this process's flags, calls `main` with them, and exits with what it returns (None is 0).
+    """Parses this process's flags, calls `main` with them, and exits with what it returns (None is
+    0).
 
-    Bad input (a flag, a config, a path) gets one line on stderr and exit code 2; any other error keeps its traceback. `--help` prints
-    `description`, the flags this command defined, and the fields of --config if it is one of them.
+    Bad input (a flag, a config, a path) gets one line on stderr and exit code 2; any other error
+    keeps its traceback. `--help` prints `description`, the flags this command defined, and the
+    fields of --config if it is one of them.
     """
-    sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)  # `| head -1` ends what is shown, and not what is done
+    sys.stdout, sys.stderr = (
+        Stream(sys.stdout),
+        Stream(sys.stderr),
+    )  # `| head -1` ends what is shown, and not what is done
     app.run(functools.partial(_call, main), flags_parser=functools.partial(_parse, description))
 
 
@@ -84,7 +104,9 @@ def _call(main: Main, _: list[str]) -> int | None:
     except (ConfigError, FileNotFoundError) as error:
         return _fail(error)
     except OSError as error:
-        if error.filename is None and error.errno is not None:  # a full disk or a lost connection is nobody's input
+        if (
+            error.filename is None and error.errno is not None
+        ):  # a full disk or a lost connection is nobody's input
             raise
         return _fail(error)  # a bad path, or a message of ours, which has no number
     except KeyboardInterrupt:
@@ -93,8 +115,12 @@ def _call(main: Main, _: list[str]) -> int | None:
 
 
 def _parse(description: str, argv: list[str]) -> list[str]:
-    logging.set_verbosity(logging.WARNING)  # of absl's log, in which libraries tell each step they take; --verbosity=0 shows it
-    logging.get_absl_logger().addFilter(lambda record: "get_config() returned None" not in str(record.msg))  # read_run_config tells it
+    logging.set_verbosity(
+        logging.WARNING
+    )  # of absl's log, in which libraries tell each step they take; --verbosity=0 shows it
+    logging.get_absl_logger().addFilter(
+        lambda record: "get_config() returned None" not in str(record.msg)
+    )  # read_run_config tells it
     help_wanted = {"--help", "-help", "-h", "--helpshort", "--helpfull"}.intersection(argv)
     try:
         argv[1:] = _expand_config_path(argv[1:])
@@ -109,7 +135,13 @@ def _parse(description: str, argv: list[str]) -> list[str]:
     except ConfigError as error:
         sys.exit(_fail(error))
     except flags.Error as error:  # what a flag's own parser refuses is told in its words
-        sys.exit(_fail(error.__context__ if isinstance(error.__context__, ConfigError) else _explain(str(error))))
+        sys.exit(
+            _fail(
+                error.__context__
+                if isinstance(error.__context__, ConfigError)
+                else _explain(str(error))
+            )
+        )
     except KeyboardInterrupt:
         print("interrupted: before there was anything to save", file=sys.stderr)
         sys.exit(INTERRUPTED)
@@ -121,9 +153,15 @@ def _fail(error: Exception | str) -> int:
 
 
 def _expand_config_path(arguments: list[str]) -> list[str]:
-    """The arguments with the ~ of --config expanded. Config_flags read them again, so their list is changed, not the flag's value."""
+    """The arguments with the ~ of --config expanded. Config_flags read them again, so their list is
+    changed, not the flag's value.
+    """
     return [
-        re.sub(r"^(--?config=)?(~.*)$", lambda match: (match[1] or "") + os.path.expanduser(match[2]), argument)
+        re.sub(
+            r"^(--?config=)?(~.*)$",
+            lambda match: (match[1] or "") + os.path.expanduser(match[2]),
+            argument,
+        )
         if argument.startswith(("--config=", "-config=")) or before in ("--config", "-config")
         else argument
         for before, argument in zip(["", *arguments], arguments, strict=False)
@@ -131,7 +169,9 @@ def _expand_config_path(arguments: list[str]) -> list[str]:
 
 
 def _config_path(argv: list[str]) -> str | None:
-    """The path in --config without get_config's argument, which follows a colon; None where there is no --config."""
+    """The path in --config without get_config's argument, which follows a colon; None where there
+    is no --config.
+    """
     values = flags.FlagValues()
     flags.DEFINE_string("config", None, "", flag_values=values)
     values(argv, known_only=True)
@@ -156,7 +196,9 @@ def _check_config_flags(argv: list[str], path: str | None) -> None:
     names = [name.removeprefix("config.") for name, _ in config_fields(RunConfig())]
     with saying(f"reading {path}"):
         check_config_file(path)
-    for changed in filter(None, (re.match(r"--?(?:no)?config\.([^=]*)", argument) for argument in argv)):
+    for changed in filter(
+        None, (re.match(r"--?(?:no)?config\.([^=]*)", argument) for argument in argv)
+    ):
         if changed[1] not in names:
             near = difflib.get_close_matches(changed[1], names, n=1)
             hint = f"did you mean --config.{near[0]}?" if near else "--help lists the fields"
@@ -167,9 +209,13 @@ def _parse_flags(argv: list[str], config_path: str | None) -> list[str]:
     with saying(f"reading {config_path}"), Blaming(config_path or "--config"):
         rest = flags.FLAGS(argv)
         if config_path:
-            getattr(flags.FLAGS.config, "lock", None)  # config_flags keeps an OSError of get_config() until the config is touched
+            getattr(
+                flags.FLAGS.config, "lock", None
+            )  # config_flags keeps an OSError of get_config() until the config is touched
     if rest[1:]:
-        raise ConfigError(f"{rest[1]!r} is not a flag: write flags as --name=value, and quote values that have spaces")
+        raise ConfigError(
+            f"{rest[1]!r} is not a flag: write flags as --name=value, and quote values that have spaces"
+        )
     return rest
 
 

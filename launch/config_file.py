@@ -1,4 +1,6 @@
-"""Reading somebody's config file, whose mistakes are told as the file's: its path, the line and the message, without frames of ours."""
+"""Reading somebody's config file, whose mistakes are told as the file's: its path, the line and the
+message, without frames of ours.
+"""
 
 import os
 import stat
@@ -11,11 +13,14 @@ from absl import flags
 from moe.config import ConfigError
 
 ROOT = Path(__file__).parents[1]
-_WRAPPED = "Error whilst parsing config file"  # what config_flags puts before a copy of a TypeError or ValueError
+# what config_flags puts before a copy of a TypeError or ValueError
+_WRAPPED = "Error whilst parsing config file"
 
 
 def check_config_file(path: str) -> None:
-    """Raises ConfigError for a path that is no regular file: reading a FIFO or a device would wait for ever."""
+    """Raises ConfigError for a path that is no regular file: reading a FIFO or a device would wait
+    for ever.
+    """
     try:
         mode = os.stat(path).st_mode
         if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
@@ -25,14 +30,18 @@ def check_config_file(path: str) -> None:
         where = f"{elsewhere}, which is there" if elsewhere.is_file() else "a config file"
         raise ConfigError(f"--config={path}: {error.strerror}: set --config to {where}") from None
     if not stat.S_ISREG(mode):
-        raise ConfigError(f"--config={path} is a FIFO, a socket or a device: set --config to a config file")
+        raise ConfigError(
+            f"--config={path} is a FIFO, a socket or a device: set --config to a config file"
+        )
 
 
 class Blaming:
-    """A context in which whatever a config file raises becomes a ConfigError with the file's path and line.
+    """A context in which whatever a config file raises becomes a ConfigError with the file's path
+    and line.
 
-    It may raise anything, SystemExit and KeyboardInterrupt too, so this is no `except`: an error is the file's if a frame of the file
-    is among its frames. Errors of absl's flags are left as they are, and so is an exit that the file did not ask for.
+    It may raise anything, SystemExit and KeyboardInterrupt too, so this is no `except`: an error is
+    the file's if a frame of the file is among its frames. Errors of absl's flags are left as they
+    are, and so is an exit that the file did not ask for.
     """
 
     def __init__(self, path: str):
@@ -42,7 +51,9 @@ class Blaming:
     def __enter__(self) -> None:
         pass
 
-    def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> None:
+    def __exit__(
+        self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None
+    ) -> None:
         if error is None or isinstance(error, ConfigError):
             return
         chain = [error]
@@ -64,7 +75,11 @@ class Blaming:
         """The last line of the file that the error passed, or that cannot be parsed."""
         if isinstance(error, SyntaxError) and error.filename in self._files:
             return error.lineno
-        lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename in self._files]
+        lines = [
+            line
+            for frame, line in traceback.walk_tb(error.__traceback__)
+            if frame.f_code.co_filename in self._files
+        ]
         return lines[-1] if lines else None
 
 

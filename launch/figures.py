@@ -1,7 +1,9 @@
-"""What all figures of a run share: their themes, their size, and how lines, shares and legends are drawn.
+"""What all figures of a run share: their themes, their size, and how lines, shares and legends are
+drawn.
 
-A family of lines or shares has one colour, and within it a shade says how much: the larger the stronger. A legend stands above the axes,
-where no line can pass under it. matplotlib is imported where it is used: it takes a second, in which bad input is answered.
+A family of lines or shares has one colour, and within it a shade says how much: the larger the
+stronger. A legend stands above the axes, where no line can pass under it. matplotlib is imported
+where it is used: it takes a second, in which bad input is answered.
 """
 
 import dataclasses
@@ -24,8 +26,38 @@ if TYPE_CHECKING:
 # Every figure is drawn once for light and once for dark pages. The colours are those of the page.
 _ROLES = ("text", "muted", "rule", "card", "first", "second", "third", "alarm")
 THEMES = {
-    "light": dict(zip(_ROLES, ("#24292f", "#656d76", "#e6e8eb", "#ffffff", "#2f6fb0", "#d1711f", "#1b8a6b", "#c0392b"), strict=True)),
-    "dark": dict(zip(_ROLES, ("#dfe3e8", "#98a1ab", "#30363e", "#1c2026", "#76aee6", "#eda766", "#6cc9a9", "#ef7f73"), strict=True)),
+    "light": dict(
+        zip(
+            _ROLES,
+            (
+                "#24292f",
+                "#656d76",
+                "#e6e8eb",
+                "#ffffff",
+                "#2f6fb0",
+                "#d1711f",
+                "#1b8a6b",
+                "#c0392b",
+            ),
+            strict=True,
+        )
+    ),
+    "dark": dict(
+        zip(
+            _ROLES,
+            (
+                "#dfe3e8",
+                "#98a1ab",
+                "#30363e",
+                "#1c2026",
+                "#76aee6",
+                "#eda766",
+                "#6cc9a9",
+                "#ef7f73",
+            ),
+            strict=True,
+        )
+    ),
 }
 TITLE_LENGTH = 44  # characters for which a figure has room
 MARGIN = 0.012  # where titles and legends begin, as a part of the figure's width
@@ -63,7 +95,9 @@ def style(colours: Mapping[str, str]) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Drawing:
-    """One figure: its file's name without theme and ending, a title, and what draws it on axes in a theme's colours."""
+    """One figure: its file's name without theme and ending, a title, and what draws it on axes in a
+    theme's colours.
+    """
 
     stem: str
     title: str
@@ -77,10 +111,17 @@ def write_drawing(drawing: Drawing, directory: Path) -> None:
 
     for theme, colours in THEMES.items():
         with matplotlib.rc_context(style(colours)), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)  # of a name in a script that the font lacks
-            figure, image = Figure(figsize=(5, 660 / 224), dpi=224, layout="constrained"), io.BytesIO()
+            warnings.filterwarnings(
+                "ignore", "Glyph .* missing from", UserWarning
+            )  # of a name in a script that the font lacks
+            figure, image = (
+                Figure(figsize=(5, 660 / 224), dpi=224, layout="constrained"),
+                io.BytesIO(),
+            )
             axes = figure.subplots()
-            figure.suptitle(shorten(drawing.title), x=MARGIN, ha="left", fontsize=11, fontweight="bold")
+            figure.suptitle(
+                shorten(drawing.title), x=MARGIN, ha="left", fontsize=11, fontweight="bold"
+            )
             drawing.paint(axes, colours)
             figure.savefig(image, format="png")
         write_whole(directory / f"{drawing.stem}-{theme}.png", image.getvalue())
@@ -107,7 +148,13 @@ def place_legend(axes: "Axes") -> None:
     if len(handles) > 1:
         place = {"loc": "lower left", "bbox_to_anchor": (MARGIN, 1.03)}
         place["bbox_transform"] = blended_transform_factory(axes.figure.transFigure, axes.transAxes)
-        gaps = {"borderpad": 0, "borderaxespad": 0, "handlelength": 1.2, "handletextpad": 0.5, "columnspacing": 1.1}
+        gaps = {
+            "borderpad": 0,
+            "borderaxespad": 0,
+            "handlelength": 1.2,
+            "handletextpad": 0.5,
+            "columnspacing": 1.1,
+        }
         axes.legend(handles, labels, ncols=len(handles), fontsize=8.5, **place, **gaps)
 
 
@@ -121,11 +168,15 @@ def set_steps(axes: "Axes", end: float) -> None:
 
 
 def ratio_shades(colours: Mapping[str, str]) -> "Colormap":
-    """Colours of ratios to an even share: the page's for 1, the first family for less and the second for more."""
+    """Colours of ratios to an even share: the page's for 1, the first family for less and the
+    second for more.
+    """
     from matplotlib.colors import LinearSegmentedColormap
 
     # An odd number of shades, so that one of them is the even share's.
-    shades = LinearSegmentedColormap.from_list("ratio", [colours[role] for role in ("first", "card", "second")], N=255)
+    shades = LinearSegmentedColormap.from_list(
+        "ratio", [colours[role] for role in ("first", "card", "second")], N=255
+    )
     return shades.with_extremes(bad=colours["muted"])
 
 
@@ -133,7 +184,9 @@ def share_shades(colours: Mapping[str, str]) -> "Colormap":
     """Colours of shares: the page's for 0, and the first family for more."""
     from matplotlib.colors import LinearSegmentedColormap
 
-    return LinearSegmentedColormap.from_list("share", [colours["card"], colours["first"]]).with_extremes(bad=colours["rule"])
+    return LinearSegmentedColormap.from_list(
+        "share", [colours["card"], colours["first"]]
+    ).with_extremes(bad=colours["rule"])
 
 
 def line_shades(colours: Mapping[str, str], number: int) -> list[Any]:

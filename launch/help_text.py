@@ -1,4 +1,6 @@
-"""What --help prints: the command's own text, its flags, and each field of --config with its value and its comment in moe/config.py."""
+"""What --help prints: the command's own text, its flags, and each field of --config with its value
+and its comment in moe/config/.
+"""
 
 import ast
 import dataclasses
@@ -12,18 +14,24 @@ from typing import Any
 
 from absl import flags
 
-from moe.checks import without_none
 from moe.config import RunConfig
+from moe.config.checks import without_none
 
 
 def help_text(description: str, config: RunConfig | None = None, path: str | None = None) -> str:
-    """The whole text; with `config`, its fields' values too, which were read from `path` or are the defaults."""
+    """The whole text; with `config`, its fields' values too, which were read from `path` or are the
+    defaults.
+    """
     lines = [description.strip(), "", "Flags:"]
     for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0]):
         default = f" (default: {flag.default})" if flag.default not in (None, "") else ""
         lines += [f"  --{flag.name}=...", flags.text_wrap(flag.help + default, indent="      ")]
     if config:
-        values = f"their values in {path}" if path else "the values they have where the file sets no other"
+        values = (
+            f"their values in {path}"
+            if path
+            else "the values they have where the file sets no other"
+        )
         lines += ["", f"Fields of --config, with {values}:", *_group(config, "config")]
     return "\n".join(lines)
 
@@ -40,7 +48,9 @@ def config_fields(config: Any, path: str = "config") -> Iterator[tuple[str, Any]
 
 
 def _group(config: Any, path: str) -> Iterator[str]:
-    """The lines of one dataclass: its own fields first, then the dataclasses within it, each under its docstring."""
+    """The lines of one dataclass: its own fields first, then the dataclasses within it, each under
+    its docstring.
+    """
     types, comments = typing.get_type_hints(type(config)), field_comments(type(config))
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     for name, value in values.items():
@@ -61,12 +71,18 @@ def field_comments(config_class: type) -> dict[str, str]:
     source = inspect.getsource(config_class)
     lines = source.splitlines()
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    comments = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
+    comments = {
+        token.start[0]: token.string.lstrip("# ")
+        for token in tokens
+        if token.type == tokenize.COMMENT
+    }
     texts = {}
     for node in ast.parse(source).body[0].body:
         if isinstance(node, ast.AnnAssign):
             first = node.lineno
             while lines[first - 2].strip().startswith("#"):
                 first -= 1
-            texts[node.target.id] = " ".join(comments[line] for line in range(first, node.end_lineno + 1) if line in comments)
+            texts[node.target.id] = " ".join(
+                comments[line] for line in range(first, node.end_lineno + 1) if line in comments
+            )
     return texts

@@ -1,4 +1,5 @@
-"""The HTML of a run's report: one page without scripts, which needs nothing but the figures beside it.
+"""The HTML of a run's report: one page without scripts, which needs nothing but the figures beside
+it.
 
 Whatever comes from a file (names, config values, commands) is escaped.
 """
@@ -31,20 +32,36 @@ class Section:
 
 
 def page(
-    name: str, step: int, columns: Columns, config: dict[str, Any], environments: list[dict[str, Any]], sections: Sequence[Section]
+    name: str,
+    step: int,
+    columns: Columns,
+    config: dict[str, Any],
+    environments: list[dict[str, Any]],
+    sections: Sequence[Section],
 ) -> str:
     """The whole page of the run `name`, which stands at `step`."""
     parts = [_header(name, step, config, environments), _headlines(columns)]
     parts += [_section(section) for section in sections if section.drawings or section.note]
-    parts.append("<h2>Numbers</h2>\n" + _table(("metric", "last", "at step", "lowest", "highest"), _numbers(columns)))
-    parts.append("<h2>Config</h2>\n<p class=muted>Values that differ from the defaults are in bold.</p>\n" + _config(config))
+    parts.append(
+        "<h2>Numbers</h2>\n"
+        + _table(("metric", "last", "at step", "lowest", "highest"), _numbers(columns))
+    )
+    parts.append(
+        "<h2>Config</h2>\n<p class=muted>Values that differ from the defaults are in bold.</p>\n"
+        + _config(config)
+    )
     if environments:
         parts.append("<h2>Environment</h2>\n" + "".join(map(_environment, environments)))
-    colours = {f"{theme}_colours": "".join(f"--{role}:{colour};" for role, colour in THEMES[theme].items()) for theme in THEMES}
+    colours = {
+        f"{theme}_colours": "".join(f"--{role}:{colour};" for role, colour in THEMES[theme].items())
+        for theme in THEMES
+    }
     return _PAGE.substitute(colours, title=html.escape(name), body="\n".join(parts))
 
 
-def _header(name: str, step: int, config: dict[str, Any], environments: list[dict[str, Any]]) -> str:
+def _header(
+    name: str, step: int, config: dict[str, Any], environments: list[dict[str, Any]]
+) -> str:
     tokens = step * config["train"]["batch_size"] * config["data"]["sequence_length"]
     facts = [f"step {step:,} of {config['train']['steps']:,}", f"{tokens:,} tokens"]
     if environments:
@@ -79,8 +96,12 @@ def _headline(value: float, form: str) -> str:
 
 def _section(section: Section) -> str:
     note = f"<p class=muted>{html.escape(section.note)}</p>\n" if section.note else ""
-    figures = "".join(f"<figure class=card>{picture(drawing)}</figure>" for drawing in section.drawings)
-    return f"<h2>{html.escape(section.heading)}</h2>\n{note}" + (f"<div class=plots>{figures}</div>" if figures else "")
+    figures = "".join(
+        f"<figure class=card>{picture(drawing)}</figure>" for drawing in section.drawings
+    )
+    return f"<h2>{html.escape(section.heading)}</h2>\n{note}" + (
+        f"<div class=plots>{figures}</div>" if figures else ""
+    )
 
 
 def _numbers(columns: Columns) -> Iterator[tuple[str, ...]]:
@@ -96,17 +117,27 @@ def _number(value: float) -> str:
 
 def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     header = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
+    )
     return f"<div class='card scroll'><table class=numbers><tr>{header}</tr>{body}</table></div>"
 
 
 def _config(config: dict[str, Any]) -> str:
-    """A card for each group of fields, nested ones after their own: model, model.attention, model.moe."""
+    """A card for each group of fields, nested ones after their own: model, model.attention,
+    model.moe.
+    """
     defaults = dict(_groups(RunConfig().to_dict(), "run"))
     cards = []
     for name, fields in _groups(config, "run"):
-        default, prefix = defaults.get(name, {}), "".join(f"{part}." for part in name.split(".")[1:])
-        rows = "".join(_config_row(prefix + field, value, default.get(field)) for field, value in fields.items())
+        default, prefix = (
+            defaults.get(name, {}),
+            "".join(f"{part}." for part in name.split(".")[1:]),
+        )
+        rows = "".join(
+            _config_row(prefix + field, value, default.get(field))
+            for field, value in fields.items()
+        )
         cards.append(f"<div class=card><h3>{html.escape(name)}</h3><table>{rows}</table></div>")
     return f"<div class=config>{''.join(cards)}</div>"
 
@@ -129,7 +160,10 @@ def _config_row(name: str, value: Any, default: Any) -> str:
 
 
 def _environment(start: dict[str, Any]) -> str:
-    rows = "".join(f"<tr><td>{html.escape(name)}</td><td>{html.escape(_plain(value))}</td></tr>" for name, value in start.items())
+    rows = "".join(
+        f"<tr><td>{html.escape(name)}</td><td>{html.escape(_plain(value))}</td></tr>"
+        for name, value in start.items()
+    )
     time = html.escape(_plain(start.get("time")))
     return f"<details class=card><summary>Start at {time}</summary><table>{rows}</table></details>"
 

@@ -1,20 +1,28 @@
-"""Prints what a config builds: each component's shapes, parameters, FLOPs per token and bytes, with totals.
+"""Prints what a config builds: each component's shapes, parameters, FLOPs per token and bytes, with
+totals.
 
 Examples:
     python -m launch.summary --config=configs/dense_125m.py
     python -m launch.summary --config=configs/dense_125m.py --config.model.num_layers=24
     python -m launch.summary --config=configs/moe_8x7b.py
 
-Nothing is allocated or compiled: every number is counted from the config. FLOPs are those of training (forward and backward), averaged over
-the tokens of a causal row of config.data.sequence_length. Bytes are the parameters' in float32; a training state holds three times as many
-(parameters and Adam's two moments), and the gradient a fourth.
+Nothing is allocated or compiled: every number is counted from the config. FLOPs are those of
+training (forward and backward), averaged over the tokens of a causal row of
+config.data.sequence_length. Bytes are the parameters' in float32; a training state holds three
+times as many (parameters and Adam's two moments), and the gradient a fourth.
 """
 
 from absl import flags
 
 from launch import command_line
 from moe.config import ModelConfig
-from moe.scaling.flops import active_parameters, component_counts, embedding_parameters, total_parameters, training_flops_per_token
+from moe.scaling.flops import (
+    active_parameters,
+    component_counts,
+    embedding_parameters,
+    total_parameters,
+    training_flops_per_token,
+)
 
 BYTES_PER_PARAMETER = 4
 
@@ -24,7 +32,16 @@ def summary(model: ModelConfig, sequence_length: int) -> str:
     rows = [("component", "repeats", "shapes", "parameters", "training FLOPs/token", "bytes")]
     for count in component_counts(model, sequence_length):
         flops, size = 3 * count.forward_flops, count.parameters * BYTES_PER_PARAMETER
-        rows.append((count.name, str(count.repeats), count.shapes, f"{count.parameters:,}", f"{flops:,.0f}", f"{size:,}"))
+        rows.append(
+            (
+                count.name,
+                str(count.repeats),
+                count.shapes,
+                f"{count.parameters:,}",
+                f"{flops:,.0f}",
+                f"{size:,}",
+            )
+        )
     total, embeddings = total_parameters(model), embedding_parameters(model)
     totals = (
         f"parameters: {total:,} ({total - embeddings:,} without embeddings), active per token: {active_parameters(model):,}",
@@ -38,7 +55,11 @@ def _align(rows: list[tuple[str, ...]]) -> list[str]:
     """The rows as lines, numbers to the right, with a rule under the first and after the last."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     cells = [
-        [cell.rjust(width) if cell[0].isdigit() else cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows
+        [
+            cell.rjust(width) if cell[0].isdigit() else cell.ljust(width)
+            for cell, width in zip(row, widths, strict=True)
+        ]
+        for row in rows
     ]
     rule = "  ".join("-" * width for width in widths)
     lines = ["  ".join(row).rstrip() for row in cells]

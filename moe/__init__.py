@@ -2,7 +2,8 @@
 
     from moe import ModelConfig, MoE, MoEConfig, Transformer
 
-Names are loaded when first used (PEP 562), so importing a kernel loads no Flax, and importing a config no JAX.
+Names are loaded when first used (PEP 562), so importing a kernel loads no Flax, and importing a
+config no JAX.
 """
 
 import importlib
@@ -10,19 +11,41 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moe.config import ConfigError, ModelConfig, MoEConfig, RunConfig
-    from moe.experts import MoE
-    from moe.transformer import Transformer
+    from moe.inference.generate import generate
+    from moe.model.experts import MoE
+    from moe.model.routing import route
+    from moe.model.transformer import Transformer
+    from moe.training.train_step import make_program
+    from moe.training.trainer import fit, load_run
 
-__all__ = ["ConfigError", "MoE", "MoEConfig", "ModelConfig", "RunConfig", "Transformer"]
-
+# The module of each name.
 _MODULES = {
     "ConfigError": "config",
-    "MoE": "experts",
+    "MoE": "model.experts",
     "MoEConfig": "config",
     "ModelConfig": "config",
     "RunConfig": "config",
-    "Transformer": "transformer",
+    "Transformer": "model.transformer",
+    "fit": "training.trainer",
+    "generate": "inference.generate",
+    "load_run": "training.trainer",
+    "make_program": "training.train_step",
+    "route": "model.routing",
 }
+
+__all__ = [
+    "ConfigError",
+    "MoE",
+    "MoEConfig",
+    "ModelConfig",
+    "RunConfig",
+    "Transformer",
+    "fit",
+    "generate",
+    "load_run",
+    "make_program",
+    "route",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,7 @@
 """Declaring a parameter: the one place that says what a leaf of the parameter tree is.
 
-A declaration states shape, dimensions (letters of the legend in docs/design.md), kind and fan-in. Sharding, weight decay and the summary
-table read these, so none of them has to guess from names.
+A declaration states shape, dimensions (letters of the legend in docs/design.md), kind and fan-in.
+Sharding, weight decay and the summary table read these, so none of them has to guess from names.
 """
 
 import math
@@ -14,13 +14,15 @@ import jax.numpy as jnp
 from flax import struct
 from flax.core import meta
 
-# "linear" multiplies activations; so does "router", whose outputs score experts; "embedding" is looked up by token; "unembedding" makes
-# logits; "norm" scales a normalised vector.
+# "linear" multiplies activations; so does "router", whose outputs score experts; "embedding" is
+# looked up by token; "unembedding" makes logits; "norm" scales a normalised vector.
 Kind = Literal["linear", "router", "embedding", "unembedding", "norm"]
 
 
 class Declared(struct.PyTreeNode, meta.AxisMetadata):
-    """A parameter together with its declaration; Flax calls it a box, and unboxes it before a module sees it."""
+    """A parameter together with its declaration; Flax calls it a box, and unboxes it before a
+    module sees it.
+    """
 
     value: Any
     dims: str = struct.field(pytree_node=False)
@@ -45,18 +47,32 @@ class Declared(struct.PyTreeNode, meta.AxisMetadata):
         return cls(**{name: metadata[name] for name in ("value", "dims", "kind", "fan_in")})
 
 
-def parameter(module: nn.Module, name: str, dims: str, shape: tuple[int, ...], *, kind: Kind, fan_in: int, scale: float = 1.0) -> jax.Array:
+def parameter(
+    module: nn.Module,
+    name: str,
+    dims: str,
+    shape: tuple[int, ...],
+    *,
+    kind: Kind,
+    fan_in: int,
+    scale: float = 1.0,
+) -> jax.Array:
     """Declares a float32 parameter of `module` and returns its value.
 
-    A norm's scale starts at one; everything else as a normal of standard deviation `scale / sqrt(fan_in)`, truncated at three of them
-    (LeCun et al. 1998), where `fan_in` is the number of products that one output sums.
+    A norm's scale starts at one; everything else as a normal of standard deviation `scale /
+    sqrt(fan_in)`, truncated at three of them (LeCun et al. 1998), where `fan_in` is the number of
+    products that one output sums.
     """
 
     def init(key: jax.Array) -> Declared:
         if kind == "norm":
             value = jnp.ones(shape, jnp.float32)
         else:
-            value = scale / math.sqrt(fan_in) * jax.random.truncated_normal(key, -3.0, 3.0, shape, jnp.float32)
+            value = (
+                scale
+                / math.sqrt(fan_in)
+                * jax.random.truncated_normal(key, -3.0, 3.0, shape, jnp.float32)
+            )
         return Declared(value, dims=dims, kind=kind, fan_in=fan_in)
 
     return jnp.asarray(module.param(name, init))  # a tree of NumPy arrays is one, too
@@ -67,14 +83,18 @@ def is_declared(leaf: Any) -> bool:
 
 
 def declarations(model: nn.Module) -> Any:
-    """The parameter tree of `model` as Declared leaves holding shapes and dtypes; nothing is allocated."""
+    """The parameter tree of `model` as Declared leaves holding shapes and dtypes; nothing is
+    allocated.
+    """
     batch = {"tokens": jax.ShapeDtypeStruct((1, 1), jnp.int32)}
     return jax.eval_shape(model.init, jax.random.key(0), batch)["params"]
 
 
 def map_declared(function: Callable[[Declared], Any], tree: Any) -> Any:
     """Maps a function of declarations over a tree that holds some, keeping its structure."""
-    return jax.tree.map(lambda leaf: function(leaf) if is_declared(leaf) else leaf, tree, is_leaf=is_declared)
+    return jax.tree.map(
+        lambda leaf: function(leaf) if is_declared(leaf) else leaf, tree, is_leaf=is_declared
+    )
 
 
 def unbox(tree: Any) -> Any:

@@ -1,4 +1,6 @@
-"""Every config file loads, says how to run it, and fits the hardware it names; those of published models have their parameters."""
+"""Every config file loads, says how to run it, and fits the hardware it names; those of published
+models have their parameters.
+"""
 
 import dataclasses
 import importlib
@@ -9,7 +11,12 @@ from pathlib import Path
 import pytest
 
 from moe.config import RunConfig, check_layout
-from moe.scaling.flops import active_parameters, component_counts, total_parameters, training_flops_per_token
+from moe.scaling.flops import (
+    active_parameters,
+    component_counts,
+    total_parameters,
+    training_flops_per_token,
+)
 
 ROOT = Path(__file__).parents[1]
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("[!_]*.py"))
@@ -28,23 +35,34 @@ def test_a_config_loads_and_survives_json(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_docstring_says_how_to_run_it_on_what_and_what_came_of_it(name):
     text = importlib.import_module(f"configs.{name}").__doc__
-    command = re.search(rf"^Command:  python -m launch\.(train|benchmark) --config=configs/{name}\.py(.*)$", text, re.MULTILINE)
+    command = re.search(
+        rf"^Command:  python -m launch\.(train|benchmark) --config=configs/{name}\.py(.*)$",
+        text,
+        re.MULTILINE,
+    )
     assert command and re.search(r"^Hardware: ", text, re.MULTILINE)
     if command[1] == "train":
         assert command[2] == f" --workdir=runs/{name}"
-        assert re.search(r"^Time, result: not measured", text, re.MULTILINE) or re.search(r"^Time: +.+\nResult: +", text, re.MULTILINE)
+        assert re.search(r"^Time, result: not measured", text, re.MULTILINE) or re.search(
+            r"^Time: +.+\n( +.+\n)*Result: +", text, re.MULTILINE
+        )
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_config_fits_the_accelerators_it_names(name):
-    number = re.search(r"^Hardware: ([\d,]+) accelerators?", importlib.import_module(f"configs.{name}").__doc__, re.MULTILINE)
+    number = re.search(
+        r"^Hardware: ([\d,]+) accelerators?",
+        importlib.import_module(f"configs.{name}").__doc__,
+        re.MULTILINE,
+    )
     devices = int(number[1].replace(",", "")) if number else 1
     config = load(name)
     check_layout(config, config.mesh.resolve(devices))
     assert devices > 1 or total_parameters(config.model) < 1e9
 
 
-# The warm-up that each config trains with at its own number of steps, whatever part of them that is.
+# The warm-up that each config trains with at its own number of steps, whatever part of them that
+# is.
 WARMUP_STEPS = {
     "benchmark_dense": 100,
     "benchmark_moe": 100,
@@ -73,16 +91,21 @@ def test_a_config_warms_up_in_its_steps_and_runs_with_few(name, warmup_steps):
 
 
 def test_every_config_has_its_warm_up_here():
-    experiments = {f"experiments.{path.stem}" for path in (ROOT / "configs/experiments").glob("[!_]*.py")}
+    experiments = {
+        f"experiments.{path.stem}" for path in (ROOT / "configs/experiments").glob("[!_]*.py")
+    }
     assert WARMUP_STEPS.keys() == set(NAMES) | experiments
 
 
 def test_the_default_of_make_train_is_there():
-    default = re.search(r"^CONFIG \?= configs/(\w+)\.py$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    default = re.search(
+        r"^CONFIG \?= configs/(\w+)\.py$", (ROOT / "Makefile").read_text(), re.MULTILINE
+    )
     assert default[1] in NAMES
 
 
-# What a published checkpoint holds (the sizes in its safetensors index), less its norms on queries and keys, which are not in this model.
+# What a published checkpoint holds (the sizes in its safetensors index), less its norms on queries
+# and keys, which are not in this model.
 TOTALS = {
     "dense_1b": 1_235_814_400,
     "dense_7b": 6_738_415_616,
@@ -99,7 +122,12 @@ def test_parameters_equal_the_published_checkpoints(name, total):
 
 # In billions, as printed; to one unit of the last digit, since Qwen prints 3.353 as 3.3.
 @pytest.mark.parametrize(
-    ("name", "total", "active", "unit"), [("moe_1b_7b", 6.92, 1.28, 0.01), ("moe_8x7b", 46.7, 12.9, 0.1), ("moe_30b_a3b", 30.5, 3.3, 0.1)]
+    ("name", "total", "active", "unit"),
+    [
+        ("moe_1b_7b", 6.92, 1.28, 0.01),
+        ("moe_8x7b", 46.7, 12.9, 0.1),
+        ("moe_30b_a3b", 30.5, 3.3, 0.1),
+    ],
 )
 def test_parameters_agree_with_the_papers(name, total, active, unit):
     model = load(name).model
@@ -116,26 +144,47 @@ def test_671b_is_deepseek_v3_but_for_attention():
     assert counts["shared experts"].parameters == 58 * expert
     assert counts["router"].parameters == 58 * 7168 * 256
     assert counts["feed-forward"].parameters == 3 * 3 * 7168 * 18_432
-    # Latent attention (eq. 1-11): queries through 1536; keys and values through 512; 128 heads of 128, and 64 rotary ones shared by keys.
+    # Latent attention (eq. 1-11): queries through 1536; keys and values through 512; 128 heads of
+    # 128, and 64 rotary ones shared by keys.
     queries = 7168 * 1536 + 1536 + 1536 * 128 * (128 + 64)
-    latent_attention = queries + 7168 * (512 + 64) + 512 + 512 * 128 * (128 + 128) + 128 * 128 * 7168
+    latent_attention = (
+        queries + 7168 * (512 + 64) + 512 + 512 * 128 * (128 + 128) + 128 * 128 * 7168
+    )
     swap = 61 * latent_attention - counts["attention projections"].parameters
-    assert total_parameters(model) + swap == 671_026_404_352  # the published weights without their 58 biases of 256
+    assert (
+        total_parameters(model) + swap == 671_026_404_352
+    )  # the published weights without their 58 biases of 256
     # The published "36.6B (including 0.9B for the output head)" leaves out the embedding.
-    assert (active_parameters(model) + swap - counts["embedding"].parameters) / 1e9 == pytest.approx(36.6, abs=0.05)
+    assert (
+        active_parameters(model) + swap - counts["embedding"].parameters
+    ) / 1e9 == pytest.approx(36.6, abs=0.05)
 
 
 def test_routing_of_671b_is_deepseek_v3s():
     moe = load("moe_671b").model.moe
     assert (moe.router, moe.normalize_weights, moe.weight_scale) == ("sigmoid", True, 2.5)
     assert (moe.num_groups, moe.groups_per_token, moe.experts_per_token) == (8, 4, 8)
-    assert (moe.bias_update_rate, moe.balance_scope, moe.balance_weight) == (0.001, "row", pytest.approx(58 * 1e-4))
+    assert (moe.bias_update_rate, moe.balance_scope, moe.balance_weight) == (
+        0.001,
+        "row",
+        pytest.approx(58 * 1e-4),
+    )
 
 
 def test_moe_tiny_costs_a_token_what_dense_tiny_does():
     sparse, dense = load("moe_tiny"), load("dense_tiny")
     assert sparse.data == dense.data and sparse.warmup_steps == dense.warmup_steps
-    assert dataclasses.replace(sparse.optimizer, warmup_fraction=dense.optimizer.warmup_fraction) == dense.optimizer
-    flops = [training_flops_per_token(config.model, config.data.sequence_length) for config in (sparse, dense)]
+    assert (
+        dataclasses.replace(sparse.optimizer, warmup_fraction=dense.optimizer.warmup_fraction)
+        == dense.optimizer
+    )
+    flops = [
+        training_flops_per_token(config.model, config.data.sequence_length)
+        for config in (sparse, dense)
+    ]
     assert 1 < flops[0] / flops[1] < 1.01  # the router is the difference
-    assert active_parameters(sparse.model) < 1.01 * total_parameters(dense.model) < total_parameters(sparse.model) / 3
+    assert (
+        active_parameters(sparse.model)
+        < 1.01 * total_parameters(dense.model)
+        < total_parameters(sparse.model) / 3
+    )

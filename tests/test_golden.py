@@ -1,4 +1,5 @@
-"""The golden step: what three training steps of four small models compute, held against committed numbers.
+"""The golden step: what three training steps of four small models compute, held against committed
+numbers.
 
 A rebuilding of the code must not move them. Parameters and batches come from golden/inputs.npz,
 under names and in shapes of the field, so they survive when modules are renamed, when a weight is
@@ -20,14 +21,22 @@ import jax
 import numpy as np
 import pytest
 
-from moe import sharding
 from moe.config import DataConfig, ModelConfig, MoEConfig, OptimizerConfig, RunConfig, TrainConfig
-from moe.train_step import TrainState, make_program
+from moe.parallel.mesh import global_batch
+from moe.training.train_step import TrainState, make_program
 
 FOLDER = Path(__file__).parent / "golden"
 STEPS = 3
 
-DENSE = ModelConfig(num_layers=2, model_dim=32, feed_forward_dim=48, num_heads=4, num_kv_heads=2, head_dim=8, rope_base=100.0)
+DENSE = ModelConfig(
+    num_layers=2,
+    model_dim=32,
+    feed_forward_dim=48,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    rope_base=100.0,
+)
 EXPERTS = MoEConfig(
     num_experts=6,
     expert_dim=24,
@@ -77,7 +86,9 @@ def names_of(model: str) -> dict[str, tuple[str, str]]:
     """Name in the file -> (path in our tree, reordering), for all parameters of a model."""
     if model == "dense":
         return EMBEDDINGS | within("dense_layers", "layers_0/block_0", ATTENTION | FEED_FORWARD)
-    names = {name: EMBEDDINGS[name] for name in ("embedding", "final_norm")}  # the embedding is tied
+    names = {
+        name: EMBEDDINGS[name] for name in ("embedding", "final_norm")
+    }  # the embedding is tied
     names |= within("dense_layers", "layers_0/block_0", ATTENTION | FEED_FORWARD)
     return names | within("sparse_layers", "layers_1/block_0", ATTENTION | MOE)
 
@@ -89,7 +100,11 @@ def within(group: str, path: str, names: dict[str, tuple[str, str]]) -> dict[str
 def read_inputs(model: str) -> dict[str, np.ndarray]:
     """Parameters and batches of a model, by their names in the file."""
     with np.load(FOLDER / "inputs.npz") as file:
-        return {name.removeprefix(f"{model}/"): file[name] for name in file.files if name.startswith((f"{model}/", "batches/"))}
+        return {
+            name.removeprefix(f"{model}/"): file[name]
+            for name in file.files
+            if name.startswith((f"{model}/", "batches/"))
+        }
 
 
 def to_tree(model: str, inputs: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -117,7 +132,9 @@ def measure(model: str, dtype: str) -> dict[str, Any]:
         model=dataclasses.replace(MODELS[model], compute_dtype=dtype),
         data=DataConfig(sequence_length=inputs["batches/tokens"].shape[2]),
         optimizer=OptimizerConfig(learning_rate=0.01, warmup_fraction=0.01),
-        train=TrainConfig(steps=100, batch_size=inputs["batches/tokens"].shape[1], accumulation=2, loss_chunk=16),
+        train=TrainConfig(
+            steps=100, batch_size=inputs["batches/tokens"].shape[1], accumulation=2, loss_chunk=16
+        ),
     )
     program = make_program(config, jax.devices()[:1])
     state = program.init_state()
@@ -128,8 +145,14 @@ def measure(model: str, dtype: str) -> dict[str, Any]:
     losses, gradient_norms = [], []
     with jax.set_mesh(program.mesh):
         for step in range(STEPS):
-            rows = {name.removeprefix("batches/"): array[step] for name, array in inputs.items() if name.startswith("batches/")}
-            state, metrics = program.train_step(state, sharding.global_batch(rows, program.mesh, config.train.batch_size))
+            rows = {
+                name.removeprefix("batches/"): array[step]
+                for name, array in inputs.items()
+                if name.startswith("batches/")
+            }
+            state, metrics = program.train_step(
+                state, global_batch(rows, program.mesh, config.train.batch_size)
+            )
             losses.append(float(metrics["loss"]))
             gradient_norms.append(float(metrics["gradient_norm"]))
     return {"loss": losses, "gradient_norm": gradient_norms, "norms": norms(model, state)}
@@ -139,12 +162,16 @@ def norms(model: str, state: TrainState) -> dict[str, float]:
     """The norm of each parameter by its name in the file, and of all router biases together."""
     values = {name: leaf_at(state.params, path) for name, (path, _) in names_of(model).items()}
     if model == "sparse":
-        values["router_biases"] = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(state.router_state)])
-    return {name: float(np.linalg.norm(np.asarray(value, np.float64))) for name, value in values.items()}
+        values["router_biases"] = np.concatenate(
+            [np.ravel(leaf) for leaf in jax.tree.leaves(state.router_state)]
+        )
+    return {
+        name: float(np.linalg.norm(np.asarray(value, np.float64))) for name, value in values.items()
+    }
 
 
-# Programs that round differently (AVX-512, SSE4, with and without XLA's optimisations) agree to 2e-7
-# in float32. In bfloat16 they agree to 3e-3, for an early rounding becomes another activation.
+# Programs that round differently (AVX-512, SSE4, with and without XLA's optimisations) agree to
+# 2e-7 in float32. In bfloat16 they agree to 3e-3, for an early rounding becomes another activation.
 TOLERANCE = {"float32": 3e-6, "bfloat16": 1e-2}
 
 ADVICE = """{count} of {total} golden numbers of the {model} model in {dtype} moved (relative difference, allowed {allowed:g}):
@@ -158,15 +185,29 @@ If the new numbers are the right ones, say why in the commit, and write them: py
 
 
 def flatten(measured: dict[str, Any]) -> dict[str, float]:
-    steps = {f"{name} of step {step}": value for name in ("loss", "gradient_norm") for step, value in enumerate(measured[name], start=1)}
+    steps = {
+        f"{name} of step {step}": value
+        for name in ("loss", "gradient_norm")
+        for step, value in enumerate(measured[name], start=1)
+    }
     return steps | {f"norm of {name}": value for name, value in measured["norms"].items()}
 
 
-def compare(measured: dict[str, Any], expected: dict[str, Any]) -> list[tuple[str, float, float, float]]:
+def compare(
+    measured: dict[str, Any], expected: dict[str, Any]
+) -> list[tuple[str, float, float, float]]:
     """(what, number here, number committed, relative difference) of every golden number."""
     here, there = flatten(measured), flatten(expected)
     assert here.keys() == there.keys()
-    return [(name, here[name], there[name], abs(here[name] - there[name]) / max(abs(there[name]), 1e-12)) for name in here]
+    return [
+        (
+            name,
+            here[name],
+            there[name],
+            abs(here[name] - there[name]) / max(abs(there[name]), 1e-12),
+        )
+        for name in here
+    ]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -175,25 +216,50 @@ def test_three_steps_give_the_committed_numbers(model: str, dtype: str) -> None:
     expected = json.loads((FOLDER / "expected.json").read_text())[f"{model} {dtype}"]
     rows = compare(measure(model, dtype), expected)
     moved = [row for row in rows if not row[3] <= TOLERANCE[dtype]]
-    table = "\n".join(f"  {name}: {here:.7g}, was {there:.7g} ({difference:.1e})" for name, here, there, difference in moved)
+    table = "\n".join(
+        f"  {name}: {here:.7g}, was {there:.7g} ({difference:.1e})"
+        for name, here, there, difference in moved
+    )
     counts = {"count": len(moved), "total": len(rows)}
-    assert not moved, ADVICE.format(model=model, dtype=dtype, allowed=TOLERANCE[dtype], table=table, **counts)
+    assert not moved, ADVICE.format(
+        model=model, dtype=dtype, allowed=TOLERANCE[dtype], table=table, **counts
+    )
 
 
 def make_inputs() -> dict[str, np.ndarray]:
-    """How golden/inputs.npz was made: parameters with a scale of 1/sqrt(fan-in), packed rows with padding."""
+    """How golden/inputs.npz was made: parameters with a scale of 1/sqrt(fan-in), packed rows with
+    padding.
+    """
     rng = np.random.default_rng(20260101)
-    v, d, f, n, k, h = 256, DENSE.model_dim, DENSE.feed_forward_dim, DENSE.num_heads, DENSE.num_kv_heads, DENSE.head_dim
+    v, d, f, n, k, h = (
+        256,
+        DENSE.model_dim,
+        DENSE.feed_forward_dim,
+        DENSE.num_heads,
+        DENSE.num_kv_heads,
+        DENSE.head_dim,
+    )
     e, w = EXPERTS.num_experts, EXPERTS.expert_dim
     attention = {"query": (d, n, h), "key": (d, k, h), "value": (d, k, h), "output": (n, h, d)}
     dense = {"gate": (d, f), "up": (d, f), "down": (f, d)}
-    experts = {"router": (d, e), "experts_gate": (e, d, w), "experts_up": (e, d, w), "experts_down": (e, w, d)}
+    experts = {
+        "router": (d, e),
+        "experts_gate": (e, d, w),
+        "experts_up": (e, d, w),
+        "experts_down": (e, w, d),
+    }
     shared = {"shared_gate": (d, w), "shared_up": (d, w), "shared_down": (w, d)}
     fan_in = {"output": n * h, "down": f, "experts_down": w, "shared_down": w}
 
     def layers(count: int, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-        norms = {name: 1 + 0.1 * rng.standard_normal((count, d)) for name in ("attention_norm", "feed_forward_norm")}
-        weights = {name: rng.standard_normal((count, *shape)) / fan_in.get(name, d) ** 0.5 for name, shape in shapes.items()}
+        norms = {
+            name: 1 + 0.1 * rng.standard_normal((count, d))
+            for name in ("attention_norm", "feed_forward_norm")
+        }
+        weights = {
+            name: rng.standard_normal((count, *shape)) / fan_in.get(name, d) ** 0.5
+            for name, shape in shapes.items()
+        }
         if "router" in weights:  # clear choices, which no rounding turns into others
             weights["router"] *= 4
         return norms | weights
@@ -203,17 +269,24 @@ def make_inputs() -> dict[str, np.ndarray]:
 
     inputs: dict[str, np.ndarray] = {}
     for model in MODELS:
-        ends = {"embedding": rng.standard_normal((v, d)) / d**0.5, "final_norm": 1 + 0.1 * rng.standard_normal(d)}
+        ends = {
+            "embedding": rng.standard_normal((v, d)) / d**0.5,
+            "final_norm": 1 + 0.1 * rng.standard_normal(d),
+        }
         if model == "dense":
             ends["unembedding"] = rng.standard_normal((d, v)) / d**0.5
         inputs |= prefixed(model, ends)
-        inputs |= prefixed(f"{model}/dense_layers", layers(1 if model == "sparse" else 2, attention | dense))
+        inputs |= prefixed(
+            f"{model}/dense_layers", layers(1 if model == "sparse" else 2, attention | dense)
+        )
     inputs |= prefixed("sparse/sparse_layers", layers(2, attention | experts | shared))
     return inputs | make_batches(rng)
 
 
 def make_batches(rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Batches [steps, B, T] of documents of random lengths, padded at the end, of few distinct tokens."""
+    """Batches [steps, B, T] of documents of random lengths, padded at the end, of few distinct
+    tokens.
+    """
     shape = (STEPS, 8, 40)
     starts = rng.random(shape) < 0.1
     index = np.broadcast_to(np.arange(shape[2]), shape)
@@ -225,14 +298,18 @@ def make_batches(rng: np.random.Generator) -> dict[str, np.ndarray]:
         "batches/targets": np.where(real, stream[..., 1:], 0).astype(np.int32),
         "batches/loss_mask": real & (rng.random(shape) < 0.9),
         "batches/segment_ids": np.where(real, segments, 0).astype(np.int32),
-        "batches/positions": (index - np.maximum.accumulate(np.where(starts, index, 0), axis=2)).astype(np.int32),
+        "batches/positions": (
+            index - np.maximum.accumulate(np.where(starts, index, 0), axis=2)
+        ).astype(np.int32),
     }
 
 
 def main(arguments: list[str]) -> None:
     if not (FOLDER / "inputs.npz").exists():
         np.savez_compressed(FOLDER / "inputs.npz", **make_inputs())
-    measured = {f"{model} {dtype}": measure(model, dtype) for model in MODELS for dtype in TOLERANCE}
+    measured = {
+        f"{model} {dtype}": measure(model, dtype) for model in MODELS for dtype in TOLERANCE
+    }
     if arguments == ["--write"]:
         (FOLDER / "expected.json").write_text(json.dumps(measured, indent=2) + "\n")
     expected = json.loads((FOLDER / "expected.json").read_text())

@@ -1,4 +1,6 @@
-"""Every public function in a process that has set JAX up otherwise: 64-bit types, promotion, meshes of other kinds, transformations."""
+"""Every public function in a process that has set JAX up otherwise: 64-bit types, promotion, meshes
+of other kinds, transformations.
+"""
 
 import contextlib
 import dataclasses
@@ -11,17 +13,19 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moe import expert_parallel, losses, routing
-from moe.attention import Attention, Positions
+from moe import losses
 from moe.config import DataConfig, ModelConfig, MoEConfig, OptimizerConfig, RunConfig, TrainConfig
-from moe.context import ring_attention, ulysses_attention
-from moe.experts import MoE, Tokens, Weights, dropless
-from moe.generate import Sampling, generate, keep_likeliest
+from moe.inference.generate import Sampling, generate, keep_likeliest
 from moe.kernels.attention import flash_attention
-from moe.layers import FeedForward
+from moe.model import routing
+from moe.model.attention import Attention, Positions
+from moe.model.experts import MoE, Tokens, Weights, dropless
+from moe.model.layers import FeedForward
+from moe.model.transformer import Transformer
+from moe.parallel import expert as expert_parallel
+from moe.parallel.context import ring_attention, ulysses_attention
 from moe.parameters import unbox
-from moe.train_step import make_program
-from moe.transformer import Transformer
+from moe.training.train_step import make_program
 
 SETTINGS = {
     "64-bit types": lambda: jax.enable_x64(True),
@@ -30,13 +34,24 @@ SETTINGS = {
 }
 SPARSE = MoEConfig(num_experts=4, experts_per_token=2, expert_dim=8)
 DENSE = ModelConfig(
-    vocab_size=256, num_layers=2, model_dim=16, feed_forward_dim=24, num_heads=4, num_kv_heads=2, head_dim=4, compute_dtype="float32"
+    vocab_size=256,
+    num_layers=2,
+    model_dim=16,
+    feed_forward_dim=24,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=4,
+    compute_dtype="float32",
 )
 MODELS = {
     "dense": DENSE,
     "sparse": dataclasses.replace(DENSE, moe=SPARSE, compute_dtype="bfloat16"),
     "tied, first layer dense": dataclasses.replace(
-        DENSE, tied_embeddings=True, moe=dataclasses.replace(SPARSE, first_dense_layers=1, num_shared_experts=1, dispatch="capacity")
+        DENSE,
+        tied_embeddings=True,
+        moe=dataclasses.replace(
+            SPARSE, first_dense_layers=1, num_shared_experts=1, dispatch="capacity"
+        ),
     ),
 }
 
@@ -44,9 +59,17 @@ MODELS = {
 def rows(batch=8, length=6):
     rng = np.random.default_rng(0)
     tokens = jnp.asarray(rng.integers(0, 256, (batch, length)), jnp.int32)
-    segments = jnp.asarray(np.where(np.arange(length) < length - 1, 1, 0)[None].repeat(batch, 0), jnp.int32)
+    segments = jnp.asarray(
+        np.where(np.arange(length) < length - 1, 1, 0)[None].repeat(batch, 0), jnp.int32
+    )
     positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
-    return {"tokens": tokens, "targets": tokens, "loss_mask": segments > 0, "segment_ids": segments, "positions": positions}
+    return {
+        "tokens": tokens,
+        "targets": tokens,
+        "loss_mask": segments > 0,
+        "segment_ids": segments,
+        "positions": positions,
+    }
 
 
 def activations(batch=8, length=6, width=16, dtype="float32"):
@@ -65,7 +88,9 @@ def model_loss(config):
 
     def loss(variables, batch):
         output = model.apply(variables, batch)
-        sums = loss_fn(output, lambda hidden: model.apply(variables, hidden, method="unembed"), batch)
+        sums = loss_fn(
+            output, lambda hidden: model.apply(variables, hidden, method="unembed"), batch
+        )
         return losses.objective(sums, losses.counts(batch), config.moe), losses.metrics(sums)
 
     return loss
@@ -77,13 +102,22 @@ def layer_loss(config):
 
     def loss(variables, x, tokens):
         y, routed = layer.apply(variables, x, tokens)
-        return jnp.sum(y.astype(jnp.float32)) + sum(jnp.sum(value) for value in routed.sums.values()), routed
+        return jnp.sum(y.astype(jnp.float32)) + sum(
+            jnp.sum(value) for value in routed.sums.values()
+        ), routed
 
     return loss
 
 
 def tokens_of(batch):
-    return Tokens.of(batch | {"row_keys": jax.vmap(jax.random.key)(jnp.arange(batch["tokens"].shape[0], dtype=jnp.uint32))})
+    return Tokens.of(
+        batch
+        | {
+            "row_keys": jax.vmap(jax.random.key)(
+                jnp.arange(batch["tokens"].shape[0], dtype=jnp.uint32)
+            )
+        }
+    )
 
 
 def layer_case(dtype="float32", **options):
@@ -94,7 +128,9 @@ def layer_case(dtype="float32", **options):
 
 
 def program_case(config):
-    model = dataclasses.replace(config, moe=dataclasses.replace(config.moe, jitter=0.1, bias_update_rate=0.01))
+    model = dataclasses.replace(
+        config, moe=dataclasses.replace(config.moe, jitter=0.1, bias_update_rate=0.01)
+    )
     run = RunConfig(
         model=model,
         data=DataConfig(sequence_length=6),
@@ -114,14 +150,29 @@ def program_case(config):
 def experts_case():
     """The experts without their router, and the plan of an exchange."""
     rng = np.random.default_rng(0)
-    gate, up, down = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in ((4, 16, 8), (4, 16, 8), (4, 8, 16)))
-    x, experts, weights = activations(dtype="bfloat16")[0], jnp.asarray(rng.integers(0, 4, (6, 2))), jnp.ones((6, 2), jnp.float32)
+    gate, up, down = (
+        jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
+        for shape in ((4, 16, 8), (4, 16, 8), (4, 8, 16))
+    )
+    x, experts, weights = (
+        activations(dtype="bfloat16")[0],
+        jnp.asarray(rng.integers(0, 4, (6, 2))),
+        jnp.ones((6, 2), jnp.float32),
+    )
     loads = jnp.asarray([[3, 1], [2, 4]], jnp.int32)
 
     def function(x, experts, weights, gate, up, down, loads):
         y = dropless(x, experts, weights, Weights(gate, up, down))
-        plan = expert_parallel.plan_exchange(loads, room=4), expert_parallel.received_experts(loads, jnp.int32(1), room=6)
-        return y, plan, keep_likeliest(x.astype(jnp.float32), 3, 0.9), routing.update_bias(weights, weights, 0.1)
+        plan = (
+            expert_parallel.plan_exchange(loads, room=4),
+            expert_parallel.received_experts(loads, jnp.int32(1), room=6),
+        )
+        return (
+            y,
+            plan,
+            keep_likeliest(x.astype(jnp.float32), 3, 0.9),
+            routing.update_bias(weights, weights, 0.1),
+        )
 
     return function, (x, experts.astype(jnp.int32), weights, gate, up, down, loads)
 
@@ -129,13 +180,25 @@ def experts_case():
 CASES = {f"loss and gradient, {name}": lambda config=config: (
     jax.value_and_grad(model_loss(config), has_aux=True), (variables(Transformer(config)), rows())
 ) for name, config in MODELS.items()}  # fmt: skip
-CASES |= {f"steps, {name}": functools.partial(program_case, MODELS[name]) for name in ("dense", "sparse")}
 CASES |= {
-    "MoE, softmax, dropless": functools.partial(layer_case, dtype="bfloat16", num_groups=2, groups_per_token=1, jitter=0.1),
-    "MoE, sigmoid, capacity": functools.partial(layer_case, router="sigmoid", dispatch="capacity", bias_update_rate=0.1),
-    "MoE, probability, dense": functools.partial(layer_case, dispatch="dense", num_shared_experts=1, balance_scope="row"),
-    "MoE, hash, capacity": functools.partial(layer_case, "bfloat16", router="hash", dispatch="capacity", priority="probability"),
-    "MoE, expert choice": functools.partial(layer_case, router="expert_choice", dispatch="capacity"),
+    f"steps, {name}": functools.partial(program_case, MODELS[name]) for name in ("dense", "sparse")
+}
+CASES |= {
+    "MoE, softmax, dropless": functools.partial(
+        layer_case, dtype="bfloat16", num_groups=2, groups_per_token=1, jitter=0.1
+    ),
+    "MoE, sigmoid, capacity": functools.partial(
+        layer_case, router="sigmoid", dispatch="capacity", bias_update_rate=0.1
+    ),
+    "MoE, probability, dense": functools.partial(
+        layer_case, dispatch="dense", num_shared_experts=1, balance_scope="row"
+    ),
+    "MoE, hash, capacity": functools.partial(
+        layer_case, "bfloat16", router="hash", dispatch="capacity", priority="probability"
+    ),
+    "MoE, expert choice": functools.partial(
+        layer_case, router="expert_choice", dispatch="capacity"
+    ),
     "experts alone": experts_case,
 }
 
@@ -145,13 +208,21 @@ def types(tree):
 
 
 exhaustive = functools.partial(pytest.param, marks=pytest.mark.exhaustive)
-SLOW_TO_TRACE = ("loss and gradient, dense", "loss and gradient, tied, first layer dense", "steps, dense")
+SLOW_TO_TRACE = (
+    "loss and gradient, dense",
+    "loss and gradient, tied, first layer dense",
+    "steps, dense",
+)
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("case", [exhaustive(case) if case in SLOW_TO_TRACE else case for case in CASES])
+@pytest.mark.parametrize(
+    "case", [exhaustive(case) if case in SLOW_TO_TRACE else case for case in CASES]
+)
 def test_a_setting_of_the_process_changes_no_type(case, setting):
-    """Traced alone: mixed types and ranks are found while tracing, and so is a float64 that nobody asked for."""
+    """Traced alone: mixed types and ranks are found while tracing, and so is a float64 that nobody
+    asked for.
+    """
     function, arguments = CASES[case]()
     with SETTINGS[setting]():
         found = types(jax.eval_shape(function, *arguments))
@@ -177,7 +248,9 @@ def same(actual, expected, rtol=1e-5):
     jax.tree.map(compare, actual, expected)
 
 
-@pytest.mark.parametrize("case", [case if case.startswith("MoE") else exhaustive(case) for case in CASES])
+@pytest.mark.parametrize(
+    "case", [case if case.startswith("MoE") else exhaustive(case) for case in CASES]
+)
 def test_all_settings_together_change_no_type(case):
     """With 64-bit types argsort makes int64, which strict promotion then does not mix with int32."""
     function, arguments = CASES[case]()
@@ -186,7 +259,9 @@ def test_all_settings_together_change_no_type(case):
     assert found == types(jax.eval_shape(function, *arguments))
 
 
-@pytest.mark.parametrize("case", [exhaustive("loss and gradient, sparse"), "MoE, sigmoid, capacity"])
+@pytest.mark.parametrize(
+    "case", [exhaustive("loss and gradient, sparse"), "MoE, sigmoid, capacity"]
+)
 def test_all_settings_together_change_no_number(case):
     function, arguments = CASES[case]()
     expected = jax.jit(function)(*arguments)
@@ -218,7 +293,11 @@ def layout(mesh, tree, *spec):
 
 
 def sum_of_sines(tree):
-    return sum(jnp.sum(jnp.sin(x.astype(jnp.float32))) for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating))
+    return sum(
+        jnp.sum(jnp.sin(x.astype(jnp.float32)))
+        for x in jax.tree.leaves(tree)
+        if jnp.issubdtype(x.dtype, jnp.floating)
+    )
 
 
 def transformer_on(variables, batch):
@@ -228,11 +307,15 @@ def transformer_on(variables, batch):
 
 
 def moe_on(dispatch):
-    return lambda variables, x: MoE(dataclasses.replace(SPARSE, dispatch=dispatch, num_shared_experts=1)).apply(variables, x)
+    return lambda variables, x: MoE(
+        dataclasses.replace(SPARSE, dispatch=dispatch, num_shared_experts=1)
+    ).apply(variables, x)
 
 
 def attention_on(variables, x):
-    return Attention(DENSE).apply(variables, x, Positions.of({"tokens": jnp.zeros(x.shape[:2], jnp.int32)}, DENSE))[0]
+    return Attention(DENSE).apply(
+        variables, x, Positions.of({"tokens": jnp.zeros(x.shape[:2], jnp.int32)}, DENSE)
+    )[0]
 
 
 def attention_variables():
@@ -246,10 +329,16 @@ def shared_moe_variables():
 
 
 ON_MESHES = {
-    "Transformer": (transformer_on, lambda: (variables(Transformer(dataclasses.replace(DENSE, moe=SPARSE))), rows())),
+    "Transformer": (
+        transformer_on,
+        lambda: (variables(Transformer(dataclasses.replace(DENSE, moe=SPARSE))), rows()),
+    ),
     "MoE, dropless": (moe_on("dropless"), lambda: (shared_moe_variables(), activations())),
     "MoE, capacity": (moe_on("capacity"), lambda: (shared_moe_variables(), activations())),
-    "FeedForward": (lambda v, x: FeedForward(24).apply(v, x), lambda: (variables(FeedForward(24), 8), activations())),
+    "FeedForward": (
+        lambda v, x: FeedForward(24).apply(v, x),
+        lambda: (variables(FeedForward(24), 8), activations()),
+    ),
     "Attention": (attention_on, lambda: (attention_variables(), activations())),
 }
 
@@ -258,13 +347,21 @@ ON_MESHES = {
     ("function", "names"),
     [(name, ("data", "fsdp")) for name in ON_MESHES]
     + [("MoE, capacity", ("rows", "expert"))]
-    + [exhaustive(name, ("rows", "expert")) for name in ("Transformer", "MoE, dropless", "FeedForward", "Attention")],
+    + [
+        exhaustive(name, ("rows", "expert"))
+        for name in ("Transformer", "MoE, dropless", "FeedForward", "Attention")
+    ],
 )
 def test_explicit_axes_change_nothing(function, names):
-    """jax.make_mesh makes Explicit axes by default. Inputs and weights are split over both, results lie as the inputs do."""
+    """jax.make_mesh makes Explicit axes by default. Inputs and weights are split over both, results
+    lie as the inputs do.
+    """
     function, make = ON_MESHES[function]
     arguments = make()
-    run = jax.value_and_grad(lambda variables, x: (sum_of_sines(function(variables, x)), function(variables, x)), has_aux=True)
+    run = jax.value_and_grad(
+        lambda variables, x: (sum_of_sines(function(variables, x)), function(variables, x)),
+        has_aux=True,
+    )
     (_, expected), expected_gradient = jax.jit(run)(*arguments)
     mesh = jax.make_mesh((4, 2), names)
     assert set(mesh.axis_types) == {AxisType.Explicit}
@@ -287,12 +384,16 @@ def test_explicit_axes_without_jit():
         unbox(MoE(SPARSE).init(jax.random.key(0), layout(mesh, x, "data")))
 
 
-@pytest.mark.parametrize(("sizes", "batch"), [((1, 8, 1), 1), ((4, 1, 2), 4), exhaustive((2, 2, 2), 3)])
+@pytest.mark.parametrize(
+    ("sizes", "batch"), [((1, 8, 1), 1), ((4, 1, 2), 4), exhaustive((2, 2, 2), 3)]
+)
 def test_a_batch_that_the_mesh_cannot_split_is_copied(sizes, batch):
     mesh = jax.make_mesh(sizes, ("data", "fsdp", "expert"), (AxisType.Auto,) * 3)
     function = moe_on("dropless")
     x, layer_variables = activations(batch), shared_moe_variables()
-    run = jax.value_and_grad(lambda v, x: (sum_of_sines(function(v, x)), function(v, x)), argnums=(0, 1), has_aux=True)
+    run = jax.value_and_grad(
+        lambda v, x: (sum_of_sines(function(v, x)), function(v, x)), argnums=(0, 1), has_aux=True
+    )
     (_, expected), expected_gradient = jax.jit(run)(layer_variables, x)
     with jax.set_mesh(mesh):
         (_, found), gradient = jax.jit(run)(layer_variables, x)
@@ -322,51 +423,93 @@ def test_flash_attention_says_what_explicit_axes_need_and_runs_with_it():
     q, mesh = heads(), jax.make_mesh((4, 2), ("data", "fsdp"))
     attend = functools.partial(flash_attention, causal=True)
     wrapped = jax.sharding.auto_axes(attend, out_sharding=P("data"))
-    run = lambda attend: jax.jit(jax.value_and_grad(lambda q: jnp.sum(jnp.sin(attend(q, q, q)))))  # noqa: E731
+    run = lambda attend: jax.jit(jax.value_and_grad(lambda q: jnp.sum(jnp.sin(attend(q, q, q)))))
     expected = run(attend)(q)
     with jax.set_mesh(mesh):
         q = layout(mesh, q, "data")
-        with pytest.raises(ValueError, match=r"q \(8, 8, 4, 8\) is split over Explicit mesh axes, .*: .* jax.sharding.auto_axes"):
+        with pytest.raises(
+            ValueError,
+            match=r"q \(8, 8, 4, 8\) is split over Explicit mesh axes, .*: .* jax.sharding.auto_axes",
+        ):
             attend(q, q, q)
         same(run(wrapped)(q), expected)
 
 
 @pytest.mark.parametrize("attention", [flash_attention, ring_attention, ulysses_attention])
 def test_attention_says_that_shard_map_must_not_check_its_axes(attention):
-    mesh, q = jax.make_mesh((2,), ("context",), (AxisType.Auto,), devices=jax.devices()[:2]), heads()
+    mesh, q = (
+        jax.make_mesh((2,), ("context",), (AxisType.Auto,), devices=jax.devices()[:2]),
+        heads(),
+    )
     keywords = {"causal": True} | ({} if attention is flash_attention else {"axis_name": "context"})
     split = P("context") if attention is flash_attention else P(None, "context")
     run = functools.partial(attention, implementation="reference", **keywords)
     mapped = functools.partial(jax.shard_map, run, mesh=mesh, in_specs=split, out_specs=split)
-    with pytest.raises(ValueError, match=r"q .* is inside a jax.shard_map that checks \['context'\]: give it check_vma=False"):
+    with pytest.raises(
+        ValueError,
+        match=r"q .* is inside a jax.shard_map that checks \['context'\]: give it check_vma=False",
+    ):
         mapped()(q, q, q)
-    same(jax.jit(mapped(check_vma=False))(q, q, q), flash_attention(q, q, q, causal=True, implementation="reference"))
+    same(
+        jax.jit(mapped(check_vma=False))(q, q, q),
+        flash_attention(q, q, q, causal=True, implementation="reference"),
+    )
 
 
 def test_experts_say_what_shard_map_and_explicit_axes_need():
     function, (x, *arrays) = experts_case()
     mesh = jax.make_mesh((2,), ("data",), (AxisType.Auto,), devices=jax.devices()[:2])
-    mapped = jax.shard_map(lambda x: function(jnp.concatenate([x, x]), *arrays)[0], mesh=mesh, in_specs=P("data"), out_specs=P("data"))
-    with pytest.raises(ValueError, match=r"x_ND \(6, 16\) is inside a jax.shard_map that checks \['data'\]: give it check_vma=False"):
+    mapped = jax.shard_map(
+        lambda x: function(jnp.concatenate([x, x]), *arrays)[0],
+        mesh=mesh,
+        in_specs=P("data"),
+        out_specs=P("data"),
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"x_ND \(6, 16\) is inside a jax.shard_map that checks \['data'\]: give it check_vma=False",
+    ):
         mapped(x)
     mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])
-    with jax.set_mesh(mesh), pytest.raises(ValueError, match=r"x_ND \(6, 16\) is split over Explicit .* inside jax.sharding.auto_axes"):
+    with (
+        jax.set_mesh(mesh),
+        pytest.raises(
+            ValueError,
+            match=r"x_ND \(6, 16\) is split over Explicit .* inside jax.sharding.auto_axes",
+        ),
+    ):
         function(layout(mesh, x, "data"), *arrays)
 
 
 def transformed(function, variables, x):
     """By name: the function under a transformation, and what it must equal."""
-    loss = lambda v, x: sum_of_sines(function(v, x))  # noqa: E731
+    loss = lambda v, x: sum_of_sines(function(v, x))
     rows = jax.tree.map(lambda x: x[:, None], x)
-    by_row = [function(variables, jax.tree.map(lambda x: x[row], rows)) for row in range(jax.tree.leaves(x)[0].shape[0])]  # noqa: B023
+    by_row = [
+        function(variables, jax.tree.map(lambda x: x[row], rows))  # noqa: B023
+        for row in range(jax.tree.leaves(x)[0].shape[0])
+    ]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *by_row)
     return {
         "vmap": (lambda: jax.vmap(function, (None, 0))(variables, rows), stacked),
-        "scan": (lambda: jax.lax.scan(lambda _, row: (None, function(variables, row)), None, rows)[1], stacked),
-        "checkpoint": (lambda: jax.grad(jax.checkpoint(loss))(variables, x), jax.grad(loss)(variables, x)),
+        "scan": (
+            lambda: jax.lax.scan(lambda _, row: (None, function(variables, row)), None, rows)[1],
+            stacked,
+        ),
+        "checkpoint": (
+            lambda: jax.grad(jax.checkpoint(loss))(variables, x),
+            jax.grad(loss)(variables, x),
+        ),
         "vmap of gradients": (
-            lambda: jax.tree.map(lambda x: jnp.sum(x, 0), jax.vmap(jax.grad(loss), (None, 0))(variables, rows)),
-            jax.grad(lambda v: sum(loss(v, jax.tree.map(lambda x: x[row], rows)) for row in range(len(by_row))))(variables),  # noqa: B023
+            lambda: jax.tree.map(
+                lambda x: jnp.sum(x, 0), jax.vmap(jax.grad(loss), (None, 0))(variables, rows)
+            ),
+            jax.grad(
+                lambda v: sum(
+                    loss(v, jax.tree.map(lambda x: x[row], rows))  # noqa: B023
+                    for row in range(len(by_row))
+                )
+            )(variables),
         ),
     }
 
@@ -386,13 +529,26 @@ def test_transformations_around_a_module_change_nothing(function):
 def test_a_sparse_layer_has_second_derivatives_in_reverse_mode_alone(dispatch):
     """Of the plain formula in dense dispatch they are JAX's own."""
     x, params = activations(1, 4), variables(MoE(SPARSE), 8)
-    apply = lambda dispatch, v: MoE(dataclasses.replace(SPARSE, dispatch=dispatch)).apply(v, x)[0]  # noqa: E731
-    gradient = lambda dispatch, v: jax.grad(lambda v: sum_of_sines(apply(dispatch, v)))(v)  # noqa: E731
-    second = lambda dispatch: jax.grad(lambda v: sum_of_sines(gradient(dispatch, v)))(params)  # noqa: E731
+    apply = lambda dispatch, v: MoE(dataclasses.replace(SPARSE, dispatch=dispatch)).apply(v, x)[0]
+    gradient = lambda dispatch, v: jax.grad(lambda v: sum_of_sines(apply(dispatch, v)))(v)
+    second = lambda dispatch: jax.grad(lambda v: sum_of_sines(gradient(dispatch, v)))(params)
     if dispatch == "dense":
-        direction = jax.tree.map(lambda leaf: 1e-3 * jnp.sin(jnp.arange(leaf.size, dtype=leaf.dtype)).reshape(leaf.shape), params)
-        ahead, behind = (sum_of_sines(gradient(dispatch, jax.tree.map(op, params, direction))) for op in (jnp.add, jnp.subtract))
-        slope = sum(jnp.sum(a * b) for a, b in zip(jax.tree.leaves(second(dispatch)), jax.tree.leaves(direction), strict=True))
+        direction = jax.tree.map(
+            lambda leaf: (
+                1e-3 * jnp.sin(jnp.arange(leaf.size, dtype=leaf.dtype)).reshape(leaf.shape)
+            ),
+            params,
+        )
+        ahead, behind = (
+            sum_of_sines(gradient(dispatch, jax.tree.map(op, params, direction)))
+            for op in (jnp.add, jnp.subtract)
+        )
+        slope = sum(
+            jnp.sum(a * b)
+            for a, b in zip(
+                jax.tree.leaves(second(dispatch)), jax.tree.leaves(direction), strict=True
+            )
+        )
         np.testing.assert_allclose(2 * slope, ahead - behind, rtol=2e-2)
     else:
         same(second(dispatch), second("dense"), rtol=1e-4)
@@ -403,15 +559,26 @@ def test_a_sparse_layer_has_second_derivatives_in_reverse_mode_alone(dispatch):
 def test_symbolic_shapes_are_refused_in_one_line():
     batch, length = jax.export.symbolic_shape("b, t")
     model = Transformer(DENSE)
-    export = lambda shape: jax.export.export(jax.jit(model.apply))(variables(model), {"tokens": jax.ShapeDtypeStruct(shape, jnp.int32)})  # noqa: E731
+    export = lambda shape: jax.export.export(jax.jit(model.apply))(
+        variables(model), {"tokens": jax.ShapeDtypeStruct(shape, jnp.int32)}
+    )
     for shape in ((batch, 6), (8, length)):
-        with pytest.raises(ValueError, match=r"^tokens \(.*\) has a symbolic size, .*: export a program for each shape"):
+        with pytest.raises(
+            ValueError,
+            match=r"^tokens \(.*\) has a symbolic size, .*: export a program for each shape",
+        ):
             export(shape)
     export((8, 6))
     for dispatch in ("dense", "dropless"):
         layer = MoE(dataclasses.replace(SPARSE, dispatch=dispatch))
-        run = lambda shape: jax.export.export(jax.jit(layer.apply))(variables(MoE(SPARSE), 8), jax.ShapeDtypeStruct(shape, jnp.float32))  # noqa: B023, E731
-        with pytest.raises(ValueError, match=r"^x_BTD \(.*\) has a symbolic size") if dispatch != "dense" else contextlib.nullcontext():
+        run = lambda shape: jax.export.export(jax.jit(layer.apply))(  # noqa: B023
+            variables(MoE(SPARSE), 8), jax.ShapeDtypeStruct(shape, jnp.float32)
+        )
+        with (
+            pytest.raises(ValueError, match=r"^x_BTD \(.*\) has a symbolic size")
+            if dispatch != "dense"
+            else contextlib.nullcontext()
+        ):
             run((batch, 6, 16))
         with pytest.raises(ValueError, match=r"^x_BTD \(.*\) has a symbolic size"):
             run((8, length, 16))
@@ -425,8 +592,14 @@ def test_symbolic_shapes_are_refused_in_one_line():
     ],
 )
 def test_numpy_arrays_are_arrays_too(model):
-    """As parameters, which a checkpoint may give as NumPy arrays, and as inputs; outside of jit, which would make them JAX's."""
-    arrays, x = (variables(model), rows(2)) if isinstance(model, Transformer) else (variables(model, 2), activations(2))
+    """As parameters, which a checkpoint may give as NumPy arrays, and as inputs; outside of jit,
+    which would make them JAX's.
+    """
+    arrays, x = (
+        (variables(model), rows(2))
+        if isinstance(model, Transformer)
+        else (variables(model, 2), activations(2))
+    )
     expected = jax.tree.leaves(jax.jit(model.apply)(arrays, x))
     actual = jax.tree.leaves(model.apply(*jax.tree.map(np.asarray, (arrays, x))))
     for got, wanted in zip(actual, expected, strict=True):

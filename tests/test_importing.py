@@ -13,24 +13,62 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType
 
-from moe import ModelConfig, MoE, MoEConfig, RunConfig, Transformer, trainer
+from moe import ModelConfig, MoE, MoEConfig, RunConfig, Transformer
 from moe.config import TrainConfig
-from moe.context import ring_attention
-from moe.experts import Weights, dropless
 from moe.kernels.attention import flash_attention
-from moe.routing import route
-from moe.train_step import make_program
+from moe.model.experts import Weights, dropless
+from moe.model.routing import route
+from moe.parallel.context import ring_attention
+from moe.training import trainer
+from moe.training.train_step import make_program
 
-BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "docs/importing.md").read_text(), re.DOTALL)
-NAMES = {"eqx": eqx, "jax": jax, "nnx": nnx, "MoE": MoE, "MoEConfig": MoEConfig, "ModelConfig": ModelConfig, "route": route}
-NAMES |= {"flash_attention": flash_attention, "q": jnp.ones((1, 9, 4, 8)), "k": jnp.ones((1, 9, 2, 8)), "v": jnp.ones((1, 9, 2, 8))}
-NAMES |= {"Weights": Weights, "dropless": dropless, "gate": jnp.ones((8, 16, 4)), "up": jnp.ones((8, 16, 4)), "down": jnp.ones((8, 4, 16))}
-NAMES |= {"AxisType": AxisType, "functools": functools, "jnp": jnp, "np": np, "optax": optax, "ring_attention": ring_attention}
+BLOCKS = re.findall(
+    r"```python\n(.*?)```", (Path(__file__).parents[1] / "docs/importing.md").read_text(), re.DOTALL
+)
+NAMES = {
+    "eqx": eqx,
+    "jax": jax,
+    "nnx": nnx,
+    "MoE": MoE,
+    "MoEConfig": MoEConfig,
+    "ModelConfig": ModelConfig,
+    "route": route,
+}
+NAMES |= {
+    "flash_attention": flash_attention,
+    "q": jnp.ones((1, 9, 4, 8)),
+    "k": jnp.ones((1, 9, 2, 8)),
+    "v": jnp.ones((1, 9, 2, 8)),
+}
+NAMES |= {
+    "Weights": Weights,
+    "dropless": dropless,
+    "gate": jnp.ones((8, 16, 4)),
+    "up": jnp.ones((8, 16, 4)),
+    "down": jnp.ones((8, 4, 16)),
+}
+NAMES |= {
+    "AxisType": AxisType,
+    "functools": functools,
+    "jnp": jnp,
+    "np": np,
+    "optax": optax,
+    "ring_attention": ring_attention,
+}
 
 
 def run(block: str, **more: object) -> dict:
     x = jax.random.normal(jax.random.key(0), (2, 6, 16))
-    names = NAMES | {"Transformer": Transformer, "tokens": jnp.ones((2, 6), jnp.int32), "x": x, "w_router": jnp.ones((16, 8))} | more
+    names = (
+        NAMES
+        | {
+            "Transformer": Transformer,
+            "tokens": jnp.ones((2, 6), jnp.int32),
+            "x": x,
+            "w_router": jnp.ones((16, 8)),
+        }
+        | more
+    )
     exec(block, names)  # what the page says, word for word
     return names
 
@@ -46,7 +84,10 @@ def test_a_transformer() -> None:
 def test_a_checkpoint_as_safetensors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Of a run's first state; that load_run reads a checkpoint is shown elsewhere."""
     pytest.importorskip("safetensors")
-    config = RunConfig(model=ModelConfig(num_layers=1, model_dim=16, num_heads=2, head_dim=8), train=TrainConfig(batch_size=1))
+    config = RunConfig(
+        model=ModelConfig(num_layers=1, model_dim=16, num_heads=2, head_dim=8),
+        train=TrainConfig(batch_size=1),
+    )
     program = make_program(config, jax.devices()[:1])
     variables = program.init_state().variables
     monkeypatch.setattr(trainer, "load_run", lambda workdir: (config, program, variables, 3))
@@ -57,7 +98,12 @@ def test_a_checkpoint_as_safetensors(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
 def test_a_training_loop_with_biases_and_jitter() -> None:
     ids = jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, 6)), jnp.int32)
-    batch = {"tokens": ids, "targets": ids, "loss_mask": ids >= 0, "segment_ids": jnp.ones((2, 6), jnp.int32)}
+    batch = {
+        "tokens": ids,
+        "targets": ids,
+        "loss_mask": ids >= 0,
+        "segment_ids": jnp.ones((2, 6), jnp.int32),
+    }
     names = run(BLOCKS[2], batch=batch | {"positions": jnp.broadcast_to(jnp.arange(6), (2, 6))})
     [bias] = jax.tree.leaves(names["router_state"])
     assert np.isfinite(names["metrics"]["loss"]) and 0 < np.abs(bias).max() <= 0.03
@@ -90,15 +136,18 @@ def test_the_router_alone() -> None:
 def test_the_router_in_equinox() -> None:
     names = run(BLOCKS[8])
     router = names["Router"](names["w_router"])
-    loss = lambda router: jnp.sum(router(names["x"]).weights_BTA[..., 0])  # noqa: E731
+    loss = lambda router: jnp.sum(router(names["x"]).weights_BTA[..., 0])
     assert eqx.filter_grad(loss)(router).weight.shape == (16, 8)
 
 
 def test_the_experts_alone() -> None:
     names = run(BLOCKS[9])
-    total = jnp.sum(names["x"][0], axis=-1, keepdims=True)  # of weights that are all 1, and four experts' hidden units
+    total = jnp.sum(
+        names["x"][0], axis=-1, keepdims=True
+    )  # of weights that are all 1, and four experts' hidden units
     expected = jnp.broadcast_to(4 * jax.nn.silu(total) * total, (6, 16))
-    # What rounding takes off `total` is a part of the 16 numbers that it sums, which may cancel: of the largest result, not of each.
+    # What rounding takes off `total` is a part of the 16 numbers that it sums, which may cancel: of
+    # the largest result, not of each.
     np.testing.assert_allclose(names["y"], expected, atol=1e-6 * float(jnp.max(expected)))
 
 

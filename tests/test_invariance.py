@@ -1,9 +1,12 @@
-"""From the same parameters, everything that a step computes is the same however the run is laid out. Written for a sceptic.
+"""From the same parameters, everything that a step computes is the same however the run is laid
+out. Written for a sceptic.
 
-A layout is a mesh, a loop or an unrolled program, recomputation or none, microbatches, padding, a dispatch strategy and an exchange. For
-each, loss, balance loss, z-loss, every leaf of the gradient, every statistic and the updated biases are compared with those of one device
-that sends every token through every expert. The plain tests cover every pair of choices; `pytest -m exhaustive` covers all, and
-`python -m tests.test_invariance` prints their largest differences as the table of docs/invariance.md.
+A layout is a mesh, a loop or an unrolled program, recomputation or none, microbatches, padding, a
+dispatch strategy and an exchange. For each, loss, balance loss, z-loss, every leaf of the gradient,
+every statistic and the updated biases are compared with those of one device that sends every token
+through every expert. The plain tests cover every pair of choices; `pytest -m exhaustive` covers
+all, and `python -m tests.test_invariance` prints their largest differences as the table of
+docs/invariance.md.
 """
 
 import dataclasses
@@ -17,11 +20,20 @@ import numpy as np
 import optax
 import pytest
 
-from moe import losses, sharding
-from moe.config import DataConfig, MeshConfig, ModelConfig, MoEConfig, OptimizerConfig, RunConfig, TrainConfig
+from moe import losses
+from moe.config import (
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainConfig,
+)
+from moe.model.transformer import Transformer
+from moe.parallel.mesh import global_batch, make_mesh, shardings
 from moe.parameters import unbox
-from moe.train_step import TrainState, make_train_step
-from moe.transformer import Transformer
+from moe.training.train_step import TrainState, make_train_step
 
 ROWS, LENGTH, PADDED = 32, 16, 24
 
@@ -73,7 +85,9 @@ REFERENCE = ("one device", "scanned", "none", "1", "none", "dense")
 
 
 def is_valid(layout: Layout) -> bool:
-    """A balance loss over the batch is another one over microbatches: see `test_the_batch_of_a_balance_loss_is_the_microbatch`."""
+    """A balance loss over the batch is another one over microbatches: see
+    `test_the_batch_of_a_balance_loss_is_the_microbatch`.
+    """
     microbatches, scope = layout[3], layout[-1]
     return not (microbatches == "4" and scope == "batch")
 
@@ -86,7 +100,9 @@ def pairs(layout: Layout) -> set[tuple[tuple[int, str], ...]]:
 
 
 def pairwise() -> list[Layout]:
-    """Layouts that hold every pair of choices that some layout holds: always the one with the most new pairs, of equal ones the first."""
+    """Layouts that hold every pair of choices that some layout holds: always the one with the most
+    new pairs, of equal ones the first.
+    """
     missing = set().union(*map(pairs, LAYOUTS))
     chosen = []
     while missing:
@@ -110,7 +126,9 @@ def run_config(layout: Layout) -> RunConfig:
 
 
 def batch_rows(length: int = LENGTH) -> dict[str, np.ndarray]:
-    """The same packed rows whatever the length: beyond LENGTH comes padding. Rows have unequal numbers of tokens and targets."""
+    """The same packed rows whatever the length: beyond LENGTH comes padding. Rows have unequal
+    numbers of tokens and targets.
+    """
     rng = np.random.default_rng(0)
     tokens, targets = rng.integers(0, 256, (2, ROWS, LENGTH)).astype(np.int32)
     starts = rng.random((ROWS, LENGTH)) < 0.2
@@ -121,7 +139,9 @@ def batch_rows(length: int = LENGTH) -> dict[str, np.ndarray]:
         "targets": targets,
         "loss_mask": real & (rng.random((ROWS, LENGTH)) < 0.9),
         "segment_ids": np.where(real, 1 + np.cumsum(starts, axis=1), 0).astype(np.int32),
-        "positions": (index - np.maximum.accumulate(np.where(starts, index, 0), axis=1)).astype(np.int32),
+        "positions": (index - np.maximum.accumulate(np.where(starts, index, 0), axis=1)).astype(
+            np.int32
+        ),
     }
     return {name: np.pad(x, ((0, 0), (0, length - LENGTH))) for name, x in rows.items()}
 
@@ -140,29 +160,50 @@ def declared() -> Any:
 def variables() -> Any:
     """Parameters drawn once, and biases that change who is chosen."""
     drawn = jax.jit(lambda key: unbox(init(key)))(jax.random.key(0))
-    biases = jax.tree.map(lambda x: 0.05 * jax.random.normal(jax.random.key(1), x.shape), drawn["router_state"])
+    biases = jax.tree.map(
+        lambda x: 0.05 * jax.random.normal(jax.random.key(1), x.shape), drawn["router_state"]
+    )
     return jax.device_get({"params": drawn["params"], "router_state": biases})
 
 
 # Keeps the gradient as its state, and changes no parameter.
 KEEP_GRADIENT = optax.GradientTransformation(
-    lambda params: jax.tree.map(jnp.zeros_like, params), lambda gradient, state, params: (jax.tree.map(jnp.zeros_like, params), gradient)
+    lambda params: jax.tree.map(jnp.zeros_like, params),
+    lambda gradient, state, params: (jax.tree.map(jnp.zeros_like, params), gradient),
 )
 
 
 def step(config: RunConfig) -> dict[str, Any]:
     """What one step computes, as named arrays."""
-    mesh = sharding.make_mesh(config, jax.devices()[: int(np.prod(config.mesh.sizes))])
+    mesh = make_mesh(config, jax.devices()[: int(np.prod(config.mesh.sizes))])
     model = Transformer(config.model)
-    placed = jax.device_put(variables(), sharding.shardings(declared(), mesh))
+    placed = jax.device_put(variables(), shardings(declared(), mesh))
     zero = jnp.zeros((), jnp.int32)
-    state = TrainState(zero, zero, zero, zero, placed["params"], KEEP_GRADIENT.init(placed["params"]), placed["router_state"])
-    train_step = make_train_step(config, model, KEEP_GRADIENT, losses.next_token_loss(config.train.loss_chunk))
+    state = TrainState(
+        zero,
+        zero,
+        zero,
+        zero,
+        placed["params"],
+        KEEP_GRADIENT.init(placed["params"]),
+        placed["router_state"],
+    )
+    train_step = make_train_step(
+        config, model, KEEP_GRADIENT, losses.next_token_loss(config.train.loss_chunk)
+    )
     with jax.set_mesh(mesh):
-        batch = sharding.global_batch(batch_rows(config.data.sequence_length), mesh, ROWS)
+        batch = global_batch(batch_rows(config.data.sequence_length), mesh, ROWS)
         new, metrics = jax.jit(train_step)(state, batch)
-    leaves = {"gradient": new.opt_state, "bias": new.router_state, "statistics": metrics["router"], "loss": metrics["loss"]}
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(leaves)}
+    leaves = {
+        "gradient": new.opt_state,
+        "bias": new.router_state,
+        "statistics": metrics["router"],
+        "loss": metrics["loss"],
+    }
+    return {
+        jax.tree_util.keystr(path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(leaves)
+    }
 
 
 @functools.cache
@@ -173,7 +214,12 @@ def reference(scope: str) -> dict[str, Any]:
 def differences(actual: dict[str, Any], expected: dict[str, Any]) -> dict[str, float]:
     """Of each array, the largest difference over the largest value."""
     assert actual.keys() == expected.keys()
-    return {name: float(np.abs(actual[name] - expected[name]).max() / (np.abs(expected[name]).max() + 1e-12)) for name in expected}
+    return {
+        name: float(
+            np.abs(actual[name] - expected[name]).max() / (np.abs(expected[name]).max() + 1e-12)
+        )
+        for name in expected
+    }
 
 
 def assert_same(layout: Layout) -> None:
@@ -195,14 +241,21 @@ def test_all_choices(layout: Layout) -> None:
 def test_the_reference_computes_something() -> None:
     """What is equal everywhere could be zero everywhere."""
     values = reference("row")
-    assert all(np.abs(value).max() > 0 for name, value in values.items() if "dropped" not in name and "dead" not in name)
+    assert all(
+        np.abs(value).max() > 0
+        for name, value in values.items()
+        if "dropped" not in name and "dead" not in name
+    )
     assert {name for name in values if "gradient" in name and "moe" in name} >= {
-        f"['gradient']['layers_1']['block_0']['moe']['{name}']" for name in ("router", "gate", "up", "down")
+        f"['gradient']['layers_1']['block_0']['moe']['{name}']"
+        for name in ("router", "gate", "up", "down")
     }
 
 
 def router_gradients(layout: Layout, **weights: float) -> Any:
-    """The part of the routers' gradient that the router's losses make: with their weights, less without."""
+    """The part of the routers' gradient that the router's losses make: with their weights, less
+    without.
+    """
     config = run_config(layout)
 
     def gradient(**weights: float) -> np.ndarray:
@@ -217,9 +270,9 @@ def router_gradients(layout: Layout, **weights: float) -> Any:
 @functools.cache
 def layer_by_layer(scope: str, balance_weight: float, z_weight: float) -> np.ndarray:
     """The same by calling each block by itself, in plain Python, without scan, remat, jit or mesh."""
-    from moe.attention import Positions
-    from moe.experts import Tokens
-    from moe.transformer import Block
+    from moe.model.attention import Positions
+    from moe.model.experts import Tokens
+    from moe.model.transformer import Block
 
     config = run_config((*REFERENCE, scope)).model
     batch = jax.tree.map(jnp.asarray, batch_rows())
@@ -231,9 +284,14 @@ def layer_by_layer(scope: str, balance_weight: float, z_weight: float) -> np.nda
         dense = jax.tree.map(lambda leaf: leaf[0], params["layers_0"]["block_0"])
         x = Block(config, "dense").apply({"params": dense}, x, positions, tokens)[0]
         for layer in range(2):
-            here, bias = (jax.tree.map(lambda leaf: leaf[layer], tree["layers_1"]["block_0"]) for tree in (params, biases))  # noqa: B023
+            here, bias = (
+                jax.tree.map(lambda leaf: leaf[layer], tree["layers_1"]["block_0"])  # noqa: B023
+                for tree in (params, biases)
+            )
             here = here | {"moe": here["moe"] | {"router": router[layer]}}
-            x, sums, _, _ = Block(config, "moe").apply({"params": here, "router_state": bias}, x, positions, tokens)
+            x, sums, _, _ = Block(config, "moe").apply(
+                {"params": here, "router_state": bias}, x, positions, tokens
+            )
             total += (balance_weight * sums["balance"] + z_weight * sums["z"]) / sums["tokens"] / 2
         return total
 
@@ -244,42 +302,85 @@ slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(
-    ("remat", "layers"), [("full", "scanned"), slow("full", "unrolled"), slow("none", "scanned"), slow("none", "unrolled")]
+    ("remat", "layers"),
+    [
+        ("full", "scanned"),
+        slow("full", "unrolled"),
+        slow("none", "scanned"),
+        slow("none", "unrolled"),
+    ],
 )
-def test_router_losses_are_neither_lost_nor_doubled_under_scan_and_remat(layers: str, remat: str) -> None:
-    """MaxText #4829 (lost under scan), Megatron-LM #1330 (doubled by recomputation), torchtitan #3686."""
+def test_router_losses_are_neither_lost_nor_doubled_under_scan_and_remat(
+    layers: str, remat: str
+) -> None:
+    """MaxText #4829 (lost under scan), Megatron-LM #1330 (doubled by recomputation), torchtitan
+    #3686.
+    """
     layout = ("one device", layers, remat, "1", "none", "dense", "row")
     expected = layer_by_layer("row", 1.0, 0.1)
     assert np.abs(expected).max() > 1e-4
-    np.testing.assert_allclose(router_gradients(layout, balance_weight=1.0, z_weight=0.1), expected, atol=2e-5 * np.abs(expected).max())
+    np.testing.assert_allclose(
+        router_gradients(layout, balance_weight=1.0, z_weight=0.1),
+        expected,
+        atol=2e-5 * np.abs(expected).max(),
+    )
 
 
 @pytest.mark.parametrize("scope", ["row", "batch"])
 def test_router_gradients_are_not_divided_by_the_data_parallel_devices(scope: str) -> None:
-    """Megatron-LM #3672: the auxiliary loss's gradient came out too small by the data-parallel factor."""
+    """Megatron-LM #3672: the auxiliary loss's gradient came out too small by the data-parallel
+    factor.
+    """
     expected = layer_by_layer(scope, 1.0, 0.1)
     layout = ("data 2, expert 4", "scanned", "none", "1", "none", "dense", scope)
-    np.testing.assert_allclose(router_gradients(layout, balance_weight=1.0, z_weight=0.1), expected, atol=2e-5 * np.abs(expected).max())
+    np.testing.assert_allclose(
+        router_gradients(layout, balance_weight=1.0, z_weight=0.1),
+        expected,
+        atol=2e-5 * np.abs(expected).max(),
+    )
 
 
-@pytest.mark.parametrize(("remat", "microbatches"), [("full", "4"), slow("full", "1"), slow("none", "1"), slow("none", "4")])
-def test_load_counts_every_token_once_and_moves_the_bias_once(microbatches: str, remat: str) -> None:
-    """torchtitan #2061 (counted twice under recomputation), megablocks #85 (microbatches and pipelines)."""
-    config = run_config(("data 2, expert 4", "scanned", remat, microbatches, "none", "dense", "row"))
+@pytest.mark.parametrize(
+    ("remat", "microbatches"),
+    [("full", "4"), slow("full", "1"), slow("none", "1"), slow("none", "4")],
+)
+def test_load_counts_every_token_once_and_moves_the_bias_once(
+    microbatches: str, remat: str
+) -> None:
+    """torchtitan #2061 (counted twice under recomputation), megablocks #85 (microbatches and
+    pipelines).
+    """
+    config = run_config(
+        ("data 2, expert 4", "scanned", remat, microbatches, "none", "dense", "row")
+    )
     model, batch = Transformer(config.model), jax.tree.map(jnp.asarray, batch_rows())
     output = model.apply(variables(), batch)
     load = np.asarray(losses.router_sums(output.aux)["load"])
-    assert load.sum() == 2 * config.model.moe.experts_per_token * (batch_rows()["segment_ids"] > 0).sum()
+    assert (
+        load.sum()
+        == 2 * config.model.moe.experts_per_token * (batch_rows()["segment_ids"] > 0).sum()
+    )
     values = step(config)
-    np.testing.assert_allclose(values["['statistics']['load']"], load / load.sum(axis=1, keepdims=True), rtol=1e-6)
-    moved = values["['bias']['layers_1']['block_0']['moe']['bias']"] - variables()["router_state"]["layers_1"]["block_0"]["moe"]["bias"]
-    np.testing.assert_allclose(moved, 0.01 * np.sign(load.mean(axis=1, keepdims=True) - load), atol=1e-7)
+    np.testing.assert_allclose(
+        values["['statistics']['load']"], load / load.sum(axis=1, keepdims=True), rtol=1e-6
+    )
+    moved = (
+        values["['bias']['layers_1']['block_0']['moe']['bias']"]
+        - variables()["router_state"]["layers_1"]["block_0"]["moe"]["bias"]
+    )
+    np.testing.assert_allclose(
+        moved, 0.01 * np.sign(load.mean(axis=1, keepdims=True) - load), atol=1e-7
+    )
 
 
 def test_the_batch_of_a_balance_loss_is_the_microbatch() -> None:
-    """With scope "batch" accumulation changes the loss by definition: it is the microbatches' mean, weighted by their tokens."""
+    """With scope "batch" accumulation changes the loss by definition: it is the microbatches' mean,
+    weighted by their tokens.
+    """
     config = run_config((*REFERENCE, "batch"))
-    accumulated = dataclasses.replace(config, train=dataclasses.replace(config.train, accumulation=4))
+    accumulated = dataclasses.replace(
+        config, train=dataclasses.replace(config.train, accumulation=4)
+    )
     whole, parts = (step(c)["['statistics']['balance_loss']"] for c in (config, accumulated))
     assert (np.abs(whole - parts) > 1e-4).all()
     model, expected, tokens = Transformer(config.model), 0.0, 0.0
@@ -291,12 +392,19 @@ def test_the_batch_of_a_balance_loss_is_the_microbatch() -> None:
 
 
 def test_jitter_is_the_same_on_every_layout() -> None:
-    """A row's draws depend on the seed, the row's number in the run and the layer: not on devices, microbatches or recomputation."""
+    """A row's draws depend on the seed, the row's number in the run and the layer: not on devices,
+    microbatches or recomputation.
+    """
 
     def noisy(layout: Layout) -> dict[str, Any]:
         config = run_config(layout)
         return step(
-            dataclasses.replace(config, model=dataclasses.replace(config.model, moe=dataclasses.replace(config.model.moe, jitter=0.1)))
+            dataclasses.replace(
+                config,
+                model=dataclasses.replace(
+                    config.model, moe=dataclasses.replace(config.model.moe, jitter=0.1)
+                ),
+            )
         )
 
     expected = noisy((*REFERENCE, "row"))
@@ -307,12 +415,23 @@ def test_jitter_is_the_same_on_every_layout() -> None:
 
 def main() -> None:
     """Prints every layout's largest difference, as Markdown."""
-    print("| mesh | layers | remat | microbatches | padding | dispatch | scope | gradient | statistics, losses | bias |")
+    print(
+        "| mesh | layers | remat | microbatches | padding | dispatch | scope | gradient | statistics, losses | bias |"
+    )
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for layout in LAYOUTS:
         found = differences(step(run_config(layout)), reference(layout[-1]))
-        of = lambda *kinds: max(value for name, value in found.items() if name.startswith(tuple(f"['{k}']" for k in kinds)))  # noqa: B023, E731
-        print("|", " | ".join(layout), f"| {of('gradient'):.1e} | {of('statistics', 'loss'):.1e} | {of('bias'):.1e} |", flush=True)
+        of = lambda *kinds: max(
+            value
+            for name, value in found.items()  # noqa: B023
+            if name.startswith(tuple(f"['{k}']" for k in kinds))
+        )
+        print(
+            "|",
+            " | ".join(layout),
+            f"| {of('gradient'):.1e} | {of('statistics', 'loss'):.1e} | {of('bias'):.1e} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

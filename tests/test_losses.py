@@ -7,7 +7,7 @@ import pytest
 
 from moe import losses
 from moe.config import MoEConfig
-from moe.transformer import Output
+from moe.model.transformer import Output
 
 
 def plain_cross_entropy(hidden, weight_DV, targets, mask):
@@ -33,10 +33,14 @@ def test_chunks_equal_the_plain_formula(chunk):
 
     with jax.enable_x64(True):
         value, gradients = jax.value_and_grad(chunked, argnums=(0, 1))(hidden, weight)
-        expected, expected_gradients = jax.value_and_grad(plain_cross_entropy, argnums=(0, 1))(hidden, weight, targets, mask)
+        expected, expected_gradients = jax.value_and_grad(plain_cross_entropy, argnums=(0, 1))(
+            hidden, weight, targets, mask
+        )
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     for gradient, wanted in zip(gradients, expected_gradients, strict=True):
-        np.testing.assert_allclose(gradient, wanted, rtol=1e-5, atol=1e-5)  # sums of up to 39 terms of size 1
+        np.testing.assert_allclose(
+            gradient, wanted, rtol=1e-5, atol=1e-5
+        )  # sums of up to 39 terms of size 1
 
 
 @pytest.mark.parametrize("chunk", [4, 100])
@@ -52,8 +56,12 @@ def test_a_target_outside_the_vocabulary_is_nan_unless_it_is_masked(wrong, chunk
         assert np.isnan(leaf).any()
     mask[1, 2] = False
     value, gradients = jax.value_and_grad(total, (0, 1))(hidden, weight, mask)
-    np.testing.assert_allclose(value, plain_cross_entropy(hidden, weight, np.clip(targets, 0, 10), mask), rtol=1e-5)
-    assert all(np.isfinite(gradient).all() for gradient in gradients) and not np.any(gradients[0][1, 2])
+    np.testing.assert_allclose(
+        value, plain_cross_entropy(hidden, weight, np.clip(targets, 0, 10), mask), rtol=1e-5
+    )
+    assert all(np.isfinite(gradient).all() for gradient in gradients) and not np.any(
+        gradients[0][1, 2]
+    )
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -65,7 +73,9 @@ def test_what_a_masked_position_holds_changes_nothing(chunk, value):
         return losses.cross_entropy_sum(hidden, lambda h: h @ weight, targets, mask, chunk)
 
     expected = jax.value_and_grad(total, (0, 1))(hidden, weight)
-    actual = jax.value_and_grad(total, (0, 1))(np.where(mask[..., None], hidden, value).astype(np.float32), weight)
+    actual = jax.value_and_grad(total, (0, 1))(
+        np.where(mask[..., None], hidden, value).astype(np.float32), weight
+    )
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
@@ -73,7 +83,7 @@ def test_what_a_masked_position_holds_changes_nothing(chunk, value):
 def test_no_position_has_no_loss(shape):
     hidden, weight = jnp.ones((*shape, 8)), jnp.ones((8, 11))
     targets, mask = jnp.zeros(shape, jnp.int32), jnp.ones(shape, bool)
-    total = lambda weight: losses.cross_entropy_sum(hidden, lambda h: h @ weight, targets, mask, 4)  # noqa: E731
+    total = lambda weight: losses.cross_entropy_sum(hidden, lambda h: h @ weight, targets, mask, 4)
     value, gradient = jax.value_and_grad(total)(weight)
     assert value == 0 and not gradient.any()
 
@@ -91,17 +101,29 @@ def test_chunks_are_as_equal_as_can_be():
 
 
 def test_hand_worked_loss():
-    # Logits (ln 1, ln 3): target 0 has probability 1/4, target 1 has 3/4; the third position is masked.
+    # Logits (ln 1, ln 3): target 0 has probability 1/4, target 1 has 3/4; the third position is
+    # masked.
     logits = jnp.log(jnp.array([[[1.0, 3.0], [1.0, 3.0], [1.0, 3.0]]]))
-    batch = {"targets": jnp.array([[0, 1, 0]]), "loss_mask": jnp.array([[True, True, False]]), "segment_ids": jnp.array([[1, 1, 1]])}
+    batch = {
+        "targets": jnp.array([[0, 1, 0]]),
+        "loss_mask": jnp.array([[True, True, False]]),
+        "segment_ids": jnp.array([[1, 1, 1]]),
+    }
     sums = losses.next_token_loss(chunk=2)(Output(logits, (), None), lambda hidden: hidden, batch)
     np.testing.assert_allclose(sums["cross_entropy"], np.log(4) + np.log(4 / 3), rtol=1e-6)
     assert sums["targets"] == 2
-    np.testing.assert_allclose(losses.metrics(sums)["loss"], (np.log(4) + np.log(4 / 3)) / 2, rtol=1e-6)
+    np.testing.assert_allclose(
+        losses.metrics(sums)["loss"], (np.log(4) + np.log(4 / 3)) / 2, rtol=1e-6
+    )
 
 
 def test_a_batch_without_targets_has_loss_zero():
-    sums = {"cross_entropy": jnp.zeros(()), "targets": jnp.zeros(()), "tokens": jnp.zeros(()), "router": {}}
+    sums = {
+        "cross_entropy": jnp.zeros(()),
+        "targets": jnp.zeros(()),
+        "tokens": jnp.zeros(()),
+        "router": {},
+    }
     assert losses.metrics(sums)["loss"] == 0
     assert losses.objective(sums, sums, MoEConfig()) == 0
 

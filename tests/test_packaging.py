@@ -1,4 +1,6 @@
-"""What another project gets when it installs the wheel, and what the Makefile installs on which machine."""
+"""What another project gets when it installs the wheel, and what the Makefile installs on which
+machine.
+"""
 
 import email
 import os
@@ -15,7 +17,17 @@ import pytest
 import moe
 
 ROOT = Path(__file__).parents[1]
-PACKAGED = ("MANIFEST.in", "README.md", "pyproject.toml", "requirements.txt", "setup.py", "configs", "kernels", "launch", "moe")
+PACKAGED = (
+    "MANIFEST.in",
+    "README.md",
+    "pyproject.toml",
+    "requirements.txt",
+    "setup.py",
+    "configs",
+    "kernels",
+    "launch",
+    "moe",
+)
 
 IN_ANOTHER_PROJECT = """
 import importlib.util, sys
@@ -35,8 +47,14 @@ print([name for name in ("kernels", "launch", "configs") if importlib.util.find_
 
 
 def run(*command: str | Path, cwd: Path, **env: str) -> str:
-    """What a command prints, in an environment that knows nothing of this checkout or of the make that started the tests."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS", "PYTHON", "ACCELERATOR"))}
+    """What a command prints, in an environment that knows nothing of this checkout or of the make
+    that started the tests.
+    """
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("MAKE", "MFLAGS", "PYTHON", "ACCELERATOR"))
+    }
     done = subprocess.run(command, cwd=cwd, env=inherited | env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -60,7 +78,12 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy = tmp_path_factory.mktemp("tree")
     for name in PACKAGED:
         if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(
+                ROOT / name,
+                copy / name,
+                symlinks=True,
+                ignore=shutil.ignore_patterns("__pycache__"),
+            )
         else:
             shutil.copy(ROOT / name, copy)
     probe = copy / "kernels" / "probe"
@@ -82,9 +105,17 @@ def wheel(tree: Path) -> Path:
 @pytest.mark.slow
 def test_the_wheel_holds_moe_and_the_kernels_and_nothing_else(tree: Path, wheel: Path) -> None:
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    files = [path for folder in ("moe", "kernels") for pattern in ("*.py", "*.json") for path in (tree / folder).rglob(pattern)]
+    files = [
+        path
+        for folder in ("moe", "kernels")
+        for pattern in ("*.py", "*.json")
+        for path in (tree / folder).rglob(pattern)
+    ]
     names = {path.relative_to(tree).as_posix() for path in files}
-    names = {name.replace("kernels/", "moe/kernels/", 1) if name.startswith("kernels/") else name for name in names}
+    names = {
+        name.replace("kernels/", "moe/kernels/", 1) if name.startswith("kernels/") else name
+        for name in names
+    }
     assert packed == names | {"moe/py.typed"}
     assert {"moe/kernels/probe/tuning.json", "moe/kernels/probe/tables/chip.json"} <= packed
 
@@ -100,7 +131,9 @@ def test_the_wheel_requires_what_requirements_txt_lists(wheel: Path) -> None:
         required.setdefault(extra[1] if extra else "", set()).add(re.match(r"[\w.-]+", line)[0])
     base, run = (ROOT / "requirements.txt").read_text().split("\n\n")
     for extra, text in (("", base), ("run", run)):
-        assert required[extra] == {re.match(r"[\w.-]+", line)[0] for line in text.splitlines() if line[0] != "#"}
+        assert required[extra] == {
+            re.match(r"[\w.-]+", line)[0] for line in text.splitlines() if line[0] != "#"
+        }
     assert {"jax", "flax", "optax", "einops", "ml-collections", "numpy"} == required[""]
     assert set(metadata.get_all("Provides-Extra")) == {"aot", "cpu", "cuda13", "run", "test", "tpu"}
 
@@ -109,8 +142,20 @@ def test_the_wheel_requires_what_requirements_txt_lists(wheel: Path) -> None:
 def test_another_project_applies_a_model_in_three_lines(wheel: Path, tmp_path: Path) -> None:
     run(sys.executable, "-m", "venv", "--without-pip", "env", cwd=tmp_path)
     python = tmp_path / "env" / "bin" / "python"
-    run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel, cwd=tmp_path)
-    # The dependencies are the ones installed here, after the environment's own packages; .pth files among them do not count.
+    run(
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        python,
+        "install",
+        "--no-deps",
+        "--no-index",
+        wheel,
+        cwd=tmp_path,
+    )
+    # The dependencies are the ones installed here, after the environment's own packages; .pth files
+    # among them do not count.
     [installed] = (tmp_path / "env" / "lib").glob("python*/site-packages")
     (installed / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
     empty = tmp_path / "empty"
@@ -121,8 +166,9 @@ def test_another_project_applies_a_model_in_three_lines(wheel: Path, tmp_path: P
 
 WITH_ITS_OWN_DEPENDENCIES = """
 import sys
-import moe.expert_parallel, moe.generate, moe.kernels.attention, moe.kernels.grouped_matmul, moe.losses, moe.optimizer, moe.routing
-import moe.sharding, moe.train_step, moe.upcycle
+import moe.parallel.expert, moe.parallel.mesh, moe.inference.generate, moe.kernels.attention
+import moe.kernels.grouped_matmul, moe.losses, moe.training.optimizer, moe.model.routing
+import moe.training.train_step, moe.interop.upcycle
 from moe import ConfigError, MoE, MoEConfig, ModelConfig, RunConfig, Transformer
 
 print(sorted({"matplotlib", "tensorboardX", "tensorflow_datasets", "grain", "tqdm"} & sys.modules.keys()))
@@ -164,20 +210,37 @@ def test_make_finds_an_nvidia_gpu(makefile: Path) -> None:
 
 
 def test_make_passes_config_and_arguments_on(makefile: Path) -> None:
-    plan = run("make", "--dry-run", "train", "CONFIG=configs/dense_1b.py", "ARGS=--config.train.steps=100", cwd=makefile)
-    assert '-m launch.train --config="configs/dense_1b.py" --workdir="runs/dense_1b" --config.train.steps=100\n' in plan
-    assert '-m launch.generate --workdir="runs/dense_1b" --prompt="def " --temperature=0.5\n' in plan
+    plan = run(
+        "make",
+        "--dry-run",
+        "train",
+        "CONFIG=configs/dense_1b.py",
+        "ARGS=--config.train.steps=100",
+        cwd=makefile,
+    )
+    assert (
+        '-m launch.train --config="configs/dense_1b.py" --workdir="runs/dense_1b" --config.train.steps=100\n'
+        in plan
+    )
+    assert (
+        '-m launch.generate --workdir="runs/dense_1b" --prompt="def " --temperature=0.5\n' in plan
+    )
 
 
 @pytest.mark.parametrize(
     ("assignment", "expected"),
     [
-        ("ACCELERATOR=cuda12", "*** ACCELERATOR=cuda12 is not known: set it to cuda13, tpu or cpu.  Stop."),
+        (
+            "ACCELERATOR=cuda12",
+            "*** ACCELERATOR=cuda12 is not known: set it to cuda13, tpu or cpu.  Stop.",
+        ),
         ("PYTHON=false", "PYTHON=false is not Python 3.11 or later: set PYTHON to one that is"),
     ],
 )
 def test_make_refuses_what_it_cannot_use(makefile: Path, assignment: str, expected: str) -> None:
-    done = subprocess.run(["make", "train", assignment], cwd=makefile, capture_output=True, text=True)
+    done = subprocess.run(
+        ["make", "train", assignment], cwd=makefile, capture_output=True, text=True
+    )
     assert done.returncode == 2
     assert any(line.endswith(expected) for line in (done.stdout + done.stderr).splitlines())
     assert not (makefile / ".venv").exists()

@@ -1,4 +1,5 @@
-"""Sums over tokens, rows, microbatches and devices are taken in float32, whatever the activations are.
+"""Sums over tokens, rows, microbatches and devices are taken in float32, whatever the activations
+are.
 
 A bfloat16 model's gradients are compared with those of the float32 model that has the same
 parameters, leaf by leaf, on long rows of few distinct tokens: a sum that is rounded to bfloat16 on
@@ -16,20 +17,44 @@ import numpy as np
 import optax
 import pytest
 
-from moe import losses, sharding
-from moe.config import DataConfig, MeshConfig, ModelConfig, MoEConfig, OptimizerConfig, RunConfig, TrainConfig
-from moe.context import ulysses_attention
-from moe.experts import capacity_dispatch, dense_dispatch
-from moe.layers import look_up
+from moe import losses
+from moe.config import (
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainConfig,
+)
+from moe.model.experts import capacity_dispatch, dense_dispatch
+from moe.model.layers import look_up
+from moe.model.transformer import Transformer
+from moe.parallel.context import ulysses_attention
+from moe.parallel.mesh import global_batch, make_mesh, shardings
 from moe.parameters import unbox
-from moe.train_step import TrainState, make_train_step
-from moe.transformer import Transformer
+from moe.training.train_step import TrainState, make_train_step
 
 TOLERANCE = 0.02  # of a leaf's norm
 DISTINCT = 4  # tokens of the vocabulary that the rows hold
 
-MOE = MoEConfig(num_experts=4, experts_per_token=2, expert_dim=32, num_shared_experts=1, capacity_factor=2.0, z_weight=0.01)
-DENSE = ModelConfig(vocab_size=256, num_layers=2, model_dim=32, feed_forward_dim=64, num_heads=4, num_kv_heads=2, head_dim=8)
+MOE = MoEConfig(
+    num_experts=4,
+    experts_per_token=2,
+    expert_dim=32,
+    num_shared_experts=1,
+    capacity_factor=2.0,
+    z_weight=0.01,
+)
+DENSE = ModelConfig(
+    vocab_size=256,
+    num_layers=2,
+    model_dim=32,
+    feed_forward_dim=64,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+)
 SPARSE = dataclasses.replace(DENSE, moe=MOE)
 
 ONE_DEVICE = {"data": 1}
@@ -49,11 +74,16 @@ KINDS = {
 }
 
 
-def make_config(kind: str, mesh: str, *, tied: bool, scan: bool, microbatches: int, rows: int, length: int) -> RunConfig:
+def make_config(
+    kind: str, mesh: str, *, tied: bool, scan: bool, microbatches: int, rows: int, length: int
+) -> RunConfig:
     model = dataclasses.replace(DENSE, tied_embeddings=tied, scan_layers=scan)
     if KINDS[kind]:
         dispatch, exchange = KINDS[kind]
-        model = dataclasses.replace(model, moe=dataclasses.replace(MOE, dispatch=dispatch, exchange=exchange, balance_scope="row"))
+        model = dataclasses.replace(
+            model,
+            moe=dataclasses.replace(MOE, dispatch=dispatch, exchange=exchange, balance_scope="row"),
+        )
     return RunConfig(
         model=model,
         data=DataConfig(sequence_length=length),
@@ -66,58 +96,91 @@ def make_config(kind: str, mesh: str, *, tied: bool, scan: bool, microbatches: i
 def batch_rows(rows: int, length: int) -> dict[str, np.ndarray]:
     tokens = np.random.default_rng(4).integers(0, DISTINCT, (rows, length + 1)).astype(np.int32)
     shape = (rows, length)
-    whole = {"loss_mask": np.ones(shape, bool), "segment_ids": np.ones(shape, np.int32), "positions": np.arange(length, dtype=np.int32)}
-    return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:]} | {name: np.broadcast_to(x, shape) for name, x in whole.items()}
+    whole = {
+        "loss_mask": np.ones(shape, bool),
+        "segment_ids": np.ones(shape, np.int32),
+        "positions": np.arange(length, dtype=np.int32),
+    }
+    return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:]} | {
+        name: np.broadcast_to(x, shape) for name, x in whole.items()
+    }
 
 
 @functools.cache
 def declared(sparse: bool, tied: bool) -> Any:
     model = Transformer(dataclasses.replace(SPARSE if sparse else DENSE, tied_embeddings=tied))
-    return jax.eval_shape(lambda key: model.init(key, {"tokens": jnp.zeros((1, 1), jnp.int32)}), jax.random.key(0))
+    return jax.eval_shape(
+        lambda key: model.init(key, {"tokens": jnp.zeros((1, 1), jnp.int32)}), jax.random.key(0)
+    )
 
 
 @functools.cache
 def variables(sparse: bool, tied: bool) -> Any:
-    """Parameters drawn once; embeddings are large, so that rounding does not change which experts are chosen."""
+    """Parameters drawn once; embeddings are large, so that rounding does not change which experts
+    are chosen.
+    """
     model = Transformer(dataclasses.replace(SPARSE if sparse else DENSE, tied_embeddings=tied))
-    drawn = jax.jit(lambda key: unbox(model.init(key, {"tokens": jnp.zeros((1, 1), jnp.int32)})))(jax.random.key(0))
-    return jax.device_get({"params": drawn["params"] | {"embedding": 8 * drawn["params"]["embedding"]}})
+    drawn = jax.jit(lambda key: unbox(model.init(key, {"tokens": jnp.zeros((1, 1), jnp.int32)})))(
+        jax.random.key(0)
+    )
+    return jax.device_get(
+        {"params": drawn["params"] | {"embedding": 8 * drawn["params"]["embedding"]}}
+    )
 
 
 KEEP_GRADIENT = optax.GradientTransformation(
-    lambda params: jax.tree.map(jnp.zeros_like, params), lambda gradient, state, params: (jax.tree.map(jnp.zeros_like, params), gradient)
+    lambda params: jax.tree.map(jnp.zeros_like, params),
+    lambda gradient, state, params: (jax.tree.map(jnp.zeros_like, params), gradient),
 )
 
 
 def gradients(config: RunConfig, dtype: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Each leaf of the gradient that a train step computes, and the experts' load."""
-    mesh = sharding.make_mesh(config, jax.devices()[: int(np.prod(config.mesh.sizes))])
+    mesh = make_mesh(config, jax.devices()[: int(np.prod(config.mesh.sizes))])
     sparse, tied = bool(config.model.moe.num_experts), config.model.tied_embeddings
-    placed = jax.device_put(variables(sparse, tied), sharding.shardings(declared(sparse, tied), mesh))["params"]
+    placed = jax.device_put(variables(sparse, tied), shardings(declared(sparse, tied), mesh))[
+        "params"
+    ]
     zero = jnp.zeros((), jnp.int32)
     state = TrainState(zero, zero, zero, zero, placed, KEEP_GRADIENT.init(placed), {})
     model = Transformer(dataclasses.replace(config.model, compute_dtype=dtype))
-    step = make_train_step(config, model, KEEP_GRADIENT, losses.next_token_loss(config.train.loss_chunk))
+    step = make_train_step(
+        config, model, KEEP_GRADIENT, losses.next_token_loss(config.train.loss_chunk)
+    )
     rows, length = config.train.batch_size, config.data.sequence_length
     with jax.set_mesh(mesh):
-        new, metrics = jax.jit(step)(state, sharding.global_batch(batch_rows(rows, length), mesh, rows))
-    leaves = {jax.tree_util.keystr(path): np.asarray(x, np.float64) for path, x in jax.tree_util.tree_leaves_with_path(new.opt_state)}
+        new, metrics = jax.jit(step)(state, global_batch(batch_rows(rows, length), mesh, rows))
+    leaves = {
+        jax.tree_util.keystr(path): np.asarray(x, np.float64)
+        for path, x in jax.tree_util.tree_leaves_with_path(new.opt_state)
+    }
     return leaves, np.asarray(metrics["router"]["load"] if sparse else 1.0)
 
 
 @functools.cache
-def float32_gradients(sparse: bool, tied: bool, rows: int, length: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+def float32_gradients(
+    sparse: bool, tied: bool, rows: int, length: int
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """On one device, in one batch, every token to every expert."""
     kind = "dense" if sparse else "no experts"
-    config = make_config(kind, "one device", tied=tied, scan=True, microbatches=1, rows=rows, length=length)
+    config = make_config(
+        kind, "one device", tied=tied, scan=True, microbatches=1, rows=rows, length=length
+    )
     return gradients(config, "float32")
 
 
 def assert_close(config: RunConfig) -> None:
     arguments = config.train.batch_size, config.data.sequence_length
-    expected, expected_load = float32_gradients(bool(config.model.moe.num_experts), config.model.tied_embeddings, *arguments)
+    expected, expected_load = float32_gradients(
+        bool(config.model.moe.num_experts), config.model.tied_embeddings, *arguments
+    )
     actual, load = gradients(config, "bfloat16")
-    np.testing.assert_allclose(load, expected_load, atol=1e-3, err_msg="the models route tokens differently: compare others")
+    np.testing.assert_allclose(
+        load,
+        expected_load,
+        atol=1e-3,
+        err_msg="the models route tokens differently: compare others",
+    )
     assert actual.keys() == expected.keys()
     for name, gradient in expected.items():
         difference = np.linalg.norm(actual[name] - gradient) / np.linalg.norm(gradient)
@@ -133,20 +196,30 @@ def assert_close(config: RunConfig) -> None:
         ("capacity, all-to-all", "fsdp 2, expert 2, tensor 2", False, True, 1),
     ],
 )
-def test_gradients_of_a_bfloat16_model(kind: str, mesh: str, tied: bool, scan: bool, microbatches: int) -> None:
-    assert_close(make_config(kind, mesh, tied=tied, scan=scan, microbatches=microbatches, rows=8, length=512))
+def test_gradients_of_a_bfloat16_model(
+    kind: str, mesh: str, tied: bool, scan: bool, microbatches: int
+) -> None:
+    assert_close(
+        make_config(kind, mesh, tied=tied, scan=scan, microbatches=microbatches, rows=8, length=512)
+    )
 
 
 def every_case() -> list[tuple[Any, ...]]:
-    """All of the product that a mesh can run, but for microbatches on meshes, whose rows do not suffice."""
+    """All of the product that a mesh can run, but for microbatches on meshes, whose rows do not
+    suffice.
+    """
     cases = itertools.product(KINDS, MESHES, (False, True), (True, False), (1, 4))
     return [case for case in cases if case[1] == "one device" or case[-1] == 1]
 
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(("kind", "mesh", "tied", "scan", "microbatches"), every_case())
-def test_gradients_of_every_bfloat16_model(kind: str, mesh: str, tied: bool, scan: bool, microbatches: int) -> None:
-    assert_close(make_config(kind, mesh, tied=tied, scan=scan, microbatches=microbatches, rows=8, length=512))
+def test_gradients_of_every_bfloat16_model(
+    kind: str, mesh: str, tied: bool, scan: bool, microbatches: int
+) -> None:
+    assert_close(
+        make_config(kind, mesh, tied=tied, scan=scan, microbatches=microbatches, rows=8, length=512)
+    )
 
 
 KINDS_OF_LONG_ROWS = ("no experts", "dense", "capacity", "dropless")
@@ -155,18 +228,26 @@ KINDS_OF_LONG_ROWS = ("no experts", "dense", "capacity", "dropless")
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS_OF_LONG_ROWS)
 def test_gradients_of_a_row_of_16k_tokens(kind: str) -> None:
-    assert_close(make_config(kind, "one device", tied=False, scan=True, microbatches=1, rows=1, length=16384))
+    assert_close(
+        make_config(kind, "one device", tied=False, scan=True, microbatches=1, rows=1, length=16384)
+    )
 
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", KINDS_OF_LONG_ROWS)
 def test_gradients_of_rows_of_16k_tokens_in_microbatches(kind: str) -> None:
-    assert_close(make_config(kind, "one device", tied=True, scan=True, microbatches=4, rows=4, length=16384))
+    assert_close(
+        make_config(kind, "one device", tied=True, scan=True, microbatches=4, rows=4, length=16384)
+    )
 
 
 def test_a_token_that_stands_often_gets_all_of_its_gradient() -> None:
     for count in (1024, 4096, 16384):
-        gradient = jax.grad(lambda table: jnp.sum(look_up(jnp.bfloat16, table, jnp.zeros((1, count), jnp.int32)).astype(jnp.float32)))  # noqa: B023
+        gradient = jax.grad(
+            lambda table: jnp.sum(
+                look_up(jnp.bfloat16, table, jnp.zeros((1, count), jnp.int32)).astype(jnp.float32)  # noqa: B023
+            )
+        )
         np.testing.assert_array_equal(gradient(jnp.ones((2, 1))), [[count], [0]])
 
 
@@ -175,8 +256,15 @@ def test_a_token_adds_up_its_rows_and_their_gradients_in_float32() -> None:
     number = 17
     parts = jnp.full((number, 1, 1), 2**-9, jnp.bfloat16).at[0].set(1)
     total = 1 + 16 * 2**-9
-    x, ones, experts = jnp.ones((1, 1), jnp.bfloat16), jnp.ones((1, number)), jnp.arange(number)[None]
-    for dispatch in (dense_dispatch(experts, ones, number), capacity_dispatch(experts, ones, number, 1)):
+    x, ones, experts = (
+        jnp.ones((1, 1), jnp.bfloat16),
+        jnp.ones((1, number)),
+        jnp.arange(number)[None],
+    )
+    for dispatch in (
+        dense_dispatch(experts, ones, number),
+        capacity_dispatch(experts, ones, number, 1),
+    ):
         gradient = jax.vjp(dispatch.send, x)[1](parts)[0]
         assert gradient[0, 0] == total
         assert dispatch.receive(parts)[0, 0] == total
@@ -200,9 +288,15 @@ def test_copies_of_a_head_add_up_their_gradients_in_float32() -> None:
     mesh = jax.make_mesh((8,), ("context",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec(None, "context")
     q, k = jnp.zeros((1, 8, 8, 4), jnp.bfloat16), jnp.zeros((1, 8, 1, 4), jnp.bfloat16)
-    attend = functools.partial(ulysses_attention, axis_name="context", causal=False, implementation=None)
-    sharded = jax.jit(jax.shard_map(attend, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec, check_vma=False))
-    g = jnp.full(q.shape, 1 + 2**-6, jnp.bfloat16).at[:, :, 1:].set(2**-8)  # one copy gives 1 + 2^-6, and seven give 2^-8
+    attend = functools.partial(
+        ulysses_attention, axis_name="context", causal=False, implementation=None
+    )
+    sharded = jax.jit(
+        jax.shard_map(attend, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)
+    )
+    g = (
+        jnp.full(q.shape, 1 + 2**-6, jnp.bfloat16).at[:, :, 1:].set(2**-8)
+    )  # one copy gives 1 + 2^-6, and seven give 2^-8
     _, pull_back = jax.vjp(lambda v: sharded(q, k, v), jnp.zeros_like(k))
     expected = jnp.float32(1 + 2**-6 + 7 * 2**-8).astype(jnp.bfloat16)
     np.testing.assert_array_equal(pull_back(g)[0].astype(jnp.float32), expected.astype(jnp.float32))

@@ -10,17 +10,35 @@ from pathlib import Path
 import jax
 import pytest
 
-from moe.config import DataConfig, MeshConfig, ModelConfig, OptimizerConfig, RunConfig, TrackingConfig, TrainConfig
-from moe.tracking import read_metrics
-from moe.trainer import fit, load_run
+from moe.config import (
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrackingConfig,
+    TrainConfig,
+)
+from moe.training.trainer import fit, load_run
+from moe.workdir.tracking import read_metrics
 
 ROOT = Path(__file__).parents[1]
 CONFIG = RunConfig(
-    model=ModelConfig(num_layers=2, model_dim=16, feed_forward_dim=24, num_heads=2, num_kv_heads=1, head_dim=8, compute_dtype="float32"),
+    model=ModelConfig(
+        num_layers=2,
+        model_dim=16,
+        feed_forward_dim=24,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=8,
+        compute_dtype="float32",
+    ),
     data=DataConfig(sequence_length=64),
     optimizer=OptimizerConfig(learning_rate=0.01, warmup_fraction=1 / 3),
     mesh=MeshConfig(data=2, fsdp=2),
-    train=TrainConfig(steps=6, batch_size=8, log_every=1, eval_every=3, eval_batches=1, checkpoint_every=3),
+    train=TrainConfig(
+        steps=6, batch_size=8, log_every=1, eval_every=3, eval_batches=1, checkpoint_every=3
+    ),
     tracking=TrackingConfig(tensorboard=False),
 )
 PROGRAM = """
@@ -31,7 +49,7 @@ jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.config.update("jax_num_cpu_devices", 2)
 jax.distributed.initialize(f"127.0.0.1:{sys.argv[1]}", 2, int(sys.argv[2]))
 from moe.config import RunConfig
-from moe.trainer import fit
+from moe.training.trainer import fit
 fit(RunConfig.from_config_dict(json.loads(sys.argv[3])), Path(sys.argv[4]))
 """
 
@@ -44,12 +62,17 @@ def free_port():
 
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
-    config = dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, directory=str(tmp_path / "data")))
+    config = dataclasses.replace(
+        CONFIG, data=dataclasses.replace(CONFIG.data, directory=str(tmp_path / "data"))
+    )
     one, two = tmp_path / "one", tmp_path / "two"
     arguments = [str(free_port()), json.dumps(config.to_dict()), str(two)]
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, arguments[0], str(rank), *arguments[1:]], cwd=ROOT, stderr=subprocess.PIPE, text=True
+            [sys.executable, "-c", PROGRAM, arguments[0], str(rank), *arguments[1:]],
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for rank in range(2)
     ]

@@ -1,12 +1,15 @@
-"""Attention on NVIDIA Hopper GPUs, in Pallas' Mosaic GPU: the output here, its gradients in `hopper_backward.py`.
+"""Attention on NVIDIA Hopper GPUs, in Pallas' Mosaic GPU: the output here, its gradients in
+`hopper_backward.py`.
 
-A program takes 128 queries of one head. Two warpgroups compute, 64 queries each; a third only starts the copies of blocks of keys and
-values into a ring in shared memory. The schedule is that of FlashAttention-3 (Shah et al. 2024, sections 3.1 and 3.2): in a step a
-warpgroup issues its product of queries with the next keys and its product of the last weights with their values, hands the tensor cores
-to the other warpgroup, and computes the next weights while both run.
+A program takes 128 queries of one head. Two warpgroups compute, 64 queries each; a third only
+starts the copies of blocks of keys and values into a ring in shared memory. The schedule is that of
+FlashAttention-3 (Shah et al. 2024, sections 3.1 and 3.2): in a step a warpgroup issues its product
+of queries with the next keys and its product of the last weights with their values, hands the
+tensor cores to the other warpgroup, and computes the next weights while both run.
 
-Which blocks a tile meets comes as int32 in global memory, from `masks.py`: first those at both ends, which need a mask, then those between,
-which run without one. A tile whose queries see nothing meets one block, masked, so that no loop is ever empty.
+Which blocks a tile meets comes as int32 in global memory, from `masks.py`: first those at both
+ends, which need a mask, then those between, which run without one. A tile whose queries see nothing
+meets one block, masked, so that no loop is ever empty.
 """
 
 import dataclasses
@@ -24,16 +27,20 @@ from moe.kernels.attention.masks import Options, clear_key_blocks, key_blocks
 ROWS = 64  # of a warpgroup: the height of its matrix instruction
 Q_BLOCK = 2 * ROWS
 LOG2E = math.log2(math.e)
-# How the registers of a warpgroup hold a matrix, and a vector with one number for each of its rows or columns.
+# How the registers of a warpgroup hold a matrix, and a vector with one number for each of its rows
+# or columns.
 MATRIX = plgpu.Layout.WGMMA
 BY_ROW, BY_COLUMN = MATRIX.reduce(1), MATRIX.reduce(0)
-# Of the 168 registers that each thread of the three warpgroups starts with, two keep 240 and the one that copies 24.
+# Of the 168 registers that each thread of the three warpgroups starts with, two keep 240 and the
+# one that copies 24.
 FEW_REGISTERS, MANY_REGISTERS = 24, 240
 PARAMS = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane)
 
 
 class Inputs(NamedTuple):
-    """A kernel's arrays, or the references to them; lengths are whole blocks and widths multiples of 64."""
+    """A kernel's arrays, or the references to them; lengths are whole blocks and widths multiples
+    of 64.
+    """
 
     ranges: Any  # int32 [B, tiles, 4]: see `Plan`
     shift: Any  # int32 [1]
@@ -50,7 +57,9 @@ class Inputs(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """What is static in a kernel: the options, the sizes of blocks, how many are in flight, the keys there are, heads to a key head."""
+    """What is static in a kernel: the options, the sizes of blocks, how many are in flight, the
+    keys there are, heads to a key head.
+    """
 
     options: Options
     q_block: int
@@ -62,14 +71,20 @@ class Call:
 
     @property
     def factor(self) -> float:
-        """What makes of `bounded` scores logits in base 2, inside the exponential: above zero, so that it may follow a maximum."""
+        """What makes of `bounded` scores logits in base 2, inside the exponential: above zero, so
+        that it may follow a maximum.
+        """
         if self.options.softcap is not None:
             return self.options.softcap * LOG2E
         return self.options.scale * LOG2E if self.options.scale > 0 else LOG2E
 
     def slot(self, step: Any) -> Any:
-        """Where a step's block lies. A compiler that saw that one slot is always 0 would hold all its addresses in registers."""
-        return jax.lax.rem(step, jnp.int32(self.stages)) if self.stages > 1 else jnp.minimum(step, 0)
+        """Where a step's block lies. A compiler that saw that one slot is always 0 would hold all
+        its addresses in registers.
+        """
+        return (
+            jax.lax.rem(step, jnp.int32(self.stages)) if self.stages > 1 else jnp.minimum(step, 0)
+        )
 
     def bounded(self, scores: jax.Array) -> jax.Array:
         """Logits less `factor`; between -1 and 1 with softcap."""
@@ -99,7 +114,12 @@ def forward(
     met = key_blocks(*of_mask, q_ids_BT, kv_ids_BS)
     ranges = ranges_of(met, clear_key_blocks(*of_mask, met, q_ids_BT, kv_ids_BS), len(q_BTNH))
     call = Call(
-        options, *blocks, stages, lengths[1], q_BTNH.shape[2] // k_BSKH.shape[2], needs_mask(options, lengths[1], kv_block, q_ids_BT)
+        options,
+        *blocks,
+        stages,
+        lengths[1],
+        q_BTNH.shape[2] // k_BSKH.shape[2],
+        needs_mask(options, lengths[1], kv_block, q_ids_BT),
     )
     inputs = prepare(blocks, ranges, shift, q_BTNH, k_BSKH, v_BSKH, q_ids_BT, kv_ids_BS)
     inputs = inputs._replace(sinks=None if sinks_N is None else sinks_N.astype(jnp.float32))
@@ -107,9 +127,14 @@ def forward(
     rounded = jax.ShapeDtypeStruct((batch, length, heads, value_width), q_BTNH.dtype)
     output, lse, *lost = plgpu.kernel(
         functools.partial(_forward_kernel, call),
-        out_type=(rounded, jax.ShapeDtypeStruct((batch, heads, length), jnp.float32), *[rounded] * options.partial),
+        out_type=(
+            rounded,
+            jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
+            *[rounded] * options.partial,
+        ),
         scratch_types=_scratch(call, width, value_width, q_BTNH.dtype, q_ids_BT is not None),
-        # Heads that share keys run at the same time and find them in the cache; tiles that meet the most blocks come first.
+        # Heads that share keys run at the same time and find them in the cache; tiles that meet the
+        # most blocks come first.
         grid=(batch, length // Q_BLOCK, heads),
         grid_names=("batch", "tile", "head"),
         num_threads=3,
@@ -147,7 +172,9 @@ def _scratch(call: Call, width: int, value_width: int, dtype: Any, has_ids: bool
 
 
 class Scratch(NamedTuple):
-    """The forward kernel's shared memory, and its barriers: a ring's are full, by the copy, and free, by both warpgroups."""
+    """The forward kernel's shared memory, and its barriers: a ring's are full, by the copy, and
+    free, by both warpgroups.
+    """
 
     q: Any
     k: Any
@@ -188,12 +215,16 @@ def _forward_kernel(call: Call, x: Inputs, output: Any, lse: Any, *refs: Any) ->
         mask = functools.partial(mask_keys, call, at, me, start + x.shift[0], plan)
         sink = -jnp.inf if x.sinks is None else x.sinks[n] * LOG2E
         attend = functools.partial(_attend, call, at, me, plan, mask, sink)
-        total_output, highest, total = pl.run_scoped(attend, plgpu.ACC((ROWS, output.shape[3]), jnp.float32))
+        total_output, highest, total = pl.run_scoped(
+            attend, plgpu.ACC((ROWS, output.shape[3]), jnp.float32)
+        )
         some = jnp.where(total > 0, total, 1.0)
         staged = (at.q if at.output is None else at.output).at[me]
         total_output = total_output * across(1 / some, total_output.shape)
         rounded = total_output.astype(output.dtype)
-        if lost:  # before anything is stored, so that registers hold two halves of the output then, and not all of it and a half
+        # before anything is stored, so that registers hold two halves of the output then, and not
+        # all of it and a half
+        if lost:
             rest = (total_output - rounded.astype(jnp.float32)).astype(output.dtype)
             rounded, rest = jax.lax.optimization_barrier((rounded, rest))
         staged[...] = rounded
@@ -234,8 +265,12 @@ def drain(stages: int, steps: Any, *rings: Any) -> None:
             pl.when(slot < steps)(functools.partial(plgpu.barrier_wait, free.at[slot]))
 
 
-def _attend(call: Call, at: Scratch, me: Any, plan: "Plan", mask: Any, sink: Any, summed: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """A warpgroup's weighted sum of values, and each row's highest logit, in base 2, and sum of weights."""
+def _attend(
+    call: Call, at: Scratch, me: Any, plan: "Plan", mask: Any, sink: Any, summed: Any
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """A warpgroup's weighted sum of values, and each row's highest logit, in base 2, and sum of
+    weights.
+    """
     products = plgpu.ACC((ROWS, call.kv_block), jnp.float32)
 
     def await_keys(step: Any) -> None:
@@ -255,17 +290,22 @@ def _attend(call: Call, at: Scratch, me: Any, plan: "Plan", mask: Any, sink: Any
             plgpu.barrier_wait(at.v_full.at[last])
             plgpu.wgmma(summed, weights, at.v.at[last])
             plgpu.barrier_arrive(at.turn.at[1 - me])
-            # A mask needs the registers of the last weights, so here the product with the values is awaited too.
+            # A mask needs the registers of the last weights, so here the product with the values is
+            # awaited too.
             return plgpu.wgmma_accumulator_load(scores, wait_n=0 if masked else 1)
 
         logits = call.bounded(pl.run_scoped(overlap, products))
         if masked:
             logits = mask(step, slot, logits)
         plgpu.barrier_arrive(at.k_free.at[slot])
-        # The compiler would sink the exponentials to where they are used, behind the wait for the product that they are to overlap with: a
-        # barrier for values keeps them in place in LLVM, and the branch of another wait keeps them there in ptxas, which moves no
-        # instruction between blocks. Rounded weights are operands, which must not change while a product runs: they come after it.
-        weights, kept, highest, total = jax.lax.optimization_barrier(_softmax(call, logits, highest, total, masked))
+        # The compiler would sink the exponentials to where they are used, behind the wait for the
+        # product that they are to overlap with: a barrier for values keeps them in place in LLVM,
+        # and the branch of another wait keeps them there in ptxas, which moves no instruction
+        # between blocks. Rounded weights are operands, which must not change while a product runs:
+        # they come after it.
+        weights, kept, highest, total = jax.lax.optimization_barrier(
+            _softmax(call, logits, highest, total, masked)
+        )
         await_keys(step + 1)
         plgpu.wgmma_wait(0)
         plgpu.barrier_arrive(at.v_free.at[last])
@@ -287,7 +327,9 @@ def _attend(call: Call, at: Scratch, me: Any, plan: "Plan", mask: Any, sink: Any
     begin = jnp.maximum(plan.masked, 1)
     if call.masked:
         carry = jax.lax.fori_loop(1, begin, functools.partial(meet, True), carry)
-    weights, highest, total = jax.lax.fori_loop(begin, plan.steps, functools.partial(meet, False), carry)
+    weights, highest, total = jax.lax.fori_loop(
+        begin, plan.steps, functools.partial(meet, False), carry
+    )
     last = call.slot(plan.steps - 1)
     plgpu.barrier_wait(at.v_full.at[last])
     plgpu.wgmma(summed, weights, at.v.at[last])
@@ -296,20 +338,41 @@ def _attend(call: Call, at: Scratch, me: Any, plan: "Plan", mask: Any, sink: Any
     return total_output, highest, total
 
 
-def _softmax(call: Call, logits: jax.Array, highest: jax.Array, total: jax.Array, masked: bool) -> tuple[jax.Array, ...]:
+def _softmax(
+    call: Call, logits: jax.Array, highest: jax.Array, total: jax.Array, masked: bool
+) -> tuple[jax.Array, ...]:
     """Weights, what is kept of the sums before, and the new highest logits and sums of weights."""
     new_highest = jnp.maximum(highest, jnp.max(logits, axis=1) * call.factor)
-    base = jnp.where(new_highest > -jnp.inf, new_highest, 0.0) if masked else new_highest  # nothing is seen yet: all weights are zero
+    base = (
+        jnp.where(new_highest > -jnp.inf, new_highest, 0.0) if masked else new_highest
+    )  # nothing is seen yet: all weights are zero
     weights = jnp.exp2(logits * call.factor - across(base, logits.shape))
     kept = jnp.exp2(highest - base)
     return weights, kept, new_highest, total * kept + jnp.sum(weights, axis=1)
 
 
-def mask_keys(call: Call, at: Any, me: Any, position: Any, plan: "Plan", step: Any, slot: Any, logits: jax.Array) -> jax.Array:
+def mask_keys(
+    call: Call,
+    at: Any,
+    me: Any,
+    position: Any,
+    plan: "Plan",
+    step: Any,
+    slot: Any,
+    logits: jax.Array,
+) -> jax.Array:
     """`mask` for rows of queries and a step's block of keys."""
     options = call.options
     ids = None if at.q_ids is None else (at.q_ids.at[me], at.kv_ids.at[slot])
-    return mask(logits, position, plan.block(step) * call.kv_block, options.left, options.right, call.kv_length, ids)
+    return mask(
+        logits,
+        position,
+        plan.block(step) * call.kv_block,
+        options.left,
+        options.right,
+        call.kv_length,
+        ids,
+    )
 
 
 class Plan(NamedTuple):
@@ -324,7 +387,9 @@ class Plan(NamedTuple):
 
     def block(self, step: Any) -> Any:
         """The block of a step: those that need a mask, then the clear ones."""
-        return jnp.where(step < self.masked, self.masked_block(step), step - self.masked + self.clear)
+        return jnp.where(
+            step < self.masked, self.masked_block(step), step - self.masked + self.clear
+        )
 
     def masked_block(self, step: Any) -> Any:
         """Those before the clear ones, then those after."""
@@ -335,10 +400,19 @@ class Plan(NamedTuple):
 def read_plan(ranges: Any, b: Any, tile: Any, least: int = 0) -> Plan:
     """The plan of a tile, of at least so many steps."""
     first, clear, clear_end, end = (ranges[b, tile, i] for i in range(4))
-    return Plan(first, clear, clear_end, end, end - first - (clear_end - clear), jnp.maximum(end - first, least))
+    return Plan(
+        first,
+        clear,
+        clear_end,
+        end,
+        end - first - (clear_end - clear),
+        jnp.maximum(end - first, least),
+    )
 
 
-def ranges_of(met: tuple[jax.Array, jax.Array], clear: tuple[jax.Array, jax.Array], batch: int) -> jax.Array:
+def ranges_of(
+    met: tuple[jax.Array, jax.Array], clear: tuple[jax.Array, jax.Array], batch: int
+) -> jax.Array:
     """What `read_plan` reads: int32 [B, tiles, 4]."""
     tiles = met[0].shape[1]
     ranges = [jnp.broadcast_to(x, (batch, tiles)) for x in (met[0], *clear, met[1])]
@@ -347,16 +421,28 @@ def ranges_of(met: tuple[jax.Array, jax.Array], clear: tuple[jax.Array, jax.Arra
 
 def needs_mask(options: Options, kv_length: int, kv_block: int, ids: jax.Array | None) -> bool:
     """Whether some block may need a mask."""
-    return options.left is not None or options.right is not None or ids is not None or bool(kv_length % kv_block)
+    return (
+        options.left is not None
+        or options.right is not None
+        or ids is not None
+        or bool(kv_length % kv_block)
+    )
 
 
 def mask(
-    logits: jax.Array, row: Any, column: Any, left: int | None, right: int | None, length: int | None, ids: tuple[Any, Any] | None
+    logits: jax.Array,
+    row: Any,
+    column: Any,
+    left: int | None,
+    right: int | None,
+    length: int | None,
+    ids: tuple[Any, Any] | None,
 ) -> jax.Array:
-    """Minus infinity for columns more than `left` before their row or `right` after it, for those beyond a `length`, and where ids differ.
+    """Minus infinity for columns more than `left` before their row or `right` after it, for those
+    beyond a `length`, and where ids differ.
 
-    `row` and `column` are the positions of the first ones, `ids` the references to theirs. Limits are one number to a row, so that each
-    logit costs a comparison to a limit.
+    `row` and `column` are the positions of the first ones, `ids` the references to theirs. Limits
+    are one number to a row, so that each logit costs a comparison to a limit.
     """
     at_row = plgpu.layout_cast(jax.lax.iota(jnp.int32, ROWS), BY_ROW) + (row - column)
     at_column = plgpu.broadcasted_iota(jnp.int32, logits.shape, 1, layout=MATRIX)
@@ -369,8 +455,13 @@ def mask(
     if left is not None:
         seen &= at_column >= across(at_row - left, logits.shape)
     if ids is not None:
-        row_ids, column_ids = (plgpu.layout_cast(x[...], layout) for x, layout in zip(ids, (BY_ROW, BY_COLUMN), strict=True))
-        seen &= across(row_ids, logits.shape) == jax.lax.broadcast_in_dim(column_ids, logits.shape, [1])
+        row_ids, column_ids = (
+            plgpu.layout_cast(x[...], layout)
+            for x, layout in zip(ids, (BY_ROW, BY_COLUMN), strict=True)
+        )
+        seen &= across(row_ids, logits.shape) == jax.lax.broadcast_in_dim(
+            column_ids, logits.shape, [1]
+        )
     return logits if seen is True else jnp.where(seen, logits, -jnp.inf)
 
 
@@ -385,17 +476,36 @@ def across(rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def matrices(shape: tuple[int, ...], dtype: Any, columns: int = 64) -> Any:
-    """Shared memory for matrices as tensor cores read them; a product sums over multiples of `columns` rows or columns."""
-    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns)))
+    """Shared memory for matrices as tensor cores read them; a product sums over multiples of
+    `columns` rows or columns.
+    """
+    return plgpu.SMEM(
+        shape,
+        dtype,
+        transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns)),
+    )
 
 
 def prepare(
-    blocks: tuple[int, int], ranges: jax.Array, shift: Any, q: jax.Array, k: jax.Array, v: jax.Array, q_ids: Any, kv_ids: Any
+    blocks: tuple[int, int],
+    ranges: jax.Array,
+    shift: Any,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    q_ids: Any,
+    kv_ids: Any,
 ) -> Inputs:
     """The arrays with lengths filled up to whole blocks, and widths to multiples of 64, with zeros."""
     shift = jnp.reshape(jnp.asarray(shift, jnp.int32), 1)
-    ids = (None if x is None else pad(x, 1, block) for x, block in zip((q_ids, kv_ids), blocks, strict=True))
-    q, k, v = (pad(pad(x, 1, block), 3, 64) for x, block in zip((q, k, v), (*blocks, blocks[1]), strict=True))
+    ids = (
+        None if x is None else pad(x, 1, block)
+        for x, block in zip((q_ids, kv_ids), blocks, strict=True)
+    )
+    q, k, v = (
+        pad(pad(x, 1, block), 3, 64)
+        for x, block in zip((q, k, v), (*blocks, blocks[1]), strict=True)
+    )
     return Inputs(ranges, shift, q, k, v, *ids)
 
 

@@ -1,8 +1,10 @@
-"""The gradients of attention on NVIDIA Hopper GPUs: one kernel for that of q, another for those of k and v.
+"""The gradients of attention on NVIDIA Hopper GPUs: one kernel for that of q, another for those of
+k and v.
 
-Both have two warpgroups that compute and one that copies, as `hopper.py` has, whose masks and plans they share. No program adds to what
-another one wrote, so sums have one order. The kernel for k and v holds 128 keys, and walks over the queries of all heads that share them;
-`hopper_keys.py` has the parts of it that are also in `hopper_fused.py`, which does the work of both kernels in one.
+Both have two warpgroups that compute and one that copies, as `hopper.py` has, whose masks and plans
+they share. No program adds to what another one wrote, so sums have one order. The kernel for k and
+v holds 128 keys, and walks over the queries of all heads that share them; `hopper_keys.py` has the
+parts of it that are also in `hopper_fused.py`, which does the work of both kernels in one.
 """
 
 import dataclasses
@@ -52,15 +54,21 @@ def backward(
     g_BTNH: jax.Array,
     row_sums_BTN: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of q, k and v. `row_sums_BTN` is each query's sum of output times `g_BTNH`, less the gradient of its lse."""
-    inputs = prepare(shift, q_BTNH, k_BSKH, v_BSKH, q_ids_BT, kv_ids_BS, lse_BTN, g_BTNH, row_sums_BTN)
+    """Gradients of q, k and v. `row_sums_BTN` is each query's sum of output times `g_BTNH`, less
+    the gradient of its lse.
+    """
+    inputs = prepare(
+        shift, q_BTNH, k_BSKH, v_BSKH, q_ids_BT, kv_ids_BS, lse_BTN, g_BTNH, row_sums_BTN
+    )
     lengths, ids = (q_BTNH.shape[1], k_BSKH.shape[1]), (q_ids_BT, kv_ids_BS)
     of_q = _gradient_q(*_for_queries(options, shift, lengths, ids, inputs))
     of_k, of_v = _gradients_kv(*for_keys(options, shift, lengths, ids, inputs))
     return without_padding((of_q, of_k, of_v), (q_BTNH, k_BSKH, v_BSKH))
 
 
-def _for_queries(options: Options, shift: Any, lengths: tuple[int, int], ids: tuple[Any, Any], inputs: Inputs) -> tuple[Call, Inputs]:
+def _for_queries(
+    options: Options, shift: Any, lengths: tuple[int, int], ids: tuple[Any, Any], inputs: Inputs
+) -> tuple[Call, Inputs]:
     """What a kernel takes that holds a tile of queries."""
     blocks = TILE, _key_block(inputs.q.shape[3])
     of_mask = options, shift, lengths, blocks
@@ -70,7 +78,9 @@ def _for_queries(options: Options, shift: Any, lengths: tuple[int, int], ids: tu
 
 
 def _key_block(width: int) -> int:
-    """Keys at a time of the kernel for q: beside sums of 64 x 256, registers hold scores and gradients of 64 x 32."""
+    """Keys at a time of the kernel for q: beside sums of 64 x 256, registers hold scores and
+    gradients of 64 x 32.
+    """
     return BLOCK if width <= 192 else BLOCK // 2
 
 
@@ -147,7 +157,9 @@ def _q_kernel(call: Call, x: Inputs, output: Any, *scratch: Any) -> None:
             plgpu.copy_gmem_to_smem(source, target, at.q_full.at[me])
         plgpu.barrier_wait(at.q_full.at[me])
         lse, row_sums = (plgpu.layout_cast(at.rows[i, me], BY_ROW) for i in range(2))
-        walk = functools.partial(_walk_over_keys, call, at, me, plan, start + x.shift[0], lse, row_sums)
+        walk = functools.partial(
+            _walk_over_keys, call, at, me, plan, start + x.shift[0], lse, row_sums
+        )
         gradient = pl.run_scoped(walk, plgpu.ACC((ROWS, output.shape[3]), jnp.float32))
         at.q[me] = (gradient * call.options.scale).astype(output.dtype)
         plgpu.commit_smem()
@@ -156,7 +168,14 @@ def _q_kernel(call: Call, x: Inputs, output: Any, *scratch: Any) -> None:
 
 
 def _walk_over_keys(
-    call: Call, at: QScratch, me: Any, plan: Plan, position: Any, lse: jax.Array, row_sums: jax.Array, summed: Any
+    call: Call,
+    at: QScratch,
+    me: Any,
+    plan: Plan,
+    position: Any,
+    lse: jax.Array,
+    row_sums: jax.Array,
+    summed: Any,
 ) -> jax.Array:
     """A warpgroup's gradients of queries, less the scale."""
     products = plgpu.ACC((ROWS, call.kv_block), jnp.float32)
@@ -176,7 +195,8 @@ def _walk_over_keys(
                 logits = hopper.mask_keys(call, at, me, position, plan, step, slot, logits)
             slopes = slopes_of(call, logits)
             weights = times(jnp.exp2(logits * call.factor - across(lse, logits.shape)), slopes)
-            # As in the forward kernel, a branch keeps the exponentials before the wait for the product that they overlap with.
+            # As in the forward kernel, a branch keeps the exponentials before the wait for the
+            # product that they overlap with.
             weights = jax.lax.optimization_barrier(weights)
             await_keys(step + 1)
             return weights, plgpu.wgmma_accumulator_load(gradient)
@@ -196,7 +216,9 @@ def _walk_over_keys(
 
 
 def _gradients_kv(call: Call, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
-    """Both at once, or, where registers do not hold the sums of both (and the slopes of softcap), one after the other."""
+    """Both at once, or, where registers do not hold the sums of both (and the slopes of softcap),
+    one after the other.
+    """
     if inputs.k.shape[3] + inputs.v.shape[3] <= (256 if call.options.softcap is None else 192):
         return _kv_call(call, inputs, (True, True))
     return *_kv_call(call, inputs, (True, False)), *_kv_call(call, inputs, (False, True))
@@ -208,7 +230,9 @@ def _kv_call(call: Call, inputs: Inputs, wanted: tuple[bool, bool]) -> tuple[jax
     return plgpu.kernel(
         functools.partial(_kv_kernel, call, wanted),
         out_type=tuple(
-            jax.ShapeDtypeStruct(y.shape, y.dtype) for y, is_wanted in zip((inputs.k, inputs.v), wanted, strict=True) if is_wanted
+            jax.ShapeDtypeStruct(y.shape, y.dtype)
+            for y, is_wanted in zip((inputs.k, inputs.v), wanted, strict=True)
+            if is_wanted
         ),
         scratch_types=kv_scratch(call, inputs),
         grid=(batch, length // TILE, heads),
@@ -236,10 +260,20 @@ def _kv_kernel(call: Call, wanted: tuple[bool, bool], x: Inputs, *refs: Any) -> 
         copy_keys(x, at, b, n, me, rows)
         places = [place for place, is_wanted in zip((at.k, at.v), wanted, strict=True) if is_wanted]
         sums = [plgpu.ACC((ROWS, place.shape[-1]), jnp.float32) for place in places]
-        walk = functools.partial(_walk_over_queries, call, wanted, at, me, hopper.read_plan(x.ranges, b, tile), start - x.shift[0])
+        walk = functools.partial(
+            _walk_over_queries,
+            call,
+            wanted,
+            at,
+            me,
+            hopper.read_plan(x.ranges, b, tile),
+            start - x.shift[0],
+        )
         gradients = pl.run_scoped(walk, *sums)
         for place, gradient, output in zip(places, gradients, outputs, strict=True):
-            place[me] = (gradient * call.options.scale if place is at.k else gradient).astype(output.dtype)
+            place[me] = (gradient * call.options.scale if place is at.k else gradient).astype(
+                output.dtype
+            )
         plgpu.commit_smem()
         for place, output in zip(places, outputs, strict=True):
             plgpu.copy_smem_to_gmem(place.at[me], output.at[b, rows, n])
@@ -247,23 +281,40 @@ def _kv_kernel(call: Call, wanted: tuple[bool, bool], x: Inputs, *refs: Any) -> 
 
 
 def _walk_over_queries(
-    call: Call, wanted: tuple[bool, bool], at: KVScratch, me: Any, plan: Plan, position: Any, *summed: Any
+    call: Call,
+    wanted: tuple[bool, bool],
+    at: KVScratch,
+    me: Any,
+    plan: Plan,
+    position: Any,
+    *summed: Any,
 ) -> list[jax.Array]:
-    """A warpgroup's gradients of keys, less the scale, and of values, as wanted. Scores are [keys, queries]."""
+    """A warpgroup's gradients of keys, less the scale, and of values, as wanted. Scores are [keys,
+    queries].
+    """
     of_k, of_v = wanted
     products = plgpu.ACC((ROWS, BLOCK), jnp.float32)
 
     def meet(masked: bool, step: Any, count: Any) -> Any:
         slot, mine = call.slot(count), unseen(at, me, count)
         distance = position - plan.masked_block(step) * BLOCK if masked else None
-        weights, rounded = weights_of(call, at, me, slot, distance, pl.run_scoped(functools.partial(scores_of, at, mine, slot), products))
+        weights, rounded = weights_of(
+            call,
+            at,
+            me,
+            slot,
+            distance,
+            pl.run_scoped(functools.partial(scores_of, at, mine, slot), products),
+        )
         plgpu.barrier_wait(at.g_full.at[slot])
         if of_v:
             plgpu.wgmma(summed[-1], rounded, at.g.at[slot])
             if masked or call.options.softcap is not None:
                 plgpu.wgmma_wait(0)  # the registers of the operand are needed
         if of_k:
-            gradient = weights * pl.run_scoped(functools.partial(gradient_of, at, mine, slot), products)
+            gradient = weights * pl.run_scoped(
+                functools.partial(gradient_of, at, mine, slot), products
+            )
             plgpu.wgmma(summed[0], gradient.astype(at.q.dtype), at.q.at[slot])
         plgpu.wgmma_wait(0)
         plgpu.barrier_arrive(at.q_free.at[slot])
@@ -272,7 +323,11 @@ def _walk_over_queries(
 
     count = jnp.int32(0)
     if call.masked:
-        of_head = lambda _, count: jax.lax.fori_loop(0, plan.masked, functools.partial(meet, True), count)  # noqa: E731
+        of_head = lambda _, count: jax.lax.fori_loop(
+            0, plan.masked, functools.partial(meet, True), count
+        )
         count = jax.lax.fori_loop(0, call.group, of_head, count)
-    jax.lax.fori_loop(count, plan.steps * call.group, lambda count, _: (meet(False, count, count), None)[1], None)
+    jax.lax.fori_loop(
+        count, plan.steps * call.group, lambda count, _: (meet(False, count, count), None)[1], None
+    )
     return [plgpu.wgmma_accumulator_load(x) for x in summed]

@@ -1,11 +1,13 @@
-"""The gradients of attention on NVIDIA Hopper GPUs in one kernel, of 5 products a block where those of `hopper_backward.py` have 7 in two.
+"""The gradients of attention on NVIDIA Hopper GPUs in one kernel, of 5 products a block where those
+of `hopper_backward.py` have 7 in two.
 
-A program holds 128 keys and walks over blocks of 64 queries, as the kernel for k and v does there. As FlashAttention-3 (Shah et al. 2024)
-does, it computes what its keys contribute to the gradients of the queries, too, and adds that to float32 sums in global memory, by a copy
-(TMA) that adds. Programs add in any order: a sum's last bits differ from run to run.
+A program holds 128 keys and walks over blocks of 64 queries, as the kernel for k and v does there.
+As FlashAttention-3 (Shah et al. 2024) does, it computes what its keys contribute to the gradients
+of the queries, too, and adds that to float32 sums in global memory, by a copy (TMA) that adds.
+Programs add in any order: a sum's last bits differ from run to run.
 
-A warpgroup has 64 keys. The gradients of its scores go to shared memory, where both meet: then each multiplies those of all 128 keys with
-a half of the keys' columns.
+A warpgroup has 64 keys. The gradients of its scores go to shared memory, where both meet: then each
+multiplies those of all 128 keys with a half of the keys' columns.
 """
 
 import functools
@@ -45,7 +47,12 @@ def backward(
     of_k, of_v = pl.kernel(
         functools.partial(_scoped, call),
         out_type=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (inputs.k, inputs.v)),
-        mesh=plgpu.Mesh(grid=(batch, length // TILE, heads), grid_names=("batch", "tile", "head"), num_threads=3, thread_name="warpgroup"),
+        mesh=plgpu.Mesh(
+            grid=(batch, length // TILE, heads),
+            grid_names=("batch", "tile", "head"),
+            num_threads=3,
+            thread_name="warpgroup",
+        ),
         compiler_params=hopper.PARAMS,
     )(inputs, summed)
     of_q = (jax.freeze(summed) * options.scale).astype(q_BTNH.dtype)
@@ -53,21 +60,38 @@ def backward(
 
 
 def _scoped(call: Call, x: Inputs, *refs: Any) -> None:
-    """The kernel with its shared memory. `plgpu.kernel`, which would allocate that, takes no reference to an array to be added to."""
+    """The kernel with its shared memory. `plgpu.kernel`, which would allocate that, takes no
+    reference to an array to be added to.
+    """
     # Tiles as wide as the half of the columns that a warpgroup takes.
     half = x.k.shape[3] // 2
     pl.run_scoped(
         functools.partial(_kernel, call, x, *refs),
         hopper_keys.kv_scratch(call, x, columns=half),
-        # One for each block in flight, so that a warpgroup may fill the next while the other one reads the last.
+        # One for each block in flight, so that a warpgroup may fill the next while the other one
+        # reads the last.
         matrices((call.stages, 2, ROWS, BLOCK), x.k.dtype, columns=half),
-        plgpu.SMEM((2, BLOCK, half), jnp.float32, transforms=(plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))),
+        plgpu.SMEM(
+            (2, BLOCK, half),
+            jnp.float32,
+            transforms=(plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128)),
+        ),
         plgpu.Barrier(num_barriers=1, num_arrivals=2),
         collective_axes="warpgroup",
     )
 
 
-def _kernel(call: Call, x: Inputs, of_q: Any, of_k: Any, of_v: Any, at: KVScratch, of_scores: Any, staged: Any, exchanged: Any) -> None:
+def _kernel(
+    call: Call,
+    x: Inputs,
+    of_q: Any,
+    of_k: Any,
+    of_v: Any,
+    at: KVScratch,
+    of_scores: Any,
+    staged: Any,
+    exchanged: Any,
+) -> None:
     b, tile, n, me = (jax.lax.axis_index(name) for name in ("batch", "tile", "head", "warpgroup"))
     exchanged = exchanged.at[0]
 
@@ -89,12 +113,18 @@ def _kernel(call: Call, x: Inputs, of_q: Any, of_k: Any, of_v: Any, at: KVScratc
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             staged[mine] = share
             plgpu.commit_smem()
-            place = of_q.at[b, pl.ds(block * BLOCK, BLOCK), n * call.group + head, pl.ds(mine * half, half)]
+            place = of_q.at[
+                b, pl.ds(block * BLOCK, BLOCK), n * call.group + head, pl.ds(mine * half, half)
+            ]
             plgpu.copy_smem_to_gmem(staged.at[mine], place, reduction_op="add")
 
         plan = hopper.read_plan(x.ranges, b, tile)
-        walk = functools.partial(_walk_over_queries, call, at, of_scores, exchanged, me, plan, start - x.shift[0], add)
-        gradients = pl.run_scoped(walk, *(plgpu.ACC((ROWS, y.shape[3]), jnp.float32) for y in (x.k, x.v)))
+        walk = functools.partial(
+            _walk_over_queries, call, at, of_scores, exchanged, me, plan, start - x.shift[0], add
+        )
+        gradients = pl.run_scoped(
+            walk, *(plgpu.ACC((ROWS, y.shape[3]), jnp.float32) for y in (x.k, x.v))
+        )
         # The other warpgroup reads these keys until it has done its last product.
         plgpu.barrier_arrive(exchanged)
         plgpu.barrier_wait(exchanged)
@@ -107,9 +137,20 @@ def _kernel(call: Call, x: Inputs, of_q: Any, of_k: Any, of_v: Any, at: KVScratc
 
 
 def _walk_over_queries(
-    call: Call, at: KVScratch, of_scores: Any, exchanged: Any, me: Any, plan: Plan, position: Any, add: Any, of_k: Any, of_v: Any
+    call: Call,
+    at: KVScratch,
+    of_scores: Any,
+    exchanged: Any,
+    me: Any,
+    plan: Plan,
+    position: Any,
+    add: Any,
+    of_k: Any,
+    of_v: Any,
 ) -> tuple[jax.Array, jax.Array]:
-    """A warpgroup's gradients of keys, less the scale, and of values; `add` takes a half of the columns of those of a block of queries."""
+    """A warpgroup's gradients of keys, less the scale, and of values; `add` takes a half of the
+    columns of those of a block of queries.
+    """
     products = plgpu.ACC((ROWS, BLOCK), jnp.float32)
     half = at.k.shape[-1] // 2
 
@@ -124,7 +165,9 @@ def _walk_over_queries(
         plgpu.wgmma(of_v, rounded, at.g.at[slot])
         if masked or call.options.softcap is not None:
             plgpu.wgmma_wait(0)  # the registers of the operand are needed
-        gradient = weights * pl.run_scoped(functools.partial(hopper_keys.gradient_of, at, mine, slot), products)
+        gradient = weights * pl.run_scoped(
+            functools.partial(hopper_keys.gradient_of, at, mine, slot), products
+        )
         rounded = gradient.astype(at.q.dtype)
         pair[mine] = rounded
         plgpu.commit_smem()

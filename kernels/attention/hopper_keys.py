@@ -1,4 +1,6 @@
-"""What the kernels share that find gradients on Hopper GPUs: those that hold a tile of keys, and walk over queries, most of all."""
+"""What the kernels share that find gradients on Hopper GPUs: those that hold a tile of keys, and
+walk over queries, most of all.
+"""
 
 import functools
 from typing import Any, NamedTuple
@@ -15,21 +17,37 @@ from moe.kernels.attention.masks import Options, clear_query_blocks, query_block
 TILE = 2 * ROWS
 # The copying warpgroup has more addresses to keep than in the forward kernel.
 FEW_REGISTERS, MANY_REGISTERS = 24, 240
-BLOCK = 64  # of what a tile meets: the scores and the gradients of 64 x 64 take 64 registers of a thread
+# of what a tile meets: the scores and the gradients of 64 x 64 take 64 registers of a thread
+BLOCK = 64
 
 
 def prepare(
-    shift: jax.Array | int, q: jax.Array, k: jax.Array, v: jax.Array, q_ids: Any, kv_ids: Any, lse: jax.Array, g: jax.Array, row_sums: Any
+    shift: jax.Array | int,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    q_ids: Any,
+    kv_ids: Any,
+    lse: jax.Array,
+    g: jax.Array,
+    row_sums: Any,
 ) -> Inputs:
     """The arrays in whole tiles, less the blocks that these meet."""
-    # A query that sees nothing has scores of minus infinity, and queries that fill up a block have no gradient: any finite number does.
+    # A query that sees nothing has scores of minus infinity, and queries that fill up a block have
+    # no gradient: any finite number does.
     lse = jnp.where(jnp.isfinite(lse), lse, 0.0) * LOG2E
-    lse, row_sums = (hopper.pad(jnp.moveaxis(x.astype(jnp.float32), 2, 1), 2, TILE) for x in (lse, row_sums))
+    lse, row_sums = (
+        hopper.pad(jnp.moveaxis(x.astype(jnp.float32), 2, 1), 2, TILE) for x in (lse, row_sums)
+    )
     g = hopper.pad(hopper.pad(g.astype(v.dtype), 1, TILE), 3, 64)
-    return hopper.prepare((TILE, TILE), None, shift, q, k, v, q_ids, kv_ids)._replace(g=g, lse=lse, row_sums=row_sums)
+    return hopper.prepare((TILE, TILE), None, shift, q, k, v, q_ids, kv_ids)._replace(
+        g=g, lse=lse, row_sums=row_sums
+    )
 
 
-def for_keys(options: Options, shift: Any, lengths: tuple[int, int], ids: tuple[Any, Any], inputs: Inputs) -> tuple[Call, Inputs]:
+def for_keys(
+    options: Options, shift: Any, lengths: tuple[int, int], ids: tuple[Any, Any], inputs: Inputs
+) -> tuple[Call, Inputs]:
     """What a kernel takes that holds a tile of keys."""
     of_mask = options, shift, lengths, (BLOCK, TILE)
     met = query_blocks(*of_mask, *ids)
@@ -37,19 +55,32 @@ def for_keys(options: Options, shift: Any, lengths: tuple[int, int], ids: tuple[
     return call_of(options, (BLOCK, TILE), lengths, ids, inputs), inputs._replace(ranges=ranges)
 
 
-def call_of(options: Options, blocks: tuple[int, int], lengths: tuple[int, int], ids: tuple[Any, Any], inputs: Inputs) -> Call:
+def call_of(
+    options: Options,
+    blocks: tuple[int, int],
+    lengths: tuple[int, int],
+    ids: tuple[Any, Any],
+    inputs: Inputs,
+) -> Call:
     """Of blocks of queries and of keys, two of them in flight."""
     masked = hopper.needs_mask(options, lengths[1], min(blocks), ids[0])
     return Call(options, *blocks, 2, lengths[1], inputs.q.shape[2] // inputs.k.shape[2], masked)
 
 
-def without_padding(gradients: tuple[jax.Array, ...], arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+def without_padding(
+    gradients: tuple[jax.Array, ...], arrays: tuple[jax.Array, ...]
+) -> tuple[jax.Array, ...]:
     """Of the gradients, what lies within their arrays."""
-    return tuple(gradient[:, : x.shape[1], :, : x.shape[3]] for gradient, x in zip(gradients, arrays, strict=True))
+    return tuple(
+        gradient[:, : x.shape[1], :, : x.shape[3]]
+        for gradient, x in zip(gradients, arrays, strict=True)
+    )
 
 
 class KVScratch(NamedTuple):
-    """Shared memory and barriers of a kernel that holds keys. Keys' and values' places take their gradients."""
+    """Shared memory and barriers of a kernel that holds keys. Keys' and values' places take their
+    gradients.
+    """
 
     k: Any
     v: Any
@@ -110,7 +141,9 @@ def copy_queries(call: Call, x: Inputs, at: KVScratch, b: Any, n: Any, plan: Pla
             plgpu.copy_gmem_to_smem(x.q_ids.at[b, rows], at.q_ids.at[slot], at.q_full.at[slot])
         pl.when(count >= call.stages)(lambda: plgpu.barrier_wait(at.g_free.at[slot]))
         plgpu.copy_gmem_to_smem(x.g.at[b, rows, head], at.g.at[slot], at.g_full.at[slot])
-        plgpu.copy_gmem_to_smem(x.row_sums.at[b, head, rows], at.row_sums.at[slot], at.g_full.at[slot])
+        plgpu.copy_gmem_to_smem(
+            x.row_sums.at[b, head, rows], at.row_sums.at[slot], at.g_full.at[slot]
+        )
         return count + 1
 
     over_heads(call, plan, copy)
@@ -118,13 +151,17 @@ def copy_queries(call: Call, x: Inputs, at: KVScratch, b: Any, n: Any, plan: Pla
 
 
 def over_heads(call: Call, plan: Plan, visit: Any) -> None:
-    """Calls visit(masked, head, step, count), which returns count + 1: the steps that need a mask, of all heads, before the clear ones.
+    """Calls visit(masked, head, step, count), which returns count + 1: the steps that need a mask,
+    of all heads, before the clear ones.
 
-    Queries that fill up a block need none, having no gradient, so there may be a block that is not clear in a call without masks.
+    Queries that fill up a block need none, having no gradient, so there may be a block that is not
+    clear in a call without masks.
     """
 
     def run(masked: bool, first: Any, end: Any, count: Any) -> Any:
-        of_head = lambda head, count: jax.lax.fori_loop(first, end, functools.partial(visit, masked, head), count)  # noqa: E731
+        of_head = lambda head, count: jax.lax.fori_loop(
+            first, end, functools.partial(visit, masked, head), count
+        )
         return jax.lax.fori_loop(0, call.group, of_head, count)
 
     if call.masked:
@@ -140,7 +177,9 @@ def scores_of(at: KVScratch, mine: Any, slot: Any, products: Any) -> jax.Array:
     return products[...]
 
 
-def weights_of(call: Call, at: KVScratch, me: Any, slot: Any, distance: Any, scores: jax.Array) -> tuple[jax.Array, jax.Array]:
+def weights_of(
+    call: Call, at: KVScratch, me: Any, slot: Any, distance: Any, scores: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Weights [keys, queries] times the slopes of softcap, and weights rounded.
 
     `distance` is from the first query to the first key, None where no mask is needed.
@@ -151,19 +190,24 @@ def weights_of(call: Call, at: KVScratch, me: Any, slot: Any, distance: Any, sco
         logits = hopper.mask(logits, distance, 0, call.options.right, call.options.left, None, ids)
     slopes = slopes_of(call, logits)
     probs = jnp.exp2(logits * call.factor - down(at.lse.at[slot], logits.shape))
-    # Rounded before the next product starts, since no operand may change while one runs; with slopes, which need not be kept then.
+    # Rounded before the next product starts, since no operand may change while one runs; with
+    # slopes, which need not be kept then.
     return jax.lax.optimization_barrier((times(probs, slopes), probs.astype(at.g.dtype)))
 
 
 def gradient_of(at: KVScratch, mine: Any, slot: Any, products: Any) -> jax.Array:
-    """The gradient of weights, less row sums: where the product starts, for want of registers to hold them beside."""
+    """The gradient of weights, less row sums: where the product starts, for want of registers to
+    hold them beside.
+    """
     products[...] = -down(at.row_sums.at[slot], products.shape)
     plgpu.wgmma(products, at.v.at[mine], at.g.at[slot].T)
     return products[...]
 
 
 def unseen(at: Any, me: Any, step: Any) -> Any:
-    """`me`, but not seen to be the same in each step where matrices are so wide that their addresses, kept, would fill the registers."""
+    """`me`, but not seen to be the same in each step where matrices are so wide that their
+    addresses, kept, would fill the registers.
+    """
     return me if at.q.shape[-1] <= 128 else me + jnp.minimum(step, 0)
 
 

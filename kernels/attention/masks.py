@@ -1,7 +1,9 @@
-"""Which keys a query sees, and so which blocks of keys a block of queries meets: the arithmetic that all implementations share.
+"""Which keys a query sees, and so which blocks of keys a block of queries meets: the arithmetic
+that all implementations share.
 
-Query i stands at position q_offset + i, key j at kv_offset + j. What a query sees depends on q_offset - kv_offset alone, the `shift`: it
-may be a traced int32, so that one program serves every rank of a ring.
+Query i stands at position q_offset + i, key j at kv_offset + j. What a query sees depends on
+q_offset - kv_offset alone, the `shift`: it may be a traced int32, so that one program serves every
+rank of a ring.
 """
 
 import dataclasses
@@ -13,7 +15,9 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What is static in a call: the span of keys that a query sees, how scores are made of products, and whether results are rounded."""
+    """What is static in a call: the span of keys that a query sees, how scores are made of
+    products, and whether results are rounded.
+    """
 
     left: int | None  # keys at most so far before the query; None is no limit
     right: int | None  # and after it; 0 is causal
@@ -22,24 +26,39 @@ class Options:
     partial: bool = False  # the results are parts, for the caller to add up: not to be rounded yet
 
     def result_dtype(self, dtype: jnp.dtype) -> jnp.dtype:
-        """Of the output and the gradients of arrays of this dtype: theirs, or of parts that in which sums are taken."""
+        """Of the output and the gradients of arrays of this dtype: theirs, or of parts that in
+        which sums are taken.
+        """
         return np.promote_types(dtype, np.float32) if self.partial else dtype
 
 
-Window = tuple[int | None, int | None]  # how far a query sees to the left and to the right; None is no limit
-FARTHEST = 2**30  # the farthest limit that int32 positions can be compared with; no sequence is longer
+Window = tuple[
+    int | None, int | None
+]  # how far a query sees to the left and to the right; None is no limit
+FARTHEST = (
+    2**30
+)  # the farthest limit that int32 positions can be compared with; no sequence is longer
 
 
 def span(causal: bool, window: Window | None) -> Window:
     """How far before and after itself a query sees."""
-    left, right = (None if x is None or x > FARTHEST else int(x) for x in (window if window is not None else (None, None)))
+    left, right = (
+        None if x is None or x > FARTHEST else int(x)
+        for x in (window if window is not None else (None, None))
+    )
     return left, 0 if causal else right
 
 
 def visible(
-    options: Options, q_positions: jax.Array, k_positions: jax.Array, q_ids: jax.Array | None, k_ids: jax.Array | None
+    options: Options,
+    q_positions: jax.Array,
+    k_positions: jax.Array,
+    q_ids: jax.Array | None,
+    k_ids: jax.Array | None,
 ) -> jax.Array | None:
-    """Whether each query sees each key, [..., T, S] of positions in one count and ids [..., T] and [..., S]; None where all do."""
+    """Whether each query sees each key, [..., T, S] of positions in one count and ids [..., T] and
+    [..., S]; None where all do.
+    """
     distance = k_positions[None, :] - q_positions[:, None]
     conditions = []
     if options.left is not None:
@@ -62,25 +81,39 @@ def key_blocks(
     q_ids_BT: jax.Array | None = None,
     kv_ids_BS: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """The first block of keys that each block of queries meets, and one past the last: int32 [B, T / block], or [1, ...] without ids.
+    """The first block of keys that each block of queries meets, and one past the last: int32 [B, T
+    / block], or [1, ...] without ids.
 
-    `lengths` are T and S, `blocks` the sizes of their blocks. Of ids that do not fall, as those of packed documents, no block between
-    the two is met in vain.
+    `lengths` are T and S, `blocks` the sizes of their blocks. Of ids that do not fall, as those of
+    packed documents, no block between the two is met in vain.
     """
     (length, kv_length), (q_block, kv_block) = lengths, blocks
     starts = jnp.arange(0, length, q_block) + shift
     ends = jnp.minimum(starts + q_block, length + shift)
-    lowest = jnp.zeros_like(starts) if options.left is None else jnp.clip(starts - options.left, 0, kv_length)
-    highest = jnp.full_like(ends, kv_length) if options.right is None else jnp.clip(ends + options.right, 0, kv_length)
+    lowest = (
+        jnp.zeros_like(starts)
+        if options.left is None
+        else jnp.clip(starts - options.left, 0, kv_length)
+    )
+    highest = (
+        jnp.full_like(ends, kv_length)
+        if options.right is None
+        else jnp.clip(ends + options.right, 0, kv_length)
+    )
     first, end = lowest // kv_block, -(-highest // kv_block)
     block = jnp.arange(-(-kv_length // kv_block))
     met = (block >= first[:, None]) & (block < end[:, None]) & (lowest < highest)[:, None]
     met = met[None]
     if q_ids_BT is not None:
-        (q_low, q_high), (kv_low, kv_high) = _id_ranges(q_ids_BT, q_block), _id_ranges(kv_ids_BS, kv_block)
+        (q_low, q_high), (kv_low, kv_high) = (
+            _id_ranges(q_ids_BT, q_block),
+            _id_ranges(kv_ids_BS, kv_block),
+        )
         met = met & (q_low[..., None] <= kv_high[:, None]) & (q_high[..., None] >= kv_low[:, None])
     first = jnp.argmax(met, axis=-1)
-    end = jnp.where(jnp.any(met, axis=-1), met.shape[-1] - jnp.argmax(met[..., ::-1], axis=-1), first)
+    end = jnp.where(
+        jnp.any(met, axis=-1), met.shape[-1] - jnp.argmax(met[..., ::-1], axis=-1), first
+    )
     return first.astype(jnp.int32), end.astype(jnp.int32)
 
 
@@ -92,7 +125,9 @@ def query_blocks(
     q_ids_BT: jax.Array | None = None,
     kv_ids_BS: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """The first block of queries that meets each block of keys, and one past the last: as `key_blocks`, seen from the keys."""
+    """The first block of queries that meets each block of keys, and one past the last: as
+    `key_blocks`, seen from the keys.
+    """
     mirrored = dataclasses.replace(options, left=options.right, right=options.left)
     return key_blocks(mirrored, -shift, lengths[::-1], blocks[::-1], kv_ids_BS, q_ids_BT)
 
@@ -106,7 +141,9 @@ def clear_key_blocks(
     q_ids_BT: jax.Array | None = None,
     kv_ids_BS: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """The first run of whole blocks, among those `met` (see `key_blocks`), whose keys every query of the block sees: no mask is needed."""
+    """The first run of whole blocks, among those `met` (see `key_blocks`), whose keys every query
+    of the block sees: no mask is needed.
+    """
     (length, kv_length), (q_block, kv_block) = lengths, blocks
     starts = (jnp.arange(0, length, q_block) + shift)[:, None]
     ends = jnp.minimum(starts + q_block, length + shift)
@@ -120,7 +157,10 @@ def clear_key_blocks(
     first, end = (x[..., None] for x in met)
     clear = clear & (block >= first) & (block < end)
     if q_ids_BT is not None:
-        (q_low, q_high), (kv_low, kv_high) = _id_ranges(q_ids_BT, q_block), _id_ranges(kv_ids_BS, kv_block)
+        (q_low, q_high), (kv_low, kv_high) = (
+            _id_ranges(q_ids_BT, q_block),
+            _id_ranges(kv_ids_BS, kv_block),
+        )
         one_id = (q_low == q_high)[..., None] & (kv_low == kv_high)[:, None]
         clear = clear & one_id & (q_low[..., None] == kv_low[:, None])
     begin = jnp.where(jnp.any(clear, axis=-1), jnp.argmax(clear, axis=-1), met[0])

@@ -1,4 +1,6 @@
-"""Attention as its equations say it, all scores at once: the oracle of the other implementations, in float32 or float64."""
+"""Attention as its equations say it, all scores at once: the oracle of the other implementations,
+in float32 or float64.
+"""
 
 from typing import Any
 
@@ -19,21 +21,29 @@ def forward(
     kv_ids_BS: jax.Array | None,
     shift: jax.Array | int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Output [B, T, N, H] in the dtype of the queries or of a part, and lse [B, T, N]; differentiable in q, k, v and sinks."""
+    """Output [B, T, N, H] in the dtype of the queries or of a part, and lse [B, T, N];
+    differentiable in q, k, v and sinks.
+    """
     q, k, v = _grouped(q_BTNH, k_BSKH, v_BSKH)
     logits = _logits(options, q, k, q_ids_BT, kv_ids_BS, shift)
-    sinks = jnp.full(q_BTNH.shape[2], -jnp.inf, q.dtype) if sinks_N is None else sinks_N.astype(q.dtype)
+    sinks = (
+        jnp.full(q_BTNH.shape[2], -jnp.inf, q.dtype) if sinks_N is None else sinks_N.astype(q.dtype)
+    )
     sinks = jnp.broadcast_to(sinks.reshape(q.shape[2], -1, 1), (*logits.shape[:-1], 1))
     logits = jnp.concatenate([logits, sinks], axis=-1)
     highest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     highest = jnp.where(jnp.isfinite(highest), highest, 0.0)
     # Where twice, so that no gradient passes through what is minus infinity.
-    weights = jnp.where(jnp.isfinite(logits), jnp.exp(jnp.where(jnp.isfinite(logits), logits, 0.0) - highest), 0.0)
+    weights = jnp.where(
+        jnp.isfinite(logits), jnp.exp(jnp.where(jnp.isfinite(logits), logits, 0.0) - highest), 0.0
+    )
     total = jnp.sum(weights, axis=-1, keepdims=True)
     some = jnp.where(total > 0, total, 1.0)
     output = _einsum("btkgs,bskh->btkgh", (weights / some)[..., :-1], v)
     lse = jnp.where(total > 0, highest + jnp.log(some), -jnp.inf)
-    return output.reshape(*q_BTNH.shape[:3], -1).astype(options.result_dtype(q_BTNH.dtype)), lse.reshape(q_BTNH.shape[:3])
+    return output.reshape(*q_BTNH.shape[:3], -1).astype(
+        options.result_dtype(q_BTNH.dtype)
+    ), lse.reshape(q_BTNH.shape[:3])
 
 
 def backward(
@@ -49,15 +59,25 @@ def backward(
     g_BTNH: jax.Array,
     row_sums_BTN: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of q, k and v, by Dao et al. 2022, appendix B.2. `row_sums_BTN`: see `attention_backward`."""
+    """Gradients of q, k and v, by Dao et al. 2022, appendix B.2. `row_sums_BTN`: see
+    `attention_backward`.
+    """
     arrays = (q_BTNH, k_BSKH, v_BSKH)
     q, k, v = _grouped(*arrays)
-    by_group = lambda x: x.astype(q.dtype).reshape(*q.shape[:4], -1)  # noqa: E731
+    by_group = lambda x: x.astype(q.dtype).reshape(*q.shape[:4], -1)
     g, lse, row_sums = (by_group(x) for x in (g_BTNH, lse_BTN, row_sums_BTN))
-    logits, to_q_and_k = jax.vjp(lambda q, k: _logits(options, q, k, q_ids_BT, kv_ids_BS, shift), q, k)
+    logits, to_q_and_k = jax.vjp(
+        lambda q, k: _logits(options, q, k, q_ids_BT, kv_ids_BS, shift), q, k
+    )
     probs = jnp.exp(logits - jnp.where(jnp.isfinite(lse), lse, 0.0))
-    gradients = *to_q_and_k(probs * (_einsum("btkgh,bskh->btkgs", g, v) - row_sums)), _einsum("btkgs,btkgh->bskh", probs, g)
-    return tuple(gradient.reshape(x.shape).astype(options.result_dtype(x.dtype)) for gradient, x in zip(gradients, arrays, strict=True))
+    gradients = (
+        *to_q_and_k(probs * (_einsum("btkgh,bskh->btkgs", g, v) - row_sums)),
+        _einsum("btkgs,btkgh->bskh", probs, g),
+    )
+    return tuple(
+        gradient.reshape(x.shape).astype(options.result_dtype(x.dtype))
+        for gradient, x in zip(gradients, arrays, strict=True)
+    )
 
 
 def _grouped(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, ...]:
@@ -67,7 +87,9 @@ def _grouped(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, ...]:
     return q.astype(dtype).reshape(groups), k.astype(dtype), v.astype(dtype)
 
 
-def _logits(options: Options, q: jax.Array, k: jax.Array, q_ids: Any, kv_ids: Any, shift: Any) -> jax.Array:
+def _logits(
+    options: Options, q: jax.Array, k: jax.Array, q_ids: Any, kv_ids: Any, shift: Any
+) -> jax.Array:
     """[B, T, K, N/K, S], minus infinity where a key is not seen."""
     logits = _einsum("btkgh,bskh->btkgs", q, k) * options.scale
     if options.softcap is not None:

@@ -1,8 +1,11 @@
-"""Attention on TPUs: three Pallas kernels, for the output, for the gradient of q, and for those of k and v.
+"""Attention on TPUs: three Pallas kernels, for the output, for the gradient of q, and for those of
+k and v.
 
-Scores are held transposed, [keys, queries]: what belongs to a query (its maximum, its sum, its log-sum-exp) then lies along lanes, sums
-over keys are sums over sublanes, and a log-sum-exp is stored as it is computed, one number to a query. A grid's last dimension is
-sequential; it walks over the blocks that the mask leaves, whose numbers come ahead as scalars, and stands still where there are fewer.
+Scores are held transposed, [keys, queries]: what belongs to a query (its maximum, its sum, its
+log-sum-exp) then lies along lanes, sums over keys are sums over sublanes, and a log-sum-exp is
+stored as it is computed, one number to a query. A grid's last dimension is sequential; it walks
+over the blocks that the mask leaves, whose numbers come ahead as scalars, and stands still where
+there are fewer.
 """
 
 import dataclasses
@@ -20,7 +23,9 @@ from moe.kernels.attention.masks import Options, key_blocks, query_blocks
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-    """What is static in a kernel: the options, the sizes of blocks, the keys there are, query heads to a key, and whether there are ids."""
+    """What is static in a kernel: the options, the sizes of blocks, the keys there are, query heads
+    to a key, and whether there are ids.
+    """
 
     options: Options
     q_block: int
@@ -30,19 +35,39 @@ class _Call:
     has_ids: bool
     interpret: Any
 
-    def pallas(self, kernel: Any, grid: tuple[int, ...], in_specs: Any, out_specs: Any, shapes: Any, scratch: list[Any], flops: int) -> Any:
-        """The kernel as a function of the first and last blocks to meet, of the shift, and of arrays. `flops`: of a query and a key."""
+    def pallas(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        in_specs: Any,
+        out_specs: Any,
+        shapes: Any,
+        scratch: list[Any],
+        flops: int,
+    ) -> Any:
+        """The kernel as a function of the first and last blocks to meet, of the shift, and of
+        arrays. `flops`: of a query and a key.
+        """
         pairs = math.prod(grid) * self.q_block * self.kv_block
         read = sum(math.prod(x for x in spec.block_shape or () if x) for spec in in_specs)
-        # For the compiler to hide what is sent meanwhile: more than a mask leaves, and as if all that is read were float32.
-        cost = pl.CostEstimate(flops=pairs * flops, transcendentals=pairs, bytes_accessed=4 * math.prod(grid) * read)
+        # For the compiler to hide what is sent meanwhile: more than a mask leaves, and as if all
+        # that is read were float32.
+        cost = pl.CostEstimate(
+            flops=pairs * flops, transcendentals=pairs, bytes_accessed=4 * math.prod(grid) * read
+        )
         return pl.pallas_call(
             functools.partial(kernel, self, grid[-1]),
             grid_spec=pltpu.PrefetchScalarGridSpec(
-                num_scalar_prefetch=3, grid=grid, in_specs=in_specs, out_specs=out_specs, scratch_shapes=scratch
+                num_scalar_prefetch=3,
+                grid=grid,
+                in_specs=in_specs,
+                out_specs=out_specs,
+                scratch_shapes=scratch,
             ),
             out_shape=shapes,
-            compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * (len(grid) - 1) + ("arbitrary",)),
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=("parallel",) * (len(grid) - 1) + ("arbitrary",)
+            ),
             interpret=self.interpret,
             cost_estimate=cost,
         )
@@ -62,7 +87,9 @@ def forward(
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Output [B, T, N, H] in the dtype of the queries or of a part, and lse [B, T, N] in float32."""
-    call, arrays, first, end = _prepare(options, q_BTNH, k_BSKH, v_BSKH, q_ids_BT, kv_ids_BS, shift, blocks, interpret)
+    call, arrays, first, end = _prepare(
+        options, q_BTNH, k_BSKH, v_BSKH, q_ids_BT, kv_ids_BS, shift, blocks, interpret
+    )
     (batch, heads, length, _), width = arrays[0].shape, v_BSKH.shape[3]
     sinks = jnp.full(heads, -jnp.inf) if sinks_N is None else sinks_N.astype(jnp.float32)
     specs = _specs(call, arrays, _q_index, _kv_index(call))
@@ -74,17 +101,47 @@ def forward(
         jax.ShapeDtypeStruct((batch, heads, length, width), options.result_dtype(q_BTNH.dtype)),
         jax.ShapeDtypeStruct((batch, heads, 1, length), jnp.float32),
     )
-    scratch = [pltpu.VMEM((width, call.q_block), jnp.float32), *[pltpu.VMEM((1, call.q_block), jnp.float32)] * 2]
-    grid = (batch, heads, length // call.q_block, _steps(call, call.q_block, call.kv_block, arrays[1].shape[2] // call.kv_block))
+    scratch = [
+        pltpu.VMEM((width, call.q_block), jnp.float32),
+        *[pltpu.VMEM((1, call.q_block), jnp.float32)] * 2,
+    ]
+    grid = (
+        batch,
+        heads,
+        length // call.q_block,
+        _steps(call, call.q_block, call.kv_block, arrays[1].shape[2] // call.kv_block),
+    )
     run = call.pallas(
-        _forward_kernel, grid, [pl.BlockSpec(memory_space=pltpu.SMEM), *specs], out_specs, shapes, scratch, 2 * (arrays[0].shape[3] + width)
+        _forward_kernel,
+        grid,
+        [pl.BlockSpec(memory_space=pltpu.SMEM), *specs],
+        out_specs,
+        shapes,
+        scratch,
+        2 * (arrays[0].shape[3] + width),
     )
     output, lse = run(first, end, jnp.reshape(shift, 1), sinks, *arrays)
-    return jnp.moveaxis(output, 1, 2)[:, : q_BTNH.shape[1]], jnp.moveaxis(lse[:, :, 0], 1, 2)[:, : q_BTNH.shape[1]]
+    return jnp.moveaxis(output, 1, 2)[:, : q_BTNH.shape[1]], jnp.moveaxis(lse[:, :, 0], 1, 2)[
+        :, : q_BTNH.shape[1]
+    ]
 
 
-def _forward_kernel(call: _Call, steps: int, first: Any, end: Any, shift: Any, sinks: Any, q: Any, k: Any, v: Any, *refs: Any) -> None:
-    ids, (output, lse, total_output, highest, total) = refs[: 2 * call.has_ids], refs[2 * call.has_ids :]
+def _forward_kernel(
+    call: _Call,
+    steps: int,
+    first: Any,
+    end: Any,
+    shift: Any,
+    sinks: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    *refs: Any,
+) -> None:
+    ids, (output, lse, total_output, highest, total) = (
+        refs[: 2 * call.has_ids],
+        refs[2 * call.has_ids :],
+    )
     b, n, i, step = (pl.program_id(dim) for dim in range(4))
     block = first[b, i] + step
 
@@ -99,7 +156,9 @@ def _forward_kernel(call: _Call, steps: int, first: Any, end: Any, shift: Any, s
     def _() -> None:
         logits, _ = _scores(call, i, block, shift[0], q[...], k[...], *(x[...] for x in ids))
         new_highest = jnp.maximum(highest[...], jnp.max(logits, axis=0, keepdims=True))
-        base = jnp.where(new_highest > -jnp.inf, new_highest, 0.0)  # nothing is seen yet: all weights are zero
+        base = jnp.where(
+            new_highest > -jnp.inf, new_highest, 0.0
+        )  # nothing is seen yet: all weights are zero
         weights, kept = jnp.exp(logits - base), jnp.exp(highest[...] - base)
         total_output[...] = total_output[...] * kept + _dot(v[...], weights.astype(v.dtype), 0, 0)
         total[...] = total[...] * kept + jnp.sum(weights, axis=0, keepdims=True)
@@ -129,29 +188,48 @@ def backward(
     blocks: tuple[int, int],
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of q, k and v. `row_sums_BTN` is each query's sum of output times `g_BTNH`, less the gradient of its lse."""
-    call, arrays, first, end = _prepare(options, q_BTNH, k_BSKH, v_BSKH, q_ids_BT, kv_ids_BS, shift, blocks, interpret)
+    """Gradients of q, k and v. `row_sums_BTN` is each query's sum of output times `g_BTNH`, less
+    the gradient of its lse.
+    """
+    call, arrays, first, end = _prepare(
+        options, q_BTNH, k_BSKH, v_BSKH, q_ids_BT, kv_ids_BS, shift, blocks, interpret
+    )
     rows = (jnp.where(jnp.isfinite(lse_BTN), lse_BTN, 0.0), row_sums_BTN)
     rows = (_pad(jnp.moveaxis(x, 2, 1)[:, :, None], call.q_block, 3) for x in rows)
     operands = (*arrays, _heads_first(g_BTNH, call.q_block), *rows)
     gradient_q = _gradient_q(call, first, end, shift, operands)
     lengths, blocks = (q_BTNH.shape[1], k_BSKH.shape[1]), (call.q_block, call.kv_block)
-    first, end = _per_row(query_blocks(options, shift, lengths, blocks, q_ids_BT, kv_ids_BS), len(q_BTNH))
+    first, end = _per_row(
+        query_blocks(options, shift, lengths, blocks, q_ids_BT, kv_ids_BS), len(q_BTNH)
+    )
     gradients = gradient_q, *_gradients_kv(call, first, end, shift, operands)
-    return tuple(jnp.moveaxis(g, 1, 2)[:, : x.shape[1]] for g, x in zip(gradients, (q_BTNH, k_BSKH, v_BSKH), strict=True))
+    return tuple(
+        jnp.moveaxis(g, 1, 2)[:, : x.shape[1]]
+        for g, x in zip(gradients, (q_BTNH, k_BSKH, v_BSKH), strict=True)
+    )
 
 
-def _gradient_q(call: _Call, first: jax.Array, end: jax.Array, shift: Any, operands: tuple[jax.Array, ...]) -> jax.Array:
+def _gradient_q(
+    call: _Call, first: jax.Array, end: jax.Array, shift: Any, operands: tuple[jax.Array, ...]
+) -> jax.Array:
     q, k = operands[:2]
-    grid = (*q.shape[:2], q.shape[2] // call.q_block, _steps(call, call.q_block, call.kv_block, k.shape[2] // call.kv_block))
+    grid = (
+        *q.shape[:2],
+        q.shape[2] // call.q_block,
+        _steps(call, call.q_block, call.kv_block, k.shape[2] // call.kv_block),
+    )
     shape = jax.ShapeDtypeStruct(q.shape, call.options.result_dtype(q.dtype))
     specs = _specs(call, operands, _q_index, _kv_index(call))
     scratch = [pltpu.VMEM((call.q_block, q.shape[3]), jnp.float32)]
     flops = 4 * q.shape[3] + 2 * operands[2].shape[3]
-    return call.pallas(_q_kernel, grid, specs, specs[0], shape, scratch, flops)(first, end, jnp.reshape(shift, 1), *operands)
+    return call.pallas(_q_kernel, grid, specs, specs[0], shape, scratch, flops)(
+        first, end, jnp.reshape(shift, 1), *operands
+    )
 
 
-def _q_kernel(call: _Call, steps: int, first: Any, end: Any, shift: Any, q: Any, k: Any, v: Any, *refs: Any) -> None:
+def _q_kernel(
+    call: _Call, steps: int, first: Any, end: Any, shift: Any, q: Any, k: Any, v: Any, *refs: Any
+) -> None:
     *ids, g, lse, row_sums, output, total = refs
     b, i, step = pl.program_id(0), pl.program_id(2), pl.program_id(3)
     block = first[b, i] + step
@@ -173,12 +251,16 @@ def _q_kernel(call: _Call, steps: int, first: Any, end: Any, shift: Any, q: Any,
 def _gradients_kv(
     call: _Call, first: jax.Array, end: jax.Array, shift: Any, operands: tuple[jax.Array, ...]
 ) -> tuple[jax.Array, jax.Array]:
-    """The last dimension of the grid walks over the blocks of queries of one head of a group, then of the next."""
+    """The last dimension of the grid walks over the blocks of queries of one head of a group, then
+    of the next.
+    """
     q, k, v = operands[:3]
     steps = _steps(call, call.kv_block, call.q_block, q.shape[2] // call.q_block)
     grid = (*k.shape[:2], k.shape[2] // call.kv_block, call.group * steps)
 
-    def q_index(b: Any, n: Any, j: Any, step: Any, first: Any, end: Any, *_: Any) -> tuple[Any, ...]:
+    def q_index(
+        b: Any, n: Any, j: Any, step: Any, first: Any, end: Any, *_: Any
+    ) -> tuple[Any, ...]:
         head, step = n * call.group + jax.lax.div(step, steps), jax.lax.rem(step, steps)
         return b, head, jnp.minimum(first[b, j] + step, jnp.maximum(end[b, j] - 1, 0))
 
@@ -187,10 +269,23 @@ def _gradients_kv(
     scratch = [pltpu.VMEM((call.kv_block, x.shape[3]), jnp.float32) for x in (k, v)]
     kernel = functools.partial(_kv_kernel, steps)
     flops = 4 * (k.shape[3] + v.shape[3])
-    return call.pallas(kernel, grid, specs, tuple(specs[1:3]), shapes, scratch, flops)(first, end, jnp.reshape(shift, 1), *operands)
+    return call.pallas(kernel, grid, specs, tuple(specs[1:3]), shapes, scratch, flops)(
+        first, end, jnp.reshape(shift, 1), *operands
+    )
 
 
-def _kv_kernel(q_steps: int, call: _Call, steps: int, first: Any, end: Any, shift: Any, q: Any, k: Any, v: Any, *refs: Any) -> None:
+def _kv_kernel(
+    q_steps: int,
+    call: _Call,
+    steps: int,
+    first: Any,
+    end: Any,
+    shift: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    *refs: Any,
+) -> None:
     *ids, g, lse, row_sums, output_k, output_v, total_k, total_v = refs
     b, j, step = pl.program_id(0), pl.program_id(2), pl.program_id(3)
     block = first[b, j] + jax.lax.rem(step, q_steps)
@@ -201,26 +296,47 @@ def _kv_kernel(q_steps: int, call: _Call, steps: int, first: Any, end: Any, shif
 
     @pl.when(block < end[b, j])
     def _() -> None:
-        probs, gradient = _probs_and_gradient(call, block, j, shift[0], q, k, v, ids, g, lse, row_sums)
+        probs, gradient = _probs_and_gradient(
+            call, block, j, shift[0], q, k, v, ids, g, lse, row_sums
+        )
         total_k[...] += _dot(gradient.astype(q.dtype), q[...], 1, 0)
         total_v[...] += _dot(probs.astype(g.dtype), g[...], 1, 0)
 
     @pl.when(step == steps - 1)
     def _() -> None:
-        output_k[...], output_v[...] = total_k[...].astype(output_k.dtype), total_v[...].astype(output_v.dtype)
+        output_k[...], output_v[...] = (
+            total_k[...].astype(output_k.dtype),
+            total_v[...].astype(output_v.dtype),
+        )
 
 
 def _probs_and_gradient(
-    call: _Call, i: Any, j: Any, shift: Any, q: Any, k: Any, v: Any, ids: list[Any], g: Any, lse: Any, row_sums: Any
+    call: _Call,
+    i: Any,
+    j: Any,
+    shift: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    ids: list[Any],
+    g: Any,
+    lse: Any,
+    row_sums: Any,
 ) -> tuple[jax.Array, jax.Array]:
     """Probabilities [keys, queries] of a block, and the gradient of its products of q and k."""
     logits, slopes = _scores(call, i, j, shift, q[...], k[...], *(x[...] for x in ids))
     probs = jnp.exp(logits - lse[...])
-    return probs, probs * (_dot(v[...], g[...], 1, 1) - row_sums[...]) * (slopes * call.options.scale)
+    return probs, probs * (_dot(v[...], g[...], 1, 1) - row_sums[...]) * (
+        slopes * call.options.scale
+    )
 
 
-def _scores(call: _Call, i: Any, j: Any, shift: Any, q: jax.Array, k: jax.Array, *ids: jax.Array) -> tuple[jax.Array, jax.Array | float]:
-    """Logits [keys, queries] of block i of queries and j of keys, minus infinity where a key is not seen; and slopes under softcap."""
+def _scores(
+    call: _Call, i: Any, j: Any, shift: Any, q: jax.Array, k: jax.Array, *ids: jax.Array
+) -> tuple[jax.Array, jax.Array | float]:
+    """Logits [keys, queries] of block i of queries and j of keys, minus infinity where a key is not
+    seen; and slopes under softcap.
+    """
     options = call.options
     logits, slopes = _dot(k, q, 1, 1) * options.scale, 1.0
     if options.softcap is not None:
@@ -241,7 +357,13 @@ def _scores(call: _Call, i: Any, j: Any, shift: Any, q: jax.Array, k: jax.Array,
 def _dot(x: jax.Array, y: jax.Array, x_dim: int, y_dim: int) -> jax.Array:
     """The product of two matrices over a dimension of each, summed in float32."""
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jax.lax.dot_general(x, y, (((x_dim,), (y_dim,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(
+        x,
+        y,
+        (((x_dim,), (y_dim,)), ((), ())),
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
 
 
 def _prepare(
@@ -255,14 +377,26 @@ def _prepare(
     blocks: tuple[int, int],
     interpret: Any,
 ) -> tuple[_Call, tuple[jax.Array, ...], jax.Array, jax.Array]:
-    """The call; q, k, v by heads and the ids of queries and of keys, if any, padded to whole blocks; the keys' blocks to meet."""
+    """The call; q, k, v by heads and the ids of queries and of keys, if any, padded to whole
+    blocks; the keys' blocks to meet.
+    """
     lengths = q.shape[1], k.shape[1]
-    blocks = tuple(min(block, _round_up(length, 128)) for block, length in zip(blocks, lengths, strict=True))
-    call = _Call(options, *blocks, lengths[1], q.shape[2] // k.shape[2], q_ids is not None, interpret)
-    arrays = [_heads_first(x, block) for x, block in zip((q, k, v), (*blocks, blocks[1]), strict=True)]
+    blocks = tuple(
+        min(block, _round_up(length, 128)) for block, length in zip(blocks, lengths, strict=True)
+    )
+    call = _Call(
+        options, *blocks, lengths[1], q.shape[2] // k.shape[2], q_ids is not None, interpret
+    )
+    arrays = [
+        _heads_first(x, block) for x, block in zip((q, k, v), (*blocks, blocks[1]), strict=True)
+    ]
     if call.has_ids:
         arrays += [_pad(q_ids, blocks[0], 1)[:, None], _pad(kv_ids, blocks[1], 1)[:, :, None]]
-    return call, tuple(arrays), *_per_row(key_blocks(options, shift, lengths, blocks, q_ids, kv_ids), len(q))
+    return (
+        call,
+        tuple(arrays),
+        *_per_row(key_blocks(options, shift, lengths, blocks, q_ids, kv_ids), len(q)),
+    )
 
 
 def _per_row(ranges: tuple[jax.Array, jax.Array], batch: int) -> tuple[jax.Array, jax.Array]:
@@ -283,24 +417,39 @@ def _q_index(b: Any, n: Any, i: Any, step: Any, *_: Any) -> tuple[Any, ...]:
 
 def _kv_index(call: _Call) -> Any:
     def index(b: Any, n: Any, i: Any, step: Any, first: Any, end: Any, *_: Any) -> tuple[Any, ...]:
-        return b, jax.lax.div(n, call.group), jnp.minimum(first[b, i] + step, jnp.maximum(end[b, i] - 1, 0))
+        return (
+            b,
+            jax.lax.div(n, call.group),
+            jnp.minimum(first[b, i] + step, jnp.maximum(end[b, i] - 1, 0)),
+        )
 
     return index
 
 
-def _specs(call: _Call, operands: tuple[jax.Array, ...], q_index: Any, kv_index: Any) -> list[pl.BlockSpec]:
-    """The blocks of q, k, v, of the ids if any, and, in the backward pass, of g, lse and row sums. An index is (row, head, block)."""
+def _specs(
+    call: _Call, operands: tuple[jax.Array, ...], q_index: Any, kv_index: Any
+) -> list[pl.BlockSpec]:
+    """The blocks of q, k, v, of the ids if any, and, in the backward pass, of g, lse and row sums.
+    An index is (row, head, block).
+    """
 
     def block(index: Any, size: int, width: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, None, size, width), lambda *at: (*index(*at), 0))
 
     q, k, v = operands[:3]
-    specs = [block(q_index, call.q_block, q.shape[3]), *(block(kv_index, call.kv_block, x.shape[3]) for x in (k, v))]
+    specs = [
+        block(q_index, call.q_block, q.shape[3]),
+        *(block(kv_index, call.kv_block, x.shape[3]) for x in (k, v)),
+    ]
     if call.has_ids:
         specs.append(pl.BlockSpec((None, 1, call.q_block), lambda *at: (at[0], 0, q_index(*at)[2])))
-        specs.append(pl.BlockSpec((None, call.kv_block, 1), lambda *at: (at[0], kv_index(*at)[2], 0)))
+        specs.append(
+            pl.BlockSpec((None, call.kv_block, 1), lambda *at: (at[0], kv_index(*at)[2], 0))
+        )
     if len(operands) > len(specs):
-        row = pl.BlockSpec((None, None, 1, call.q_block), lambda *at: (*q_index(*at)[:2], 0, q_index(*at)[2]))
+        row = pl.BlockSpec(
+            (None, None, 1, call.q_block), lambda *at: (*q_index(*at)[:2], 0, q_index(*at)[2])
+        )
         specs += [block(q_index, call.q_block, v.shape[3]), row, row]
     return specs
 

@@ -1,4 +1,6 @@
-"""The matmuls of experts on rows grouped by expert, as plain functions of arrays, to be imported from here."""
+"""The matmuls of experts on rows grouped by expert, as plain functions of arrays, to be imported
+from here.
+"""
 
 from moe.kernels.grouped_matmul.blockwise import grouped_swiglu, grouped_swiglu_backward
 

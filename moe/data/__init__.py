@@ -1,1 +1,3 @@
-"""From text to batches: sources (TFDS), tokenizers, packing, prepared rows, loader (Grain). Import the modules themselves."""
+"""From text to batches: sources (TFDS), tokenizers, packing, prepared rows, loader (Grain). Import
+the modules themselves.
+"""

@@ -1,4 +1,6 @@
-"""Batches of prepared rows, read in background threads by Grain. The whole state of the stream is one integer."""
+"""Batches of prepared rows, read in background threads by Grain. The whole state of the stream is
+one integer.
+"""
 
 import functools
 import sys
@@ -20,13 +22,16 @@ def make_loader(
 ) -> Iterator[dict[str, np.ndarray]]:
     """Endless training batches, from the example number `examples` on.
 
-    A global batch is a function of (rows, seed, examples, batch_size) alone; this host gets its rows `host_rows`, as indices within it.
-    Each field is [rows of this host, sequence_length] (`packing.unpack`). `close()` ends the threads.
+    A global batch is a function of (rows, seed, examples, batch_size) alone; this host gets its
+    rows `host_rows`, as indices within it. Each field is [rows of this host, sequence_length]
+    (`packing.unpack`). `close()` ends the threads.
     """
     offsets = np.arange(batch_size)[host_rows]
 
     def read(first: int) -> dict[str, np.ndarray]:
-        return _stack([rows[row_of_example(int(example), len(rows), seed)] for example in first + offsets])
+        return _stack(
+            [rows[row_of_example(int(example), len(rows), seed)] for example in first + offsets]
+        )
 
     # Grain wants to know where it ends: at the last number that it can count to.
     return _start(grain.MapDataset.range(examples, sys.maxsize - batch_size, batch_size).map(read))
@@ -35,7 +40,9 @@ def make_loader(
 def evaluation_batches(
     rows: PreparedRows, *, batch_size: int, num_batches: int, host_rows: np.ndarray | slice
 ) -> Iterator[dict[str, np.ndarray]]:
-    """The first `num_batches` batches (0: all) in order, once. The last is filled up with rows of padding, masked."""
+    """The first `num_batches` batches (0: all) in order, once. The last is filled up with rows of
+    padding, masked.
+    """
     offsets = np.arange(batch_size)[host_rows]
     padding = unpack(np.zeros(0, np.int32), np.zeros(0, np.uint32), rows.sequence_length)
     stop = min(num_batches * batch_size or len(rows), len(rows))
@@ -47,7 +54,9 @@ def evaluation_batches(
 
 
 def row_of_example(example: int, num_rows: int, seed: int) -> int:
-    """The row that is the example-th of the stream: every row once an epoch, in another random order in each."""
+    """The row that is the example-th of the stream: every row once an epoch, in another random
+    order in each.
+    """
     epoch, index = divmod(example, num_rows)
     return index_shuffle(index, max_index=num_rows - 1, seed=_epoch_seed(seed, epoch), rounds=4)
 

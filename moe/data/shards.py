@@ -1,7 +1,9 @@
-"""One shard of documents into one file of packed rows; also the program that the worker processes of prepare.py run.
+"""One shard of documents into one file of packed rows; also the program that the worker processes
+of prepare.py run.
 
-A record is: the number of pieces (uint32), their lengths (uint32 each), the tokens (uint16, or uint32 for a vocabulary over 65,536), all
-little-endian. Nothing here may import JAX: it would cost every worker seconds, and on an accelerator its memory.
+A record is: the number of pieces (uint32), their lengths (uint32 each), the tokens (uint16, or
+uint32 for a vocabulary over 65,536), all little-endian. Nothing here may import JAX: it would cost
+every worker seconds, and on an accelerator its memory.
 """
 
 import dataclasses
@@ -18,10 +20,10 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from moe.config import DataConfig
-from moe.data.files import flush
 from moe.data.packing import pack
 from moe.data.sources import Documents
 from moe.data.tokenizers import make_tokenizer
+from moe.files import flush
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +43,10 @@ def shard_name(shard: int) -> str:
 
 
 def encode_record(tokens: np.ndarray, lengths: np.ndarray, vocab_size: int) -> bytes:
-    return np.array([len(lengths), *lengths], "<u4").tobytes() + tokens.astype(_token_type(vocab_size)).tobytes()
+    return (
+        np.array([len(lengths), *lengths], "<u4").tobytes()
+        + tokens.astype(_token_type(vocab_size)).tobytes()
+    )
 
 
 def decode_record(record: bytes, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -56,13 +61,23 @@ def _token_type(vocab_size: int) -> str:
 
 
 def write_shard(job: ShardJob, shard: int) -> dict[str, int | str]:
-    """Tokenises, packs and writes the documents of one shard, and counts them. The file is a function of them alone."""
+    """Tokenises, packs and writes the documents of one shard, and counts them. The file is a
+    function of them alone.
+    """
     tokenizer = make_tokenizer(job.config)
-    counts: dict[str, int | str] = {"shard": shard, "num_rows": 0, "num_tokens": 0, "num_bytes": 0, "num_documents": 0}
+    counts: dict[str, int | str] = {
+        "shard": shard,
+        "num_rows": 0,
+        "num_tokens": 0,
+        "num_bytes": 0,
+        "num_documents": 0,
+    }
 
     def documents() -> Iterator[np.ndarray]:
         first = shard * job.documents_per_shard
-        for text in Documents(job.source, job.split).between(first, first + job.documents_per_shard):
+        for text in Documents(job.source, job.split).between(
+            first, first + job.documents_per_shard
+        ):
             if text:
                 tokens = tokenizer.encode_document(text)
                 counts["num_tokens"] += len(tokens)
@@ -73,7 +88,9 @@ def write_shard(job: ShardJob, shard: int) -> dict[str, int | str]:
     path = Path(job.target, shard_name(shard))
     digest = hashlib.sha256()
     try:
-        writer = ArrayRecordWriter(str(path), "group_size:1,zstd:1")  # rows are read one by one, in any order
+        writer = ArrayRecordWriter(
+            str(path), "group_size:1,zstd:1"
+        )  # rows are read one by one, in any order
         for tokens, lengths in pack(documents(), job.config.sequence_length):
             record = encode_record(tokens, lengths, tokenizer.vocab_size)
             digest.update(record)
@@ -88,20 +105,28 @@ def write_shard(job: ShardJob, shard: int) -> dict[str, int | str]:
 
 
 def main(arguments: list[str]) -> None:
-    """Writes every so-many-th shard from the first one on, and for each, when it is done, a line of JSON to stdout."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle: it ends the workers
+    """Writes every so-many-th shard from the first one on, and for each, when it is done, a line of
+    JSON to stdout.
+    """
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C is the parent's to handle: it ends the workers
     job = json.loads(arguments[0])
     job = ShardJob(**job | {"config": DataConfig(**job["config"])})
     try:
         for shard in range(int(arguments[1]), job.num_shards, int(arguments[2])):
             line = json.dumps(write_shard(job, shard)) + "\n"
-            os.write(sys.stdout.fileno(), line.encode())  # at once: the workers share the pipe, and print may write in parts
+            os.write(
+                sys.stdout.fileno(), line.encode()
+            )  # at once: the workers share the pipe, and print may write in parts
     except OSError as error:  # a full disk, or a pipe that nobody reads since the parent was killed
         sys.exit(f"preparing the data failed: {error}")
 
 
 def _end_with_parent() -> None:
-    """Ends this process at the end of its input, whose other end the parent alone holds: when that is gone, even by SIGKILL."""
+    """Ends this process at the end of its input, whose other end the parent alone holds: when that
+    is gone, even by SIGKILL.
+    """
     os.read(sys.stdin.fileno(), 1)
     os._exit(1)
 

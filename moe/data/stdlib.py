@@ -13,16 +13,23 @@ _VALIDATION_HASHES = 13  # of 256 values of a hash's first byte: 5 %
 
 
 class Stdlib(tfds.core.GeneratorBasedBuilder):
-    """The .py files of the running interpreter's standard library, tests left out; another Python is another version."""
+    """The .py files of the running interpreter's standard library, tests left out; another Python
+    is another version.
+    """
 
     VERSION = tfds.core.Version(".".join(map(str, sys.version_info[:3])))
 
     def _info(self) -> tfds.core.DatasetInfo:
-        features = tfds.features.FeaturesDict({"text": tfds.features.Text(), "path": tfds.features.Text()})
+        features = tfds.features.FeaturesDict(
+            {"text": tfds.features.Text(), "path": tfds.features.Text()}
+        )
         return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
-        return {"train": self._generate_examples(False), "validation": self._generate_examples(True)}
+        return {
+            "train": self._generate_examples(False),
+            "validation": self._generate_examples(True),
+        }
 
     def _generate_examples(self, validation: bool) -> Iterator[tuple[str, dict[str, str]]]:
         for path, text in python_files(Path(sysconfig.get_path("stdlib"))):
@@ -31,7 +38,9 @@ class Stdlib(tfds.core.GeneratorBasedBuilder):
 
 
 def python_files(root: Path) -> Iterator[tuple[str, str]]:
-    """(path relative to root, text) of every non-empty UTF-8 .py file that is not a test, in the order of the paths."""
+    """(path relative to root, text) of every non-empty UTF-8 .py file that is not a test, in the
+    order of the paths.
+    """
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
         if _LEFT_OUT.isdisjoint(relative.parts):
@@ -44,5 +53,7 @@ def python_files(root: Path) -> Iterator[tuple[str, str]]:
 
 
 def is_validation(text: str) -> bool:
-    """Whether a document is held out. A function of its contents alone, so that no copy of it lies in the other split."""
+    """Whether a document is held out. A function of its contents alone, so that no copy of it lies
+    in the other split.
+    """
     return hashlib.sha256(text.encode()).digest()[0] < _VALIDATION_HASHES

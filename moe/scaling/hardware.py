@@ -7,7 +7,8 @@ import time
 import jax
 import jax.numpy as jnp
 
-# Dense bfloat16 FLOP/s of one chip as jax.Device.device_kind names it, from the vendors' data sheets (without sparsity).
+# Dense bfloat16 FLOP/s of one chip as jax.Device.device_kind names it, from the vendors' data
+# sheets (without sparsity).
 PEAK_FLOPS = {
     "NVIDIA A100-SXM4-40GB": 312e12,
     "NVIDIA A100-SXM4-80GB": 312e12,
@@ -23,9 +24,11 @@ PEAK_FLOPS = {
 
 
 def peak_flops(devices: list[jax.Device]) -> float | None:
-    """The FLOP/s that MFU is a fraction of: the data sheets' bfloat16 rates added up, or None where a device has none.
+    """The FLOP/s that MFU is a fraction of: the data sheets' bfloat16 rates added up, or None where
+    a device has none.
 
-    A rate that is measured, as a CPU's would have to be, is no peak: whatever slowed the measurement can let a step exceed it.
+    A rate that is measured, as a CPU's would have to be, is no peak: whatever slowed the
+    measurement can let a step exceed it.
     """
     if not all(device.device_kind in PEAK_FLOPS for device in devices):
         return None
@@ -33,7 +36,9 @@ def peak_flops(devices: list[jax.Device]) -> float | None:
 
 
 def memory_bytes(device: jax.Device) -> int:
-    """The memory that JAX may take of a device; for a CPU all of the machine's, which its virtual devices share."""
+    """The memory that JAX may take of a device; for a CPU all of the machine's, which its virtual
+    devices share.
+    """
     stats = device.memory_stats() or {}  # a CPU has none
     return stats.get("bytes_limit", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 

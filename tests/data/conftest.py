@@ -10,14 +10,20 @@ import tensorflow_datasets as tfds
 from moe.config import DataConfig
 from moe.data.prepare import PreparedRows, prepare
 
-TRAIN = ["" if i % 100 == 50 else f"document {i}: " + chr(ord("a") + i % 26) * (i % 7) + "é" * (i % 3) for i in range(600)]
+TRAIN = [
+    "" if i % 100 == 50 else f"document {i}: " + chr(ord("a") + i % 26) * (i % 7) + "é" * (i % 3)
+    for i in range(600)
+]
 
 
 class SmallText(tfds.core.GeneratorBasedBuilder):
     """600 training documents (three shards), 6 of them empty; and splits with almost nothing."""
 
     VERSION = tfds.core.Version("1.2.3")
-    BUILDER_CONFIGS: ClassVar = [tfds.core.BuilderConfig(name="plain"), tfds.core.BuilderConfig(name="no_text")]
+    BUILDER_CONFIGS: ClassVar = [
+        tfds.core.BuilderConfig(name="plain"),
+        tfds.core.BuilderConfig(name="no_text"),
+    ]
     before_generating: ClassVar[Callable[[], None]] = lambda: None
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -43,7 +49,11 @@ def _quiet_tfds() -> None:
 @pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
     """Rows of 8 tokens of the small data set, in a directory that a test must not change."""
-    return DataConfig(dataset="small_text/plain", sequence_length=8, directory=str(tmp_path_factory.mktemp("small")))
+    return DataConfig(
+        dataset="small_text/plain",
+        sequence_length=8,
+        directory=str(tmp_path_factory.mktemp("small")),
+    )
 
 
 @pytest.fixture(scope="session")
@@ -53,6 +63,8 @@ def rows(small: DataConfig) -> PreparedRows:
 
 @pytest.fixture
 def fresh(small: DataConfig, rows: PreparedRows, tmp_path: Path) -> DataConfig:
-    """The same with a directory of its own, in which TFDS has prepared the data set, and nothing has been packed."""
+    """The same with a directory of its own, in which TFDS has prepared the data set, and nothing
+    has been packed.
+    """
     (tmp_path / "tfds").symlink_to(Path(small.directory, "tfds"))
     return DataConfig(dataset=small.dataset, sequence_length=8, directory=str(tmp_path))

@@ -27,8 +27,18 @@ def take(batches: Iterator[dict[str, np.ndarray]], count: int) -> dict[str, np.n
     return {name: np.concatenate([batch[name] for batch in taken]) for name in taken[0]}
 
 
-def train(rows: PreparedRows, count: int, batch_size: int = 4, seed: int = 0, examples: int = 0, host_rows=EVERYTHING) -> dict:
-    return take(make_loader(rows, batch_size=batch_size, seed=seed, examples=examples, host_rows=host_rows), count)
+def train(
+    rows: PreparedRows,
+    count: int,
+    batch_size: int = 4,
+    seed: int = 0,
+    examples: int = 0,
+    host_rows=EVERYTHING,
+) -> dict:
+    return take(
+        make_loader(rows, batch_size=batch_size, seed=seed, examples=examples, host_rows=host_rows),
+        count,
+    )
 
 
 def row_numbers(rows: PreparedRows, tokens_BT: np.ndarray) -> list[int]:
@@ -71,13 +81,19 @@ def test_every_row_once_an_epoch_in_another_order_in_each(few: PreparedRows):
 
 
 def test_a_seed_gives_its_own_orders():
-    orders = {tuple(row_of_example(epoch * 50 + i, 50, seed) for i in range(50)) for seed in range(4) for epoch in range(4)}
+    orders = {
+        tuple(row_of_example(epoch * 50 + i, 50, seed) for i in range(50))
+        for seed in range(4)
+        for epoch in range(4)
+    }
     assert len(orders) == 16
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 3, 1000])
 def test_a_corpus_of_any_size_is_permuted(num_rows: int):
-    assert sorted(row_of_example(i, num_rows, seed=3) for i in range(num_rows)) == list(range(num_rows))
+    assert sorted(row_of_example(i, num_rows, seed=3) for i in range(num_rows)) == list(
+        range(num_rows)
+    )
 
 
 @pytest.mark.parametrize(
@@ -102,11 +118,18 @@ def test_hosts_together_read_the_batches_of_one(few: PreparedRows, hosts: list[s
 @pytest.mark.parametrize("examples", [4, 8, 12, 44])
 def test_starting_later_is_skipping(few: PreparedRows, examples: int):
     whole = train(few, 14)
-    assert_same(train(few, 3, examples=examples), {name: field[examples : examples + 12] for name, field in whole.items()})
+    assert_same(
+        train(few, 3, examples=examples),
+        {name: field[examples : examples + 12] for name, field in whole.items()},
+    )
 
 
 def test_a_changed_batch_size_repeats_nothing(few: PreparedRows):
-    pieces = [train(few, 2, batch_size=2), train(few, 1, batch_size=5, examples=4), train(few, 2, batch_size=1, examples=9)]
+    pieces = [
+        train(few, 2, batch_size=2),
+        train(few, 1, batch_size=5, examples=4),
+        train(few, 2, batch_size=1, examples=9),
+    ]
     order = row_numbers(few, np.concatenate([piece["tokens"] for piece in pieces]))
     assert sorted(order) == list(range(11))
     assert order == [row_of_example(example, 11, seed=0) for example in range(11)]
@@ -121,12 +144,17 @@ def test_evaluation_is_in_order_and_fills_up_the_last_batch(few: PreparedRows):
     batches = take(evaluation_batches(few, batch_size=4, num_batches=0, host_rows=EVERYTHING), 99)
     assert batches["tokens"].shape == (12, 8)
     assert row_numbers(few, batches["tokens"][:11]) == list(range(11))
-    assert not any(batches[name][11].any() for name in ("loss_mask", "segment_ids", "tokens", "targets", "positions"))
+    assert not any(
+        batches[name][11].any()
+        for name in ("loss_mask", "segment_ids", "tokens", "targets", "positions")
+    )
 
 
 @pytest.mark.parametrize(("num_batches", "expected"), [(0, 12), (1, 4), (2, 8), (3, 12), (4, 12)])
 def test_evaluation_on_some_batches(few: PreparedRows, num_batches: int, expected: int):
-    batches = take(evaluation_batches(few, batch_size=4, num_batches=num_batches, host_rows=EVERYTHING), 99)
+    batches = take(
+        evaluation_batches(few, batch_size=4, num_batches=num_batches, host_rows=EVERYTHING), 99
+    )
     assert len(batches["tokens"]) == expected
 
 
@@ -166,7 +194,9 @@ def test_batches_are_read_ahead(few: PreparedRows, monkeypatch: pytest.MonkeyPat
     batches.close()
 
 
-def test_an_error_in_a_reading_thread_reaches_the_consumer(rows: PreparedRows, monkeypatch: pytest.MonkeyPatch):
+def test_an_error_in_a_reading_thread_reaches_the_consumer(
+    rows: PreparedRows, monkeypatch: pytest.MonkeyPatch
+):
     def fail(rows: PreparedRows, index: int) -> dict:
         raise OSError("rows-00000.array_record is damaged")
 

@@ -6,7 +6,9 @@ import pytest
 from moe.data.packing import pack, unpack
 
 
-def packed(documents: list[list[int]], sequence_length: int = 4) -> list[tuple[list[int], list[int]]]:
+def packed(
+    documents: list[list[int]], sequence_length: int = 4
+) -> list[tuple[list[int], list[int]]]:
     rows = pack([np.array(document, np.uint16) for document in documents], sequence_length)
     return [(tokens.tolist(), lengths.tolist()) for tokens, lengths in rows]
 
@@ -17,7 +19,11 @@ def unpacked(tokens: list[int], lengths: list[int], sequence_length: int = 4) ->
 
 
 def test_rows_advance_by_t_and_repeat_one_token():
-    assert packed([[1, 2, 3], [4, 5, 6, 7, 8, 9, 10]]) == [([1, 2, 3, 4, 5], [3, 2]), ([5, 6, 7, 8, 9], [5]), ([9, 10], [2])]
+    assert packed([[1, 2, 3], [4, 5, 6, 7, 8, 9, 10]]) == [
+        ([1, 2, 3, 4, 5], [3, 2]),
+        ([5, 6, 7, 8, 9], [5]),
+        ([9, 10], [2]),
+    ]
 
 
 def test_a_document_that_ends_with_the_row_leaves_its_last_token_in_the_next():
@@ -81,7 +87,13 @@ def test_fields_of_a_padded_row():
 
 def test_fields_of_a_row_of_padding():
     zeros = [0, 0, 0, 0]
-    expected = {"tokens": zeros, "targets": zeros, "loss_mask": [False] * 4, "segment_ids": zeros, "positions": zeros}
+    expected = {
+        "tokens": zeros,
+        "targets": zeros,
+        "loss_mask": [False] * 4,
+        "segment_ids": zeros,
+        "positions": zeros,
+    }
     assert unpacked([], []) == expected
 
 
@@ -97,10 +109,15 @@ def test_field_types():
 
 
 @pytest.mark.parametrize("sequence_length", [1, 2, 3, 7, 64])
-def test_every_token_but_a_documents_first_is_predicted_once_from_the_one_before(sequence_length: int):
+def test_every_token_but_a_documents_first_is_predicted_once_from_the_one_before(
+    sequence_length: int,
+):
     rng = np.random.default_rng(0)
     ends = np.cumsum(rng.integers(1, 12, size=40))
-    documents = [np.arange(start, end, dtype=np.uint16) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+    documents = [
+        np.arange(start, end, dtype=np.uint16)
+        for start, end in zip([0, *ends[:-1]], ends, strict=True)
+    ]
     predicted = []
     for tokens, lengths in pack(documents, sequence_length):
         fields = unpack(tokens, lengths, sequence_length)

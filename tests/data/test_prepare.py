@@ -37,7 +37,11 @@ def test_the_targets_are_the_documents(rows: PreparedRows):
 
 def test_metadata_counts_what_is_there(rows: PreparedRows, small: DataConfig):
     num_bytes = sum(len(text.encode()) for text in TEXTS)
-    assert (rows.num_documents, rows.num_bytes, rows.num_tokens) == (594, num_bytes, num_bytes + 2 * 594)
+    assert (rows.num_documents, rows.num_bytes, rows.num_tokens) == (
+        594,
+        num_bytes,
+        num_bytes + 2 * 594,
+    )
     assert rows.num_targets == num_bytes + 594
     # 256 documents to a shard, of which every hundredth from the 50th on is empty.
     shards = [TRAIN[:256], TRAIN[256:512], TRAIN[512:]]
@@ -46,7 +50,11 @@ def test_metadata_counts_what_is_there(rows: PreparedRows, small: DataConfig):
     assert len(rows) == sum(rows.rows_per_shard)
     assert rows.directory.parent == Path(small.directory, "rows")
     metadata = json.loads((rows.directory / "metadata.json").read_text())
-    assert (metadata["source"], metadata["split"], metadata["sequence_length"]) == ("small_text/plain/1.2.3", "train", 8)
+    assert (metadata["source"], metadata["split"], metadata["sequence_length"]) == (
+        "small_text/plain/1.2.3",
+        "train",
+        8,
+    )
 
 
 def test_rows_at_the_edges_of_files(rows: PreparedRows):
@@ -60,7 +68,9 @@ def test_rows_at_the_edges_of_files(rows: PreparedRows):
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 3])
-def test_files_are_the_same_bytes_whatever_the_number_of_workers(fresh: DataConfig, rows: PreparedRows, num_workers: int):
+def test_files_are_the_same_bytes_whatever_the_number_of_workers(
+    fresh: DataConfig, rows: PreparedRows, num_workers: int
+):
     again = prepare(fresh, "train", num_workers)
     assert again.directory != rows.directory
     assert contents(again.directory) == contents(rows.directory)
@@ -94,7 +104,11 @@ print({"jax", "tensorflow_datasets", "tensorflow", "torch"} & {*sys.modules})
 
 def test_other_rows_lie_elsewhere(fresh: DataConfig):
     longer = dataclasses.replace(fresh, sequence_length=9)
-    directories = {prepare(fresh, "train").directory, prepare(longer, "train").directory, prepare(fresh, "validation").directory}
+    directories = {
+        prepare(fresh, "train").directory,
+        prepare(longer, "train").directory,
+        prepare(fresh, "validation").directory,
+    }
     assert len(directories) == 3
 
 
@@ -107,13 +121,21 @@ def test_two_names_of_one_data_set_share_their_rows(fresh: DataConfig):
 def test_a_split_without_text_is_refused_in_one_line(fresh: DataConfig, split: str):
     with pytest.raises(ConfigError) as error:
         prepare(fresh, split)
-    assert str(error.value) == f"split {split!r} of data.dataset='small_text/plain' holds no text: set the split or the data set to others"
+    assert (
+        str(error.value)
+        == f"split {split!r} of data.dataset='small_text/plain' holds no text: set the split or the data set to others"
+    )
     assert not [path for path in Path(fresh.directory, "rows").iterdir() if path.suffix != ".lock"]
 
 
-def test_a_directory_that_cannot_be_written_is_refused_in_one_line(small: DataConfig, tmp_path: Path):
+def test_a_directory_that_cannot_be_written_is_refused_in_one_line(
+    small: DataConfig, tmp_path: Path
+):
     (tmp_path / "file").touch()
-    with pytest.raises(OSError, match=r"^\S*/file/rows cannot be written \([^\n]*\): set data.directory to a directory that can$"):
+    with pytest.raises(
+        OSError,
+        match=r"^\S*/file/rows cannot be written \([^\n]*\): set data.directory to a directory that can$",
+    ):
         prepare(dataclasses.replace(small, directory=str(tmp_path / "file")), "train")
 
 
@@ -121,7 +143,9 @@ def test_a_damaged_file_is_named(fresh: DataConfig):
     rows = prepare(fresh, "train")
     (rows.directory / "rows-00001.array_record").write_bytes(b"")
     assert rows[0]["tokens"][0] == 255
-    with pytest.raises(OSError, match=r"^\S*/rows-00001.array_record is damaged \([^\n]*\): delete \S*$"):
+    with pytest.raises(
+        OSError, match=r"^\S*/rows-00001.array_record is damaged \([^\n]*\): delete \S*$"
+    ):
         rows[rows.rows_per_shard[0]]
 
 
@@ -131,7 +155,9 @@ def test_only_bytes_that_were_read_are_called_damaged(fresh: DataConfig):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     held = []
     try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 10, hard))
+        resource.setrlimit(
+            resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 10, hard)
+        )
         with contextlib.suppress(OSError):
             while True:
                 held.append(os.open("/dev/null", os.O_RDONLY))
@@ -144,7 +170,10 @@ def test_only_bytes_that_were_read_are_called_damaged(fresh: DataConfig):
     assert rows[0]["tokens"][0] == 255
     rows = module.open_rows(rows.directory)
     shutil.rmtree(rows.directory)
-    with pytest.raises(OSError, match=r"rows-00000\S* was deleted while it was in use: run the same command again[^\n]*$"):
+    with pytest.raises(
+        OSError,
+        match=r"rows-00000\S* was deleted while it was in use: run the same command again[^\n]*$",
+    ):
         rows[0]
 
 
@@ -160,7 +189,9 @@ def test_each_flipped_byte_of_the_first_rows_is_named_or_changes_nothing(fresh: 
         try:
             row = module.open_rows(rows.directory)[0]
         except OSError as error:
-            assert re.search(r"rows-00000.array_record is damaged \([^\n]*\): delete \S*$", str(error)), error
+            assert re.search(
+                r"rows-00000.array_record is damaged \([^\n]*\): delete \S*$", str(error)
+            ), error
         else:
             assert all(np.array_equal(row[name], expected[name]) for name in expected)
 
@@ -189,7 +220,9 @@ def test_damaged_metadata_is_named(fresh: DataConfig, change):
         prepare(fresh, "train")
 
 
-def test_another_host_may_write_them_first(fresh: DataConfig, rows: PreparedRows, monkeypatch: pytest.MonkeyPatch):
+def test_another_host_may_write_them_first(
+    fresh: DataConfig, rows: PreparedRows, monkeypatch: pytest.MonkeyPatch
+):
     directory = Path(fresh.directory, "rows", rows.directory.name)
 
     def write_shard(job: object, shard: int) -> dict:
@@ -199,7 +232,10 @@ def test_another_host_may_write_them_first(fresh: DataConfig, rows: PreparedRows
     original = module.write_shard
     monkeypatch.setattr(module, "write_shard", write_shard)
     assert contents(prepare(fresh, "train").directory) == contents(rows.directory)
-    assert sorted(path.name for path in directory.parent.iterdir()) == [directory.name, f"{directory.name}.lock"]
+    assert sorted(path.name for path in directory.parent.iterdir()) == [
+        directory.name,
+        f"{directory.name}.lock",
+    ]
 
 
 def test_a_killed_process_leaves_nothing_half_read(fresh: DataConfig, rows: PreparedRows):
@@ -230,7 +266,9 @@ prepare.prepare(DataConfig(**json.loads(sys.argv[1])), "train")
     assert not half.exists()
 
 
-def test_a_failing_worker_is_reported_and_leaves_nothing(fresh: DataConfig, monkeypatch: pytest.MonkeyPatch):
+def test_a_failing_worker_is_reported_and_leaves_nothing(
+    fresh: DataConfig, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(OSError, match=r"^preparing the data failed in a worker process"):
         prepare(fresh, "train", num_workers=2)
@@ -245,22 +283,35 @@ def worker_script(tmp_path: Path, script: str, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(sys, "executable", str(path))
 
 
-def test_a_killed_worker_is_reported_with_its_signal_and_file(fresh: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_killed_worker_is_reported_with_its_signal_and_file(
+    fresh: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     worker_script(tmp_path, f'[ "$5" = 1 ] && kill -9 $$; exec {sys.executable} "$@"', monkeypatch)
     with pytest.raises(
-        OSError, match=r"killed by SIGKILL while it wrote rows-00001.array_record \(as the system does where memory runs out"
+        OSError,
+        match=r"killed by SIGKILL while it wrote rows-00001.array_record \(as the system does where memory runs out",
     ):
         prepare(fresh, "train", num_workers=2)
     worker_script(tmp_path, "kill -TERM $$", monkeypatch)
-    with pytest.raises(OSError, match=r"killed by SIGTERM while it wrote rows-0000[01].array_record$"):
+    with pytest.raises(
+        OSError, match=r"killed by SIGTERM while it wrote rows-0000[01].array_record$"
+    ):
         prepare(fresh, "train", num_workers=2)
     assert not list(Path(fresh.directory, "rows").glob(".*"))
 
 
 def test_a_stopped_worker_is_named(
-    fresh: DataConfig, rows: PreparedRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    fresh: DataConfig,
+    rows: PreparedRows,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ):
-    worker_script(tmp_path, f'(sleep 1.5; kill -CONT $$) & kill -STOP $$; exec {sys.executable} "$@"', monkeypatch)
+    worker_script(
+        tmp_path,
+        f'(sleep 1.5; kill -CONT $$) & kill -STOP $$; exec {sys.executable} "$@"',
+        monkeypatch,
+    )
     monkeypatch.setattr(module, "_PATIENCE", 0.5)
     assert contents(prepare(fresh, "train", num_workers=2).directory) == contents(rows.directory)
     told = capfd.readouterr().err
@@ -269,7 +320,9 @@ def test_a_stopped_worker_is_named(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_workers_end_with_the_process_that_started_them(rows: PreparedRows, small: DataConfig, tmp_path: Path, number: signal.Signals):
+def test_workers_end_with_the_process_that_started_them(
+    rows: PreparedRows, small: DataConfig, tmp_path: Path, number: signal.Signals
+):
     program = """
 import json, sys
 from moe.config import DataConfig
@@ -279,15 +332,26 @@ for _ in prepare._in_processes(job, 2):
     print("begun", flush=True)
 """
     source = str(Path(small.directory, "tfds", rows.source))
-    command = [sys.executable, "-c", program, json.dumps(dataclasses.asdict(small)), source, str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment()) as process:
+    command = [
+        sys.executable,
+        "-c",
+        program,
+        json.dumps(dataclasses.asdict(small)),
+        source,
+        str(tmp_path),
+    ]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment()
+    ) as process:
         assert process.stdout.readline() == "begun\n"
         workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         process.send_signal(number)
         process.stdout.read()
     assert len(workers) == 2 and process.returncode != 0
     deadline = time.monotonic() + 20
-    while alive := [worker for worker in workers if Path(f"/proc/{worker}/exe").exists()]:  # a zombie has none
+    while alive := [
+        worker for worker in workers if Path(f"/proc/{worker}/exe").exists()
+    ]:  # a zombie has none
         assert time.monotonic() < deadline, f"{alive} are left"
         time.sleep(0.05)
 
@@ -298,4 +362,6 @@ def environment() -> dict[str, str]:
 
 def run(program: str, *arguments: str) -> str:
     command = [sys.executable, "-W", "error", "-c", program, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment(), check=True).stdout
+    return subprocess.run(
+        command, capture_output=True, text=True, env=environment(), check=True
+    ).stdout

@@ -17,9 +17,13 @@ from moe.data.sources import open_documents
 
 
 def test_a_record_byte_for_byte():
-    record = encode_record(np.array([7, 0x0102], np.uint16), np.array([2], np.uint32), vocab_size=256)
+    record = encode_record(
+        np.array([7, 0x0102], np.uint16), np.array([2], np.uint32), vocab_size=256
+    )
     assert record.hex(" ", 4) == "01000000 02000000 07000201"
-    record = encode_record(np.array([7, 0x010203], np.uint32), np.array([1, 1], np.uint32), vocab_size=2**16 + 1)
+    record = encode_record(
+        np.array([7, 0x010203], np.uint32), np.array([1, 1], np.uint32), vocab_size=2**16 + 1
+    )
     assert record.hex(" ", 4) == "02000000 01000000 01000000 07000000 03020100"
 
 
@@ -27,7 +31,9 @@ def test_a_record_byte_for_byte():
 def test_decoding_gives_the_record_back(vocab_size: int):
     tokens = np.array([0, 5, vocab_size - 1], np.uint32)
     lengths = np.array([1, 2], np.uint32)
-    decoded_tokens, decoded_lengths = decode_record(encode_record(tokens, lengths, vocab_size), vocab_size)
+    decoded_tokens, decoded_lengths = decode_record(
+        encode_record(tokens, lengths, vocab_size), vocab_size
+    )
     assert decoded_tokens.tolist() == tokens.tolist()
     assert decoded_lengths.tolist() == lengths.tolist()
     assert decoded_tokens.itemsize == (2 if vocab_size <= 2**16 else 4)
@@ -35,21 +41,42 @@ def test_decoding_gives_the_record_back(vocab_size: int):
 
 @pytest.fixture
 def job(small: DataConfig, rows: PreparedRows, tmp_path: Path) -> ShardJob:
-    return ShardJob(small, "validation", open_documents(small, "validation").directory, str(tmp_path), 1, 2)
+    return ShardJob(
+        small, "validation", open_documents(small, "validation").directory, str(tmp_path), 1, 2
+    )
 
 
 def test_a_shard_holds_its_documents_alone(job: ShardJob):
     counts = write_shard(job, 1)
-    ((record,), tokens) = ArrayRecordReader(str(Path(job.target, shard_name(1)))).read_all(), [255, *"cdé".encode(), 255]
+    ((record,), tokens) = (
+        ArrayRecordReader(str(Path(job.target, shard_name(1)))).read_all(),
+        [255, *"cdé".encode(), 255],
+    )
     assert record == encode_record(np.array(tokens), np.array([6]), 256)
     sha256 = hashlib.sha256(record).hexdigest()
-    assert counts == {"shard": 1, "num_rows": 1, "num_tokens": 6, "num_bytes": 4, "num_documents": 1, "sha256": sha256}
+    assert counts == {
+        "shard": 1,
+        "num_rows": 1,
+        "num_tokens": 6,
+        "num_bytes": 4,
+        "num_documents": 1,
+        "sha256": sha256,
+    }
     assert [path.name for path in Path(job.target).iterdir()] == ["rows-00001.array_record"]
 
 
 def test_a_worker_loads_no_framework(job: ShardJob):
     program = "import sys; from moe.data import shards; shards.main(sys.argv[1:]); print({'jax', 'tensorflow', 'torch'} & {*sys.modules})"
-    command = [sys.executable, "-W", "error", "-c", program, json.dumps(dataclasses.asdict(job)), "0", "1"]
+    command = [
+        sys.executable,
+        "-W",
+        "error",
+        "-c",
+        program,
+        json.dumps(dataclasses.asdict(job)),
+        "0",
+        "1",
+    ]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     *counts, modules = done.stdout.splitlines()
@@ -60,7 +87,14 @@ def test_a_worker_loads_no_framework(job: ShardJob):
 
 def test_a_worker_that_fails_says_so_in_one_line(job: ShardJob):
     job = dataclasses.replace(job, target="/nonexistent")
-    command = [sys.executable, "-m", "moe.data.shards", json.dumps(dataclasses.asdict(job)), "0", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "moe.data.shards",
+        json.dumps(dataclasses.asdict(job)),
+        "0",
+        "1",
+    ]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, text=True, env=environment, **pipes) as worker:
@@ -73,9 +107,18 @@ def test_a_worker_that_fails_says_so_in_one_line(job: ShardJob):
 def test_a_worker_ends_with_its_input(job: ShardJob):
     """The input ends with the parent, however that was killed."""
     job = dataclasses.replace(job, num_shards=10**6)
-    command = [sys.executable, "-m", "moe.data.shards", json.dumps(dataclasses.asdict(job)), "0", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "moe.data.shards",
+        json.dumps(dataclasses.asdict(job)),
+        "0",
+        "1",
+    ]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as worker:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+    ) as worker:
         assert worker.stdout.readline()
         worker.stdin.close()
         worker.stdout.read()  # ends with the worker

@@ -57,17 +57,25 @@ def test_stdlib_is_real_python(tmp_path: Path, capfd: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("dataset", "message"),
     [
-        ("nonesuch", "data.dataset='nonesuch': Dataset nonesuch not found: set data.dataset to a name that TFDS lists"),
+        (
+            "nonesuch",
+            "data.dataset='nonesuch': Dataset nonesuch not found: set data.dataset to a name that TFDS lists",
+        ),
         ("stdlib:0.0.1", "data.dataset='stdlib:0.0.1': "),
         ("small_text/other", "data.dataset='small_text/other': "),
         ("../nonesuch", "data.dataset='../nonesuch' is not a name"),
         ("small_text/../../x", "data.dataset='small_text/../../x' is not a name"),
         ("huggingface:abc", "data.dataset='huggingface:abc' is not a name"),
         ("", "data.dataset='' is not a name"),
-        ("small_text/no_text", "data.dataset='small_text/no_text' has no feature 'text' of text: set data.dataset to one that has"),
+        (
+            "small_text/no_text",
+            "data.dataset='small_text/no_text' has no feature 'text' of text: set data.dataset to one that has",
+        ),
     ],
 )
-def test_a_data_set_that_cannot_be_used_is_refused_in_one_line(empty: DataConfig, dataset: str, message: str):
+def test_a_data_set_that_cannot_be_used_is_refused_in_one_line(
+    empty: DataConfig, dataset: str, message: str
+):
     with pytest.raises(ConfigError) as error:
         open_documents(dataclasses.replace(empty, dataset=dataset), "train")
     assert str(error.value).startswith(message)
@@ -81,13 +89,23 @@ def test_an_unknown_split_is_refused_in_one_line(small: DataConfig, split: str):
     with pytest.raises(ConfigError, match=re.escape(str(error.value))):
         check_dataset(dataclasses.replace(small, validation_split=split))
     options = "'train' or 'validation' or 'blank'"
-    assert str(error.value) == f"split {split!r} is not one of data.dataset='small_text/plain': set the split to {options}"
+    assert (
+        str(error.value)
+        == f"split {split!r} is not one of data.dataset='small_text/plain': set the split to {options}"
+    )
 
 
-def test_a_directory_that_cannot_be_written_is_refused_in_one_line(small: DataConfig, tmp_path: Path):
+def test_a_directory_that_cannot_be_written_is_refused_in_one_line(
+    small: DataConfig, tmp_path: Path
+):
     (tmp_path / "file").touch()
-    with pytest.raises(OSError, match=r"^\S*file/data/tfds cannot be written \(.*\): set data.directory to a directory that can$"):
-        open_documents(dataclasses.replace(small, directory=str(tmp_path / "file" / "data")), "train")
+    with pytest.raises(
+        OSError,
+        match=r"^\S*file/data/tfds cannot be written \(.*\): set data.directory to a directory that can$",
+    ):
+        open_documents(
+            dataclasses.replace(small, directory=str(tmp_path / "file" / "data")), "train"
+        )
 
 
 def test_a_failure_of_tfds_is_told_in_one_line(empty: DataConfig, monkeypatch: pytest.MonkeyPatch):
@@ -95,11 +113,16 @@ def test_a_failure_of_tfds_is_told_in_one_line(empty: DataConfig, monkeypatch: p
         raise ImportError("no tensorflow\nand a long explanation")
 
     monkeypatch.setattr(SmallText, "before_generating", fail)
-    with pytest.raises(OSError, match=r"^data.dataset='small_text/plain' could not be prepared in \S*/1.2.3: [^\n]*no tensorflow[^\n]*$"):
+    with pytest.raises(
+        OSError,
+        match=r"^data.dataset='small_text/plain' could not be prepared in \S*/1.2.3: [^\n]*no tensorflow[^\n]*$",
+    ):
         open_documents(empty, "train")
 
 
-def test_another_host_may_prepare_it_first(small: DataConfig, empty: DataConfig, monkeypatch: pytest.MonkeyPatch):
+def test_another_host_may_prepare_it_first(
+    small: DataConfig, empty: DataConfig, monkeypatch: pytest.MonkeyPatch
+):
     finished = Path(open_documents(small, "train").directory)
     destination = Path(empty.directory, finished.relative_to(small.directory))
 
@@ -111,7 +134,9 @@ def test_another_host_may_prepare_it_first(small: DataConfig, empty: DataConfig,
 
 
 @pytest.mark.parametrize("locks", [True, False])
-def test_two_processes_may_prepare_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locks: bool):
+def test_two_processes_may_prepare_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locks: bool
+):
     program = """
 import fcntl, sys
 from moe.config import DataConfig
@@ -121,7 +146,12 @@ if sys.argv[2] == "False": fcntl.flock = refuse
 print(prepare(DataConfig(directory=sys.argv[1]), "validation").sha256)
 """
     command = [sys.executable, "-W", "error", "-c", program, str(tmp_path), str(locks)]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=_environment()) for _ in range(2)]
+    both = [
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=_environment()
+        )
+        for _ in range(2)
+    ]
     outputs = [process.communicate() for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
     assert outputs[0][0] == outputs[1][0]
@@ -137,27 +167,34 @@ def test_waiting_for_a_lock_says_who_holds_it(tmp_path: Path, capfd: pytest.Capt
     program = """
 import sys
 from pathlib import Path
-from moe.data.files import exclusive
+from moe.files import exclusive
 with exclusive(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
 """
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", program, str(path)], text=True, env=_environment(), **pipes) as holder:
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(path)], text=True, env=_environment(), **pipes
+    ) as holder:
         assert holder.stdout.readline() == "held\n"
         release = threading.Timer(1.5, holder.stdin.close)
         release.start()
         with files.exclusive(path) as alone:
             assert alone
         release.join()
-    assert capfd.readouterr().err == f"waiting for {path}, which process {holder.pid} on {socket.gethostname()} holds\n"
+    assert (
+        capfd.readouterr().err
+        == f"waiting for {path}, which process {holder.pid} on {socket.gethostname()} holds\n"
+    )
     with files.exclusive(path):
         pass
     assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("locks", [True, False])
-def test_what_a_killed_preparation_left_is_removed_under_the_lock(empty: DataConfig, monkeypatch: pytest.MonkeyPatch, locks: bool):
+def test_what_a_killed_preparation_left_is_removed_under_the_lock(
+    empty: DataConfig, monkeypatch: pytest.MonkeyPatch, locks: bool
+):
     def refuse(file: object, operation: int) -> None:
         raise OSError(95, "no locks")
 
@@ -170,24 +207,35 @@ def test_what_a_killed_preparation_left_is_removed_under_the_lock(empty: DataCon
     assert stale.exists() != locks  # without a lock another process may be at work there
 
 
-def test_a_data_set_without_text_is_refused_before_it_is_prepared(empty: DataConfig, monkeypatch: pytest.MonkeyPatch):
+def test_a_data_set_without_text_is_refused_before_it_is_prepared(
+    empty: DataConfig, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(SmallText, "before_generating", lambda: pytest.fail("it is prepared"))
     for check in (check_dataset, lambda config: open_documents(config, "train")):
-        with pytest.raises(ConfigError, match=r"^data\.dataset='small_text/no_text' has no feature 'text' of text: "):
+        with pytest.raises(
+            ConfigError,
+            match=r"^data\.dataset='small_text/no_text' has no feature 'text' of text: ",
+        ):
             check(dataclasses.replace(empty, dataset="small_text/no_text"))
     assert not list(Path(empty.directory).iterdir())
 
 
 @pytest.mark.parametrize("command", ["train", "compare"])
-def test_commands_check_the_data_set_before_they_load_jax(command: str, empty: DataConfig, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(sys.modules, "moe.trainer", None)  # importing it fails
+def test_commands_check_the_data_set_before_they_load_jax(
+    command: str, empty: DataConfig, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(sys.modules, "moe.training.trainer", None)  # importing it fails
     monkeypatch.setattr("signal.signal", lambda *_: None)
     monkeypatch.setattr("launch.compare.read_experiment", lambda path, base: ({"base": base}, (0,)))
     monkeypatch.setattr("ml_collections.config_flags.get_config_filename", lambda flag: "config.py")
     config = RunConfig.config_dict()
     config.data.update(dataset="nonesuch", directory=empty.directory)
-    flags = unittest.mock.MagicMock(config=config, workdir=f"{empty.directory}/run", report_only=False)
-    with pytest.raises(ConfigError, match=r"^data\.dataset='nonesuch': Dataset nonesuch not found: "):
+    flags = unittest.mock.MagicMock(
+        config=config, workdir=f"{empty.directory}/run", report_only=False
+    )
+    with pytest.raises(
+        ConfigError, match=r"^data\.dataset='nonesuch': Dataset nonesuch not found: "
+    ):
         importlib.import_module(f"launch.{command}").main(flags)
     assert not list(Path(empty.directory).iterdir())
 

@@ -7,13 +7,22 @@ from moe.data.stdlib import is_validation, python_files
 
 def test_which_files_are_read(tmp_path: Path):
     kept = {"b.py": "b = 1\r\n", "a/z.py": "é", "test.py": "not a directory", "a.py": "x"}
-    left_out = ["test/c.py", "a/tests/d.py", "idlelib/idle_test/e.py", "site-packages/f.py", "__pycache__/g.py", "a/h.txt"]
+    left_out = [
+        "test/c.py",
+        "a/tests/d.py",
+        "idlelib/idle_test/e.py",
+        "site-packages/f.py",
+        "__pycache__/g.py",
+        "a/h.txt",
+    ]
     for name, text in kept.items() | {(name, "left out") for name in left_out} | {("empty.py", "")}:
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(text.encode())
     (tmp_path / "latin1.py").write_bytes(b"\xe9")
-    assert list(python_files(tmp_path)) == [(name, kept[name]) for name in ("a/z.py", "a.py", "b.py", "test.py")]
+    assert list(python_files(tmp_path)) == [
+        (name, kept[name]) for name in ("a/z.py", "a.py", "b.py", "test.py")
+    ]
 
 
 @pytest.mark.parametrize(("text", "expected"), [("519", True), ("425", False), ("a", False)])

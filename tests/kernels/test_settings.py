@@ -1,4 +1,6 @@
-"""The kernels and context parallelism in a process with settings of JAX that are not the usual ones, forward and backward."""
+"""The kernels and context parallelism in a process with settings of JAX that are not the usual
+ones, forward and backward.
+"""
 
 import contextlib
 import functools
@@ -10,10 +12,16 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from moe import context
-from moe.kernels.attention import Implementation, attention_backward, attention_forward, decode_attention, flash_attention
+from moe.kernels.attention import (
+    Implementation,
+    attention_backward,
+    attention_forward,
+    decode_attention,
+    flash_attention,
+)
 from moe.kernels.attention.masks import Options
 from moe.kernels.grouped_matmul import grouped_swiglu, grouped_swiglu_backward
+from moe.parallel import context
 
 SETTINGS = {
     "x64": lambda: jax.enable_x64(True),
@@ -35,7 +43,11 @@ def draw(dtype):
     """q, k, v, g, sinks and ids; under 64 bits the last two come in these."""
     rng = np.random.default_rng(0)
     arrays = [jnp.asarray(rng.normal(size=(2, 32, heads, 8)), dtype) for heads in (4, 2, 2, 4)]
-    return *arrays, jnp.asarray(rng.normal(size=4)), jnp.asarray(np.sort(rng.integers(0, 3, (2, 32))))
+    return (
+        *arrays,
+        jnp.asarray(rng.normal(size=4)),
+        jnp.asarray(np.sort(rng.integers(0, 3, (2, 32)))),
+    )
 
 
 def flash(dtype, implementation=None):
@@ -43,8 +55,19 @@ def flash(dtype, implementation=None):
     q, k, v, g, sinks, ids = draw(dtype)
 
     def call(q, k, v, sinks, ids, offset):
-        keywords = {"q_segment_ids": ids, "kv_segment_ids": ids, "q_offset": offset, "kv_offset": offset}
-        keywords |= {"causal": True, "window": (9, 0), "softcap": 5.0, "scale": 0.3, "implementation": implementation}
+        keywords = {
+            "q_segment_ids": ids,
+            "kv_segment_ids": ids,
+            "q_offset": offset,
+            "kv_offset": offset,
+        }
+        keywords |= {
+            "causal": True,
+            "window": (9, 0),
+            "softcap": 5.0,
+            "scale": 0.3,
+            "implementation": implementation,
+        }
         return flash_attention(q, k, v, sinks=sinks, return_lse=True, **keywords)
 
     def run(q, k, v, g, sinks, ids, offset):
@@ -63,7 +86,11 @@ def halves(dtype):
     def run(g, *arrays):
         output, lse = attention_forward(None, options, *arrays)
         sums = jnp.sum(output * g.astype(output.dtype), axis=-1)
-        return output, lse, attention_backward(None, options, *arrays, lse_BTN=lse, g_BTNH=g, row_sums_BTN=sums)
+        return (
+            output,
+            lse,
+            attention_backward(None, options, *arrays, lse_BTN=lse, g_BTNH=g, row_sums_BTN=sums),
+        )
 
     return run, (g, *arrays)
 
@@ -83,7 +110,11 @@ def experts(dtype):
     rng = np.random.default_rng(0)
     shapes = (11, 6), (3, 6, 4), (3, 6, 4), (3, 4, 6), (11, 6)
     *arrays, g = (jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes)
-    tokens, of_blocks, weights = rng.integers(0, 11, 40), np.sort(rng.integers(0, 4, 20)), rng.normal(size=40)
+    tokens, of_blocks, weights = (
+        rng.integers(0, 11, 40),
+        np.sort(rng.integers(0, 4, 20)),
+        rng.normal(size=40),
+    )
 
     def run(g, tokens, of_blocks, weights, *arrays):
         rows, inner = grouped_swiglu(*arrays, tokens, of_blocks)
@@ -96,13 +127,27 @@ def experts(dtype):
 def across(dtype, attention, size):
     """The result and the gradients of a ring, or of Ulysses, on so many ranks."""
     q, k, v, g, sinks, ids = draw(dtype)
-    mesh = jax.make_mesh((size,), ("context",), axis_types=(AxisType.Auto,), devices=jax.devices()[:size])
+    mesh = jax.make_mesh(
+        (size,), ("context",), axis_types=(AxisType.Auto,), devices=jax.devices()[:size]
+    )
 
     def local(q, k, v, sinks, ids):
-        return attention(q, k, v, sinks=sinks, segment_ids=ids, axis_name="context", causal=True, window=(9, 0), softcap=5.0)
+        return attention(
+            q,
+            k,
+            v,
+            sinks=sinks,
+            segment_ids=ids,
+            axis_name="context",
+            causal=True,
+            window=(9, 0),
+            softcap=5.0,
+        )
 
     part = P(None, "context")
-    call = jax.shard_map(local, mesh=mesh, in_specs=(part, part, part, P(), part), out_specs=part, check_vma=False)
+    call = jax.shard_map(
+        local, mesh=mesh, in_specs=(part, part, part, P(), part), out_specs=part, check_vma=False
+    )
 
     def run(g, q, k, v, sinks, ids):
         output, pull_back = jax.vjp(lambda *x: call(*x, ids), q, k, v, sinks)
@@ -138,7 +183,9 @@ def check(name, dtype, names):
         ours, theirs = (np.asarray(x, np.float64) for x in (ours, theirs))
         np.testing.assert_array_equal(np.isfinite(ours), np.isfinite(theirs))
         size = np.abs(theirs[np.isfinite(theirs)]).max()
-        np.testing.assert_allclose(ours, theirs, rtol=0, atol=8 * float(jnp.finfo(dtype).eps) * size)
+        np.testing.assert_allclose(
+            ours, theirs, rtol=0, atol=8 * float(jnp.finfo(dtype).eps) * size
+        )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -167,7 +214,9 @@ def test_programs_for_other_platforms_with_64_bits(name, platform):
 @pytest.mark.parametrize(("implementation", "kernels"), [("hopper", 3), ("hopper_fused", 2)])
 @pytest.mark.parametrize("names", [(), tuple(SETTINGS)])
 def test_programs_of_the_hopper_kernels(names, implementation, kernels):
-    """Lowered whole, with its gradient: other tests call the kernels by themselves, or need their compiler."""
+    """Lowered whole, with its gradient: other tests call the kernels by themselves, or need their
+    compiler.
+    """
     with settings(names):
         run, arguments = flash("bfloat16", implementation)
         program = jax.jit(run).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()

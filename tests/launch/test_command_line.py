@@ -72,7 +72,9 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "80"}
     command = [sys.executable, "command.py", *arguments]
-    return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        command, cwd=directory, env=environment, capture_output=True, text=True, timeout=60
+    )
 
 
 WHOLE = ("--config=config.py", "--workdir=config.py")
@@ -85,13 +87,28 @@ WHOLE = ("--config=config.py", "--workdir=config.py")
         ((), "--config is missing: set --config to a config file"),
         (("--config=config.py",), "--workdir is missing: set --workdir=VALUE"),
         ((*WHOLE, "--workdirs=x"), "Unknown command line flag 'workdirs'. Did you mean: workdir ?"),
-        ((*WHOLE, "--samples=few"), "flag --samples=few: invalid literal for int() with base 10: 'few'"),
+        (
+            (*WHOLE, "--samples=few"),
+            "flag --samples=few: invalid literal for int() with base 10: 'few'",
+        ),
         (("--config",), "Missing value for flag --config"),
-        (("--workdir=x", "--config.train.steps=3"), "--config is missing: set --config to a config file"),
-        ((*WHOLE, "stray"), "'stray' is not a flag: write flags as --name=value, and quote values that have spaces"),
+        (
+            ("--workdir=x", "--config.train.steps=3"),
+            "--config is missing: set --config to a config file",
+        ),
+        (
+            (*WHOLE, "stray"),
+            "'stray' is not a flag: write flags as --name=value, and quote values that have spaces",
+        ),
         # Fields.
-        ((*WHOLE, "--config.train.step=3"), "--config.train.step is not a field: did you mean --config.train.steps?"),
-        ((*WHOLE, "--config.modle.num_heads", "3"), "--config.modle.num_heads is not a field: did you mean --config.model.num_heads?"),
+        (
+            (*WHOLE, "--config.train.step=3"),
+            "--config.train.step is not a field: did you mean --config.train.steps?",
+        ),
+        (
+            (*WHOLE, "--config.modle.num_heads", "3"),
+            "--config.modle.num_heads is not a field: did you mean --config.model.num_heads?",
+        ),
         ((*WHOLE, "--config.zzz=3"), "--config.zzz is not a field: --help lists the fields"),
         (
             (*WHOLE, "--config.train.steps=3.5"),
@@ -106,12 +123,27 @@ WHOLE = ("--config=config.py", "--workdir=config.py")
             "config.model.num_heads=3 is not a multiple of num_kv_heads=2: set num_kv_heads to one of 1, 3",
         ),
         # Config files.
-        (("--workdir=x", "--config=nowhere.py"), "--config=nowhere.py: No such file or directory: set --config to a config file"),
-        (("--workdir=x", "--config=."), "--config=.: Is a directory: set --config to a config file"),
+        (
+            ("--workdir=x", "--config=nowhere.py"),
+            "--config=nowhere.py: No such file or directory: set --config to a config file",
+        ),
+        (
+            ("--workdir=x", "--config=."),
+            "--config=.: Is a directory: set --config to a config file",
+        ),
         (("--workdir=x", "--config=half.py"), "half.py, line 2: SyntaxError: '{' was never closed"),
-        (("--workdir=x", "--config=name.py"), "name.py, line 2: NameError: name 'RunConfig' is not defined"),
-        (("--workdir=x", "--config=value.py", "--config.train.steps=3"), "value.py, line 2: ValueError: no such size"),
-        (("--workdir=x", "--config=import.py"), "import.py, line 1: ModuleNotFoundError: No module named 'nowhere'"),
+        (
+            ("--workdir=x", "--config=name.py"),
+            "name.py, line 2: NameError: name 'RunConfig' is not defined",
+        ),
+        (
+            ("--workdir=x", "--config=value.py", "--config.train.steps=3"),
+            "value.py, line 2: ValueError: no such size",
+        ),
+        (
+            ("--workdir=x", "--config=import.py"),
+            "import.py, line 1: ModuleNotFoundError: No module named 'nowhere'",
+        ),
         (
             ("--workdir=x", "--config=empty.py"),
             "empty.py has no get_config(): write one that returns RunConfig.config_dict() with your changes",
@@ -120,18 +152,44 @@ WHOLE = ("--config=config.py", "--workdir=config.py")
             ("--workdir=x", "--config=file.py"),
             "file.py, line 2: FileNotFoundError: [Errno 2] No such file or directory: 'nowhere.txt'",
         ),
-        (("--workdir=x", "--config=none.py"), "--config: get_config() returned None: return RunConfig.config_dict() with your changes"),
-        (("--workdir=x", "--config=dict.py"), "--config: get_config() returned [1]: return RunConfig.config_dict() with your changes"),
-        (("--workdir=x", "--config=exit.py"), "exit.py, line 3: SystemExit: 0: a config file returns its config, and ends no program"),
-        (("--workdir=x", "--config=field.py"), "config.train.step=1 is not a field: did you mean config.train.steps?"),
+        (
+            ("--workdir=x", "--config=none.py"),
+            "--config: get_config() returned None: return RunConfig.config_dict() with your changes",
+        ),
+        (
+            ("--workdir=x", "--config=dict.py"),
+            "--config: get_config() returned [1]: return RunConfig.config_dict() with your changes",
+        ),
+        (
+            ("--workdir=x", "--config=exit.py"),
+            "exit.py, line 3: SystemExit: 0: a config file returns its config, and ends no program",
+        ),
+        (
+            ("--workdir=x", "--config=field.py"),
+            "config.train.step=1 is not a field: did you mean config.train.steps?",
+        ),
         # Paths.
-        (("--workdir=config.py/x", "--config=config.py"), "[Errno 20] Not a directory: 'config.py/x'"),
-        (("--workdir=/proc/x", "--config=config.py"), "[Errno 2] No such file or directory: '/proc/x'"),
-        ((f"--workdir={'x' * 300}", "--config=config.py"), f"[Errno 36] File name too long: '{'x' * 300}'"),
-        (("--workdir=no checkpoint", "--config=config.py"), "DIR has no checkpoint: set --workdir to a trained run"),
+        (
+            ("--workdir=config.py/x", "--config=config.py"),
+            "[Errno 20] Not a directory: 'config.py/x'",
+        ),
+        (
+            ("--workdir=/proc/x", "--config=config.py"),
+            "[Errno 2] No such file or directory: '/proc/x'",
+        ),
+        (
+            (f"--workdir={'x' * 300}", "--config=config.py"),
+            f"[Errno 36] File name too long: '{'x' * 300}'",
+        ),
+        (
+            ("--workdir=no checkpoint", "--config=config.py"),
+            "DIR has no checkpoint: set --workdir to a trained run",
+        ),
     ],
 )
-def test_bad_input_gets_one_line_and_exit_code_2(directory: Path, arguments: tuple[str, ...], message: str) -> None:
+def test_bad_input_gets_one_line_and_exit_code_2(
+    directory: Path, arguments: tuple[str, ...], message: str
+) -> None:
     result = run(directory, *arguments)
     assert (result.stderr, result.stdout, result.returncode) == (f"error: {message}\n", "", 2)
 
@@ -146,21 +204,37 @@ def test_bad_input_is_answered_in_two_seconds(directory: Path) -> None:
 
 
 def test_flags_reach_main_and_its_exit_code_the_shell(directory: Path) -> None:
-    overrides = ("--config.train.steps=300", "--config.optimizer.learning_rate", "1", "--noconfig.tracking.tensorboard")
+    overrides = (
+        "--config.train.steps=300",
+        "--config.optimizer.learning_rate",
+        "1",
+        "--noconfig.tracking.tensorboard",
+    )
     result = run(directory, *WHOLE, *overrides)
     assert (result.stdout, result.stderr, result.returncode) == ("300 1.0 False False\n", "", 3)
 
 
 def test_every_command_takes_its_directories_the_same_way() -> None:
     for path in (ROOT / "launch").glob("*.py"):
-        assert not re.search(r"DEFINE_string\(\s*\"(workdir|from|init_from)\"", path.read_text()), path
+        assert not re.search(r"DEFINE_string\(\s*\"(workdir|from|init_from)\"", path.read_text()), (
+            path
+        )
 
 
-@pytest.mark.parametrize(("workdir", "last_line"), [("bug", "ValueError: a bug"), ("full", "OSError: [Errno 28] No space left on device")])
-def test_what_is_not_input_keeps_its_traceback(directory: Path, workdir: str, last_line: str) -> None:
+@pytest.mark.parametrize(
+    ("workdir", "last_line"),
+    [("bug", "ValueError: a bug"), ("full", "OSError: [Errno 28] No space left on device")],
+)
+def test_what_is_not_input_keeps_its_traceback(
+    directory: Path, workdir: str, last_line: str
+) -> None:
     result = run(directory, "--config=config.py", f"--workdir={workdir}")
     lines = result.stderr.splitlines()
-    assert (lines[0], lines[-1], result.returncode) == ("Traceback (most recent call last):", last_line, 1)
+    assert (lines[0], lines[-1], result.returncode) == (
+        "Traceback (most recent call last):",
+        last_line,
+        1,
+    )
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h"])
@@ -187,42 +261,65 @@ Fields of --config, with the values they have where the file sets no other:
 
 config.model: A decoder-only Transformer"""
     )
-    assert "  --config.model.compute_dtype=bfloat16  (float32 or bfloat16)\n      The type of activations. " in result.stdout
+    assert (
+        "  --config.model.compute_dtype=bfloat16  (float32 or bfloat16)\n      The type of activations. "
+        in result.stdout
+    )
     assert "logtostderr" not in result.stdout
 
 
 def test_help_shows_the_values_of_a_config(directory: Path) -> None:
-    result = run(directory, "--help", "--config=few_steps.py", "--config.train.batch_size=32", "--workdirs=x")
+    result = run(
+        directory, "--help", "--config=few_steps.py", "--config.train.batch_size=32", "--workdirs=x"
+    )
     assert (result.stderr, result.returncode) == ("", 0)
-    assert "\nFields of --config, with their values in few_steps.py:\n  --config.seed=0\n" in result.stdout
-    assert "  --config.train.steps=300\n" in result.stdout and "  --config.train.batch_size=32\n" in result.stdout
+    assert (
+        "\nFields of --config, with their values in few_steps.py:\n  --config.seed=0\n"
+        in result.stdout
+    )
+    assert (
+        "  --config.train.steps=300\n" in result.stdout
+        and "  --config.train.batch_size=32\n" in result.stdout
+    )
 
 
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
         ("--config=value.py", "value.py, line 2: ValueError: no such size"),
-        ("--config.seed=x", "--config.seed=x has the wrong type: set config.seed to a value of type int"),
+        (
+            "--config.seed=x",
+            "--config.seed=x has the wrong type: set config.seed to a value of type int",
+        ),
     ],
 )
-def test_help_for_a_config_that_cannot_run_says_why(directory: Path, argument: str, message: str) -> None:
+def test_help_for_a_config_that_cannot_run_says_why(
+    directory: Path, argument: str, message: str
+) -> None:
     result = run(directory, "--help", "--config=config.py", argument)
     assert (result.stderr, result.stdout, result.returncode) == (f"error: {message}\n", "", 2)
 
 
-def test_every_field_has_a_line_of_help_within_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_field_has_a_line_of_help_within_the_terminal(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("COLUMNS", "70")
     lines = help_text("", RunConfig()).splitlines()
     for name, _ in config_fields(RunConfig()):
         (number,) = [number for number, line in enumerate(lines) if line.startswith(f"  --{name}=")]
-        assert lines[number + 1].startswith("      ") and len(lines[number + 1].strip()) > 5, f"{name} has no comment"
+        assert lines[number + 1].startswith("      ") and len(lines[number + 1].strip()) > 5, (
+            f"{name} has no comment"
+        )
     assert max(len(line) for line in lines if not line.startswith(("  --", "Fields of"))) <= 70
 
 
 def test_comments_above_and_beside_a_field_are_its_help() -> None:
     comments = field_comments(MoEConfig)
     assert comments["num_experts"] == "routed experts of a sparse layer; 0 leaves every layer dense"
-    assert comments["router"].startswith("Scores: softmax over the experts") and "divide a token" not in comments["router"]
+    assert (
+        comments["router"].startswith("Scores: softmax over the experts")
+        and "divide a token" not in comments["router"]
+    )
 
 
 RAISED = {
@@ -246,7 +343,9 @@ RAISED = {
 
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
 @pytest.mark.parametrize("statement", RAISED)
-def test_whatever_a_config_file_raises_is_told_as_its_own(statement: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whatever_a_config_file_raises_is_told_as_its_own(
+    statement: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     Path("own.py").write_text(f"def get_config():\n    {statement}\n")
     with pytest.raises(ConfigError, match=re.escape(f"own.py, {RAISED[statement]}")) as caught:
@@ -270,13 +369,20 @@ def test_references_that_fail_late_are_told_in_one_line() -> None:
 def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     for path in (tmp_path / "fifo", "/dev/zero"):
-        with pytest.raises(ConfigError, match=r"^--config=\S+ is a FIFO, a socket or a device: set --config to a config file$"):
+        with pytest.raises(
+            ConfigError,
+            match=r"^--config=\S+ is a FIFO, a socket or a device: set --config to a config file$",
+        ):
             check_config_file(str(path))
 
 
-def test_a_config_of_the_repository_is_named_from_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_config_of_the_repository_is_named_from_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match=rf": set --config to {ROOT}/configs/dense_tiny.py, which is there$"):
+    with pytest.raises(
+        ConfigError, match=rf": set --config to {ROOT}/configs/dense_tiny.py, which is there$"
+    ):
         check_config_file("configs/dense_tiny.py")
 
 
@@ -288,7 +394,9 @@ def test_a_config_that_never_ends_is_named_and_can_be_interrupted(directory: Pat
         assert process.stdout.readline() == "begun\n"
         assert process.stderr.readline() == "reading loop.py\n"
         process.send_signal(signal.SIGINT)
-        assert re.fullmatch(r"error: loop\.py, line [34]: KeyboardInterrupt\n", process.stderr.read())
+        assert re.fullmatch(
+            r"error: loop\.py, line [34]: KeyboardInterrupt\n", process.stderr.read()
+        )
     assert process.returncode == 2
 
 
@@ -296,8 +404,14 @@ def test_a_config_that_never_ends_is_named_and_can_be_interrupted(directory: Pat
     ("workdir", "message"),
     [
         ("", "--workdir='' is empty: set it to a path"),
-        ("gs://bucket/run", "--workdir='gs://bucket/run' is a URL, and only file systems can be written: set it to a path"),
-        ("run\udcff", "--workdir='run\\udcff' is not UTF-8 text without NUL: set it to a path that is"),
+        (
+            "gs://bucket/run",
+            "--workdir='gs://bucket/run' is a URL, and only file systems can be written: set it to a path",
+        ),
+        (
+            "run\udcff",
+            "--workdir='run\\udcff' is not UTF-8 text without NUL: set it to a path that is",
+        ),
         ("~nobody_here/run", "--workdir='~nobody_here/run' names no user's home: set it to a path"),
     ],
 )
@@ -306,7 +420,9 @@ def test_directories_are_checked_as_flags(directory: Path, workdir: str, message
     assert (result.stderr, result.stdout, result.returncode) == (f"error: {message}\n", "", 2)
 
 
-def test_home_is_expanded_where_shells_leave_it(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_home_is_expanded_where_shells_leave_it(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HOME", str(directory))
     result = run(directory, "--config=~/config.py", "--workdir=~/config.py")
     assert (result.stdout, result.stderr, result.returncode) == ("1000 0.001 True False\n", "", 3)

@@ -18,7 +18,7 @@ from launch.report import THEMES, report, summarise, thin
 from launch.report_routing import load_maps
 from moe.config import ConfigError, ModelConfig, MoEConfig, RunConfig, TrackingConfig, TrainConfig
 from moe.files import write_whole
-from moe.tracking import MetricWriter, write_environment
+from moe.workdir.tracking import MetricWriter, write_environment
 
 ROOT = Path(__file__).parents[2]
 WHOLE = {
@@ -33,7 +33,10 @@ WHOLE = {
 
 
 def make_run(workdir: Path, lines: list[tuple[Any, ...]], moe: MoEConfig | None = None) -> Path:
-    config = RunConfig(model=ModelConfig(num_layers=8, moe=moe or MoEConfig()), train=TrainConfig(steps=2000, batch_size=32))
+    config = RunConfig(
+        model=ModelConfig(num_layers=8, moe=moe or MoEConfig()),
+        train=TrainConfig(steps=2000, batch_size=32),
+    )
     (workdir / "config.json").write_text(json.dumps(config.to_dict()))
     write_environment(workdir, "blockwise")
     with MetricWriter(workdir, TrackingConfig(tensorboard=False), step=0) as writer:
@@ -54,15 +57,27 @@ def colours(path: Path) -> set[str]:
 
 def text(page: Path) -> str:
     """What a reader sees of a page, tags left out."""
-    return re.sub(r"\s+", " ", re.sub(r"<style>.*?</style>|<[^>]*>", " ", page.read_text(), flags=re.DOTALL))
+    return re.sub(
+        r"\s+", " ", re.sub(r"<style>.*?</style>|<[^>]*>", " ", page.read_text(), flags=re.DOTALL)
+    )
 
 
 def test_a_whole_run_is_drawn_for_light_and_dark(tmp_path: Path) -> None:
     validation = {"validation/loss": 2.25, "validation/bits_per_byte": 3.25}
     page = report(make_run(tmp_path, [(10, WHOLE), (20, WHOLE), (20, validation)]))
     assert page == tmp_path / "report" / "index.html"
-    stems = ("bits_per_byte", "data_wait", "gradient_norm", "learning_rate", "loss", "mfu", "throughput")
-    assert images(tmp_path) == {f"{stem}-{theme}.png" for stem in stems for theme in ("dark", "light")}
+    stems = (
+        "bits_per_byte",
+        "data_wait",
+        "gradient_norm",
+        "learning_rate",
+        "loss",
+        "mfu",
+        "throughput",
+    )
+    assert images(tmp_path) == {
+        f"{stem}-{theme}.png" for stem in stems for theme in ("dark", "light")
+    }
     for theme, other in (("light", "dark"), ("dark", "light")):
         seen = colours(tmp_path / "report" / f"loss-{theme}.png")
         assert {THEMES[theme][role] for role in ("card", "first", "second")} <= seen
@@ -71,8 +86,12 @@ def test_a_whole_run_is_drawn_for_light_and_dark(tmp_path: Path) -> None:
 
 def test_the_page_says_where_the_run_stands(tmp_path: Path) -> None:
     validation = {"validation/loss": 2.25, "validation/bits_per_byte": 3.25}
-    seen = text(report(make_run(tmp_path, [(10, WHOLE | {"train/loss": 3}), (20, WHOLE), (20, validation)])))
-    assert "step 20 of 2,000 · 163,840 tokens · 8 × cpu · started " in seen  # 20 steps of 32 rows of 256 tokens
+    seen = text(
+        report(make_run(tmp_path, [(10, WHOLE | {"train/loss": 3}), (20, WHOLE), (20, validation)]))
+    )
+    assert (
+        "step 20 of 2,000 · 163,840 tokens · 8 × cpu · started " in seen
+    )  # 20 steps of 32 rows of 256 tokens
     assert "validation loss 2.2500 nats per token" in seen
     assert "bits per byte 3.2500 of text" in seen
     assert "throughput 41,234 tokens per second" in seen
@@ -83,8 +102,12 @@ def test_the_page_says_where_the_run_stands(tmp_path: Path) -> None:
 
 
 def test_changed_config_values_stand_out_beside_their_defaults(tmp_path: Path) -> None:
-    page = report(make_run(tmp_path, [(10, {"train/loss": 2.5})], MoEConfig(num_experts=4))).read_text()
-    assert re.findall(r"<tr class=changed><td>([\w.]+)</td><td>(\w+) <small>default (\w+)</small></td>", page) == [
+    page = report(
+        make_run(tmp_path, [(10, {"train/loss": 2.5})], MoEConfig(num_experts=4))
+    ).read_text()
+    assert re.findall(
+        r"<tr class=changed><td>([\w.]+)</td><td>(\w+) <small>default (\w+)</small></td>", page
+    ) == [
         ("num_layers", "8", "4"),
         ("moe.num_experts", "4", "0"),
         ("steps", "2000", "1000"),
@@ -106,12 +129,20 @@ def test_every_config_field_has_a_row_in_the_card_of_its_section(tmp_path: Path)
         "model": fields(config["model"], ""),
         "model.attention": fields(config["model"]["attention"], "attention."),
         "model.moe": fields(config["model"]["moe"], "moe."),
-        **{name: fields(config[name], "") for name in ("data", "optimizer", "mesh", "train", "tracking")},
+        **{
+            name: fields(config[name], "")
+            for name in ("data", "optimizer", "mesh", "train", "tracking")
+        },
     }
 
 
 def test_a_card_has_room_for_its_number(tmp_path: Path) -> None:
-    large = {"train/loss": 1e30, "train/tokens_per_second": 1234567890123.0, "train/mfu": 1e9, "train/skipped_steps": 123456789}
+    large = {
+        "train/loss": 1e30,
+        "train/tokens_per_second": 1234567890123.0,
+        "train/mfu": 1e9,
+        "train/skipped_steps": 123456789,
+    }
     page = report(make_run(tmp_path, [(10, large)])).read_text()
     assert re.findall(r"<dd>([^<]*)<small>", page) == ["1e+30", "1.2 T", "100.0 G%", "123.5 M"]
 
@@ -139,11 +170,18 @@ def test_values_that_are_not_finite_are_marked(tmp_path: Path) -> None:
     seen = text(report(make_run(tmp_path, [(10, bad), (20, bad)])))
     assert "training loss nan" in seen and " train/loss nan 20 nan nan " in seen
     for stem, marked in (("loss", True), ("learning_rate", True), ("gradient_norm", False)):
-        assert (THEMES["light"]["alarm"] in colours(tmp_path / "report" / f"{stem}-light.png")) == marked
+        assert (
+            THEMES["light"]["alarm"] in colours(tmp_path / "report" / f"{stem}-light.png")
+        ) == marked
 
 
 def test_a_metric_that_is_always_0_is_named_and_not_drawn(tmp_path: Path) -> None:
-    zeros = {"router/dropped_fraction": 0.0, "validation/dropped_fraction": 0.0, "router/dead_experts": 0.0, "router/z_loss": 1.5}
+    zeros = {
+        "router/dropped_fraction": 0.0,
+        "validation/dropped_fraction": 0.0,
+        "router/dead_experts": 0.0,
+        "router/z_loss": 1.5,
+    }
     page = report(make_run(tmp_path, [(10, zeros), (20, zeros)]))
     assert images(tmp_path) == {"z_loss-dark.png", "z_loss-light.png"}
     assert "Always 0, and not drawn: Dropped assignments, Experts without a token." in text(page)
@@ -153,12 +191,28 @@ def test_a_metric_that_is_always_0_is_named_and_not_drawn(tmp_path: Path) -> Non
 @pytest.mark.parametrize("skipped", [0, 2])
 def test_skipped_updates_are_marked_under_the_gradient_norm(tmp_path: Path, skipped: int) -> None:
     totals = ((10, 0), (20, skipped), (30, skipped))
-    report(make_run(tmp_path, [(step, {"train/gradient_norm": 0.5, "train/skipped_steps": total}) for step, total in totals]))
-    assert (THEMES["light"]["alarm"] in colours(tmp_path / "report" / "gradient_norm-light.png")) == (skipped > 0)
+    report(
+        make_run(
+            tmp_path,
+            [
+                (step, {"train/gradient_norm": 0.5, "train/skipped_steps": total})
+                for step, total in totals
+            ],
+        )
+    )
+    assert (
+        THEMES["light"]["alarm"] in colours(tmp_path / "report" / "gradient_norm-light.png")
+    ) == (skipped > 0)
 
 
 def test_metrics_nobody_foresaw_are_grouped_by_prefix_and_escaped(tmp_path: Path) -> None:
-    extra = {"router/load": 1.0, "router/layer_0/load": 2.0, "router/layer-0/load": 3.0, "router/<b>": 4.0, "alone": 5.0}
+    extra = {
+        "router/load": 1.0,
+        "router/layer_0/load": 2.0,
+        "router/layer-0/load": 3.0,
+        "router/<b>": 4.0,
+        "alone": 5.0,
+    }
     page = report(make_run(tmp_path, [(10, extra)])).read_text()
     headings = re.findall("<h2>(.*?)</h2>", page)
     assert headings == ["other", "router", "Numbers", "Config", "Environment"]
@@ -176,9 +230,16 @@ def test_what_comes_from_files_is_escaped_and_may_be_long(tmp_path: Path) -> Non
     config = json.loads((workdir / "config.json").read_text())
     config["data"]["directory"] = NASTY
     (workdir / "config.json").write_text(json.dumps(config))
-    start = {"time": NASTY, "command": [NASTY], "git": {"commit": NASTY, NASTY: True}, "devices": {"kinds": [NASTY], "count": NASTY}}
+    start = {
+        "time": NASTY,
+        "command": [NASTY],
+        "git": {"commit": NASTY, NASTY: True},
+        "devices": {"kinds": [NASTY], "count": NASTY},
+    }
     with (workdir / "environment.jsonl").open("a") as file:
-        file.writelines(json.dumps(line) + "\n" for line in (start, [1], {"time": None}, "text", {NASTY: 1}))
+        file.writelines(
+            json.dumps(line) + "\n" for line in (start, [1], {"time": None}, "text", {NASTY: 1})
+        )
     page = report(workdir).read_text()
     assert not re.search(r"<(script|img src=x)", page)
     assert page.count("&lt;script&gt;alert(&#x27;$x^2$&#x27;)&lt;/script&gt;") > 8
@@ -217,28 +278,58 @@ def test_a_long_run_keeps_a_faint_line_of_every_value(tmp_path: Path) -> None:
     assert THEMES["light"]["first"] in colours(tmp_path / "report" / "loss-light.png")
 
 
-SPARSE = MoEConfig(num_experts=4, layer_period=4)  # of 8 layers the fourth and the last, numbers 3 and 7
-EVEN, DEAD = [0.25, 0.25, 0.25, 0.25], [0.0, 0.26, 0.26, 0.48]  # in multiples of the even share: 0, 1.04, 1.04, 1.92
+SPARSE = MoEConfig(
+    num_experts=4, layer_period=4
+)  # of 8 layers the fourth and the last, numbers 3 and 7
+EVEN, DEAD = (
+    [0.25, 0.25, 0.25, 0.25],
+    [0.0, 0.26, 0.26, 0.48],
+)  # in multiples of the even share: 0, 1.04, 1.04, 1.92
 FULL = [0.2, 0.15, 0.15, 0.5]  # the last one has twice the even share
 
 
 def router_line(step: int, load: list[list[float]]) -> tuple[Any, ...]:
-    metrics = {"router/max_vio": 0.5, "router/worst_max_vio": 1.25, "router/load_entropy": 0.9, "router/dropped_fraction": 0.031}
-    layers = {"load": np.array(load), "load_entropy": np.array([0.95, 0.85]), "dropped_fraction": np.array([0.0, 0.062])}
+    metrics = {
+        "router/max_vio": 0.5,
+        "router/worst_max_vio": 1.25,
+        "router/load_entropy": 0.9,
+        "router/dropped_fraction": 0.031,
+    }
+    layers = {
+        "load": np.array(load),
+        "load_entropy": np.array([0.95, 0.85]),
+        "dropped_fraction": np.array([0.0, 0.062]),
+    }
     return step, metrics, layers
 
 
-def test_the_load_of_every_sparse_layer_is_a_heat_map_centred_on_the_even_share(tmp_path: Path) -> None:
-    lines = [router_line(10, [EVEN, DEAD]), router_line(20, [EVEN, FULL]), router_line(30, [EVEN, EVEN])]
+def test_the_load_of_every_sparse_layer_is_a_heat_map_centred_on_the_even_share(
+    tmp_path: Path,
+) -> None:
+    lines = [
+        router_line(10, [EVEN, DEAD]),
+        router_line(20, [EVEN, FULL]),
+        router_line(30, [EVEN, EVEN]),
+    ]
     page = report(make_run(tmp_path, lines, SPARSE))
     stems = ("dropped", "load_3", "load_7", "load_entropy", "max_vio")
     assert images(tmp_path) == {f"{stem}-{theme}.png" for stem in stems for theme in THEMES}
     assert re.findall("<h2>(.*?)</h2>", page.read_text())[:2] == ["Routing", "Load of the experts"]
     assert 'alt="Load of the experts in layer 3"' in page.read_text()
     for theme, roles in THEMES.items():
-        pixels = {layer: np.asarray(Image.open(tmp_path / "report" / f"load_{layer}-{theme}.png").convert("RGB")) for layer in (3, 7)}
-        left = {layer: shown[110:500, 140:840].reshape(-1, 3) for layer, shown in pixels.items()}  # within the axes
-        found = {layer: {"#" + bytes(pixel).hex() for pixel in np.unique(shown, axis=0)} for layer, shown in left.items()}
+        pixels = {
+            layer: np.asarray(
+                Image.open(tmp_path / "report" / f"load_{layer}-{theme}.png").convert("RGB")
+            )
+            for layer in (3, 7)
+        }
+        left = {
+            layer: shown[110:500, 140:840].reshape(-1, 3) for layer, shown in pixels.items()
+        }  # within the axes
+        found = {
+            layer: {"#" + bytes(pixel).hex() for pixel in np.unique(shown, axis=0)}
+            for layer, shown in left.items()
+        }
         assert found[3] == {roles["card"]}
         assert {roles["first"], roles["second"], roles["card"]} <= found[7]
 
@@ -250,29 +341,63 @@ def test_the_routers_headlines_and_the_worst_layer_are_told(tmp_path: Path) -> N
     assert " router/worst_load_entropy 0.85 10 0.85 0.85 " in seen
     assert " router/worst_dropped_fraction 0.062 10 0.062 0.062 " in seen
     found = colours(tmp_path / "report" / "load_entropy-light.png")
-    assert {THEMES["light"]["first"], THEMES["light"]["second"]} <= found and THEMES["light"]["third"] not in found
+    assert {THEMES["light"]["first"], THEMES["light"]["second"]} <= found and THEMES["light"][
+        "third"
+    ] not in found
 
 
 def test_validation_is_the_third_line_of_the_routers_plots(tmp_path: Path) -> None:
-    report(make_run(tmp_path, [(10, {"router/max_vio": 0.5, "router/worst_max_vio": 0.75, "validation/max_vio": 0.25})], SPARSE))
-    assert {THEMES["light"][role] for role in ("first", "second", "third")} <= colours(tmp_path / "report" / "max_vio-light.png")
+    report(
+        make_run(
+            tmp_path,
+            [
+                (
+                    10,
+                    {
+                        "router/max_vio": 0.5,
+                        "router/worst_max_vio": 0.75,
+                        "validation/max_vio": 0.25,
+                    },
+                )
+            ],
+            SPARSE,
+        )
+    )
+    assert {THEMES["light"][role] for role in ("first", "second", "third")} <= colours(
+        tmp_path / "report" / "max_vio-light.png"
+    )
 
 
 def test_of_many_sparse_layers_eight_at_even_distances_are_drawn() -> None:
-    model = ModelConfig(num_layers=31, moe=MoEConfig(num_experts=2, layer_period=2))  # 15 sparse layers: 1, 3, ..., 29
+    model = ModelConfig(
+        num_layers=31, moe=MoEConfig(num_experts=2, layer_period=2)
+    )  # 15 sparse layers: 1, 3, ..., 29
     maps = load_maps([(10, {"load": np.tile([0.25, 0.75], (15, 1))})], model)
-    assert [load_map.stem for load_map in maps] == ["load_1", "load_5", "load_9", "load_13", "load_17", "load_21", "load_25", "load_29"]
+    assert [load_map.stem for load_map in maps] == [
+        "load_1",
+        "load_5",
+        "load_9",
+        "load_13",
+        "load_17",
+        "load_21",
+        "load_25",
+        "load_29",
+    ]
     np.testing.assert_array_equal(maps[0].load, [[0.5, 1.5]])
 
 
 def test_a_heat_map_of_many_steps_has_means_of_neighbouring_ones() -> None:
     model = ModelConfig(num_layers=1, moe=MoEConfig(num_experts=2))
-    (load_map,) = load_maps([(step, {"load": np.array([[step % 2, 1 - step % 2]])}) for step in range(1, 801)], model)
+    (load_map,) = load_maps(
+        [(step, {"load": np.array([[step % 2, 1 - step % 2]])}) for step in range(1, 801)], model
+    )
     np.testing.assert_array_equal(load_map.steps, np.arange(2, 801, 2))
     np.testing.assert_array_equal(load_map.load, np.ones((400, 2)))
 
 
-def test_of_a_large_router_file_every_nth_line_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_a_large_router_file_every_nth_line_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make_run(tmp_path, [router_line(step, [EVEN, DEAD]) for step in range(1, 41)], SPARSE)
     size = (tmp_path / "router.jsonl").stat().st_size
     monkeypatch.setattr(report_routing, "MAX_BYTES", size // 3)
@@ -290,10 +415,22 @@ def test_a_load_that_is_not_finite_has_a_colour_of_its_own(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
-        ('{"step": 10, "load": [[1, 2], [3]]}', ", line 2 is not a JSON object of a step and numbers: delete that line"),
-        ('{"step": 10, "load": [["x"]]}', ", line 2 is not a JSON object of a step and numbers: delete that line"),
-        ('{"step": 10, "load": [[1, 2]]}', r": load of step 10 has the shape (1, 2) instead of the shape (2, 4): delete that line"),
-        ('{"step": 10}', ": load of step 10 has no values instead of the shape (2, 4): delete that line"),
+        (
+            '{"step": 10, "load": [[1, 2], [3]]}',
+            ", line 2 is not a JSON object of a step and numbers: delete that line",
+        ),
+        (
+            '{"step": 10, "load": [["x"]]}',
+            ", line 2 is not a JSON object of a step and numbers: delete that line",
+        ),
+        (
+            '{"step": 10, "load": [[1, 2]]}',
+            r": load of step 10 has the shape (1, 2) instead of the shape (2, 4): delete that line",
+        ),
+        (
+            '{"step": 10}',
+            ": load of step 10 has no values instead of the shape (2, 4): delete that line",
+        ),
     ],
 )
 def test_a_damaged_router_line_is_told_in_one_line(tmp_path: Path, line: str, problem: str) -> None:
@@ -305,12 +442,25 @@ def test_a_damaged_router_line_is_told_in_one_line(tmp_path: Path, line: str, pr
     assert str(caught.value) == f"{tmp_path / 'router.jsonl'}{problem}"
 
 
-@pytest.mark.parametrize("line", ['{"step": "x"}', '{"step": null, "a": 1}', '{"step": 1, "a": [1]}', '{"step": 1, "a": "x"}', "[1]", "{"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"step": "x"}',
+        '{"step": null, "a": 1}',
+        '{"step": 1, "a": [1]}',
+        '{"step": 1, "a": "x"}',
+        "[1]",
+        "{",
+    ],
+)
 def test_a_damaged_metrics_line_is_told_in_one_line(tmp_path: Path, line: str) -> None:
     make_run(tmp_path, [(10, {"train/loss": 2.5})])
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write(f"{line}\n")
-    with pytest.raises(ConfigError, match=r"metrics\.jsonl, line 2 is not a JSON object of a step and numbers: delete that line$"):
+    with pytest.raises(
+        ConfigError,
+        match=r"metrics\.jsonl, line 2 is not a JSON object of a step and numbers: delete that line$",
+    ):
         report(tmp_path)
 
 
@@ -318,7 +468,9 @@ class Killed(BaseException):
     """Ends a command as a signal does, at a place that a test chooses."""
 
 
-def test_a_report_that_is_killed_leaves_the_earlier_files_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_report_that_is_killed_leaves_the_earlier_files_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     report(make_run(tmp_path, [(10, {"train/loss": 2.5})]))
     before = {path.name: path.read_bytes() for path in (tmp_path / "report").iterdir()}
     assert set(before) == {"index.html", "loss-dark.png", "loss-light.png"}
@@ -340,7 +492,10 @@ def test_a_file_is_written_whole_and_readable_as_others_are(tmp_path: Path) -> N
     write_whole(path, "ä")
     assert path.read_bytes() == "ä".encode() and path.stat().st_mode == other.stat().st_mode
     write_whole(path, b"\x00")
-    assert path.read_bytes() == b"\x00" and {item.name for item in tmp_path.iterdir()} == {"a.md", "b.md"}
+    assert path.read_bytes() == b"\x00" and {item.name for item in tmp_path.iterdir()} == {
+        "a.md",
+        "b.md",
+    }
 
 
 def test_a_link_or_a_device_is_not_replaced(tmp_path: Path) -> None:
@@ -360,21 +515,35 @@ def test_commands_write_files_by_that_helper_alone() -> None:
         f"{path.name}:{node.lineno}: {ast.unparse(node)[:60]}"
         for path in (ROOT / "launch").glob("*.py")
         for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in direct
-        if not (node.func.attr == "savefig" and ast.unparse(node.args[0]) == "image")  # a picture in memory
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr in direct
+        if not (
+            node.func.attr == "savefig" and ast.unparse(node.args[0]) == "image"
+        )  # a picture in memory
     ]
     assert not wrong, "\n".join(wrong)
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "launch.report", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": ""}, capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": ""},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
 
 
 def test_the_command_prints_the_path_of_the_page(tmp_path: Path) -> None:
     make_run(tmp_path, [(10, {"train/loss": 2.5})])
     result = run(f"--workdir={tmp_path}")
-    assert (result.stdout, result.returncode) == (f"wrote {tmp_path}/report/index.html, and its plots beside it\n", 0)
+    assert (result.stdout, result.returncode) == (
+        f"wrote {tmp_path}/report/index.html, and its plots beside it\n",
+        0,
+    )
 
 
 @pytest.mark.parametrize(
@@ -385,7 +554,9 @@ def test_the_command_prints_the_path_of_the_page(tmp_path: Path) -> None:
         ("{}\n", ", line 1 is not a JSON object of a step and numbers: delete that line"),
     ],
 )
-def test_a_directory_that_is_no_run_gets_one_line(tmp_path: Path, content: Any, problem: str) -> None:
+def test_a_directory_that_is_no_run_gets_one_line(
+    tmp_path: Path, content: Any, problem: str
+) -> None:
     path = tmp_path / "metrics.jsonl"
     if content is not None:
         path.write_text(content)
@@ -407,4 +578,6 @@ def test_help_says_what_the_page_has() -> None:
     result = run("--help")
     assert (result.stderr, result.returncode) == ("", 0)
     assert result.stdout.startswith("Draws a run: ")
-    assert result.stdout.endswith("Flags:\n  --workdir=...\n      The run directory, as given to launch.train. Required.\n")
+    assert result.stdout.endswith(
+        "Flags:\n  --workdir=...\n      The run directory, as given to launch.train. Required.\n"
+    )

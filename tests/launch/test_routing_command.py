@@ -1,4 +1,6 @@
-"""What the routing command counts, by hand; and the command on a small run, against the sums that the model itself returns."""
+"""What the routing command counts, by hand; and the command on a small run, against the sums that
+the model itself returns.
+"""
 
 import dataclasses
 import json
@@ -29,14 +31,33 @@ from launch.routing import (
     vocabulary_specialisation,
 )
 from launch.routing_figures import drawings, read_results
-from moe import checkpoint, sharding, trainer
-from moe.config import ConfigError, DataConfig, ModelConfig, MoEConfig, OptimizerConfig, RunConfig, TrackingConfig, TrainConfig
+from moe.config import (
+    ConfigError,
+    DataConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrackingConfig,
+    TrainConfig,
+)
 from moe.data.loader import evaluation_batches
 from moe.data.prepare import prepare
-from moe.transformer import Transformer
+from moe.model.transformer import Transformer
+from moe.parallel.mesh import global_batch
+from moe.training import trainer
+from moe.workdir import checkpoint
 
 ROOT = Path(__file__).parents[2]
-MODEL = ModelConfig(num_layers=4, model_dim=16, feed_forward_dim=24, num_heads=2, num_kv_heads=1, head_dim=8, compute_dtype="float32")
+MODEL = ModelConfig(
+    num_layers=4,
+    model_dim=16,
+    feed_forward_dim=24,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
+    compute_dtype="float32",
+)
 
 
 def colours(path: Path) -> set[str]:
@@ -44,7 +65,8 @@ def colours(path: Path) -> set[str]:
     return {"#" + bytes(pixel).hex() for pixel in pixels}
 
 
-# One layer, four tokens, of 2 ids; 3 experts, of which each token has 2; the last token's second choice was dropped.
+# One layer, four tokens, of 2 ids; 3 experts, of which each token has 2; the last token's second
+# choice was dropped.
 IDS = np.array([0, 1, 1, 0])
 EXPERTS = np.array([[[0, 1], [1, 2], [2, 1], [0, 3]]])
 
@@ -70,7 +92,10 @@ def test_the_share_of_a_class_is_of_its_assignments():
 
 def test_coactivation_is_of_the_tokens_that_chose_the_first():
     pairs = np.array([[[2, 1, 0], [1, 4, 3], [0, 3, 3]], [[0, 0, 0], [0, 1, 0], [0, 0, 0]]])
-    assert coactivation(pairs).tolist() == [[[1, 0.5, 0], [0.25, 1, 0.75], [0, 1, 1]], [[0, 0, 0], [0, 1, 0], [0, 0, 0]]]
+    assert coactivation(pairs).tolist() == [
+        [[1, 0.5, 0], [0.25, 1, 0.75], [0, 1, 1]],
+        [[0, 0, 0], [0, 1, 0], [0, 0, 0]],
+    ]
 
 
 def test_vocabulary_specialisation_is_the_share_of_the_most_frequent_expert():
@@ -83,7 +108,9 @@ def test_vocabulary_specialisation_is_the_share_of_the_most_frequent_expert():
 
 def test_common_choices_do_not_depend_on_their_order_and_none_is_not_shared():
     earlier = np.array([[[0, 1], [1, 2], [0, 3]]])
-    latest = np.array([[[1, 0], [2, 0], [1, 3]]])  # 2, 1 and 0 in common; the third token's second choice was dropped in both
+    latest = np.array(
+        [[[1, 0], [2, 0], [1, 3]]]
+    )  # 2, 1 and 0 in common; the third token's second choice was dropped in both
     counts = count_common(earlier, latest, num_experts=3)
     assert counts["common"].tolist() == [3]
     assert counts["all"].tolist() == [5]
@@ -95,7 +122,17 @@ def test_every_id_is_in_one_class():
     names = {int(token): name for name, ids in classes.items() for token in ids}
     written = [names[ord(character)] for character in "aZ7 \t\n(=_"]
     assert written == [
-        *("lower case", "upper case", "digits", "spaces, tabs", "spaces, tabs", "line ends", "brackets", "operators", "punctuation")
+        *(
+            "lower case",
+            "upper case",
+            "digits",
+            "spaces, tabs",
+            "spaces, tabs",
+            "line ends",
+            "brackets",
+            "operators",
+            "punctuation",
+        )
     ]
     assert (names[0xFF], names[0xE9], names[299]) == ("boundaries", "other bytes", "other bytes")
 
@@ -108,10 +145,14 @@ def test_sparse_layers_keep_their_numbers_among_dense_ones():
 @pytest.fixture(scope="module")
 def config(data_directory):
     return RunConfig(
-        model=dataclasses.replace(MODEL, moe=MoEConfig(num_experts=4, expert_dim=12, layer_period=2, dispatch="dense")),
+        model=dataclasses.replace(
+            MODEL, moe=MoEConfig(num_experts=4, expert_dim=12, layer_period=2, dispatch="dense")
+        ),
         data=DataConfig(sequence_length=64, directory=data_directory),
         optimizer=OptimizerConfig(learning_rate=0.01, warmup_fraction=1 / 6),
-        train=TrainConfig(steps=6, batch_size=8, eval_every=6, eval_batches=1, checkpoint_every=2, keep_last=3),
+        train=TrainConfig(
+            steps=6, batch_size=8, eval_every=6, eval_batches=1, checkpoint_every=2, keep_last=3
+        ),
         tracking=TrackingConfig(tensorboard=False),
     )
 
@@ -135,15 +176,24 @@ def results(page):
 
 @pytest.fixture(scope="module")
 def choices(workdir):
-    """Of the first two validation batches, by step: the ids [N], the experts [2, N, A] as the model captured them, and its own load."""
+    """Of the first two validation batches, by step: the ids [N], the experts [2, N, A] as the model
+    captured them, and its own load.
+    """
     config, program, _, _ = trainer.load_run(workdir)
     model, by_step = Transformer(config.model, capture=("experts",)), {}
     apply, rows = jax.jit(model.apply), prepare(config.data, "validation")
     with checkpoint.read_checkpoints(workdir) as checkpoints, jax.set_mesh(program.mesh):
         for step in (2, 4, 6):
-            variables, ids, experts, loads = checkpoint.restore_variables(checkpoints, program.abstract_state, step), [], [], []
-            for batch in evaluation_batches(rows, batch_size=8, num_batches=2, host_rows=np.arange(8)):
-                output = apply(variables, sharding.global_batch(batch, program.mesh, 8))
+            variables, ids, experts, loads = (
+                checkpoint.restore_variables(checkpoints, program.abstract_state, step),
+                [],
+                [],
+                [],
+            )
+            for batch in evaluation_batches(
+                rows, batch_size=8, num_batches=2, host_rows=np.arange(8)
+            ):
+                output = apply(variables, global_batch(batch, program.mesh, 8))
                 assert output.captured[0][0] == {}  # of the dense layers
                 ids.append(batch["tokens"].ravel())
                 experts.append(np.asarray(output.captured[0][1]["experts"]).reshape(2, -1, 2))
@@ -155,7 +205,9 @@ def choices(workdir):
 def test_load_is_the_models_own(choices, results):
     _, _, load = choices[6]
     np.testing.assert_allclose(results["load"], load / load.sum(axis=1, keepdims=True), atol=1e-5)
-    np.testing.assert_allclose(results["vocabulary"]["by_load"], load.max(axis=1) / (2 * 8 * 64), atol=1e-5)
+    np.testing.assert_allclose(
+        results["vocabulary"]["by_load"], load.max(axis=1) / (2 * 8 * 64), atol=1e-5
+    )
     assert (results["step"], results["tokens"], results["layers"]) == (6, 2 * 8 * 64, [1, 3])
 
 
@@ -164,11 +216,15 @@ def test_statistics_are_those_of_single_tokens(choices, results):
     for layer, experts_NA in enumerate(experts):
         sets = [set(row) for row in experts_NA.tolist()]
         with_0 = [row for row in sets if 0 in row]
-        assert results["coactivation"][layer][0][1] == pytest.approx(np.mean([1 in row for row in with_0]), abs=1e-5)
+        assert results["coactivation"][layer][0][1] == pytest.approx(
+            np.mean([1 in row for row in with_0]), abs=1e-5
+        )
         spaces = [row for row, token in zip(sets, ids, strict=True) if token in b" \t"]
         assert results["classes"]["spaces, tabs"]["tokens"] == len(spaces)
         share = sum(3 in row for row in spaces) / (2 * len(spaces))
-        assert results["classes"]["spaces, tabs"]["share"][layer][3] == pytest.approx(share, abs=1e-5)
+        assert results["classes"]["spaces, tabs"]["share"][layer][3] == pytest.approx(
+            share, abs=1e-5
+        )
         of_e = [row for row, token in zip(sets, ids, strict=True) if token == ord("e")]
         most = max(np.mean([expert in row for row in of_e]) for expert in range(4))
         index = results["vocabulary"]["ids"].index(ord("e"))
@@ -179,12 +235,25 @@ def test_saturation_is_measured_at_each_earlier_checkpoint(choices, results):
     assert list(results["saturation"]) == ["2", "4"]
     for step in (2, 4):
         pairs = zip(choices[step][1].tolist(), choices[6][1].tolist(), strict=True)
-        common = [[len({*before} & {*latest}) for before, latest in zip(*layers, strict=True)] for layers in pairs]
-        np.testing.assert_allclose(results["saturation"][str(step)], np.mean(common, axis=1) / 2, atol=1e-5)
+        common = [
+            [len({*before} & {*latest}) for before, latest in zip(*layers, strict=True)]
+            for layers in pairs
+        ]
+        np.testing.assert_allclose(
+            results["saturation"][str(step)], np.mean(common, axis=1) / 2, atol=1e-5
+        )
     assert np.mean(results["saturation"]["4"]) > np.mean(results["saturation"]["2"])
 
 
-STEMS = ["load", "classes_1", "classes_3", "coactivation_1", "coactivation_3", "vocabulary", "saturation"]
+STEMS = [
+    "load",
+    "classes_1",
+    "classes_3",
+    "coactivation_1",
+    "coactivation_3",
+    "vocabulary",
+    "saturation",
+]
 
 
 def test_the_page_has_tables_and_plots(page, results):
@@ -198,30 +267,60 @@ def test_the_page_has_tables_and_plots(page, results):
     for stem in STEMS:
         for theme, other in (("light", "dark"), ("dark", "light")):
             seen = colours(page.parent / f"{stem}-{theme}.png")
-            assert THEMES[theme]["card"] in seen and THEMES[other]["card"] not in seen and len(seen) > 10
+            assert (
+                THEMES[theme]["card"] in seen
+                and THEMES[other]["card"] not in seen
+                and len(seen) > 10
+            )
 
 
 def test_the_report_of_the_run_shows_the_same_figures(page, workdir):
     text = report(workdir).read_text()
     for stem in STEMS:
         assert f'<img src="{stem}-light.png"' in text
-        assert (workdir / "report" / f"{stem}-dark.png").read_bytes() == (page.parent / f"{stem}-dark.png").read_bytes()
+        assert (workdir / "report" / f"{stem}-dark.png").read_bytes() == (
+            page.parent / f"{stem}-dark.png"
+        ).read_bytes()
     assert "At step 6, over 1,024 held-out tokens." in text
 
 
 def test_a_report_says_how_the_figures_are_made_and_what_is_wrong_with_them(workdir, tmp_path):
     for name in ("config.json", "metrics.jsonl"):
         (tmp_path / name).write_bytes((workdir / name).read_bytes())
-    assert f"python -m launch.routing --workdir={tmp_path} &amp;&amp; python -m launch.report" in report(tmp_path).read_text()
+    assert (
+        f"python -m launch.routing --workdir={tmp_path} &amp;&amp; python -m launch.report"
+        in report(tmp_path).read_text()
+    )
     (tmp_path / "routing").mkdir()
     path = tmp_path / "routing" / "routing.json"
-    for content in ("", "[]", "{}", '{"layers": 3}', '{"layers": [0], "num_experts": "x", "load": []}'):
+    for content in (
+        "",
+        "[]",
+        "{}",
+        '{"layers": 3}',
+        '{"layers": [0], "num_experts": "x", "load": []}',
+    ):
         path.write_text(content)
-        with pytest.raises(ConfigError, match=f"{path} is not what launch.routing writes: run launch.routing again, or delete {path}$"):
+        with pytest.raises(
+            ConfigError,
+            match=f"{path} is not what launch.routing writes: run launch.routing again, or delete {path}$",
+        ):
             report(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["load", "coactivation", "classes", "vocabulary", "saturation", "step", "layers", "num_experts"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "load",
+        "coactivation",
+        "classes",
+        "vocabulary",
+        "saturation",
+        "step",
+        "layers",
+        "num_experts",
+    ],
+)
 def test_damaged_results_are_refused(results, tmp_path, name):
     path = tmp_path / "routing.json"
     path.write_text(json.dumps(results))
@@ -232,20 +331,39 @@ def test_damaged_results_are_refused(results, tmp_path, name):
             read_results(path)
 
 
-def test_without_earlier_checkpoints_and_with_one_expert_per_token_empty_figures_are_left_out(page, results, tmp_path):
+def test_without_earlier_checkpoints_and_with_one_expert_per_token_empty_figures_are_left_out(
+    page, results, tmp_path
+):
     alone = results | {"saturation": {}, "coactivation": np.tile(np.eye(4), (2, 1, 1)).tolist()}
     (tmp_path / "saturation-light.png").write_bytes(b"an earlier call's")
     assert "has kept no earlier checkpoint" in tables(alone)
-    assert [drawing.stem for drawing in draw(alone, tmp_path)] == ["load", "classes_1", "classes_3", "vocabulary"]
+    assert [drawing.stem for drawing in draw(alone, tmp_path)] == [
+        "load",
+        "classes_1",
+        "classes_3",
+        "vocabulary",
+    ]
     assert not (tmp_path / "saturation-light.png").exists()
 
 
 def test_of_many_layers_four_are_drawn_in_shades_of_one_colour(results):
     layers = list(range(1, 128, 2))
-    many = results | {"layers": layers, "coactivation": results["coactivation"] * 32, "load": results["load"] * 32}
-    many |= {"saturation": {"2": [0.5] * 64}, "classes": {"digits": {"share": results["load"] * 32}}}
+    many = results | {
+        "layers": layers,
+        "coactivation": results["coactivation"] * 32,
+        "load": results["load"] * 32,
+    }
+    many |= {
+        "saturation": {"2": [0.5] * 64},
+        "classes": {"digits": {"share": results["load"] * 32}},
+    }
     stems = [drawing.stem for drawing in drawings(many)]
-    assert [stem for stem in stems if stem.startswith("classes")] == ["classes_1", "classes_43", "classes_85", "classes_127"]
+    assert [stem for stem in stems if stem.startswith("classes")] == [
+        "classes_1",
+        "classes_43",
+        "classes_85",
+        "classes_127",
+    ]
     shades = np.array(line_shades(THEMES["light"], 4))[:, :3]
     assert np.all(np.diff(shades.sum(axis=1)) < 0)  # the later the stronger
     assert to_hex(shades[-1]) == THEMES["light"]["first"]
@@ -268,14 +386,19 @@ def test_one_earlier_checkpoint_can_be_asked_for():
     assert earlier_checkpoints([2, 4, 6], 4, None) == [2]
     assert earlier_checkpoints([2, 4, 6], 6, 4) == [4]
     assert earlier_checkpoints([], None, None) == []
-    with pytest.raises(ConfigError, match=r"--compare_step=6 is no checkpoint before the one of --step: choose one of those \(2, 4\)"):
+    with pytest.raises(
+        ConfigError,
+        match=r"--compare_step=6 is no checkpoint before the one of --step: choose one of those \(2, 4\)",
+    ):
         earlier_checkpoints([2, 4, 6], None, 6)
     with pytest.raises(ConfigError, match=r"choose one of those \(there is none\)"):
         earlier_checkpoints([], None, 6)
 
 
 def test_bad_input_is_named(workdir, tmp_path):
-    with pytest.raises(ConfigError, match=r"no checkpoint of step 3: choose one of its steps \(2, 4, 6\)"):
+    with pytest.raises(
+        ConfigError, match=r"no checkpoint of step 3: choose one of its steps \(2, 4, 6\)"
+    ):
         routing(workdir, step=3)
     with pytest.raises(ConfigError, match="--batches=-1"):
         routing(workdir, batches=-1)

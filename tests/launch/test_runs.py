@@ -1,4 +1,6 @@
-"""The commands around one small run: train (killed, interrupted, resumed), evaluate, generate, benchmark, summary."""
+"""The commands around one small run: train (killed, interrupted, resumed), evaluate, generate,
+benchmark, summary.
+"""
 
 import signal
 import subprocess
@@ -12,9 +14,17 @@ from launch.benchmark import benchmark
 from launch.evaluate import evaluate
 from launch.generate import generate
 from launch.summary import summary
-from moe.config import ConfigError, DataConfig, ModelConfig, OptimizerConfig, RunConfig, TrackingConfig, TrainConfig
-from moe.tracking import read_metrics
-from moe.trainer import fit
+from moe.config import (
+    ConfigError,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrackingConfig,
+    TrainConfig,
+)
+from moe.training.trainer import fit
+from moe.workdir.tracking import read_metrics
 
 ROOT = Path(__file__).parents[2]
 SMALL = {
@@ -35,7 +45,9 @@ SMALL = {
 def workdir(tmp_path_factory, data_directory):
     workdir = tmp_path_factory.mktemp("run")
     config = RunConfig(
-        model=ModelConfig(num_layers=1, model_dim=16, feed_forward_dim=24, num_heads=2, num_kv_heads=1, head_dim=8),
+        model=ModelConfig(
+            num_layers=1, model_dim=16, feed_forward_dim=24, num_heads=2, num_kv_heads=1, head_dim=8
+        ),
         data=DataConfig(sequence_length=64, directory=data_directory),
         optimizer=OptimizerConfig(learning_rate=0.05, warmup_fraction=0.25),
         train=TrainConfig(steps=4, batch_size=8, log_every=1, eval_every=4, checkpoint_every=2),
@@ -74,27 +86,55 @@ def test_generate_is_a_function_of_its_arguments(workdir):
 
 def test_summary_counts_llama_2_7b():
     model = ModelConfig(
-        vocab_size=32_000, num_layers=32, model_dim=4096, feed_forward_dim=11_008, num_heads=32, num_kv_heads=32, head_dim=128
+        vocab_size=32_000,
+        num_layers=32,
+        model_dim=4096,
+        feed_forward_dim=11_008,
+        num_heads=32,
+        num_kv_heads=32,
+        head_dim=128,
     )
     text = summary(model, 4096)
-    assert "parameters: 6,738,415,616 (6,476,271,616 without embeddings), active per token: 6,738,415,616" in text
+    assert (
+        "parameters: 6,738,415,616 (6,476,271,616 without embeddings), active per token: 6,738,415,616"
+        in text
+    )
     assert "26,953,662,464 of float32 parameters" in text
 
 
 def test_benchmark_reports_rates_that_agree():
-    config = RunConfig(model=ModelConfig(num_layers=1), train=TrainConfig(batch_size=8), data=DataConfig(sequence_length=32))
+    config = RunConfig(
+        model=ModelConfig(num_layers=1),
+        train=TrainConfig(batch_size=8),
+        data=DataConfig(sequence_length=32),
+    )
     result = benchmark(config, trials=2)
     assert result["tokens_per_second"] == pytest.approx(8 * 32 / result["step_seconds"])
-    assert len(result["ratio_to_matmul_of_trials"]) == 2 and all(ratio > 0 for ratio in result["ratio_to_matmul_of_trials"])
+    assert len(result["ratio_to_matmul_of_trials"]) == 2 and all(
+        ratio > 0 for ratio in result["ratio_to_matmul_of_trials"]
+    )
     assert "mfu" not in result  # what a CPU can do at most is not known
     assert result["devices"] == "8 x cpu" and result["temporary_bytes_per_device"] > 0
 
 
 def train(workdir, data_directory, **popen):
-    flags = SMALL | {"train.steps": 30, "train.checkpoint_every": 7, "data.directory": data_directory, "optimizer.warmup_fraction": 0.03}
-    command = [sys.executable, "-m", "launch.train", "--config=configs/dense_tiny.py", f"--workdir={workdir}"]
+    flags = SMALL | {
+        "train.steps": 30,
+        "train.checkpoint_every": 7,
+        "data.directory": data_directory,
+        "optimizer.warmup_fraction": 0.03,
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "launch.train",
+        "--config=configs/dense_tiny.py",
+        f"--workdir={workdir}",
+    ]
     command += [f"--config.{name}={value}" for name, value in flags.items()]
-    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **popen)
+    return subprocess.Popen(
+        command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **popen
+    )
 
 
 def wait_for_step(process, workdir, step):
@@ -106,7 +146,10 @@ def wait_for_step(process, workdir, step):
 
 def deterministic(workdir):
     timed = ("train/tokens_per_second", "train/data_wait_fraction")
-    return [{name: value for name, value in line.items() if name not in timed} for line in read_metrics(workdir)]
+    return [
+        {name: value for name, value in line.items() if name not in timed}
+        for line in read_metrics(workdir)
+    ]
 
 
 @pytest.mark.slow
@@ -151,56 +194,143 @@ def test_a_run_whose_reader_has_left_trains_to_its_end(tmp_path, data_directory)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("command", "module"), [("train", "absl"), ("train", "ml_collections"), ("train", "jaxlib._jax"), ("compare", "jaxlib._jax")]
+    ("command", "module"),
+    [
+        ("train", "absl"),
+        ("train", "ml_collections"),
+        ("train", "jaxlib._jax"),
+        ("compare", "jaxlib._jax"),
+    ],
 )
 def test_ctrl_c_during_imports_is_answered_in_one_line(tmp_path, command, module):
-    config = {"train": "configs/dense_tiny.py", "compare": "configs/experiments/moe_vs_dense.py"}[command]
-    arguments = [sys.executable, "-X", "importtime", "-m", f"launch.{command}", f"--workdir={tmp_path}", f"--config={config}"]
-    with subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
-        imported = iter(process.stderr.readline, "")  # a line for each module, when it has been imported
+    config = {"train": "configs/dense_tiny.py", "compare": "configs/experiments/moe_vs_dense.py"}[
+        command
+    ]
+    arguments = [
+        sys.executable,
+        "-X",
+        "importtime",
+        "-m",
+        f"launch.{command}",
+        f"--workdir={tmp_path}",
+        f"--config={config}",
+    ]
+    with subprocess.Popen(
+        arguments, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    ) as process:
+        imported = iter(
+            process.stderr.readline, ""
+        )  # a line for each module, when it has been imported
         assert any(line.split("|")[-1].strip() == module for line in imported)
         process.send_signal(signal.SIGINT)
         errors = [line for line in imported if not line.startswith("import time:")]
-        assert process.wait(20) == 75 and errors == ["interrupted: before there was anything to save\n"]
+        assert process.wait(20) == 75 and errors == [
+            "interrupted: before there was anything to save\n"
+        ]
 
 
 @pytest.mark.slow
 def test_bad_input_is_answered_in_one_line_and_two_seconds(tmp_path):
     (tmp_path / "file").write_text("")
     cases = {
-        ("train", "--config=configs/dense_tiny.py", "--workdir=x", "--config.model.num_heads=3"): "num_kv_heads",
-        ("train", "--config=configs/dense_tiny.py", "--workdir=x", "--config.model.vocab_size=100"): "vocab_size",
-        ("train", "--config=configs/dense_tiny.py", "--workdir=x", "--config.train.step=1"): "config.train.steps",
+        (
+            "train",
+            "--config=configs/dense_tiny.py",
+            "--workdir=x",
+            "--config.model.num_heads=3",
+        ): "num_kv_heads",
+        (
+            "train",
+            "--config=configs/dense_tiny.py",
+            "--workdir=x",
+            "--config.model.vocab_size=100",
+        ): "vocab_size",
+        (
+            "train",
+            "--config=configs/dense_tiny.py",
+            "--workdir=x",
+            "--config.train.step=1",
+        ): "config.train.steps",
         ("train", "--config=configs/dense_tiny.py", "--workdir=x", "--config.mesh.fsdp=3"): "mesh",
         ("train", "--config=configs/dense_tiny.py", "--workdir="): "workdir",
-        ("train", "--config=configs/dense_tiny.py", "--workdir=x", "--init_step=3"): "set --init_from",
+        (
+            "train",
+            "--config=configs/dense_tiny.py",
+            "--workdir=x",
+            "--init_step=3",
+        ): "set --init_from",
         ("summary", "--config=configs/none.py"): "configs/none.py",
         ("report", f"--workdir={tmp_path}"): str(tmp_path),
     }
     for (command, *flags), words in cases.items():
         begin = time.monotonic()
-        done = subprocess.run([sys.executable, "-m", f"launch.{command}", *flags], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and words in done.stderr, done
+        done = subprocess.run(
+            [sys.executable, "-m", f"launch.{command}", *flags],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+        assert (
+            done.returncode == 2 and len(done.stderr.splitlines()) == 1 and words in done.stderr
+        ), done
         assert time.monotonic() - begin < 2
     # These need JAX, for the number of devices or to open a run; the seconds are its import's.
     for command, *flags in [
         ("train", "--config=configs/dense_tiny.py", f"--workdir={tmp_path}/file"),
-        ("train", "--config=configs/dense_tiny.py", f"--workdir={tmp_path}/new", "--config.mesh.data=2"),
-        ("train", "--config=configs/dense_tiny.py", f"--workdir={tmp_path}/new", "--config.data.dataset=no_such_data"),
+        (
+            "train",
+            "--config=configs/dense_tiny.py",
+            f"--workdir={tmp_path}/new",
+            "--config.mesh.data=2",
+        ),
+        (
+            "train",
+            "--config=configs/dense_tiny.py",
+            f"--workdir={tmp_path}/new",
+            "--config.data.dataset=no_such_data",
+        ),
         ("evaluate", f"--workdir={tmp_path}"),
         ("generate", f"--workdir={tmp_path}", "--temperature=-1"),
         ("generate", f"--workdir={tmp_path}", "--seed=-1"),
         ("generate", f"--workdir={tmp_path}", b"--prompt=\xff"),
-        ("train", "--config=configs/dense_tiny.py", f"--workdir={tmp_path}/new", "--config.data.directory=/proc/no"),
+        (
+            "train",
+            "--config=configs/dense_tiny.py",
+            f"--workdir={tmp_path}/new",
+            "--config.data.directory=/proc/no",
+        ),
     ]:
-        done = subprocess.run([sys.executable, "-m", f"launch.{command}", *flags], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-m", f"launch.{command}", *flags],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["train", "evaluate", "generate", "summary", "benchmark", "report", "routing", "upcycle", "compare"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train",
+        "evaluate",
+        "generate",
+        "summary",
+        "benchmark",
+        "report",
+        "routing",
+        "upcycle",
+        "compare",
+    ],
+)
 def test_help_teaches_and_is_quick(command):
     begin = time.monotonic()
-    done = subprocess.run([sys.executable, "-m", f"launch.{command}", "--help"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", f"launch.{command}", "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0 and f"python -m launch.{command} --" in done.stdout
     assert time.monotonic() - begin < 2

@@ -12,15 +12,32 @@ ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYT
 
 
 def run(*arguments: str, cwd: Path = ROOT) -> tuple[str, str, int]:
-    done = subprocess.run([sys.executable, *arguments], cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     return done.stdout, done.stderr, done.returncode
 
 
-@pytest.mark.parametrize("command", sorted(path.stem for path in (ROOT / "launch").glob("*.py") if "command_line.run(" in path.read_text()))
+@pytest.mark.parametrize(
+    "command",
+    sorted(
+        path.stem
+        for path in (ROOT / "launch").glob("*.py")
+        if "command_line.run(" in path.read_text()
+    ),
+)
 def test_a_command_without_its_packages_says_where_they_are(command: str) -> None:
     output, error, code = run("-S", "-m", f"launch.{command}")
     assert (output, code) == ("", 2)
-    assert error == f"error: {sys.executable} has no package 'absl': run make train once, or install requirements.txt\n"
+    assert (
+        error
+        == f"error: {sys.executable} has no package 'absl': run make train once, or install requirements.txt\n"
+    )
 
 
 def test_another_python_than_that_of_make_is_told_its_path(tmp_path: Path) -> None:
@@ -32,14 +49,20 @@ def test_another_python_than_that_of_make_is_told_its_path(tmp_path: Path) -> No
     python.parent.mkdir(parents=True)
     python.touch()
     _, error, code = run("-S", "-m", "launch.train", cwd=tmp_path)
-    assert (error, code) == (f"error: {sys.executable} has no package 'absl': run {python} -m launch.COMMAND\n", 2)
+    assert (error, code) == (
+        f"error: {sys.executable} has no package 'absl': run {python} -m launch.COMMAND\n",
+        2,
+    )
 
 
 @pytest.mark.parametrize("cwd", ["/", str(ROOT)])
 def test_a_command_started_by_its_path_says_how_to_start_it(cwd: str) -> None:
     output, error, code = run(str(ROOT / "launch" / "train.py"), "--help", cwd=Path(cwd))
     assert (output, code) == ("", 2)
-    assert error == f"error: {ROOT}/launch/train.py is part of a package: run python -m launch.train in {ROOT}\n"
+    assert (
+        error
+        == f"error: {ROOT}/launch/train.py is part of a package: run python -m launch.train in {ROOT}\n"
+    )
 
 
 def test_importing_launch_checks_nothing() -> None:

@@ -1,4 +1,6 @@
-"""The command around a small dense run: what it writes is a run at step 0 that evaluates as the dense one does, and trains on."""
+"""The command around a small dense run: what it writes is a run at step 0 that evaluates as the
+dense one does, and trains on.
+"""
 
 import dataclasses
 import json
@@ -12,14 +14,31 @@ import pytest
 
 from launch.evaluate import evaluate
 from launch.upcycle import upcycle
-from moe import checkpoint
-from moe.config import ConfigError, DataConfig, ModelConfig, MoEConfig, OptimizerConfig, RunConfig, TrackingConfig, TrainConfig
-from moe.tracking import read_metrics
-from moe.train_step import make_program
-from moe.trainer import fit
+from moe.config import (
+    ConfigError,
+    DataConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrackingConfig,
+    TrainConfig,
+)
+from moe.training.train_step import make_program
+from moe.training.trainer import fit
+from moe.workdir import checkpoint
+from moe.workdir.tracking import read_metrics
 
 ROOT = Path(__file__).parents[2]
-MODEL = ModelConfig(num_layers=2, model_dim=16, feed_forward_dim=32, num_heads=2, num_kv_heads=1, head_dim=8, compute_dtype="float32")
+MODEL = ModelConfig(
+    num_layers=2,
+    model_dim=16,
+    feed_forward_dim=32,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
+    compute_dtype="float32",
+)
 MOE = MoEConfig(num_experts=4, expert_dim=16, first_dense_layers=1, bias_update_rate=0.001)
 
 
@@ -29,7 +48,9 @@ def dense(data_directory):
         model=MODEL,
         data=DataConfig(sequence_length=64, directory=data_directory),
         optimizer=OptimizerConfig(learning_rate=0.01, warmup_fraction=1 / 6),
-        train=TrainConfig(steps=6, batch_size=8, log_every=1, eval_every=6, eval_batches=2, checkpoint_every=3),
+        train=TrainConfig(
+            steps=6, batch_size=8, log_every=1, eval_every=6, eval_batches=2, checkpoint_every=3
+        ),
         tracking=TrackingConfig(tensorboard=False),
     )
 
@@ -61,7 +82,9 @@ def test_an_upcycled_run_evaluates_as_the_dense_one_and_trains_on(source, config
 
 @pytest.mark.slow
 def test_all_but_the_parameters_is_as_in_a_new_run(source, config, tmp_path):
-    config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, data=1, fsdp=2, expert=2, tensor=2))
+    config = dataclasses.replace(
+        config, mesh=dataclasses.replace(config.mesh, data=1, fsdp=2, expert=2, tensor=2)
+    )
     upcycle(source, config, tmp_path, noise=0.1)
     program = make_program(config)
     with checkpoint.read_checkpoints(tmp_path) as checkpoints:
@@ -77,10 +100,14 @@ def test_all_but_the_parameters_is_as_in_a_new_run(source, config, tmp_path):
 @pytest.mark.slow
 def test_what_cannot_be_upcycled_leaves_no_directory(source, config, tmp_path):
     new = tmp_path / "new"
-    wrong = dataclasses.replace(config, model=dataclasses.replace(config.model, moe=dataclasses.replace(MOE, expert_dim=12)))
+    wrong = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, moe=dataclasses.replace(MOE, expert_dim=12))
+    )
     with pytest.raises(ConfigError, match=r"model\.moe\.expert_dim=12 does not divide"):
         upcycle(source, wrong, new)
-    with pytest.raises(ConfigError, match=r"no checkpoint of step 5: choose one of its steps \(3, 6\)"):
+    with pytest.raises(
+        ConfigError, match=r"no checkpoint of step 5: choose one of its steps \(3, 6\)"
+    ):
         upcycle(source, config, new, step=5)
     assert not new.exists()
 
@@ -88,23 +115,34 @@ def test_what_cannot_be_upcycled_leaves_no_directory(source, config, tmp_path):
 @pytest.mark.slow
 def test_an_upcycling_that_is_cut_off_leaves_no_run(source, config, tmp_path, monkeypatch):
     """Wherever it ends, the directory is refused: launch.train would train it from scratch."""
-    from moe import tracking, trainer
+    from moe.training import trainer
+    from moe.workdir import tracking
 
-    for number, (module, name) in enumerate([(checkpoint, "open_checkpoints"), (checkpoint, "save"), (tracking, "write_environment")]):
+    for number, (module, name) in enumerate(
+        [(checkpoint, "open_checkpoints"), (checkpoint, "save"), (tracking, "write_environment")]
+    ):
         workdir = tmp_path / str(number)
         with monkeypatch.context() as patch:
             patch.setattr(module, name, lambda *_: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 upcycle(source, config, workdir)
-        with pytest.raises(ConfigError, match=r"is no run yet \(launch.upcycle from .* did not finish\): delete it, and make it again"):
+        with pytest.raises(
+            ConfigError,
+            match=r"is no run yet \(launch.upcycle from .* did not finish\): delete it, and make it again",
+        ):
             trainer.fit(config, workdir)
 
 
 def test_wrong_paths_and_noise_are_refused(tmp_path):
     (tmp_path / "dense" / "checkpoints").mkdir(parents=True)
-    with pytest.raises(ConfigError, match=r"--from=.*/none holds no checkpoint: set --from to the directory of a dense run"):
+    with pytest.raises(
+        ConfigError,
+        match=r"--from=.*/none holds no checkpoint: set --from to the directory of a dense run",
+    ):
         upcycle(tmp_path / "none", RunConfig(), tmp_path / "new")
-    with pytest.raises(ConfigError, match=r"--workdir=.* is not empty: set --workdir to a new directory"):
+    with pytest.raises(
+        ConfigError, match=r"--workdir=.* is not empty: set --workdir to a new directory"
+    ):
         upcycle(tmp_path / "dense", RunConfig(), tmp_path)
     for noise in (-0.1, float("nan"), float("inf")):
         with pytest.raises(ConfigError, match=r"--noise=.*: set --noise to 0\.0 or more"):
@@ -112,7 +150,13 @@ def test_wrong_paths_and_noise_are_refused(tmp_path):
 
 
 def run(*flags: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "launch.upcycle", *flags], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    return subprocess.run(
+        [sys.executable, "-m", "launch.upcycle", *flags],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
 
 
 @pytest.mark.slow
@@ -121,12 +165,31 @@ def test_the_command_line(source, dense, tmp_path):
     assert done.returncode == 0 and "python -m launch.upcycle --from=runs/dense_tiny" in done.stdout
     done = run("--config=configs/dense_tiny.py", f"--workdir={tmp_path}/new")
     assert (done.returncode, done.stderr) == (2, "error: --from is missing: set --from=VALUE\n")
-    fields = {"num_layers": 2, "model_dim": 16, "feed_forward_dim": 32, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8}
+    fields = {
+        "num_layers": 2,
+        "model_dim": 16,
+        "feed_forward_dim": 32,
+        "num_heads": 2,
+        "num_kv_heads": 1,
+        "head_dim": 8,
+    }
     fields |= {"moe.num_experts": 4, "moe.expert_dim": 32}
-    flags = [f"--config.model.{name}={value}" for name, value in fields.items()] + [f"--config.data.directory={dense.data.directory}"]
-    done = run(f"--from={source}", "--step=3", f"--workdir={tmp_path}/new", "--config=configs/dense_tiny.py", *flags)
+    flags = [f"--config.model.{name}={value}" for name, value in fields.items()] + [
+        f"--config.data.directory={dense.data.directory}"
+    ]
+    done = run(
+        f"--from={source}",
+        "--step=3",
+        f"--workdir={tmp_path}/new",
+        "--config=configs/dense_tiny.py",
+        *flags,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"{tmp_path}/new is at step 0; train on")
     assert evaluate(tmp_path / "new")["step"] == 0
-    done = run(f"--from={source}", f"--workdir={tmp_path}/new", "--config=configs/dense_tiny.py", *flags)
-    assert done.returncode == 2 and done.stderr.startswith(f"error: --workdir={tmp_path}/new is not empty"), done.stderr
+    done = run(
+        f"--from={source}", f"--workdir={tmp_path}/new", "--config=configs/dense_tiny.py", *flags
+    )
+    assert done.returncode == 2 and done.stderr.startswith(
+        f"error: --workdir={tmp_path}/new is not empty"
+    ), done.stderr

@@ -1,4 +1,6 @@
-"""Random calls of attention over all its options and odd shapes; what they should give, in float64; and what XLA's own formula gives."""
+"""Random calls of attention over all its options and odd shapes; what they should give, in float64;
+and what XLA's own formula gives.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -11,7 +13,9 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A call's arguments, float64: q, k, v and sinks (or None), g and g_lse of the results, and the keywords."""
+    """A call's arguments, float64: q, k, v and sinks (or None), g and g_lse of the results, and the
+    keywords.
+    """
 
     arrays: tuple[Any, ...]
     gradients: tuple[np.ndarray, np.ndarray]
@@ -24,14 +28,20 @@ class Case:
 
 
 def draw(seed: int, longest: int = 700) -> Case:
-    """One case: each option present or not, lengths that no block divides, empty rows, ids that rise and ids that do not."""
+    """One case: each option present or not, lengths that no block divides, empty rows, ids that
+    rise and ids that do not.
+    """
     rng = np.random.default_rng(seed)
-    some = lambda: bool(rng.integers(2))  # noqa: E731
+    some = lambda: bool(rng.integers(2))
     batch, length, kv_heads, group = (int(rng.integers(1, top)) for top in (3, longest, 3, 4))
     kv_length = length if some() else int(rng.integers(1, 2 * longest))
     width = int(rng.choice([64, 80, 96, 128, 192, 256]))
     value_width = width if some() else 64
-    shapes = (batch, length, kv_heads * group, width), (batch, kv_length, kv_heads, width), (batch, kv_length, kv_heads, value_width)
+    shapes = (
+        (batch, length, kv_heads * group, width),
+        (batch, kv_length, kv_heads, width),
+        (batch, kv_length, kv_heads, value_width),
+    )
     keywords: dict[str, Any] = {"causal": some()}
     if some():
         keywords["window"] = tuple(int(x) for x in rng.integers(0, 300, 2))
@@ -43,19 +53,33 @@ def draw(seed: int, longest: int = 700) -> Case:
         ids = [rng.integers(0, 4, (batch, size)).astype(np.int32) for size in (length, kv_length)]
         if some():
             ids = [np.sort(x, axis=1) for x in ids]
-        keywords["q_segment_ids"], keywords["kv_segment_ids"] = (ids[0], ids[0]) if length == kv_length else ids
-    arrays = (*(rng.normal(size=shape) for shape in shapes), rng.normal(size=shapes[0][2]) if some() else None)
+        keywords["q_segment_ids"], keywords["kv_segment_ids"] = (
+            (ids[0], ids[0]) if length == kv_length else ids
+        )
+    arrays = (
+        *(rng.normal(size=shape) for shape in shapes),
+        rng.normal(size=shapes[0][2]) if some() else None,
+    )
     gradients = rng.normal(size=(*shapes[0][:3], value_width)), rng.normal(size=shapes[0][:3])
     return Case(arrays, gradients, keywords)
 
 
 def evaluate(attention: Callable[..., Any], case: Case, dtype: str) -> list[np.ndarray]:
-    """Output, lse and the gradients of q, k, v and sinks, of `attention(q, k, v, sinks, **keywords)` -> (output, lse)."""
+    """Output, lse and the gradients of q, k, v and sinks, of `attention(q, k, v, sinks,
+    **keywords)` -> (output, lse).
+    """
     float_type = "float64" if dtype == "float64" else "float32"
-    arrays = [None if x is None else jnp.asarray(x, float_type if x.ndim == 1 else dtype) for x in case.arrays]
-    # Nothing may come of the gradient of a lse of minus infinity: of a query that sees nothing, not even a sink.
+    arrays = [
+        None if x is None else jnp.asarray(x, float_type if x.ndim == 1 else dtype)
+        for x in case.arrays
+    ]
+    # Nothing may come of the gradient of a lse of minus infinity: of a query that sees nothing, not
+    # even a sink.
     finite = mask(case).any(axis=-1, keepdims=True) | (case.arrays[3] is not None)
-    g, g_lse = jnp.asarray(case.gradients[0], dtype), np.where(finite, case.gradients[1], 0).astype(float_type)
+    g, g_lse = (
+        jnp.asarray(case.gradients[0], dtype),
+        np.where(finite, case.gradients[1], 0).astype(float_type),
+    )
 
     @jax.jit
     def values_and_gradients(*arrays: Any) -> tuple[Any, ...]:
@@ -66,9 +90,11 @@ def evaluate(attention: Callable[..., Any], case: Case, dtype: str) -> list[np.n
 
 
 def expected(case: Case) -> tuple[list[np.ndarray], list[float]]:
-    """What `evaluate` should return, by the equations of docs/kernels.md in float64, and to what size the rounding of each is relative.
+    """What `evaluate` should return, by the equations of docs/kernels.md in float64, and to what
+    size the rounding of each is relative.
 
-    That is its own root mean square, but for the gradients of sinks, each a sum over all queries of terms that may cancel: the terms'.
+    That is its own root mean square, but for the gradients of sinks, each a sum over all queries of
+    terms that may cancel: the terms'.
     """
     q, k, v, sinks = case.arrays
     (batch, length, heads, width), kv_heads = q.shape, k.shape[2]
@@ -81,14 +107,16 @@ def expected(case: Case) -> tuple[list[np.ndarray], list[float]]:
     slope = 1 if softcap is None else 1 - (capped / softcap) ** 2
     sink_logits = np.full(heads, -np.inf) if sinks is None else sinks
     with np.errstate(divide="ignore"):
-        lse = np.log(np.sum(np.exp(capped) * seen, axis=-1) + np.exp(sink_logits)[:, None])  # [B, N, T]
+        lse = np.log(
+            np.sum(np.exp(capped) * seen, axis=-1) + np.exp(sink_logits)[:, None]
+        )  # [B, N, T]
     base = np.where(np.isfinite(lse), lse, 0)[..., None]
     probs = np.exp(capped - base) * seen
     output = np.einsum("bnts,bsnh->btnh", probs, v_N)
     g_lse = np.where(np.isfinite(lse), g_lse.swapaxes(1, 2), 0)[..., None]
     row_sums = np.sum(output * g, axis=-1).swapaxes(1, 2)[..., None] - g_lse
     g_scores = probs * (np.einsum("btnh,bsnh->bnts", g, v_N) - row_sums) * slope * width**-0.5
-    by_group = lambda x: x.reshape(*k.shape[:3], -1, x.shape[-1]).sum(axis=3)  # noqa: E731
+    by_group = lambda x: x.reshape(*k.shape[:3], -1, x.shape[-1]).sum(axis=3)
     gradients = [
         np.einsum("bnts,bsnh->btnh", g_scores, k_N),
         by_group(np.einsum("bnts,btnh->bsnh", g_scores, q)),
@@ -105,25 +133,46 @@ def expected(case: Case) -> tuple[list[np.ndarray], list[float]]:
 
 def mask(case: Case) -> np.ndarray:
     """[B, T, S]: whether each query sees each key."""
-    (batch, length), kv_length, keywords = case.arrays[0].shape[:2], case.arrays[1].shape[1], case.keywords
-    distance = np.arange(kv_length) + keywords.get("kv_offset", 0) - (np.arange(length) + keywords.get("q_offset", 0))[:, None]
+    (batch, length), kv_length, keywords = (
+        case.arrays[0].shape[:2],
+        case.arrays[1].shape[1],
+        case.keywords,
+    )
+    distance = (
+        np.arange(kv_length)
+        + keywords.get("kv_offset", 0)
+        - (np.arange(length) + keywords.get("q_offset", 0))[:, None]
+    )
     left, right = (np.inf if x is None else x for x in keywords.get("window", (None, None)))
-    seen = np.broadcast_to((distance >= -left) & (distance <= (0 if keywords["causal"] else right)), (batch, length, kv_length))
+    seen = np.broadcast_to(
+        (distance >= -left) & (distance <= (0 if keywords["causal"] else right)),
+        (batch, length, kv_length),
+    )
     if "q_segment_ids" in keywords:
         seen = seen & (keywords["q_segment_ids"][:, :, None] == keywords["kv_segment_ids"][:, None])
     return seen
 
 
-def xla(q: jax.Array, k: jax.Array, v: jax.Array, sinks: Any, seen: jax.Array, softcap: float | None) -> tuple[jax.Array, jax.Array]:
-    """What jax.nn.dot_product_attention computes, in its precision, with softcap and sinks: float32 scores, probabilities rounded."""
+def xla(
+    q: jax.Array, k: jax.Array, v: jax.Array, sinks: Any, seen: jax.Array, softcap: float | None
+) -> tuple[jax.Array, jax.Array]:
+    """What jax.nn.dot_product_attention computes, in its precision, with softcap and sinks: float32
+    scores, probabilities rounded.
+    """
     grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])
-    logits = jnp.einsum("btkgh,bskh->bkgts", grouped, k, preferred_element_type=jnp.float32) * q.shape[3] ** -0.5
+    logits = (
+        jnp.einsum("btkgh,bskh->bkgts", grouped, k, preferred_element_type=jnp.float32)
+        * q.shape[3] ** -0.5
+    )
     logits = logits if softcap is None else softcap * jnp.tanh(logits / softcap)
     logits = jnp.where(seen[:, None, None], logits, jnp.finfo(jnp.float32).min)
     sink = jnp.full(q.shape[2], -jnp.inf) if sinks is None else sinks
     sink = jnp.broadcast_to(sink.reshape(k.shape[2], -1, 1, 1), (*logits.shape[:-1], 1))
     logits = jnp.concatenate([logits, sink], axis=-1)
-    probs = jax.nn.softmax(logits, axis=-1)[..., :-1].astype(v.dtype) * jnp.any(seen, axis=-1)[:, None, None, :, None]
+    probs = (
+        jax.nn.softmax(logits, axis=-1)[..., :-1].astype(v.dtype)
+        * jnp.any(seen, axis=-1)[:, None, None, :, None]
+    )
     output = jnp.einsum("bkgts,bskh->btkgh", probs, v).reshape(*q.shape[:3], -1)
     lse = jnp.moveaxis(jax.nn.logsumexp(logits, axis=-1), 3, 1).reshape(q.shape[:3])
     nothing = ~jnp.any(seen, axis=-1, keepdims=True) & (sinks is None)

@@ -1,7 +1,9 @@
-"""JAX's interpreter of Mosaic GPU kernels with what it lacks for attention: operands in registers, layouts, stores to accumulators.
+"""JAX's interpreter of Mosaic GPU kernels with what it lacks for attention: operands in registers,
+layouts, stores to accumulators.
 
-It is private to JAX, and so is all that is added here; it may hang, so what needs it runs in a process of its own, under a time limit.
-Products are done at once and in float32: it shows that values and barriers are right, not that no product is overtaken.
+It is private to JAX, and so is all that is added here; it may hang, so what needs it runs in a
+process of its own, under a time limit. Products are done at once and in float32: it shows that
+values and barriers are right, not that no product is overtaken.
 """
 
 import functools
@@ -27,14 +29,33 @@ def _contents(key: Any, transforms: Any, thread: Any) -> np.ndarray:
     others = tuple(x for x in transforms if not isinstance(x, TransposeTransform))
     others = jax.tree.map(int, gpu_callbacks._remove_noop_transforms(others))
     key = gpu_callbacks.HostAllocationKey.from_array(key)
-    value, *_ = gpu_callbacks._get_shared_memory().get_buffer_content(key, utils.to_range(others), *thread[:1], logging_info=thread[1])
+    value, *_ = gpu_callbacks._get_shared_memory().get_buffer_content(
+        key, utils.to_range(others), *thread[:1], logging_info=thread[1]
+    )
     value = np.asarray(value, np.float32)
     return value.T if turned % 2 else value
 
 
-def _wgmma(token: Any, device: Any, grid: Any, thread: Any, acc: Any, a: Any, a_transforms: Any, b: Any, b_transforms: Any, *, held: bool):
+def _wgmma(
+    token: Any,
+    device: Any,
+    grid: Any,
+    thread: Any,
+    acc: Any,
+    a: Any,
+    a_transforms: Any,
+    b: Any,
+    b_transforms: Any,
+    *,
+    held: bool,
+):
     memory = gpu_callbacks._get_shared_memory()
-    info = utils.GPULoggingInfo(device_id=int(device), grid_point_coords=tuple(map(int, grid)), thread_id=int(thread), source_info=None)
+    info = utils.GPULoggingInfo(
+        device_id=int(device),
+        grid_point_coords=tuple(map(int, grid)),
+        thread_id=int(thread),
+        source_info=None,
+    )
     thread = memory.get_global_thread_id(int(device), int(thread)), info
     left = np.asarray(a, np.float32) if held else _contents(a, a_transforms, thread)
     total = _contents(acc, (), thread) + left @ _contents(b, b_transforms, thread)
@@ -56,18 +77,25 @@ def _copy(*, reduction_op: str | None, **keywords: Any) -> Any:
         source_info=keywords["source_info"],
     )
     thread = memory.get_global_thread_id(info.device_id, info.thread_id), info
-    value = sum(_contents(keywords[f"{x}_allocation_key_as_array"], keywords[f"{x}_transforms"], thread) for x in ("src", "dst"))
+    value = sum(
+        _contents(keywords[f"{x}_allocation_key_as_array"], keywords[f"{x}_transforms"], thread)
+        for x in ("src", "dst")
+    )
     key = gpu_callbacks.HostAllocationKey.from_array(keywords["dst_allocation_key_as_array"])
-    place = utils.to_range(jax.tree.map(int, gpu_callbacks._remove_noop_transforms(keywords["dst_transforms"])))
+    place = utils.to_range(
+        jax.tree.map(int, gpu_callbacks._remove_noop_transforms(keywords["dst_transforms"]))
+    )
     memory.store_buffer_content(key, place, value, thread[0], logging_info=info)
     return keywords["token"]
 
 
 class Interpreter(jaxpr_interpret.JaxprInterpreter):
     def interpret(self, jaxpr: Any, token: Any, *args: Any) -> Any:
-        """One equation after the other, so that those which the base class does not know are met here."""
+        """One equation after the other, so that those which the base class does not know are met
+        here.
+        """
         values = dict(zip((*jaxpr.constvars, *jaxpr.invars), args, strict=True))
-        read = lambda x: x.val if isinstance(x, jax.extend.core.Literal) else values[x]  # noqa: E731
+        read = lambda x: x.val if isinstance(x, jax.extend.core.Literal) else values[x]
         for eqn in jaxpr.eqns:
             token, results = self._equation(eqn, token, [read(x) for x in eqn.invars])
             values.update(zip(eqn.outvars, results, strict=True))
@@ -82,14 +110,20 @@ class Interpreter(jaxpr_interpret.JaxprInterpreter):
         if eqn.primitive is primitives.wgmma_accumulator_store_p:
             return self._store(eqn, token, *inputs), inputs[1:]
         # The base class reads inputs from an environment of its own.
-        names = {x: value for x, value in zip(eqn.invars, inputs, strict=True) if not isinstance(x, jax.extend.core.Literal)}
+        names = {
+            x: value
+            for x, value in zip(eqn.invars, inputs, strict=True)
+            if not isinstance(x, jax.extend.core.Literal)
+        }
         alone = jax.extend.core.Jaxpr((), list(names), eqn.outvars, [eqn], eqn.effects)
         return super().interpret(alone, token, *names.values())
 
     def _store(self, eqn: Any, token: Any, acc: Any, value: Any) -> Any:
         token, _ = gpu_callbacks.call_swap(
             token=token,
-            result_shape_and_dtype=jax.ShapeDtypeStruct(eqn.invars[1].aval.shape, eqn.invars[1].aval.dtype),
+            result_shape_and_dtype=jax.ShapeDtypeStruct(
+                eqn.invars[1].aval.shape, eqn.invars[1].aval.dtype
+            ),
             device_id=jnp.int32(self.device_info.device_id),
             grid_point_coords=self.grid_point_coords,
             thread_id=self.thread_id,
@@ -103,12 +137,19 @@ class Interpreter(jaxpr_interpret.JaxprInterpreter):
 
     def _interpret_wgmma_ref_p(self, eqn: Any, token: Any, get_invals: Any) -> Any:
         acc, a, b, *leaves = get_invals()
-        trees = [eqn.params[f"{name}_transforms_tree"] or jax.tree.structure(()) for name in ("acc", "a", "b")]
-        _, a_transforms, b_transforms = jax.tree.unflatten(jax.tree_util.treedef_tuple(trees), leaves)
+        trees = [
+            eqn.params[f"{name}_transforms_tree"] or jax.tree.structure(())
+            for name in ("acc", "a", "b")
+        ]
+        _, a_transforms, b_transforms = jax.tree.unflatten(
+            jax.tree_util.treedef_tuple(trees), leaves
+        )
         call = functools.partial(_wgmma, held=isinstance(eqn.invars[1].aval, jax.core.ShapedArray))
         place = jnp.int32(self.device_info.device_id), self.grid_point_coords, self.thread_id
         operands = acc, a, tuple(a_transforms), b, tuple(b_transforms)
-        return callback.io_callback(call, gpu_callbacks.TOKEN_SHAPE_DTYPE, token, *place, *operands, ordered=True), []
+        return callback.io_callback(
+            call, gpu_callbacks.TOKEN_SHAPE_DTYPE, token, *place, *operands, ordered=True
+        ), []
 
 
 def interpreted(function: Any, *args: Any) -> Any:

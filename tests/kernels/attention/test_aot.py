@@ -1,4 +1,6 @@
-"""The attention kernels compiled ahead of time for chips that are not here: forward, and both kernels of the backward pass."""
+"""The attention kernels compiled ahead of time for chips that are not here: forward, and both
+kernels of the backward pass.
+"""
 
 import re
 
@@ -25,7 +27,9 @@ def on_one(topology, monkeypatch):
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    return NamedSharding(Mesh(np.array(devices[:1]), ("x",), axis_types=(AxisType.Auto,)), PartitionSpec())
+    return NamedSharding(
+        Mesh(np.array(devices[:1]), ("x",), axis_types=(AxisType.Auto,)), PartitionSpec()
+    )
 
 
 @pytest.mark.aot
@@ -43,11 +47,17 @@ def test_compiles_for_tpus(topology, width, mask, monkeypatch):
     def loss(q, k, v, sinks, ids):
         segments = {"q_segment_ids": ids, "kv_segment_ids": ids} if "segments" in options else {}
         keywords = {name: value for name, value in options.items() if name != "segments"} | segments
-        return jnp.sum(flash_attention(q, k, v, sinks=sinks, implementation="tpu", **keywords).astype(jnp.float32))
+        return jnp.sum(
+            flash_attention(q, k, v, sinks=sinks, implementation="tpu", **keywords).astype(
+                jnp.float32
+            )
+        )
 
     traced = jax.jit(jax.grad(loss, range(4))).trace(q, k, k, sinks, ids)
     program = traced.lower(lowering_platforms=("tpu",)).compile().as_text()
-    size = re.compile(r'"tpu_custom_call".*"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"0","size":"(\d+)"')
+    size = re.compile(
+        r'"tpu_custom_call".*"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"0","size":"(\d+)"'
+    )
     held = [int(found[1]) / 2**20 for line in program.splitlines() if (found := size.search(line))]
     print(topology, width, mask, "MiB of VMEM:", *(f"{x:.1f}" for x in held))
     assert len(held) == 3 and max(held) < 8  # a kernel may hold 16
@@ -57,8 +67,17 @@ def test_compiles_for_tpus(topology, width, mask, monkeypatch):
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2"])
 def test_decoding_copies_no_cache(topology, monkeypatch):
     here = on_one(topology, monkeypatch)
-    q, k = (jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=here) for shape in ((8, 1, 64, 128), (4, 8, 8192, 8, 128)))
-    positions, layer = (jax.ShapeDtypeStruct(shape, jnp.int32, sharding=here) for shape in ((8, 1), ()))
-    traced = jax.jit(lambda *arrays, layer: decode_attention(*arrays, layer=layer)).trace(q, k, k, positions, layer=layer)
+    q, k = (
+        jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=here)
+        for shape in ((8, 1, 64, 128), (4, 8, 8192, 8, 128))
+    )
+    positions, layer = (
+        jax.ShapeDtypeStruct(shape, jnp.int32, sharding=here) for shape in ((8, 1), ())
+    )
+    traced = jax.jit(lambda *arrays, layer: decode_attention(*arrays, layer=layer)).trace(
+        q, k, k, positions, layer=layer
+    )
     compiled = traced.lower(lowering_platforms=("tpu",)).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < 8 * 8192 * 8 * 128 * 2 / 16  # of a step's keys at most
+    assert (
+        compiled.memory_analysis().temp_size_in_bytes < 8 * 8192 * 8 * 128 * 2 / 16
+    )  # of a step's keys at most

@@ -7,7 +7,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from moe.kernels.attention import Implementation, choice, choose, flash_attention, supported, why_not
+from moe.kernels.attention import (
+    Implementation,
+    choice,
+    choose,
+    flash_attention,
+    supported,
+    why_not,
+)
 from moe.kernels.attention.masks import Options
 
 
@@ -42,16 +49,28 @@ def test_the_chip_and_the_call_decide(chip, q, keywords, name):
 
 
 def test_blocks_come_from_the_table_or_from_a_rule(monkeypatch):
-    monkeypatch.setattr(choice, "tuned_blocks", lambda: {"TPU v5p": {"tpu bfloat16 128 causal 4096": (1024, 512)}})
+    monkeypatch.setattr(
+        choice, "tuned_blocks", lambda: {"TPU v5p": {"tpu bfloat16 128 causal 4096": (1024, 512)}}
+    )
     causal = {"causal": True}
     assert choose("TPU v5p", *[array()] * 3, **causal) == Implementation("tpu", (1024, 512))
-    assert choose("TPU v5p", *[array(length=4000)] * 3, **causal) == Implementation("tpu", (1024, 512))
-    for q, keywords in ((array(length=4097), causal), (array(64), causal), (array(), {}), (array(), {"causal": True, "window": (8, 0)})):
+    assert choose("TPU v5p", *[array(length=4000)] * 3, **causal) == Implementation(
+        "tpu", (1024, 512)
+    )
+    for q, keywords in (
+        (array(length=4097), causal),
+        (array(64), causal),
+        (array(), {}),
+        (array(), {"causal": True, "window": (8, 0)}),
+    ):
         assert choose("TPU v5p", q, q, q, **keywords).blocks is None
     causal, narrow = (Options(left, 0, None, 1.0) for left in (None, 511))
     assert Implementation.of("tpu", narrow) == Implementation("tpu", choice.BLOCKS["tpu"])
     assert Implementation.of("blockwise", causal).blocks == choice.BLOCKS["blockwise"] == (256, 512)
-    assert [Implementation.of("blockwise", Options(left, 0, None, 1.0)).blocks[1] for left in (9, 300, 511, 1023, 9999)] == [
+    assert [
+        Implementation.of("blockwise", Options(left, 0, None, 1.0)).blocks[1]
+        for left in (9, 300, 511, 1023, 9999)
+    ] == [
         128,
         128,
         256,
@@ -63,21 +82,35 @@ def test_blocks_come_from_the_table_or_from_a_rule(monkeypatch):
 
 def test_the_table_names_chips_and_keys_of_calls():
     for chip, rows in json.loads(choice.TABLE.read_text()).items():
-        assert chip and all(re.fullmatch(r"(blockwise|tpu) \w+ \d+ (full|causal|window) \d+", key) for key in rows)
+        assert chip and all(
+            re.fullmatch(r"(blockwise|tpu) \w+ \d+ (full|causal|window) \d+", key) for key in rows
+        )
         assert all(len(blocks) == 2 and min(blocks) > 0 for blocks in rows.values())
 
 
 @pytest.mark.parametrize(
     ("name", "keywords", "reason"),
     [
-        ("tpu", {"chip": "NVIDIA H200"}, "it runs on TPUs, and interpreted on CPUs, not on NVIDIA H200"),
-        ("hopper", {"chip": "NVIDIA A100-SXM4-80GB"}, "it runs on Hopper GPUs, not on NVIDIA A100-SXM4-80GB"),
+        (
+            "tpu",
+            {"chip": "NVIDIA H200"},
+            "it runs on TPUs, and interpreted on CPUs, not on NVIDIA H200",
+        ),
+        (
+            "hopper",
+            {"chip": "NVIDIA A100-SXM4-80GB"},
+            "it runs on Hopper GPUs, not on NVIDIA A100-SXM4-80GB",
+        ),
         ("hopper", {"chip": "NVIDIA H100 80GB HBM3", "causal": True, **SEGMENTS}, None),
         ("hopper_fused", {"chip": "NVIDIA H200", "causal": True, **SEGMENTS}, None),
         ("cudnn", {"chip": "cpu"}, "it runs on NVIDIA GPUs, not on cpu"),
         ("cudnn", {}, "it takes causal attention alone"),
         ("cudnn", {"causal": True, "softcap": 1.0}, "it knows no softcap"),
-        ("cudnn", {"causal": True, "sinks": jax.ShapeDtypeStruct((8,), "float32")}, "it knows no sinks"),
+        (
+            "cudnn",
+            {"causal": True, "sinks": jax.ShapeDtypeStruct((8,), "float32")},
+            "it knows no sinks",
+        ),
         ("cudnn", {"causal": True, "return_lse": True}, "it knows no lse"),
         ("reference", {}, None),
     ],
@@ -89,17 +122,25 @@ def test_what_an_implementation_cannot_do_has_a_reason(name, keywords, reason):
 
 def test_the_fused_gradients_on_hopper_are_of_narrow_heads():
     assert why_not("hopper", *[array(192)] * 3) is None
-    assert why_not("hopper_fused", *[array(192)] * 3) == "it takes head widths of up to 128, not 192"
+    assert (
+        why_not("hopper_fused", *[array(192)] * 3) == "it takes head widths of up to 128, not 192"
+    )
 
 
 def test_an_implementation_asked_for_by_name_that_cannot_says_who_can():
     q = jnp.zeros((1, 8, 2, 16), jnp.float16)
-    with pytest.raises(NotImplementedError, match=r"^'tpu' cannot do this attention, for it takes bfloat16 and float32.*'blockwise' can$"):
+    with pytest.raises(
+        NotImplementedError,
+        match=r"^'tpu' cannot do this attention, for it takes bfloat16 and float32.*'blockwise' can$",
+    ):
         flash_attention(q, q, q, implementation="tpu")
 
 
 def test_without_a_name_the_platform_decides_when_the_program_is_lowered():
     q = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.float32)
     gradient = jax.jit(jax.grad(lambda q: jnp.sum(flash_attention(q, q, q, causal=True))))
-    kernels = {name: gradient.trace(q).lower(lowering_platforms=(name,)).as_text().count("tpu_custom_call") for name in ("cpu", "tpu")}
+    kernels = {
+        name: gradient.trace(q).lower(lowering_platforms=(name,)).as_text().count("tpu_custom_call")
+        for name in ("cpu", "tpu")
+    }
     assert kernels == {"cpu": 0, "tpu": 3}

@@ -1,4 +1,6 @@
-"""Attention against float64, over random calls; the work and the memory that it takes; and what bad input gets."""
+"""Attention against float64, over random calls; the work and the memory that it takes; and what bad
+input gets.
+"""
 
 import functools
 
@@ -18,36 +20,51 @@ def error(values: list[np.ndarray], wanted: list[np.ndarray]) -> list[float]:
     """Root mean square differences; where one is minus infinity the other is too."""
     for value, right in zip(values, wanted, strict=True):
         np.testing.assert_array_equal(np.isfinite(value), np.isfinite(right))
-    finite = lambda x: np.where(np.isfinite(x), x, 0)  # noqa: E731
-    return [float(np.sqrt(np.mean((finite(x) - finite(y)) ** 2))) for x, y in zip(values, wanted, strict=True)]
+    finite = lambda x: np.where(np.isfinite(x), x, 0)
+    return [
+        float(np.sqrt(np.mean((finite(x) - finite(y)) ** 2)))
+        for x, y in zip(values, wanted, strict=True)
+    ]
 
 
 def flash(implementation, q, k, v, sinks, **keywords):
-    return flash_attention(q, k, v, sinks=sinks, return_lse=True, implementation=implementation, **keywords)
+    return flash_attention(
+        q, k, v, sinks=sinks, return_lse=True, implementation=implementation, **keywords
+    )
 
 
 def check_numerics(case: Case, implementation: Implementation, dtype: str) -> None:
     def plain(q, k, v, sinks, **keywords):
-        seen = jax.lax.optimization_barrier(jnp.asarray(mask(case)))  # else compiling would be to compute with it
+        seen = jax.lax.optimization_barrier(
+            jnp.asarray(mask(case))
+        )  # else compiling would be to compute with it
         return xla(q, k, v, sinks, seen, keywords.get("softcap"))
 
     wanted, sizes = expected(case)
-    ours, theirs = (error(evaluate(attention, case, dtype), wanted) for attention in (functools.partial(flash, implementation), plain))
-    # The results' own rounding is no error of either; nor, in float32, that of a log-sum-exp of up to 8.
+    ours, theirs = (
+        error(evaluate(attention, case, dtype), wanted)
+        for attention in (functools.partial(flash, implementation), plain)
+    )
+    # The results' own rounding is no error of either; nor, in float32, that of a log-sum-exp of up
+    # to 8.
     rounding = float(jnp.finfo(dtype).eps) * (8 if dtype == "float32" else 1)
     for our, their, size in zip(ours, theirs, sizes, strict=True):
         assert our <= 2 * max(their, rounding * size), (str(case), ours, theirs)
 
 
 def dtype(implementation: str, seed: int) -> str:
-    dtypes = ("float32", "bfloat16") if implementation == "tpu" else ("float32", "bfloat16", "float16")
+    dtypes = (
+        ("float32", "bfloat16") if implementation == "tpu" else ("float32", "bfloat16", "float16")
+    )
     return dtypes[seed % len(dtypes)]
 
 
 @pytest.mark.parametrize("implementation", ["blockwise", "tpu"])
 @pytest.mark.parametrize("seed", range(5))
 def test_numerics(seed, implementation):
-    check_numerics(draw(seed, longest=300), Implementation(implementation, SMALL), dtype(implementation, seed))
+    check_numerics(
+        draw(seed, longest=300), Implementation(implementation, SMALL), dtype(implementation, seed)
+    )
 
 
 @pytest.mark.exhaustive
@@ -55,7 +72,9 @@ def test_numerics(seed, implementation):
 @pytest.mark.parametrize("seed", range(5, 305))
 def test_numerics_of_300_calls(seed, implementation):
     blocks, longest = (SMALL, 300) if seed % 2 else (None, 700)  # several blocks of either size
-    check_numerics(draw(seed, longest), Implementation(implementation, blocks), dtype(implementation, seed))
+    check_numerics(
+        draw(seed, longest), Implementation(implementation, blocks), dtype(implementation, seed)
+    )
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -70,7 +89,8 @@ def test_the_reference_and_blockwise_in_float64(seed):
 
 
 def test_two_queries_by_hand():
-    """Scores 0 and ln 3 for the second query, weights 1/4 and 3/4; a sink of ln 4 makes them 1/8 and 3/8.
+    """Scores 0 and ln 3 for the second query, weights 1/4 and 3/4; a sink of ln 4 makes them 1/8
+    and 3/8.
 
     Tolerances are 8 units of rounding of the largest terms, 8 and ln 8.
     """
@@ -79,7 +99,9 @@ def test_two_queries_by_hand():
     output, lse = flash_attention(q, k, v, causal=True, scale=1.0, return_lse=True)
     np.testing.assert_allclose(output[0, :, 0, 0], [4.0, 7.0], rtol=0, atol=8e-6)
     np.testing.assert_allclose(lse[0, :, 0], np.log([1.0, 4.0]), rtol=0, atol=4e-6)
-    output, lse = flash_attention(q, k, v, causal=True, scale=1.0, sinks=jnp.log(jnp.array([4.0])), return_lse=True)
+    output, lse = flash_attention(
+        q, k, v, causal=True, scale=1.0, sinks=jnp.log(jnp.array([4.0])), return_lse=True
+    )
     np.testing.assert_allclose(output[0, :, 0, 0], [0.8, 3.5], rtol=0, atol=8e-6)
     np.testing.assert_allclose(lse[0, :, 0], np.log([5.0, 8.0]), rtol=0, atol=4e-6)
 
@@ -88,29 +110,58 @@ def test_a_query_that_sees_nothing_gives_nothing():
     rng = np.random.default_rng(0)
     q, k, v = (jnp.float32(rng.normal(size=(1, 5, 2, 8))) for _ in range(3))
     ids = jnp.array([[0, 0, 7, 1, 1]]), jnp.array([[0, 0, 2, 1, 1]])
-    call = lambda q, k, v: flash_attention(q, k, v, q_segment_ids=ids[0], kv_segment_ids=ids[1], return_lse=True)  # noqa: E731
+    call = lambda q, k, v: flash_attention(
+        q, k, v, q_segment_ids=ids[0], kv_segment_ids=ids[1], return_lse=True
+    )
     (output, lse), pull_back = jax.vjp(call, q, k, v)
     assert not output[0, 2].any() and np.isneginf(lse[0, 2]).all()
     gradients = pull_back((jnp.ones_like(output), jnp.ones_like(lse)))
     assert all(np.isfinite(x).all() for x in gradients)
-    assert not gradients[0][0, 2].any() and not gradients[1][0, 2].any() and not gradients[2][0, 2].any()
+    assert (
+        not gradients[0][0, 2].any()
+        and not gradients[1][0, 2].any()
+        and not gradients[2][0, 2].any()
+    )
 
 
 @pytest.mark.parametrize("seed", range(30))
 def test_the_blocks_met_are_those_that_the_mask_leaves(seed):
     """Of documents in a row, to the last block; counted against the mask itself."""
     rng = np.random.default_rng(seed)
-    length, q_block, kv_block = int(rng.integers(1, 400)), *(int(x) for x in rng.choice([8, 16, 64], 2))
-    options = Options(*span(bool(rng.integers(2)), (int(rng.integers(90)), int(rng.integers(90))) if rng.integers(2) else None), None, 1.0)
+    length, q_block, kv_block = (
+        int(rng.integers(1, 400)),
+        *(int(x) for x in rng.choice([8, 16, 64], 2)),
+    )
+    options = Options(
+        *span(
+            bool(rng.integers(2)),
+            (int(rng.integers(90)), int(rng.integers(90))) if rng.integers(2) else None,
+        ),
+        None,
+        1.0,
+    )
     ids = np.sort(rng.integers(0, 5, (2, length)), axis=1) if rng.integers(2) else None
-    seen = visible(options, jnp.arange(length), jnp.arange(length), *((None, None) if ids is None else (jnp.array(ids),) * 2))
+    seen = visible(
+        options,
+        jnp.arange(length),
+        jnp.arange(length),
+        *((None, None) if ids is None else (jnp.array(ids),) * 2),
+    )
     seen = np.broadcast_to(True if seen is None else seen, (2, length, length))
     padded = np.pad(seen, ((0, 0), (0, -length % q_block), (0, -length % kv_block)))
     blocks = padded.reshape(2, padded.shape[1] // q_block, q_block, -1, kv_block).any(axis=(2, 4))
-    first, end = key_blocks(options, 0, (length, length), (q_block, kv_block), *((None, None) if ids is None else (jnp.array(ids),) * 2))
+    first, end = key_blocks(
+        options,
+        0,
+        (length, length),
+        (q_block, kv_block),
+        *((None, None) if ids is None else (jnp.array(ids),) * 2),
+    )
     met = np.arange(blocks.shape[-1])
     np.testing.assert_array_equal(
-        (met >= np.asarray(first)[..., None]) & (met < np.asarray(end)[..., None]) | np.zeros_like(blocks), blocks
+        (met >= np.asarray(first)[..., None]) & (met < np.asarray(end)[..., None])
+        | np.zeros_like(blocks),
+        blocks,
     )
 
 
@@ -118,18 +169,30 @@ def test_the_blocks_met_are_those_that_the_mask_leaves(seed):
 def test_clear_blocks_are_whole_and_seen_by_every_query(seed):
     """Those that a kernel may meet without a mask; under a causal mask alone, all such blocks."""
     rng = np.random.default_rng(seed)
-    length, (q_block, kv_block) = int(rng.integers(64, 300)), (int(x) for x in rng.choice([8, 16, 32], 2))
-    options = Options(*span(True, (int(rng.integers(20, 200)), 0) if seed % 3 == 1 else None), None, 1.0)
+    length, (q_block, kv_block) = (
+        int(rng.integers(64, 300)),
+        (int(x) for x in rng.choice([8, 16, 32], 2)),
+    )
+    options = Options(
+        *span(True, (int(rng.integers(20, 200)), 0) if seed % 3 == 1 else None), None, 1.0
+    )
     ids = jnp.array(np.sort(rng.integers(0, 3, (2, length)), axis=1)) if seed % 3 == 2 else None
-    sizes, pair = ((length, length), (q_block, kv_block)), (None, None) if ids is None else (ids, ids)
+    sizes, pair = (
+        ((length, length), (q_block, kv_block)),
+        (None, None) if ids is None else (ids, ids),
+    )
     begin, stop = clear_key_blocks(options, 0, *sizes, key_blocks(options, 0, *sizes, *pair), *pair)
-    seen = np.broadcast_to(visible(options, jnp.arange(length), jnp.arange(length), *pair), (2, length, length))
+    seen = np.broadcast_to(
+        visible(options, jnp.arange(length), jnp.arange(length), *pair), (2, length, length)
+    )
     # Queries that are only padding see what they like; keys that are padding must be masked.
     padded = np.pad(seen, ((0, 0), (0, -length % q_block), (0, 0)), constant_values=True)
     padded = np.pad(padded, ((0, 0), (0, 0), (0, -length % kv_block)))
     whole = padded.reshape(2, padded.shape[1] // q_block, q_block, -1, kv_block).all(axis=(2, 4))
     block = np.arange(whole.shape[-1])
-    clear = (block >= np.asarray(begin)[..., None]) & (block < np.asarray(stop)[..., None]) | np.zeros_like(whole)
+    clear = (block >= np.asarray(begin)[..., None]) & (
+        block < np.asarray(stop)[..., None]
+    ) | np.zeros_like(whole)
     assert not (clear & ~whole).any() and clear.any() == whole.any()
     if seed % 3 == 0:
         np.testing.assert_array_equal(clear, whole)
@@ -147,11 +210,21 @@ def test_memory_grows_linearly():
 def test_under_vmap_remat_and_scan():
     rng = np.random.default_rng(0)
     q, k, v = (jnp.float32(rng.normal(size=(3, 2, 40, 2, 8))) for _ in range(3))
-    call = functools.partial(flash_attention, causal=True, window=(20, 0), implementation="blockwise")
+    call = functools.partial(
+        flash_attention, causal=True, window=(20, 0), implementation="blockwise"
+    )
     gradient = jax.jit(jax.grad(lambda *qkv: jnp.sum(jnp.sin(call(*qkv))), range(3)))
-    one_by_one = [jnp.stack(x) for x in zip(*(gradient(*(x[i] for x in (q, k, v))) for i in range(3)), strict=True)]
+    one_by_one = [
+        jnp.stack(x)
+        for x in zip(*(gradient(*(x[i] for x in (q, k, v))) for i in range(3)), strict=True)
+    ]
     scanned = jax.lax.scan(
-        lambda _, qkv: (None, jax.grad(lambda *x: jnp.sum(jnp.sin(jax.remat(call)(*x))), range(3))(*qkv)), None, (q, k, v)
+        lambda _, qkv: (
+            None,
+            jax.grad(lambda *x: jnp.sum(jnp.sin(jax.remat(call)(*x))), range(3))(*qkv),
+        ),
+        None,
+        (q, k, v),
     )[1]
     for right, *others in zip(one_by_one, jax.vmap(gradient)(q, k, v), scanned, strict=True):
         for other in others:
@@ -166,10 +239,16 @@ X = jax.ShapeDtypeStruct
     [
         ({"k": (2, 8, 2, 16)}, r"q \(1, 8, 4, 16\) and k \(2, 8, 2, 16\) must have the same batch"),
         ({"k": (1, 8, 2, 8)}, "must have the same batch"),
-        ({"v": (1, 9, 2, 16)}, r"k \(1, 8, 2, 16\) and v \(1, 9, 2, 16\) must have the same batch, length and heads"),
+        (
+            {"v": (1, 9, 2, 16)},
+            r"k \(1, 8, 2, 16\) and v \(1, 9, 2, 16\) must have the same batch, length and heads",
+        ),
         ({"k": (1, 8, 3, 16), "v": (1, 8, 3, 16)}, "has 4 heads, which are no multiple of the 3"),
         ({"v": (8, 2, 16)}, "must be"),
-        ({"window": (-1, 0)}, r"window=\(-1, 0\) must be two distances \(left, right\) of 0 or more, or None"),
+        (
+            {"window": (-1, 0)},
+            r"window=\(-1, 0\) must be two distances \(left, right\) of 0 or more, or None",
+        ),
         ({"window": (3,)}, "0 or more"),
         ({"window": (0.5, 0)}, "0 or more"),
         ({"window": 4}, "0 or more"),
@@ -188,17 +267,25 @@ X = jax.ShapeDtypeStruct
         ({"k": (1, 8, 0, 16), "v": (1, 8, 0, 16)}, "must have at least one token, one head"),
         ({"q": (1, 8, 4, 0), "k": (1, 8, 2, 0)}, "one number in a head"),
         ({"q_segment_ids": (1, 8)}, "must be given together"),
-        ({"q_segment_ids": (1, 8), "kv_segment_ids": (1, 7)}, r"kv_segment_ids \(1, 7\) must be \(1, 8\) and \(1, 8\)"),
+        (
+            {"q_segment_ids": (1, 8), "kv_segment_ids": (1, 7)},
+            r"kv_segment_ids \(1, 7\) must be \(1, 8\) and \(1, 8\)",
+        ),
         ({"sinks": (3,)}, r"sinks \(3,\) must be \(4,\)"),
         ({"dtype": jnp.int32}, "must have one dtype of bfloat16, float16, float32, float64"),
     ],
 )
 def test_bad_input_is_told_in_a_line(changes, message):
     dtype = changes.pop("dtype", jnp.float32)
-    shapes = {"q": (1, 8, 4, 16), "k": (1, 8, 2, 16), "v": (1, 8, 2, 16)} | {name: x for name, x in changes.items() if name in "qkv"}
+    shapes = {"q": (1, 8, 4, 16), "k": (1, 8, 2, 16), "v": (1, 8, 2, 16)} | {
+        name: x for name, x in changes.items() if name in "qkv"
+    }
     keywords = {name: x for name, x in changes.items() if name not in shapes}
     is_static = {"window", "softcap", "scale"}.__contains__
-    arrays = {name: x if is_static(name) else jnp.zeros(x, jnp.int32 if "ids" in name else dtype) for name, x in keywords.items()}
+    arrays = {
+        name: x if is_static(name) else jnp.zeros(x, jnp.int32 if "ids" in name else dtype)
+        for name, x in keywords.items()
+    }
     with pytest.raises(ValueError, match=message) as raised:
         flash_attention(*(jnp.zeros(shape, dtype) for shape in shapes.values()), **arrays)
     assert "\n" not in str(raised.value)
@@ -206,5 +293,7 @@ def test_bad_input_is_told_in_a_line(changes, message):
 
 def test_ids_that_are_no_integers_are_refused():
     q, ids = jnp.zeros((1, 8, 2, 16)), jnp.zeros((1, 8))
-    with pytest.raises(ValueError, match="q_segment_ids float32 and kv_segment_ids float32 must be integers"):
+    with pytest.raises(
+        ValueError, match="q_segment_ids float32 and kv_segment_ids float32 must be integers"
+    ):
         flash_attention(q, q, q, q_segment_ids=ids, kv_segment_ids=ids)

@@ -1,4 +1,6 @@
-"""The Hopper kernels: compiled ahead of time for H200 without spills, run by JAX's interpreter, and, where there is a GPU, on it."""
+"""The Hopper kernels: compiled ahead of time for H200 without spills, run by JAX's interpreter,
+and, where there is a GPU, on it.
+"""
 
 import os
 import re
@@ -47,10 +49,22 @@ jax.jit(every).trace(q, k, k, sinks, ids, rows, q, rows).lower(lowering_platform
 
 
 def run(program: str, *args: str, timeout: int, **environment: str) -> str:
-    """What a Python program prints, in a process of its own: the interpreter may hang, and the compiler reports when its process starts."""
-    variables = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), **environment}
+    """What a Python program prints, in a process of its own: the interpreter may hang, and the
+    compiler reports when its process starts.
+    """
+    variables = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
+        **environment,
+    }
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", program, *args], cwd=ROOT, env=variables, timeout=timeout, capture_output=True, text=True
+        [sys.executable, "-W", "ignore", "-c", program, *args],
+        cwd=ROOT,
+        env=variables,
+        timeout=timeout,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
@@ -61,14 +75,25 @@ def run(program: str, *args: str, timeout: int, **environment: str) -> str:
 @pytest.mark.parametrize("mask", MASKS)
 def test_compiles_for_h200_without_spills(mask, width, tmp_path):
     """And no product waits for the one before it, which ptxas would say, too ("serialized")."""
-    pytest.importorskip("jax_cuda13_plugin", reason="needs pip install jax-cuda13-plugin jax-cuda13-pjrt")
-    dumps = {"MOSAIC_GPU_DUMP_PTXAS": "1", "MOSAIC_GPU_DUMP_PTX": "1", "MOSAIC_GPU_DUMP_TO": str(tmp_path)}
+    pytest.importorskip(
+        "jax_cuda13_plugin", reason="needs pip install jax-cuda13-plugin jax-cuda13-pjrt"
+    )
+    dumps = {
+        "MOSAIC_GPU_DUMP_PTXAS": "1",
+        "MOSAIC_GPU_DUMP_PTX": "1",
+        "MOSAIC_GPU_DUMP_TO": str(tmp_path),
+    }
     run(COMPILE.replace("MASK", MASKS[mask]), str(width), timeout=280, **dumps)
     reports = [path.read_text() for path in sorted(tmp_path.glob("*.ptxas"))]
     assert len(reports) >= (5 if width <= 128 else 4)
     for report in reports:
-        print(re.search(r"Used \d+ registers", report).group(), re.search(r"\d+ bytes spill stores", report).group())
-        assert set(re.findall(r"(\d+) bytes spill", report)) == {"0"} and "are spilled" not in report
+        print(
+            re.search(r"Used \d+ registers", report).group(),
+            re.search(r"\d+ bytes spill stores", report).group(),
+        )
+        assert (
+            set(re.findall(r"(\d+) bytes spill", report)) == {"0"} and "are spilled" not in report
+        )
         assert "serialized" not in report
 
 
@@ -116,11 +141,15 @@ print("checked")
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(jax.__version__ != "0.10.2", reason="the interpreter and what tests add to it are private to JAX 0.10.2")
+@pytest.mark.skipif(
+    jax.__version__ != "0.10.2",
+    reason="the interpreter and what tests add to it are private to JAX 0.10.2",
+)
 @pytest.mark.parametrize("which", ["forward", "backward", "fused"])
 @pytest.mark.parametrize("kv_length", [200, 128])
 def test_in_the_interpreter(which, kv_length):
-    """All options at once: a window on both sides, documents, softcap, sinks, a negative scale, a shift, lengths of no whole block.
+    """All options at once: a window on both sides, documents, softcap, sinks, a negative scale, a
+    shift, lengths of no whole block.
 
     Or none, and whole blocks of keys, so that only queries fill up one.
     """

@@ -15,16 +15,25 @@ from tests.kernels.attention.test_flash_attention import error, flash
 def few_keys(keys: int, sinks: bool, dtype: str) -> Case:
     """Causal attention to the last keys, whose values are alike; in numbers that `dtype` holds."""
     rng = np.random.default_rng(0)
-    rounded = lambda x: np.asarray(jnp.asarray(x, dtype), np.float64)  # noqa: E731
+    rounded = lambda x: np.asarray(jnp.asarray(x, dtype), np.float64)
     q, k, v, g = (rounded(rng.normal(size=(1, 40, heads, 64))) for heads in (2, 1, 1, 2))
     # With a small share of the sink, a probability is nearly 1.
     logits = np.array([-3.0, -4.0]) if sinks else None
-    return Case((q, k, rounded(v + 4), logits), (g, np.zeros((1, 40, 2))), {"causal": True, "window": (keys - 1, 0)})
+    return Case(
+        (q, k, rounded(v + 4), logits),
+        (g, np.zeros((1, 40, 2))),
+        {"causal": True, "window": (keys - 1, 0)},
+    )
 
 
 @pytest.mark.parametrize(("keys", "sinks"), [(1, True), (3, False)])
 @pytest.mark.parametrize(
-    ("implementation", "dtype"), [("blockwise", "bfloat16"), ("blockwise", "float16"), (Implementation("tpu", (128, 128)), "bfloat16")]
+    ("implementation", "dtype"),
+    [
+        ("blockwise", "bfloat16"),
+        ("blockwise", "float16"),
+        (Implementation("tpu", (128, 128)), "bfloat16"),
+    ],
 )
 def test_gradients_of_few_keys_are_as_exact_as_xla_s(implementation, dtype, keys, sinks):
     case = few_keys(keys, sinks, dtype)
@@ -33,25 +42,46 @@ def test_gradients_of_few_keys_are_as_exact_as_xla_s(implementation, dtype, keys
         return xla(q, k, v, sinks, jax.lax.optimization_barrier(jnp.asarray(mask(case))), None)
 
     wanted, sizes = expected(case)
-    ours, theirs = (error(evaluate(attention, case, dtype), wanted) for attention in (functools.partial(flash, implementation), plain))
-    # One key without a sink has no gradient: what is left is the rounding of its row sum, of 64 terms in float32.
+    ours, theirs = (
+        error(evaluate(attention, case, dtype), wanted)
+        for attention in (functools.partial(flash, implementation), plain)
+    )
+    # One key without a sink has no gradient: what is left is the rounding of its row sum, of 64
+    # terms in float32.
     least = 64 * float(jnp.finfo(jnp.float32).eps) * float(np.abs(case.arrays[2]).max())
-    for name, our, their, size in zip(("output", "lse", "q", "k", "v"), ours, theirs, sizes, strict=False):
-        assert our <= 1.5 * max(their, float(jnp.finfo(dtype).eps) * size, least), (name, ours, theirs)
+    for name, our, their, size in zip(
+        ("output", "lse", "q", "k", "v"), ours, theirs, sizes, strict=False
+    ):
+        assert our <= 1.5 * max(their, float(jnp.finfo(dtype).eps) * size, least), (
+            name,
+            ours,
+            theirs,
+        )
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_rounded_output_and_what_it_lost_have_the_digits_of_both(dtype):
-    """Compiled together: XLA may leave out a conversion and its inverse. Some of float16's numbers are subnormal."""
+    """Compiled together: XLA may leave out a conversion and its inverse. Some of float16's numbers
+    are subnormal.
+    """
     rng = np.random.default_rng(0)
     output = np.float32(rng.normal(size=(3, 64)) * [[1.0], [1e-3], [1e-6]])
     rounded, lost = jax.jit(round_output, static_argnums=1)(output, jnp.dtype(dtype))
-    np.testing.assert_array_equal(np.asarray(rounded), np.asarray(jnp.asarray(output).astype(dtype)))
+    np.testing.assert_array_equal(
+        np.asarray(rounded), np.asarray(jnp.asarray(output).astype(dtype))
+    )
     whole = np.asarray(rounded, np.float64) + np.asarray(lost, np.float64)
     digits = 2.0 ** -(2 * jnp.finfo(dtype).nmant + 2)
-    np.testing.assert_allclose(whole, output, rtol=digits, atol=float(jnp.finfo(dtype).smallest_subnormal))
+    np.testing.assert_allclose(
+        whole, output, rtol=digits, atol=float(jnp.finfo(dtype).smallest_subnormal)
+    )
     g = np.float32(rng.normal(size=output.shape))
-    np.testing.assert_allclose(sum_rows(rounded, lost, g, jnp.float32), np.sum(output * g, axis=-1), rtol=0, atol=64 * 4 * digits)
+    np.testing.assert_allclose(
+        sum_rows(rounded, lost, g, jnp.float32),
+        np.sum(output * g, axis=-1),
+        rtol=0,
+        atol=64 * 4 * digits,
+    )
 
 
 def test_what_is_not_rounded_loses_nothing():

@@ -1,6 +1,8 @@
-"""The TPU kernels in JAX's simulation of a TPU's memories, which begin as NaN, with races between its cores and copies looked for.
+"""The TPU kernels in JAX's simulation of a TPU's memories, which begin as NaN, with races between
+its cores and copies looked for.
 
-The interpreter prints races, and nothing else of it is public; so the first tests see that it notices a race and uninitialised memory.
+The interpreter prints races, and nothing else of it is public; so the first tests see that it
+notices a race and uninitialised memory.
 """
 
 import functools
@@ -15,7 +17,8 @@ from jax.experimental.pallas import tpu as pltpu
 from moe.kernels.attention import blockwise, tpu
 from moe.kernels.attention.masks import Options, span
 
-# The seed makes the order of parallel grid points another than their own, for two points in each dimension.
+# The seed makes the order of parallel grid points another than their own, for two points in each
+# dimension.
 SIMULATION = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2, random_seed=4)
 
 
@@ -26,8 +29,13 @@ def clean_simulation():
 
 
 def copy_blocks(kernel, x, block_index):
-    """Runs `kernel(x, y, scratch)` over blocks of 8 rows, on two cores, and writes its block i at `block_index(i)`."""
-    here, there = (pl.BlockSpec((8, 128), lambda i, index=index: (index(i), 0)) for index in (lambda i: i, block_index))
+    """Runs `kernel(x, y, scratch)` over blocks of 8 rows, on two cores, and writes its block i at
+    `block_index(i)`.
+    """
+    here, there = (
+        pl.BlockSpec((8, 128), lambda i, index=index: (index(i), 0))
+        for index in (lambda i: i, block_index)
+    )
     return pl.pallas_call(
         kernel,
         grid=(len(x) // 8,),
@@ -59,22 +67,60 @@ def test_memory_that_nothing_was_written_to_is_noticed():
     assert np.isnan(copy_blocks(add_to_nothing, jnp.ones((16, 128)), lambda i: i)).all()
 
 
-def check(capsys, *, batch=1, length=200, kv_length=200, group=2, kv_heads=1, window=None, causal=True, ids=False, **options):
-    """Forward and backward of the kernels, in blocks of 128, are those of blockwise; and there is no race."""
+def check(
+    capsys,
+    *,
+    batch=1,
+    length=200,
+    kv_length=200,
+    group=2,
+    kv_heads=1,
+    window=None,
+    causal=True,
+    ids=False,
+    **options,
+):
+    """Forward and backward of the kernels, in blocks of 128, are those of blockwise; and there is
+    no race.
+    """
     rng = np.random.default_rng(0)
-    normal = lambda *shape: jnp.float32(rng.normal(size=shape))  # noqa: E731
+    normal = lambda *shape: jnp.float32(rng.normal(size=shape))
     heads = group * kv_heads
-    q, k, v = normal(batch, length, heads, 16), normal(batch, kv_length, kv_heads, 16), normal(batch, kv_length, kv_heads, 8)
-    q_ids, kv_ids = (jnp.sort(jnp.array(rng.integers(0, 3, (batch, x)))) for x in (length, kv_length)) if ids else (None, None)
-    arrays = (Options(*span(causal, window), options.get("softcap"), 0.25), q, k, v, normal(heads), q_ids, kv_ids, options.get("shift", 0))
+    q, k, v = (
+        normal(batch, length, heads, 16),
+        normal(batch, kv_length, kv_heads, 16),
+        normal(batch, kv_length, kv_heads, 8),
+    )
+    q_ids, kv_ids = (
+        (jnp.sort(jnp.array(rng.integers(0, 3, (batch, x)))) for x in (length, kv_length))
+        if ids
+        else (None, None)
+    )
+    arrays = (
+        Options(*span(causal, window), options.get("softcap"), 0.25),
+        q,
+        k,
+        v,
+        normal(heads),
+        q_ids,
+        kv_ids,
+        options.get("shift", 0),
+    )
     g, row_sums = normal(batch, length, heads, 8), normal(batch, length, heads)
 
     def values(forward, backward):
         output, lse = jax.jit(forward, static_argnums=0)(*arrays)
         return output, lse, *jax.jit(backward, static_argnums=0)(*arrays, lse, g, row_sums)
 
-    simulated = values(*(functools.partial(f, blocks=(128, 128), interpret=SIMULATION) for f in (tpu.forward, tpu.backward)))
-    plain = values(*(functools.partial(f, blocks=(128, 128)) for f in (blockwise.forward, blockwise.backward)))
+    simulated = values(
+        *(
+            functools.partial(f, blocks=(128, 128), interpret=SIMULATION)
+            for f in (tpu.forward, tpu.backward)
+        )
+    )
+    plain = values(
+        *(functools.partial(f, blocks=(128, 128)) for f in (blockwise.forward, blockwise.backward))
+    )
     for value, wanted in zip(simulated, plain, strict=True):
         np.testing.assert_allclose(value, wanted, atol=2e-5)
     assert "RACE" not in capsys.readouterr().out
@@ -96,7 +142,15 @@ def test_a_window_and_segments_of_odd_lengths(capsys):
         {"length": 131, "kv_length": 259, "window": (60, 0), "ids": True, "shift": 100},
         {"length": 300, "kv_length": 300, "ids": True, "batch": 2},
         {"length": 131, "kv_length": 259, "causal": False, "kv_heads": 2, "softcap": 5.0},
-        {"length": 259, "kv_length": 131, "causal": False, "window": (20, 150), "ids": True, "batch": 2, "kv_heads": 2},
+        {
+            "length": 259,
+            "kv_length": 131,
+            "causal": False,
+            "window": (20, 150),
+            "ids": True,
+            "batch": 2,
+            "kv_heads": 2,
+        },
         {"length": 200, "kv_length": 200, "shift": -150},
         {"length": 200, "kv_length": 400, "shift": 5000, "window": (10, 0)},
     ],

@@ -1,0 +1,250 @@
+"""Times attention on the device at hand, beside the other implementations that run there, after
+checking its numbers.
+
+    python -m moe.kernels.benchmarks.attention --json=attention.json
+    python -m moe.kernels.benchmarks.attention --lengths 1024 2048 --heads=8 --kv_heads=8 --width=64 --dtype=float32
+
+TFLOP/s count the products that the mask leaves: 4 H for each pair of query and key that it sees
+forward, 10 H backward. Each number is the median of calls taken in turns with the others. On a CPU
+give small lengths.
+"""
+
+import argparse
+import functools
+import importlib
+import importlib.util
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe.kernels.attention import Implementation, Name, choose, flash_attention
+
+Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def masks(length: int) -> dict[str, dict[str, Any]]:
+    """The masks that are timed at a length, as keywords of flash_attention: causal, and at 16k
+    windows and packed documents.
+    """
+    found: dict[str, dict[str, Any]] = {"causal": {"causal": True}}
+    if length == 16_384:
+        ids = jnp.repeat(jnp.arange(8, dtype=jnp.int32), length // 8)[None]
+        found |= {
+            f"window {width}": {"causal": True, "window": (width - 1, 0)} for width in (512, 1024)
+        }
+        found["8 documents"] = {"causal": True, "q_segment_ids": ids, "kv_segment_ids": ids}
+    return found
+
+
+def visible_pairs(length: int, keywords: dict[str, Any]) -> int:
+    """Pairs of a query and a key that a causal mask of `masks` leaves."""
+    spans = [length // 8] * 8 if "q_segment_ids" in keywords else [length]
+    left = keywords.get("window", (length, 0))[0]
+    return sum(int(np.minimum(np.arange(span), left).sum()) + span for span in spans)
+
+
+def competitors(chip: str, keywords: dict[str, Any]) -> dict[str, Attention]:
+    """What else computes the same on this chip, by name: cuDNN or XLA through jax.nn, and on NVIDIA
+    GPUs tokamax and jax's own kernel.
+    """
+    plain = functools.partial(
+        jax.nn.dot_product_attention,
+        is_causal=True,
+        implementation="cudnn" if "NVIDIA" in chip else "xla",
+    )
+    if "window" in keywords:
+        plain = functools.partial(plain, local_window_size=keywords["window"])
+    if "q_segment_ids" in keywords:
+        ids = keywords["q_segment_ids"]
+        plain = functools.partial(plain, mask=(ids[:, None, :, None] == ids[:, None, None, :]))
+    found: dict[str, Attention] = {"cudnn" if "NVIDIA" in chip else "xla": plain}
+    if "NVIDIA" in chip and list(keywords) == ["causal"]:
+        from jax.experimental.pallas.ops.gpu import attention_mgpu
+
+        config = attention_mgpu.TuningConfig(
+            block_q=64, block_kv=128, max_concurrent_steps=2, causal=True
+        )
+        found["jax's mosaic kernel"] = functools.partial(attention_mgpu.attention, config=config)
+        if importlib.util.find_spec("tokamax"):
+            tokamax = importlib.import_module("tokamax")
+            found["tokamax"] = functools.partial(
+                tokamax.dot_product_attention, is_causal=True, implementation="mosaic"
+            )
+    return found
+
+
+def check_numbers(implementation: Implementation, shape: tuple[int, int, int], dtype: str) -> float:
+    """The largest difference from the float32 reference over its largest value, of outputs and
+    gradients. Raises ValueError above 2 %.
+    """
+    arrays = draw(512, shape, dtype)
+    results = []
+    for name, cast in ((implementation, dtype), (Implementation("reference"), "float32")):
+        attention = functools.partial(flash_attention, causal=True, implementation=name)
+        q, k, v, g = (x.astype(cast) for x in arrays)
+        output, pull_back = jax.vjp(jax.jit(attention), q, k, v)
+        results.append([np.asarray(x, np.float32) for x in (output, *pull_back(g))])
+    worst = max(
+        float(np.abs(ours - right).max() / np.abs(right).max())
+        for ours, right in zip(*results, strict=True)
+    )
+    if not worst < 0.02:
+        raise ValueError(
+            f"{implementation.name} differs from the reference by {worst:.1%}: its times mean nothing"
+        )
+    return worst
+
+
+def draw(length: int, shape: tuple[int, int, int], dtype: str) -> tuple[jax.Array, ...]:
+    """q, k, v and the gradient of the output for (N, K, H) and one row."""
+    heads, kv_heads, width = shape
+    keys = jax.random.split(jax.random.key(0), 4)
+    heads_of = (heads, kv_heads, kv_heads, heads)
+    return tuple(
+        jax.random.normal(key, (1, length, n, width), jnp.float32).astype(dtype)
+        for key, n in zip(keys, heads_of, strict=True)
+    )
+
+
+def passes(attention: Attention, arrays: tuple[jax.Array, ...]) -> dict[str, Callable[[], Any]]:
+    """The forward pass, and the backward pass alone, compiled and run once."""
+    q, k, v, g = arrays
+    forward = jax.jit(attention)
+    # The pullback is a pytree of what the forward pass keeps: jitted, it is the backward pass
+    # alone.
+    pull_back = jax.jit(lambda q, k, v: jax.vjp(attention, q, k, v)[1])(q, k, v)
+    backward = jax.jit(lambda pull_back, g: pull_back(g))
+    calls = {"forward": lambda: forward(q, k, v), "backward": lambda: backward(pull_back, g)}
+    for call in calls.values():
+        jax.block_until_ready(call())
+    return calls
+
+
+def median_seconds(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """The median time of each call, taken in turns."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            jax.block_until_ready(call())
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def measure(
+    chip: str,
+    length: int,
+    shape: tuple[int, int, int],
+    dtype: str,
+    repeats: int,
+    name: Name | None = None,
+) -> Iterator[dict[str, Any]]:
+    """A row for each mask, pass and implementation at one length."""
+    arrays = draw(length, shape, dtype)
+    for mask, keywords in masks(length).items():
+        chosen = Implementation(name) if name else choose(chip, *arrays[:3], **keywords)
+        ours = functools.partial(flash_attention, implementation=chosen, **keywords)
+        calls, refused = {}, {}
+        others = competitors(chip, keywords)
+        if "xla" in others and 4 * shape[0] * length**2 > 2**31:
+            refused["xla"] = "it would hold more than 2 GiB of scores, several times"
+            del others["xla"]
+        for name, attention in {chosen.name: ours, **others}.items():
+            try:
+                calls |= {(name, which): call for which, call in passes(attention, arrays).items()}
+            except (NotImplementedError, ValueError, RuntimeError) as error:
+                if attention is ours:
+                    raise
+                refused[name] = str(error).splitlines()[0]
+        seconds = median_seconds(calls, repeats)
+        pairs = visible_pairs(length, keywords) * shape[0] * shape[2]
+        for (name, which), time_s in seconds.items():
+            flops = {"forward": 4, "backward": 10}[which] * pairs
+            yield {
+                "mask": mask,
+                "length": length,
+                "pass": which,
+                "implementation": name,
+                "ms": time_s * 1e3,
+                "tflops": flops / time_s / 1e12,
+            }
+        yield from (
+            {"mask": mask, "length": length, "implementation": name, "refused": why}
+            for name, why in refused.items()
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--lengths",
+        type=int,
+        nargs="+",
+        default=[4096, 8192, 16_384, 32_768],
+        help="T = S of a row",
+    )
+    parser.add_argument("--heads", type=int, default=64, help="N, query heads")
+    parser.add_argument("--kv_heads", type=int, default=8, help="K, key/value heads")
+    parser.add_argument("--width", type=int, default=128, help="H of a head")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument(
+        "--implementation",
+        choices=["blockwise", "tpu", "hopper", "hopper_fused"],
+        help="ours; by default `choose`'s",
+    )
+    parser.add_argument("--repeats", type=int, default=20, help="calls whose median is taken")
+    parser.add_argument(
+        "--json", type=Path, help="where to write the rows, with the device and the versions"
+    )
+    arguments = parser.parse_args()
+    shape = (arguments.heads, arguments.kv_heads, arguments.width)
+    chip = jax.devices()[0].device_kind
+    chosen = Implementation(arguments.implementation) if arguments.implementation else None
+    chosen = chosen or choose(chip, *draw(512, shape, arguments.dtype)[:3], causal=True)
+    try:
+        worst = check_numbers(chosen, shape, arguments.dtype)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    print(
+        f"{chosen.name} on {chip}, {arguments.dtype}, N={shape[0]} K={shape[1]} H={shape[2]}: at most {worst:.1e} from the reference"
+    )
+    rows = []
+    for length in arguments.lengths:
+        for row in measure(
+            chip, length, shape, arguments.dtype, arguments.repeats, arguments.implementation
+        ):
+            rows.append(row)
+            result = (
+                f"not run: {row['refused']}"
+                if "refused" in row
+                else f"{row['pass']:8} {row['ms']:9.2f} ms {row['tflops']:7.2f} TFLOP/s"
+            )
+            print(
+                f"{row['length']:>6} {row['mask']:12} {row['implementation']:20} {result}",
+                flush=True,
+            )
+    if arguments.json:
+        versions = {"jax": jax.__version__, "python": sys.version.split()[0]}
+        document = {
+            "device": chip,
+            "versions": versions,
+            "shape": shape,
+            "dtype": arguments.dtype,
+            "worst_difference": worst,
+            "rows": rows,
+        }
+        arguments.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""Finds the fastest sizes of blocks on the device at hand and adds them to the table, blocks.json.
+
+    python -m moe.kernels.benchmarks.tune
+    python -m moe.kernels.benchmarks.tune --dtypes float32 --widths 64 --lengths 1024 4096
+
+Each candidate's forward and backward pass is timed in turns with the others'. A size that does not
+compile (too large for the chip's memory, say) is left out. Calls that the table lacks take the
+sizes of a rule (choice.py). Interrupted, it keeps what it has found.
+"""
+
+import argparse
+import functools
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from moe.kernels.attention import Implementation, choice, flash_attention
+from moe.kernels.attention.masks import Options
+from moe.kernels.benchmarks.attention import draw, median_seconds, passes
+
+CANDIDATES = {
+    "blockwise": ((128, 256, 512), (256, 512, 1024)),
+    "tpu": ((256, 512, 1024), (256, 512, 1024)),
+}
+MASKS: dict[str, dict[str, Any]] = {
+    "causal": {"causal": True},
+    "full": {},
+    "window": {"causal": True, "window": (1023, 0)},
+}
+
+
+def fastest(
+    name: choice.Name,
+    options: Options,
+    arrays: tuple[jax.Array, ...],
+    keywords: dict[str, Any],
+    repeats: int,
+) -> tuple[tuple[int, int], float]:
+    """The sizes whose forward and backward pass take the least time, and that time over what the
+    rule's sizes take.
+    """
+    calls = {}
+    length = arrays[0].shape[1]
+    rule = Implementation.of(name, options).blocks
+    sizes = {
+        tuple(min(size, length) for size in pair)
+        for pair in (*itertools.product(*CANDIDATES[name]), rule)
+    }
+    for blocks in sorted(sizes):
+        attention = functools.partial(
+            flash_attention, implementation=Implementation(name, blocks), **keywords
+        )
+        try:
+            calls |= {(blocks, which): call for which, call in passes(attention, arrays).items()}
+        except (RuntimeError, ValueError) as error:
+            print(f"  {blocks}: {str(error).splitlines()[0]}")
+    seconds = median_seconds(calls, repeats)
+    totals = {
+        blocks: seconds[blocks, "forward"] + seconds[blocks, "backward"] for blocks, _ in calls
+    }
+    best = min(totals, key=totals.__getitem__)
+    return best, totals[best] / totals[tuple(min(size, length) for size in rule)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256], help="H of a head")
+    parser.add_argument(
+        "--lengths",
+        type=int,
+        nargs="+",
+        default=[1024, 4096, 16_384],
+        help="T = S; they stand for lengths down to half",
+    )
+    parser.add_argument("--heads", type=int, default=8, help="N, query heads")
+    parser.add_argument("--kv_heads", type=int, default=2, help="K, key/value heads")
+    parser.add_argument("--repeats", type=int, default=5, help="calls whose median is taken")
+    parser.add_argument("--table", type=Path, default=choice.TABLE, help="the table to add to")
+    arguments = parser.parse_args()
+    chip = jax.devices()[0].device_kind
+    for dtype, width, length, (mask, keywords) in itertools.product(
+        arguments.dtypes, arguments.widths, arguments.lengths, MASKS.items()
+    ):
+        arrays = draw(length, (arguments.heads, arguments.kv_heads, width), dtype)
+        call = choice.describe(*arrays[:3], **keywords)
+        name = choice.choose(chip, *arrays[:3], **keywords).name
+        if name not in CANDIDATES:
+            print(f"{mask}, {dtype}, H={width}, T={length}: {name} has no blocks to tune")
+            continue
+        blocks, ratio = fastest(name, call.options, arrays, keywords, arguments.repeats)
+        print(
+            f"{choice.key(name, call)}: {blocks}, {ratio:.2f} times the time of the rule's",
+            flush=True,
+        )
+        table = json.loads(arguments.table.read_text(encoding="utf-8"))
+        table.setdefault(chip, {})[choice.key(name, call)] = blocks
+        arguments.table.write_text(
+            json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+"""The typed view of a run's configuration.
+
+Config files hold ml_collections ConfigDicts; the code sees only these frozen dataclasses. Every
+default lives here, and every field and every pair of fields is checked here, before JAX is
+imported: a mistake costs a second and one line, not a queue slot.
+"""
+
+from moe.config.checks import ConfigError
+from moe.config.data import BYTE_VOCABULARY, DataConfig
+from moe.config.layout import AXES, RULES, MeshConfig, check_layout, split_axes
+from moe.config.model import AttentionConfig, ModelConfig
+from moe.config.run import RunConfig
+from moe.config.sparse import MoEConfig
+from moe.config.training import OptimizerConfig, TrackingConfig, TrainConfig
+
+__all__ = [
+    "AXES",
+    "BYTE_VOCABULARY",
+    "RULES",
+    "AttentionConfig",
+    "ConfigError",
+    "DataConfig",
+    "MeshConfig",
+    "MoEConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "RunConfig",
+    "TrackingConfig",
+    "TrainConfig",
+    "check_layout",
+    "split_axes",
+]

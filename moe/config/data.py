@@ -1,0 +1,43 @@
+"""The config of the data: where text comes from, and how it becomes rows of tokens."""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+from moe.config.checks import (
+    check_path,
+    check_positive,
+    check_range,
+    check_types,
+    expand_path,
+)
+
+BYTE_VOCABULARY = 256  # token ids that the byte tokenizer produces
+MAX_SEQUENCE_LENGTH = 2**24  # rotary positions are float32, which cannot tell larger ones apart
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where the text comes from and how it becomes rows of tokens."""
+
+    dataset: str = (
+        "stdlib"  # "stdlib", or any TFDS name ("name/config:version") with a "text" feature
+    )
+    train_split: str = "train"  # the split that is trained on
+    validation_split: str = "validation"  # the split that evaluations read
+    tokenizer: Literal["byte"] = "byte"  # how text becomes token ids: its UTF-8 bytes
+    sequence_length: int = 256  # tokens of a row
+    directory: str = "~/.cache/moe"  # TFDS's files and the prepared rows; shared by all hosts
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_positive(self, "sequence_length")
+        check_range(self, 1, MAX_SEQUENCE_LENGTH, "sequence_length")
+        check_path("directory", self.directory)
+
+    @property
+    def path(self) -> Path:
+        """`directory`, with ~ expanded. Raises ConfigError where the home directory is not known,
+        as in some containers.
+        """
+        return Path(expand_path("config.data.directory", self.directory))

@@ -1,0 +1,1 @@
+"""The state of a run, its steps, and the loop over them."""

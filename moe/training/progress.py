@@ -1,0 +1,114 @@
+"""What a person in front of a run sees: one line that says where it stands, and what it is waiting
+for.
+
+Showing is never worth a run: a closed or full stderr is written to no more, and training goes on.
+"""
+
+import io
+import logging
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+
+class Stream:
+    """A text stream that drops what cannot be written, as to a pipe whose reader has left (`2>&1 |
+    head -1`).
+    """
+
+    def __init__(self, stream: TextIO | None):
+        self._stream = (
+            _Nowhere() if stream is None else stream
+        )  # None is one that was closed before Python began (`2>&-`)
+
+    def write(self, text: str) -> int:
+        try:
+            self._stream.write(text)
+        except OSError as error:
+            self._abandon(error)
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._abandon(error)
+
+    def _abandon(self, error: OSError) -> None:
+        """Sends what follows nowhere if nobody can read it. The buffer has text left, which Python
+        would fail to write at exit.
+        """
+        if isinstance(error, BrokenPipeError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+class _Nowhere(io.TextIOBase):
+    def write(self, text: str) -> int:
+        return len(text)
+
+
+class Bar:
+    """The progress bar of a run: steps and time left, the newest metrics, and what the run is doing
+    when it takes no steps.
+
+    Until the first step is done, which compiles the program, there is no bar and no estimate, but a
+    line of text alone.
+    """
+
+    def __init__(self, steps: int, *, shown: bool = True):
+        # smoothing=0: the time left follows from all steps since the first, with the evaluations
+        # between them in their proportion.
+        self._bar = tqdm(
+            total=steps,
+            unit="step",
+            smoothing=0,
+            bar_format="{desc}",
+            file=Stream(sys.stderr),
+            disable=not shown,
+        )
+        self._stepped = False
+
+    def __enter__(self) -> "Bar":
+        for handler in logging.getLogger().handlers:
+            handler.addFilter(self._make_room)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for handler in logging.getLogger().handlers:
+            handler.removeFilter(self._make_room)
+        if self._stepped:
+            self._bar.set_description_str("", refresh=False)  # nothing is going on any more
+        self._bar.close()
+
+    def show(self, text: str) -> None:
+        """Says what the run is doing, until the next step is done."""
+        self._bar.set_description_str(text)
+
+    def step(self, step: int) -> None:
+        """Moves the bar to a step that is done. The time left is counted from the first of them."""
+        self._bar.set_description_str("", refresh=False)
+        if self._stepped or self._bar.disable:
+            self._bar.update(step - self._bar.n)
+            return
+        self._stepped, self._bar.bar_format = True, None
+        self._bar.initial = self._bar.n = step
+        self._bar.unpause()
+        self._bar.start_t = self._bar.last_print_t
+        self._bar.refresh()
+
+    def _make_room(self, _: logging.LogRecord) -> bool:
+        """Clears the line before a log message is written on it; the next step shows it again."""
+        self._bar.clear()
+        return True
+
+    def show_metrics(self, texts: Mapping[str, str]) -> None:
+        """Puts the newest metrics behind the bar."""
+        self._bar.set_postfix(texts)

@@ -1,0 +1,59 @@
+"""SIGINT and SIGTERM while a run trains: the first one asks it to save and stop, and the second one
+ends the process.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_FIRST = "\nstopping: this step is finished and saved first; a second signal stops at once\n"
+_SECOND = "\nstopped at once: what was trained since the last checkpoint is lost\n"
+
+
+@contextlib.contextmanager
+def catch_signals() -> Iterator[Callable[[], bool]]:
+    """Yields a function that tells whether SIGINT or SIGTERM has come. A second one, of either,
+    ends the process with 128 + its number.
+
+    A thread reads the signals' numbers: Python calls its handlers between two of its own
+    instructions alone, and the main thread can spend minutes in a compilation or in a wait for a
+    device.
+    """
+    arrived = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield arrived.is_set  # only the main thread may have signal handlers
+        return
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    watcher = threading.Thread(target=_watch, args=(reader,), daemon=True)
+    watcher.start()
+    before = {number: signal.signal(number, lambda *_: arrived.set()) for number in SIGNALS}
+    descriptor_before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    try:
+        yield arrived.is_set
+    finally:
+        signal.set_wakeup_fd(descriptor_before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        writer.close()  # which ends the thread
+        watcher.join()
+        reader.close()
+
+
+def _watch(reader: socket.socket) -> None:
+    """Says that the first signal was heard, and ends the process at the second. Returns when the
+    other end is closed.
+    """
+    count = 0
+    while number := reader.recv(1):
+        if number[0] not in SIGNALS:
+            continue
+        count += 1
+        with contextlib.suppress(OSError):  # stderr may be closed
+            os.write(2, (_FIRST if count == 1 else _SECOND).encode())
+        if count > 1:
+            os._exit(128 + number[0])

@@ -1,0 +1,1 @@
+"""What a run keeps in its directory: checkpoints, their identity, and metrics."""

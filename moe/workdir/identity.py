@@ -1,0 +1,165 @@
+"""What says which run a directory and each of its checkpoints belong to. Plain JSON: nothing here
+imports JAX.
+
+A checkpoint of step s is the directory `checkpoints/s`. Its `about.json` is written last, whole,
+and so marks the checkpoint as complete: a directory without one was cut off and is never restored.
+(An object store cannot rename a directory, but it can write one file whole.)
+"""
+
+import hashlib
+import json
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+from moe.config import ConfigError, RunConfig
+from moe.files import write_whole
+
+FORMAT_VERSION = 2
+CONFIG_FILE = "config.json"
+ABOUT_FILE = "about.json"
+LOCK_FILE = "run.lock"  # held by the process that writes the run, and naming it
+UNFINISHED_FILE = "unfinished.txt"  # there while a command makes a run directory that is no run yet
+
+
+def checkpoint_steps(directory: Path) -> list[int]:
+    """Returns the steps of the complete checkpoints in `directory`, in order. Raises ConfigError
+    for one of the older format.
+    """
+    return [step for step in _numbered(directory) if (directory / str(step) / ABOUT_FILE).exists()]
+
+
+def unfinished_steps(directory: Path) -> list[int]:
+    """Returns the steps of checkpoints that are being written or deleted, or were when their
+    process ended.
+    """
+    return [
+        step for step in _numbered(directory) if not (directory / str(step) / ABOUT_FILE).exists()
+    ]
+
+
+def _numbered(directory: Path) -> list[int]:
+    names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
+    steps = sorted(int(name) for name in names if name.isdecimal() and str(int(name)) == name)
+    for step in steps:
+        if (directory / str(step) / "about").is_dir():
+            path = directory / str(step)
+            raise ConfigError(
+                f"{path} has format 1, not {FORMAT_VERSION}: read it with the version that wrote it"
+            )
+    return steps
+
+
+def write_about(path: Path, about: dict[str, Any]) -> None:
+    """Writes a checkpoint's about.json, which makes the checkpoint complete."""
+    about = {"format_version": FORMAT_VERSION} | about
+    write_whole(path / ABOUT_FILE, json.dumps(about | {"sha256": _digest(about)}, indent=1) + "\n")
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """Returns what a checkpoint says about itself. Raises FileNotFoundError, and ConfigError where
+    the file is damaged.
+    """
+    try:
+        about = json.loads((path / ABOUT_FILE).read_text(encoding="utf-8"))
+        digest = about.pop("sha256")
+        version = about["format_version"]
+        whole = digest == _digest(about)
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise damaged(path, f"{ABOUT_FILE} is not what was written")
+    if version != FORMAT_VERSION:
+        raise ConfigError(
+            f"{path} has format {version}, not {FORMAT_VERSION}: read it with the version that wrote it"
+        )
+    if str(about["step"]) != path.name:
+        raise ConfigError(
+            f"{path} holds step {about['step']}: rename it to {about['step']}, or delete it"
+        )
+    return about
+
+
+def damaged(path: Path, reason: str) -> ConfigError:
+    """For bytes that were read and are wrong; never for a file that the system did not let us read."""
+    earlier = [step for step in checkpoint_steps(path.parent) if step < int(path.name)]
+    advice = (
+        f"delete it, and step {earlier[-1]} is taken"
+        if earlier
+        else "no earlier one is left, so restore its files from a copy"
+    )
+    return ConfigError(f"{path} is damaged ({reason}): {advice}")
+
+
+def read_saved_config(workdir: Path) -> RunConfig | None:
+    """Returns the config of the run in `workdir`: that of config.json, or else of its latest
+    checkpoint; None where neither is there.
+    """
+    if (workdir / CONFIG_FILE).exists():
+        return read_config(workdir)
+    directory = workdir / "checkpoints"
+    steps = checkpoint_steps(directory)
+    return (
+        RunConfig.from_config_dict(read_about(directory / str(steps[-1]))["config"])
+        if steps
+        else None
+    )
+
+
+def read_config(workdir: Path) -> RunConfig:
+    """Returns the config of the run in `workdir`. Raises ConfigError where there is none."""
+    path = workdir / CONFIG_FILE
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{path} does not exist: set --workdir to the directory of a run"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"{path} is not JSON ({error}): restore it, or set another --workdir"
+        ) from None
+    if not isinstance(config, dict):
+        raise ConfigError(
+            f"{path} holds {type(config).__name__} and not an object: restore it, or set another --workdir"
+        )
+    try:
+        return RunConfig.from_config_dict(config)
+    except (ConfigError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def write_config(workdir: Path, config: RunConfig) -> None:
+    """Writes the run's config.json, whole or not at all."""
+    write_whole(workdir / CONFIG_FILE, json.dumps(config.to_dict(), indent=2) + "\n")
+
+
+def differing_fields(
+    saved: RunConfig, config: RunConfig, allowed: Collection[str] = ()
+) -> list[str]:
+    """Returns a phrase for each field that makes `config` another experiment than the `saved` one,
+    except the `allowed` fields.
+
+    `mesh` and `data.directory` say where a run is laid out, and are no part of the experiment.
+    """
+    return [
+        f"{name} is {before!r} there and {after!r} here"
+        for (name, before), (_, after) in zip(
+            _flatten(saved.to_dict()), _flatten(config.to_dict()), strict=True
+        )
+        if before != after
+        and name not in ("data.directory", *allowed)
+        and not name.startswith("mesh.")
+    ]
+
+
+def _digest(about: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+
+
+def _flatten(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in config.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value

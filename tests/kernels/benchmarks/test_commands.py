@@ -1,0 +1,123 @@
+"""The commands that time attention and tune its blocks, on a CPU and small lengths."""
+
+import json
+
+import numpy as np
+import pytest
+
+from moe.kernels.attention import Implementation
+from moe.kernels.benchmarks import attention as benchmark
+from moe.kernels.benchmarks import tune
+
+
+def run(monkeypatch, command, *arguments):
+    monkeypatch.setattr("sys.argv", [command.__name__, *arguments])
+    command.main()
+
+
+SMALL = ("--heads=2", "--kv_heads=1", "--repeats=1")
+
+
+def test_the_benchmark_checks_times_and_writes(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "attention.json"
+    run(
+        monkeypatch,
+        benchmark,
+        *SMALL,
+        "--width=16",
+        "--dtype=float32",
+        "--lengths",
+        "64",
+        "96",
+        f"--json={path}",
+    )
+    written, printed = json.loads(path.read_text()), capsys.readouterr().out
+    assert written["device"] == "cpu" and 0 < written["worst_difference"] < 1e-4
+    found = {(row["length"], row["pass"], row["implementation"]) for row in written["rows"]}
+    assert found == {
+        (length, which, name)
+        for length in (64, 96)
+        for which in ("forward", "backward")
+        for name in ("blockwise", "xla")
+    }
+    for row in written["rows"]:  # 2 heads of width 16, half of the pairs and the diagonal
+        flops = (
+            {"forward": 4, "backward": 10}[row["pass"]]
+            * 2
+            * 16
+            * row["length"]
+            * (row["length"] + 1)
+            / 2
+        )
+        assert (
+            row["tflops"] == pytest.approx(flops / row["ms"] / 1e9)
+            and f"{row['ms']:.2f} ms" in printed
+        )
+
+
+def test_the_benchmark_counts_the_pairs_that_a_mask_leaves():
+    distance, documents = np.arange(64)[:, None] - np.arange(64), np.arange(64) // 8
+    causal, ids = distance >= 0, benchmark.masks(16_384)["8 documents"]
+    assert benchmark.visible_pairs(64, {"causal": True}) == causal.sum()
+    assert (
+        benchmark.visible_pairs(64, {"causal": True, "window": (9, 0)})
+        == (causal & (distance <= 9)).sum()
+    )
+    assert benchmark.visible_pairs(64, ids) == (causal & (documents[:, None] == documents)).sum()
+    np.testing.assert_array_equal(ids["q_segment_ids"][0], np.arange(16_384) // 2048)
+
+
+def test_the_benchmark_refuses_wrong_numbers(monkeypatch):
+    attention = benchmark.flash_attention
+    wrong = lambda q, k, v, **keywords: (
+        attention(q, k, v, **keywords)
+        * (1.03 if keywords["implementation"].name == "blockwise" else 1)
+    )
+    monkeypatch.setattr(benchmark, "flash_attention", wrong)
+    with pytest.raises(
+        ValueError, match=r"blockwise differs from the reference by 3\.\d%: its times mean nothing"
+    ):
+        benchmark.check_numbers(Implementation("blockwise"), (2, 1, 16), "float32")
+
+
+def test_tuning_adds_the_fastest_blocks_to_the_table(tmp_path, monkeypatch, capsys):
+    table = tmp_path / "blocks.json"
+    table.write_text('{"TPU v9": {}}')
+    monkeypatch.setitem(tune.CANDIDATES, "blockwise", ((8, 32), (16,)))
+    measured = iter(
+        [
+            {(8, 16): 1.0, (32, 16): 3.0, (32, 32): 2.0},
+            {(8, 16): 2.0, (32, 16): 1.0, (32, 32): 3.0},
+            {(32, 32): 1.0},
+        ]
+    )
+
+    def median_seconds(calls, repeats):
+        times = next(measured)
+        return {(blocks, which): times.get(blocks, 9.0) for blocks, which in calls}
+
+    monkeypatch.setattr(benchmark, "median_seconds", median_seconds)
+    run(
+        monkeypatch,
+        tune,
+        *SMALL,
+        "--dtypes",
+        "float32",
+        "--widths",
+        "16",
+        "--lengths",
+        "32",
+        f"--table={table}",
+    )
+    assert json.loads(table.read_text()) == {
+        "TPU v9": {},
+        "cpu": {
+            "blockwise float32 16 causal 32": [8, 16],
+            "blockwise float32 16 full 32": [32, 16],
+            "blockwise float32 16 window 32": [32, 32],
+        },
+    }
+    assert (
+        "blockwise float32 16 causal 32: (8, 16), 0.50 times the time of the rule's"
+        in capsys.readouterr().out
+    )

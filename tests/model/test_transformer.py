@@ -1,0 +1,377 @@
+"""The model against a plain numpy-style one, its causality, packing, caches and layouts."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from moe.config import ModelConfig, MoEConfig
+from moe.model.layers import einsum, look_up, swiglu
+from moe.model.transformer import Transformer
+from moe.parameters import declarations, is_declared, unbox
+
+SMALL = ModelConfig(
+    vocab_size=16,
+    num_layers=3,
+    model_dim=16,
+    feed_forward_dim=24,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=4,
+    compute_dtype="float32",
+)
+
+
+@functools.cache
+def init(config=SMALL, seed=0):
+    init = jax.jit(
+        lambda key: unbox(Transformer(config).init(key, {"tokens": jnp.zeros((1, 1), jnp.int32)}))
+    )
+    return init(jax.random.key(seed))
+
+
+def tokens(batch=2, length=9, vocab=16, seed=1):
+    return jnp.array(np.random.default_rng(seed).integers(0, vocab, (batch, length)))
+
+
+def logits(config, variables, batch):
+    model = Transformer(config)
+    return model.apply(variables, model.apply(variables, batch).hidden, method="unembed")
+
+
+def plain_norm(x, scale):
+    return x / np.sqrt(np.mean(x * x, -1, keepdims=True) + SMALL.norm_epsilon) * scale
+
+
+def plain_rotate(x, positions):
+    """Rotary positions as complex numbers: pair i of a head turns by position / base^(2i/H)."""
+    half = x.shape[-1] // 2
+    angles = positions[:, None] * SMALL.rope_base ** (-np.arange(half) / half)
+    turned = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angles)[:, None, :]
+    return np.concatenate([turned.real, turned.imag], -1)
+
+
+def plain_transformer(params, row):
+    """Logits [T, V] of one row, head by head and position by position, in float64."""
+    params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+    x = params["embedding"][row]
+    for layer in range(SMALL.num_layers):
+        p = jax.tree.map(lambda leaf, layer=layer: leaf[layer], params["layers_0"]["block_0"])
+        h = plain_norm(x, p["attention_norm"]["scale"])
+        q, k, v = (
+            np.einsum("td,dnh->tnh", h, p["attention"][name]) for name in ("query", "key", "value")
+        )
+        q, k = (plain_rotate(y, np.arange(len(row))) for y in (q, k))
+        mixed = np.zeros_like(q)
+        for t in range(len(row)):
+            for n in range(SMALL.num_heads):
+                shared = n // (SMALL.num_heads // SMALL.num_kv_heads)
+                scores = np.exp(k[: t + 1, shared] @ q[t, n] / np.sqrt(SMALL.head_dim))
+                mixed[t, n] = scores @ v[: t + 1, shared] / scores.sum()
+        x = x + np.einsum("tnh,nhd->td", mixed, p["attention"]["output"])
+        h = plain_norm(x, p["feed_forward_norm"]["scale"])
+        gate, up = h @ p["feed_forward"]["gate"], h @ p["feed_forward"]["up"]
+        x = x + (gate / (1 + np.exp(-gate)) * up) @ p["feed_forward"]["down"].T
+    return plain_norm(x, params["final_norm"]["scale"]) @ params["unembedding"]
+
+
+def test_equals_a_plain_transformer():
+    variables, rows = init(), tokens()
+    for row, got in zip(rows, logits(SMALL, variables, {"tokens": rows}), strict=True):
+        np.testing.assert_allclose(
+            got, plain_transformer(variables["params"], np.asarray(row)), atol=2e-5
+        )
+
+
+def test_no_position_sees_a_later_one():
+    variables, rows = init(), tokens(batch=1)
+    changed = rows.at[0, 5].set((rows[0, 5] + 1) % 16)
+    before, after = (logits(SMALL, variables, {"tokens": x})[0] for x in (rows, changed))
+    np.testing.assert_array_equal(before[:5], after[:5])
+    assert np.all(np.any(before[5:] != after[5:], axis=-1))
+
+
+def test_packed_documents_do_not_see_each_other():
+    variables, rows = init(), tokens(batch=1, length=9)
+    packed = {
+        "tokens": rows,
+        "segment_ids": jnp.array([[1, 1, 1, 1, 2, 2, 2, 0, 0]]),
+        "positions": jnp.array([[0, 1, 2, 3, 0, 1, 2, 0, 1]]),
+    }
+    together = logits(SMALL, variables, packed)[0]
+    np.testing.assert_allclose(
+        together[:4], logits(SMALL, variables, {"tokens": rows[:, :4]})[0], atol=1e-5
+    )
+    np.testing.assert_allclose(
+        together[4:7], logits(SMALL, variables, {"tokens": rows[:, 4:7]})[0], atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    "change", [{"remat": "full"}, {"scan_layers": False}, {"remat": "full", "scan_layers": False}]
+)
+def test_layouts_give_the_same_loss_and_gradients(change):
+    variables, rows = init(), tokens()
+
+    def loss(config, variables):
+        return jnp.sum(jnp.sin(logits(config, variables, {"tokens": rows})))
+
+    value, gradient = jax.jit(jax.value_and_grad(loss, argnums=1), static_argnums=0)(
+        SMALL, variables
+    )
+    other, other_gradient = jax.jit(jax.value_and_grad(loss, argnums=1), static_argnums=0)(
+        dataclasses.replace(SMALL, **change), variables
+    )
+    np.testing.assert_allclose(value, other, rtol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4),
+        gradient,
+        other_gradient,
+    )
+
+
+def test_full_remat_keeps_less():
+    config = dataclasses.replace(SMALL, num_layers=16, model_dim=64, feed_forward_dim=256)
+    variables, rows = init(config), tokens(batch=8, length=128)
+
+    def temporary_bytes(config):
+        loss = lambda variables: jnp.sum(logits(config, variables, {"tokens": rows}))
+        return (
+            jax.jit(jax.grad(loss)).lower(variables).compile().memory_analysis().temp_size_in_bytes
+        )
+
+    assert temporary_bytes(dataclasses.replace(config, remat="full")) < temporary_bytes(config) / 2
+
+
+def test_the_cache_changes_nothing():
+    model, variables, rows = Transformer(SMALL), init(), tokens(batch=2, length=9)
+    apply = jax.jit(model.apply)
+    expected = apply(variables, {"tokens": rows}).hidden
+    # The first row's prompt has 5 tokens, the second's 3 and two of padding, which later tokens
+    # must overwrite. A prompt reads no cache.
+    prompt, cache = rows.at[1, 3:5].set(0)[:, :5], model.init_cache(batch_size=2, length=12)
+    for start in (jax.tree.map(lambda x: x * jnp.nan, cache), cache):
+        output = apply(variables, {"tokens": prompt}, start)
+        np.testing.assert_allclose(output.hidden[0], expected[0, :5], atol=1e-5)
+        np.testing.assert_allclose(output.hidden[1, :3], expected[1, :3], atol=1e-5)
+    lengths = np.array([5, 3])
+    for count in (1, 3):  # tokens at a time, from where each row stands
+        positions = jnp.array(lengths)[:, None] + jnp.arange(count)
+        new = jnp.take_along_axis(rows, positions, axis=1)
+        output = apply(variables, {"tokens": new, "positions": positions}, output.cache)
+        np.testing.assert_allclose(
+            output.hidden, expected[np.arange(2)[:, None], positions], atol=1e-5
+        )
+        lengths += count
+
+
+@pytest.mark.parametrize("wrong", [-1, -17, 16, 300])
+def test_a_token_outside_the_vocabulary_has_no_other_ones_value(wrong):
+    hidden = Transformer(SMALL).apply(init(), {"tokens": tokens().at[0, 4].set(wrong)}).hidden
+    assert np.isnan(hidden[0, 4:]).all() and np.isfinite(hidden[1]).all()
+    gradient = jax.vjp(
+        lambda table: look_up("float32", table, jnp.array([[wrong, 3]])), jnp.ones((16, 2))
+    )[1](jnp.ones((1, 2, 2)))[0]
+    np.testing.assert_array_equal(gradient, np.eye(16)[3][:, None] * np.ones(2))
+
+
+def test_a_vocabulary_over_devices_has_rows_for_its_own_tokens_alone():
+    mesh = jax.make_mesh((2, 4), ("fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    table, ids = jnp.arange(32.0).reshape(16, 2), jnp.array([[-1, 0, 3, 4], [15, 16, 17, -16]])
+    with jax.set_mesh(mesh):
+        value, pull_back = jax.vjp(jax.jit(lambda table: look_up("float32", table, ids)), table)
+        gradient = pull_back(jnp.ones_like(value))[0]
+    np.testing.assert_array_equal(value[..., 0], [[np.nan, 0, 6, 8], [30, np.nan, np.nan, np.nan]])
+    np.testing.assert_array_equal(gradient[:, 0], np.isin(np.arange(16), [0, 3, 4, 15]))
+
+
+def test_padding_may_hold_any_number():
+    rows, segments = tokens(), jnp.array([[1] * 6 + [0] * 3] * 2)
+    expected, got = (
+        Transformer(SMALL).apply(init(), {"tokens": x, "segment_ids": segments}).hidden
+        for x in (rows, rows.at[:, 6:].set(-100))
+    )
+    np.testing.assert_array_equal(got[:, :6], expected[:, :6])
+
+
+@pytest.mark.parametrize("shape", [(2, 0), (0, 3)])
+def test_an_empty_batch_is_refused(shape):
+    with pytest.raises(ValueError, match=r"tokens have shape .*: give at least one row"):
+        Transformer(SMALL).apply(init(), {"tokens": jnp.zeros(shape, jnp.int32)})
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        (
+            {"tokens": (2, 9)},
+            "tokens have 9 positions and the cache has 8: make the cache with length=9 or more",
+        ),
+        ({"tokens": (2, 9), "positions": (2, 9)}, "tokens have 9 positions"),
+        (
+            {"tokens": (3, 1)},
+            "tokens have 3 rows and the cache has 2: make the cache with batch_size=3",
+        ),
+        ({"tokens": (2, 1), "positions": (2, 1), "segment_ids": (2, 1)}, "leave segment_ids out"),
+    ],
+)
+def test_what_a_cache_cannot_take_is_refused(batch, message):
+    model = Transformer(SMALL)
+    arrays = {name: jnp.ones(shape, jnp.int32) for name, shape in batch.items()}
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(model.apply, init(), arrays, model.init_cache(batch_size=2, length=8))
+
+
+def test_tokens_beyond_the_cache_are_nan_and_change_nothing():
+    model, variables, rows = Transformer(SMALL), init(), tokens()
+    apply = jax.jit(model.apply)
+    prompt = apply(variables, {"tokens": rows[:, :6]}, model.init_cache(batch_size=2, length=8))
+    # The first row has slots for two more tokens; the second one's stand before the first slot, in
+    # turn where they should not, and in the last slot.
+    positions = jnp.array([[6, 7, 8], [-1, 7, 7]])
+    output = apply(variables, {"tokens": rows[:, 6:], "positions": positions}, prompt.cache)
+    assert np.isnan(output.hidden[0, 2]).all() and np.isnan(output.hidden[1, [0, 2]]).all()
+    expected = apply(variables, {"tokens": rows}).hidden
+    np.testing.assert_allclose(output.hidden[0, :2], expected[0, 6:8], atol=1e-5)
+    for before, after in zip(
+        jax.tree.leaves(prompt.cache), jax.tree.leaves(output.cache), strict=True
+    ):
+        np.testing.assert_array_equal(before[:, :, :6], after[:, :, :6])
+        assert np.isfinite(after[:, 0]).all()
+
+
+@pytest.mark.parametrize(
+    "segments",
+    [[1, 1, 2, 2], [0, 0, 1, 1], [1, 0, 1, 0]],
+    ids=["two documents", "padding first", "a gap"],
+)
+def test_a_prompt_that_is_not_one_document_from_its_start_is_nan(segments):
+    model, rows = Transformer(SMALL), tokens(length=4)
+    batch = {"tokens": rows, "segment_ids": jnp.array([[1, 1, 1, 0], segments])}
+    hidden = jax.jit(model.apply)(init(), batch, model.init_cache(batch_size=2, length=8)).hidden
+    assert np.isfinite(hidden[0]).all() and np.isnan(hidden[1]).any()
+
+
+def test_tied_embeddings_share_one_table():
+    config = dataclasses.replace(SMALL, tied_embeddings=True)
+    variables = init(config)
+    assert "unembedding" not in variables["params"]
+    hidden = jnp.eye(16)[None]
+    got = Transformer(config).apply(variables, hidden, method="unembed")[0]
+    np.testing.assert_allclose(got, variables["params"]["embedding"].T, atol=1e-6)
+
+
+def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters():
+    config = dataclasses.replace(SMALL, compute_dtype="bfloat16")
+    variables = init(config)
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+    assert Transformer(config).apply(variables, {"tokens": tokens()}).hidden.dtype == jnp.bfloat16
+    got = logits(config, variables, {"tokens": tokens()})
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, logits(SMALL, variables, {"tokens": tokens()}), atol=0.15)
+
+
+def test_logits_are_not_rounded_to_the_compute_dtype():
+    config = dataclasses.replace(SMALL, compute_dtype="bfloat16")
+    got = logits(config, init(config), {"tokens": tokens()})
+    assert np.mean(got == got.astype(jnp.bfloat16)) < 0.1
+
+
+def test_the_weight_gradient_is_summed_in_float32():
+    x, w = jnp.ones((1, 4096, 1), jnp.bfloat16), jnp.ones((1, 1))
+    gradient = jax.grad(lambda w: jnp.sum(einsum("BTD,DF->BTF", x, w).astype(jnp.float32)))(w)
+    assert gradient.dtype == jnp.float32 and gradient[0, 0] == 4096
+    odd = jax.grad(lambda w: jnp.sum(einsum("BTD,DF->BTF", x[:, :4095], w).astype(jnp.float32)))(w)
+    assert odd[0, 0] == 4095  # which bfloat16 cannot hold
+
+
+def test_declarations_match_the_parameters():
+    declared = declarations(Transformer(SMALL))
+    params = init()["params"]
+    for leaf, value in zip(
+        jax.tree.leaves(declared, is_leaf=is_declared), jax.tree.leaves(params), strict=True
+    ):
+        assert (
+            leaf.value.shape == value.shape
+            and len(leaf.dims) == value.ndim
+            and value.dtype == jnp.float32
+        )
+        if leaf.kind != "norm":
+            scale = (
+                (2 * SMALL.num_layers) ** -0.5
+                if leaf.dims == "LNHD" or leaf.fan_in == SMALL.feed_forward_dim
+                else 1.0
+            )
+            assert np.std(value) == pytest.approx(scale * leaf.fan_in**-0.5, rel=0.15)
+
+
+def test_program_and_compile_size_do_not_grow_with_depth():
+    def program_lines(num_layers):
+        config = dataclasses.replace(SMALL, num_layers=num_layers)
+        variables = jax.eval_shape(lambda: init(config))
+        loss = lambda variables: jnp.sum(logits(config, variables, {"tokens": tokens()}))
+        return len(jax.jit(jax.grad(loss)).lower(variables).compile().as_text().splitlines())
+
+    assert program_lines(32) <= 1.1 * program_lines(4)
+
+
+def test_swiglu_has_the_gradients_of_its_formula():
+    gate, up, g = jax.random.normal(jax.random.key(0), (3, 4, 8))
+    value, gradients = jax.vjp(swiglu, gate, up)
+    expected, expected_gradients = jax.vjp(lambda gate, up: jax.nn.silu(gate) * up, gate, up)
+    np.testing.assert_allclose(value, expected, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(gradients(g), expected_gradients(g), rtol=1e-5, atol=1e-6)
+
+
+SPARSE = dataclasses.replace(
+    SMALL,
+    num_layers=2,
+    moe=MoEConfig(num_experts=4, expert_dim=8, num_shared_experts=1, first_dense_layers=1),
+)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rows"),
+    [({"data": 4, "expert": 2}, 4), pytest.param({"fsdp": 8}, 1, marks=pytest.mark.slow)],
+)
+def test_a_batch_too_small_for_the_mesh_is_copied(sizes, rows):
+    """The batch gives up its axes, and no other dimension takes them: results are one device's."""
+    model, batch = Transformer(SPARSE), {"tokens": tokens(batch=rows)}
+
+    def loss(params):
+        output = model.apply({"params": params}, batch)
+        return jnp.mean(model.apply({"params": params}, output.hidden, method="unembed") ** 2)
+
+    params = init(SPARSE)["params"]
+    expected = jax.jit(jax.value_and_grad(loss))(params)
+    with jax.set_mesh(
+        jax.make_mesh(tuple(sizes.values()), tuple(sizes), (AxisType.Auto,) * len(sizes))
+    ):
+        actual = jax.jit(jax.value_and_grad(loss))(params)
+    jax.tree.map(
+        lambda a, e: np.testing.assert_allclose(a, e, atol=1e-5 * np.abs(e).max() + 1e-7),
+        actual,
+        expected,
+    )
+
+
+def test_jitter_is_neither_forgotten_in_training_nor_drawn_in_evaluation():
+    noisy = dataclasses.replace(SPARSE, moe=dataclasses.replace(SPARSE.moe, jitter=0.1))
+    variables, batch = init(SPARSE), {"tokens": tokens()}
+    with pytest.raises(ValueError, match=r"^jitter=0.1 draws from keys that are not there"):
+        jax.eval_shape(Transformer(noisy).apply, variables, batch)
+    keys = jax.random.split(jax.random.key(0), 2)
+    quiet, drawn, plain = (
+        jax.jit(model.apply)(variables, batch).hidden
+        for model, batch in (
+            (Transformer(noisy).without_jitter(), batch),
+            (Transformer(noisy), batch | {"row_keys": keys}),
+            (Transformer(SPARSE), batch),
+        )
+    )
+    np.testing.assert_array_equal(quiet, plain)
+    assert np.abs(drawn - plain).max() > 1e-4

@@ -1,0 +1,105 @@
+"""The RULES table, and the hosts' parts of a batch."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from moe.config import ConfigError, MeshConfig, ModelConfig, RunConfig, TrainConfig
+from moe.parallel import mesh as mesh_module
+from moe.parallel.mesh import constrain, global_batch, host_rows, spec
+
+
+def make_mesh(**sizes):
+    model = ModelConfig(num_heads=8, num_kv_heads=4)
+    return mesh_module.make_mesh(
+        RunConfig(mesh=MeshConfig(**sizes), model=model, train=TrainConfig(batch_size=16))
+    )
+
+
+def test_parameters_and_activations_follow_one_table():
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    batch, dim = ("data", "fsdp", "expert"), ("fsdp", "expert")
+    assert spec("DF", (64, 64), mesh) == P(dim, "tensor")
+    assert spec("LNHD", (3, 8, 5, 64), mesh) == P((), "tensor", (), dim)
+    assert spec("VD", (64, 64), mesh) == P("tensor", dim)
+    # An expert's own weights have given the expert axis to E.
+    assert spec("EDF", (8, 64, 64), mesh) == P("expert", "fsdp", "tensor")
+    # B takes both, so an activation's D is whole on each device.
+    assert spec("BTD", (16, 8, 64), mesh) == P(batch, "context", ())
+    assert spec("BTNH", (16, 8, 8, 16), mesh) == P(batch, "context", "tensor", ())
+    # So it is where B is too small to be split: its axes are nobody else's.
+    assert spec("BTD", (1, 8, 64), mesh) == P((), "context", ())
+
+
+def test_fewer_key_value_heads_than_the_tensor_axis_are_copied():
+    mesh = make_mesh(data=1, tensor=8)
+    assert spec("DKH", (64, 4, 16), mesh) == P(("fsdp", "expert"), (), ())
+    assert spec("DKH", (64, 8, 16), mesh) == P(("fsdp", "expert"), "tensor", ())
+
+
+def test_a_parameter_that_cannot_be_split_is_refused():
+    with pytest.raises(ValueError, match="dimension F of DF has size 63"):
+        spec("DF", (64, 63), make_mesh(data=4, tensor=2))
+
+
+def test_constrain_without_a_mesh_does_nothing():
+    x = jnp.ones((3, 5))
+    assert constrain(x, "BT") is x
+
+
+def test_a_mesh_with_other_axes_is_left_alone():
+    devices = np.array(jax.devices())
+    x = jnp.ones((8, 4, 2))
+    with jax.set_mesh(Mesh(devices, ("batch",), axis_types=(AxisType.Auto,))):
+        assert constrain(x, "BTD") is x
+    mesh = Mesh(devices.reshape(4, 2), ("data", "other"), axis_types=(AxisType.Auto,) * 2)
+    with jax.set_mesh(mesh):
+        split = jax.device_put(x, NamedSharding(mesh, P("data", "other")))
+        kept = jax.jit(lambda x: constrain(x, "BTD"))(split)
+    assert kept.sharding.is_equivalent_to(split.sharding, 3)
+
+
+def test_the_mesh_refuses_what_does_not_fit_the_devices():
+    with pytest.raises(ConfigError, match="does not fit 8 devices"):
+        make_mesh(data=1, fsdp=16)
+    with pytest.raises(ConfigError, match=r"batch_size=16 .* multiple of"):
+        mesh_module.make_mesh(
+            RunConfig(mesh=MeshConfig(data=-1), train=TrainConfig(batch_size=16, accumulation=4))
+        )
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"context": 2, "expert": 4, "data": 1}],
+)
+def test_a_global_batch_holds_the_hosts_rows(sizes):
+    mesh = make_mesh(**sizes)
+    rows = {
+        "tokens": np.arange(16 * 4).reshape(16, 4),
+        "loss_mask": np.arange(16 * 4).reshape(16, 4) % 3 == 0,
+    }
+    batch = global_batch(rows, mesh, 16)
+    np.testing.assert_array_equal(host_rows(mesh, 16), np.arange(16))
+    jax.tree.map(np.testing.assert_array_equal, batch, rows)
+    assert batch["tokens"].sharding.spec == spec("BT", (16, 4), mesh)
+
+
+def test_every_process_places_its_own_rows(monkeypatch):
+    """A process that holds rows 4-7 and 12-15 (as with data=2 across two hosts) hands over those
+    rows only.
+    """
+    mesh = make_mesh(data=8)
+    held = np.array([4, 5, 6, 7, 12, 13, 14, 15])
+    asked = []
+
+    def record(shape, array_sharding, callback):
+        asked.append(callback((slice(12, 14), slice(0, 3))))
+        return jnp.zeros(shape)
+
+    monkeypatch.setattr(mesh_module, "host_rows", lambda *_: held)
+    monkeypatch.setattr(jax, "make_array_from_callback", record)
+    global_batch({"tokens": held[:, None] * np.ones((1, 3), int)}, mesh, 16)
+    np.testing.assert_array_equal(asked[0], [[12] * 3, [13] * 3])

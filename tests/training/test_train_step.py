@@ -1,0 +1,295 @@
+"""One step on 8 devices against one, accumulation, golden metrics, and updates that are skipped."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from moe import losses
+from moe.config import (
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainConfig,
+)
+from moe.model.transformer import Transformer
+from moe.parallel.mesh import global_batch
+from moe.parameters import declarations, unbox
+from moe.training.optimizer import make_optimizer, make_schedule
+from moe.training.train_step import TrainState, make_program, make_train_step
+
+CONFIG = RunConfig(
+    model=ModelConfig(
+        vocab_size=256,
+        num_layers=2,
+        model_dim=32,
+        feed_forward_dim=48,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        compute_dtype="float32",
+    ),
+    data=DataConfig(sequence_length=16),
+    optimizer=OptimizerConfig(warmup_fraction=0.1),
+    train=TrainConfig(batch_size=16, steps=10),
+)
+
+
+def batch_rows(seed=0, batch=16, length=16):
+    """Packed rows with documents of random length, and some padding: what the loader gives."""
+    rng = np.random.default_rng(seed)
+    starts = rng.random((batch, length)) < 0.2
+    segments = 1 + np.cumsum(starts, axis=1)
+    index = np.arange(length)
+    positions = index - np.maximum.accumulate(np.where(starts, index, 0), axis=1)
+    real = index < rng.integers(length // 2, length + 1, (batch, 1))
+    return {
+        "tokens": rng.integers(0, 256, (batch, length)).astype(np.int32),
+        "targets": rng.integers(0, 256, (batch, length)).astype(np.int32),
+        "loss_mask": real & (rng.random((batch, length)) < 0.9),
+        "segment_ids": np.where(real, segments, 0).astype(np.int32),
+        "positions": positions.astype(np.int32),
+    }
+
+
+def run(config, steps=2, devices=None, rows=None):
+    """The state and the last metrics after `steps` steps."""
+    program = make_program(config, devices)
+    state = program.init_state()
+    with jax.set_mesh(program.mesh):
+        for step in range(steps):
+            batch = global_batch(rows or batch_rows(step), program.mesh, config.train.batch_size)
+            state, metrics = program.train_step(state, batch)
+    return state, {name: float(value) for name, value in metrics.items() if name != "router"}
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    return run(CONFIG, devices=jax.devices()[:1])
+
+
+def assert_same(run_a, run_b):
+    (state_a, metrics_a), (state_b, metrics_b) = run_a, run_b
+    for name in metrics_a:
+        np.testing.assert_allclose(metrics_a[name], metrics_b[name], rtol=1e-5, err_msg=name)
+    # Adam divides by the gradient's size, so after two steps a parameter may differ by more than
+    # its gradient did.
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), state_a.params, state_b.params
+    )
+
+
+LAYOUTS = {
+    "data": {"data": 8},
+    "fsdp": {"data": 1, "fsdp": 8},
+    "tensor, key/value heads copied": {"data": 2, "tensor": 4},
+    "data, fsdp and tensor": {"data": 2, "fsdp": 2, "tensor": 2},
+    "fsdp, expert and context": {"data": 1, "fsdp": 2, "expert": 2, "context": 2},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_eight_devices_equal_one(one_device, layout):
+    assert_same(one_device, run(dataclasses.replace(CONFIG, mesh=MeshConfig(**LAYOUTS[layout]))))
+
+
+@pytest.mark.parametrize("mesh", [{"data": 1}, {"data": 2, "fsdp": 2, "tensor": 2}])
+def test_accumulation_equals_one_batch(one_device, mesh):
+    """Also with microbatches of unequal numbers of targets: the sum is divided once, by the number
+    in the whole batch.
+    """
+    train = dataclasses.replace(CONFIG.train, accumulation=4, loss_chunk=5)
+    config = dataclasses.replace(CONFIG, train=train, mesh=MeshConfig(**mesh))
+    assert_same(one_device, run(config, devices=jax.devices()[: int(np.prod(config.mesh.sizes))]))
+
+
+def test_golden_first_step():
+    """The metrics of the first step, pinned: any change to model, initialisation, loss or optimizer
+    has to own up to it here.
+    """
+    _, metrics = run(CONFIG, steps=1, devices=jax.devices()[:1])
+    assert metrics["loss"] == pytest.approx(GOLDEN["loss"], rel=1e-5)
+    assert metrics["gradient_norm"] == pytest.approx(GOLDEN["gradient_norm"], rel=1e-4)
+    assert metrics["targets"] == GOLDEN["targets"]
+    assert metrics["learning_rate"] == 0.0
+
+
+GOLDEN = {"loss": 6.006570, "gradient_norm": 1.842657, "targets": 194}
+
+
+def test_parameters_and_moments_are_split_alike_and_never_whole():
+    program = make_program(dataclasses.replace(CONFIG, mesh=MeshConfig(data=1, fsdp=4, tensor=2)))
+    state = program.init_state()
+    for moment in ("mu", "nu"):
+        moments = optax.tree.get(state.opt_state, moment)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_equal(a.sharding == b.sharding, True),
+            moments,
+            state.params,
+        )
+    gate = state.params["layers_0"]["block_0"]["feed_forward"]["gate"]
+    assert gate.addressable_shards[0].data.shape == (2, 8, 24)
+    hlo = jax.jit(program.init_state).lower().compile().as_text()
+    assert "f32[2,32,48]" not in hlo  # the whole gate; a device makes its eighth
+
+
+def test_the_step_keeps_the_states_shardings():
+    config = dataclasses.replace(CONFIG, mesh=MeshConfig(data=2, fsdp=2, tensor=2))
+    program = make_program(config)
+    state, _ = run(config, steps=1)
+    jax.tree.map(
+        lambda new, old: np.testing.assert_equal(new.sharding == old.sharding, True),
+        state,
+        program.abstract_state,
+    )
+
+
+def test_initial_values_do_not_depend_on_the_layout():
+    whole = make_program(CONFIG, jax.devices()[:1]).init_state()
+    split = make_program(
+        dataclasses.replace(CONFIG, mesh=MeshConfig(data=1, fsdp=4, tensor=2))
+    ).init_state()
+    jax.tree.map(
+        lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), whole, split
+    )
+
+
+def test_what_is_not_finite_is_skipped_and_counted():
+    program = make_program(CONFIG, jax.devices()[:1])
+    state = program.init_state()
+    poisoned = state.replace(params=state.params | {"final_norm": {"scale": jnp.full(32, jnp.inf)}})
+    kept = jax.tree.map(np.array, poisoned)
+    batch = global_batch(batch_rows(), program.mesh, 16)
+    with jax.set_mesh(program.mesh):
+        state, metrics = program.train_step(poisoned, batch)
+        assert not np.isfinite(metrics["loss"])
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            (state.params, state.opt_state),
+            (kept.params, kept.opt_state),
+        )
+        assert (int(state.step), int(state.examples)) == (1, 16)
+        state, metrics = program.train_step(state, batch)
+        assert (int(state.skipped), int(metrics["skipped_in_row"])) == (2, 2)
+        healed = state.replace(params=state.params | {"final_norm": {"scale": jnp.ones(32)}})
+        state, metrics = program.train_step(healed, batch)
+    assert (int(metrics["skipped_steps"]), int(metrics["skipped_in_row"])) == (2, 0)
+    assert metrics["learning_rate"] == 0.0  # the first update that is made is the schedule's first
+
+
+def assert_skipped(optimizer, *batches):
+    """A step leaves the parameters and the optimizer's state as they were, and counts the update;
+    returns the metrics of all.
+    """
+    config = dataclasses.replace(
+        CONFIG,
+        model=dataclasses.replace(CONFIG.model, num_layers=1, model_dim=8, feed_forward_dim=8),
+    )
+    model = Transformer(config.model)
+    params = jax.jit(lambda key: unbox(model.init(key, {"tokens": jnp.zeros((1, 1), jnp.int32)})))(
+        jax.random.key(0)
+    )["params"]
+    zero = jnp.zeros((), jnp.int32)
+    state = TrainState(zero, zero, zero, zero, params, optimizer.init(params), {})
+    step = jax.jit(make_train_step(config, model, optimizer, losses.next_token_loss(16)))
+    found = [step(state, batch) for batch in batches]
+    for new, metrics in found:
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            (new.params, new.opt_state),
+            (state.params, state.opt_state),
+        )
+        assert (
+            int(new.step),
+            int(new.skipped),
+            int(metrics["skipped_steps"]),
+            int(metrics["skipped_in_row"]),
+        ) == (1, 1, 1, 1)
+    return [metrics for _, metrics in found]
+
+
+def test_an_update_that_makes_parameters_infinite_is_skipped():
+    (metrics,) = assert_skipped(optax.chain(optax.adam(3e38), optax.scale(10.0)), batch_rows())
+    assert np.isfinite(metrics["loss"]) and np.isfinite(metrics["gradient_norm"])
+
+
+def test_a_batch_with_an_id_outside_the_vocabulary_is_skipped():
+    batches = [batch_rows() for _ in range(4)]
+    row, position = np.argwhere(batches[0]["loss_mask"])[7]
+    for batch, (field, wrong) in zip(
+        batches, itertools.product(("tokens", "targets"), (-1, 256)), strict=True
+    ):
+        batch[field][row, position] = wrong
+    assert all(np.isnan(metrics["loss"]) for metrics in assert_skipped(optax.sgd(0.1), *batches))
+
+
+def test_decay_reaches_what_multiplies_activations_alone():
+    model = Transformer(CONFIG.model)
+    optimizer = make_optimizer(CONFIG.optimizer, optax.constant_schedule(0.5), declarations(model))
+    params = make_program(CONFIG, jax.devices()[:1]).init_state().params
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates = jax.jit(lambda params: optimizer.update(zeros, optimizer.init(params), params)[0])(
+        params
+    )
+    decayed = {
+        jax.tree_util.keystr(path)
+        for path, update in jax.tree_util.tree_leaves_with_path(updates)
+        if np.any(update)
+    }
+    every = {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
+    assert every - decayed == {name for name in every if "norm" in name} | {"['embedding']"}
+    np.testing.assert_allclose(
+        updates["unembedding"], -0.5 * 0.1 * params["unembedding"], rtol=1e-6
+    )
+
+
+def test_schedule():
+    schedule = make_schedule(
+        RunConfig(
+            optimizer=OptimizerConfig(
+                learning_rate=2.0, warmup_fraction=10 / 110, final_learning_rate_fraction=0.1
+            ),
+            train=TrainConfig(steps=110),
+        )
+    )
+    expected = {0: 0.0, 5: 1.0, 10: 2.0, 60: 1.1, 110: 0.2}
+    assert {step: pytest.approx(float(schedule(step)), abs=1e-6) for step in expected} == expected
+
+
+def test_adamw_by_hand():
+    """One parameter, one step: the bias-corrected moments of the first gradient make its sign, and
+    decay adds to it.
+    """
+    optimizer = optax.adamw(0.1, b1=0.9, b2=0.95, weight_decay=0.1)
+    params = jnp.array([2.0])
+    updates, _ = optimizer.update(jnp.array([-3.0]), optimizer.init(params), params)
+    np.testing.assert_allclose(updates, -0.1 * (-1.0 + 0.1 * 2.0), rtol=1e-5)
+
+
+def test_evaluation_sums_add_up_and_draw_nothing():
+    moe = MoEConfig(
+        num_experts=4, expert_dim=8, balance_scope="row", jitter=0.1
+    )  # jitter is training's
+    program = make_program(
+        dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, moe=moe)),
+        jax.devices()[:1],
+    )
+    variables, rows = program.init_state().variables, batch_rows()
+    with jax.set_mesh(program.mesh):
+        whole = program.eval_step(variables, global_batch(rows, program.mesh, 16))
+        parts = [
+            program.eval_step(variables, {name: x[half] for name, x in rows.items()})
+            for half in (slice(0, 4), slice(4, 16))
+        ]
+    total = jax.tree.map(lambda *sums: sum(sums), *parts)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), whole, total
+    )  # some 200 positive terms
+    assert losses.metrics(whole)["loss"] == pytest.approx(np.log(256), rel=0.2)

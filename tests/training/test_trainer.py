@@ -1,0 +1,822 @@
+"""Runs from beginning to end: resuming bit for bit, refusing another config, stopping when nothing
+is finite.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from launch.benchmark import benchmark
+from launch.evaluate import evaluate
+from launch.generate import generate
+from launch.upcycle import upcycle
+from moe.config import (
+    ConfigError,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrackingConfig,
+    TrainConfig,
+)
+from moe.files import sole
+from moe.interop.upcycle import KEPT_FIELDS
+from moe.scaling import hardware
+from moe.training import train_step, trainer
+from moe.training.optimizer import make_schedule
+from moe.training.signals import SIGNALS
+from moe.workdir import checkpoint
+from moe.workdir.origin import KEPT_MOE_FIELDS
+from moe.workdir.tracking import read_metrics, read_router
+
+MODEL = ModelConfig(
+    num_layers=2,
+    model_dim=16,
+    feed_forward_dim=24,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
+    compute_dtype="float32",
+)
+
+DETERMINISTIC = (
+    "step",
+    "train/loss",
+    "train/gradient_norm",
+    "train/learning_rate",
+    "train/skipped_steps",
+    "validation/loss",
+)
+
+
+@functools.cache
+def make_program(config, devices=None):
+    """Runs of one config share what they trace and compile."""
+    return train_step.make_program(config, None if devices is None else list(devices))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_program_for_a_config():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            trainer,
+            "make_program",
+            lambda config, devices=None: make_program(config, devices and tuple(devices)),
+        )
+        yield
+
+
+@pytest.fixture(scope="session")
+def config(data_directory):
+    return RunConfig(
+        model=MODEL,
+        data=DataConfig(sequence_length=64, directory=data_directory),
+        optimizer=OptimizerConfig(learning_rate=0.01, warmup_fraction=0.25),
+        train=TrainConfig(
+            steps=8, batch_size=8, log_every=1, eval_every=4, eval_batches=1, checkpoint_every=3
+        ),
+        tracking=TrackingConfig(tensorboard=False),
+    )
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(config, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("uninterrupted")
+    trainer.fit(config, workdir)
+    return workdir
+
+
+def lines(workdir):
+    return [
+        {name: line[name] for name in DETERMINISTIC if name in line}
+        for line in read_metrics(workdir)
+    ]
+
+
+def saved_state(config, workdir, step=None, mesh=None):
+    program = make_program(dataclasses.replace(config, mesh=mesh or config.mesh))
+    with checkpoint.open_checkpoints(workdir, config) as checkpoints:
+        return checkpoint.restore(checkpoints, program.abstract_state, step)
+
+
+def assert_same_run(config, workdir, expected):
+    assert lines(workdir) == lines(expected)
+    states = [
+        jax.tree.map(np.asarray, saved_state(config, directory))
+        for directory in (workdir, expected)
+    ]
+    jax.tree.map(np.testing.assert_array_equal, *states)
+
+
+def stop_at(monkeypatch, step):
+    """As if a signal came while the `step`-th step of this call was running."""
+    asked = []
+
+    @contextlib.contextmanager
+    def catch():
+        yield lambda: asked.append(None) or len(asked) >= step
+
+    monkeypatch.setattr(trainer, "catch_signals", catch)
+
+
+def test_a_run_logs_evaluates_and_learns(config, uninterrupted):
+    written = lines(uninterrupted)
+    assert [line["step"] for line in written if "train/loss" in line] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert [line["step"] for line in written if "validation/loss" in line] == [4, 8]
+    assert written[-1]["validation/loss"] < written[0]["train/loss"] - 0.1
+    assert json.loads((uninterrupted / "config.json").read_text()) == config.to_dict()
+    state = saved_state(config, uninterrupted)
+    assert (int(state.step), int(state.examples)) == (8, 64)
+
+
+@pytest.mark.parametrize("steps", [(1,), (3,), (4,), (2, 3), (7,)])
+def test_resumed_equals_uninterrupted_bit_for_bit(
+    config, uninterrupted, tmp_path, monkeypatch, steps
+):
+    for step in steps:
+        stop_at(monkeypatch, step)
+        with pytest.raises(trainer.Interrupted, match="run the same command again"):
+            trainer.fit(config, tmp_path)
+    monkeypatch.undo()
+    trainer.fit(config, tmp_path)
+    assert_same_run(config, tmp_path, uninterrupted)
+
+
+def test_what_was_logged_after_the_last_checkpoint_is_written_again(
+    config, uninterrupted, tmp_path, monkeypatch
+):
+    """As after kill -9: metrics of steps 4 and 5, half a line, and half a checkpoint, but the last
+    whole checkpoint is of step 3.
+    """
+    stop_at(monkeypatch, 3)
+    with pytest.raises(trainer.Interrupted):
+        trainer.fit(config, tmp_path)
+    monkeypatch.undo()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(
+            '{"step": 4, "train/loss": 9.0}\n{"step": 5, "train/loss": 9.0}\n{"step": 6, "tra'
+        )
+    (tmp_path / "checkpoints" / "6" / "state.orbax-checkpoint-tmp" / "d").mkdir(parents=True)
+    trainer.fit(config, tmp_path)
+    assert_same_run(config, tmp_path, uninterrupted)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["6", "8"]
+
+
+def test_a_finished_run_is_left_as_it_is(config, uninterrupted):
+    before = (uninterrupted / "metrics.jsonl").read_text()
+    metrics = trainer.fit(config, uninterrupted)
+    assert (uninterrupted / "metrics.jsonl").read_text() == before
+    assert metrics["validation/loss"] == lines(uninterrupted)[-1]["validation/loss"]
+
+
+def test_another_mesh_restores_the_same_state_and_agrees(
+    config, uninterrupted, tmp_path, monkeypatch
+):
+    stop_at(monkeypatch, 4)
+    with pytest.raises(trainer.Interrupted):
+        trainer.fit(config, tmp_path)
+    monkeypatch.undo()
+    mesh = MeshConfig(data=2, fsdp=2, tensor=2)
+    states = saved_state(config, tmp_path), saved_state(config, tmp_path, mesh=mesh)
+    assert states[0].params["embedding"].sharding != states[1].params["embedding"].sharding
+    jax.tree.map(
+        np.testing.assert_array_equal, *(jax.tree.map(np.asarray, state) for state in states)
+    )
+    trainer.fit(dataclasses.replace(config, mesh=mesh), tmp_path)
+    for got, expected in zip(lines(tmp_path), lines(uninterrupted), strict=True):
+        assert got == pytest.approx(expected, rel=1e-3)
+
+
+def test_another_config_is_refused_by_its_fields(config, uninterrupted):
+    other = dataclasses.replace(
+        config, seed=1, train=dataclasses.replace(config.train, steps=9, batch_size=16)
+    )
+    with pytest.raises(
+        ConfigError, match=r"seed is 0 there and 1 here; train.batch_size is 8 there and 16 here"
+    ):
+        trainer.fit(other, uninterrupted)
+
+
+def with_steps(config, steps):
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps))
+
+
+def test_a_finished_run_goes_on_to_more_steps_by_their_schedule(
+    config, uninterrupted, tmp_path, monkeypatch
+):
+    """It is a run of 12 steps that was interrupted at 8, but for the learning rates that it had
+    before.
+    """
+    warnings = []
+    monkeypatch.setattr(
+        trainer.logging, "warning", lambda text, *values: warnings.append(text % values)
+    )
+    shutil.copytree(uninterrupted, tmp_path, dirs_exist_ok=True)
+    longer = with_steps(config, 12)
+    trainer.fit(longer, tmp_path)
+    expected = [
+        float(make_schedule(run)(step))
+        for run, steps in ((config, range(8)), (longer, range(8, 12)))
+        for step in steps
+    ]
+    assert [
+        line["train/learning_rate"] for line in lines(tmp_path) if "train/loss" in line
+    ] == pytest.approx(expected, rel=1e-5)
+    old, new = (float(make_schedule(run)(8)) for run in (config, longer))
+    assert warnings == [
+        f"train.steps is 12 now, and was 8: at step 8 the learning rate goes from {old:.3g}, of the old schedule, to {new:.3g}"
+    ]
+    assert lines(tmp_path)[: len(lines(uninterrupted))] == lines(uninterrupted)
+    assert json.loads((tmp_path / "config.json").read_text())["train"]["steps"] == 12
+    with pytest.raises(
+        ConfigError,
+        match=r"train.steps=8 is not more than the 12 steps that .* has trained: set train.steps to 12, or",
+    ):
+        trainer.fit(config, tmp_path)
+    trainer.fit(longer, tmp_path)
+    assert len(warnings) == 1
+
+
+@pytest.mark.slow
+def test_a_longer_run_equals_one_that_had_its_schedule_from_the_start(
+    config, tmp_path, monkeypatch
+):
+    """With a constant learning rate the schedules agree, and the extended run is the longer one bit
+    for bit.
+    """
+    constant = dataclasses.replace(
+        config.optimizer, warmup_fraction=0.0, final_learning_rate_fraction=1.0
+    )
+    config = dataclasses.replace(config, optimizer=constant)
+    trainer.fit(with_steps(config, 4), tmp_path / "extended")
+    trainer.fit(with_steps(config, 8), tmp_path / "extended")
+    trainer.fit(with_steps(config, 8), tmp_path / "whole")
+    assert_same_run(with_steps(config, 8), tmp_path / "extended", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("steps", "refused"), [(2, True), (3, True), (4, False), (8, False), (12, False)]
+)
+def test_an_interrupted_run_may_change_its_steps_to_more_than_it_has_trained(
+    config, tmp_path, monkeypatch, steps, refused
+):
+    stop_at(monkeypatch, 3)
+    with pytest.raises(trainer.Interrupted):
+        trainer.fit(config, tmp_path)
+    if refused:
+        with pytest.raises(ConfigError, match=rf"train.steps={steps} is not more than the 3 steps"):
+            trainer.check_workdir(tmp_path, with_steps(config, steps))
+    else:
+        trainer.check_workdir(tmp_path, with_steps(config, steps))
+
+
+def fork_of(config):
+    """Another schedule, batch size and seed, on the other split."""
+    optimizer = OptimizerConfig(learning_rate=1e-4, warmup_fraction=0.0, weight_decay=0.0)
+    train = dataclasses.replace(
+        config.train, steps=4, eval_every=4, checkpoint_every=1, keep_last=9
+    )
+    return dataclasses.replace(config, seed=1, optimizer=optimizer, train=train)
+
+
+def test_a_new_run_starts_from_anothers_parameters(config, uninterrupted, tmp_path, monkeypatch):
+    """Its loss at step 0 is the other's last validation loss; step, stream and moments are new.
+    Resuming needs neither flag nor source.
+    """
+    source, workdir = tmp_path / "source", tmp_path / "fork"
+    shutil.copytree(uninterrupted, source)
+    fork = fork_of(config)
+    stop_at(monkeypatch, 2)
+    with pytest.raises(trainer.Interrupted):
+        trainer.fit(fork, workdir, init_from=source)
+    monkeypatch.undo()
+    assert json.loads((workdir / "origin.json").read_text()) == {
+        "init_from": str(source),
+        "step": 8,
+    }
+    first, last = saved_state(fork, workdir, 0), saved_state(config, source)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        *(jax.tree.map(np.asarray, state.params) for state in (first, last)),
+    )
+    assert (int(first.step), int(first.examples)) == (0, 0)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(first.opt_state))
+    rows = trainer.prepare(fork.data, "validation")
+    loss = trainer.evaluate(fork, make_program(fork), first.variables, rows)["loss"]
+    assert loss == pytest.approx(lines(source)[-1]["validation/loss"], rel=1e-5)
+    trainer.fit(fork, workdir, init_from=source, init_step=8)  # the same flags again
+    shutil.rmtree(source)
+    assert trainer.fit(fork, workdir)["validation/loss"] < loss + 0.01
+    with pytest.raises(
+        ConfigError,
+        match=r"fork started from step 8 of .*/source: leave out --init_from, or set another --workdir",
+    ):
+        trainer.fit(fork, workdir, init_from=uninterrupted)
+    with pytest.raises(ConfigError, match=r"fork started from step 8 of .*/source"):
+        trainer.fit(fork, workdir, init_from=source, init_step=6)
+
+
+def test_a_fork_killed_before_its_first_checkpoint_starts_from_the_same_step_again(
+    config, uninterrupted, tmp_path, monkeypatch
+):
+    def kill(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "save", kill)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit(fork_of(config), tmp_path, init_from=uninterrupted, init_step=6)
+    monkeypatch.undo()
+    stop_at(monkeypatch, 1)
+    with pytest.raises(trainer.Interrupted):
+        trainer.fit(fork_of(config), tmp_path)
+    params = [
+        saved_state(run, workdir, step).params
+        for run, workdir, step in ((fork_of(config), tmp_path, 0), (config, uninterrupted, 6))
+    ]
+    jax.tree.map(
+        np.testing.assert_array_equal, *(jax.tree.map(np.asarray, tree) for tree in params)
+    )
+
+
+def test_what_a_run_cannot_start_from_is_refused(config, uninterrupted, tmp_path):
+    def refused(message, workdir=tmp_path / "new", model=MODEL, **flags):
+        with pytest.raises(ConfigError, match=message):
+            trainer.fit(dataclasses.replace(config, model=model), workdir, **flags)
+
+    refused(
+        r"--init_from=.*nothing is no run: set --init_from to the directory of a run",
+        init_from=tmp_path / "nothing",
+    )
+    refused(
+        r"no checkpoint of step 5: set --init_step to one of its steps \(6, 8\)",
+        init_from=uninterrupted,
+        init_step=5,
+    )
+    refused(
+        r"holds a run that started from new parameters: leave out --init_from",
+        workdir=uninterrupted,
+        init_from=uninterrupted,
+    )
+    moe = MoEConfig(num_experts=2, expert_dim=24)
+    for field, value in (("rope_base", 5000.0), ("num_layers", 1), ("moe", moe)):
+        name = "moe.num_experts" if field == "moe" else field
+        model = dataclasses.replace(MODEL, **{field: value})
+        refused(
+            rf"model.{name}=.* in the run to start from: set model.{name} to",
+            model=model,
+            init_from=uninterrupted,
+        )
+
+
+def test_every_field_of_a_model_may_differ_between_a_run_and_its_origin_or_not():
+    """A new field has to be put on one side: it changes the function of the same parameters, or it
+    does not.
+    """
+    free = {"compute_dtype", "remat", "scan_layers", "attention", "moe"}
+    assert {field.name for field in dataclasses.fields(ModelConfig)} == free | set(KEPT_FIELDS)
+    free = {"jitter", "balance_weight", "balance_scope", "z_weight", "bias_update_rate"}
+    free |= {"dispatch", "capacity_factor", "priority", "exchange", "receive_factor"}
+    assert {field.name for field in dataclasses.fields(MoEConfig)} == free | set(KEPT_MOE_FIELDS)
+
+
+def test_other_rows_are_refused(config, uninterrupted, monkeypatch):
+    rows = trainer.prepare(config.data, "train")
+    monkeypatch.setattr(trainer, "prepare", lambda *_: dataclasses.replace(rows, sha256="0" * 64))
+    with pytest.raises(
+        ConfigError,
+        match=rf"rows with checksum {rows.sha256[:8]}, .* have 00000000: set data.directory",
+    ):
+        trainer.fit(config, uninterrupted)
+
+
+def test_the_first_process_alone_writes(config, uninterrupted, tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    with trainer.open_records(tmp_path, config, make_program(config), 0) as record:
+        record(1, {"train/loss": 1.0})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_refused_config_leaves_its_workdir_free(config, tmp_path):
+    wrong = dataclasses.replace(config, data=dataclasses.replace(config.data, train_split="trian"))
+    with pytest.raises(ConfigError, match="'trian'"):
+        trainer.fit(wrong, tmp_path)
+    trainer.check_workdir(tmp_path, config)
+
+
+def test_a_damaged_checkpoint_is_named(config, uninterrupted, tmp_path):
+    workdir = tmp_path / "copy"
+    shutil.copytree(uninterrupted, workdir)
+    shutil.rmtree(workdir / "checkpoints" / "8" / "state")
+    with pytest.raises(
+        ConfigError, match=r"checkpoints/8 is damaged \([^\n]*\): delete it, and step 6 is taken$"
+    ):
+        trainer.load_run(workdir)
+    shutil.rmtree(workdir / "checkpoints")
+    with pytest.raises(ConfigError, match="checkpoints does not exist"):
+        trainer.load_run(workdir)
+    assert not (workdir / "checkpoints").exists()
+
+
+def test_checkpoints_kept(config, tmp_path):
+    train = dataclasses.replace(
+        config.train, steps=7, checkpoint_every=1, keep_last=2, keep_every=3
+    )
+    trainer.fit(dataclasses.replace(config, train=train), tmp_path)
+    with checkpoint.open_checkpoints(tmp_path, config) as checkpoints:
+        assert list(checkpoints.all_steps()) == [3, 6, 7]
+
+
+def test_a_checkpoint_of_another_shape_dtype_or_tree_is_refused(config, uninterrupted):
+    def restore(change, tree=lambda state: state):
+        program = make_program(
+            dataclasses.replace(config, model=dataclasses.replace(config.model, **change))
+        )
+        with checkpoint.open_checkpoints(uninterrupted, config) as checkpoints:
+            checkpoint.restore(checkpoints, tree(program.abstract_state))
+
+    with pytest.raises(
+        ConfigError,
+        match=r"embedding as float32\[256, 16\], and the config asks for float32\[512, 16\]",
+    ):
+        restore({"vocab_size": 512})
+    with pytest.raises(
+        ConfigError, match=r"unembedding as float32\[16, 256\], and the config asks for nothing"
+    ):
+        restore({"tied_embeddings": True})
+    bfloat16 = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, "bfloat16", sharding=leaf.sharding)
+    with pytest.raises(
+        ConfigError,
+        match=r"params\.embedding as float32\[256, 16\], and the config asks for bfloat16",
+    ):
+        restore({}, lambda state: state.replace(params=jax.tree.map(bfloat16, state.params)))
+
+
+def test_a_run_without_its_config_json_is_still_that_run(config, uninterrupted, tmp_path):
+    """The checkpoints say which run they are of: another config is refused, and the same one writes
+    the file again.
+    """
+    shutil.copytree(uninterrupted, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "config.json").unlink()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(
+        ConfigError, match=r"holds a run of another config \(seed is 0 there and 1 here\)"
+    ):
+        trainer.fit(dataclasses.replace(config, seed=1), tmp_path)
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} == before.keys()
+    trainer.fit(config, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text()) == config.to_dict()
+    assert_same_run(config, tmp_path, uninterrupted)
+
+
+def test_a_second_start_on_a_run_is_refused_and_writes_nothing(config, tmp_path):
+    with trainer.lock_run(tmp_path):
+        before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+        with pytest.raises(
+            ConfigError,
+            match=rf"is being written by process {os.getpid()} on {socket.gethostname()}: wait until it ends",
+        ):
+            trainer.fit(config, tmp_path)
+        assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    with trainer.lock_run(tmp_path):
+        pass
+
+
+def test_a_lock_ends_with_its_process(tmp_path):
+    code = "import pathlib, sys; from moe.files import sole\nwith sole(pathlib.Path(sys.argv[1])) as holder: print(holder); input()"
+    path = tmp_path / "run.lock"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "None\n"
+    with sole(path) as holder:
+        assert holder == f"process {process.pid} on {socket.gethostname()}"
+    process.kill()
+    process.communicate()
+    with sole(path) as holder:
+        assert holder is None
+
+
+def test_a_step_that_was_not_saved_is_refused(uninterrupted):
+    with pytest.raises(
+        ConfigError, match=r"no checkpoint of step 5: choose one of its steps \(6, 8\)"
+    ):
+        trainer.load_run(uninterrupted, step=5)
+
+
+def test_a_run_that_is_not_finite_stops_and_keeps_its_last_checkpoint(config, tmp_path):
+    config = dataclasses.replace(
+        config,
+        optimizer=dataclasses.replace(config.optimizer, learning_rate=1e30, warmup_fraction=0.125),
+        train=dataclasses.replace(config.train, max_skipped_steps=3, checkpoint_every=1),
+    )
+    with pytest.raises(trainer.Diverged, match="3 updates in a row"):
+        trainer.fit(config, tmp_path)
+    assert lines(tmp_path)[-1]["train/skipped_steps"] == 3.0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_remembered_and_handlers_come_back(number, capfd):
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with trainer.catch_signals() as interrupted:
+        assert not interrupted()
+        os.kill(os.getpid(), number)
+        assert interrupted()
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+    assert "a second signal stops at once" in capfd.readouterr().err
+    with trainer.catch_signals() as interrupted:
+        assert not interrupted()
+
+
+@pytest.mark.parametrize(("first", "second"), list(itertools.product(SIGNALS, SIGNALS)))
+def test_a_second_signal_of_either_kind_ends_a_process_that_runs_no_python(first, second):
+    """As while XLA compiles: the main thread waits in C, where Python calls no handlers."""
+    program = textwrap.dedent("""
+        import ctypes
+        from moe.training.signals import catch_signals
+        with catch_signals():
+            print("ready", flush=True)
+            ctypes.CDLL(None).select(0, None, None, None, ctypes.byref((ctypes.c_long * 2)(60, 0)))
+            ctypes.CDLL(None).select(0, None, None, None, ctypes.byref((ctypes.c_long * 2)(60, 0)))
+    """)
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(first)
+        while "stopping: this step is finished and saved first" not in process.stderr.readline():
+            pass
+        process.send_signal(second)
+        assert process.wait(20) == 128 + second
+        assert (
+            "stopped at once: what was trained since the last checkpoint is lost"
+            in process.stderr.read()
+        )
+
+
+def test_a_short_run_whose_every_update_was_skipped_has_diverged(config, tmp_path, monkeypatch):
+    """It has too few steps for max_skipped_steps. The finished run says it again."""
+    train = dataclasses.replace(config.train, steps=2)
+    config = dataclasses.replace(config, train=train)
+    state = make_program(config).init_state()
+    broken = state.replace(params=jax.tree.map(lambda x: x * np.nan, state.params))
+    monkeypatch.setattr(trainer, "first_state", lambda *_: broken)
+    with pytest.raises(
+        trainer.Diverged,
+        match="step 2: every update had a loss or gradient that was not finite, and was skipped",
+    ):
+        trainer.fit(config, tmp_path)
+    monkeypatch.undo()
+    with pytest.raises(trainer.Diverged, match="step 2: every update"):
+        trainer.fit(config, tmp_path)
+    with pytest.raises(
+        ConfigError,
+        match="checkpoints/2 has a loss that is not finite: set --step to an earlier checkpoint",
+    ):
+        evaluate(tmp_path)
+    with pytest.raises(
+        ConfigError,
+        match=r"checkpoints/2 holds numbers that are not finite in params/.*: set the step to",
+    ):
+        generate(tmp_path, ["def "], max_new_tokens=2)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    "name", ["validation/loss", "validation/bits_per_byte", "validation/max_vio"]
+)
+def test_an_end_that_is_not_finite_has_diverged(name, value):
+    with pytest.raises(
+        trainer.Diverged, match=f"step 8: {name} is {value}: lower optimizer.learning_rate"
+    ):
+        trainer.check_outcome(8, 0, {"validation/loss": 2.0, name: value})
+    trainer.check_outcome(8, 7, {"validation/loss": 2.0})
+    trainer.check_outcome(0, 0, {})
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_a_model_that_cannot_fit_is_refused_before_anything_is_made(
+    config, tmp_path, monkeypatch, devices
+):
+    """Virtual CPU devices share one memory: what each of 8 holds counts 8 times."""
+    program = make_program(config, tuple(jax.devices()[:devices]))
+    state_bytes = sum(leaf.size * 4 for leaf in jax.tree.leaves(program.abstract_state))
+    params_bytes = sum(leaf.size * 4 for leaf in jax.tree.leaves(program.abstract_state.params))
+    needed = devices * (state_bytes + params_bytes)
+    monkeypatch.setattr(trainer, "prepare", lambda *_: pytest.fail("data was prepared"))
+    monkeypatch.setattr(trainer, "memory_bytes", lambda device: needed - 1)
+    with pytest.raises(
+        ConfigError,
+        match=r"config.model takes .* GiB of memory without its activations, and there are .* GiB: split it",
+    ):
+        trainer.fit(config, tmp_path, jax.devices()[:devices])
+    monkeypatch.setattr(trainer, "memory_bytes", lambda device: needed)
+    trainer.check_memory(program.mesh, program.abstract_state, program.abstract_state.params)
+
+
+def test_every_command_that_makes_a_state_looks_at_the_memory_first(
+    config, uninterrupted, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(trainer, "memory_bytes", lambda device: 1000)
+    sparse = dataclasses.replace(MODEL, moe=MoEConfig(num_experts=2, expert_dim=24))
+    for command in (
+        lambda: benchmark(config, trials=1),
+        lambda: trainer.load_run(uninterrupted),
+        lambda: upcycle(
+            uninterrupted, dataclasses.replace(config, model=sparse), tmp_path / "upcycled"
+        ),
+    ):
+        with pytest.raises(ConfigError, match=r"config\.model takes 0\.0 GiB of memory"):
+            command()
+
+
+def test_a_signal_in_the_last_step_or_after_it_is_told_to_the_caller(config, tmp_path, monkeypatch):
+    """A comparison would go on to its next run. The run itself is whole."""
+    stop_at(monkeypatch, config.train.steps + 1)
+    with pytest.raises(trainer.Interrupted, match="stopped at step 8 and saved"):
+        trainer.fit(config, tmp_path)
+    monkeypatch.undo()
+    assert trainer.fit(config, tmp_path)["validation/loss"] > 0
+
+
+def test_fit_may_run_in_a_thread():
+    caught = []
+
+    def run():
+        with trainer.catch_signals() as interrupted:
+            caught.append(interrupted())
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert caught == [False]
+
+
+def test_evaluation_covers_the_split_whatever_the_batch_size(config, uninterrupted):
+    rows = trainer.prepare(config.data, "validation")
+    results = []
+    for batch_size in (64, 1000):
+        train = dataclasses.replace(config.train, eval_batches=0, batch_size=batch_size)
+        whole = dataclasses.replace(config, train=train)
+        results.append(
+            trainer.evaluate(
+                whole, make_program(whole), saved_state(config, uninterrupted).variables, rows
+            )
+        )
+    assert results[0] == pytest.approx(results[1], rel=1e-5)
+    expected = results[0]["loss"] * rows.num_targets / rows.num_bytes / np.log(2)
+    assert results[0]["bits_per_byte"] == pytest.approx(expected)
+
+
+@pytest.fixture(scope="session")
+def moe_config(config):
+    """Four experts with little room and with biases, in both layers."""
+    moe = MoEConfig(
+        num_experts=4,
+        expert_dim=12,
+        dispatch="capacity",
+        capacity_factor=1.0,
+        bias_update_rate=0.01,
+        z_weight=1e-3,
+    )
+    train = dataclasses.replace(
+        config.train, steps=6, log_every=2, eval_every=6, checkpoint_every=2
+    )
+    return dataclasses.replace(config, model=dataclasses.replace(MODEL, moe=moe), train=train)
+
+
+@pytest.fixture(scope="session")
+def uninterrupted_moe(moe_config, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("uninterrupted_moe")
+    trainer.fit(moe_config, workdir, jax.devices()[:1])  # which compiles sooner
+    return workdir
+
+
+MEANS = {
+    "load_entropy", "load_variation", "dropped_fraction", "logit_norm", "router_entropy", "top1_margin", "balance_loss", "z_loss", "max_vio"
+}  # fmt: skip
+
+
+def test_a_sparse_run_writes_its_routers_statistics(uninterrupted_moe):
+    written = [line for line in read_metrics(uninterrupted_moe) if "train/loss" in line]
+    router = list(read_router(uninterrupted_moe))
+    assert [line["step"] for line in written] == [step for step, _ in router] == [2, 4, 6]
+    for line, (_, layers) in zip(written, router, strict=True):
+        names = {name.removeprefix("router/") for name in line if name.startswith("router/")}
+        assert names == MEANS | {"dead_experts", "bias_range", "worst_max_vio"}
+        assert layers.keys() == MEANS | {"dead_experts", "bias_range", "load"}
+        assert {
+            name: values.shape for name, values in layers.items() if name != "load"
+        } == dict.fromkeys(layers.keys() - {"load"}, (2,))
+        assert layers["load"].shape == (2, 4)
+        np.testing.assert_allclose(layers["load"].sum(axis=1), 1, atol=1e-4)
+        np.testing.assert_allclose(layers["max_vio"], 4 * layers["load"].max(axis=1) - 1, atol=1e-3)
+        for name in MEANS:
+            assert line[f"router/{name}"] == pytest.approx(layers[name].mean(), rel=1e-4)
+        assert line["router/worst_max_vio"] == pytest.approx(layers["max_vio"].max(), rel=1e-4)
+    np.testing.assert_allclose(
+        router[0][1]["bias_range"], 0.02, rtol=1e-4
+    )  # one update before, of 0.01 up and 0.01 down
+
+
+def test_validation_tells_how_even_the_load_is(uninterrupted_moe):
+    (line,) = (line for line in read_metrics(uninterrupted_moe) if "validation/loss" in line)
+    names = ("loss", "bits_per_byte", "max_vio", "load_entropy", "dropped_fraction")
+    assert set(line) == {"step", *(f"validation/{name}" for name in names)}
+    assert (
+        line["validation/max_vio"] > 0
+        and 0.5 < line["validation/load_entropy"] < 1
+        and 0 < line["validation/dropped_fraction"] < 0.5
+    )
+
+
+@pytest.mark.slow
+def test_a_resumed_sparse_run_has_the_same_router_file_byte_for_byte(
+    moe_config, uninterrupted_moe, tmp_path, monkeypatch
+):
+    """As after kill -9 too: a line of a step that was not saved, and half a line."""
+    stop_at(monkeypatch, 3)
+    with pytest.raises(trainer.Interrupted):
+        trainer.fit(moe_config, tmp_path, jax.devices()[:1])
+    monkeypatch.undo()
+    with (tmp_path / "router.jsonl").open("a") as file:
+        file.write('{"step": 4, "load": [[1.0, 0.0, 0.0, 0.0]]}\n{"step": 6, "lo')
+    trainer.fit(moe_config, tmp_path, jax.devices()[:1])
+    assert (tmp_path / "router.jsonl").read_bytes() == (
+        uninterrupted_moe / "router.jsonl"
+    ).read_bytes()
+    assert_same_run(moe_config, tmp_path, uninterrupted_moe)
+
+
+def test_a_dense_run_writes_nothing_of_routers(uninterrupted):
+    assert not (uninterrupted / "router.jsonl").exists()
+    assert not [
+        name
+        for line in read_metrics(uninterrupted)
+        for name in line
+        if "router" in name or "max_vio" in name
+    ]
+
+
+def test_router_statistics_are_means_sums_and_largest_values():
+    router = {
+        "load": np.array([[0.5, 0.5], [0.0, 1.0]]),
+        "max_vio": np.array([0.0, 1.0]),
+        "dead_experts": np.array([0.0, 1.0]),
+        "bias_range": np.array([0.25, 0.5]),
+    }
+    assert trainer.router_summary(router) == {
+        "max_vio": 0.5,
+        "dead_experts": 1.0,
+        "bias_range": 0.5,
+        "worst_max_vio": 1.0,
+    }
+    assert trainer.router_summary({}) == {}
+
+
+def test_an_mfu_is_only_of_a_peak_that_cannot_be_exceeded(config, uninterrupted):
+    """A rate measured on this machine can be: a run on CPUs has a speed and no MFU."""
+    timed = [line for line in read_metrics(uninterrupted) if "train/tokens_per_second" in line]
+    assert timed and not [line for line in timed if "train/mfu" in line]
+    h100 = types.SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3")
+    assert hardware.peak_flops([h100, h100]) == 2 * 989e12
+    assert hardware.peak_flops([h100, jax.devices()[0]]) is None
+
+
+def test_the_progress_bar_shows_what_there_is():
+    dense = {"train/loss": 2.5, "train/skipped_steps": 0.0}
+    assert trainer.postfix(dense) == {"loss": "2.500"}
+    on_a_cpu = {"train/tokens_per_second": 41234.0}
+    assert trainer.postfix(dense | on_a_cpu) == {"loss": "2.500", "tokens/s": "4.12e+04"}
+    speeds = on_a_cpu | {"train/mfu": 0.5}
+    assert trainer.postfix(dense | speeds) == {
+        "loss": "2.500",
+        "tokens/s": "4.12e+04",
+        "MFU": "50.0%",
+    }
+    sparse = dense | {"router/worst_max_vio": 0.426, "router/dropped_fraction": 0.0}
+    assert trainer.postfix(sparse) == {"loss": "2.500", "MaxVio": "0.43"}
+    dropping = sparse | {"router/dropped_fraction": 0.0312, "train/skipped_steps": 2.0}
+    assert trainer.postfix(dropping) == {
+        "loss": "2.500",
+        "MaxVio": "0.43",
+        "dropped": "3.1%",
+        "skipped": "2",
+    }
