@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import tensorflow_datasets as tfds
 
+from moe import files
 from moe.config import ConfigError, DataConfig, RunConfig
-from moe.data import files
 from moe.data.sources import check_dataset, open_documents, source_name
 from tests.data.conftest import TRAIN, SmallText
 
