@@ -51,26 +51,31 @@ def check_types(config: object, *, wide: tuple[str, ...] = ()) -> None:
     larger integers.
     """
     for name, declared in typing.get_type_hints(type(config)).items():
-        value, expected = getattr(config, name), without_none(declared)
-        if value is None and isinstance(declared, types.UnionType):
-            continue
-        if typing.get_origin(expected) is Literal:
-            _check_option(name, value, typing.get_args(expected))
-        elif expected is float and isinstance(value, int) and not isinstance(value, bool):
-            # A whole number may stand for a float; the field then holds the float.
-            _check_whole_float(name, value)
-            object.__setattr__(config, name, float(value))
-        elif type(value) is not expected:
-            raise ConfigError(
-                f"{name}={show(value)} has type {type(value).__name__}: "
-                f"set {name} to a value of type {expected.__name__}"
-            )
-        elif expected is float:
-            _check_float(name, value)
-        elif expected is int and abs(value) > LARGEST_INT and name not in wide:
-            raise ConfigError(
-                f"{name}={show(value)} does not fit an int32: set {name} to at most {LARGEST_INT}"
-            )
+        value = getattr(config, name)
+        if value is not None or not isinstance(declared, types.UnionType):
+            _check_field(config, name, without_none(declared), is_wide=name in wide)
+
+
+def _check_field(config: object, name: str, expected: Any, is_wide: bool) -> None:
+    """Raises ConfigError if the value of one field is not of the `expected` type."""
+    value = getattr(config, name)
+    if typing.get_origin(expected) is Literal:
+        _check_option(name, value, typing.get_args(expected))
+    elif expected is float and isinstance(value, int) and not isinstance(value, bool):
+        # A whole number may stand for a float; the field then holds the float.
+        _check_whole_float(name, value)
+        object.__setattr__(config, name, float(value))
+    elif type(value) is not expected:
+        raise ConfigError(
+            f"{name}={show(value)} has type {type(value).__name__}: "
+            f"set {name} to a value of type {expected.__name__}"
+        )
+    elif expected is float:
+        _check_float(name, value)
+    elif expected is int and abs(value) > LARGEST_INT and not is_wide:
+        raise ConfigError(
+            f"{name}={show(value)} does not fit an int32: set {name} to at most {LARGEST_INT}"
+        )
 
 
 def _check_option(name: str, value: object, options: tuple[str, ...]) -> None:

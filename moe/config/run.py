@@ -105,9 +105,9 @@ class RunConfig:
     @classmethod
     def config_dict(cls) -> ConfigDict:
         """Returns all defaults as a mutable ConfigDict, from which a config file starts."""
-        config = ConfigDict(dataclasses.asdict(cls()))
-        config.model.moe.normalize_weights = placeholder(bool)  # is None until a flag sets it
-        return config
+        values = dataclasses.asdict(cls())
+        values["model"]["moe"]["normalize_weights"] = placeholder(bool)  # None until a flag sets it
+        return ConfigDict(values)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the config as plain dicts, which JSON can hold."""
