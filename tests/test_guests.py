@@ -25,6 +25,7 @@ from moe.model.transformer import Transformer
 from moe.parallel import expert as expert_parallel
 from moe.parallel.context import ring_attention, ulysses_attention
 from moe.parameters import unbox
+from moe.tasks.language_modelling import counts, next_token_loss
 from moe.training.train_step import make_program
 
 SETTINGS = {
@@ -84,14 +85,14 @@ def variables(model, *shape_of_x):
 
 
 def model_loss(config):
-    model, loss_fn = Transformer(config), losses.next_token_loss(3)
+    model, loss_fn = Transformer(config), next_token_loss(3)
 
     def loss(variables, batch):
         output = model.apply(variables, batch)
         sums = loss_fn(
             output, lambda hidden: model.apply(variables, hidden, method="unembed"), batch
         )
-        return losses.objective(sums, losses.counts(batch), config.moe), losses.metrics(sums)
+        return losses.objective(sums, counts(batch), config.moe), losses.metrics(sums)
 
     return loss
 

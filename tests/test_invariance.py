@@ -33,7 +33,9 @@ from moe.config import (
 from moe.model.transformer import Transformer
 from moe.parallel.mesh import global_batch, make_mesh, shardings
 from moe.parameters import unbox
-from moe.training.train_step import TrainState, make_train_step
+from moe.tasks import make_task
+from moe.tasks.language_modelling import DIMS
+from moe.training.train_step import make_train_step, new_state
 
 ROWS, LENGTH, PADDED = 32, 16, 24
 
@@ -178,21 +180,11 @@ def step(config: RunConfig) -> dict[str, Any]:
     mesh = make_mesh(config, jax.devices()[: int(np.prod(config.mesh.sizes))])
     model = Transformer(config.model)
     placed = jax.device_put(variables(), shardings(declared(), mesh))
-    zero = jnp.zeros((), jnp.int32)
-    state = TrainState(
-        zero,
-        zero,
-        zero,
-        zero,
-        placed["params"],
-        KEEP_GRADIENT.init(placed["params"]),
-        placed["router_state"],
-    )
-    train_step = make_train_step(
-        config, model, KEEP_GRADIENT, losses.next_token_loss(config.train.loss_chunk)
-    )
+    opt_state = KEEP_GRADIENT.init(placed["params"])
+    state = new_state(placed["params"], opt_state, placed["router_state"])
+    train_step = make_train_step(config, model, KEEP_GRADIENT, make_task(config))
     with jax.set_mesh(mesh):
-        batch = global_batch(batch_rows(config.data.sequence_length), mesh, ROWS)
+        batch = global_batch(batch_rows(config.data.sequence_length), mesh, ROWS, DIMS)
         new, metrics = jax.jit(train_step)(state, batch)
     leaves = {
         "gradient": new.opt_state,

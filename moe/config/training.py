@@ -14,8 +14,9 @@ from moe.config.checks import (
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW (Loshchilov & Hutter 2019) with linear warm-up, then a cosine to a fraction of the
-    peak.
+    """AdamW (Loshchilov & Hutter 2019) with a linear warm-up, then a cosine.
+
+    The cosine ends at a fraction of the peak learning rate.
     """
 
     learning_rate: float = 1e-3  # the peak
@@ -33,18 +34,20 @@ class OptimizerConfig:
         for name in ("beta1", "beta2"):
             if not 0.0 <= computed(self, name) < 1.0:
                 raise ConfigError(
-                    f"{name}={getattr(self, name)} is not a decay: set {name} to at least 0.0 and less than 1.0"
+                    f"{name}={getattr(self, name)} is not a decay: "
+                    f"set {name} to at least 0.0 and less than 1.0"
                 )
         if not 0.0 <= self.warmup_fraction < 1.0:
             raise ConfigError(
-                f"warmup_fraction={self.warmup_fraction} is not a part of the run: set warmup_fraction to at least 0.0 and less than 1.0"
+                f"warmup_fraction={self.warmup_fraction} is not a part of the run: "
+                "set warmup_fraction to at least 0.0 and less than 1.0"
             )
         check_not_negative(self, "weight_decay")
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """How long, how much at a time, and what is written down on the way."""
+    """How long a run trains, how much at a time, and what it writes down on the way."""
 
     steps: int = 1000  # updates of the parameters
     batch_size: int = 16  # rows of a step, over all devices and microbatches
@@ -56,9 +59,7 @@ class TrainConfig:
     checkpoint_every: int = 500  # steps from one checkpoint to the next
     keep_last: int = 2  # checkpoints kept besides the multiples of keep_every
     keep_every: int = 0  # 0 keeps only the last ones
-    max_skipped_steps: int = (
-        10  # updates skipped in a row, for a non-finite loss or gradient, before the run stops
-    )
+    max_skipped_steps: int = 10  # updates in a row that are not finite, after which the run stops
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -68,9 +69,10 @@ class TrainConfig:
         check_positive(self, "checkpoint_every", "keep_last", "max_skipped_steps")
         check_not_negative(self, "eval_batches", "keep_every")
         if self.batch_size % self.accumulation:
+            nearest = self.accumulation * max(1, round(self.batch_size / self.accumulation))
             raise ConfigError(
-                f"batch_size={self.batch_size} is not a multiple of accumulation={self.accumulation}: "
-                f"set batch_size to {self.accumulation * max(1, round(self.batch_size / self.accumulation))}"
+                f"batch_size={self.batch_size} is not a multiple of "
+                f"accumulation={self.accumulation}: set batch_size to {nearest}"
             )
 
 

@@ -159,7 +159,7 @@ def test_values_that_cannot_be_written_out() -> None:
         f"config.model.moe.jitter='{'a' * 199}... has type str"
     )
     with pytest.raises(
-        ConfigError, match=r"^config\.'a\\nb'=1 is not a field: the fields are seed, model, "
+        ConfigError, match=r"^config\.'a\\nb'=1 is not a field: the fields are task, seed, model, "
     ):
         RunConfig.from_config_dict({"a\nb": 1})
 
