@@ -29,7 +29,7 @@ def next_token_loss(chunk: int) -> LossFn:
         total = cross_entropy_sum(
             output.hidden, unembed, batch["targets"], batch["loss_mask"], chunk
         )
-        return {"cross_entropy": total, "router": router_sums(output.aux), **counts(batch)}
+        return {"cross_entropy": total, "router": router_sums(output.stats), **counts(batch)}
 
     return loss_fn
 

@@ -7,7 +7,7 @@ import pytest
 
 from moe import losses
 from moe.config import MoEConfig
-from moe.model.transformer import Output
+from moe.model.stack import Output
 
 
 def plain_cross_entropy(hidden, weight_DV, targets, mask):
