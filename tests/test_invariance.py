@@ -262,28 +262,26 @@ def router_gradients(layout: Layout, **weights: float) -> Any:
 @functools.cache
 def layer_by_layer(scope: str, balance_weight: float, z_weight: float) -> np.ndarray:
     """The same by calling each block by itself, in plain Python, without scan, remat, jit or mesh."""
-    from moe.model.attention import Positions
-    from moe.model.experts import Tokens
-    from moe.model.transformer import Block
+    from moe.model.stack import Block
+    from moe.model.tokens import TokenInfo
 
     config = run_config((*REFERENCE, scope)).model
     batch = jax.tree.map(jnp.asarray, batch_rows())
-    positions, tokens = Positions.of(batch, config), Tokens.of(batch)
+    tokens = TokenInfo.from_batch(batch, config)
     params, biases = variables()["params"], variables()["router_state"]
 
     def loss(router: jax.Array) -> jax.Array:
         x, total = params["embedding"][batch["tokens"]], 0.0
         dense = jax.tree.map(lambda leaf: leaf[0], params["layers_0"]["block_0"])
-        x = Block(config, "dense").apply({"params": dense}, x, positions, tokens)[0]
+        x = Block(config, "dense").apply({"params": dense}, x, tokens).hidden_BTD
         for layer in range(2):
             here, bias = (
                 jax.tree.map(lambda leaf: leaf[layer], tree["layers_1"]["block_0"])  # noqa: B023
                 for tree in (params, biases)
             )
             here = here | {"moe": here["moe"] | {"router": router[layer]}}
-            x, sums, _, _ = Block(config, "moe").apply(
-                {"params": here, "router_state": bias}, x, positions, tokens
-            )
+            output = Block(config, "moe").apply({"params": here, "router_state": bias}, x, tokens)
+            x, sums = output.hidden_BTD, output.stats
             total += (balance_weight * sums["balance"] + z_weight * sums["z"]) / sums["tokens"] / 2
         return total
 
@@ -347,7 +345,7 @@ def test_load_counts_every_token_once_and_moves_the_bias_once(
     )
     model, batch = Transformer(config.model), jax.tree.map(jnp.asarray, batch_rows())
     output = model.apply(variables(), batch)
-    load = np.asarray(losses.router_sums(output.aux)["load"])
+    load = np.asarray(losses.router_sums(output.stats)["load"])
     assert (
         load.sum()
         == 2 * config.model.moe.experts_per_token * (batch_rows()["segment_ids"] > 0).sum()
@@ -378,7 +376,7 @@ def test_the_batch_of_a_balance_loss_is_the_microbatch() -> None:
     model, expected, tokens = Transformer(config.model), 0.0, 0.0
     for first in range(4):
         batch = jax.tree.map(lambda x: jnp.asarray(x[first::4]), batch_rows())  # noqa: B023
-        sums = losses.router_sums(model.apply(variables(), batch).aux)
+        sums = losses.router_sums(model.apply(variables(), batch).stats)
         expected, tokens = expected + sums["balance"], tokens + sums["tokens"]
     np.testing.assert_allclose(parts, expected / tokens, rtol=1e-5)
 

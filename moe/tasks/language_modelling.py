@@ -11,6 +11,7 @@ from moe import losses
 from moe.config import RunConfig
 from moe.data.rows import Rows
 from moe.losses import Sums
+from moe.model.stack import Output
 from moe.model.transformer import Transformer
 from moe.tasks.task import Batch, Task, Unembed
 
@@ -56,11 +57,11 @@ def random_rows(config: RunConfig, num_rows: int) -> dict[str, np.ndarray]:
 def next_token_loss(chunk: int) -> Callable[[Any, Unembed, Batch], Sums]:
     """Makes the loss function, which computes the logits of `chunk` positions at a time."""
 
-    def loss(output: Any, unembed: Unembed, batch: Batch) -> Sums:
+    def loss(output: Output, unembed: Unembed, batch: Batch) -> Sums:
         total = losses.cross_entropy_sum(
             output.hidden, unembed, batch["targets"], batch["loss_mask"], chunk
         )
-        return {"loss": total, "router": losses.router_sums(output.aux), **counts(batch)}
+        return {"loss": total, "router": losses.router_sums(output.stats), **counts(batch)}
 
     return loss
 

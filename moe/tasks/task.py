@@ -10,6 +10,7 @@ import numpy as np
 from moe.config import ModelConfig, RunConfig
 from moe.data.rows import Rows
 from moe.losses import Sums
+from moe.model.stack import Output
 
 Batch = dict[str, jax.Array]
 Unembed = Callable[[jax.Array], jax.Array]  # hidden states [..., D] to logits [..., V]
@@ -22,7 +23,7 @@ class Task(NamedTuple):
     microbatches, devices and evaluation batches, so they must be sums over rows, never means.
     """
 
-    # Makes the model. `model.apply(variables, batch)` returns a `transformer.Output`, and the
+    # Makes the model. `model.apply(variables, batch)` returns an `Output`, and the
     # model's method `unembed` maps hidden states to logits.
     model: Callable[[ModelConfig], nn.Module]
 
@@ -43,7 +44,7 @@ class Task(NamedTuple):
     # Returns float32 sums over a batch: `loss`, which training minimises; `router`, which is
     # `losses.router_sums` of the output; everything that `counts` returns; and whatever `metrics`
     # and `score` need besides.
-    loss: Callable[[Any, Unembed, Batch], Sums]
+    loss: Callable[[Output, Unembed, Batch], Sums]
 
     # Returns what sums are divided by, from the batch alone: `targets`, the number of terms in
     # `loss`, and `tokens`, the number of tokens that sparse layers route.

@@ -8,7 +8,7 @@ import pytest
 
 from moe import losses
 from moe.config import ConfigError, RunConfig
-from moe.model.transformer import Output
+from moe.model.stack import Output
 from moe.tasks import make_task, task_of_run
 from moe.tasks.language_modelling import bits_per_byte, next_token_loss
 
