@@ -14,7 +14,7 @@ from typing import Any
 from moe.config import ConfigError, RunConfig
 from moe.files import write_whole
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 CONFIG_FILE = "config.json"
 ABOUT_FILE = "about.json"
 LOCK_FILE = "run.lock"  # is locked by the process that writes the run, and names it

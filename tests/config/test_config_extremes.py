@@ -165,7 +165,7 @@ def test_values_that_cannot_be_written_out() -> None:
         f"model.moe.jitter='{'a' * 199}... has type str"
     )
     with pytest.raises(
-        ConfigError, match=r"^'a\\nb'=1 is not a field: the fields are seed, model, "
+        ConfigError, match=r"^'a\\nb'=1 is not a field: the fields are task, seed, model, "
     ):
         RunConfig.from_config_dict({"a\nb": 1})
 

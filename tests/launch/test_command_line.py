@@ -256,6 +256,9 @@ Flags:
       How many. (default: 4)
 
 Fields of --config, with the values they have where the file sets no other:
+  --config.task=language_modelling  (language_modelling or custom)
+      What the model learns. "custom" means that the program which trains it
+      passes a Task to `fit`.
   --config.seed=0
       the seed of the parameters, the row order and all other random numbers
 
@@ -274,7 +277,7 @@ def test_help_shows_the_values_of_a_config(directory: Path) -> None:
     )
     assert (result.stderr, result.returncode) == ("", 0)
     assert (
-        "\nFields of --config, with their values in few_steps.py:\n  --config.seed=0\n"
+        "\nFields of --config, with their values in few_steps.py:\n  --config.task="
         in result.stdout
     )
     assert (

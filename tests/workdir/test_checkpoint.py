@@ -176,7 +176,7 @@ def test_the_older_format_is_refused(tmp_path):
     (tmp_path / "checkpoints" / "3" / "about").mkdir(parents=True)
     with pytest.raises(
         ConfigError,
-        match="checkpoints/3 has format 1, not 2: read it with the version that wrote it",
+        match="checkpoints/3 has format 1, not 3: read it with the version that wrote it",
     ):
         restore(tmp_path)
 
