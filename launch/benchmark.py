@@ -26,7 +26,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from absl import flags
 
 from launch import command_line
@@ -44,8 +43,8 @@ def benchmark(config: RunConfig, trials: int = 5) -> dict[str, Any]:
     from moe.parallel.mesh import global_batch, host_rows
     from moe.scaling.flops import training_flops_per_token
     from moe.scaling.hardware import matmul_flops, peak_flops
+    from moe.training.start import check_memory
     from moe.training.train_step import make_program
-    from moe.training.trainer import check_memory
 
     program = make_program(config)
     check_memory(program.mesh, program.abstract_state, program.abstract_state.params)
@@ -55,8 +54,8 @@ def benchmark(config: RunConfig, trials: int = 5) -> dict[str, Any]:
         config.data.sequence_length,
         config.model.compute_dtype,
     )
-    rows = random_rows(config, len(host_rows(program.mesh, size)))
-    batch = global_batch(rows, program.mesh, size)
+    rows = program.task.random_rows(config, len(host_rows(program.mesh, size)))
+    batch = global_batch(rows, program.mesh, size, program.task.dims)
     tokens = size * length
     flops = tokens * training_flops_per_token(config.model, length)
     state = program.init_state()
@@ -138,19 +137,6 @@ def benchmark_layer(config: RunConfig, trials: int = 9) -> dict[str, Any]:
         "dense_seconds": statistics.median(seconds[dense][1:]),
         "devices": f"1 x {jax.devices()[0].device_kind}",
         "jax": jax.__version__,
-    }
-
-
-def random_rows(config: RunConfig, num_rows: int) -> dict[str, np.ndarray]:
-    """Rows of random tokens, each one document: as much work as real ones."""
-    shape = (num_rows, config.data.sequence_length)
-    generator = np.random.default_rng(config.seed)
-    return {
-        "tokens": generator.integers(0, config.model.vocab_size, shape, np.int32),
-        "targets": generator.integers(0, config.model.vocab_size, shape, np.int32),
-        "loss_mask": np.ones(shape, bool),
-        "segment_ids": np.ones(shape, np.int32),
-        "positions": np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape),
     }
 
 

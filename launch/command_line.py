@@ -23,8 +23,7 @@ from moe.training.progress import Stream
 
 # Exit codes. 0 is done; 1 is a bug or a broken machine, with its traceback.
 BAD_INPUT = 2
-# too many updates in a row skipped for a non-finite loss or gradient, or a last validation that is
-# not finite
+# Too many updates in a row were skipped since they were not finite, or the last validation was not.
 DIVERGED = 3
 INTERRUPTED = 75  # sysexits.h's EX_TEMPFAIL: the state is saved, and the same command resumes
 

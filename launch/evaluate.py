@@ -25,16 +25,15 @@ def evaluate(workdir: Path, step: int | None = None, split: str | None = None) -
     """`loss` and `bits_per_byte` of a run's checkpoint (the latest) on all of a split (the
     validation split), and the `step`.
 
-    For sparse layers also the statistics of their load that `trainer.evaluate` gives. Raises
+    For sparse layers also the statistics of their load that `evaluation.evaluate` gives. Raises
     ConfigError where a number is not finite.
     """
-    from moe.data.prepare import prepare
-    from moe.training import trainer  # loads JAX, which --help need not wait for
+    from moe.training import evaluation, trainer  # load JAX, which --help need not wait for
 
     config, program, variables, step = trainer.load_run(workdir, step)
-    rows = prepare(config.data, split or config.data.validation_split)
+    rows = program.task.rows(config, split or config.data.validation_split)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, eval_batches=0))
-    result = trainer.evaluate(config, program, variables, rows)
+    result = evaluation.evaluate(config, program, variables, rows)
     for name, value in result.items():
         if not math.isfinite(value):
             raise ConfigError(

@@ -34,7 +34,7 @@ def generate(
     """
     from moe.data.tokenizers import make_tokenizer
     from moe.inference.generate import Sampling, check_sampling, generate
-    from moe.training import trainer  # loads JAX, which --help need not wait for
+    from moe.training import start, trainer  # load JAX, which --help need not wait for
 
     sampling = Sampling(temperature, top_k, top_p)
     check_sampling(sampling, max_new_tokens)
@@ -46,7 +46,7 @@ def generate(
         ):  # bytes of the command line that are no text
             raise ConfigError(f"prompt={prompt!r} is not UTF-8: write it in UTF-8")
     config, program, variables, step = trainer.load_run(workdir, step)
-    trainer.check_finite(workdir / "checkpoints" / str(step), variables)
+    start.check_finite(workdir / "checkpoints" / str(step), variables)
     tokenizer = make_tokenizer(config.data)
     tokens = [[tokenizer.boundary_id, *tokenizer.encode(prompt)] for prompt in prompts]
     continued = generate(

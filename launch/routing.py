@@ -216,6 +216,7 @@ def choice_reader(
     from moe.data.loader import evaluation_batches
     from moe.model.transformer import Transformer
     from moe.parallel.mesh import global_batch, host_rows
+    from moe.tasks.language_modelling import DIMS
 
     model, size = (
         Transformer(config.model, capture=("experts",)).without_jitter(),
@@ -233,7 +234,7 @@ def choice_reader(
     def read(title: str, *models: Any) -> Iterator[tuple[np.ndarray, ...]]:
         batches = evaluation_batches(rows, batch_size=size, num_batches=num_batches, host_rows=held)
         for batch in tqdm(batches, total=total, desc=title, unit="batch"):
-            is_text_BT, on_devices = batch["segment_ids"] > 0, global_batch(batch, mesh, size)
+            is_text_BT, on_devices = batch["segment_ids"] > 0, global_batch(batch, mesh, size, DIMS)
             with jax.set_mesh(mesh):
                 choices = [
                     np.asarray(choose(variables, on_devices))[:, is_text_BT] for variables in models

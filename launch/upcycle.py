@@ -38,23 +38,22 @@ def upcycle(
     _check_paths(source, workdir, noise)
     import jax  # loaded here, so that bad input need not wait for it
 
-    from moe.data.prepare import prepare
     from moe.interop.upcycle import check_upcycle, upcycle
-    from moe.training import trainer
+    from moe.training import start
     from moe.training.train_step import make_program
     from moe.workdir import checkpoint, tracking
 
     dense = read_config(source).model
     check_upcycle(dense, config.model)
     program = make_program(config)
-    trainer.check_memory(program.mesh, program.abstract_state)
+    start.check_memory(program.mesh, program.abstract_state)
     with checkpoint.read_checkpoints(
         source
     ) as checkpoints:  # laid out as the new run, so that no array has to move
         wanted = make_program(dataclasses.replace(config, model=dense)).abstract_state
         dense_params = checkpoint.restore_variables(checkpoints, wanted, step)["params"]
-    trainer.check_finite(source / "checkpoints", dense_params)
-    rows = prepare(config.data, config.data.train_split)
+    start.check_finite(source / "checkpoints", dense_params)
+    rows = program.task.rows(config, config.data.train_split)
     state = program.init_state()
     shardings = jax.tree.map(lambda leaf: leaf.sharding, program.abstract_state.params)
     convert = jax.jit(
@@ -62,7 +61,7 @@ def upcycle(
         out_shardings=shardings,
     )
     state = state.replace(params=convert(dense_params, state.params, jax.random.key(config.seed)))
-    with trainer.lock_run(workdir):
+    with start.lock_run(workdir):
         tracking.check_workdir(workdir, config)
         # Until all is written, the directory is no run: launch.train would begin one from scratch.
         unfinished = workdir / UNFINISHED_FILE

@@ -151,7 +151,7 @@ def measure(model: str, dtype: str) -> dict[str, Any]:
                 if name.startswith("batches/")
             }
             state, metrics = program.train_step(
-                state, global_batch(rows, program.mesh, config.train.batch_size)
+                state, global_batch(rows, program.mesh, config.train.batch_size, program.task.dims)
             )
             losses.append(float(metrics["loss"]))
             gradient_norms.append(float(metrics["gradient_norm"]))

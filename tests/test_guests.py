@@ -18,13 +18,15 @@ from moe.config import DataConfig, ModelConfig, MoEConfig, OptimizerConfig, RunC
 from moe.inference.generate import Sampling, generate, keep_likeliest
 from moe.kernels.attention import flash_attention
 from moe.model import routing
-from moe.model.attention import Attention, Positions
-from moe.model.experts import MoE, Tokens, Weights, dropless
+from moe.model.attention import Attention
+from moe.model.experts import MoE, Weights, dropless
 from moe.model.layers import FeedForward
+from moe.model.tokens import TokenInfo
 from moe.model.transformer import Transformer
 from moe.parallel import expert as expert_parallel
 from moe.parallel.context import ring_attention, ulysses_attention
 from moe.parameters import unbox
+from moe.tasks.language_modelling import counts, next_token_loss
 from moe.training.train_step import make_program
 
 SETTINGS = {
@@ -84,14 +86,14 @@ def variables(model, *shape_of_x):
 
 
 def model_loss(config):
-    model, loss_fn = Transformer(config), losses.next_token_loss(3)
+    model, loss_fn = Transformer(config), next_token_loss(3)
 
     def loss(variables, batch):
         output = model.apply(variables, batch)
         sums = loss_fn(
             output, lambda hidden: model.apply(variables, hidden, method="unembed"), batch
         )
-        return losses.objective(sums, losses.counts(batch), config.moe), losses.metrics(sums)
+        return losses.objective(sums, counts(batch), config.moe), losses.metrics(sums)
 
     return loss
 
@@ -110,14 +112,8 @@ def layer_loss(config):
 
 
 def tokens_of(batch):
-    return Tokens.of(
-        batch
-        | {
-            "row_keys": jax.vmap(jax.random.key)(
-                jnp.arange(batch["tokens"].shape[0], dtype=jnp.uint32)
-            )
-        }
-    )
+    rows = jnp.arange(batch["tokens"].shape[0], dtype=jnp.uint32)
+    return TokenInfo.from_batch(batch | {"row_keys": jax.vmap(jax.random.key)(rows)}, DENSE)
 
 
 def layer_case(dtype="float32", **options):
@@ -303,7 +299,7 @@ def sum_of_sines(tree):
 def transformer_on(variables, batch):
     model = Transformer(dataclasses.replace(DENSE, moe=SPARSE), capture=("residual",))
     output = model.apply(variables, batch)
-    return model.apply(variables, output.hidden, method="unembed"), output.aux, output.captured
+    return model.apply(variables, output.hidden, method="unembed"), output.stats, output.captured
 
 
 def moe_on(dispatch):
@@ -314,13 +310,13 @@ def moe_on(dispatch):
 
 def attention_on(variables, x):
     return Attention(DENSE).apply(
-        variables, x, Positions.of({"tokens": jnp.zeros(x.shape[:2], jnp.int32)}, DENSE)
+        variables, x, TokenInfo.from_batch({"tokens": jnp.zeros(x.shape[:2], jnp.int32)}, DENSE)
     )[0]
 
 
 def attention_variables():
     example = activations()
-    positions = Positions.of({"tokens": jnp.zeros(example.shape[:2], jnp.int32)}, DENSE)
+    positions = TokenInfo.from_batch({"tokens": jnp.zeros(example.shape[:2], jnp.int32)}, DENSE)
     return unbox(Attention(DENSE).init(jax.random.key(0), example, positions))
 
 

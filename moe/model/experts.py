@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jax.sharding import PartitionSpec
 
 from moe.config import ConfigError, MoEConfig
@@ -24,32 +23,10 @@ from moe.kernels.grouped_matmul import grouped_swiglu, grouped_swiglu_backward
 from moe.kernels.settings import check_axes
 from moe.model import routing
 from moe.model.layers import FeedForward, check_static, einsum, swiglu
+from moe.model.tokens import TokenInfo
 from moe.parallel import expert as expert_parallel
 from moe.parallel.mesh import axis_size, constrain, on_auto_axes, per_shard
 from moe.parameters import parameter
-
-
-@struct.dataclass
-class Tokens:
-    """What routing needs to know of a batch, the same in every layer."""
-
-    ids_BT: jax.Array
-    mask_BT: jax.Array  # False on padding
-    keys_B: jax.Array | None = None  # of each row's random draws in this step, which `jitter` needs
-
-    @classmethod
-    def of(cls, batch: dict[str, jax.Array]) -> "Tokens":
-        """Reads `tokens`, `segment_ids` (0 is padding) and `row_keys` of a batch."""
-        segment_ids_BT = batch.get("segment_ids", jnp.ones_like(batch["tokens"]))
-        return cls(batch["tokens"], segment_ids_BT > 0, batch.get("row_keys"))
-
-    def of_layer(self, number: jax.Array) -> "Tokens":
-        """The same tokens, with random draws of their own for a layer."""
-        if self.keys_B is None:
-            return self
-        return self.replace(
-            keys_B=jax.vmap(jax.random.fold_in, in_axes=(0, None))(self.keys_B, number)
-        )
 
 
 class Dispatch(NamedTuple):
@@ -449,7 +426,7 @@ class MoE(nn.Module):
     @on_auto_axes(_output_specs)
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, tokens: Tokens | None = None
+        self, x_BTD: jax.Array, tokens: TokenInfo | None = None
     ) -> tuple[jax.Array, routing.Routing]:
         """Returns [B, T, D], and the routing with its sums for losses and statistics.
 
@@ -461,7 +438,9 @@ class MoE(nn.Module):
         c, (batch, length, d) = self.config, x_BTD.shape
         check_static("x_BTD", x_BTD.shape[1:] if c.dispatch == "dense" else x_BTD.shape)
         if tokens is None:
-            tokens = Tokens(jnp.zeros((batch, length), jnp.int32), jnp.ones((batch, length), bool))
+            tokens = TokenInfo(
+                jnp.zeros((batch, length), jnp.int32), jnp.ones((batch, length), bool)
+            )
         else:
             # Padding may hold anything. A NaN there would reach the weights' gradients as 0 * NaN.
             x_BTD = jnp.where(tokens.mask_BT[..., None], x_BTD, jnp.zeros((), x_BTD.dtype))
@@ -493,7 +472,7 @@ class MoE(nn.Module):
         sums = routed.sums | {"dropped": routed.sums.get("dropped", 0.0) + jnp.sum(dropped_BT)}
         return y_BTD, dataclasses.replace(routed, sums=sums)
 
-    def _check(self, x_BTD: jax.Array, tokens: Tokens | None) -> None:
+    def _check(self, x_BTD: jax.Array, tokens: TokenInfo | None) -> None:
         c = self.config
         if not c.num_experts:
             raise ConfigError(
@@ -503,15 +482,19 @@ class MoE(nn.Module):
             raise ValueError(f"x has shape {x_BTD.shape}: give MoE activations [B, T, D]")
         if tokens is None and c.router == "hash":
             raise ValueError(
-                "router='hash' chooses by token ids, and tokens=None has none: pass tokens=Tokens(ids, mask)"
+                "router='hash' chooses by token ids, and tokens=None has none: pass tokens=TokenInfo(ids, mask)"
             )
-        if c.jitter and (tokens is None or tokens.keys_B is None) and not self.is_initializing():
+        if (
+            c.jitter
+            and (tokens is None or tokens.row_keys_B is None)
+            and not self.is_initializing()
+        ):
             raise ValueError(
-                f"jitter={c.jitter} draws from keys that are not there: pass tokens=Tokens(ids, mask, keys) in training, "
+                f"jitter={c.jitter} draws from keys that are not there: pass tokens=TokenInfo(ids, mask, keys) in training, "
                 "and set jitter to 0.0 elsewhere"
             )
 
-    def _route(self, x_BTD: jax.Array, tokens: Tokens) -> routing.Routing:
+    def _route(self, x_BTD: jax.Array, tokens: TokenInfo) -> routing.Routing:
         c = self.config
         if c.router == "hash":
             logits_BTE = routing.hash_logits(tokens.ids_BT, c)
@@ -524,8 +507,8 @@ class MoE(nn.Module):
                 kind="router",
                 fan_in=x_BTD.shape[-1],
             )
-            if c.jitter and tokens.keys_B is not None:  # none in `init`
-                x_BTD = routing.jitter(x_BTD, tokens.keys_B, c.jitter)
+            if c.jitter and tokens.row_keys_B is not None:  # none in `init`
+                x_BTD = routing.jitter(x_BTD, tokens.row_keys_B, c.jitter)
             # In float32 whatever the activations and the chip are: a rounded logit changes who is
             # chosen (Switch Transformer, section 2.4).
             logits_BTE = einsum(

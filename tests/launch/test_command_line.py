@@ -120,7 +120,7 @@ WHOLE = ("--config=config.py", "--workdir=config.py")
         ),
         (
             (*WHOLE, "--config.model.num_heads=3"),
-            "config.model.num_heads=3 is not a multiple of num_kv_heads=2: set num_kv_heads to one of 1, 3",
+            "model.num_heads=3 is not a multiple of num_kv_heads=2: set num_kv_heads to one of 1, 3",
         ),
         # Config files.
         (
@@ -166,7 +166,7 @@ WHOLE = ("--config=config.py", "--workdir=config.py")
         ),
         (
             ("--workdir=x", "--config=field.py"),
-            "config.train.step=1 is not a field: did you mean config.train.steps?",
+            "train.step=1 is not a field: did you mean train.steps?",
         ),
         # Paths.
         (
@@ -256,10 +256,13 @@ Flags:
       How many. (default: 4)
 
 Fields of --config, with the values they have where the file sets no other:
+  --config.task=language_modelling  (language_modelling or custom)
+      What the model learns. "custom" means that the program which trains it
+      passes a Task to `fit`.
   --config.seed=0
-      of the parameters, the order of the rows, and every other draw
+      the seed of the parameters, the row order and all other random numbers
 
-config.model: A decoder-only Transformer"""
+config.model: Describes a Transformer decoder"""
     )
     assert (
         "  --config.model.compute_dtype=bfloat16  (float32 or bfloat16)\n      The type of activations. "
@@ -274,7 +277,7 @@ def test_help_shows_the_values_of_a_config(directory: Path) -> None:
     )
     assert (result.stderr, result.returncode) == ("", 0)
     assert (
-        "\nFields of --config, with their values in few_steps.py:\n  --config.seed=0\n"
+        "\nFields of --config, with their values in few_steps.py:\n  --config.task="
         in result.stdout
     )
     assert (
@@ -315,9 +318,11 @@ def test_every_field_has_a_line_of_help_within_the_terminal(
 
 def test_comments_above_and_beside_a_field_are_its_help() -> None:
     comments = field_comments(MoEConfig)
-    assert comments["num_experts"] == "routed experts of a sparse layer; 0 leaves every layer dense"
+    assert comments["num_experts"] == (
+        "The number of routed experts in a sparse layer. 0 makes every layer dense."
+    )
     assert (
-        comments["router"].startswith("Scores: softmax over the experts")
+        comments["router"].startswith("How a router scores experts")
         and "divide a token" not in comments["router"]
     )
 
@@ -362,7 +367,7 @@ def test_references_that_fail_late_are_told_in_one_line() -> None:
         command_line.read_run_config(config)
     config = RunConfig.config_dict()
     config.train.steps = placeholder(int)
-    with pytest.raises(ConfigError, match=r"^config\.train\.steps=None has type NoneType"):
+    with pytest.raises(ConfigError, match=r"^train\.steps=None has type NoneType"):
         command_line.read_run_config(config)
 
 
