@@ -86,7 +86,7 @@ def test_variants_are_the_base_with_their_fields_set(tmp_path: Path) -> None:
         ("VARIANTS", "VARIANT", r"e.py has no VARIANTS: set --config to an experiment"),
     ],
 )
-def test_a_mistake_in_an_experiment_is_told_in_one_line(
+def test_a_mistake_in_an_experiment_gets_one_line(
     tmp_path: Path, before: str, after: str, message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
@@ -123,7 +123,7 @@ def test_seeds_are_distinct_and_runs_of_the_same_config(tmp_path: Path) -> None:
         )
 
 
-def test_the_variants_of_moe_vs_dense_spend_the_same_flops_but_for_the_router() -> None:
+def test_the_variants_of_moe_vs_dense_have_the_same_flops_apart_from_the_router() -> None:
     module = importlib.import_module("configs.experiments.moe_vs_dense")
     configs = {
         variant: RunConfig.from_config_dict(module.get_config(variant))
@@ -160,7 +160,7 @@ def test_the_variants_of_moe_vs_dense_spend_the_same_flops_but_for_the_router() 
     )
 
 
-def test_what_is_unfinished_is_trained_and_a_diverged_run_left_behind(
+def test_unfinished_runs_are_trained_and_the_next_one_follows_a_diverged_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runs = plan_runs({"one": TINY, "two": TINY}, (0, 7), tmp_path)

@@ -101,7 +101,7 @@ def test_a_comparison_needs_a_run_that_has_begun(tmp_path: Path) -> None:
         compare(plan_runs({"dense": TINY}, (0,), tmp_path), tmp_path)
 
 
-def test_what_there_is_of_an_experiment_is_written_and_drawn(tmp_path: Path) -> None:
+def test_an_unfinished_experiment_is_written_and_drawn(tmp_path: Path) -> None:
     runs = plan_runs({"one": TINY, "two": TINY, "three": TINY}, (0, 7), tmp_path)
     write_run(runs[0], [2.0], speeds=[10.0, 20.0])
     write_run(runs[3], [4.0], speeds=[10.0])
@@ -136,7 +136,7 @@ def test_what_there_is_of_an_experiment_is_written_and_drawn(tmp_path: Path) -> 
     assert "#1f77b4" in seen and "#2ca02c" not in seen  # the third variant has not begun
 
 
-def test_a_run_whose_loss_is_not_finite_is_no_result(tmp_path: Path) -> None:
+def test_a_run_whose_loss_is_not_finite_is_left_out(tmp_path: Path) -> None:
     """It is finished, and not trained again. The other runs are compared, without a NaN in JSON."""
     runs = plan_runs({"dense": TINY}, (0, 1), tmp_path)
     for run, loss in zip(runs, (math.nan, 2.0), strict=True):

@@ -174,7 +174,7 @@ def test_skipped_updates_are_marked_under_the_gradient_norm(tmp_path: Path, skip
     ) == (skipped > 0)
 
 
-def test_metrics_nobody_foresaw_are_grouped_by_prefix_and_escaped(tmp_path: Path) -> None:
+def test_unknown_metrics_are_grouped_by_prefix_and_escaped(tmp_path: Path) -> None:
     extra = {
         "router/load": 1.0,
         "router/layer_0/load": 2.0,
@@ -192,7 +192,7 @@ def test_metrics_nobody_foresaw_are_grouped_by_prefix_and_escaped(tmp_path: Path
 NASTY = "<script>alert('$x^2$')</script>中" + "y" * 300
 
 
-def test_what_comes_from_files_is_escaped_and_may_be_long(tmp_path: Path) -> None:
+def test_text_from_files_is_escaped_and_may_be_long(tmp_path: Path) -> None:
     workdir = tmp_path / "<img src=x onerror=alert(1)>"
     workdir.mkdir()
     make_run(workdir, [(10, {NASTY: 1.0, f"router/{NASTY}": 2.0})])
@@ -241,7 +241,7 @@ def test_a_long_run_keeps_a_faint_line_of_every_value(tmp_path: Path) -> None:
         "{",
     ],
 )
-def test_a_damaged_metrics_line_is_told_in_one_line(tmp_path: Path, line: str) -> None:
+def test_a_damaged_metrics_line_gets_one_line(tmp_path: Path, line: str) -> None:
     make_run(tmp_path, [(10, {"train/loss": 2.5})])
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write(f"{line}\n")

@@ -68,7 +68,7 @@ def test_the_load_of_every_sparse_layer_is_a_heat_map_centred_on_the_even_share(
         assert {roles["first"], roles["second"], roles["card"]} <= found[7]
 
 
-def test_the_routers_headlines_and_the_worst_layer_are_told(tmp_path: Path) -> None:
+def test_the_page_has_the_routers_headlines_and_the_worst_layer(tmp_path: Path) -> None:
     seen = text(report(make_run(tmp_path, [router_line(10, [EVEN, DEAD])], SPARSE)))
     assert "worst MaxVio 1.25 largest load / mean − 1" in seen
     assert "dropped 3.1% of assignments" in seen
@@ -102,7 +102,7 @@ def test_validation_is_the_third_line_of_the_routers_plots(tmp_path: Path) -> No
     )
 
 
-def test_of_many_sparse_layers_eight_at_even_distances_are_drawn() -> None:
+def test_eight_of_many_sparse_layers_are_drawn_at_even_distances() -> None:
     model = ModelConfig(
         num_layers=31, moe=MoEConfig(num_experts=2, layer_period=2)
     )  # 15 sparse layers: 1, 3, ..., 29
@@ -130,7 +130,7 @@ def test_a_heat_map_of_many_steps_has_means_of_neighbouring_ones() -> None:
     np.testing.assert_array_equal(load_map.load, np.ones((400, 2)))
 
 
-def test_of_a_large_router_file_every_nth_line_is_read(
+def test_every_nth_line_of_a_large_router_file_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_run(tmp_path, [router_line(step, [EVEN, DEAD]) for step in range(1, 41)], SPARSE)
@@ -168,7 +168,7 @@ def test_a_load_that_is_not_finite_has_a_colour_of_its_own(tmp_path: Path) -> No
         ),
     ],
 )
-def test_a_damaged_router_line_is_told_in_one_line(tmp_path: Path, line: str, problem: str) -> None:
+def test_a_damaged_router_line_gets_one_line(tmp_path: Path, line: str, problem: str) -> None:
     make_run(tmp_path, [router_line(5, [EVEN, DEAD])], SPARSE)
     with (tmp_path / "router.jsonl").open("a") as file:
         file.write(f"{line}\n")

@@ -116,7 +116,7 @@ def choices(workdir):
     return by_step
 
 
-def test_load_is_the_models_own(choices, results):
+def test_the_load_is_the_same_as_the_models_own(choices, results):
     _, _, load = choices[6]
     np.testing.assert_allclose(results["load"], load / load.sum(axis=1, keepdims=True), atol=1e-5)
     np.testing.assert_allclose(
@@ -125,7 +125,7 @@ def test_load_is_the_models_own(choices, results):
     assert (results["step"], results["tokens"], results["layers"]) == (6, 2 * 8 * 64, [1, 3])
 
 
-def test_statistics_are_those_of_single_tokens(choices, results):
+def test_statistics_agree_with_counting_tokens_one_by_one(choices, results):
     ids, experts, _ = choices[6]
     for layer, experts_NA in enumerate(experts):
         sets = [set(row) for row in experts_NA.tolist()]
@@ -198,7 +198,7 @@ def test_the_report_of_the_run_shows_the_same_figures(page, workdir):
     assert "At step 6, over 1,024 held-out tokens." in text
 
 
-def test_a_report_says_how_the_figures_are_made_and_what_is_wrong_with_them(workdir, tmp_path):
+def test_a_report_says_how_to_make_missing_figures_and_refuses_damaged_ones(workdir, tmp_path):
     for name in ("config.json", "metrics.jsonl"):
         (tmp_path / name).write_bytes((workdir / name).read_bytes())
     assert (
@@ -245,9 +245,7 @@ def test_damaged_results_are_refused(results, tmp_path, name):
             read_results(path)
 
 
-def test_without_earlier_checkpoints_and_with_one_expert_per_token_empty_figures_are_left_out(
-    page, results, tmp_path
-):
+def test_figures_without_data_are_left_out(page, results, tmp_path):
     alone = results | {"saturation": {}, "coactivation": np.tile(np.eye(4), (2, 1, 1)).tolist()}
     (tmp_path / "saturation-light.png").write_bytes(b"an earlier call's")
     assert "has kept no earlier checkpoint" in tables(alone)
@@ -260,7 +258,7 @@ def test_without_earlier_checkpoints_and_with_one_expert_per_token_empty_figures
     assert not (tmp_path / "saturation-light.png").exists()
 
 
-def test_of_many_layers_four_are_drawn_in_shades_of_one_colour(results):
+def test_four_of_many_layers_are_drawn_in_shades_of_one_colour(results):
     layers = list(range(1, 128, 2))
     many = results | {
         "layers": layers,
