@@ -18,6 +18,7 @@ import moe
 
 ROOT = Path(__file__).parents[1]
 PACKAGED = (
+    "LICENSE",
     "MANIFEST.in",
     "README.md",
     "pyproject.toml",
@@ -136,6 +137,15 @@ def test_the_wheel_requires_what_requirements_txt_lists(wheel: Path) -> None:
         }
     assert {"jax", "flax", "optax", "einops", "ml-collections", "numpy"} == required[""]
     assert set(metadata.get_all("Provides-Extra")) == {"aot", "cpu", "cuda13", "run", "test", "tpu"}
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_license(wheel: Path) -> None:
+    archive = zipfile.ZipFile(wheel)
+    [path] = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+    assert email.message_from_bytes(archive.read(path))["License-Expression"] == "Apache-2.0"
+    license_path = path.replace("METADATA", "licenses/LICENSE")
+    assert archive.read(license_path).decode() == (ROOT / "LICENSE").read_text()
 
 
 @pytest.mark.slow
