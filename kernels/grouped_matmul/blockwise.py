@@ -110,12 +110,11 @@ def _compute_all_runs(inputs: Inputs, compute_run: ComputeRun[Carry], arrays: Ca
 
 
 class _Runs(NamedTuple):
-    """The runs of one length: the number of blocks in each, their first blocks, how many there are.
+    """The runs of one length."""
 
-    `first_blocks` has room for as many as there could be; only the first `num_runs` are runs.
-    """
-
-    length: int
+    length: int  # the number of blocks in each run
+    # The first block of each run. Its size is static, as many as there could be: only the first
+    # `num_runs` of its entries are runs.
     first_blocks: jax.Array
     num_runs: jax.Array
 
@@ -156,7 +155,7 @@ def _concatenate_gate_up(inputs: Inputs, expert: jax.Array) -> jax.Array:
 
 
 def _sum_dtype(dtype: np.dtype) -> np.dtype:
-    """Returns float32, in which sums are taken whatever the activations are; float64 for float64."""
+    """Returns the dtype of sums: float32 whatever the activations are, or float64 for float64."""
     return np.promote_types(dtype, np.float32)
 
 
