@@ -225,7 +225,7 @@ def choice_reader(
     total = -(-min(num_batches * size or len(rows), len(rows)) // size)
     # What is captured is stacked as the sums are, and put in the order of the layers like them.
     choose = jax.jit(
-        lambda variables, batch: losses.router_sums(model.apply(variables, batch).captured)[
+        lambda variables, batch: losses.in_layer_order(model.apply(variables, batch).captured)[
             "experts"
         ]
     )

@@ -74,16 +74,16 @@ class Block(nn.Module):
         normed_BTD = RMSNorm(c.norm_epsilon, name="attention_norm")(x_BTD)
         mixed_BTD, cache = Attention(c, name="attention")(normed_BTD, positions, cache, layer)
         x_BTD = constrain(x_BTD + mixed_BTD, "BTD")
-        normed_BTD, sums, seen = RMSNorm(c.norm_epsilon, name="feed_forward_norm")(x_BTD), {}, {}
+        normed_BTD, stats, seen = RMSNorm(c.norm_epsilon, name="feed_forward_norm")(x_BTD), None, {}
         if self.kind == "moe":
             y_BTD, routed = MoE(c.moe, scale, name="moe")(normed_BTD, tokens)
-            sums, seen = routed.sums, {"experts": routed.experts_BTA}
+            stats, seen = routed.stats, {"experts": routed.experts_BTA}
         else:
             y_BTD = FeedForward(c.feed_forward_dim, scale, name="feed_forward")(normed_BTD)
         seen["residual"] = x_BTD = constrain(x_BTD + y_BTD, "BTD")
         return (
             x_BTD,
-            sums,
+            stats,
             {name: value for name, value in seen.items() if name in self.capture},
             cache,
         )

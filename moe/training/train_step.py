@@ -195,13 +195,15 @@ def _row_keys(config: RunConfig, examples: jax.Array) -> jax.Array:
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(config.seed), numbers_B)
 
 
-def _update_biases(config: RunConfig, router_state: Any, router_sums: losses.Sums) -> Any:
+def _update_biases(
+    config: RunConfig, router_state: Any, router_sums: losses.RouterStats | None
+) -> Any:
     """The router's biases, [repeats, E] for each kind of sparse layer, moved by the whole batch's
     load [L, E].
     """
     biases, structure = jax.tree.flatten(router_state)
     loads = (
-        jnp.split(router_sums["load"], np.cumsum([len(bias) for bias in biases])[:-1])
+        jnp.split(router_sums.load, np.cumsum([len(bias) for bias in biases])[:-1])
         if biases
         else []
     )
