@@ -163,8 +163,7 @@ def choice_reader(
     @jax.jit
     def choose(variables: Any, batch: dict[str, jax.Array]) -> jax.Array:
         captured = cast(Output, model.apply(variables, batch)).captured
-        # It is stacked as the routers' sums are, which puts it in the order of the layers.
-        return losses.router_sums(captured)["experts"]
+        return losses.in_layer_order(captured)["experts"]
 
     def read(title: str, models: Sequence[Any]) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
         batches = evaluation_batches(rows, batch_size=size, num_batches=num_batches, host_rows=held)

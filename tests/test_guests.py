@@ -19,7 +19,8 @@ from moe.inference.generate import Sampling, generate, keep_likeliest
 from moe.kernels.attention import flash_attention
 from moe.model import routing
 from moe.model.attention import Attention
-from moe.model.experts import MoE, Weights, dropless
+from moe.model.dispatch import Weights, dropless
+from moe.model.experts import MoE
 from moe.model.layers import FeedForward
 from moe.model.tokens import TokenInfo
 from moe.model.transformer import Transformer
@@ -105,7 +106,7 @@ def layer_loss(config):
     def loss(variables, x, tokens):
         y, routed = layer.apply(variables, x, tokens)
         return jnp.sum(y.astype(jnp.float32)) + sum(
-            jnp.sum(value) for value in routed.sums.values()
+            jnp.sum(value) for value in routed.stats
         ), routed
 
     return loss
@@ -158,7 +159,7 @@ def experts_case():
     loads = jnp.asarray([[3, 1], [2, 4]], jnp.int32)
 
     def function(x, experts, weights, gate, up, down, loads):
-        y = dropless(x, experts, weights, Weights(gate, up, down))
+        y = dropless(x, experts, weights, Weights(gate, up, down)).y_ND
         plan = (
             expert_parallel.plan_exchange(loads, room=4),
             expert_parallel.received_experts(loads, jnp.int32(1), room=6),

@@ -16,7 +16,7 @@ from jax.sharding import AxisType
 from moe import ModelConfig, MoE, MoEConfig, RunConfig, Transformer
 from moe.config import TrainConfig
 from moe.kernels.attention import flash_attention
-from moe.model.experts import Weights, dropless
+from moe.model.dispatch import Weights, dropless
 from moe.model.routing import route
 from moe.parallel.context import ring_attention
 from moe.training import trainer
@@ -127,7 +127,7 @@ def test_a_sparse_layer_in_linen() -> None:
 def test_a_sparse_layer_in_nnx() -> None:
     names = run(BLOCKS[6])
     assert names["y"].shape == (2, 6, 16)
-    assert names["routing"].sums["load"].sum() == 2 * 6 * 2
+    assert names["routing"].stats.load.sum() == 2 * 6 * 2
 
 
 def test_the_router_alone() -> None:

@@ -285,8 +285,9 @@ def layer_by_layer(scope: str, balance_weight: float, z_weight: float) -> np.nda
             )
             here = here | {"moe": here["moe"] | {"router": router[layer]}}
             output = Block(config, "moe").apply({"params": here, "router_state": bias}, x, tokens)
-            x, sums = output.hidden_BTD, output.stats
-            total += (balance_weight * sums["balance"] + z_weight * sums["z"]) / sums["tokens"] / 2
+            x, stats = output.hidden_BTD, output.stats
+            weighted = balance_weight * stats.balance_loss + z_weight * stats.z_loss
+            total += weighted / stats.tokens / 2
         return total
 
     return np.asarray(jax.grad(loss)(jnp.asarray(params["layers_1"]["block_0"]["moe"]["router"])))
@@ -343,7 +344,7 @@ def test_load_counts_every_token_once_and_moves_the_bias_once(
     )
     model, batch = Transformer(config.model), jax.tree.map(jnp.asarray, batch_rows())
     output = model.apply(variables(), batch)
-    load = np.asarray(losses.router_sums(output.stats)["load"])
+    load = np.asarray(losses.router_sums(output.stats).load)
     assert (
         load.sum()
         == 2 * config.model.moe.experts_per_token * (batch_rows()["segment_ids"] > 0).sum()
@@ -376,7 +377,7 @@ def test_the_batch_of_a_balance_loss_is_the_microbatch() -> None:
     for first in range(4):
         batch = jax.tree.map(lambda x: jnp.asarray(x[first::4]), batch_rows())  # noqa: B023
         sums = losses.router_sums(model.apply(variables(), batch).stats)
-        expected, tokens = expected + sums["balance"], tokens + sums["tokens"]
+        expected, tokens = expected + sums.balance_loss, tokens + sums.tokens
     np.testing.assert_allclose(parts, expected / tokens, rtol=1e-5)
 
 

@@ -9,7 +9,7 @@ the way loses most of such a gradient, while rounded activations cost it less th
 import dataclasses
 import functools
 import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,8 @@ from moe.config import (
     RunConfig,
     TrainConfig,
 )
-from moe.model.experts import capacity_dispatch, dense_dispatch
+from moe.model.arrangement import arrange_equally, combine
+from moe.model.dispatch import dense, with_capacity
 from moe.model.layers import look_up
 from moe.model.transformer import Transformer
 from moe.parallel.context import ulysses_attention
@@ -251,6 +252,19 @@ def test_a_token_that_stands_often_gets_all_of_its_gradient() -> None:
         np.testing.assert_array_equal(gradient(jnp.ones((2, 1))), [[count], [0]])
 
 
+class TimesParts(NamedTuple):
+    """Stands for experts' weights: each expert multiplies its row by its own number."""
+
+    parts_E11: jax.Array
+
+    @property
+    def num_experts(self) -> int:
+        return self.parts_E11.shape[0]
+
+    def __call__(self, rows_ECD: jax.Array) -> jax.Array:
+        return rows_ECD * self.parts_E11
+
+
 def test_a_token_adds_up_its_rows_and_their_gradients_in_float32() -> None:
     """Of 17 experts one adds 1, and each of the others 2^-9, which alone rounding takes away again."""
     number = 17
@@ -261,24 +275,26 @@ def test_a_token_adds_up_its_rows_and_their_gradients_in_float32() -> None:
         jnp.ones((1, number)),
         jnp.arange(number)[None],
     )
-    for dispatch in (
-        dense_dispatch(experts, ones, number),
-        capacity_dispatch(experts, ones, number, 1),
-    ):
-        gradient = jax.vjp(dispatch.send, x)[1](parts)[0]
-        assert gradient[0, 0] == total
-        assert dispatch.receive(parts)[0, 0] == total
+    experts_of_parts = TimesParts(parts)
+    for strategy in (dense, functools.partial(with_capacity, capacity=1)):
+        y, pull_back = jax.vjp(
+            lambda x: strategy(x, experts, ones, experts_of_parts).y_ND,  # noqa: B023
+            x,
+        )
+        assert y[0, 0] == total
+        assert pull_back(jnp.ones_like(y))[0][0, 0] == total
 
 
 def test_a_weights_gradient_is_summed_in_float32() -> None:
     """Its products are not rounded to bfloat16, and their sum over D goes beyond 256 of them."""
     value = 1 + 2**-7
     g = jnp.full((1, 300), value, jnp.bfloat16)
-    rows = jnp.full((1, 1, 300), value, jnp.bfloat16)
+    rows = jnp.full((1, 300), value, jnp.bfloat16)
 
     def loss(weights: jax.Array) -> jax.Array:
-        dispatch = capacity_dispatch(jnp.zeros((1, 1), jnp.int32), weights, 1, 1)
-        return jnp.sum(dispatch.receive(rows).astype(jnp.float32) * g.astype(jnp.float32))
+        arrangement = arrange_equally(jnp.zeros((1, 1), jnp.int32), 1, 1)
+        y = combine(rows, weights, arrangement)
+        return jnp.sum(y.astype(jnp.float32) * g.astype(jnp.float32))
 
     np.testing.assert_allclose(jax.grad(loss)(jnp.ones((1, 1))), 300 * value**2, rtol=1e-6)
 

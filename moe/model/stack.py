@@ -110,10 +110,10 @@ class Block(nn.Module):
             mixed_BTD, memory_cache = cross_attention(normed_BTD, tokens, memory_cache, layer)
             x_BTD = constrain(x_BTD + mixed_BTD, "BTD")
         normed_BTD = RMSNorm(c.norm_epsilon, name="feed_forward_norm")(x_BTD)
-        stats, available = {}, {}
+        stats, available = None, {}
         if self.kind == "moe":
             y_BTD, routed = MoE(c.moe, scale, name="moe")(normed_BTD, tokens)
-            stats, available = routed.sums, {"experts": routed.experts_BTA}
+            stats, available = routed.stats, {"experts": routed.experts_BTA}
         else:
             y_BTD = FeedForward(c.feed_forward_dim, scale, name="feed_forward")(normed_BTD)
         x_BTD = constrain(x_BTD + y_BTD, "BTD")

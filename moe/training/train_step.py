@@ -220,7 +220,9 @@ def row_keys(config: RunConfig, examples: LargeCount) -> jax.Array:
     return jax.vmap(row_key)(numbers_B)
 
 
-def _update_biases(config: RunConfig, router_state: Any, router_sums: losses.Sums) -> Any:
+def _update_biases(
+    config: RunConfig, router_state: Any, router_sums: losses.RouterStats | None
+) -> Any:
     """Moves the router's biases by the whole batch's load [L, E].
 
     Each kind of sparse layer has its biases [repeats, E].
@@ -229,7 +231,7 @@ def _update_biases(config: RunConfig, router_state: Any, router_sums: losses.Sum
     if not biases:
         return router_state
     ends = np.cumsum([len(bias) for bias in biases])
-    loads = jnp.split(router_sums["load"], ends[:-1])
+    loads = jnp.split(router_sums.load, ends[:-1])
     rate = config.model.moe.bias_update_rate
     moved = [update_bias(bias, load, rate) for bias, load in zip(biases, loads, strict=True)]
     return jax.tree.unflatten(structure, moved)

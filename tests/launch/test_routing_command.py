@@ -111,7 +111,7 @@ def choices(workdir):
                 assert output.captured[0][0] == {}  # of the dense layers
                 ids.append(batch["tokens"].ravel())
                 experts.append(np.asarray(output.captured[0][1]["experts"]).reshape(2, -1, 2))
-                loads.append(np.asarray(output.stats[0][1]["load"]))
+                loads.append(np.asarray(output.stats[0][1].load))
             by_step[step] = np.concatenate(ids), np.concatenate(experts, axis=1), sum(loads)
     return by_step
 
