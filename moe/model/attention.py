@@ -10,7 +10,7 @@ from flax import struct
 from jax.sharding import PartitionSpec
 
 from moe.config import ConfigError, ModelConfig
-from moe.kernels.attention import Implementation, choose, decode_attention, flash_attention, why_not
+from moe.kernels.attention import Choice, choose, decode_attention, flash_attention, why_not
 from moe.model.layers import einsum, residual_scale, rotary_angles, rotate
 from moe.parallel.context import ring_attention, ulysses_attention
 from moe.parallel.mesh import chip, constrain, on_auto_axes, per_shard
@@ -113,7 +113,7 @@ def attend(
 
 def _attend_shard(
     config: ModelConfig,
-    implementation: Implementation | None,
+    implementation: Choice | None,
     length: int,
     q_BTNH: jax.Array,
     k_BTKH: jax.Array,
@@ -144,7 +144,7 @@ def _attend_shard(
     return (output_BTNH,)
 
 
-def choose_implementation(config: ModelConfig, mesh: Any, length: int) -> Implementation | None:
+def choose_implementation(config: ModelConfig, mesh: Any, length: int) -> Choice | None:
     """Who computes a model's attention over T = `length` on a mesh; None leaves it to the platform.
     ConfigError for one that cannot.
     """
@@ -163,7 +163,7 @@ def choose_implementation(config: ModelConfig, mesh: Any, length: int) -> Implem
         raise ConfigError(
             f"model.attention.implementation={name!r} cannot be used, for {reason}: set model.attention.implementation to 'auto'"
         )
-    return Implementation(name)
+    return Choice(name)
 
 
 def init_cache(config: ModelConfig, layers: int, batch_size: int, length: int) -> Any:
