@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from moe.config import ConfigError, ModelConfig
-from moe.kernels.attention import Implementation, choose, decode_attention, flash_attention, why_not
+from moe.kernels.attention import Choice, choose, decode_attention, flash_attention, why_not
 from moe.model.layers import einsum, rotate
 from moe.model.tokens import Batch, TokenInfo
 from moe.parallel.context import ring_attention, ulysses_attention
@@ -270,7 +270,7 @@ def choose_implementation(
     kv_length: int | None = None,
     *,
     causal: bool = True,
-) -> Implementation | None:
+) -> Choice | None:
     """Returns the implementation that computes a model's attention on a mesh.
 
     `length` is the number of queries in a row, and `kv_length` of keys, where it differs. None
@@ -296,7 +296,7 @@ def choose_implementation(
             f"model.attention.implementation={name!r} cannot be used, for {reason}: "
             "set model.attention.implementation to 'auto'"
         )
-    return Implementation(name)
+    return Choice(name)
 
 
 def init_cache(config: ModelConfig, layers: int, batch_size: int, length: int) -> Cache:
