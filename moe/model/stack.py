@@ -10,14 +10,8 @@ from flax import struct
 from jax.sharding import PartitionSpec
 
 from moe.config import ConfigError, ModelConfig
-from moe.model.attention import (
-    Attention,
-    Cache,
-    CrossAttention,
-    MemoryCache,
-    init_cache,
-    init_memory_cache,
-)
+from moe.model.attention import Attention, CrossAttention
+from moe.model.cache import Cache, MemoryCache, init_cache, init_memory_cache
 from moe.model.experts import MoE
 from moe.model.layers import FeedForward, RMSNorm, residual_scale
 from moe.model.tokens import TokenInfo

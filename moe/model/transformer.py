@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from moe.config import ConfigError, ModelConfig
-from moe.model.attention import fits_cache, fits_memory_cache
+from moe.model.cache import fits_cache, fits_memory_cache
 from moe.model.layers import check_static, einsum, look_up
 from moe.model.stack import Output, Stack, StackCache, init_stack_cache, output_specs
 from moe.model.tokens import Batch, Memory, TokenInfo
@@ -71,7 +71,7 @@ class Transformer(nn.Module):
     random key for each row, and evaluation uses `without_jitter()`.
 
     A token outside [0, V) makes hidden states of its row NaN, unless it is padding. So does a
-    token that the cache cannot take (`attention.fits_cache`): a cache holds one document in each
+    token that the cache cannot take (`cache.fits_cache`): a cache holds one document in each
     row. `capture` names what else to return of each layer: "residual" [B, T, D], its output, and
     "experts" [B, T, A], a sparse layer's choice.
     """
@@ -179,7 +179,7 @@ class EncoderDecoder(nn.Module):
 
     @on_auto_axes(output_specs)
     def __call__(self, batch: Batch, cache: StackCache | None = None) -> Output:
-        """Returns the decoder's hidden states, and the statistics of the decoder and the encoder."""
+        """Returns the decoder's hidden states, and the statistics of decoder and encoder."""
         _check_fields(batch, cache)
         check_static("tokens", batch["tokens"].shape)
         tokens = TokenInfo.from_batch(batch, self.config)
@@ -197,6 +197,8 @@ class EncoderDecoder(nn.Module):
             x_BTD = jnp.where(fits_B[:, None, None], x_BTD, jnp.nan)
         tokens = dataclasses.replace(tokens, memory=Memory(encoded.hidden, segment_ids_BS))
         output = self.decoder(x_BTD, tokens, cache)
+        # In the order of the names of both parts, as the leaves of the parameter tree are: biases
+        # of routers find their statistics by it.
         return dataclasses.replace(
             output,
             stats=(*output.stats, *encoded.stats),
