@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from moe.kernels import grouped_matmul
 from moe.kernels.attention import (
     Choice,
     Inputs,
@@ -21,7 +22,7 @@ from moe.kernels.attention import (
     flash_attention,
 )
 from moe.kernels.attention.inputs import Options
-from moe.kernels.grouped_matmul import Inputs, grouped_swiglu, grouped_swiglu_backward
+from moe.kernels.grouped_matmul import grouped_swiglu, grouped_swiglu_backward
 from moe.parallel import context
 
 SETTINGS = {
@@ -115,7 +116,7 @@ def experts(dtype):
     )
 
     def run(g, tokens, of_blocks, weights, *arrays):
-        inputs = Inputs(*arrays, tokens, of_blocks)
+        inputs = grouped_matmul.Inputs(*arrays, tokens, of_blocks)
         rows, inner = grouped_swiglu(inputs)
         gradients = grouped_swiglu_backward(inputs, inner, weights, g)
         return jnp.where((of_blocks < 3).repeat(2)[:, None], rows, jnp.zeros((), dtype)), gradients
