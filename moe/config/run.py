@@ -58,7 +58,10 @@ class RunConfig:
     def _check_batch(self) -> None:
         """Raises ConfigError if an int32 cannot number a batch's tokens, or their expert rows."""
         moe, length = self.model.moe, self.data.sequence_length
-        factors = {"train.batch_size": self.train.batch_size, "data.sequence_length": length}
+        factors: dict[str, float] = {
+            "train.batch_size": self.train.batch_size,
+            "data.sequence_length": length,
+        }
         if moe.num_experts:
             factors["model.moe.experts_per_token"] = moe.experts_per_token
             if moe.dispatch == "capacity":
@@ -105,7 +108,8 @@ class RunConfig:
     def config_dict(cls) -> ConfigDict:
         """Returns every field with its default, as the ConfigDict that a config file changes."""
         config = ConfigDict(dataclasses.asdict(cls()))
-        config.model.moe.normalize_weights = placeholder(bool)  # None, but a flag may set it
+        model: Any = config.model
+        model.moe.normalize_weights = placeholder(bool)  # None, but a flag may set it
         return config
 
     def to_dict(self) -> dict[str, Any]:

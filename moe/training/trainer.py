@@ -64,7 +64,7 @@ class _Run(NamedTuple):
 def fit(
     config: RunConfig,
     workdir: Path,
-    devices: list[jax.Device] | None = None,
+    devices: list[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]  # a class
     *,
     task: Task | None = None,
     init_from: Path | None = None,
