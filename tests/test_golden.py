@@ -1,13 +1,14 @@
-"""The golden step: what three training steps of four small models compute, held against committed
-numbers.
+"""The golden step compares three training steps of four small models with committed numbers.
 
-A rebuilding of the code must not move them. Parameters and batches come from golden/inputs.npz,
-under names and in shapes of the field, so they survive when modules are renamed, when a weight is
-stored transposed, and when random draws change: then only the tables below are edited.
+A refactoring must not move them. Parameters and batches come from golden/inputs.npz, under the
+field's names and in its shapes. So they survive when modules are renamed, when a weight is stored
+transposed, and when random numbers change; then only the tables below are edited.
 
-    python -m tests.test_golden        prints the numbers of this checkout beside the committed ones
-    python -m tests.test_golden --write     writes golden/expected.json; only where a right answer
-                                            changed, and the commit says which and why
+    python -m tests.test_golden
+        prints the numbers of this checkout beside the committed ones.
+    python -m tests.test_golden --write
+        writes golden/expected.json. Do so only if a right answer changed, and let the commit say
+        which one and why.
 """
 
 import dataclasses
@@ -174,14 +175,20 @@ def norms(model: str, state: TrainState) -> dict[str, float]:
 # 2e-7 in float32. In bfloat16 they agree to 3e-3, for an early rounding becomes another activation.
 TOLERANCE = {"float32": 3e-6, "bfloat16": 1e-2}
 
-ADVICE = """{count} of {total} golden numbers of the {model} model in {dtype} moved (relative difference, allowed {allowed:g}):
+ADVICE = """\
+{count} of {total} golden numbers of the {model} model in {dtype} moved.
+A relative difference of {allowed:g} is allowed; these are larger:
 {table}
-Look at these, in this order:
-- loss of step 1 moved: the forward pass or the loss changed. In float32 alone, a definition; in bfloat16 alone, where it rounds.
-- loss of step 1 stands and its gradient norm moved: a backward pass, or a sum over microbatches.
-- both stand, and later steps or norms moved: the optimizer, its schedule, weight decay's mask, or the update of biases.
-- the norm of one parameter alone moved: its gradient, or its row in the tables of this test.
-If the new numbers are the right ones, say why in the commit, and write them: python -m tests.test_golden --write"""
+Look at the following, in this order:
+- The loss of step 1 moved: the forward pass or the loss changed. If it moved in float32 too, a
+  definition changed; if only in bfloat16, the places changed where numbers are rounded.
+- The loss of step 1 stands and its gradient norm moved: a backward pass changed, or a sum over
+  microbatches.
+- Both stand, and later steps or norms moved: the optimizer changed, its schedule, the mask of
+  weight decay, or the update of biases.
+- Only the norm of one parameter moved: its gradient changed, or its row in the tables of this test.
+If the new numbers are right, say why in the commit, and write them:
+python -m tests.test_golden --write"""
 
 
 def flatten(measured: dict[str, Any]) -> dict[str, float]:

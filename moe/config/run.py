@@ -21,8 +21,8 @@ from moe.config.training import OptimizerConfig, TrackingConfig, TrainConfig
 class RunConfig:
     """Everything that determines a run."""
 
-    # A custom task is a Task that the program which trains the run passes to `fit`.
-    task: Literal["language_modelling", "custom"] = "language_modelling"  # what the model learns
+    # What the run learns. The program that calls `fit` passes it a custom task.
+    task: Literal["language_modelling", "custom"] = "language_modelling"
     seed: int = 0  # of the parameters, the order of the rows, and all other random choices
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()

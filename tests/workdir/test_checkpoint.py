@@ -177,9 +177,19 @@ def test_the_older_format_is_refused(tmp_path):
     (tmp_path / "checkpoints" / "3" / "about").mkdir(parents=True)
     with pytest.raises(
         ConfigError,
-        match="checkpoints/3 has format 1, not 2: read it with the version that wrote it",
+        match="checkpoints/3 has format 1, not 3: read it with the version that wrote it",
     ):
         restore(tmp_path)
+
+
+def test_the_format_before_examples_had_64_bits_is_refused(copy):
+    path = copy / "checkpoints" / "4"
+    identity.write_about(path, identity.read_about(path) | {"format_version": 2})
+    with pytest.raises(
+        ConfigError,
+        match="checkpoints/4 has format 2, not 3: read it with the version that wrote it",
+    ):
+        restore(copy)
 
 
 def test_a_directory_of_another_step_is_refused(copy):
