@@ -19,11 +19,11 @@ from moe.config.training import OptimizerConfig, TrackingConfig, TrainConfig
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """Everything that determines a run."""
+    """Holds everything that determines a run."""
 
-    # What the run learns. The program that calls `fit` passes it a custom task.
+    # What the model learns. "custom" means that the program which trains it passes a Task to `fit`.
     task: Literal["language_modelling", "custom"] = "language_modelling"
-    seed: int = 0  # of the parameters, the order of the rows, and all other random choices
+    seed: int = 0  # the seed of the parameters, the row order and all other random numbers
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -33,13 +33,13 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_types(self, wide=("seed",))
-        # JAX makes keys of 32 bits, so a larger seed would draw the same numbers as another one.
+        # JAX makes keys of 32 bits, so a larger seed would repeat the run of a smaller one.
         check_range(self, 0, 2**32 - 1, "seed")
         if self.task == "language_modelling":
             self._check_language_model()
         self._check_batch()
         self._check_capacity()
-        # Where one device along the open axis does not fit, no number of devices does.
+        # A run that does not fit one device along the axis of size -1 fits no number of devices.
         check_layout(self, MeshConfig(*map(abs, self.mesh.sizes)))
 
     def _check_language_model(self) -> None:
@@ -56,7 +56,7 @@ class RunConfig:
             )
 
     def _check_batch(self) -> None:
-        """Raises ConfigError if an int32 cannot number a batch's tokens, or their expert rows."""
+        """Raises ConfigError for a batch with more tokens or routed rows than an int32 counts."""
         moe, length = self.model.moe, self.data.sequence_length
         factors: dict[str, float] = {
             "train.batch_size": self.train.batch_size,
@@ -84,24 +84,24 @@ class RunConfig:
             return
         even_share = length * moe.experts_per_token / moe.num_experts
         raise ConfigError(
-            f"model.moe.capacity_factor={moe.capacity_factor} gives an expert less than one of a "
-            "row's tokens: "
+            f"model.moe.capacity_factor={moe.capacity_factor} gives an expert room for less than "
+            "one token of a row: "
             f"set model.moe.capacity_factor to at least {math.ceil(1000 / even_share) / 1000}"
         )
 
     @property
     def warmup_steps(self) -> int:
-        """The number of the update that has the peak learning rate.
-
-        At least one step is left for the cosine.
-        """
+        """Returns the number of steps of warm-up, which leaves at least one step for the cosine."""
         return min(round(self.optimizer.warmup_fraction * self.train.steps), self.train.steps - 1)
 
     @classmethod
     def from_config_dict(cls, config: ConfigDict | Mapping[str, Any]) -> "RunConfig":
-        """Checks a ConfigDict (or the dict of a saved run) field by field. Raises ConfigError."""
-        built = _build(cls, config, "config")
-        _ = built.data.path  # raises ConfigError if the path names a home that nobody has
+        """Builds a checked config from a ConfigDict or from the dict of a saved run.
+
+        Raises ConfigError.
+        """
+        built = _build(cls, config, "")
+        _ = built.data.path  # raises ConfigError if the home directory is not known
         return built
 
     @classmethod
@@ -118,17 +118,22 @@ class RunConfig:
 
 
 def _build(cls: type, values: Any, path: str) -> Any:
-    """Builds a config class from a dict of its fields. `path` is the dict's name in messages."""
+    """Builds a config class from a dict of its fields.
+
+    `path` is the dict's dotted name within the run's config, "" for the run's config itself. An
+    error names a field by its full path, such as model.num_heads.
+    """
     if isinstance(values, ConfigDict):
-        values = values.to_dict()  # a ConfigDict prints itself over many lines
+        values = values.to_dict()  # a ConfigDict would fill many lines of a message
     if not isinstance(values, Mapping):
         raise ConfigError(
-            f"{path}={show(values)} is not a group of fields: set its fields one by one"
+            f"{path or 'config'}={show(values)} is not a group of fields: set its fields one by one"
         )
-    _check_names(cls, values, path)
+    prefix = f"{path}." if path else ""
+    _check_names(cls, values, prefix)
     types = typing.get_type_hints(cls)
     arguments = {
-        name: _build(types[name], values[name], f"{path}.{name}")
+        name: _build(types[name], values[name], f"{prefix}{name}")
         if dataclasses.is_dataclass(types[name])
         else values[name]
         for name in values
@@ -136,17 +141,16 @@ def _build(cls: type, values: Any, path: str) -> Any:
     try:
         return cls(**arguments)
     except ConfigError as error:
-        raise ConfigError(f"{path}.{error}") from None
+        raise ConfigError(f"{prefix}{error}") from None
 
 
-def _check_names(cls: type, values: Mapping[str, Any], path: str) -> None:
-    """Raises ConfigError for a name that is no field of the class."""
+def _check_names(cls: type, values: Mapping[str, Any], prefix: str) -> None:
+    """Raises ConfigError for a name that is not a field of the class."""
     fields = [field.name for field in dataclasses.fields(cls)]
     for name in values:
         if name not in fields:
             near = difflib.get_close_matches(str(name), fields, n=1)
-            hint = (
-                f"did you mean {path}.{near[0]}?" if near else f"the fields are {', '.join(fields)}"
-            )
+            listed = f"the fields are {', '.join(fields)}"
+            hint = f"did you mean {prefix}{near[0]}?" if near else listed
             shown = name if isinstance(name, str) and name.isprintable() else show(name)
-            raise ConfigError(f"{path}.{shown}={show(values[name])} is not a field: {hint}")
+            raise ConfigError(f"{prefix}{shown}={show(values[name])} is not a field: {hint}")

@@ -19,13 +19,20 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from moe.config import ConfigError, MoEConfig
-from moe.kernels.grouped_matmul import grouped_swiglu, grouped_swiglu_backward
+from moe.kernels.grouped_matmul import (
+    Inputs,
+    Name,
+    Shapes,
+    choose,
+    grouped_swiglu,
+    grouped_swiglu_backward,
+)
 from moe.kernels.settings import check_axes
 from moe.model import routing
 from moe.model.layers import FeedForward, check_static, einsum, swiglu
 from moe.model.tokens import TokenInfo
 from moe.parallel import expert as expert_parallel
-from moe.parallel.mesh import axis_size, constrain, on_auto_axes, per_shard
+from moe.parallel.mesh import axis_size, chip, constrain, on_auto_axes, per_shard
 from moe.parameters import parameter
 
 
@@ -250,7 +257,11 @@ def dropless(
     if not experts_NA.size:
         return x_ND
     num_experts = weights.gate_EDF.shape[0]
-    block = block or block_rows(experts_NA.size, num_experts)
+    choice = choose(
+        chip(jax.sharding.get_abstract_mesh()),
+        Shapes(experts_NA.size, num_experts, x_ND.dtype.name),
+    )
+    block = block or choice.block_rows
     size = -(-(experts_NA.size + min(num_experts, experts_NA.size) * (block - 1)) // block) * block
     padded_E = -(-_loads(experts_NA, num_experts) // block) * block
     ends_E = jnp.cumsum(padded_E, dtype=jnp.int32)
@@ -258,6 +269,7 @@ def dropless(
         ends_E, jnp.arange(0, size, block, dtype=jnp.int32), side="right"
     ).astype(jnp.int32)
     return _dropless(
+        choice.name,
         jnp.asarray(x_ND),
         weights_NA,
         weights,
@@ -266,52 +278,45 @@ def dropless(
     )
 
 
-def block_rows(num_assignments: int, num_experts: int) -> int:
-    """Rows of a block: a power of two about a sixteenth of an expert's mean load, between 8 and 64."""
-    return min(64, max(8, 2 ** round(math.log2(max(1, num_assignments / num_experts / 16)))))
-
-
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _dropless(
+    implementation: Name,
     x_ND: jax.Array,
     weights_NA: jax.Array,
     weights: Weights,
     arranged: Arrangement,
     blocks_M: jax.Array,
 ) -> jax.Array:
-    return _dropless_forward(x_ND, weights_NA, weights, arranged, blocks_M)[0]
+    return _dropless_forward(implementation, x_ND, weights_NA, weights, arranged, blocks_M)[0]
 
 
 def _dropless_forward(
+    implementation: Name,
     x_ND: jax.Array,
     weights_NA: jax.Array,
     weights: Weights,
     arranged: Arrangement,
     blocks_M: jax.Array,
 ) -> tuple[jax.Array, tuple[Any, ...]]:
-    rows_ID, inner = grouped_swiglu(x_ND, *weights.gather(x_ND.dtype), arranged.tokens_I, blocks_M)
+    inputs = Inputs(x_ND, *weights.gather(x_ND.dtype), arranged.tokens_I, blocks_M)
+    rows_ID, gate_up = grouped_swiglu(inputs, implementation)
     return _receive(rows_ID, weights_NA, arranged), (
         x_ND,
         weights_NA,
         weights,
         arranged,
         blocks_M,
-        inner,
+        gate_up,
     )
 
 
 def _dropless_backward(
-    residuals: tuple[Any, ...], g_ND: jax.Array
+    implementation: Name, residuals: tuple[Any, ...], g_ND: jax.Array
 ) -> tuple[jax.Array, jax.Array, Weights, None, None]:
-    x_ND, weights_NA, weights, arranged, blocks_M, inner = residuals
+    x_ND, weights_NA, weights, arranged, blocks_M, gate_up = residuals
+    inputs = Inputs(x_ND, *weights.gather(x_ND.dtype), arranged.tokens_I, blocks_M)
     rows_ID, *gradients, gradient_weights_I = grouped_swiglu_backward(
-        x_ND,
-        *weights.gather(x_ND.dtype),
-        arranged.tokens_I,
-        blocks_M,
-        inner,
-        _of_slots(weights_NA, arranged),
-        g_ND,
+        inputs, gate_up, _of_slots(weights_NA, arranged), g_ND, implementation
     )
     shards = [
         expert_parallel.scatter_gradient(g, dim)

@@ -16,7 +16,6 @@ from moe.config import ConfigError, ModelConfig, MoEConfig
 from moe.model.experts import (
     MoE,
     Weights,
-    block_rows,
     capacity_dispatch,
     dense_dispatch,
     dropless,
@@ -167,14 +166,6 @@ def test_a_dropped_assignment_adds_nothing_even_where_another_row_is_nan():
     np.testing.assert_array_equal(dispatch.receive(rows)[:, 0], [0, 1, 2, jnp.nan, 0])
     gradient = jax.vjp(dispatch.send, jnp.ones((5, 1)))[1](rows)[0]
     np.testing.assert_array_equal(gradient[:, 0], [0, 1, 2, jnp.nan, 0])
-
-
-@pytest.mark.parametrize(
-    ("rows", "experts", "block"),
-    [(65536, 64, 64), (2048, 64, 8), (16384, 64, 16), (3, 64, 8), (8192, 8, 64)],
-)
-def test_block_rows(rows, experts, block):
-    assert block_rows(rows, experts) == block
 
 
 MESH = (2, 4), ("data", "expert"), (AxisType.Auto,) * 2
