@@ -293,8 +293,8 @@ def global_batch(
         shape = (batch_size, *local.shape[1:])
         sharding = NamedSharding(mesh, spec(dims[name], shape, mesh))
 
-        def read(index: tuple[slice, ...]) -> np.ndarray:
-            """Returns a device's part of the array, which lies in the rows of this process."""
+        def read(index: Any) -> np.ndarray:
+            """Returns a device's part, given by a slice for each dimension of the whole array."""
             asked = np.arange(batch_size)[index[0]]
             return local[np.searchsorted(held, asked)][:, *index[1:]]
 

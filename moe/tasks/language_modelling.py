@@ -15,7 +15,13 @@ from moe.model.stack import Output
 from moe.model.transformer import Transformer
 from moe.tasks.task import Batch, Task, Unembed
 
-DIMS = dict.fromkeys(("tokens", "targets", "loss_mask", "segment_ids", "positions"), "BT")
+DIMS: dict[str, str] = {
+    "tokens": "BT",
+    "targets": "BT",
+    "loss_mask": "BT",
+    "segment_ids": "BT",
+    "positions": "BT",
+}
 
 
 def language_modelling(config: RunConfig) -> Task:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from moe.config import ConfigError, MeshConfig, RunConfig
 from moe.data.rows import Rows
@@ -127,7 +128,7 @@ def report_new_schedule(workdir: Path, config: RunConfig, state: TrainState) -> 
     """Logs how the learning rate changes if the run was begun with another number of steps."""
     before, update = read_saved_config(workdir), int(state.step) - int(state.skipped)
     if before and before.train.steps != config.train.steps:
-        old, new = (float(make_schedule(run)(update)) for run in (before, config))
+        old, new = (np.asarray(make_schedule(run)(update)).item() for run in (before, config))
         logging.warning(
             "train.steps is %d now, and was %d: "
             "at step %d the learning rate goes from %.3g, of the old schedule, to %.3g",

@@ -95,7 +95,10 @@ class Program:
 
 
 def make_program(
-    config: RunConfig, devices: list[jax.Device] | None = None, *, task: Task | None = None
+    config: RunConfig,
+    devices: list[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]  # a class
+    *,
+    task: Task | None = None,
 ) -> Program:
     """Makes model, optimizer, state and steps of a run on `devices` (by default, on all of them).
 
@@ -105,9 +108,11 @@ def make_program(
     task = task_of_run(config, task)
     mesh = make_mesh(config, devices)
     implementation = choose_implementation(config.model, mesh, config.data.sequence_length)
+    assert implementation is not None  # the devices of a mesh say which chip they are
     model = task.model(config.model)
     declared = declarations(model, task.init_batch)
     optimizer = make_optimizer(config.optimizer, make_schedule(config), declared)
+
     init = _make_init(task, model, optimizer)
     abstract = _abstract_state(init, config.seed, mesh)
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
@@ -117,6 +122,7 @@ def make_program(
         make_state = jax.jit(lambda key: unbox(init(key)), out_shardings=state_shardings)
         return make_state(jax.random.key(config.seed))
 
+    train_step = make_train_step(config, model, optimizer, task)
     return Program(
         mesh=mesh,
         task=task,
@@ -124,11 +130,7 @@ def make_program(
         attention=implementation.name,
         abstract_state=abstract,
         init_state=init_state,
-        train_step=jax.jit(
-            make_train_step(config, model, optimizer, task),
-            donate_argnums=0,
-            out_shardings=(state_shardings, None),
-        ),
+        train_step=jax.jit(train_step, donate_argnums=0, out_shardings=(state_shardings, None)),
         eval_step=jax.jit(make_eval_step(config, task)),
     )
 
@@ -175,21 +177,8 @@ def make_train_step(
         gradient, sums = _accumulate(config, model, task, state.variables, batch)
         metrics = task.metrics(sums)
         norm = optax.tree.norm(gradient)
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        # The moments need no test of their own: they are means of gradients and of their squares,
-        # and the norm is finite only if the sum of all squares is.
-        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm) & all_finite(params)
-        router_state = _update_biases(config, state.router_state, sums["router"])
-        new = TrainState(
-            step=state.step + 1,
-            examples=state.examples.plus(config.train.batch_size),
-            skipped=state.skipped + (~finite).astype(state.skipped.dtype),
-            skipped_in_row=jnp.where(finite, 0, state.skipped_in_row + 1),
-            params=tree_where(finite, params, state.params),
-            opt_state=tree_where(finite, opt_state, state.opt_state),
-            router_state=tree_where(finite, router_state, state.router_state),
-        )
+        is_finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+        new = _update(config, optimizer, state, gradient, sums, is_finite)
         if state.router_state:
             metrics["router"] |= {"bias_range": _bias_ranges(state.router_state)}
         return new, metrics | {
@@ -202,6 +191,35 @@ def make_train_step(
         }
 
     return train_step
+
+
+def _update(
+    config: RunConfig,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    gradient: Any,
+    sums: losses.Sums,
+    is_finite: jax.Array,
+) -> TrainState:
+    """Returns the state after a step. `is_finite` says whether its loss and gradient are finite.
+
+    If they or the new parameters are not, the step is counted and changes nothing else.
+    """
+    updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    router_state = _update_biases(config, state.router_state, sums["router"])
+    # The moments need no test of their own: they are means of gradients and of their squares, and
+    # the gradient's norm is finite only if the sum of all squares is.
+    is_finite &= all_finite(params)
+    return TrainState(
+        step=state.step + 1,
+        examples=state.examples.plus(config.train.batch_size),
+        skipped=state.skipped + (~is_finite).astype(state.skipped.dtype),
+        skipped_in_row=jnp.where(is_finite, 0, state.skipped_in_row + 1),
+        params=tree_where(is_finite, params, state.params),
+        opt_state=tree_where(is_finite, opt_state, state.opt_state),
+        router_state=tree_where(is_finite, router_state, state.router_state),
+    )
 
 
 def row_keys(config: RunConfig, examples: LargeCount) -> jax.Array:
@@ -257,8 +275,13 @@ def make_eval_step(config: RunConfig, task: Task) -> Callable[[Any, Batch], loss
 
 
 def _sums(model: nn.Module, task: Task, variables: Any, batch: Batch) -> losses.Sums:
-    output = model.apply(variables, batch)
-    return task.loss(output, lambda hidden: model.apply(variables, hidden, method="unembed"), batch)
+    output: Any = model.apply(variables, batch)
+
+    def unembed(hidden: jax.Array) -> jax.Array:
+        logits: Any = model.apply(variables, hidden, method="unembed")
+        return logits
+
+    return task.loss(output, unembed, batch)
 
 
 def _accumulate(

@@ -64,7 +64,7 @@ class _Run(NamedTuple):
 def fit(
     config: RunConfig,
     workdir: Path,
-    devices: list[jax.Device] | None = None,
+    devices: list[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]  # a class
     *,
     task: Task | None = None,
     init_from: Path | None = None,
@@ -82,8 +82,8 @@ def fit(
     saved, and Diverged.
     """
     program = make_program(config, devices, task=task)
-    # A gradient is as large as the parameters. A model that is too large is refused before the
-    # lock, which makes the directory.
+    # A model that is too large is refused before the lock is taken, which makes the directory. The
+    # parameters count twice, since the gradient is as large as they are.
     check_memory(program.mesh, program.abstract_state, program.abstract_state.params)
     with lock_run(workdir):
         check_workdir(workdir, config)

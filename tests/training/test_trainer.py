@@ -243,13 +243,15 @@ def test_a_finished_run_goes_on_to_more_steps_by_their_schedule(
     ] == pytest.approx(expected, rel=1e-5)
     old, new = (float(make_schedule(run)(8)) for run in (config, longer))
     assert warnings == [
-        f"train.steps is 12 now, and was 8: at step 8 the learning rate goes from {old:.3g}, of the old schedule, to {new:.3g}"
+        "train.steps is 12 now, and was 8: "
+        f"at step 8 the learning rate goes from {old:.3g}, of the old schedule, to {new:.3g}"
     ]
     assert lines(tmp_path)[: len(lines(uninterrupted))] == lines(uninterrupted)
     assert json.loads((tmp_path / "config.json").read_text())["train"]["steps"] == 12
     with pytest.raises(
         ConfigError,
-        match=r"train.steps=8 is not more than the 12 steps that .* has trained: set train.steps to 12, or",
+        match=r"train.steps=8 is not more than the 12 steps that .* has trained: "
+        r"set train.steps to 12, or",
     ):
         trainer.fit(config, tmp_path)
     trainer.fit(longer, tmp_path)
@@ -328,7 +330,8 @@ def test_a_new_run_starts_from_anothers_parameters(config, uninterrupted, tmp_pa
     assert trainer.fit(fork, workdir)["validation/loss"] < loss + 0.01
     with pytest.raises(
         ConfigError,
-        match=r"fork started from step 8 of .*/source: leave out --init_from, or set another --workdir",
+        match=r"fork started from step 8 of .*/source: "
+        r"leave out --init_from, or set another --workdir",
     ):
         trainer.fit(fork, workdir, init_from=uninterrupted)
     with pytest.raises(ConfigError, match=r"fork started from step 8 of .*/source"):
@@ -492,7 +495,8 @@ def test_a_second_start_on_a_run_is_refused_and_writes_nothing(config, tmp_path)
         before = {path: path.read_bytes() for path in tmp_path.iterdir()}
         with pytest.raises(
             ConfigError,
-            match=rf"is being written by process {os.getpid()} on {socket.gethostname()}: wait until it ends",
+            match=rf"is being written by process {os.getpid()} on {socket.gethostname()}: "
+            r"wait until it ends",
         ):
             trainer.fit(config, tmp_path)
         assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
@@ -501,7 +505,13 @@ def test_a_second_start_on_a_run_is_refused_and_writes_nothing(config, tmp_path)
 
 
 def test_a_lock_ends_with_its_process(tmp_path):
-    code = "import pathlib, sys; from moe.files import sole\nwith sole(pathlib.Path(sys.argv[1])) as holder: print(holder); input()"
+    code = textwrap.dedent("""
+        import pathlib, sys
+        from moe.files import sole
+        with sole(pathlib.Path(sys.argv[1])) as holder:
+            print(holder, flush=True)
+            input()
+    """)
     path = tmp_path / "run.lock"
     process = subprocess.Popen(
         [sys.executable, "-c", code, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -625,7 +635,8 @@ def test_a_model_that_cannot_fit_is_refused_before_anything_is_made(
     monkeypatch.setattr(start, "memory_bytes", lambda device: needed - 1)
     with pytest.raises(
         ConfigError,
-        match=r"config.model takes .* GiB of memory without its activations, and there are .* GiB: split it",
+        match=r"config.model takes .* GiB of memory without its activations, "
+        r"and there are .* GiB: split it",
     ):
         trainer.fit(config, tmp_path / "new", jax.devices()[:devices])
     assert not (tmp_path / "new").exists()
@@ -712,7 +723,8 @@ def uninterrupted_moe(moe_config, tmp_path_factory):
 
 
 MEANS = {
-    "load_entropy", "load_variation", "dropped_fraction", "logit_norm", "router_entropy", "top1_margin", "balance_loss", "z_loss", "max_vio"
+    "load_entropy", "load_variation", "dropped_fraction", "logit_norm", "router_entropy",
+    "top1_margin", "balance_loss", "z_loss", "max_vio",
 }  # fmt: skip
 
 

@@ -181,6 +181,16 @@ def test_the_older_format_is_refused(tmp_path):
         restore(tmp_path)
 
 
+def test_the_format_before_examples_had_64_bits_is_refused(copy):
+    path = copy / "checkpoints" / "4"
+    identity.write_about(path, identity.read_about(path) | {"format_version": 2})
+    with pytest.raises(
+        ConfigError,
+        match="checkpoints/4 has format 2, not 3: read it with the version that wrote it",
+    ):
+        restore(copy)
+
+
 def test_a_directory_of_another_step_is_refused(copy):
     (copy / "checkpoints" / "4").rename(copy / "checkpoints" / "50")
     with pytest.raises(
