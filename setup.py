@@ -1,5 +1,6 @@
-"""What the package requires, from requirements.txt: its first paragraph to import it, the second
-for the extra `run`.
+"""Reads what the package requires from requirements.txt.
+
+The first paragraph of that file is what importing the package needs, the second is the extra `run`.
 """
 
 from pathlib import Path
@@ -17,11 +18,13 @@ setup(
         "cpu": [],
         "cuda13": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
-        # The compilers of chips that are not here, for `pytest -m aot`.
+        # Compilers for chips that the machine need not have, for `pytest -m aot`.
         "aot": ["jax-cuda13-plugin<0.12", "jax[tpu]"],
         "test": [
+            "basedpyright==1.40.*",
             "build>=1.2",
             "equinox>=0.13",
+            "hypothesis>=6.130",
             "pytest>=8.3",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",

@@ -1,8 +1,8 @@
-"""The dense step whose speed is held against the machine's own matmul: 8 layers of width 512, rows
-of 512 bytes, float32.
+"""Times a dense step, whose speed is compared with that of the machine's own matmul.
 
-The proportions are Gemma 2B's (2024, table 1): heads of 256 with one key/value head, F = 8 D. A
-microbatch is 4 rows.
+The model has 8 layers of width 512, in float32, and rows are 512 bytes. The proportions are those
+of Gemma 2B (2024, table 1): heads of 256 with one key/value head, and F = 8 D. A microbatch is 4
+rows.
 
 Command:  python -m launch.benchmark --config=configs/benchmark_dense.py --trials=7
 Hardware: a CPU.

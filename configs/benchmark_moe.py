@@ -1,4 +1,4 @@
-"""Sparse layers whose cost is held against a dense layer of the same active FLOPs, in float32.
+"""Times a sparse layer against a dense layer of the same active FLOPs, in float32.
 
 8x2   Eight experts of width 1024, two for each token.
 64x8  64 experts of width 256, eight for each token.

@@ -1,13 +1,14 @@
-"""A dense decoder of 124M parameters, of the width and depth of GPT-2 small: the usual first rung
-of a scaling ladder.
+"""Trains a dense decoder of 124M parameters, with the width and depth of GPT-2 small.
+
+It is the usual first rung of a scaling ladder.
 
 Command:  python -m launch.train --config=configs/dense_125m.py --workdir=runs/dense_125m
 Hardware: 1 accelerator of 40 GB or more.
 Time, result: not measured yet. 2.6B tokens (21 per parameter) need 2.1e18 FLOPs: an hour and a half
           at 40 % of an H100's peak.
 
-The data is `stdlib` in bytes, which a model of this size only memorises: good for measuring speed
-and memory. Point data.dataset at a corpus of yours before you read anything into its loss.
+The data is `stdlib` in bytes. A model of this size only memorises it, which is good enough for
+measuring speed and memory. Set data.dataset to a corpus of yours before its loss means anything.
 """
 
 from ml_collections import ConfigDict

@@ -1,5 +1,6 @@
-"""A dense decoder of 1.24B parameters: the shape of Llama 3.2 1B (Grattafiori et al. 2024), whose
-parameter count it equals.
+"""Trains a dense decoder of 1.24B parameters, with the shape of Llama 3.2 1B.
+
+The number of parameters equals that of the published model (Grattafiori et al. 2024).
 
 Command:  python -m launch.train --config=configs/dense_1b.py --workdir=runs/dense_1b
 Hardware: 8 accelerators of 80 GB, sharded over fsdp.

@@ -1,8 +1,8 @@
-"""`dense_1b` on rows of 32,768 tokens, each split over 8 devices, which exchange heads in attention
-(Ulysses, Jacobs et al. 2023).
+"""Trains `dense_1b` on rows of 32,768 tokens, each of which is split over 8 devices.
 
-Eight key/value heads on eight devices of one host are what Ulysses wants; over more devices than
-heads take `--config.model.attention.context_parallelism=ring` and a larger `mesh.context`.
+In attention the devices exchange heads (Ulysses, Jacobs et al. 2023), which suits 8 key/value heads
+on the 8 devices of a host. For more devices than heads, set a larger `mesh.context` and
+`--config.model.attention.context_parallelism=ring`.
 
 Command:  python -m launch.train --config=configs/dense_1b_32k.py --workdir=runs/dense_1b_32k
 Hardware: 8 accelerators of 80 GB, one row at a time over all of them.

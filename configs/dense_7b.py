@@ -1,5 +1,6 @@
-"""A dense decoder of 6.7B parameters: Llama 2 7B's architecture (Touvron et al. 2023, section 2.2),
-whose parameter count it equals.
+"""Trains a dense decoder of 6.7B parameters, with the architecture of Llama 2 7B.
+
+The number of parameters equals that of the published model (Touvron et al. 2023, section 2.2).
 
 Command:  python -m launch.train --config=configs/dense_7b.py --workdir=runs/dense_7b
 Hardware: 64 accelerators of 80 GB: 8 for tensor parallelism within a host, the rest over fsdp.

@@ -1,15 +1,16 @@
-"""OLMoE-1B-7B (Muennighoff et al. 2024, table 1): 6.92B parameters, of which a token uses 1.28B. 64
-experts a layer, 8 for each token.
+"""Trains OLMoE-1B-7B: 6.92B parameters, of which a token uses 1.28B.
+
+Each layer has 64 experts, 8 for each token (Muennighoff et al. 2024, table 1).
 
 Command:  python -m launch.train --config=configs/moe_1b_7b.py --workdir=runs/moe_1b_7b
-Hardware: 64 accelerators of 80 GB: parameters split over the 8 of a host, rows over all. No token
-          is dropped.
+Hardware: 64 accelerators of 80 GB. Parameters are split over the 8 of a host, rows over all. No
+          token is dropped.
 Time, result: not measured. The paper's 5.1T tokens need 4.0e22 FLOPs: 18 days at 40 % of 64 H100s'
           peak.
 
-Other than OLMoE, there is no norm on queries and keys (65,536 parameters), and loads are balanced
-over a microbatch on all devices rather than on each. Text comes in bytes so far: the vocabulary has
-the published size, and its cost.
+Unlike OLMoE, the model has no norm on queries and keys (65,536 parameters), and the load is
+balanced over a microbatch on all devices rather than on each device. So far text is read as bytes;
+the vocabulary has the published size nevertheless, and its cost.
 """
 
 from ml_collections import ConfigDict

@@ -1,16 +1,17 @@
-"""Qwen3-30B-A3B (Yang et al. 2025, table 2): 30.5B parameters, of which a token uses 3.35B. 128
-experts a layer, 8 for each token.
+"""Trains Qwen3-30B-A3B: 30.5B parameters, of which a token uses 3.35B.
+
+Each layer has 128 experts, 8 for each token (Yang et al. 2025, table 2).
 
 Command:  python -m launch.train --config=configs/moe_30b_a3b.py --workdir=runs/moe_30b_a3b
-Hardware: 64 accelerators of 80 GB: 16 experts of each layer on each of a host's 8, their parameters
-          split over the 8 hosts.
+Hardware: 64 accelerators of 80 GB. Each of a host's 8 has 16 experts of each layer, and their
+          parameters are split over the 8 hosts.
 Time, result: not measured. 1.05T tokens need 2.4e22 FLOPs: 11 days at 40 % of 64 H100s' peak.
 
-Loads are balanced over a microbatch on all devices, which is the global batch of Qiu et al. 2025,
-with the weight of the published config. Other than Qwen3, there is no norm on queries and keys
-(12,288 parameters). Batch and learning rate, which the paper does not give, are usual ones. A
-device has room for twice its mean load, and what comes beyond is dropped. Text comes in bytes so
-far: the vocabulary has the published size, and its cost.
+The load is balanced over a microbatch on all devices, the global batch of Qiu et al. 2025, with the
+weight of the published config. Unlike Qwen3, the model has no norm on queries and keys (12,288
+parameters). The paper does not give batch size and learning rate; usual ones stand here. A device
+has room for twice its mean load, and rows beyond that are dropped. So far text is read as bytes;
+the vocabulary has the published size nevertheless, and its cost.
 """
 
 from ml_collections import ConfigDict

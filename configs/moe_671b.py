@@ -1,20 +1,22 @@
-"""DeepSeek-V3's experts and routing (DeepSeek-AI 2024, section 4.2), on grouped-query attention:
-675B parameters, a token uses 41B of them.
+"""Trains a model with DeepSeek-V3's experts and routing: 675B parameters, a token uses 41B.
+
+Experts and routing are those of DeepSeek-AI 2024, section 4.2. Attention is grouped-query.
 
 Command:  python -m launch.train --config=configs/moe_671b.py --workdir=runs/moe_671b
-Hardware: 1,024 accelerators of 80 GB: 4 experts of each layer on each of 64, their parameters split
-          over 16 such groups, and all
-          others over all. State and gradients are 10.5 GB on each.
+Hardware: 1,024 accelerators of 80 GB, in 16 groups of 64. Each accelerator of a group has 4 experts
+          of each layer, whose parameters are split over the groups. All other parameters are split
+          over all accelerators. State and gradients are 10.5 GB on each.
 Time, result: not measured. 6.3T tokens need 1.7e24 FLOPs: 48 days at 40 % of the peak of as many
           H100s.
 
-Of each layer, what follows attention is the paper's. Attention is not: its latent attention (MLA)
-is not here, and 128 heads of 128 with 8 key/value heads, as in Llama 3.1 405B, have a third more
-parameters. Nor does the model predict a second token. The paper's balance factor 1e-4 is of a sum
-over the sparse layers, here of a mean over 58. Its batch grows to 15,360, its biases stand still at
-the end, its learning rate falls later, and its 14.8T tokens are more rows than an int32 counts. A
-device has room for twice its mean load; the paper drops nothing. Text comes in bytes so far: the
-vocabulary has the published size, and its cost.
+The feed-forward parts are the paper's. Attention is not: instead of latent attention (MLA) there
+are 128 heads of 128 with 8 key/value heads, as in Llama 3.1 405B, which have a third more
+parameters. The model does not predict a second token either. The paper multiplies a sum over the
+sparse layers by its balance factor of 1e-4; the config's factor belongs to a mean over 58 layers.
+In the paper the batch grows to 15,360, the biases stop moving near the end, the learning rate falls
+later, and the 14.8T tokens are more rows than an int32 counts. A device has room for twice its mean
+load, and rows beyond that are dropped; the paper drops nothing. So far text is read as bytes; the
+vocabulary has the published size nevertheless, and its cost.
 """
 
 from ml_collections import ConfigDict

@@ -1,14 +1,15 @@
-"""Mixtral 8x7B (Jiang et al. 2024, table 1): 46.7B parameters, of which a token uses 12.9B. 8
-experts a layer, 2 for each token.
+"""Trains Mixtral 8x7B: 46.7B parameters, of which a token uses 12.9B.
+
+Each layer has 8 experts, 2 for each token (Jiang et al. 2024, table 1).
 
 Command:  python -m launch.train --config=configs/moe_8x7b.py --workdir=runs/moe_8x7b
-Hardware: 64 accelerators of 80 GB: an expert of each layer on each of a host's 8, its parameters
-          split over the 8 hosts.
+Hardware: 64 accelerators of 80 GB. Each of a host's 8 has one expert of each layer, whose
+          parameters are split over the 8 hosts.
 Time, result: not measured. 1.05T tokens need 8.4e22 FLOPs: 38 days at 40 % of 64 H100s' peak.
 
-The paper tells nothing of the training: batch, learning rate and balance loss are usual ones. A
-device has room for twice its mean load, and what comes beyond is dropped. Text comes in bytes so
-far: the vocabulary has the published size, and its cost.
+The paper says nothing about training; batch size, learning rate and balance loss are usual ones. A
+device has room for twice its mean load, and rows beyond that are dropped. So far text is read as
+bytes; the vocabulary has the published size nevertheless, and its cost.
 """
 
 from ml_collections import ConfigDict

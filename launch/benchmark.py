@@ -25,7 +25,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from absl import flags
 
 from launch import command_line
@@ -41,15 +40,15 @@ def benchmark(config: RunConfig, trials: int = 5) -> dict[str, Any]:
     import jax
 
     from moe.parallel.mesh import global_batch, host_rows
+    from moe.training.start import check_memory
     from moe.training.train_step import make_program
-    from moe.training.trainer import check_memory
 
     program = make_program(config)
     check_memory(program.mesh, program.abstract_state, program.abstract_state.params)
     devices = list(program.mesh.devices.flat)
     size = config.train.batch_size
-    rows = random_rows(config, len(host_rows(program.mesh, size)))
-    batch = global_batch(rows, program.mesh, size)
+    rows = program.task.random_rows(config, len(host_rows(program.mesh, size)))
+    batch = global_batch(rows, program.mesh, size, program.task.dims)
     state = program.init_state()
     with jax.set_mesh(program.mesh):
         begin = time.perf_counter()
@@ -163,19 +162,6 @@ def _time_pairs(sparse: Callable[[], Any], dense: Callable[[], Any], trials: int
         "sparse_over_dense_of_trials": ratios,
         "sparse_seconds": statistics.median(sparse_seconds),
         "dense_seconds": statistics.median(dense_seconds),
-    }
-
-
-def random_rows(config: RunConfig, num_rows: int) -> dict[str, np.ndarray]:
-    """Returns rows of random tokens, each a single document: as much work as real rows."""
-    shape = (num_rows, config.data.sequence_length)
-    generator = np.random.default_rng(config.seed)
-    return {
-        "tokens": generator.integers(0, config.model.vocab_size, shape, np.int32),
-        "targets": generator.integers(0, config.model.vocab_size, shape, np.int32),
-        "loss_mask": np.ones(shape, bool),
-        "segment_ids": np.ones(shape, np.int32),
-        "positions": np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape),
     }
 
 

@@ -23,8 +23,7 @@ from moe.training.progress import Stream
 
 # Exit codes. 0 means done. 1 means a bug or a broken machine, with a traceback.
 BAD_INPUT = 2
-# Too many updates in a row were skipped because a loss or gradient was not finite, or the last
-# validation was not finite.
+# Too many updates in a row were skipped since they were not finite, or the last validation was not.
 DIVERGED = 3
 # EX_TEMPFAIL of sysexits.h: the state is saved, and the same command goes on.
 INTERRUPTED = 75

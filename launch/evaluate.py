@@ -32,13 +32,12 @@ def evaluate(workdir: Path, step: int | None = None, split: str | None = None) -
     data = read_config(workdir).data
     check_dataset(dataclasses.replace(data, validation_split=split or data.validation_split))
     # These load JAX, which bad input need not wait for.
-    from moe.data.prepare import prepare
-    from moe.training import trainer
+    from moe.training import evaluation, trainer
 
     config, program, variables, step = trainer.load_run(workdir, step)
-    rows = prepare(config.data, split or config.data.validation_split)
+    rows = program.task.rows(config, split or config.data.validation_split)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, eval_batches=0))
-    result = trainer.evaluate(config, program, variables, rows)
+    result = evaluation.evaluate(config, program, variables, rows)
     for name, value in result.items():
         if not math.isfinite(value):
             raise ConfigError(

@@ -39,12 +39,12 @@ def generate(
     # These load JAX, which --help need not wait for.
     from moe.data.tokenizers import make_tokenizer
     from moe.inference.generate import Sampling, check_sampling, generate
-    from moe.training import trainer
+    from moe.training import start, trainer
 
     sampling = Sampling(temperature, top_k, top_p)
     check_sampling(sampling, max_new_tokens)
     config, program, variables, step = trainer.load_run(workdir, step)
-    trainer.check_finite(workdir / "checkpoints" / str(step), variables)
+    start.check_finite(workdir / "checkpoints" / str(step), variables)
     tokenizer = make_tokenizer(config.data)
     # A document begins with a boundary.
     tokens = [np.array([tokenizer.boundary_id, *tokenizer.encode(prompt)]) for prompt in prompts]

@@ -153,6 +153,7 @@ def choice_reader(
     from moe.data.loader import evaluation_batches
     from moe.model.transformer import Output, Transformer
     from moe.parallel.mesh import global_batch, host_rows
+    from moe.tasks.language_modelling import DIMS
 
     model = Transformer(config.model, capture=("experts",)).without_jitter()
     size = config.train.batch_size
@@ -168,7 +169,7 @@ def choice_reader(
     def read(title: str, models: Sequence[Any]) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
         batches = evaluation_batches(rows, batch_size=size, num_batches=num_batches, host_rows=held)
         for batch in tqdm(batches, total=total, desc=title, unit="batch"):
-            is_text_BT, on_devices = batch["segment_ids"] > 0, global_batch(batch, mesh, size)
+            is_text_BT, on_devices = batch["segment_ids"] > 0, global_batch(batch, mesh, size, DIMS)
             with jax.set_mesh(mesh):
                 choices = [np.asarray(choose(variables, on_devices)) for variables in models]
             yield batch["tokens"][is_text_BT], [experts[:, is_text_BT] for experts in choices]

@@ -47,17 +47,16 @@ def upcycle(
     # These load JAX, which bad input need not wait for.
     import jax
 
-    from moe.data.prepare import prepare
     from moe.interop.upcycle import check_upcycle, upcycle
-    from moe.training import trainer
+    from moe.training.start import check_memory
     from moe.training.train_step import make_program
 
     dense = read_config(source).model
     check_upcycle(dense, config.model)
     program = make_program(config)
-    trainer.check_memory(program.mesh, program.abstract_state)
+    check_memory(program.mesh, program.abstract_state)
     dense_params = _read_dense_params(source, dataclasses.replace(config, model=dense), step)
-    rows = prepare(config.data, config.data.train_split)
+    rows = program.task.rows(config, config.data.train_split)
     state = program.init_state()
     shardings = jax.tree.map(lambda leaf: leaf.sharding, program.abstract_state.params)
     convert = jax.jit(
@@ -74,14 +73,14 @@ def _read_dense_params(source: Path, config: RunConfig, step: int | None) -> Any
     `config` is that of the new run, but for the dense model. Its mesh lays the parameters out as
     the new run needs them, so that no array has to move when it is converted.
     """
-    from moe.training import trainer
+    from moe.training.start import check_finite
     from moe.training.train_step import make_program
     from moe.workdir import checkpoint
 
     abstract_state = make_program(config).abstract_state
     with checkpoint.read_checkpoints(source) as checkpoints:
         variables, step = checkpoint.restore_variables_and_step(checkpoints, abstract_state, step)
-    trainer.check_finite(source / "checkpoints" / str(step), variables["params"])
+    check_finite(source / "checkpoints" / str(step), variables["params"])
     return variables["params"]
 
 
@@ -96,10 +95,10 @@ def _write_run(
     """Writes a new run directory whose only checkpoint is `state`, at step 0."""
     import jax
 
-    from moe.training import trainer
+    from moe.training.start import lock_run
     from moe.workdir import checkpoint, tracking
 
-    with trainer.lock_run(workdir):
+    with lock_run(workdir):
         tracking.check_workdir(workdir, config)
         # Until everything is written, this file keeps launch.train from taking the directory for a
         # new run, which it would train from scratch.

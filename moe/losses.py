@@ -15,33 +15,6 @@ from moe.config import MoEConfig
 Sums = dict[
     str, Any
 ]  # arrays, and under "router" a dict of each sparse layer's, stacked [L, ...]; additive
-LossFn = Callable[[Any, Callable[[jax.Array], jax.Array], dict[str, jax.Array]], Sums]
-
-
-def next_token_loss(chunk: int) -> LossFn:
-    """The language-modelling loss function: (output, unembed, batch) -> sums and counts, logits
-    made `chunk` positions at a time.
-    """
-
-    def loss_fn(
-        output: Any, unembed: Callable[[jax.Array], jax.Array], batch: dict[str, jax.Array]
-    ) -> Sums:
-        total = cross_entropy_sum(
-            output.hidden, unembed, batch["targets"], batch["loss_mask"], chunk
-        )
-        return {"cross_entropy": total, "router": router_sums(output.aux), **counts(batch)}
-
-    return loss_fn
-
-
-def counts(batch: dict[str, jax.Array]) -> Sums:
-    """What sums are divided by; known from the batch alone, so that each microbatch can be weighted
-    by its share of the whole.
-    """
-    return {
-        "targets": jnp.sum(batch["loss_mask"], dtype=jnp.float32),
-        "tokens": jnp.sum(batch["segment_ids"] > 0, dtype=jnp.float32),
-    }
 
 
 def router_sums(aux: Any) -> Sums:
@@ -59,13 +32,13 @@ def router_sums(aux: Any) -> Sums:
 
 
 def objective(sums: Sums, global_counts: Sums, config: MoEConfig) -> jax.Array:
-    """A microbatch's part of what training minimises: cross-entropy, and the router's losses as
+    """A microbatch's part of what training minimises: the task's loss, and the router's losses as
     means over sparse layers.
 
     The parts add up to the whole batch's, except for a balance loss of scope "batch", whose batch
     is the microbatch.
     """
-    total = sums["cross_entropy"] / jnp.maximum(global_counts["targets"], 1.0)
+    total = mean(sums["loss"], global_counts["targets"])
     if sums["router"]:
         weighted_L = (
             config.balance_weight * sums["router"]["balance"]
@@ -73,6 +46,11 @@ def objective(sums: Sums, global_counts: Sums, config: MoEConfig) -> jax.Array:
         )
         total += jnp.mean(weighted_L) / jnp.maximum(global_counts["tokens"], 1.0)
     return total
+
+
+def mean(total: jax.Array, count: jax.Array) -> jax.Array:
+    """Divides a sum by its count. The mean of nothing is 0."""
+    return total / jnp.maximum(count, 1.0)
 
 
 def metrics(sums: Sums) -> dict[str, Any]:
@@ -85,7 +63,7 @@ def metrics(sums: Sums) -> dict[str, Any]:
     logits' norm, the entropy of the router's distribution (nats) and the margin of its two largest
     probabilities.
     """
-    loss, router = sums["cross_entropy"] / jnp.maximum(sums["targets"], 1.0), sums["router"]
+    loss, router = mean(sums["loss"], sums["targets"]), sums["router"]
     if not router:
         return {"loss": loss}
     assignments_L = jnp.maximum(jnp.sum(router["load"], axis=-1), 1.0)
@@ -171,8 +149,3 @@ def _split_time(x_BT: jax.Array, chunk: int, padding: int) -> jax.Array:
     """[B, T, ...] to [number of chunks, B, chunk, ...], the last chunk filled up with zeros."""
     padded = jnp.pad(x_BT, ((0, 0), (0, padding)) + ((0, 0),) * (x_BT.ndim - 2))
     return einops.rearrange(padded, "b (n c) ... -> n b c ...", c=chunk)
-
-
-def bits_per_byte(nats_per_target: float, num_targets: int, num_bytes: int) -> float:
-    """Converts a mean loss to bits per byte of text, which does not depend on the tokenizer."""
-    return nats_per_target * num_targets / num_bytes / math.log(2)

@@ -82,11 +82,14 @@ def is_declared(leaf: Any) -> bool:
     return isinstance(leaf, Declared)
 
 
-def declarations(model: nn.Module) -> Any:
-    """The parameter tree of `model` as Declared leaves holding shapes and dtypes; nothing is
-    allocated.
+def declarations(model: nn.Module, batch: Any = None) -> Any:
+    """Returns the parameter tree of `model` as Declared leaves that hold shapes and dtypes.
+
+    `batch` is an example of what the model takes, in arrays or shapes; without it, `tokens` alone.
+    Nothing is allocated.
     """
-    batch = {"tokens": jax.ShapeDtypeStruct((1, 1), jnp.int32)}
+    if batch is None:
+        batch = {"tokens": jax.ShapeDtypeStruct((1, 1), jnp.int32)}
     return jax.eval_shape(model.init, jax.random.key(0), batch)["params"]
 
 

@@ -14,12 +14,13 @@ import pytest
 
 
 def xla_flags(given: str) -> str:
-    """Returns the flags that tests compile with: ours, then those given, since of a flag that
-    stands twice XLA takes the last.
+    """Returns the flags that tests compile with: ours, then the given ones.
+
+    If a flag is there twice, XLA takes the last.
     """
-    # Tests compile hundreds of small programs and run each once or twice: LLVM's optimisations
-    # would take longer than they save, and XLA's newer emitters of fusions take twice as long to
-    # compile as the old ones. XLA ends the process at a flag that it does not know.
+    # Tests compile hundreds of small programs and run each once or twice, so LLVM's optimisations
+    # would take longer than they save. XLA's newer fusion emitters take twice as long to compile as
+    # the old ones. JAX 0.11 no longer knows that flag, and XLA ends the process at an unknown flag.
     ours = "--xla_backend_optimization_level=0" + " --xla_cpu_use_fusion_emitters=false" * (
         jax.__version_info__ < (0, 11)
     )
@@ -27,14 +28,14 @@ def xla_flags(given: str) -> str:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # XLA's CPU client takes as many threads as it has devices, 8, and a device that waits in two
-    # independent collectives at once holds two of them: with the rest of the devices left without a
-    # thread, all wait for ever, and XLA ends the process.
+    # XLA's CPU client has as many threads as devices, 8. A device that waits in two independent
+    # collectives holds two of them. Another device is then left without a thread, all wait for
+    # ever, and XLA ends the process. With NPROC=32 it has more threads.
     os.environ.setdefault("NPROC", "32")
     os.environ["XLA_FLAGS"] = xla_flags(os.environ.get("XLA_FLAGS", ""))
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        # Many tests compile the same program. pytest-xdist's workers and the processes that tests
-        # start find this in their environment.
+        # Many tests compile the same program, so they share a cache. pytest-xdist's workers and the
+        # processes that tests start find it by their environment.
         directory = tempfile.mkdtemp(prefix="moe-compiled-")
         config.add_cleanup(functools.partial(shutil.rmtree, directory, ignore_errors=True))
         os.environ |= {
@@ -51,7 +52,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def data_directory(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Where datasets are prepared, once for all tests."""
+    """Returns the directory where data sets are prepared once for all tests."""
     return str(tmp_path_factory.mktemp("data"))
 
 

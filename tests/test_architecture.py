@@ -1,5 +1,6 @@
-"""The house rules of docs/design.md, held against the source: who may import whom, what no file may
-call, and how large things may grow.
+"""Holds the rules of docs/design.md against the source.
+
+They say which file may import which, what no file may call, and how large things may grow.
 """
 
 import ast
@@ -17,8 +18,8 @@ from moe import config
 ROOT = Path(__file__).parents[1]
 ROOMS = ("configs", "kernels", "launch", "moe")
 
-# The folders and files of moe/, lowest floor first. A file imports from its own folder, without a
-# cycle, and from floors below.
+# The folders and files of moe/, the lowest floor first. A file imports from its own folder, without
+# a cycle, and from floors below.
 FLOORS = (
     ("kernels", "files"),
     ("config",),
@@ -26,11 +27,11 @@ FLOORS = (
     ("parallel",),
     ("losses",),
     ("model", "interop"),
-    ("inference", "workdir"),
+    ("inference", "tasks", "workdir"),
     ("training",),
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS, start=-1) for name in names}
-# Beside the model: above config and the ground, and above nothing else.
+# These stand beside the model. They import config and the ground, and nothing else.
 BESIDE = ("data", "scaling")
 
 FORBIDDEN_IMPORTS = {
@@ -53,29 +54,34 @@ FORBIDDEN_CALLS = {
 
 
 def module_name(path: Path) -> str:
-    """The one name by which a file is imported; kernels/ is moe.kernels."""
+    """Returns the one name by which a file is imported. For kernels/x.py it is moe.kernels.x."""
     parts = path.relative_to(ROOT).with_suffix("").parts
     parts = ("moe", *parts) if parts[0] == "kernels" else parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def sources(*rooms: str) -> dict[str, ast.Module]:
-    """The parsed files of some rooms, by module name."""
-    paths = sorted(path for room in rooms for path in (ROOT / room).rglob("*.py"))
+    """Returns the parsed files of some rooms, by module name."""
     return {
-        module_name(path): ast.parse(path.read_text(), str(path))
-        for path in paths
-        if "moe/kernels" not in path.as_posix()
+        module_name(path): ast.parse(path.read_text(), str(path)) for path in source_files(*rooms)
     }
 
 
-def starts(name: str, *prefixes: str) -> bool:
-    return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
+def source_files(*rooms: str) -> list[Path]:
+    """Returns the files of some rooms, each once. Those of moe/kernels, a link, are in kernels/."""
+    paths = sorted(path for room in rooms for path in (ROOT / room).rglob("*.py"))
+    return [path for path in paths if "moe/kernels" not in path.as_posix()]
+
+
+def is_within(name: str, *packages: str) -> bool:
+    """Returns whether a dotted name is one of the packages, or inside one."""
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
 
 
 def imports(tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """Line and dotted name of all that a file imports, wherever in it: `from moe import losses` is
-    moe.losses.
+    """Yields the line and dotted name of each import, also of those inside functions.
+
+    The name of `from moe import losses` is moe.losses.
     """
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -88,40 +94,44 @@ def imports(tree: ast.Module) -> Iterator[tuple[int, str]]:
 
 
 def wrong_import(module: str, imported: str) -> str | None:
-    """Why `module` may not import `imported`, or None where it may."""
+    """Returns why `module` may not import `imported`, or None if it may."""
     top = imported.split(".")[0]
-    if starts(
-        module, "tests"
-    ):  # they may import all else: pickle too, for what they made themselves
+    if is_within(module, "tests"):
+        # Tests may import everything else, even pickle, for what they wrote themselves.
         return FORBIDDEN_IMPORTS["kernels"] if top == "kernels" else None
     if imported.startswith("."):
         return "is relative: write the whole name"
     for name, reason in FORBIDDEN_IMPORTS.items():
-        if starts(imported, name):
+        if is_within(imported, name):
             return reason
-    if starts(module, "moe.kernels"):
-        allowed = starts(imported, "jax", "numpy", "moe.kernels") or top in sys.stdlib_module_names
-        return None if allowed else "is not for kernels: they import jax, numpy and one another"
-    if starts(module, "configs"):
+    if is_within(module, "moe.kernels"):
         allowed = (
-            starts(imported, "ml_collections", "moe.config", "configs")
+            is_within(imported, "jax", "numpy", "moe.kernels") or top in sys.stdlib_module_names
+        )
+        return None if allowed else "is not for kernels: they import jax, numpy and one another"
+    if is_within(module, "configs"):
+        allowed = (
+            is_within(imported, "ml_collections", "moe.config", "configs")
             or top in sys.stdlib_module_names
         )
         return None if allowed else "is not for configs: they import moe.config and one another"
-    if starts(module, "moe.config"):
-        allowed = starts(imported, "ml_collections", "moe.config") or top in sys.stdlib_module_names
+    if is_within(module, "moe.config"):
+        allowed = (
+            is_within(imported, "ml_collections", "moe.config") or top in sys.stdlib_module_names
+        )
         return None if allowed else "is not for moe.config, which is used before JAX is imported"
     if top in ("launch", "configs", "tests"):
-        allowed = starts(module, "launch") and top != "tests"
+        allowed = is_within(module, "launch") and top != "tests"
         return None if allowed else f"is above {module}"
     return (
         wrong_floor(module, imported)
-        if top == "moe" and starts(module, "moe") and module != "moe"
+        if top == "moe" and is_within(module, "moe") and module != "moe"
         else None
     )
 
 
 def wrong_floor(module: str, imported: str) -> str | None:
+    """Returns why a file of moe/ may not import another file of moe/, or None if it may."""
     room, other = module.split(".")[1], f"{imported}.".split(".")[1]
     if other not in FLOOR:
         return "is no file of moe/: import a name from the file that defines it"
@@ -139,7 +149,7 @@ def import_graph(modules: dict[str, ast.Module]) -> dict[str, set[str]]:
     """Maps each module to the modules that it imports while it is being loaded."""
     graph: dict[str, set[str]] = {module: set() for module in modules}
     for module, tree in modules.items():
-        # What a function imports is imported later.
+        # An import inside a function runs later, when the function is called.
         loaded = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
         for _, name in imports(ast.Module(loaded, [])):
             found = name if name in modules else name.rpartition(".")[0]
@@ -158,7 +168,7 @@ def import_cycle(modules: dict[str, ast.Module]) -> list[str]:
 
 
 def wrong_calls(tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """Line and reason of the calls and handlers that no file may contain."""
+    """Yields the line and the reason of each call or handler that no file may contain."""
     for node in ast.walk(tree):
         if isinstance(node, ast.ExceptHandler):
             caught = "everything" if node.type is None else ast.unparse(node.type)
@@ -224,12 +234,12 @@ def test_no_file_makes_a_forbidden_call() -> None:
 
 
 def test_kernels_never_look_at_the_attached_device() -> None:
-    """But for the commands among them, which are about it."""
+    """The benchmarks are commands about the attached device, so they may."""
     names = {"default_backend", "devices", "device_count", "local_devices"}
     wrong = [
         f"{module}:{node.lineno}: jax.{node.attr}: the chip is an argument"
         for module, tree in sources("kernels").items()
-        if not starts(module, "moe.kernels.benchmarks")
+        if not is_within(module, "moe.kernels.benchmarks")
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute)
         and node.attr in names
@@ -249,12 +259,10 @@ def test_functions_have_at_most_80_lines() -> None:
 
 
 def line_counts(*rooms: str) -> dict[str, int]:
-    """Lines of each file that are not blank; comments and docstrings count."""
-    files = sorted(path for room in rooms for path in (ROOT / room).rglob("*.py"))
+    """Returns how many lines of each file are not blank. Comments and docstrings count."""
     return {
         module_name(path): sum(bool(line.strip()) for line in path.read_text().splitlines())
-        for path in files
-        if "moe/kernels" not in path.as_posix()
+        for path in source_files(*rooms)
     }
 
 
@@ -268,6 +276,7 @@ def test_moe_without_kernels_has_less_than_9000_lines() -> None:
 
 
 def config_fields() -> list[tuple[type, str]]:
+    """Returns the dataclass and the name of each config field."""
     classes = [
         cls
         for _, cls in inspect.getmembers(config, inspect.isclass)
@@ -281,13 +290,15 @@ def test_there_are_at_most_120_config_fields() -> None:
 
 
 def test_every_config_field_is_read() -> None:
-    """By name only: a field passes where any attribute of its name is read in moe/ or launch/, in
-    moe/config/ by a property alone.
+    """Fields are told by name only: one passes if any attribute of its name is read.
+
+    It has to be read in moe/ or launch/. In moe/config/ only the properties count, since its checks
+    read every field.
     """
     modules = sources("moe", "launch")
     properties = [
         node
-        for module in [name for name in modules if starts(name, "moe.config")]
+        for module in [name for name in modules if is_within(name, "moe.config")]
         for node in ast.walk(modules.pop(module))
         if isinstance(node, ast.FunctionDef) and node.decorator_list
     ]
@@ -298,7 +309,7 @@ def test_every_config_field_is_read() -> None:
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
     }
-    # The mesh is read whole, as its sizes.
+    # The fields of the mesh are read together, as `sizes`.
     unread = [
         f"{cls.__name__}.{name}"
         for cls, name in config_fields()

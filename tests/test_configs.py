@@ -1,5 +1,6 @@
-"""Every config file loads, says how to run it, and fits the hardware it names; those of published
-models have their parameters.
+"""Tests that every config loads, says how to run it, and fits the hardware that it names.
+
+Configs of published models are held against the published numbers of parameters.
 """
 
 import dataclasses
@@ -33,7 +34,7 @@ def test_a_config_loads_and_survives_json(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_docstring_says_how_to_run_it_on_what_and_what_came_of_it(name):
+def test_a_docstring_has_command_hardware_time_and_result(name):
     text = importlib.import_module(f"configs.{name}").__doc__
     command = re.search(
         rf"^Command:  python -m launch\.(train|benchmark) --config=configs/{name}\.py(.*)$",
@@ -61,8 +62,7 @@ def test_a_config_fits_the_accelerators_it_names(name):
     assert devices > 1 or total_parameters(config.model) < 1e9
 
 
-# The warm-up that each config trains with at its own number of steps, whatever part of them that
-# is.
+# The steps of warm-up that each config has. The config states a fraction of its steps.
 WARMUP_STEPS = {
     "benchmark_dense": 100,
     "benchmark_moe": 100,
@@ -97,15 +97,15 @@ def test_every_config_has_its_warm_up_here():
     assert WARMUP_STEPS.keys() == set(NAMES) | experiments
 
 
-def test_the_default_of_make_train_is_there():
+def test_the_default_config_of_make_train_exists():
     default = re.search(
         r"^CONFIG \?= configs/(\w+)\.py$", (ROOT / "Makefile").read_text(), re.MULTILINE
     )
     assert default[1] in NAMES
 
 
-# What a published checkpoint holds (the sizes in its safetensors index), less its norms on queries
-# and keys, which are not in this model.
+# The parameters of published checkpoints, by the sizes in their safetensors index. Norms on queries
+# and keys are subtracted, since this model has none.
 TOTALS = {
     "dense_1b": 1_235_814_400,
     "dense_7b": 6_738_415_616,
@@ -120,7 +120,8 @@ def test_parameters_equal_the_published_checkpoints(name, total):
     assert total_parameters(load(name).model) == total
 
 
-# In billions, as printed; to one unit of the last digit, since Qwen prints 3.353 as 3.3.
+# In billions, as the papers print them. Numbers may differ by one unit of the last digit, since
+# Qwen prints 3.353 as 3.3.
 @pytest.mark.parametrize(
     ("name", "total", "active", "unit"),
     [
@@ -151,16 +152,15 @@ def test_671b_is_deepseek_v3_but_for_attention():
         queries + 7168 * (512 + 64) + 512 + 512 * 128 * (128 + 128) + 128 * 128 * 7168
     )
     swap = 61 * latent_attention - counts["attention projections"].parameters
-    assert (
-        total_parameters(model) + swap == 671_026_404_352
-    )  # the published weights without their 58 biases of 256
+    # The published weights, without their 58 biases of 256.
+    assert total_parameters(model) + swap == 671_026_404_352
     # The published "36.6B (including 0.9B for the output head)" leaves out the embedding.
     assert (
         active_parameters(model) + swap - counts["embedding"].parameters
     ) / 1e9 == pytest.approx(36.6, abs=0.05)
 
 
-def test_routing_of_671b_is_deepseek_v3s():
+def test_671b_routes_as_deepseek_v3_does():
     moe = load("moe_671b").model.moe
     assert (moe.router, moe.normalize_weights, moe.weight_scale) == ("sigmoid", True, 2.5)
     assert (moe.num_groups, moe.groups_per_token, moe.experts_per_token) == (8, 4, 8)
@@ -171,7 +171,7 @@ def test_routing_of_671b_is_deepseek_v3s():
     )
 
 
-def test_moe_tiny_costs_a_token_what_dense_tiny_does():
+def test_moe_tiny_costs_as_much_per_token_as_dense_tiny():
     sparse, dense = load("moe_tiny"), load("dense_tiny")
     assert sparse.data == dense.data and sparse.warmup_steps == dense.warmup_steps
     assert (

@@ -1,4 +1,4 @@
-"""The examples of docs/importing.md, run as they stand there, in the order of the page."""
+"""Runs the examples of docs/importing.md as they stand there, in the order of the page."""
 
 import functools
 import re
@@ -58,6 +58,7 @@ NAMES |= {
 
 
 def run(block: str, **more: object) -> dict:
+    """Runs an example with the names that the page assumes, and returns the names it leaves."""
     x = jax.random.normal(jax.random.key(0), (2, 6, 16))
     names = (
         NAMES
@@ -69,7 +70,7 @@ def run(block: str, **more: object) -> dict:
         }
         | more
     )
-    exec(block, names)  # what the page says, word for word
+    exec(block, names)  # word for word what the page says
     return names
 
 
@@ -82,7 +83,7 @@ def test_a_transformer() -> None:
 
 
 def test_a_checkpoint_as_safetensors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Of a run's first state; that load_run reads a checkpoint is shown elsewhere."""
+    """Writes a run's first state. Other tests show that load_run reads a checkpoint."""
     pytest.importorskip("safetensors")
     config = RunConfig(
         model=ModelConfig(num_layers=1, model_dim=16, num_heads=2, head_dim=8),
@@ -142,12 +143,11 @@ def test_the_router_in_equinox() -> None:
 
 def test_the_experts_alone() -> None:
     names = run(BLOCKS[9])
-    total = jnp.sum(
-        names["x"][0], axis=-1, keepdims=True
-    )  # of weights that are all 1, and four experts' hidden units
+    # All weights are 1, so every hidden unit is silu(total) * total, and down adds up four of them.
+    total = jnp.sum(names["x"][0], axis=-1, keepdims=True)
     expected = jnp.broadcast_to(4 * jax.nn.silu(total) * total, (6, 16))
-    # What rounding takes off `total` is a part of the 16 numbers that it sums, which may cancel: of
-    # the largest result, not of each.
+    # The 16 numbers in `total` may cancel, so a small result has a large relative error. The error
+    # is therefore compared with the largest result.
     np.testing.assert_allclose(names["y"], expected, atol=1e-6 * float(jnp.max(expected)))
 
 

@@ -1,12 +1,11 @@
-"""From the same parameters, everything that a step computes is the same however the run is laid
-out. Written for a sceptic.
+"""Tests that a step computes the same from the same parameters, however the run is laid out.
 
-A layout is a mesh, a loop or an unrolled program, recomputation or none, microbatches, padding, a
-dispatch strategy and an exchange. For each, loss, balance loss, z-loss, every leaf of the gradient,
-every statistic and the updated biases are compared with those of one device that sends every token
-through every expert. The plain tests cover every pair of choices; `pytest -m exhaustive` covers
-all, and `python -m tests.test_invariance` prints their largest differences as the table of
-docs/invariance.md.
+A layout is a choice of mesh, loop or unrolled program, recomputation, microbatches, padding,
+dispatch and exchange. For each layout, the loss, the balance loss, the z-loss, every leaf of the
+gradient, every statistic and the updated biases are compared with those of one device that sends
+every token through every expert. The plain tests cover every pair of choices, and `pytest -m
+exhaustive` covers all layouts. `python -m tests.test_invariance` prints their largest differences
+as the table of docs/invariance.md.
 """
 
 import dataclasses
@@ -33,7 +32,9 @@ from moe.config import (
 from moe.model.transformer import Transformer
 from moe.parallel.mesh import global_batch, make_mesh, shardings
 from moe.parameters import unbox
-from moe.training.train_step import TrainState, make_train_step
+from moe.tasks import make_task
+from moe.tasks.language_modelling import DIMS
+from moe.training.train_step import make_train_step, new_state
 
 ROWS, LENGTH, PADDED = 32, 16, 24
 
@@ -85,7 +86,9 @@ REFERENCE = ("one device", "scanned", "none", "1", "none", "dense")
 
 
 def is_valid(layout: Layout) -> bool:
-    """A balance loss over the batch is another one over microbatches: see
+    """Returns False if the balance loss is another one by definition.
+
+    With scope "batch", the batch is the microbatch: see
     `test_the_batch_of_a_balance_loss_is_the_microbatch`.
     """
     microbatches, scope = layout[3], layout[-1]
@@ -100,8 +103,9 @@ def pairs(layout: Layout) -> set[tuple[tuple[int, str], ...]]:
 
 
 def pairwise() -> list[Layout]:
-    """Layouts that hold every pair of choices that some layout holds: always the one with the most
-    new pairs, of equal ones the first.
+    """Returns layouts that together have every pair of choices that any layout has.
+
+    The next one is always the layout with the most new pairs, and of equal ones the first.
     """
     missing = set().union(*map(pairs, LAYOUTS))
     chosen = []
@@ -126,8 +130,9 @@ def run_config(layout: Layout) -> RunConfig:
 
 
 def batch_rows(length: int = LENGTH) -> dict[str, np.ndarray]:
-    """The same packed rows whatever the length: beyond LENGTH comes padding. Rows have unequal
-    numbers of tokens and targets.
+    """Returns packed rows, the same ones for every length, with padding beyond LENGTH.
+
+    The rows have unequal numbers of tokens and targets.
     """
     rng = np.random.default_rng(0)
     tokens, targets = rng.integers(0, 256, (2, ROWS, LENGTH)).astype(np.int32)
@@ -152,13 +157,13 @@ def init(key: jax.Array) -> Any:
 
 @functools.cache
 def declared() -> Any:
-    """The parameters' shapes and dimensions, the same in every layout."""
+    """Returns the parameters' shapes and dimensions, which are the same in every layout."""
     return jax.eval_shape(init, jax.random.key(0))
 
 
 @functools.cache
 def variables() -> Any:
-    """Parameters drawn once, and biases that change who is chosen."""
+    """Draws parameters once, and biases that change which experts are chosen."""
     drawn = jax.jit(lambda key: unbox(init(key)))(jax.random.key(0))
     biases = jax.tree.map(
         lambda x: 0.05 * jax.random.normal(jax.random.key(1), x.shape), drawn["router_state"]
@@ -166,7 +171,7 @@ def variables() -> Any:
     return jax.device_get({"params": drawn["params"], "router_state": biases})
 
 
-# Keeps the gradient as its state, and changes no parameter.
+# An optimizer that keeps the gradient as its state, and changes no parameter.
 KEEP_GRADIENT = optax.GradientTransformation(
     lambda params: jax.tree.map(jnp.zeros_like, params),
     lambda gradient, state, params: (jax.tree.map(jnp.zeros_like, params), gradient),
@@ -174,25 +179,15 @@ KEEP_GRADIENT = optax.GradientTransformation(
 
 
 def step(config: RunConfig) -> dict[str, Any]:
-    """What one step computes, as named arrays."""
+    """Returns everything that one step computes, as named arrays."""
     mesh = make_mesh(config, jax.devices()[: int(np.prod(config.mesh.sizes))])
     model = Transformer(config.model)
     placed = jax.device_put(variables(), shardings(declared(), mesh))
-    zero = jnp.zeros((), jnp.int32)
-    state = TrainState(
-        zero,
-        zero,
-        zero,
-        zero,
-        placed["params"],
-        KEEP_GRADIENT.init(placed["params"]),
-        placed["router_state"],
-    )
-    train_step = make_train_step(
-        config, model, KEEP_GRADIENT, losses.next_token_loss(config.train.loss_chunk)
-    )
+    opt_state = KEEP_GRADIENT.init(placed["params"])
+    state = new_state(placed["params"], opt_state, placed["router_state"])
+    train_step = make_train_step(config, model, KEEP_GRADIENT, make_task(config))
     with jax.set_mesh(mesh):
-        batch = global_batch(batch_rows(config.data.sequence_length), mesh, ROWS)
+        batch = global_batch(batch_rows(config.data.sequence_length), mesh, ROWS, DIMS)
         new, metrics = jax.jit(train_step)(state, batch)
     leaves = {
         "gradient": new.opt_state,
@@ -212,7 +207,7 @@ def reference(scope: str) -> dict[str, Any]:
 
 
 def differences(actual: dict[str, Any], expected: dict[str, Any]) -> dict[str, float]:
-    """Of each array, the largest difference over the largest value."""
+    """Returns each array's largest difference, divided by its largest value."""
     assert actual.keys() == expected.keys()
     return {
         name: float(
@@ -239,7 +234,7 @@ def test_all_choices(layout: Layout) -> None:
 
 
 def test_the_reference_computes_something() -> None:
-    """What is equal everywhere could be zero everywhere."""
+    """If everything were zero, it would be equal too."""
     values = reference("row")
     assert all(
         np.abs(value).max() > 0
@@ -253,8 +248,9 @@ def test_the_reference_computes_something() -> None:
 
 
 def router_gradients(layout: Layout, **weights: float) -> Any:
-    """The part of the routers' gradient that the router's losses make: with their weights, less
-    without.
+    """Returns the part of the routers' gradient that comes from the router's losses.
+
+    It is the gradient with their weights, less the gradient without.
     """
     config = run_config(layout)
 
@@ -270,28 +266,26 @@ def router_gradients(layout: Layout, **weights: float) -> Any:
 @functools.cache
 def layer_by_layer(scope: str, balance_weight: float, z_weight: float) -> np.ndarray:
     """The same by calling each block by itself, in plain Python, without scan, remat, jit or mesh."""
-    from moe.model.attention import Positions
-    from moe.model.experts import Tokens
-    from moe.model.transformer import Block
+    from moe.model.stack import Block
+    from moe.model.tokens import TokenInfo
 
     config = run_config((*REFERENCE, scope)).model
     batch = jax.tree.map(jnp.asarray, batch_rows())
-    positions, tokens = Positions.of(batch, config), Tokens.of(batch)
+    tokens = TokenInfo.from_batch(batch, config)
     params, biases = variables()["params"], variables()["router_state"]
 
     def loss(router: jax.Array) -> jax.Array:
         x, total = params["embedding"][batch["tokens"]], 0.0
         dense = jax.tree.map(lambda leaf: leaf[0], params["layers_0"]["block_0"])
-        x = Block(config, "dense").apply({"params": dense}, x, positions, tokens)[0]
+        x = Block(config, "dense").apply({"params": dense}, x, tokens).hidden_BTD
         for layer in range(2):
             here, bias = (
                 jax.tree.map(lambda leaf: leaf[layer], tree["layers_1"]["block_0"])  # noqa: B023
                 for tree in (params, biases)
             )
             here = here | {"moe": here["moe"] | {"router": router[layer]}}
-            x, sums, _, _ = Block(config, "moe").apply(
-                {"params": here, "router_state": bias}, x, positions, tokens
-            )
+            output = Block(config, "moe").apply({"params": here, "router_state": bias}, x, tokens)
+            x, sums = output.hidden_BTD, output.stats
             total += (balance_weight * sums["balance"] + z_weight * sums["z"]) / sums["tokens"] / 2
         return total
 
@@ -313,9 +307,7 @@ slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 def test_router_losses_are_neither_lost_nor_doubled_under_scan_and_remat(
     layers: str, remat: str
 ) -> None:
-    """MaxText #4829 (lost under scan), Megatron-LM #1330 (doubled by recomputation), torchtitan
-    #3686.
-    """
+    """Covers MaxText #4829 (lost under scan), Megatron-LM #1330 (doubled), torchtitan #3686."""
     layout = ("one device", layers, remat, "1", "none", "dense", "row")
     expected = layer_by_layer("row", 1.0, 0.1)
     assert np.abs(expected).max() > 1e-4
@@ -328,9 +320,7 @@ def test_router_losses_are_neither_lost_nor_doubled_under_scan_and_remat(
 
 @pytest.mark.parametrize("scope", ["row", "batch"])
 def test_router_gradients_are_not_divided_by_the_data_parallel_devices(scope: str) -> None:
-    """Megatron-LM #3672: the auxiliary loss's gradient came out too small by the data-parallel
-    factor.
-    """
+    """Covers Megatron-LM #3672: the gradient was too small by the data-parallel factor."""
     expected = layer_by_layer(scope, 1.0, 0.1)
     layout = ("data 2, expert 4", "scanned", "none", "1", "none", "dense", scope)
     np.testing.assert_allclose(
@@ -347,15 +337,13 @@ def test_router_gradients_are_not_divided_by_the_data_parallel_devices(scope: st
 def test_load_counts_every_token_once_and_moves_the_bias_once(
     microbatches: str, remat: str
 ) -> None:
-    """torchtitan #2061 (counted twice under recomputation), megablocks #85 (microbatches and
-    pipelines).
-    """
+    """Covers torchtitan #2061 (counted twice under recomputation) and megablocks #85."""
     config = run_config(
         ("data 2, expert 4", "scanned", remat, microbatches, "none", "dense", "row")
     )
     model, batch = Transformer(config.model), jax.tree.map(jnp.asarray, batch_rows())
     output = model.apply(variables(), batch)
-    load = np.asarray(losses.router_sums(output.aux)["load"])
+    load = np.asarray(losses.router_sums(output.stats)["load"])
     assert (
         load.sum()
         == 2 * config.model.moe.experts_per_token * (batch_rows()["segment_ids"] > 0).sum()
@@ -374,8 +362,9 @@ def test_load_counts_every_token_once_and_moves_the_bias_once(
 
 
 def test_the_batch_of_a_balance_loss_is_the_microbatch() -> None:
-    """With scope "batch" accumulation changes the loss by definition: it is the microbatches' mean,
-    weighted by their tokens.
+    """With scope "batch", accumulation changes the loss by definition.
+
+    It becomes the mean over the microbatches, weighted by their tokens.
     """
     config = run_config((*REFERENCE, "batch"))
     accumulated = dataclasses.replace(
@@ -386,15 +375,13 @@ def test_the_batch_of_a_balance_loss_is_the_microbatch() -> None:
     model, expected, tokens = Transformer(config.model), 0.0, 0.0
     for first in range(4):
         batch = jax.tree.map(lambda x: jnp.asarray(x[first::4]), batch_rows())  # noqa: B023
-        sums = losses.router_sums(model.apply(variables(), batch).aux)
+        sums = losses.router_sums(model.apply(variables(), batch).stats)
         expected, tokens = expected + sums["balance"], tokens + sums["tokens"]
     np.testing.assert_allclose(parts, expected / tokens, rtol=1e-5)
 
 
 def test_jitter_is_the_same_on_every_layout() -> None:
-    """A row's draws depend on the seed, the row's number in the run and the layer: not on devices,
-    microbatches or recomputation.
-    """
+    """A row's random draws depend on the seed, the row's number in the run and the layer alone."""
 
     def noisy(layout: Layout) -> dict[str, Any]:
         config = run_config(layout)
@@ -415,23 +402,20 @@ def test_jitter_is_the_same_on_every_layout() -> None:
 
 def main() -> None:
     """Prints every layout's largest difference, as Markdown."""
-    print(
-        "| mesh | layers | remat | microbatches | padding | dispatch | scope | gradient | statistics, losses | bias |"
-    )
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    columns = [*CHOICES, "gradient", "statistics, losses", "bias"]
+    print(f"| {' | '.join(columns)} |")
+    print("| --- " * len(columns) + "|")
     for layout in LAYOUTS:
         found = differences(step(run_config(layout)), reference(layout[-1]))
-        of = lambda *kinds: max(
-            value
-            for name, value in found.items()  # noqa: B023
-            if name.startswith(tuple(f"['{k}']" for k in kinds))
-        )
-        print(
-            "|",
-            " | ".join(layout),
-            f"| {of('gradient'):.1e} | {of('statistics', 'loss'):.1e} | {of('bias'):.1e} |",
-            flush=True,
-        )
+        gradient = largest(found, "gradient")
+        statistics = max(largest(found, "statistics"), largest(found, "loss"))
+        numbers = [f"{x:.1e}" for x in (gradient, statistics, largest(found, "bias"))]
+        print(f"| {' | '.join([*layout, *numbers])} |", flush=True)
+
+
+def largest(found: dict[str, float], kind: str) -> float:
+    """Returns the largest difference among the arrays of one kind, such as "gradient"."""
+    return max(value for name, value in found.items() if name.startswith(f"['{kind}']"))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,4 @@
-"""What another project gets when it installs the wheel, and what the Makefile installs on which
-machine.
-"""
+"""Tests what another project gets from the wheel, and what the Makefile installs on a machine."""
 
 import email
 import os
@@ -18,6 +16,7 @@ import moe
 
 ROOT = Path(__file__).parents[1]
 PACKAGED = (
+    "LICENSE",
     "MANIFEST.in",
     "README.md",
     "pyproject.toml",
@@ -35,7 +34,8 @@ import jax, jax.numpy as jnp
 from moe import ModelConfig, Transformer
 
 batch = {"tokens": jnp.zeros((2, 8), jnp.int32)}
-model = Transformer(ModelConfig(num_layers=2, model_dim=32, feed_forward_dim=64, num_heads=2, num_kv_heads=1, head_dim=16))
+widths = dict(model_dim=32, feed_forward_dim=64, num_heads=2, num_kv_heads=1, head_dim=16)
+model = Transformer(ModelConfig(num_layers=2, **widths))
 variables = model.init(jax.random.key(0), batch)
 output = model.apply(variables, batch)
 
@@ -47,8 +47,9 @@ print([name for name in ("kernels", "launch", "configs") if importlib.util.find_
 
 
 def run(*command: str | Path, cwd: Path, **env: str) -> str:
-    """What a command prints, in an environment that knows nothing of this checkout or of the make
-    that started the tests.
+    """Returns what a command prints.
+
+    Its environment knows nothing of this checkout, nor of the make that started the tests.
     """
     inherited = {
         name: value
@@ -61,7 +62,11 @@ def run(*command: str | Path, cwd: Path, **env: str) -> str:
 
 
 def test_importing_the_package_loads_neither_jax_nor_flax() -> None:
-    program = "import sys, moe, moe.config, moe.kernels; print(sorted({'jax', 'flax', 'numpy'} & sys.modules.keys()))"
+    program = """
+import sys
+import moe, moe.config, moe.kernels
+print(sorted({"jax", "flax", "numpy"} & sys.modules.keys()))
+"""
     assert run(sys.executable, "-c", program, cwd=ROOT) == "[]\n"
 
 
@@ -74,7 +79,7 @@ def test_the_package_offers_its_names() -> None:
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the sources, with a kernel that has a package and tuning tables of its own."""
+    """Copies the sources, and adds a kernel's package with tuning tables of its own."""
     copy = tmp_path_factory.mktemp("tree")
     for name in PACKAGED:
         if (ROOT / name).is_dir():
@@ -96,7 +101,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(tree: Path) -> Path:
-    """The wheel, built from the source distribution."""
+    """Builds the wheel from the source distribution, and returns its path."""
     run(sys.executable, "-m", "build", "--no-isolation", cwd=tree)
     [wheel] = (tree / "dist").glob("*.whl")
     return wheel
@@ -139,6 +144,15 @@ def test_the_wheel_requires_what_requirements_txt_lists(wheel: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_wheel_holds_the_license(wheel: Path) -> None:
+    archive = zipfile.ZipFile(wheel)
+    [path] = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+    assert email.message_from_bytes(archive.read(path))["License-Expression"] == "Apache-2.0"
+    license_path = path.replace("METADATA", "licenses/LICENSE")
+    assert archive.read(license_path).decode() == (ROOT / "LICENSE").read_text()
+
+
+@pytest.mark.slow
 def test_another_project_applies_a_model_in_three_lines(wheel: Path, tmp_path: Path) -> None:
     run(sys.executable, "-m", "venv", "--without-pip", "env", cwd=tmp_path)
     python = tmp_path / "env" / "bin" / "python"
@@ -154,8 +168,8 @@ def test_another_project_applies_a_model_in_three_lines(wheel: Path, tmp_path: P
         wheel,
         cwd=tmp_path,
     )
-    # The dependencies are the ones installed here, after the environment's own packages; .pth files
-    # among them do not count.
+    # The dependencies are those installed here. They come after the environment's own packages, and
+    # .pth files among them are not read.
     [installed] = (tmp_path / "env" / "lib").glob("python*/site-packages")
     (installed / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
     empty = tmp_path / "empty"
@@ -171,7 +185,8 @@ import moe.kernels.grouped_matmul, moe.losses, moe.training.optimizer, moe.model
 import moe.training.train_step, moe.interop.upcycle
 from moe import ConfigError, MoE, MoEConfig, ModelConfig, RunConfig, Transformer
 
-print(sorted({"matplotlib", "tensorboardX", "tensorflow_datasets", "grain", "tqdm"} & sys.modules.keys()))
+unneeded = {"matplotlib", "tensorboardX", "tensorflow_datasets", "grain", "tqdm"}
+print(sorted(unneeded & sys.modules.keys()))
 """
 
 
@@ -189,7 +204,7 @@ def test_the_wheel_brings_what_importing_needs_and_no_more(wheel: Path, tmp_path
 
 @pytest.fixture
 def makefile(tmp_path: Path) -> Path:
-    """A folder with the Makefile alone and no .venv, where make is only asked what it would do."""
+    """Makes a folder with the Makefile and no .venv, in which make is asked what it would do."""
     for name in ("Makefile", "pyproject.toml", "requirements.txt", "setup.py"):
         shutil.copy(ROOT / name, tmp_path)
     return tmp_path
@@ -197,20 +212,21 @@ def makefile(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("accelerator", ["cuda13", "tpu", "cpu"])
 def test_make_installs_the_accelerator_that_is_asked_for(makefile: Path, accelerator: str) -> None:
-    plan = run("make", "--dry-run", "train", f"ACCELERATOR={accelerator}", cwd=makefile)
-    assert f'--editable ".[{accelerator},run]"' in plan
+    commands = run("make", "--dry-run", "train", f"ACCELERATOR={accelerator}", cwd=makefile)
+    assert f'--editable ".[{accelerator},run]"' in commands
 
 
 def test_make_finds_an_nvidia_gpu(makefile: Path) -> None:
     smi = makefile / "nvidia-smi"
     smi.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA H200 (UUID: GPU-0)'\n")
     smi.chmod(0o755)
-    plan = run("make", "--dry-run", "train", cwd=makefile, PATH=f"{makefile}:{os.environ['PATH']}")
-    assert '--editable ".[cuda13,run]"' in plan
+    path = f"{makefile}:{os.environ['PATH']}"
+    commands = run("make", "--dry-run", "train", cwd=makefile, PATH=path)
+    assert '--editable ".[cuda13,run]"' in commands
 
 
 def test_make_passes_config_and_arguments_on(makefile: Path) -> None:
-    plan = run(
+    commands = run(
         "make",
         "--dry-run",
         "train",
@@ -218,13 +234,10 @@ def test_make_passes_config_and_arguments_on(makefile: Path) -> None:
         "ARGS=--config.train.steps=100",
         cwd=makefile,
     )
-    assert (
-        '-m launch.train --config="configs/dense_1b.py" --workdir="runs/dense_1b" --config.train.steps=100\n'
-        in plan
-    )
-    assert (
-        '-m launch.generate --workdir="runs/dense_1b" --prompt="def " --temperature=0.5\n' in plan
-    )
+    train = '-m launch.train --config="configs/dense_1b.py" --workdir="runs/dense_1b"'
+    assert f"{train} --config.train.steps=100\n" in commands
+    generate = '-m launch.generate --workdir="runs/dense_1b" --prompt="def " --temperature=0.5'
+    assert f"{generate}\n" in commands
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,6 @@ import numpy as np
 import optax
 import pytest
 
-from moe import losses
 from moe.config import (
     DataConfig,
     MeshConfig,
@@ -33,7 +32,9 @@ from moe.model.transformer import Transformer
 from moe.parallel.context import ulysses_attention
 from moe.parallel.mesh import global_batch, make_mesh, shardings
 from moe.parameters import unbox
-from moe.training.train_step import TrainState, make_train_step
+from moe.tasks import make_task
+from moe.tasks.language_modelling import DIMS
+from moe.training.train_step import make_train_step, new_state
 
 TOLERANCE = 0.02  # of a leaf's norm
 DISTINCT = 4  # tokens of the vocabulary that the rows hold
@@ -141,15 +142,14 @@ def gradients(config: RunConfig, dtype: str) -> tuple[dict[str, np.ndarray], np.
     placed = jax.device_put(variables(sparse, tied), shardings(declared(sparse, tied), mesh))[
         "params"
     ]
-    zero = jnp.zeros((), jnp.int32)
-    state = TrainState(zero, zero, zero, zero, placed, KEEP_GRADIENT.init(placed), {})
+    state = new_state(placed, KEEP_GRADIENT.init(placed), {})
     model = Transformer(dataclasses.replace(config.model, compute_dtype=dtype))
-    step = make_train_step(
-        config, model, KEEP_GRADIENT, losses.next_token_loss(config.train.loss_chunk)
-    )
+    step = make_train_step(config, model, KEEP_GRADIENT, make_task(config))
     rows, length = config.train.batch_size, config.data.sequence_length
     with jax.set_mesh(mesh):
-        new, metrics = jax.jit(step)(state, global_batch(batch_rows(rows, length), mesh, rows))
+        new, metrics = jax.jit(step)(
+            state, global_batch(batch_rows(rows, length), mesh, rows, DIMS)
+        )
     leaves = {
         jax.tree_util.keystr(path): np.asarray(x, np.float64)
         for path, x in jax.tree_util.tree_leaves_with_path(new.opt_state)

@@ -1,5 +1,4 @@
-"""What a mixture of experts gains over a dense model that spends as many FLOPs on a token, and what
-its parts are worth.
+"""Compares mixtures of experts with a dense model that spends as many FLOPs on a token.
 
 dense        The base: two layers of width 64 with feed-forward parts of width 256, so small that
              4M bytes of text are enough for it.
@@ -7,12 +6,12 @@ moe_8_top1   Eight experts of that width, one for each token. What do eight time
              parameters give for the same FLOPs?
 moe_32_top4  32 experts of a quarter of the width, four for each token. Are fine-grained experts
              (DeepSeekMoE, Dai et al. 2024) better?
-unbalanced   The same without the balance loss. How uneven does the load become, and does it cost
+unbalanced   moe_32_top4 without the balance loss. How uneven does the load become, and does it cost
              anything where nothing is dropped?
-loss_free    The same balanced by biases on sigmoid scores (Wang et al. 2024). Is balance without a
-             gradient of its own cheaper?
-capacity_1   The same with experts that take no more than their even share and drop the rest. What
-             do drops cost?
+loss_free    moe_32_top4 balanced by biases on sigmoid scores (Wang et al. 2024). Is balance without
+             a gradient of its own cheaper?
+capacity_1   moe_32_top4 with experts that take no more than their even share and drop the rest.
+             What do drops cost?
 
 All but capacity_1 are dropless. All spend the same FLOPs on a token, but for the routers, which add
 2.4 % where there are 32 experts and 0.6 % where there are eight.
@@ -23,11 +22,11 @@ Command:  python -m launch.compare --config=configs/experiments/moe_vs_dense.py
           --config=configs/experiments/moe_vs_dense.py:moe_32_top4
           --workdir=runs/moe_32_top4
 Hardware: 2 CPU cores.
-Time:     18 runs in 58 minutes, two at a time on a core each (AMD EPYC, Zen 3, jax 0.10.2); one
-          after the other was not measured.
+Time:     18 runs in 58 minutes, two at a time, on one core each (AMD EPYC, Zen 3, jax 0.10.2).
+          One run after the other was not measured.
 Result:   nats per byte: dense 1.516, moe_8_top1 1.462, moe_32_top4 1.417, unbalanced 1.438,
-          loss_free 1.426, capacity_1 1.419, with
-          standard errors of 0.005 to 0.009. docs/moe.md says what this shows and what it does not.
+          loss_free 1.426, capacity_1 1.419, with standard errors of 0.005 to 0.009. docs/moe.md
+          says what this shows and what it does not.
 """
 
 from typing import Any
@@ -51,7 +50,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "model.moe.num_experts": 8,
         "model.moe.experts_per_token": 1,
         "model.moe.expert_dim": _WIDTH,
-        # the weight of one expert over itself is 1, and would teach the router nothing
+        # Normalised, the weight of a single expert is always 1 and teaches the router nothing.
         "model.moe.normalize_weights": False,
     },
     "moe_32_top4": _FINE,

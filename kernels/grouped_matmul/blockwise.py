@@ -1,225 +1,177 @@
-"""The experts' SwiGLU on rows grouped by expert, on any platform: a loop over blocks of rows, and
-blocks of no expert cost nothing.
+"""The experts' SwiGLU in plain JAX, as a loop over the blocks that some expert uses.
 
 jax.lax.ragged_dot does E times the needed work on CPUs, and on GPUs too. Here each block gathers
-its own rows (ScatterMoE, Tan et al. 2024) and passes all of its expert's matmuls while it is in the
-cache, so that gathered rows and hidden activations never exist as a whole. The gradient of a row's
-weight comes from what enters the last matmul, so that what leaves it is not kept (SonicMoE, Guo et
-al. 2025).
+its own rows (ScatterMoE, Tan et al. 2024) and goes through all matmuls of its expert while it is in
+the cache, so the gathered rows and the hidden activations never exist as a whole. The backward pass
+takes the gradient of a row's weight before the last matmul, so that the forward pass need not save
+the output of that matmul (SonicMoE, Guo et al. 2025).
 """
 
 import functools
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from moe.kernels.settings import own_settings
+from moe.kernels.grouped_matmul.inputs import Gradients, Inputs, Outputs
 
-RUNS = (
-    16,
-    4,
-    1,
-    # blocks of one expert that are multiplied at once: large matmuls are faster, and small blocks
-    # pad less
-)
+# How many blocks of one expert are multiplied at once. Long runs make large matmuls, which are
+# faster, while the blocks stay small, so that an expert's last block has little padding.
+RUN_LENGTHS = (16, 4, 1)
+
+Carry = TypeVar("Carry", Outputs, Gradients)
+
+# Computes a run of blocks. Takes the arrays to write to, the number of the run's first row, the
+# number of its rows (static) and its expert, and returns the arrays.
+ComputeRun = Callable[[Carry, jax.Array, int, jax.Array], Carry]
 
 _slice = jax.lax.dynamic_slice_in_dim
 _update = jax.lax.dynamic_update_slice_in_dim
 
 
-def grouped_swiglu(
-    x_ND: jax.Array,
-    w_gate_EDF: jax.Array,
-    w_up_EDF: jax.Array,
-    w_down_EFD: jax.Array,
-    tokens_I: jax.Array,
-    experts_M: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """`(silu(x w_gate) * x w_up) w_down` of each row's expert, on x_ND[tokens_I]: [I, D], and [x
-    w_gate, x w_up], [I, 2F].
+def forward(inputs: Inputs) -> Outputs:
+    """Returns each row's output and its gate and up projections, in the dtype of the tokens."""
+    dtype = inputs.x_ND.dtype
 
-    Block m, the m-th I/M rows, belongs to expert experts_M[m] of an ascending int32; the number E
-    is no expert, and gives zeros. A token number of N fills a block up: what its row holds is not
-    defined, and of weight 0 it has no gradients. All is in the dtype of `x_ND`, summed in float32.
-    """
-    tokens_I, experts_M = (jnp.asarray(x).astype(jnp.int32) for x in (tokens_I, experts_M))
-    with own_settings(x_ND.dtype):
-        return _forward(x_ND, w_gate_EDF, w_up_EDF, w_down_EFD, tokens_I, experts_M)
+    def compute_run(outputs: Outputs, start: jax.Array, size: int, expert: jax.Array) -> Outputs:
+        x = _gather_rows(inputs.x_ND, inputs.tokens_I, start, size)
 
+        # Both projections are one matmul. They are rounded before the activation, so that the
+        # backward pass, which reads them rounded, differentiates exactly what was computed here.
+        gate_up = _matmul("id,df->if", x, _concatenate_gate_up(inputs, expert)).astype(dtype)
+        hidden = _swiglu(gate_up)[0].astype(dtype)
 
-def _forward(
-    x_ND: jax.Array,
-    w_gate_EDF: jax.Array,
-    w_up_EDF: jax.Array,
-    w_down_EFD: jax.Array,
-    tokens_I: jax.Array,
-    experts_M: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    block = _block_rows(tokens_I, experts_M)
-
-    def multiply(
-        carry: tuple[jax.Array, jax.Array], start: jax.Array, size: int, expert: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        inner = _matmul(
-            "id,df->if", _rows(x_ND, tokens_I, start, size), _beside(w_gate_EDF, w_up_EDF, expert)
-        ).astype(x_ND.dtype)
-        hidden = _swiglu(inner)[0].astype(x_ND.dtype)
-        rows = _matmul("if,fd->id", hidden, w_down_EFD[expert]).astype(x_ND.dtype)
-        return _update(carry[0], rows, start, 0), _update(carry[1], inner, start, 0)
-
-    carry = tuple(
-        jnp.zeros((tokens_I.size, width), x_ND.dtype)
-        for width in (x_ND.shape[1], 2 * w_gate_EDF.shape[2])
-    )
-    return _for_blocks(experts_M, w_gate_EDF.shape[0], block, multiply, carry)
-
-
-def grouped_swiglu_backward(
-    x_ND: jax.Array,
-    w_gate_EDF: jax.Array,
-    w_up_EDF: jax.Array,
-    w_down_EFD: jax.Array,
-    tokens_I: jax.Array,
-    experts_M: jax.Array,
-    inner: jax.Array,
-    weights_I: jax.Array,
-    g_ND: jax.Array,
-) -> tuple[jax.Array, ...]:
-    """Gradients of the sum of g_ND[tokens_I] * weights_I * rows, `inner` [I, 2F] and rows being
-    what `grouped_swiglu` returned.
-
-    Of each row's input, [I, D] in the dtype of `x_ND`; of the weights gate, up and down, and of
-    `weights_I`, in float32.
-    """
-    tokens_I, experts_M = (jnp.asarray(x).astype(jnp.int32) for x in (tokens_I, experts_M))
-    with own_settings(x_ND.dtype):
-        return _backward(
-            x_ND,
-            w_gate_EDF,
-            w_up_EDF,
-            w_down_EFD,
-            tokens_I,
-            experts_M,
-            inner,
-            jnp.asarray(weights_I).astype(jnp.float32),
-            g_ND,
+        rows = _matmul("if,fd->id", hidden, inputs.w_down_EFD[expert]).astype(dtype)
+        return Outputs(
+            _update(outputs.rows_ID, rows, start, 0), _update(outputs.gate_up, gate_up, start, 0)
         )
 
+    # Blocks without an expert are not computed and keep these zeros.
+    num_rows, (_, dim, width) = inputs.tokens_I.size, inputs.w_gate_EDF.shape
+    outputs = Outputs(jnp.zeros((num_rows, dim), dtype), jnp.zeros((num_rows, 2 * width), dtype))
+    return _compute_all_runs(inputs, compute_run, outputs)
 
-def _backward(
-    x_ND: jax.Array,
-    w_gate_EDF: jax.Array,
-    w_up_EDF: jax.Array,
-    w_down_EFD: jax.Array,
-    tokens_I: jax.Array,
-    experts_M: jax.Array,
-    inner: jax.Array,
-    weights_I: jax.Array,
-    g_ND: jax.Array,
-) -> tuple[jax.Array, ...]:
-    block = _block_rows(tokens_I, experts_M)
 
-    def multiply(
-        carry: tuple[jax.Array, ...], start: jax.Array, size: int, expert: jax.Array
-    ) -> tuple[jax.Array, ...]:
-        rows_ID, gradient_gate, gradient_up, gradient_down, gradient_weights = carry
-        x, g = _rows(x_ND, tokens_I, start, size), _rows(g_ND, tokens_I, start, size)
+def backward(
+    inputs: Inputs, gate_up: jax.Array, weights_I: jax.Array, grad_y_ND: jax.Array
+) -> Gradients:
+    """Returns the gradients, those of the weights in float32 or float64."""
+    dtype = inputs.x_ND.dtype
+
+    def compute_run(
+        gradients: Gradients, start: jax.Array, size: int, expert: jax.Array
+    ) -> Gradients:
+        x = _gather_rows(inputs.x_ND, inputs.tokens_I, start, size)
+        grad_y = _gather_rows(grad_y_ND, inputs.tokens_I, start, size)
         weights = _slice(weights_I, start, size)[:, None]
-        hidden, pull_back = _swiglu(_slice(inner, start, size))
-        gradient_hidden = _matmul("id,fd->if", g, w_down_EFD[expert])
-        gradient_inner = pull_back(gradient_hidden * weights).astype(x.dtype)
-        gradient_x = _matmul("if,df->id", gradient_inner, _beside(w_gate_EDF, w_up_EDF, expert))
-        of_gate, of_up = jnp.split(_matmul("id,if->df", x, gradient_inner), 2, axis=1)
-        return (
-            _update(rows_ID, gradient_x.astype(x.dtype), start, 0),
-            gradient_gate.at[expert].add(of_gate),
-            gradient_up.at[expert].add(of_up),
-            gradient_down.at[expert].add(
-                _matmul("if,id->fd", (hidden * weights).astype(x.dtype), g)
-            ),
-            _update(gradient_weights, jnp.sum(gradient_hidden * hidden, axis=1), start, 0),
+        hidden, swiglu_backward = _swiglu(_slice(gate_up, start, size))
+
+        # y = weight * (hidden w_down). The gradient of `hidden` before the weight is applied also
+        # gives the weight's own gradient: grad_y (hidden w_down) = (grad_y w_down^T) hidden.
+        grad_unweighted = _matmul("id,fd->if", grad_y, inputs.w_down_EFD[expert])
+        grad_weights = jnp.sum(grad_unweighted * hidden, axis=1)
+        grad_w_down = _matmul("if,id->fd", (hidden * weights).astype(dtype), grad_y)
+
+        # Back through the activation, to the two projections as one.
+        grad_gate_up = swiglu_backward(grad_unweighted * weights).astype(dtype)
+        grad_x = _matmul("if,df->id", grad_gate_up, _concatenate_gate_up(inputs, expert))
+        grad_w_gate, grad_w_up = jnp.split(_matmul("id,if->df", x, grad_gate_up), 2, axis=1)
+
+        # A row belongs to one run, and is written. An expert has several runs, which are summed.
+        return Gradients(
+            _update(gradients.rows_ID, grad_x.astype(dtype), start, 0),
+            gradients.w_gate_EDF.at[expert].add(grad_w_gate),
+            gradients.w_up_EDF.at[expert].add(grad_w_up),
+            gradients.w_down_EFD.at[expert].add(grad_w_down),
+            _update(gradients.weights_I, grad_weights, start, 0),
         )
 
-    shapes = w_gate_EDF.shape, w_up_EDF.shape, w_down_EFD.shape, tokens_I.shape
-    carry = (
-        jnp.zeros((tokens_I.size, x_ND.shape[1]), x_ND.dtype),
-        *(jnp.zeros(shape, jnp.float32) for shape in shapes),
-    )
-    return _for_blocks(experts_M, w_gate_EDF.shape[0], block, multiply, carry)
+    rows_ID = jnp.zeros((inputs.tokens_I.size, inputs.x_ND.shape[1]), dtype)
+    shapes = (w.shape for w in (inputs.w_gate_EDF, inputs.w_up_EDF, inputs.w_down_EFD, weights_I))
+    zeros = (jnp.zeros(shape, _sum_dtype(dtype)) for shape in shapes)
+    return _compute_all_runs(inputs, compute_run, Gradients(rows_ID, *zeros))
 
 
-def _block_rows(tokens_I: jax.Array, experts_M: jax.Array) -> int:
-    if tokens_I.size % experts_M.size:
-        raise ValueError(
-            f"{tokens_I.size} rows are not a multiple of {experts_M.size} blocks: pad the rows"
-        )
-    return tokens_I.size // experts_M.size
+def _compute_all_runs(inputs: Inputs, compute_run: ComputeRun[Carry], arrays: Carry) -> Carry:
+    """Applies `compute_run` to every run of blocks that an expert uses."""
+
+    def step(run_length: int, first_blocks: jax.Array, i: jax.Array, arrays: Carry) -> Carry:
+        block = first_blocks[i]
+        start, size = block * inputs.block_rows, run_length * inputs.block_rows
+        return compute_run(arrays, start, size, inputs.experts_G[block])
+
+    # A loop's body has static shapes, so the runs of each length have a loop of their own.
+    for run_length, first_blocks, num_runs in _cut_into_runs(inputs.experts_G, inputs.num_experts):
+        body = functools.partial(step, run_length, first_blocks)
+        arrays = jax.lax.fori_loop(0, num_runs, body, arrays)
+    return arrays
 
 
-def _for_blocks(
-    experts_M: jax.Array, num_experts: int, block: int, multiply: Callable[..., Any], carry: Any
-) -> Any:
-    """Applies `multiply(carry, first row, number of rows, expert)` to every block in use, or to a
-    run of them.
-    """
+class _Runs(NamedTuple):
+    """The runs of one length."""
 
-    def step(starts: jax.Array, blocks: int, i: jax.Array, carry: Any) -> Any:
-        return multiply(carry, starts[i] * block, blocks * block, experts_M[starts[i]])
-
-    for blocks, starts, number in _runs(experts_M, num_experts):
-        carry = jax.lax.fori_loop(0, number, functools.partial(step, starts, blocks), carry)
-    return carry
+    length: int  # the number of blocks in each run
+    # The first block of each run. Its size is static, as many as there could be: only the first
+    # `num_runs` of its entries are runs.
+    first_blocks: jax.Array
+    num_runs: jax.Array
 
 
-def _runs(experts_M: jax.Array, num_experts: int) -> Iterator[tuple[int, jax.Array, jax.Array]]:
-    """Cuts each expert's blocks into runs, the longest first: for each length in RUNS, the first
-    blocks of its runs and their number.
-    """
-    firsts_M, ends_M = (
-        jnp.searchsorted(experts_M, experts_M, side=side) for side in ("left", "right")
-    )
-    place_M, left_M = (
-        jnp.arange(experts_M.size) - firsts_M,
-        jnp.where(experts_M < num_experts, ends_M - firsts_M, 0),
-    )
-    for length in RUNS:
-        if length <= experts_M.size:
-            mask_M = (
-                (place_M >= 0) & (place_M < left_M // length * length) & (place_M % length == 0)
-            )
-            yield (
-                length,
-                jnp.nonzero(mask_M, size=experts_M.size // length, fill_value=0)[0],
-                jnp.sum(mask_M),
-            )
-            place_M, left_M = place_M - left_M // length * length, left_M % length
+def _cut_into_runs(experts_G: jax.Array, num_experts: int) -> list[_Runs]:
+    """Cuts each expert's blocks into runs, the longest runs first."""
+    num_blocks = experts_G.size
+    firsts_G = jnp.searchsorted(experts_G, experts_G, side="left")
+    ends_G = jnp.searchsorted(experts_G, experts_G, side="right")
+
+    # A block's place among those of its expert that are not in a run yet, and how many those are.
+    place_G = jnp.arange(num_blocks) - firsts_G
+    left_G = jnp.where(experts_G < num_experts, ends_G - firsts_G, 0)
+
+    runs = []
+    for length in RUN_LENGTHS:
+        if length > num_blocks:
+            continue
+        covered_G = left_G // length * length  # how many blocks the runs of this length take
+        starts_run_G = (place_G >= 0) & (place_G < covered_G) & (place_G % length == 0)
+        first_blocks = jnp.nonzero(starts_run_G, size=num_blocks // length, fill_value=0)[0]
+        runs.append(_Runs(length, first_blocks, jnp.sum(starts_run_G)))
+        place_G, left_G = place_G - covered_G, left_G - covered_G
+    return runs
 
 
-def _rows(x_ND: jax.Array, tokens_I: jax.Array, start: jax.Array, size: int) -> jax.Array:
-    return x_ND.at[_slice(tokens_I, start, size)].get(
-        mode="clip"
-    )  # filling with zeros would cost a tenth of the whole
+def _gather_rows(x_ND: jax.Array, tokens_I: jax.Array, start: jax.Array, size: int) -> jax.Array:
+    """Returns the tokens of a run's rows, and any token for a row that only fills up its block."""
+    # Zeros instead (mode="fill") would cost a tenth of the whole loop's time.
+    return x_ND.at[_slice(tokens_I, start, size)].get(mode="clip")
 
 
-def _beside(w_gate_EDF: jax.Array, w_up_EDF: jax.Array, expert: jax.Array) -> jax.Array:
-    """An expert's two weights as one, [D, 2F], for one large matmul instead of two."""
-    return jnp.concatenate([w_gate_EDF[expert], w_up_EDF[expert]], axis=1)
+def _concatenate_gate_up(inputs: Inputs, expert: jax.Array) -> jax.Array:
+    """Returns an expert's gate and up weights side by side, [D, 2F]."""
+    # A block at a time: whole weights would be copied before the loop, and their gradients split
+    # after it.
+    return jnp.concatenate([inputs.w_gate_EDF[expert], inputs.w_up_EDF[expert]], axis=1)
+
+
+def _sum_dtype(dtype: np.dtype) -> np.dtype:
+    """Returns the dtype of sums: float32 whatever the activations are, or float64 for float64."""
+    return np.promote_types(dtype, np.float32)
 
 
 def _matmul(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32)
+    return jnp.einsum(equation, x, y, preferred_element_type=_sum_dtype(x.dtype))
 
 
-def _swiglu(inner: jax.Array) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
-    """silu(gate) * up of [gate, up], in float32, and its gradient's function."""
-    gate, up = jnp.split(inner.astype(jnp.float32), 2, axis=1)
+def _swiglu(gate_up: jax.Array) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
+    """Returns silu(gate) * up, and the function from its gradient to the gradient of `gate_up`."""
+    gate, up = jnp.split(gate_up.astype(_sum_dtype(gate_up.dtype)), 2, axis=1)
     sigmoid = jax.nn.sigmoid(gate)
 
-    def pull_back(g: jax.Array) -> jax.Array:
-        return jnp.concatenate(
-            [g * up * sigmoid * (1 + gate * (1 - sigmoid)), g * gate * sigmoid], axis=1
-        )
+    def backward(grad_hidden: jax.Array) -> jax.Array:
+        # silu(z) = z sigmoid(z), so silu'(z) = sigmoid(z) (1 + z (1 - sigmoid(z))).
+        grad_gate = grad_hidden * up * sigmoid * (1 + gate * (1 - sigmoid))
+        grad_up = grad_hidden * gate * sigmoid
+        return jnp.concatenate([grad_gate, grad_up], axis=1)
 
-    return gate * sigmoid * up, pull_back
+    return gate * sigmoid * up, backward

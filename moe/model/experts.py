@@ -16,40 +16,24 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jax.sharding import PartitionSpec
 
 from moe.config import ConfigError, MoEConfig
-from moe.kernels.grouped_matmul import grouped_swiglu, grouped_swiglu_backward
+from moe.kernels.grouped_matmul import (
+    Inputs,
+    Name,
+    Shapes,
+    choose,
+    grouped_swiglu,
+    grouped_swiglu_backward,
+)
 from moe.kernels.settings import check_axes
 from moe.model import routing
 from moe.model.layers import FeedForward, check_static, einsum, swiglu
+from moe.model.tokens import TokenInfo
 from moe.parallel import expert as expert_parallel
-from moe.parallel.mesh import axis_size, constrain, on_auto_axes, per_shard
+from moe.parallel.mesh import axis_size, chip, constrain, on_auto_axes, per_shard
 from moe.parameters import parameter
-
-
-@struct.dataclass
-class Tokens:
-    """What routing needs to know of a batch, the same in every layer."""
-
-    ids_BT: jax.Array
-    mask_BT: jax.Array  # False on padding
-    keys_B: jax.Array | None = None  # of each row's random draws in this step, which `jitter` needs
-
-    @classmethod
-    def of(cls, batch: dict[str, jax.Array]) -> "Tokens":
-        """Reads `tokens`, `segment_ids` (0 is padding) and `row_keys` of a batch."""
-        segment_ids_BT = batch.get("segment_ids", jnp.ones_like(batch["tokens"]))
-        return cls(batch["tokens"], segment_ids_BT > 0, batch.get("row_keys"))
-
-    def of_layer(self, number: jax.Array) -> "Tokens":
-        """The same tokens, with random draws of their own for a layer."""
-        if self.keys_B is None:
-            return self
-        return self.replace(
-            keys_B=jax.vmap(jax.random.fold_in, in_axes=(0, None))(self.keys_B, number)
-        )
 
 
 class Dispatch(NamedTuple):
@@ -273,7 +257,11 @@ def dropless(
     if not experts_NA.size:
         return x_ND
     num_experts = weights.gate_EDF.shape[0]
-    block = block or block_rows(experts_NA.size, num_experts)
+    choice = choose(
+        chip(jax.sharding.get_abstract_mesh()),
+        Shapes(experts_NA.size, num_experts, x_ND.dtype.name),
+    )
+    block = block or choice.block_rows
     size = -(-(experts_NA.size + min(num_experts, experts_NA.size) * (block - 1)) // block) * block
     padded_E = -(-_loads(experts_NA, num_experts) // block) * block
     ends_E = jnp.cumsum(padded_E, dtype=jnp.int32)
@@ -281,6 +269,7 @@ def dropless(
         ends_E, jnp.arange(0, size, block, dtype=jnp.int32), side="right"
     ).astype(jnp.int32)
     return _dropless(
+        choice.name,
         jnp.asarray(x_ND),
         weights_NA,
         weights,
@@ -289,52 +278,45 @@ def dropless(
     )
 
 
-def block_rows(num_assignments: int, num_experts: int) -> int:
-    """Rows of a block: a power of two about a sixteenth of an expert's mean load, between 8 and 64."""
-    return min(64, max(8, 2 ** round(math.log2(max(1, num_assignments / num_experts / 16)))))
-
-
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _dropless(
+    implementation: Name,
     x_ND: jax.Array,
     weights_NA: jax.Array,
     weights: Weights,
     arranged: Arrangement,
     blocks_M: jax.Array,
 ) -> jax.Array:
-    return _dropless_forward(x_ND, weights_NA, weights, arranged, blocks_M)[0]
+    return _dropless_forward(implementation, x_ND, weights_NA, weights, arranged, blocks_M)[0]
 
 
 def _dropless_forward(
+    implementation: Name,
     x_ND: jax.Array,
     weights_NA: jax.Array,
     weights: Weights,
     arranged: Arrangement,
     blocks_M: jax.Array,
 ) -> tuple[jax.Array, tuple[Any, ...]]:
-    rows_ID, inner = grouped_swiglu(x_ND, *weights.gather(x_ND.dtype), arranged.tokens_I, blocks_M)
+    inputs = Inputs(x_ND, *weights.gather(x_ND.dtype), arranged.tokens_I, blocks_M)
+    rows_ID, gate_up = grouped_swiglu(inputs, implementation)
     return _receive(rows_ID, weights_NA, arranged), (
         x_ND,
         weights_NA,
         weights,
         arranged,
         blocks_M,
-        inner,
+        gate_up,
     )
 
 
 def _dropless_backward(
-    residuals: tuple[Any, ...], g_ND: jax.Array
+    implementation: Name, residuals: tuple[Any, ...], g_ND: jax.Array
 ) -> tuple[jax.Array, jax.Array, Weights, None, None]:
-    x_ND, weights_NA, weights, arranged, blocks_M, inner = residuals
+    x_ND, weights_NA, weights, arranged, blocks_M, gate_up = residuals
+    inputs = Inputs(x_ND, *weights.gather(x_ND.dtype), arranged.tokens_I, blocks_M)
     rows_ID, *gradients, gradient_weights_I = grouped_swiglu_backward(
-        x_ND,
-        *weights.gather(x_ND.dtype),
-        arranged.tokens_I,
-        blocks_M,
-        inner,
-        _of_slots(weights_NA, arranged),
-        g_ND,
+        inputs, gate_up, _of_slots(weights_NA, arranged), g_ND, implementation
     )
     shards = [
         expert_parallel.scatter_gradient(g, dim)
@@ -449,7 +431,7 @@ class MoE(nn.Module):
     @on_auto_axes(_output_specs)
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, tokens: Tokens | None = None
+        self, x_BTD: jax.Array, tokens: TokenInfo | None = None
     ) -> tuple[jax.Array, routing.Routing]:
         """Returns [B, T, D], and the routing with its sums for losses and statistics.
 
@@ -461,7 +443,9 @@ class MoE(nn.Module):
         c, (batch, length, d) = self.config, x_BTD.shape
         check_static("x_BTD", x_BTD.shape[1:] if c.dispatch == "dense" else x_BTD.shape)
         if tokens is None:
-            tokens = Tokens(jnp.zeros((batch, length), jnp.int32), jnp.ones((batch, length), bool))
+            tokens = TokenInfo(
+                jnp.zeros((batch, length), jnp.int32), jnp.ones((batch, length), bool)
+            )
         else:
             # Padding may hold anything. A NaN there would reach the weights' gradients as 0 * NaN.
             x_BTD = jnp.where(tokens.mask_BT[..., None], x_BTD, jnp.zeros((), x_BTD.dtype))
@@ -493,7 +477,7 @@ class MoE(nn.Module):
         sums = routed.sums | {"dropped": routed.sums.get("dropped", 0.0) + jnp.sum(dropped_BT)}
         return y_BTD, dataclasses.replace(routed, sums=sums)
 
-    def _check(self, x_BTD: jax.Array, tokens: Tokens | None) -> None:
+    def _check(self, x_BTD: jax.Array, tokens: TokenInfo | None) -> None:
         c = self.config
         if not c.num_experts:
             raise ConfigError(
@@ -503,15 +487,19 @@ class MoE(nn.Module):
             raise ValueError(f"x has shape {x_BTD.shape}: give MoE activations [B, T, D]")
         if tokens is None and c.router == "hash":
             raise ValueError(
-                "router='hash' chooses by token ids, and tokens=None has none: pass tokens=Tokens(ids, mask)"
+                "router='hash' chooses by token ids, and tokens=None has none: pass tokens=TokenInfo(ids, mask)"
             )
-        if c.jitter and (tokens is None or tokens.keys_B is None) and not self.is_initializing():
+        if (
+            c.jitter
+            and (tokens is None or tokens.row_keys_B is None)
+            and not self.is_initializing()
+        ):
             raise ValueError(
-                f"jitter={c.jitter} draws from keys that are not there: pass tokens=Tokens(ids, mask, keys) in training, "
+                f"jitter={c.jitter} draws from keys that are not there: pass tokens=TokenInfo(ids, mask, keys) in training, "
                 "and set jitter to 0.0 elsewhere"
             )
 
-    def _route(self, x_BTD: jax.Array, tokens: Tokens) -> routing.Routing:
+    def _route(self, x_BTD: jax.Array, tokens: TokenInfo) -> routing.Routing:
         c = self.config
         if c.router == "hash":
             logits_BTE = routing.hash_logits(tokens.ids_BT, c)
@@ -524,8 +512,8 @@ class MoE(nn.Module):
                 kind="router",
                 fan_in=x_BTD.shape[-1],
             )
-            if c.jitter and tokens.keys_B is not None:  # none in `init`
-                x_BTD = routing.jitter(x_BTD, tokens.keys_B, c.jitter)
+            if c.jitter and tokens.row_keys_B is not None:  # none in `init`
+                x_BTD = routing.jitter(x_BTD, tokens.row_keys_B, c.jitter)
             # In float32 whatever the activations and the chip are: a rounded logit changes who is
             # chosen (Switch Transformer, section 2.4).
             logits_BTE = einsum(

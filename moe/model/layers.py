@@ -6,7 +6,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from moe.config import ModelConfig
 from moe.parallel.mesh import constrain, on_auto_axes
 from moe.parameters import parameter
 
@@ -184,8 +183,9 @@ def _swiglu_backward(
 swiglu.defvjp(lambda gate, up: (swiglu(gate, up), (gate, up)), _swiglu_backward)
 
 
-def residual_scale(config: ModelConfig) -> float:
-    """Shrinks what 2L sublayers add to the residual stream to a variance of one in all (Radford et
-    al. 2019, section 2.3).
+def residual_scale(num_sublayers: int) -> float:
+    """Returns the factor of each sublayer's initial output that gives their sum a variance of one.
+
+    Radford et al. 2019, section 2.3.
     """
-    return (2 * config.num_layers) ** -0.5
+    return num_sublayers**-0.5

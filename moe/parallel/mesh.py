@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -215,27 +215,33 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def host_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
-    """The rows of a global batch, ascending, that the devices of this process hold."""
+    """Returns the rows of a global batch that this process's devices hold, in ascending order."""
     sharding = NamedSharding(mesh, spec("B", (batch_size,), mesh))
     indices = sharding.addressable_devices_indices_map((batch_size,)).values()
     return np.unique(np.concatenate([np.arange(batch_size)[index] for index in indices]))
 
 
-def global_batch(rows: dict[str, np.ndarray], mesh: Mesh, batch_size: int) -> dict[str, jax.Array]:
-    """Joins every process's `host_rows` of a batch into global arrays, split over rows and, in the
-    second dimension, time.
+def global_batch(
+    rows: Mapping[str, np.ndarray], mesh: Mesh, batch_size: int, dims: Mapping[str, str]
+) -> dict[str, jax.Array]:
+    """Joins every process's `host_rows` of a batch into global arrays.
+
+    `dims` has the dimension letters of each field, the first of which is B. The mesh splits a
+    field by these letters.
     """
     held = host_rows(mesh, batch_size)
 
-    def join(local: np.ndarray) -> jax.Array:
+    def join(name: str, local: np.ndarray) -> jax.Array:
+        if dims[name][:1] != "B":
+            raise ValueError(f"dims[{name!r}]={dims[name]!r} does not start with B, the rows")
         shape = (batch_size, *local.shape[1:])
-        sharding = NamedSharding(mesh, spec("BT".ljust(local.ndim, "-")[: local.ndim], shape, mesh))
-        return jax.make_array_from_callback(
-            shape,
-            sharding,
-            lambda index: local[np.searchsorted(held, np.arange(batch_size)[index[0]])][
-                :, *index[1:]
-            ],
-        )
+        sharding = NamedSharding(mesh, spec(dims[name], shape, mesh))
 
-    return jax.tree.map(join, rows)
+        def read(index: tuple[slice, ...]) -> np.ndarray:
+            """Returns a device's part of the array, which lies in the rows of this process."""
+            asked = np.arange(batch_size)[index[0]]
+            return local[np.searchsorted(held, asked)][:, *index[1:]]
+
+        return jax.make_array_from_callback(shape, sharding, read)
+
+    return {name: join(name, local) for name, local in rows.items()}

@@ -1,7 +1,11 @@
-"""Rows of 4 positions (T = 4, so 5 tokens), worked out by hand."""
+"""Rows of 4 positions (T = 4, so 5 tokens), worked out by hand, and what holds of all rows."""
+
+import math
+from itertools import pairwise
 
 import numpy as np
-import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from moe.data.packing import pack, unpack
 
@@ -27,7 +31,7 @@ def test_rows_advance_by_t_and_repeat_one_token():
 
 
 def test_a_document_that_ends_with_the_row_leaves_its_last_token_in_the_next():
-    # 5 was only a target; as an input it predicts 6, which is another document's and so is masked.
+    # 5 was only a target. As an input it would predict 6, which begins another document: masked.
     assert packed([[1, 2, 3, 4, 5], [6, 7]]) == [([1, 2, 3, 4, 5], [5]), ([5, 6, 7], [1, 2])]
 
 
@@ -108,20 +112,64 @@ def test_field_types():
     }
 
 
-@pytest.mark.parametrize("sequence_length", [1, 2, 3, 7, 64])
-def test_every_token_but_a_documents_first_is_predicted_once_from_the_one_before(
-    sequence_length: int,
+@st.composite
+def streams(draw: st.DrawFn) -> list[np.ndarray]:
+    """Draws documents, some of them empty, in which every token is a number of its own."""
+    lengths = draw(st.lists(st.integers(0, 12), max_size=12))
+    ends = np.cumsum([0, *lengths])
+    return [np.arange(*start_and_end, dtype=np.uint16) for start_and_end in pairwise(ends)]
+
+
+# The same examples in every run, and no limit to the time of one: a busy machine is slow.
+in_every_run_the_same = settings(derandomize=True, deadline=None, max_examples=200)
+
+
+@in_every_run_the_same
+@given(documents=streams(), sequence_length=st.integers(1, 9))
+def test_rows_are_full_and_as_many_as_the_tokens_need(
+    documents: list[np.ndarray], sequence_length: int
 ):
-    rng = np.random.default_rng(0)
-    ends = np.cumsum(rng.integers(1, 12, size=40))
-    documents = [
-        np.arange(start, end, dtype=np.uint16)
-        for start, end in zip([0, *ends[:-1]], ends, strict=True)
-    ]
-    predicted = []
-    for tokens, lengths in pack(documents, sequence_length):
-        fields = unpack(tokens, lengths, sequence_length)
+    rows = list(pack(documents, sequence_length))
+    num_tokens = sum(map(len, documents))
+    assert len(rows) == max(0, math.ceil((num_tokens - 1) / sequence_length))
+    assert all(len(tokens) == sequence_length + 1 for tokens, _ in rows[:-1])
+    assert all(2 <= len(tokens) == lengths.sum() for tokens, lengths in rows)
+
+
+@in_every_run_the_same
+@given(documents=streams(), sequence_length=st.integers(1, 9))
+def test_every_token_but_a_documents_first_is_a_target_once_after_the_one_before_it(
+    documents: list[np.ndarray], sequence_length: int
+):
+    targets = []
+    for row in pack(documents, sequence_length):
+        fields = unpack(*row, sequence_length)
         mask = fields["loss_mask"]
+        # Tokens are numbered, so the token before a target is one less.
         assert (fields["targets"][mask] == fields["tokens"][mask] + 1).all()
-        predicted += fields["targets"][mask].tolist()
-    assert predicted == [token for document in documents for token in document[1:]]
+        targets += fields["targets"][mask].tolist()
+    assert targets == [token for document in documents for token in document[1:]]
+
+
+@in_every_run_the_same
+@given(documents=streams(), sequence_length=st.integers(1, 9))
+def test_a_segment_is_a_piece_of_one_document_and_its_positions_count_from_0(
+    documents: list[np.ndarray], sequence_length: int
+):
+    document_of_token = np.repeat(np.arange(len(documents)), [len(d) for d in documents])
+    for row in pack(documents, sequence_length):
+        fields = unpack(*row, sequence_length)
+        num_real = np.count_nonzero(fields["segment_ids"])
+        assert not fields["segment_ids"][num_real:].any()
+        assert not fields["positions"][num_real:].any()
+        tokens, segment_ids, positions = (
+            fields[name][:num_real] for name in ("tokens", "segment_ids", "positions")
+        )
+
+        # Segments are numbered from 1, and a new one starts where the document changes.
+        starts = np.diff(document_of_token[tokens], prepend=-1) != 0
+        np.testing.assert_array_equal(segment_ids, np.cumsum(starts))
+
+        # Tokens are numbered, so a token's distance to the first of its segment is its position.
+        first_token_of_segment = tokens[starts][segment_ids - 1]
+        np.testing.assert_array_equal(positions, tokens - first_token_of_segment)

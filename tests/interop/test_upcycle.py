@@ -12,8 +12,9 @@ import pytest
 
 from moe.config import ConfigError, ModelConfig, MoEConfig
 from moe.interop.upcycle import check_upcycle, layers_of, stack_layers, upcycle
-from moe.model.experts import MoE, Tokens
+from moe.model.experts import MoE
 from moe.model.layers import FeedForward
+from moe.model.tokens import TokenInfo
 from moe.model.transformer import Transformer
 from moe.parameters import unbox
 
@@ -176,7 +177,9 @@ def test_slices_are_right_on_average_over_choices():
     dense = layers_of(init(DENSE)["params"], DENSE)[2]["feed_forward"]
     ids_BT = jnp.array([[0], [12], [2], [1], [10], [4]])  # which the hash sends to experts 0 to 5
     x_BTD = jnp.broadcast_to(jax.random.normal(jax.random.key(3), (1, 1, 16)), (6, 1, 16))
-    got_BTD, routed = MoE(config.moe).apply({"params": layer}, x_BTD, Tokens(ids_BT, ids_BT >= 0))
+    got_BTD, routed = MoE(config.moe).apply(
+        {"params": layer}, x_BTD, TokenInfo(ids_BT, ids_BT >= 0)
+    )
     assert routed.experts_BTA.ravel().tolist() == [0, 1, 2, 3, 4, 5]
     np.testing.assert_allclose(
         jnp.mean(got_BTD, axis=0), FeedForward(24).apply({"params": dense}, x_BTD)[0], atol=1e-5

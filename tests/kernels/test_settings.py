@@ -20,7 +20,7 @@ from moe.kernels.attention import (
     flash_attention,
 )
 from moe.kernels.attention.masks import Options
-from moe.kernels.grouped_matmul import grouped_swiglu, grouped_swiglu_backward
+from moe.kernels.grouped_matmul import Inputs, grouped_swiglu, grouped_swiglu_backward
 from moe.parallel import context
 
 SETTINGS = {
@@ -117,8 +117,9 @@ def experts(dtype):
     )
 
     def run(g, tokens, of_blocks, weights, *arrays):
-        rows, inner = grouped_swiglu(*arrays, tokens, of_blocks)
-        gradients = grouped_swiglu_backward(*arrays, tokens, of_blocks, inner, weights, g)
+        inputs = Inputs(*arrays, tokens, of_blocks)
+        rows, inner = grouped_swiglu(inputs)
+        gradients = grouped_swiglu_backward(inputs, inner, weights, g)
         return jnp.where((of_blocks < 3).repeat(2)[:, None], rows, jnp.zeros((), dtype)), gradients
 
     return run, (g, *(jnp.asarray(x) for x in (tokens, of_blocks, weights)), *arrays)

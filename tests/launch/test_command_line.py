@@ -126,8 +126,7 @@ WHOLE = ("--config=config.py", "--workdir=config.py")
         ),
         (
             (*WHOLE, "--config.model.num_heads=3"),
-            "config.model.num_heads=3 is not a multiple of num_kv_heads=2: "
-            "set num_kv_heads to one of 1, 3",
+            "model.num_heads=3 is not a multiple of num_kv_heads=2: set num_kv_heads to one of 1, 3",
         ),
         # Config files.
         (
@@ -176,7 +175,7 @@ WHOLE = ("--config=config.py", "--workdir=config.py")
         ),
         (
             ("--workdir=x", "--config=field.py"),
-            "config.train.step=1 is not a field: did you mean config.train.steps?",
+            "train.step=1 is not a field: did you mean train.steps?",
         ),
         # Paths.
         (
@@ -266,10 +265,13 @@ Flags:
       How many. (default: 4)
 
 Fields of --config, with the values they have where the file sets no other:
+  --config.task=language_modelling  (language_modelling or custom)
+      What the model learns. "custom" means that the program which trains it
+      passes a Task to `fit`.
   --config.seed=0
-      of the parameters, the order of the rows, and every other draw
+      the seed of the parameters, the row order and all other random numbers
 
-config.model: A decoder-only Transformer"""
+config.model: Describes a Transformer decoder"""
     )
     field = "  --config.model.compute_dtype=bfloat16  (float32 or bfloat16)\n"
     assert f"{field}      The type of activations. " in result.stdout
@@ -282,7 +284,7 @@ def test_help_shows_the_values_of_a_config(directory: Path) -> None:
     )
     assert (result.stderr, result.returncode) == ("", 0)
     assert (
-        "\nFields of --config, with their values in few_steps.py:\n  --config.seed=0\n"
+        "\nFields of --config, with their values in few_steps.py:\n  --config.task="
         in result.stdout
     )
     assert (
@@ -317,7 +319,7 @@ def test_a_reference_that_fails_late_gets_one_line() -> None:
         command_line.read_run_config(config)
     config = RunConfig.config_dict()
     config.train.steps = placeholder(int)
-    with pytest.raises(ConfigError, match=r"^config\.train\.steps=None has type NoneType"):
+    with pytest.raises(ConfigError, match=r"^train\.steps=None has type NoneType"):
         command_line.read_run_config(config)
 
 

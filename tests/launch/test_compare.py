@@ -67,21 +67,19 @@ def test_variants_are_the_base_with_their_fields_set(tmp_path: Path) -> None:
         (
             "moe.num_experts",
             "moe.num_expert",
-            r"VARIANTS\['sparse'\] of .*: config.model.moe.num_expert=4 is not a field: "
-            r"did you mean config",
+            r"VARIANTS\['sparse'\] of .*: model.moe.num_expert=4 is not a field: did you mean model",
         ),
         (
             "moe.num_experts",
             "moee.num_experts",
-            r"config.model.moee={'num_experts': 4} is not a field: did you mean config.model.moe\?",
+            r"model.moee={'num_experts': 4} is not a field: did you mean model.moe\?",
         ),
         (
             "moe.num_experts",
             "num_layers.x",
-            r"config.model.num_layers={'x': 4} has type dict: "
-            r"set num_layers to a value of type int",
+            r"model.num_layers={'x': 4} has type dict: set num_layers to a value of type int",
         ),
-        ('num_experts": 4', 'num_experts": "4"', r"config.model.moe.num_experts='4' has type str"),
+        ('num_experts": 4', 'num_experts": "4"', r"model.moe.num_experts='4' has type str"),
         ("SEEDS", "SEED", r"e.py has no SEEDS: set --config to an experiment"),
         ("VARIANTS", "VARIANT", r"e.py has no VARIANTS: set --config to an experiment"),
     ],

@@ -21,8 +21,10 @@ def test_every_field_has_a_line_of_help_within_the_terminal(
 
 def test_comments_above_and_beside_a_field_are_its_help() -> None:
     comments = field_comments(MoEConfig)
-    assert comments["num_experts"] == "routed experts of a sparse layer; 0 leaves every layer dense"
+    assert comments["num_experts"] == (
+        "The number of routed experts in a sparse layer. 0 makes every layer dense."
+    )
     assert (
-        comments["router"].startswith("Scores: softmax over the experts")
+        comments["router"].startswith("How a router scores experts")
         and "divide a token" not in comments["router"]
     )

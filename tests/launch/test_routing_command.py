@@ -107,11 +107,11 @@ def choices(workdir):
             for batch in evaluation_batches(
                 rows, batch_size=8, num_batches=2, host_rows=np.arange(8)
             ):
-                output = apply(variables, global_batch(batch, program.mesh, 8))
+                output = apply(variables, global_batch(batch, program.mesh, 8, program.task.dims))
                 assert output.captured[0][0] == {}  # of the dense layers
                 ids.append(batch["tokens"].ravel())
                 experts.append(np.asarray(output.captured[0][1]["experts"]).reshape(2, -1, 2))
-                loads.append(np.asarray(output.aux[0][1]["load"]))
+                loads.append(np.asarray(output.stats[0][1]["load"]))
             by_step[step] = np.concatenate(ids), np.concatenate(experts, axis=1), sum(loads)
     return by_step
 

@@ -15,15 +15,14 @@ from jax.sharding import AxisType, PartitionSpec
 from moe.config import ConfigError, ModelConfig, MoEConfig
 from moe.model.experts import (
     MoE,
-    Tokens,
     Weights,
-    block_rows,
     capacity_dispatch,
     dense_dispatch,
     dropless,
     run_experts,
 )
 from moe.model.routing import route
+from moe.model.tokens import TokenInfo
 from moe.model.transformer import Transformer
 from moe.parallel import expert as expert_parallel
 from moe.parameters import unbox
@@ -167,14 +166,6 @@ def test_a_dropped_assignment_adds_nothing_even_where_another_row_is_nan():
     np.testing.assert_array_equal(dispatch.receive(rows)[:, 0], [0, 1, 2, jnp.nan, 0])
     gradient = jax.vjp(dispatch.send, jnp.ones((5, 1)))[1](rows)[0]
     np.testing.assert_array_equal(gradient[:, 0], [0, 1, 2, jnp.nan, 0])
-
-
-@pytest.mark.parametrize(
-    ("rows", "experts", "block"),
-    [(65536, 64, 64), (2048, 64, 8), (16384, 64, 16), (3, 64, 8), (8192, 8, 64)],
-)
-def test_block_rows(rows, experts, block):
-    assert block_rows(rows, experts) == block
 
 
 MESH = (2, 4), ("data", "expert"), (AxisType.Auto,) * 2
@@ -324,7 +315,7 @@ def test_the_layer_is_usable_alone_and_leaves_padding_out():
     y, routing = layer.apply(variables, x)
     assert y.shape == x.shape and routing.sums["tokens"] == 10 and routing.sums["dropped"] == 0
     mask = jnp.array([[True] * 5, [True] * 3 + [False] * 2])
-    padded, routing = layer.apply(variables, x, Tokens(jnp.zeros((2, 5), jnp.int32), mask))
+    padded, routing = layer.apply(variables, x, TokenInfo(jnp.zeros((2, 5), jnp.int32), mask))
     np.testing.assert_allclose(padded[mask], y[mask], atol=1e-6)
     np.testing.assert_array_equal(padded[1, 3:], 0)
     assert routing.sums["load"].sum() == 8 * A
@@ -374,7 +365,7 @@ def layer_and_variables(config, x, **tokens):
     layer = MoE(config)
     ids = jnp.zeros(x.shape[:2], jnp.int32)
     init = jax.jit(
-        lambda key: unbox(layer.init(key, x, Tokens(ids, tokens.get("mask_BT", ids == 0))))
+        lambda key: unbox(layer.init(key, x, TokenInfo(ids, tokens.get("mask_BT", ids == 0))))
     )
     return layer, init(jax.random.key(1))
 
@@ -432,7 +423,7 @@ def test_nan_in_padding_reaches_nothing(name):
     @functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
     def loss(params, x):
         y, routed = layer.apply(
-            {"params": params}, x, Tokens(jnp.zeros((2, 5), jnp.int32), mask, keys)
+            {"params": params}, x, TokenInfo(jnp.zeros((2, 5), jnp.int32), mask, keys)
         )
         return jnp.sum(jnp.where(mask[..., None], y, 0.0) ** 2) + routed.sums[
             "balance"
@@ -463,7 +454,10 @@ def test_no_rows_and_no_tokens_are_a_layers_too(dispatch, shape):
 
 
 def test_what_a_layer_cannot_do_is_refused_in_one_line():
-    x, tokens = jnp.zeros((2, 5, D)), Tokens(jnp.zeros((2, 5), jnp.int32), jnp.ones((2, 5), bool))
+    x, tokens = (
+        jnp.zeros((2, 5, D)),
+        TokenInfo(jnp.zeros((2, 5), jnp.int32), jnp.ones((2, 5), bool)),
+    )
     for config, arguments, message in (
         (MoEConfig(), (x,), "num_experts=0 makes a sparse layer without experts"),
         (CONFIG, (x[0],), r"x has shape \(5, 6\): give MoE activations \[B, T, D\]"),

@@ -11,6 +11,8 @@ from moe.config import ConfigError, MeshConfig, ModelConfig, RunConfig, TrainCon
 from moe.parallel import mesh as mesh_module
 from moe.parallel.mesh import constrain, global_batch, host_rows, spec
 
+DIMS = {"tokens": "BT", "loss_mask": "BT"}
+
 
 def make_mesh(**sizes):
     model = ModelConfig(num_heads=8, num_kv_heads=4)
@@ -81,7 +83,7 @@ def test_a_global_batch_holds_the_hosts_rows(sizes):
         "tokens": np.arange(16 * 4).reshape(16, 4),
         "loss_mask": np.arange(16 * 4).reshape(16, 4) % 3 == 0,
     }
-    batch = global_batch(rows, mesh, 16)
+    batch = global_batch(rows, mesh, 16, DIMS)
     np.testing.assert_array_equal(host_rows(mesh, 16), np.arange(16))
     jax.tree.map(np.testing.assert_array_equal, batch, rows)
     assert batch["tokens"].sharding.spec == spec("BT", (16, 4), mesh)
@@ -101,5 +103,5 @@ def test_every_process_places_its_own_rows(monkeypatch):
 
     monkeypatch.setattr(mesh_module, "host_rows", lambda *_: held)
     monkeypatch.setattr(jax, "make_array_from_callback", record)
-    global_batch({"tokens": held[:, None] * np.ones((1, 3), int)}, mesh, 16)
+    global_batch({"tokens": held[:, None] * np.ones((1, 3), int)}, mesh, 16, DIMS)
     np.testing.assert_array_equal(asked[0], [[12] * 3, [13] * 3])

@@ -1,0 +1,86 @@
+"""The implementations of the grouped matmuls, and which one is the fastest on a chip.
+
+These are pure functions of a chip's name and of shapes: nothing is run or asked of a device.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import jax
+
+from moe.kernels.grouped_matmul import blockwise, reference
+from moe.kernels.grouped_matmul.inputs import Gradients, Inputs, Outputs
+
+Name = Literal["reference", "blockwise"]
+
+DTYPES = ("bfloat16", "float16", "float32", "float64")
+
+
+class Shapes(NamedTuple):
+    """What decides which implementation can compute a call, and in which blocks."""
+
+    num_assignments: int  # pairs of a token and an expert that it chose
+    num_experts: int
+    dtype: str  # of the tokens
+
+
+class Implementation(NamedTuple):
+    """One way to compute the grouped matmuls."""
+
+    forward: Callable[[Inputs], Outputs]
+    backward: Callable[[Inputs, jax.Array, jax.Array, jax.Array], Gradients]
+    # What keeps it from computing a call, on a chip if that is known; None if nothing does.
+    obstacle: Callable[[Shapes, str | None], str | None]
+    blocks: Callable[[Shapes], int]  # the number of rows in a block that suits a call
+
+
+class Choice(NamedTuple):
+    """An implementation's name, and the number of rows in its blocks."""
+
+    name: Name
+    block_rows: int
+
+
+def choose(chip: str | None, shapes: Shapes) -> Choice:
+    """Returns the fastest implementation on `chip`, with its blocks.
+
+    `chip` is a device_kind as JAX names it ("TPU v5p", "NVIDIA H200", "cpu"), or None where it is
+    not known. Raises NotImplementedError if none can compute the call.
+    """
+    candidates: tuple[Name, ...] = ("blockwise",)  # the fastest first
+    obstacles = {name: IMPLEMENTATIONS[name].obstacle(shapes, chip) for name in candidates}
+    for name in candidates:
+        if obstacles[name] is None:
+            return Choice(name, IMPLEMENTATIONS[name].blocks(shapes))
+    reasons = "; ".join(f"{name!r} cannot: {reason}" for name, reason in obstacles.items())
+    raise NotImplementedError(f"no implementation computes this grouped matmul. {reasons}")
+
+
+def block_rows(shapes: Shapes) -> int:
+    """Returns a power of two near a sixteenth of an expert's mean load, between 8 and 64.
+
+    Small blocks pad less. Runs of them are multiplied at once, so the matmuls stay large.
+    """
+    mean_load = shapes.num_assignments / shapes.num_experts
+    return min(64, max(8, 2 ** round(math.log2(max(1, mean_load / 16)))))
+
+
+def _obstacle_to_plain_jax(shapes: Shapes, chip: str | None) -> str | None:
+    """Returns what keeps an implementation in plain JAX, which runs on every chip, from a call."""
+    if shapes.dtype not in DTYPES:
+        return f"it takes {', '.join(DTYPES)}, not {shapes.dtype}"
+    if not isinstance(shapes.num_assignments, int):
+        return f"it takes a number of assignments, not the symbol {shapes.num_assignments}"
+    return None
+
+
+# To add an implementation, write a file with `forward` and `backward`, and add its name and row.
+IMPLEMENTATIONS: dict[Name, Implementation] = {
+    "reference": Implementation(
+        reference.forward, reference.backward, _obstacle_to_plain_jax, block_rows
+    ),
+    "blockwise": Implementation(
+        blockwise.forward, blockwise.backward, _obstacle_to_plain_jax, block_rows
+    ),
+}

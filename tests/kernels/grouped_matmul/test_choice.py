@@ -1,0 +1,49 @@
+"""Which implementation is chosen, in which blocks, and what is refused."""
+
+import jax
+import pytest
+from jax import export
+
+from moe.kernels.grouped_matmul import Choice, Shapes, choose
+from moe.kernels.grouped_matmul.choice import IMPLEMENTATIONS, block_rows
+
+
+@pytest.mark.parametrize(
+    ("num_assignments", "num_experts", "rows"),
+    [(65536, 64, 64), (2048, 64, 8), (16384, 64, 16), (3, 64, 8), (8192, 8, 64)],
+)
+def test_a_block_is_about_a_sixteenth_of_the_mean_load(num_assignments, num_experts, rows):
+    assert block_rows(Shapes(num_assignments, num_experts, "float32")) == rows
+
+
+@pytest.mark.parametrize("chip", ["cpu", "TPU v5p", "NVIDIA H200", None])
+def test_a_chip_that_is_not_here_has_a_choice(chip):
+    assert choose(chip, Shapes(16384, 64, "bfloat16")) == Choice("blockwise", 16)
+
+
+def test_every_choice_names_an_implementation():
+    choice = choose("cpu", Shapes(16384, 64, "float32"))
+    assert IMPLEMENTATIONS[choice.name].blocks(Shapes(16384, 64, "float32")) == choice.block_rows
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_an_obstacle_says_what_the_implementation_takes(name):
+    obstacle = IMPLEMENTATIONS[name].obstacle
+    [symbol] = export.symbolic_shape("n")
+    assert obstacle(Shapes(64, 8, "float32"), "cpu") is None
+    assert obstacle(Shapes(64, 8, "int32"), None).endswith("float64, not int32")
+    assert obstacle(Shapes(symbol, 8, "float32"), None).endswith("not the symbol n")
+
+
+def test_a_call_that_none_can_compute_is_refused():
+    with pytest.raises(NotImplementedError, match="'blockwise' cannot: it takes bfloat16, "):
+        choose("cpu", Shapes(64, 8, "int8"))
+
+
+def test_a_choice_is_made_without_any_device(monkeypatch):
+    def fail(*arguments):
+        raise AssertionError("asked for the devices")
+
+    monkeypatch.setattr(jax, "devices", fail)
+    monkeypatch.setattr(jax, "default_backend", fail)
+    assert choose("TPU v6e", Shapes(64, 8, "float32")).name == "blockwise"

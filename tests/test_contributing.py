@@ -1,0 +1,71 @@
+"""The examples of docs/contributing.md, run as they stand there."""
+
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe.config import DataConfig
+from moe.data.sources import open_documents
+from moe.kernels.grouped_matmul import Shapes
+from moe.kernels.grouped_matmul.choice import IMPLEMENTATIONS
+from tests.kernels.grouped_matmul.cases import check_implementation
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs/contributing.md").read_text()
+BLOCKS = {
+    re.search(r"^## (.*)$", section, re.MULTILINE)[1]: block
+    for section in re.split(r"^(?=## )", PAGE, flags=re.MULTILINE)
+    for block in re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+}
+
+
+def run(section: str, **names: object) -> dict:
+    """Runs a section's example, and returns the names that it leaves."""
+    names = {"jax": jax, "jnp": jnp, "__name__": __name__} | names
+    exec(BLOCKS[section], names)  # word for word what the page says
+    return names
+
+
+def test_the_page_has_the_examples() -> None:
+    assert list(BLOCKS) == ["Add a router", "Add a kernel", "Add a data set"]
+
+
+def test_a_router() -> None:
+    # softplus(log(e - 1)) = 1 and softplus(log(e^3 - 1)) = 3.
+    logits_BTE = jnp.log(jnp.expm1(jnp.array([[[1.0, 3.0]]])))
+    names = run("Add a router", logits_BTE=logits_BTE)
+    np.testing.assert_allclose(names["scores_BTE"], [[[1.0, 3.0]]], rtol=1e-6)
+    np.testing.assert_allclose(names["probs_BTE"], [[[0.25, 0.75]]], rtol=1e-6)
+
+
+def test_the_functions_that_a_router_extends_are_there() -> None:
+    text = (ROOT / "moe/model/routing.py").read_text()
+    for name in re.findall(r"`(_\w+)`", PAGE):
+        assert f"def {name}(" in text
+
+
+def test_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = run("Add a kernel")["row"]
+    monkeypatch.setitem(IMPLEMENTATIONS, "example", row)
+    check_implementation("example", "runs of every length", "float32")
+    assert row.obstacle(Shapes(8, 2, "float32"), "cpu") is None
+    assert row.obstacle(Shapes(8, 2, "int8"), "cpu") == "it takes float32, not int8"
+
+
+def test_a_data_set(tmp_path: Path) -> None:
+    names = run(
+        "Add a data set",
+        DataConfig=DataConfig,
+        open_documents=open_documents,
+        directory=str(tmp_path),
+    )
+    assert list(names["documents"]) == ["Many hands make light work."]
+
+
+def test_the_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\((\w+\.md)(?:#[\w-]*)?\)", PAGE):
+        assert (ROOT / "docs" / target).exists()
