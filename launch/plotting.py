@@ -199,7 +199,7 @@ def set_values(axes: "Axes", values: np.ndarray, *, log: bool) -> None:
     """Fits the vertical axis to finite values, logarithmic if `log` and the values allow it."""
     from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-    plain = FuncFormatter(lambda value, _: f"{value:g}")
+    plain = FuncFormatter(_plain)
     axes.yaxis.set_major_formatter(plain)
     if not len(values):
         axes.set_yticks([])
@@ -219,6 +219,22 @@ def set_values(axes: "Axes", values: np.ndarray, *, log: bool) -> None:
     axes.yaxis.set_major_locator(few_ticks)
     if 1e4 <= np.abs(values).max() < 1e15:
         axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+
+
+def set_percentages(axes: "Axes", values: np.ndarray) -> None:
+    """Fits the vertical axis to finite percentages, from 0 on."""
+    from matplotlib.ticker import FuncFormatter
+
+    axes.yaxis.set_major_formatter(FuncFormatter(_plain))
+    if len(values):
+        axes.set_ylim(0, 1.1 * max(values.max(), 0.1))  # a share of almost 0 stays at the bottom
+    else:
+        axes.set_yticks([])
+
+
+def _plain(value: float, position: int | None) -> str:
+    """Writes the number of a tick, as matplotlib's formatters call a function."""
+    return f"{value:g}"
 
 
 def set_shares(axes: "Axes") -> None:

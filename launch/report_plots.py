@@ -13,6 +13,7 @@ from launch.plotting import (
     draw_crosses,
     draw_series,
     place_legend,
+    set_percentages,
     set_steps,
     set_values,
 )
@@ -225,9 +226,10 @@ def _paint(
     set_steps(axes, 1.02 * max(1, last_step))
     values = np.concatenate([series.values for series in drawn])
     finite = values[np.isfinite(values)]
-    set_values(axes, finite, log=plot.log)
-    if plot.percent and len(finite):
-        axes.set_ylim(0, 1.1 * max(finite.max(), 0.1))
+    if plot.percent:
+        set_percentages(axes, finite)
+    else:
+        set_values(axes, finite, log=plot.log)
     place_legend(axes)
 
 
