@@ -75,7 +75,7 @@ def plain_transformer(params, row):
         x = x + np.einsum("tnh,nhd->td", mixed, p["attention"]["output"])
         h = plain_norm(x, p["feed_forward_norm"]["scale"])
         gate, up = h @ p["feed_forward"]["gate"], h @ p["feed_forward"]["up"]
-        x = x + (gate / (1 + np.exp(-gate)) * up) @ p["feed_forward"]["down"].T
+        x = x + (gate / (1 + np.exp(-gate)) * up) @ p["feed_forward"]["down"]
     return plain_norm(x, params["final_norm"]["scale"]) @ params["unembedding"]
 
 
