@@ -266,7 +266,7 @@ class TimesParts(NamedTuple):
 
 
 def test_a_token_adds_up_its_rows_and_their_gradients_in_float32() -> None:
-    """Of 17 experts one adds 1, and each of the others 2^-9, which alone rounding takes away again."""
+    """One expert adds 1, and 16 others 2^-9 each, which rounding would lose one by one."""
     number = 17
     parts = jnp.full((number, 1, 1), 2**-9, jnp.bfloat16).at[0].set(1)
     total = 1 + 16 * 2**-9
@@ -300,7 +300,7 @@ def test_a_weights_gradient_is_summed_in_float32() -> None:
 
 
 def test_copies_of_a_head_add_up_their_gradients_in_float32() -> None:
-    """Ulysses on 8 devices hands one key/value head to all; each copy's gradient of v is the same."""
+    """Ulysses on 8 devices copies one key/value head to all, and adds up the copies' gradients."""
     mesh = jax.make_mesh((8,), ("context",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec(None, "context")
     q, k = jnp.zeros((1, 8, 8, 4), jnp.bfloat16), jnp.zeros((1, 8, 1, 4), jnp.bfloat16)

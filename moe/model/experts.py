@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 
 from moe.config import ConfigError, MoEConfig
 from moe.model import routing
-from moe.model.dispatch import run_experts
+from moe.model.dispatch import Weights, run_experts
 from moe.model.layers import FeedForward, check_static, einsum
 from moe.model.tokens import TokenInfo
 from moe.parallel.mesh import constrain, on_auto_axes, per_shard
@@ -61,18 +61,6 @@ class MoE(nn.Module):
         else:
             # Padding may hold anything. A NaN there would reach the weights' gradients as 0 * NaN.
             x_BTD = jnp.where(tokens.mask_BT[..., None], x_BTD, jnp.zeros((), x_BTD.dtype))
-        shape, scale = (c.num_experts, d, c.expert_dim), self.output_scale
-        w_gate_EDF = parameter(self, "gate", "EDF", shape, kind="linear", fan_in=d)
-        w_up_EDF = parameter(self, "up", "EDF", shape, kind="linear", fan_in=d)
-        w_down_EFD = parameter(
-            self,
-            "down",
-            "EFD",
-            (c.num_experts, c.expert_dim, d),
-            kind="linear",
-            fan_in=c.expert_dim,
-            scale=scale,
-        )
         # The router reads each row's limit off this table, and dispatch makes room for a full row.
         limited = c.dispatch == "capacity" or c.router == "expert_choice"
         capacities = routing.capacity_table(c, length) if limited else None
@@ -82,14 +70,22 @@ class MoE(nn.Module):
             functools.partial(run_experts, c, capacity),
             ("BTD", "BTA", "BTA", "EDF", "EDF", "EFD"),
             ("BTD", "BT"),
-            *(x_BTD, routed.experts_BTA, routed.weights_BTA, w_gate_EDF, w_up_EDF, w_down_EFD),
+            *(x_BTD, routed.experts_BTA, routed.weights_BTA, *self._weights(d)),
         )
         if c.num_shared_experts:
-            y_BTD = y_BTD + FeedForward(c.num_shared_experts * c.expert_dim, scale, name="shared")(
-                x_BTD
-            )
+            width = c.num_shared_experts * c.expert_dim
+            y_BTD = y_BTD + FeedForward(width, self.output_scale, name="shared")(x_BTD)
         dropped = routed.stats.dropped + jnp.sum(dropped_BT)
         return y_BTD, routed._replace(stats=routed.stats._replace(dropped=dropped))
+
+    def _weights(self, d: int) -> Weights:
+        """Declares the experts' weights, for activations of width `d`."""
+        e, f, scale = self.config.num_experts, self.config.expert_dim, self.output_scale
+        return Weights(
+            parameter(self, "gate", "EDF", (e, d, f), kind="linear", fan_in=d),
+            parameter(self, "up", "EDF", (e, d, f), kind="linear", fan_in=d),
+            parameter(self, "down", "EFD", (e, f, d), kind="linear", fan_in=f, scale=scale),
+        )
 
     def _check(self, x_BTD: jax.Array, tokens: TokenInfo | None) -> None:
         """Raises an error if this layer cannot compute the call, also during `init`."""

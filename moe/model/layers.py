@@ -185,12 +185,12 @@ class FeedForward(nn.Module):
         d, f = x_BTD.shape[-1], self.width
         w_gate_DF = parameter(self, "gate", "DF", (d, f), kind="linear", fan_in=d)
         w_up_DF = parameter(self, "up", "DF", (d, f), kind="linear", fan_in=d)
-        w_down_DF = parameter(
-            self, "down", "DF", (d, f), kind="linear", fan_in=f, scale=self.output_scale
+        w_down_FD = parameter(
+            self, "down", "FD", (f, d), kind="linear", fan_in=f, scale=self.output_scale
         )
         gate_BTF = constrain(einsum("BTD,DF->BTF", x_BTD, w_gate_DF), "BTF")
         up_BTF = constrain(einsum("BTD,DF->BTF", x_BTD, w_up_DF), "BTF")
-        return einsum("BTF,DF->BTD", swiglu(gate_BTF, up_BTF), w_down_DF)
+        return einsum("BTF,FD->BTD", swiglu(gate_BTF, up_BTF), w_down_FD)
 
 
 @jax.custom_vjp

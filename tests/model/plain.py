@@ -59,7 +59,7 @@ def attention(
 
 def feed_forward(params: Tree, x: np.ndarray) -> np.ndarray:
     gate, up = x @ params["gate"], x @ params["up"]
-    return (gate / (1 + np.exp(-gate)) * up) @ params["down"].T
+    return (gate / (1 + np.exp(-gate)) * up) @ params["down"]
 
 
 def stack(

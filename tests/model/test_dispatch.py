@@ -17,7 +17,6 @@ from jax.sharding import AxisType, PartitionSpec
 
 from moe.config import MoEConfig
 from moe.model.arrangement import (
-    Arrangement,
     arrange,
     arrange_equally,
     combine,
@@ -75,8 +74,10 @@ def loads(experts):
 
 
 def routed(tokens=14, seed=0):
-    """Rows, experts (some of them E: nowhere; the first without tokens, the last with the most) and
-    weights.
+    """Returns rows, experts and weights.
+
+    Some assignments have the expert E, which is none. Expert 0 has no tokens, and the last one has
+    the most.
     """
     rng = np.random.default_rng(seed)
     experts = np.stack([rng.permutation(E - 1)[:A] for _ in range(tokens)])
@@ -100,9 +101,7 @@ def plain(x, experts, combine, gate, up, down):
 
 
 def close(actual, expected, rtol=1e-6):
-    """Within `rtol` of the largest number: sums of five and six products of that size may cancel to
-    anything smaller.
-    """
+    """Compares up to `rtol` of the largest number, since sums of such products may cancel."""
     np.testing.assert_allclose(actual, expected, atol=rtol * np.abs(expected).max())
 
 
@@ -131,9 +130,7 @@ def test_a_strategy_has_the_oracles_gradients(name):
 
 
 def test_dropless_takes_the_most_uneven_load():
-    """All assignments to one expert, each to an expert of its own, and all to nowhere fill no more
-    blocks than there are.
-    """
+    """There are enough blocks for all assignments to one expert, to all experts, and to none."""
     x = jnp.float32(np.random.default_rng(0).normal(size=(40, D)))
     combine = jnp.ones((40, 1))
     for experts in (
@@ -213,22 +210,31 @@ def test_every_assignment_has_its_own_slot_in_its_experts_room(case):
     np.testing.assert_array_equal(assignments, inverse[:SLOTS])
 
 
+@jax.jit
+def gathered(arrangement, slot_values, values_NA, rows_ID, x_ND):
+    return (
+        gather_from_slots(slot_values, arrangement),
+        gather_into_slots(values_NA, arrangement),
+        copy_to_slots(x_ND, arrangement),
+        combine(rows_ID, jnp.ones((TOKENS, CHOICES)), arrangement),
+    )
+
+
 @PROPERTY
 @hypothesis.given(arrangements(), st.integers(0, 2**32 - 1))
 def test_gathers_are_each_others_transposes(case, seed):
     """<gather_from_slots(s), a> = <s, gather_into_slots(a)>, and likewise for rows."""
-    arrangement, rng = Arrangement(*case[2]), np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     # Small integers, whose sums are exact.
-    slot_values, values = rng.integers(-9, 10, SLOTS), rng.integers(-9, 10, (TOKENS, CHOICES))
-    left = np.sum(gather_from_slots(jnp.asarray(slot_values), arrangement) * values)
-    right = np.sum(slot_values * gather_into_slots(jnp.asarray(values), arrangement))
-    assert left == right
-    x = rng.integers(-9, 10, (TOKENS, 2)).astype(np.float32)
-    rows = rng.integers(-9, 10, (SLOTS, 2)).astype(np.float32)
-    ones = np.ones((TOKENS, CHOICES), np.float32)
-    left = np.sum(copy_to_slots(jnp.asarray(x), arrangement) * rows)
-    right = np.sum(x * combine(jnp.asarray(rows), jnp.asarray(ones), arrangement))
-    assert left == right
+    slot_values, values_NA, rows_ID, x_ND = (
+        rng.integers(-9, 10, shape).astype(np.float32)
+        for shape in (SLOTS, (TOKENS, CHOICES), (SLOTS, 2), (TOKENS, 2))
+    )
+    from_slots, into_slots, copied, combined = gathered(
+        case[2], slot_values, values_NA, rows_ID, x_ND
+    )
+    assert np.sum(from_slots * values_NA) == np.sum(slot_values * into_slots)
+    assert np.sum(copied * rows_ID) == np.sum(x_ND * combined)
 
 
 MESH = (2, 4), ("data", "expert"), (AxisType.Auto,) * 2
@@ -248,21 +254,23 @@ def batch(seed=0, rows=8, length=5):
 def emulated_ragged_all_to_all(
     operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name
 ):
-    """What the collective does, by gathering everything: sender s's rows from input_offsets[me] on
-    go to output_offsets[me] of mine.
+    """Does what the collective does, by gathering everything.
+
+    A sender's rows from input_offsets[receiver] on go to the place output_offsets[receiver] of the
+    receiver.
     """
-    me = jax.lax.axis_index(axis_name)
+    receiver = jax.lax.axis_index(axis_name)
     gather = lambda x: jax.lax.all_gather(x, axis_name)
     operands, starts, sizes, offsets = map(
         gather, (operand, input_offsets, send_sizes, output_offsets)
     )
     index = jnp.arange(output.shape[0])
     for sender in range(operands.shape[0]):
-        place = index - offsets[sender, me]
-        inside = (place >= 0) & (place < sizes[sender, me])
+        place = index - offsets[sender, receiver]
+        inside = (place >= 0) & (place < sizes[sender, receiver])
         rows = (
             operands[sender]
-            .at[jnp.where(inside, place + starts[sender, me], operand.shape[0])]
+            .at[jnp.where(inside, place + starts[sender, receiver], operand.shape[0])]
             .get(mode="fill", fill_value=0)
         )
         output = jnp.where(inside[:, None], rows, output)
@@ -339,9 +347,7 @@ def test_what_overflows_an_experts_rows_is_counted_and_passes_by(exchange):
 
 
 def test_what_overflows_a_ragged_exchange_is_counted_and_passes_by(monkeypatch):
-    """Everything goes to device 0, which has room for as many rows as one device sends: the first
-    device's.
-    """
+    """Every row goes to device 0, which has room for the rows of one device: its own."""
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", emulated_ragged_all_to_all)
     config = dataclasses.replace(
         CONFIG, exchange="ragged_all_to_all", experts_per_token=1, receive_factor=1.0
@@ -349,9 +355,8 @@ def test_what_overflows_a_ragged_exchange_is_counted_and_passes_by(monkeypatch):
     x, _, _ = batch()
     experts, combine = jnp.zeros((8, 5, 1), jnp.int32), jnp.ones((8, 5, 1))
     y, dropped = over_mesh(config, 5, x, experts, combine, *weights())
-    kept = np.array(
-        [True, False, False, False] * 2
-    )  # of each data row's four devices, one row of the batch each
-    np.testing.assert_array_equal(dropped, np.broadcast_to(~kept[:, None], (8, 5)))
-    np.testing.assert_array_equal(y[~kept], 0)
-    close(y[kept], run_experts(config, 5, x, experts, combine, *weights())[0][kept])
+    # Each device has one row of the batch, and the group of each data row has four devices.
+    has_room = np.array([True, False, False, False] * 2)
+    np.testing.assert_array_equal(dropped, np.broadcast_to(~has_room[:, None], (8, 5)))
+    np.testing.assert_array_equal(y[~has_room], 0)
+    close(y[has_room], run_experts(config, 5, x, experts, combine, *weights())[0][has_room])

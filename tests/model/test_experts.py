@@ -36,8 +36,9 @@ def test_the_layer_is_usable_alone_and_leaves_padding_out():
 
 @pytest.mark.parametrize("dispatch", ["dense", "capacity", "dropless"])
 def test_what_float32_is_claimed_for_is_float32_on_every_chip(dispatch):
-    """In a bfloat16 model all matmuls of float32 are the router's and its sums'. By default TPUs
-    and GPUs would round their operands.
+    """In a bfloat16 model only the router and its statistics have matmuls in float32.
+
+    By default TPUs and GPUs would round their operands.
     """
     layer, x = (
         MoE(MoEConfig(num_experts=4, expert_dim=8, dispatch=dispatch, num_shared_experts=1)),
@@ -56,9 +57,8 @@ def test_what_float32_is_claimed_for_is_float32_on_every_chip(dispatch):
         .as_text()
     )
     matmuls = re.findall(r"dot_general.*: \(tensor<[^>]*f32>, tensor<[^>]*f32>\)", program)
-    assert (
-        len(matmuls) >= 5
-    )  # the logits, their two gradients, and the gradients of the balance loss
+    # These are the logits, their two gradients, and the gradients of the balance loss.
+    assert len(matmuls) >= 5
     assert [matmul for matmul in matmuls if "precision = [HIGHEST, HIGHEST]" not in matmul] == []
 
 
@@ -187,12 +187,11 @@ def test_what_a_layer_cannot_do_is_refused_in_one_line():
     assert issubclass(ConfigError, ValueError)
     noisy = MoE(dataclasses.replace(CONFIG, jitter=0.1))
     for arguments in ((x,), (x, tokens)):
-        variables = unbox(
-            jax.eval_shape(noisy.init, jax.random.key(0), *arguments)
-        )  # which draws no jitter
+        # `init` draws no jitter.
+        variables = unbox(jax.eval_shape(noisy.init, jax.random.key(0), *arguments))
         with pytest.raises(
             ValueError,
-            match=r"^jitter=0.1 draws from keys that are not there: pass tokens=.* in training, and set jitter",
+            match=r"^jitter=0.1 draws from keys that are not there: pass tokens=.*, and set jitter",
         ):
             jax.eval_shape(noisy.apply, variables, *arguments)
 
@@ -234,9 +233,7 @@ def test_a_batch_too_small_for_the_mesh_is_copied(sizes, rows, dispatch, exchang
 
 @pytest.mark.parametrize("scan_layers", [True, False])
 def test_biases_steer_the_choice_whenever_they_are_given(scan_layers):
-    """Also by a config that does not move them: such as one that evaluates or fine-tunes what was
-    trained with them.
-    """
+    """A config that does not move biases obeys them too, as in evaluation or fine-tuning."""
     moe = MoEConfig(num_experts=E, experts_per_token=A, expert_dim=F, bias_update_rate=0.1)
     config = ModelConfig(
         num_layers=2,

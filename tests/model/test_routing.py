@@ -1,6 +1,4 @@
-"""Every router by hand: 3 to 6 tokens, with the experts, weights, drops and losses that the papers'
-formulas give.
-"""
+"""Every router by hand: the papers' formulas give experts, weights, drops and losses."""
 
 import dataclasses
 import functools
@@ -148,7 +146,7 @@ def test_one_expert_a_token_teaches_the_router(router):
     assert jnp.abs(gradient).max(axis=-1).min() > 0.05
     with pytest.raises(
         ConfigError,
-        match=r"^normalize_weights=True makes the weight of experts_per_token=1 expert 1.0 .*to False$",
+        match=r"^normalize_weights=True makes the weight of experts_per_token=1 expert .*False$",
     ):
         dataclasses.replace(config, normalize_weights=True)
 
@@ -204,8 +202,9 @@ def test_hash_routing_is_even_over_tokens():
 
 
 def test_expert_choice():
-    """E = 2, A = 1, capacity factor 1 and 4 real tokens of 5: each expert takes 2, whoever else
-    took them; padding is never taken.
+    """E = 2, A = 1, capacity factor 1 and 4 real tokens of 5: each expert takes 2 of them.
+
+    Both may take the same token. Padding is never taken.
     """
     probs = jnp.array([[[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.4, 0.6], [0.99, 0.01]]])
     mask = jnp.array([[True, True, True, True, False]])
@@ -248,9 +247,8 @@ def test_padding_never_routes_and_never_counts():
         close(actual, expected)
 
 
-CROWD = jnp.log(
-    jnp.array([[[0.6, 0.4], [0.7, 0.3], [0.9, 0.1], [0.8, 0.2]]])
-)  # everybody's first choice is expert 0
+# Every token's first choice is expert 0.
+CROWD = jnp.log(jnp.array([[[0.6, 0.4], [0.7, 0.3], [0.9, 0.1], [0.8, 0.2]]]))
 
 
 def test_capacity_by_position():
@@ -283,7 +281,7 @@ def test_capacity_by_probability():
 
 
 def places(probs, **changes):
-    """Who stays where each of three experts has one place for two tokens."""
+    """Returns the experts of two tokens if each of three experts has room for one token."""
     config = MoEConfig(
         num_experts=3,
         experts_per_token=2,
@@ -377,7 +375,7 @@ def test_a_row_keeps_as_many_as_there_is_room_for(factor):
 
 
 def test_first_choices_come_before_second_ones():
-    """GShard: token 2's first choice takes the last place of expert 0, ahead of token 0's second."""
+    """GShard: token 2's first choice takes expert 0's last place before token 0's second does."""
     logits = jnp.log(jnp.array([[[0.3, 0.6, 0.1], [0.6, 0.1, 0.3], [0.6, 0.1, 0.3]]]))
     config = MoEConfig(num_experts=3, experts_per_token=2, dispatch="capacity", capacity_factor=1.0)
     limited = limit_to_capacity(route(logits, config), config)  # room for 3 * 2 / 3 = 2
@@ -395,7 +393,7 @@ def test_capacity_is_of_each_row_and_its_real_tokens():
 
 
 def test_balance_of_rows_and_of_the_batch():
-    """Two rows that each choose one expert alone are even together, and as uneven as can be apart."""
+    """Each of two rows chooses one expert alone: together they are even, apart they are not."""
     logits = jnp.array([[[9.0, -9.0]] * 3, [[-9.0, 9.0]] * 3])
     for scope, loss in (("batch", 1.0), ("row", 2.0)):
         stats = route(

@@ -1,4 +1,4 @@
-"""The plan of a ragged exchange, by hand and for drawn loads: what is sent where, and comes back."""
+"""The plan of a ragged exchange, by hand and for drawn loads."""
 
 import hypothesis
 import hypothesis.strategies as st
