@@ -6,14 +6,14 @@ from typing import Any, NamedTuple
 
 from moe.config import ConfigError, ModelConfig
 from moe.files import write_whole
-from moe.interop.upcycle import KEPT_FIELDS
+from moe.interop.upcycle import SHARED_FIELDS
 from moe.workdir import checkpoint
 from moe.workdir.identity import CONFIG_FILE, read_config, read_saved_config
 
 ORIGIN_FILE = "origin.json"
 # The fields on which the function of a sparse model, or its tree of parameters, depends. All others
 # may differ: how the model is computed, and how its routers are trained.
-KEPT_MOE_FIELDS = (
+SHARED_MOE_FIELDS = (
     "num_experts",
     "experts_per_token",
     "expert_dim",
@@ -94,9 +94,9 @@ def _choose_step(init_from: Path, init_step: int | None) -> int:
 
 def check_model(before: ModelConfig, after: ModelConfig) -> None:
     """Raises ConfigError for the first field that makes `after` another function than `before`."""
-    names = [*KEPT_FIELDS]
+    names = [*SHARED_FIELDS]
     if before.moe.num_experts or after.moe.num_experts:
-        names += [f"moe.{name}" for name in KEPT_MOE_FIELDS]
+        names += [f"moe.{name}" for name in SHARED_MOE_FIELDS]
     for name in names:
         old, new = (
             getattr(model.moe if "." in name else model, name.removeprefix("moe."))
