@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from moe.training.train_step import make_program
     from moe.training.trainer import fit, load_run
 
-# The module of each name.
+# The module in which each public name is defined.
 _MODULES = {
     "ConfigError": "config",
     "MoE": "model.experts",
@@ -49,10 +49,12 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    """Imports the module of a public name when the name is first used."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:
+    """Lists the public names too, although they are not loaded yet."""
     return sorted({*globals(), *__all__})

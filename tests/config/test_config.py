@@ -28,16 +28,16 @@ from moe.config import (
 ROOT = Path(__file__).parents[2]
 
 
-def fields_of(default: Any, section: str) -> Iterator[tuple[str, str, Any]]:
+def list_fields(default: Any, section: str) -> Iterator[tuple[str, str, Any]]:
     """Yields the section, the name and the default of every field, also of nested configs."""
     for field in dataclasses.fields(default):
         if dataclasses.is_dataclass(field.default):
-            yield from fields_of(field.default, f"{section}__{field.name}".lstrip("_"))
+            yield from list_fields(field.default, f"{section}__{field.name}".lstrip("_"))
         elif section:
             yield section, field.name, field.default
 
 
-FIELDS = list(fields_of(RunConfig(), ""))
+FIELDS = list(list_fields(RunConfig(), ""))
 
 
 def run_config(**changes: Any) -> RunConfig:

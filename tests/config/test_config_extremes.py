@@ -153,7 +153,7 @@ def test_the_nearest_divisors(number: int, value: int) -> None:
         assert named == [1, 2, 3, 4, 6, 12]
 
 
-def test_values_that_cannot_be_written_out() -> None:
+def test_messages_stay_short_whatever_the_value_is() -> None:
     nested: list[Any] = []
     for _ in range(100_000):
         nested = [nested]
@@ -191,7 +191,7 @@ def test_values_that_cannot_be_written_out() -> None:
         ),
     ],
 )
-def test_directories_that_cannot_be(directory: str, expected: str) -> None:
+def test_texts_that_are_not_paths_are_refused(directory: str, expected: str) -> None:
     assert message(data__directory=directory) == f"data.{expected}"
 
 
@@ -308,15 +308,17 @@ VALUES = [
 
 
 def test_any_values_give_one_line_or_a_config_at_once() -> None:
-    draw = random.Random(0)
+    generator = random.Random(0)
     built = 0
     for _ in range(1500):
         values = RunConfig().to_dict()
-        values["model"]["moe"]["num_experts"] = draw.choice([0, 8])
+        values["model"]["moe"]["num_experts"] = generator.choice([0, 8])
         changes = {}
-        for section, name, default in draw.sample(FIELDS, draw.choice([1, 2, 2, 3])):
+        for section, name, default in generator.sample(FIELDS, generator.choice([1, 2, 2, 3])):
             alike = [value for value in VALUES if type(value) is type(default)]
-            changes[f"{section}__{name}"] = draw.choice(alike if draw.random() < 0.8 else VALUES)
+            changes[f"{section}__{name}"] = generator.choice(
+                alike if generator.random() < 0.8 else VALUES
+            )
         for path, value in changes.items():
             *sections, name = path.split("__")
             group = values
