@@ -397,6 +397,49 @@ def test_a_batch_that_the_mesh_cannot_split_is_copied(sizes, batch):
     same(gradient, expected_gradient, rtol=1e-4)
 
 
+def sparse_on(exchange):
+    config = dataclasses.replace(
+        SPARSE, dispatch="capacity", exchange=exchange, num_shared_experts=1, capacity_factor=2.0
+    )
+    return lambda variables, x: MoE(config).apply(variables, x)[0]
+
+
+ON_MANUAL_AXES = {
+    "MoE, all_to_all": (sparse_on("all_to_all"), shared_moe_variables, ("all-to-all",)),
+    "MoE, all_gather": (
+        sparse_on("all_gather"),
+        shared_moe_variables,
+        ("all-gather", "reduce-scatter"),
+    ),
+    "Attention": (attention_on, attention_variables, ()),
+}
+
+
+@pytest.mark.parametrize("axis", ["data", "pipeline"])
+@pytest.mark.parametrize("name", ON_MANUAL_AXES)
+def test_a_manual_axis_leaves_the_others_their_layouts_and_exchange(name, axis):
+    """Inside a shard_map over one axis, the others split rows, weights and experts as outside."""
+    function, make_variables, collectives = ON_MANUAL_AXES[name]
+    mesh = jax.make_mesh((2, 2, 2), (axis, "fsdp", "expert"), (AxisType.Auto,) * 3)
+    mapped = jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=(P(), P(axis)),
+        out_specs=P(axis),
+        axis_names={axis},
+        check_vma=False,
+    )
+    gradients = lambda function: jax.jit(
+        jax.value_and_grad(lambda v, x: sum_of_sines(function(v, x)), argnums=(0, 1))
+    )
+    arguments = make_variables(), activations()
+    expected = gradients(function)(*arguments)
+    with jax.set_mesh(mesh):
+        same(gradients(mapped)(*arguments), expected, rtol=1e-4)
+        program = jax.jit(mapped).lower(*arguments).compile().as_text()
+    assert all(f" {collective}(" in program for collective in collectives)
+
+
 def test_pure_functions_take_explicit_axes_as_they_are():
     config = dataclasses.replace(SPARSE, num_groups=2, groups_per_token=1)
 

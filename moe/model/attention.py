@@ -278,8 +278,6 @@ def choose_implementation(
     that cannot do it.
     """
     name, kind = config.attention.implementation, chip(mesh)
-    if name == "auto" and kind is None:
-        return None
     kv_length = length if kv_length is None else kv_length
     q_shape = (1, length, config.num_heads, config.head_dim)
     k_shape = (1, kv_length, config.num_kv_heads, config.head_dim)
@@ -289,8 +287,8 @@ def choose_implementation(
         "q_segment_ids": jax.ShapeDtypeStruct((1, length), "int32"),
         "kv_segment_ids": jax.ShapeDtypeStruct((1, kv_length), "int32"),
     }
-    if kind is not None and name == "auto":
-        return choose(kind, q, k, k, **options)
+    if name == "auto":
+        return None if kind is None else choose(kind, q, k, k, **options)
     if reason := why_not(name, q, k, k, chip=kind, **options):
         raise ConfigError(
             f"model.attention.implementation={name!r} cannot be used, for {reason}: "
@@ -349,6 +347,21 @@ def fits_cache(cache: Cache, batch: Batch) -> jax.Array:
     positions_BT = batch["positions"]
     highest_BT = jnp.pad(jax.lax.cummax(positions_BT, axis=1), ((0, 0), (1, 0)), constant_values=-1)
     return (positions_BT > highest_BT[:, :length]) & (positions_BT < slots)
+
+
+def fits_memory_cache(cache: MemoryCache, segment_ids_BS: jax.Array) -> jax.Array:
+    """Returns which tokens [B, S] of a memory a layer's cache can take.
+
+    Each row is one document from its start, with padding after it. Raises ValueError for more
+    tokens than the cache has slots.
+    """
+    length, slots = segment_ids_BS.shape[1], cache.key_LBSKH.shape[2]
+    if length > slots:
+        raise ValueError(
+            f"encoder_tokens have {length} positions and the cache has {slots}: "
+            f"make the cache with encoder_length={length} or more"
+        )
+    return in_first_document(segment_ids_BS)
 
 
 def in_first_document(segment_ids_BT: jax.Array) -> jax.Array:

@@ -35,7 +35,7 @@ class Output:
 
     hidden: jax.Array
     stats: Any
-    cache: "StackCache | None" = None
+    cache: Any = None
     captured: Any = None
 
 
@@ -96,7 +96,10 @@ class Block(nn.Module):
         cache: BlockCache | None = None,
         layer: jax.Array | int = 0,
     ) -> BlockOutput:
-        """Applies the parts of the layer. `cache` is that of several layers, this one at `layer`."""
+        """Applies the parts of the layer.
+
+        `cache` holds several layers, of which this one is number `layer`.
+        """
         c = self.config
         scale = residual_scale((3 if self.cross_attention else 2) * c.num_layers)
         attention = Attention(c, self.causal, scale, name="attention")
@@ -165,12 +168,11 @@ class Period(nn.Module):
 
 def output_specs(rows: PartitionSpec) -> Output:
     """Returns how an Output lies whose hidden states are split as `rows`: sums are whole."""
-    return Output(
-        PartitionSpec(*rows[:2]),
-        stats=PartitionSpec(),
-        cache=PartitionSpec(None, *rows[:1]),
-        captured=PartitionSpec(None, *rows[:2]),
-    )
+    # A spec in the place of a part of the tree holds for all arrays in that part.
+    hidden: Any = PartitionSpec(*rows[:2])
+    cache: Any = PartitionSpec(None, *rows[:1])
+    captured = PartitionSpec(None, *rows[:2])
+    return Output(hidden, stats=PartitionSpec(), cache=cache, captured=captured)
 
 
 class Stack(nn.Module):
@@ -210,7 +212,7 @@ class Stack(nn.Module):
             Period,
             variable_axes={"params": 0, "router_state": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast, 0),
+            in_axes=(nn.broadcast, 0),  # pyright: ignore[reportArgumentType]  # Flax says int
             length=repeats,
             unroll=1 if self.config.scan_layers else repeats,
             metadata_params={"dim": "L"},

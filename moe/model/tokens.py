@@ -1,5 +1,6 @@
 """What every layer of a model needs to know of a batch, built once and handed to all layers."""
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -72,4 +73,4 @@ class TokenInfo:
         if self.row_keys_B is None:
             return self
         fold = jax.vmap(jax.random.fold_in, in_axes=(0, None))
-        return self.replace(row_keys_B=fold(self.row_keys_B, number))
+        return dataclasses.replace(self, row_keys_B=fold(self.row_keys_B, number))

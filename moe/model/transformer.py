@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from moe.config import ModelConfig
-from moe.model.attention import fits_cache
+from moe.config import ConfigError, ModelConfig
+from moe.model.attention import fits_cache, fits_memory_cache
 from moe.model.layers import check_static, einsum, look_up
 from moe.model.stack import Output, Stack, StackCache, init_stack_cache, output_specs
-from moe.model.tokens import Batch, TokenInfo
+from moe.model.tokens import Batch, Memory, TokenInfo
 from moe.parallel.mesh import constrain, on_auto_axes
 from moe.parameters import parameter
 
@@ -147,3 +147,138 @@ class Encoder(nn.Module):
     def embed(self, batch: Batch) -> jax.Array:
         """Returns the embeddings of `tokens`, [B, T, D], in the compute dtype."""
         return self.vocabulary.embed(batch)
+
+
+class EncoderDecoder(nn.Module):
+    """A decoder whose tokens also read the output of an encoder (Vaswani et al. 2017).
+
+    `batch` holds the fields of `Transformer` for the decoder, and `encoder_tokens` [B, S] for the
+    encoder, with `encoder_segment_ids` and `encoder_positions` where rows pack several documents:
+    segment i of a row reads segment i of the encoder's row. Both parts share one embedding.
+
+    With a cache, the first batch is a prompt, with `encoder_tokens` and without `positions`. Later
+    batches have `positions` alone, since the cache holds what the decoder reads of the encoder.
+    """
+
+    config: ModelConfig  # of the decoder
+    encoder_config: ModelConfig
+    capture: tuple[str, ...] = ()
+
+    def setup(self) -> None:
+        _check_pair(self.config, self.encoder_config)
+        self.vocabulary = Vocabulary(self.config)
+        nn.share_scope(self, self.vocabulary)
+        self.encoder = Stack(self.encoder_config, causal=False, capture=self.capture)
+        self.decoder = Stack(
+            self.config,
+            cross_attention=True,
+            capture=self.capture,
+            # Layers are numbered through both parts, so that no two share their random draws.
+            first_layer=self.encoder_config.num_layers,
+        )
+
+    @on_auto_axes(output_specs)
+    def __call__(self, batch: Batch, cache: StackCache | None = None) -> Output:
+        """Returns the decoder's hidden states, and the statistics of the decoder and the encoder."""
+        _check_fields(batch, cache)
+        check_static("tokens", batch["tokens"].shape)
+        tokens = TokenInfo.from_batch(batch, self.config)
+        x_BTD = self.embed(batch)
+        if cache is not None:
+            fits_BT = fits_cache(cache[0][0].attention, batch)
+            x_BTD = jnp.where(fits_BT[..., None], x_BTD, jnp.nan)
+        if "encoder_tokens" not in batch:
+            return self.decoder(x_BTD, tokens, cache)
+        encoder_batch = _encoder_batch(batch)
+        segment_ids_BS = encoder_batch["segment_ids"]
+        encoded = self.encode(batch)
+        if cache is not None and (memory_cache := cache[0][0].cross_attention) is not None:
+            fits_B = jnp.all(fits_memory_cache(memory_cache, segment_ids_BS), axis=1)
+            x_BTD = jnp.where(fits_B[:, None, None], x_BTD, jnp.nan)
+        tokens = dataclasses.replace(tokens, memory=Memory(encoded.hidden, segment_ids_BS))
+        output = self.decoder(x_BTD, tokens, cache)
+        return dataclasses.replace(
+            output,
+            stats=(*output.stats, *encoded.stats),
+            captured=(*output.captured, *encoded.captured),
+        )
+
+    @on_auto_axes(output_specs)
+    def encode(self, batch: Batch) -> Output:
+        """Returns the encoder's output alone. It reads the fields that start with `encoder_`."""
+        encoder_batch = _encoder_batch(batch)
+        check_static("encoder_tokens", encoder_batch["tokens"].shape)
+        tokens = TokenInfo.from_batch(encoder_batch, self.encoder_config)
+        return self.encoder(self.embed(encoder_batch), tokens)
+
+    def without_jitter(self) -> "EncoderDecoder":
+        """Returns the same model for evaluation, in which nothing is random."""
+        return self.clone(
+            config=_without_jitter(self.config),
+            encoder_config=_without_jitter(self.encoder_config),
+        )
+
+    @on_auto_axes(_rows)
+    def embed(self, batch: Batch) -> jax.Array:
+        """Returns the embeddings of `tokens`, [B, T, D], in the compute dtype."""
+        return self.vocabulary.embed(batch)
+
+    @on_auto_axes(_rows)
+    def unembed(self, hidden_BTD: jax.Array) -> jax.Array:
+        """Returns logits [B, T, V] in float32."""
+        return self.vocabulary.unembed(hidden_BTD)
+
+    def init_cache(self, batch_size: int, length: int, encoder_length: int) -> StackCache:
+        """Returns an empty cache, for rows of at most `length` and `encoder_length` tokens."""
+        return init_stack_cache(self.config, batch_size, length, encoder_length)
+
+
+def _check_pair(decoder: ModelConfig, encoder: ModelConfig) -> None:
+    """Raises ConfigError where an encoder and a decoder cannot share tables and statistics."""
+    for name in ("vocab_size", "model_dim", "compute_dtype"):
+        ours, theirs = getattr(decoder, name), getattr(encoder, name)
+        if ours != theirs:
+            raise ConfigError(
+                f"{name}={ours!r} of the decoder differs from the encoder's {theirs!r}: "
+                f"set both to one {name}"
+            )
+    numbers_of_experts = {decoder.moe.num_experts, encoder.moe.num_experts} - {0}
+    if len(numbers_of_experts) > 1:
+        raise ConfigError(
+            f"moe.num_experts={decoder.moe.num_experts} of the decoder differs from the "
+            f"encoder's {encoder.moe.num_experts}, and one table holds the loads of both: "
+            "set both to one moe.num_experts, or one of them to 0"
+        )
+
+
+def _check_fields(batch: Batch, cache: StackCache | None) -> None:
+    """Raises ValueError for a batch whose fields do not say what the decoder reads."""
+    if cache is None:
+        if "encoder_tokens" not in batch:
+            raise ValueError(
+                "the batch has no encoder_tokens, which the decoder reads: "
+                "add encoder_tokens, or pass the cache of a batch that had them"
+            )
+        return
+    if "positions" in batch and "encoder_tokens" in batch:
+        raise ValueError(
+            "the batch has positions and encoder_tokens, and a cache holds the encoder's output "
+            "from its prompt on: leave encoder_tokens out"
+        )
+    if "positions" not in batch and "encoder_tokens" not in batch:
+        raise ValueError(
+            "the batch has neither positions nor encoder_tokens: "
+            "add encoder_tokens to a prompt, and positions to the tokens after it"
+        )
+
+
+def _encoder_batch(batch: Batch) -> Batch:
+    """Returns the encoder's fields of a batch, under the names that an encoder's own batch has."""
+    prefix = "encoder_"
+    fields = {
+        name.removeprefix(prefix): value
+        for name, value in batch.items()
+        if name.startswith(prefix) or name == "row_keys"
+    }
+    ones_BS = jnp.ones(fields["tokens"].shape, jnp.int32)
+    return {"segment_ids": ones_BS} | fields
