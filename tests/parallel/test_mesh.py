@@ -152,6 +152,22 @@ def test_a_global_batch_holds_the_hosts_rows(sizes):
     assert batch["tokens"].sharding.spec == spec("BT", (16, 4), mesh)
 
 
+def test_only_time_is_split_over_context():
+    mesh = make_mesh(context=2, expert=4, data=1)
+    rows = {"tokens": np.ones((16, 4)), "features": np.ones((16, 4)), "label": np.ones(16)}
+    dims = {"tokens": "BT", "features": "BX", "label": "B"}
+    batch = global_batch(rows, mesh, 16, dims)
+    shapes = {name: x.addressable_shards[0].data.shape for name, x in batch.items()}
+    assert shapes == {"tokens": (4, 2), "features": (4, 4), "label": (4,)}
+    jax.tree.map(np.testing.assert_array_equal, batch, rows)
+
+
+def test_a_field_whose_first_dimension_is_not_the_rows_is_refused():
+    rows = {"tokens": np.ones((4, 16))}
+    with pytest.raises(ValueError, match=r"dims\['tokens'\]='TB' does not start with B"):
+        global_batch(rows, make_mesh(data=8), 16, {"tokens": "TB"})
+
+
 def test_every_process_places_its_own_rows(monkeypatch):
     """A process that holds rows 4-7 and 12-15 (as with data=2 across two hosts) hands over those
     rows only.
