@@ -87,7 +87,7 @@ def mean(total: jax.Array, count: jax.Array) -> jax.Array:
 
 
 def metrics(sums: Sums) -> dict[str, Any]:
-    """Returns means: `loss` in nats per target, and `router`, each sparse layer's statistics.
+    """Returns means: `loss` per target, and `router`, each sparse layer's statistics.
 
     `sums` has to cover everything that is averaged. A dense model has no `router`.
     """

@@ -4,7 +4,7 @@
     inputs = Inputs(x, w_gate, w_up, w_down, tokens, experts)  # rows in blocks of choice.block_rows
     outputs = grouped_swiglu(inputs, choice.name)
 
-`moe.model.experts.dropless` arranges the rows, and adds up what they give.
+`moe.model.dispatch.dropless` arranges the rows, and adds up what they give.
 """
 
 import jax

@@ -194,14 +194,14 @@ def dropless(
     """Gives each expert as many rows as chose it, and drops nothing.
 
     Rows are sorted by expert. Each expert's rows are padded to blocks of `block_rows` rows, or of a
-    number that suits the load.
+    number that suits the kernel and the load.
     """
     check_axes("x_ND", x_ND)
     if not experts_NA.size:
         return ExpertOutput(x_ND)
     num_assignments, num_experts = experts_NA.size, weights.num_experts
-    mesh_chip = chip(jax.sharding.get_abstract_mesh())
-    choice = choose(mesh_chip, Shapes(num_assignments, num_experts, x_ND.dtype.name))
+    shapes = Shapes(num_assignments, num_experts, x_ND.dtype.name)
+    choice = choose(chip(jax.sharding.get_abstract_mesh()), shapes)
     block_rows = block_rows or choice.block_rows
     # Each expert with an assignment may need up to block_rows - 1 rows of padding.
     most_rows = num_assignments + min(num_experts, num_assignments) * (block_rows - 1)
@@ -323,8 +323,7 @@ class GroupedResiduals(NamedTuple):
     gate_up: jax.Array  # what enters the experts' activation
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _grouped_experts(
+def _apply_grouped(
     implementation: Name,
     x_ND: jax.Array,
     weights_NA: jax.Array,
@@ -335,6 +334,12 @@ def _grouped_experts(
     return _grouped_experts_forward(implementation, x_ND, weights_NA, weights, blocks)[0]
 
 
+def _kernel_inputs(x_ND: jax.Array, weights: Weights, blocks: Blocks) -> Inputs:
+    """Gathers the weights over fsdp, and lists what the kernel takes."""
+    whole = weights.gather(x_ND.dtype)
+    return Inputs(x_ND, *whole, blocks.arrangement.tokens_I, blocks.experts_G)
+
+
 def _grouped_experts_forward(
     implementation: Name,
     x_ND: jax.Array,
@@ -342,32 +347,30 @@ def _grouped_experts_forward(
     weights: Weights,
     blocks: Blocks,
 ) -> tuple[jax.Array, GroupedResiduals]:
-    arrangement, experts_G = blocks
-    whole = weights.gather(x_ND.dtype)
-    inputs = Inputs(x_ND, *whole, arrangement.tokens_I, experts_G)
-    rows_ID, gate_up = grouped_swiglu(inputs, implementation)
-    y_ND = combine(rows_ID, weights_NA, arrangement)
-    return y_ND, GroupedResiduals(x_ND, weights_NA, weights, blocks, gate_up)
+    outputs = grouped_swiglu(_kernel_inputs(x_ND, weights, blocks), implementation)
+    y_ND = combine(outputs.rows_ID, weights_NA, blocks.arrangement)
+    return y_ND, GroupedResiduals(x_ND, weights_NA, weights, blocks, outputs.gate_up)
 
 
 def _grouped_experts_backward(
     implementation: Name, residuals: GroupedResiduals, g_ND: jax.Array
 ) -> tuple[jax.Array, jax.Array, Weights, None]:
-    x_ND, weights_NA, weights, (arrangement, experts_G), gate_up = residuals
-    whole = weights.gather(x_ND.dtype)
+    x_ND, weights_NA, weights, blocks, gate_up = residuals
+    arrangement = blocks.arrangement
+    # Weights are gathered again: gathered ones are not kept between the passes.
+    inputs = _kernel_inputs(x_ND, weights, blocks)
     weights_I = gather_into_slots(weights_NA, arrangement)
-    inputs = Inputs(x_ND, *whole, arrangement.tokens_I, experts_G)
-    grad_rows_ID, *grad_whole, grad_weights_I = grouped_swiglu_backward(
-        inputs, gate_up, weights_I, g_ND, implementation
-    )
+    grads = grouped_swiglu_backward(inputs, gate_up, weights_I, g_ND, implementation)
+    whole_grads = (grads.w_gate_EDF, grads.w_up_EDF, grads.w_down_EFD)
     grad_weights = Weights(
         *(
             expert_parallel.scatter_gradient(grad, dim).astype(w.dtype)
-            for grad, w, dim in zip(grad_whole, weights, FSDP_DIMS, strict=True)
+            for grad, w, dim in zip(whole_grads, weights, FSDP_DIMS, strict=True)
         )
     )
-    grad_x = add_up(grad_rows_ID, jnp.ones_like(weights_NA), arrangement)
-    return grad_x, gather_from_slots(grad_weights_I, arrangement), grad_weights, None
+    grad_x = add_up(grads.rows_ID, jnp.ones_like(weights_NA), arrangement)
+    return grad_x, gather_from_slots(grads.weights_I, arrangement), grad_weights, None
 
 
+_grouped_experts = jax.custom_vjp(_apply_grouped, nondiff_argnums=(0,))
 _grouped_experts.defvjp(_grouped_experts_forward, _grouped_experts_backward)

@@ -99,7 +99,8 @@ class MoE(nn.Module):
             raise ValueError(f"x has shape {x_BTD.shape}: give MoE activations [B, T, D]")
         if tokens is None and c.router == "hash":
             raise ValueError(
-                "router='hash' chooses by token ids, and tokens=None has none: pass tokens=TokenInfo(ids, mask)"
+                "router='hash' chooses by token ids, and tokens=None has none: "
+                "pass tokens=TokenInfo(ids, mask)"
             )
         if (
             c.jitter
@@ -107,7 +108,8 @@ class MoE(nn.Module):
             and not self.is_initializing()
         ):
             raise ValueError(
-                f"jitter={c.jitter} draws from keys that are not there: pass tokens=TokenInfo(ids, mask, keys) in training, "
+                f"jitter={c.jitter} draws from keys that are not there: "
+                "pass tokens=TokenInfo(ids, mask, keys) in training, "
                 "and set jitter to 0.0 elsewhere"
             )
 

@@ -10,6 +10,7 @@ from flax import struct
 from jax.sharding import PartitionSpec
 
 from moe.config import ConfigError, ModelConfig
+from moe.losses import RouterStats
 from moe.model.attention import Attention, CrossAttention
 from moe.model.cache import Cache, MemoryCache, init_cache, init_memory_cache
 from moe.model.experts import MoE
@@ -48,7 +49,7 @@ class BlockOutput(NamedTuple):
     """What a block returns."""
 
     hidden_BTD: jax.Array  # the residual stream
-    stats: Any  # the router's sums and counts; empty if the block is dense
+    stats: RouterStats | None  # None if the block is dense
     captured: dict[str, jax.Array]
     cache: BlockCache | None
 
@@ -65,7 +66,7 @@ class Carry(NamedTuple):
 class PeriodOutput(NamedTuple):
     """What the loop stacks: for each block of a period, its statistics and what it captured."""
 
-    stats: tuple[Any, ...]
+    stats: tuple[RouterStats | None, ...]
     captured: tuple[dict[str, jax.Array], ...]
 
 

@@ -216,7 +216,7 @@ def test_bfloat16_is_close_to_float32(model):
 def test_experts_choose_tokens_in_an_encoder_alone():
     config = dataclasses.replace(SMALL, moe=EXPERT_CHOICE)
     stats = Encoder(config).apply(variables(Encoder(config)), encoder_batch()).stats
-    assert float(stats[1][0]["load"].sum()) > 0
+    assert float(stats[1][0].load.sum()) > 0
     with pytest.raises(ConfigError, match=r"^moe.router='expert_choice' looks at later tokens"):
         jax.eval_shape(Transformer(config).init, jax.random.key(0), encoder_batch())
 

@@ -40,7 +40,7 @@ from moe.config import (
 )
 from moe.data import prepare
 from moe.files import sole
-from moe.interop.upcycle import KEPT_FIELDS
+from moe.interop.upcycle import SHARED_FIELDS
 from moe.scaling import hardware
 from moe.training import evaluation, log, signals, start, train_step, trainer
 from moe.training.optimizer import make_schedule
@@ -395,7 +395,7 @@ def test_every_field_of_a_model_may_differ_between_a_run_and_its_origin_or_not()
     does not.
     """
     free = {"compute_dtype", "remat", "scan_layers", "attention", "moe"}
-    assert {field.name for field in dataclasses.fields(ModelConfig)} == free | set(KEPT_FIELDS)
+    assert {field.name for field in dataclasses.fields(ModelConfig)} == free | set(SHARED_FIELDS)
     free = {"jitter", "balance_weight", "balance_scope", "z_weight", "bias_update_rate"}
     free |= {"dispatch", "capacity_factor", "priority", "exchange", "receive_factor"}
     assert {field.name for field in dataclasses.fields(MoEConfig)} == free | set(KEPT_MOE_FIELDS)
