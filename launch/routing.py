@@ -47,9 +47,8 @@ from moe.inference import routing_analysis
 from moe.workdir.identity import read_config
 
 if TYPE_CHECKING:
-    import jax
-
     from moe.data.prepare import PreparedRows
+    from moe.training.train_step import Program
 
 
 def routing(
@@ -99,7 +98,7 @@ def measure(
         config, program, variables, step = trainer.load_run(workdir, step)
         vocab_size, num_experts = config.model.vocab_size, config.model.moe.num_experts
         rows = prepare(config.data, config.data.validation_split)
-        read = choice_reader(config, program.mesh, rows, batches)
+        read = choice_reader(config, program, rows, batches)
         counts = routing_analysis.sum_counts(
             routing_analysis.count_choices(experts_LNA, ids_N, vocab_size, num_experts)
             for ids_N, (experts_LNA,) in read(f"step {step}", [variables])
@@ -141,7 +140,7 @@ ChoiceReader = Callable[[str, Sequence[Any]], Iterator[tuple[np.ndarray, list[np
 
 
 def choice_reader(
-    config: RunConfig, mesh: "jax.sharding.Mesh", rows: "PreparedRows", num_batches: int
+    config: RunConfig, program: "Program", rows: "PreparedRows", num_batches: int
 ) -> ChoiceReader:
     """Returns a function that runs the text through models, behind a progress bar with a title.
 
@@ -153,11 +152,10 @@ def choice_reader(
     from moe.data.loader import evaluation_batches
     from moe.model.transformer import Output, Transformer
     from moe.parallel.mesh import global_batch, host_rows
-    from moe.tasks.language_modelling import DIMS
 
     model = Transformer(config.model, capture=("experts",)).without_jitter()
     size = config.train.batch_size
-    held = host_rows(mesh, size)
+    held = host_rows(program.mesh, size)
     total = -(-min(num_batches * size or len(rows), len(rows)) // size)
 
     @jax.jit
@@ -168,8 +166,9 @@ def choice_reader(
     def read(title: str, models: Sequence[Any]) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
         batches = evaluation_batches(rows, batch_size=size, num_batches=num_batches, host_rows=held)
         for batch in tqdm(batches, total=total, desc=title, unit="batch"):
-            is_text_BT, on_devices = batch["segment_ids"] > 0, global_batch(batch, mesh, size, DIMS)
-            with jax.set_mesh(mesh):
+            is_text_BT = batch["segment_ids"] > 0
+            on_devices = global_batch(batch, program.mesh, size, program.task.dims)
+            with jax.set_mesh(program.mesh):
                 choices = [np.asarray(choose(variables, on_devices)) for variables in models]
             yield batch["tokens"][is_text_BT], [experts[:, is_text_BT] for experts in choices]
 

@@ -126,7 +126,8 @@ WHOLE = ("--config=config.py", "--workdir=config.py")
         ),
         (
             (*WHOLE, "--config.model.num_heads=3"),
-            "model.num_heads=3 is not a multiple of num_kv_heads=2: set num_kv_heads to one of 1, 3",
+            "model.num_heads=3 is not a multiple of num_kv_heads=2: "
+            "set num_kv_heads to one of 1, 3",
         ),
         # Config files.
         (

@@ -67,7 +67,8 @@ def test_variants_are_the_base_with_their_fields_set(tmp_path: Path) -> None:
         (
             "moe.num_experts",
             "moe.num_expert",
-            r"VARIANTS\['sparse'\] of .*: model.moe.num_expert=4 is not a field: did you mean model",
+            r"VARIANTS\['sparse'\] of .*: model.moe.num_expert=4 is not a field: "
+            r"did you mean model",
         ),
         (
             "moe.num_experts",
