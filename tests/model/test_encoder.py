@@ -228,9 +228,11 @@ def test_an_encoder_of_one_segment_needs_tokens_alone():
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
-def test_rows_lie_as_their_batch_on_explicit_axes():
-    model, batch, mesh = Encoder(SMALL), encoder_batch(rows=8), jax.make_mesh((4, 2), ("data", "x"))
-    expected = model.apply(variables(model), batch).hidden
+@pytest.mark.parametrize("model", ["encoder", "encoder-decoder"])
+def test_rows_lie_as_their_batch_on_explicit_axes(model):
+    model, mesh = MODELS[model](), jax.make_mesh((4, 2), ("data", "x"))
+    batch = batch_of(model, rows=8)
+    expected = jax.jit(model.apply)(variables(model), batch).hidden
     with jax.set_mesh(mesh):
         placed = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
         hidden = jax.jit(model.apply)(variables(model), placed).hidden
