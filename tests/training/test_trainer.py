@@ -46,7 +46,7 @@ from moe.training import evaluation, log, signals, start, train_step, trainer
 from moe.training.optimizer import make_schedule
 from moe.training.signals import SIGNALS
 from moe.workdir import checkpoint
-from moe.workdir.origin import KEPT_MOE_FIELDS
+from moe.workdir.origin import SHARED_MOE_FIELDS
 from moe.workdir.tracking import check_workdir, read_metrics, read_router
 
 MODEL = ModelConfig(
@@ -398,7 +398,7 @@ def test_every_field_of_a_model_may_differ_between_a_run_and_its_origin_or_not()
     assert {field.name for field in dataclasses.fields(ModelConfig)} == free | set(SHARED_FIELDS)
     free = {"jitter", "balance_weight", "balance_scope", "z_weight", "bias_update_rate"}
     free |= {"dispatch", "capacity_factor", "priority", "exchange", "receive_factor"}
-    assert {field.name for field in dataclasses.fields(MoEConfig)} == free | set(KEPT_MOE_FIELDS)
+    assert {field.name for field in dataclasses.fields(MoEConfig)} == free | set(SHARED_MOE_FIELDS)
 
 
 def test_other_rows_are_refused(config, uninterrupted, monkeypatch):
