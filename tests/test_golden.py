@@ -1,13 +1,13 @@
-"""The golden step: what three training steps of four small models compute, held against committed
-numbers.
+"""Compares three training steps of small models with committed numbers: the golden step.
 
-A rebuilding of the code must not move them. Parameters and batches come from golden/inputs.npz,
-under names and in shapes of the field, so they survive when modules are renamed, when a weight is
-stored transposed, and when random draws change: then only the tables below are edited.
+A refactoring must not move these numbers. Parameters and batches come from golden/inputs.npz, which
+has the field's names and shapes. So the file stays as it is if modules are renamed, if a weight is
+stored transposed, or if random draws change. Then only the tables below are edited.
 
-    python -m tests.test_golden        prints the numbers of this checkout beside the committed ones
-    python -m tests.test_golden --write     writes golden/expected.json; only where a right answer
-                                            changed, and the commit says which and why
+    python -m tests.test_golden            prints this checkout's numbers beside the committed ones
+    python -m tests.test_golden --write    writes golden/expected.json
+
+Write new numbers only if the right answer changed. The commit then says which one and why.
 """
 
 import dataclasses
@@ -83,12 +83,11 @@ MOE = {
 
 
 def names_of(model: str) -> dict[str, tuple[str, str]]:
-    """Name in the file -> (path in our tree, reordering), for all parameters of a model."""
+    """Maps each parameter's name in the file to its path in our tree and its reordering."""
     if model == "dense":
         return EMBEDDINGS | within("dense_layers", "layers_0/block_0", ATTENTION | FEED_FORWARD)
-    names = {
-        name: EMBEDDINGS[name] for name in ("embedding", "final_norm")
-    }  # the embedding is tied
+    # The sparse model's embedding is tied, so there is no unembedding.
+    names = {name: EMBEDDINGS[name] for name in ("embedding", "final_norm")}
     names |= within("dense_layers", "layers_0/block_0", ATTENTION | FEED_FORWARD)
     return names | within("sparse_layers", "layers_1/block_0", ATTENTION | MOE)
 
@@ -98,7 +97,7 @@ def within(group: str, path: str, names: dict[str, tuple[str, str]]) -> dict[str
 
 
 def read_inputs(model: str) -> dict[str, np.ndarray]:
-    """Parameters and batches of a model, by their names in the file."""
+    """Returns parameters and batches of a model, by their names in the file."""
     with np.load(FOLDER / "inputs.npz") as file:
         return {
             name.removeprefix(f"{model}/"): file[name]
@@ -108,7 +107,7 @@ def read_inputs(model: str) -> dict[str, np.ndarray]:
 
 
 def to_tree(model: str, inputs: dict[str, np.ndarray]) -> dict[str, Any]:
-    """The parameter tree of our model, from the file's arrays."""
+    """Returns the parameter tree of our model, made from the file's arrays."""
     tree: dict[str, Any] = {}
     for name, (path, order) in names_of(model).items():
         *groups, leaf = path.split("/")
@@ -126,7 +125,7 @@ def leaf_at(tree: Any, path: str) -> Any:
 
 
 def measure(model: str, dtype: str) -> dict[str, Any]:
-    """Loss and gradient norm of each step, and after the last one the norm of every parameter."""
+    """Returns the loss and gradient norm of each step, and the final norm of every parameter."""
     inputs = read_inputs(model)
     config = RunConfig(
         model=dataclasses.replace(MODELS[model], compute_dtype=dtype),
@@ -159,7 +158,7 @@ def measure(model: str, dtype: str) -> dict[str, Any]:
 
 
 def norms(model: str, state: TrainState) -> dict[str, float]:
-    """The norm of each parameter by its name in the file, and of all router biases together."""
+    """Returns the norm of each parameter, by its name in the file, and of all router biases."""
     values = {name: leaf_at(state.params, path) for name, (path, _) in names_of(model).items()}
     if model == "sparse":
         values["router_biases"] = np.concatenate(
@@ -171,17 +170,22 @@ def norms(model: str, state: TrainState) -> dict[str, float]:
 
 
 # Programs that round differently (AVX-512, SSE4, with and without XLA's optimisations) agree to
-# 2e-7 in float32. In bfloat16 they agree to 3e-3, for an early rounding becomes another activation.
+# 2e-7 in float32. In bfloat16 they agree to 3e-3, since an early rounding changes activations.
 TOLERANCE = {"float32": 3e-6, "bfloat16": 1e-2}
 
-ADVICE = """{count} of {total} golden numbers of the {model} model in {dtype} moved (relative difference, allowed {allowed:g}):
+ADVICE = """{count} of {total} golden numbers moved: the {model} model in {dtype}.
+Relative differences, of which {allowed:g} is allowed:
 {table}
-Look at these, in this order:
-- loss of step 1 moved: the forward pass or the loss changed. In float32 alone, a definition; in bfloat16 alone, where it rounds.
-- loss of step 1 stands and its gradient norm moved: a backward pass, or a sum over microbatches.
-- both stand, and later steps or norms moved: the optimizer, its schedule, weight decay's mask, or the update of biases.
-- the norm of one parameter alone moved: its gradient, or its row in the tables of this test.
-If the new numbers are the right ones, say why in the commit, and write them: python -m tests.test_golden --write"""
+Find the first of these that applies:
+- The loss of step 1 moved: the forward pass or the loss changed. If it moved in bfloat16 alone, the
+  rounding changed; if in float32 too, a definition.
+- The gradient norm of step 1 moved, but not its loss: a backward pass changed, or a sum over
+  microbatches.
+- Only later steps or norms moved: the optimizer changed, its schedule, the mask of weight decay, or
+  the update of biases.
+- The norm of one parameter alone moved: its gradient changed, or its row in this test's tables.
+If the new numbers are right, say why in the commit, and write them:
+python -m tests.test_golden --write"""
 
 
 def flatten(measured: dict[str, Any]) -> dict[str, float]:
@@ -196,7 +200,7 @@ def flatten(measured: dict[str, Any]) -> dict[str, float]:
 def compare(
     measured: dict[str, Any], expected: dict[str, Any]
 ) -> list[tuple[str, float, float, float]]:
-    """(what, number here, number committed, relative difference) of every golden number."""
+    """Returns the name, the number here, the committed one and their difference, of each number."""
     here, there = flatten(measured), flatten(expected)
     assert here.keys() == there.keys()
     return [
@@ -227,46 +231,12 @@ def test_three_steps_give_the_committed_numbers(model: str, dtype: str) -> None:
 
 
 def make_inputs() -> dict[str, np.ndarray]:
-    """How golden/inputs.npz was made: parameters with a scale of 1/sqrt(fan-in), packed rows with
-    padding.
+    """Makes what golden/inputs.npz holds: parameters and batches of both models.
+
+    Parameters have a scale of 1/sqrt(fan-in). The order of the draws decides the numbers.
     """
     rng = np.random.default_rng(20260101)
-    v, d, f, n, k, h = (
-        256,
-        DENSE.model_dim,
-        DENSE.feed_forward_dim,
-        DENSE.num_heads,
-        DENSE.num_kv_heads,
-        DENSE.head_dim,
-    )
-    e, w = EXPERTS.num_experts, EXPERTS.expert_dim
-    attention = {"query": (d, n, h), "key": (d, k, h), "value": (d, k, h), "output": (n, h, d)}
-    dense = {"gate": (d, f), "up": (d, f), "down": (f, d)}
-    experts = {
-        "router": (d, e),
-        "experts_gate": (e, d, w),
-        "experts_up": (e, d, w),
-        "experts_down": (e, w, d),
-    }
-    shared = {"shared_gate": (d, w), "shared_up": (d, w), "shared_down": (w, d)}
-    fan_in = {"output": n * h, "down": f, "experts_down": w, "shared_down": w}
-
-    def layers(count: int, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-        norms = {
-            name: 1 + 0.1 * rng.standard_normal((count, d))
-            for name in ("attention_norm", "feed_forward_norm")
-        }
-        weights = {
-            name: rng.standard_normal((count, *shape)) / fan_in.get(name, d) ** 0.5
-            for name, shape in shapes.items()
-        }
-        if "router" in weights:  # clear choices, which no rounding turns into others
-            weights["router"] *= 4
-        return norms | weights
-
-    def prefixed(prefix: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return {f"{prefix}/{name}": array.astype(np.float32) for name, array in arrays.items()}
-
+    v, d = 256, DENSE.model_dim
     inputs: dict[str, np.ndarray] = {}
     for model in MODELS:
         ends = {
@@ -275,17 +245,70 @@ def make_inputs() -> dict[str, np.ndarray]:
         }
         if model == "dense":
             ends["unembedding"] = rng.standard_normal((d, v)) / d**0.5
-        inputs |= prefixed(model, ends)
-        inputs |= prefixed(
-            f"{model}/dense_layers", layers(1 if model == "sparse" else 2, attention | dense)
-        )
-    inputs |= prefixed("sparse/sparse_layers", layers(2, attention | experts | shared))
+        inputs |= with_prefix(model, ends)
+        num_dense = 1 if model == "sparse" else 2
+        dense_layers = make_layers(rng, num_dense, ATTENTION_SHAPES | FEED_FORWARD_SHAPES)
+        inputs |= with_prefix(f"{model}/dense_layers", dense_layers)
+    sparse_layers = make_layers(rng, 2, ATTENTION_SHAPES | MOE_SHAPES)
+    inputs |= with_prefix("sparse/sparse_layers", sparse_layers)
     return inputs | make_batches(rng)
 
 
+def parameter_shapes() -> tuple[dict[str, tuple[int, ...]], ...]:
+    """Returns the shapes of a layer's attention, feed-forward part and sparse part."""
+    d, f = DENSE.model_dim, DENSE.feed_forward_dim
+    n, k, h = DENSE.num_heads, DENSE.num_kv_heads, DENSE.head_dim
+    e, w = EXPERTS.num_experts, EXPERTS.expert_dim
+    attention = {"query": (d, n, h), "key": (d, k, h), "value": (d, k, h), "output": (n, h, d)}
+    feed_forward = {"gate": (d, f), "up": (d, f), "down": (f, d)}
+    moe = {
+        "router": (d, e),
+        "experts_gate": (e, d, w),
+        "experts_up": (e, d, w),
+        "experts_down": (e, w, d),
+        "shared_gate": (d, w),
+        "shared_up": (d, w),
+        "shared_down": (w, d),
+    }
+    return attention, feed_forward, moe
+
+
+ATTENTION_SHAPES, FEED_FORWARD_SHAPES, MOE_SHAPES = parameter_shapes()
+
+# The inputs that each output is a sum of. For all other weights it is the model's width.
+FAN_IN = {
+    "output": DENSE.num_heads * DENSE.head_dim,
+    "down": DENSE.feed_forward_dim,
+    "experts_down": EXPERTS.expert_dim,
+    "shared_down": EXPERTS.expert_dim,
+}
+
+
+def make_layers(
+    rng: np.random.Generator, count: int, shapes: dict[str, tuple[int, ...]]
+) -> dict[str, np.ndarray]:
+    """Draws the norms and the weights of some layers, stacked."""
+    norms = {
+        name: 1 + 0.1 * rng.standard_normal((count, DENSE.model_dim))
+        for name in ("attention_norm", "feed_forward_norm")
+    }
+    weights = {
+        name: rng.standard_normal((count, *shape)) / FAN_IN.get(name, DENSE.model_dim) ** 0.5
+        for name, shape in shapes.items()
+    }
+    if "router" in weights:
+        weights["router"] *= 4  # clear choices, which no rounding turns into others
+    return norms | weights
+
+
+def with_prefix(prefix: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {f"{prefix}/{name}": array.astype(np.float32) for name, array in arrays.items()}
+
+
 def make_batches(rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Batches [steps, B, T] of documents of random lengths, padded at the end, of few distinct
-    tokens.
+    """Makes batches [steps, B, T] of documents of random lengths, padded at the end.
+
+    Their tokens are few distinct ones, as in text.
     """
     shape = (STEPS, 8, 40)
     starts = rng.random(shape) < 0.1
