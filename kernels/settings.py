@@ -1,24 +1,24 @@
-"""The settings and meshes of JAX that the kernels are written for, whatever the process that
-imports them has set for its own code.
+"""JAX's settings and meshes that the kernels are written for.
+
+A process that imports the kernels may have other settings for its own code.
 """
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 from jax.sharding import AxisType
 
 
 @contextlib.contextmanager
-def own_settings(dtype: Any) -> Iterator[None]:
-    """For the time of a trace: integers of 32 bits, unless arrays of `dtype` are of 64; and
-    operands that JAX may promote.
+def own_settings(dtype: jax.typing.DTypeLike) -> Iterator[None]:
+    """Sets what the kernels are written for while they are traced.
 
-    With `jax_enable_x64` each number that Python gives to an index map would be an int64 beside the
-    kernel's int32, and a process that wants its promotions written out does not want this of the
-    kernels. Nothing of what a caller sees changes: arrays keep their dtypes, and those that come in
-    are to be of the dtypes that the kernels know.
+    Integers have 32 bits unless arrays of `dtype` have 64, and JAX may promote operands. With
+    `jax_enable_x64` each number that Python gives to an index map would be an int64 beside the
+    kernel's int32. A process that wants its own promotions written out need not want this of the
+    kernels. A caller sees no difference: arrays keep their dtypes. Arrays that come in must have
+    dtypes that the kernels know.
     """
     with (
         jax.enable_x64(dtype == "float64"),
@@ -28,18 +28,21 @@ def own_settings(dtype: Any) -> Iterator[None]:
         yield
 
 
-def check_axes(name: str, x: Any) -> None:
-    """Raises ValueError where JAX checks how each operation treats a mesh axis: the kernels know of
-    no mesh and cannot tell it.
+def check_axes(name: str, x: object) -> None:
+    """Raises ValueError where JAX checks how each operation treats a mesh axis.
+
+    The kernels know of no mesh, so they cannot tell JAX.
     """
     if not isinstance(x, jax.Array):
         return
     sharding, manual = jax.typeof(x).sharding, getattr(jax.typeof(x), "manual_axis_type", None)
     if AxisType.Explicit in sharding.mesh.axis_types and any(sharding.spec):
         raise ValueError(
-            f"{name} {x.shape} is split over Explicit mesh axes, as {sharding.spec}: call this inside jax.sharding.auto_axes"
+            f"{name} {x.shape} is split over Explicit mesh axes, as {sharding.spec}: "
+            "call this inside jax.sharding.auto_axes"
         )
     if manual is not None and manual.varying:
         raise ValueError(
-            f"{name} {x.shape} is inside a jax.shard_map that checks {sorted(manual.varying)}: give it check_vma=False"
+            f"{name} {x.shape} is inside a jax.shard_map that checks {sorted(manual.varying)}: "
+            "give it check_vma=False"
         )

@@ -7,35 +7,32 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sys import UnraisableHookArgs
 
 
 def _check_packages() -> None:
-    """Ends a command whose packages are not there with one line, where an import would end it with
-    its frames.
-    """
-    missing = [
-        name
-        for name in ("absl", "ml_collections", "jax", "flax")
-        if not importlib.util.find_spec(name)
-    ]
-    if missing:
-        python = Path(__file__).parents[1] / ".venv" / "bin" / "python"
-        there = python.exists() and not sys.executable.startswith(str(python.parent))
-        fix = (
-            f"run {python} -m launch.COMMAND"
-            if there
-            else "run make train once, or install requirements.txt"
-        )
-        print(f"error: {sys.executable} has no package {missing[0]!r}: {fix}", file=sys.stderr)
-        sys.exit(2)
+    """Ends a command with one line if a package is missing, before an import shows its frames."""
+    packages = ("absl", "ml_collections", "jax", "flax")
+    missing = [name for name in packages if not importlib.util.find_spec(name)]
+    if not missing:
+        return
+    python = Path(__file__).parents[1] / ".venv" / "bin" / "python"
+    if python.exists() and not sys.executable.startswith(str(python.parent)):
+        fix = f"run {python} -m launch.COMMAND"
+    else:
+        fix = "run make train once, or install requirements.txt"
+    print(f"error: {sys.executable} has no package {missing[0]!r}: {fix}", file=sys.stderr)
+    sys.exit(2)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """Raises KeyboardInterrupt, but ends a command that is importing at once.
+    """Handles SIGINT: raises KeyboardInterrupt, but ends a command at once while it imports.
 
-    Within an import it would show the frames of somebody's module, or become another error: jaxlib
-    makes an ImportError of it.
+    An exception within an import would show the frames of other people's modules. It may even
+    become another error: jaxlib turns it into an ImportError.
     """
     caller = frame
     while caller:
@@ -45,9 +42,10 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     signal.default_int_handler(number, frame)
 
 
-def _report(unraisable: Any) -> None:
-    """Ends the command where a KeyboardInterrupt came in a callback, such as a finalizer, whose
-    errors Python ignores.
+def _end_if_interrupted(unraisable: "UnraisableHookArgs") -> None:
+    """Ends the command if Python is about to ignore a KeyboardInterrupt.
+
+    It ignores all errors that are raised in callbacks, such as finalizers.
     """
     if issubclass(unraisable.exc_type, KeyboardInterrupt):
         _leave()
@@ -60,9 +58,9 @@ def _leave() -> None:
     os._exit(75)  # command_line.INTERRUPTED, which may not be imported yet
 
 
-if sys.argv[:1] == [
-    "-m"
-]:  # Python is about to run one of the files as a command, and will put its path here
+# While Python imports this package to run `python -m launch.COMMAND`, sys.argv[0] is "-m"; the
+# command's path takes its place later. A plain import of the package changes nothing.
+if sys.argv[:1] == ["-m"]:
     _check_packages()
     signal.signal(signal.SIGINT, _interrupt)
-    sys.unraisablehook = _report
+    sys.unraisablehook = _end_if_interrupted

@@ -1,5 +1,4 @@
-"""Measures a config's training step: tokens per second, MFU, and the ratio to this process's own
-matmul rate.
+"""Measures a config's training step: tokens per second, MFU, and the ratio to a plain matmul.
 
 Examples:
     python -m launch.benchmark --config=configs/moe_tiny.py
@@ -7,16 +6,16 @@ Examples:
     python -m launch.benchmark --config=configs/dense_125m.py --json=dense_125m.json
     python -m launch.benchmark --config=configs/benchmark_moe.py:64x8 --layer
 
-MFU = tokens/s x training FLOPs per token / peak FLOP/s (Chowdhery et al. 2022, appendix B), with
-the causal half of attention's scores counted and recomputation not; peak is the data sheet's
-bfloat16 rate of all devices. A CPU has no such rate, and gets no MFU.
+MFU = tokens/s x training FLOPs per token / peak FLOP/s (Chowdhery et al. 2022, appendix B). Of
+attention's scores the causal half is counted, and recomputation is not. The peak is the bfloat16
+rate of all devices by their data sheet. A CPU has no such rate, and gets no MFU.
 
-ratio_to_matmul is the same numerator over the rate of a 2048^3 matmul, on all devices. Every trial
-times the matmul right before the step, and the ratio is the median of the trials' own: a busy
-machine slows both. It is no share of a peak, and may exceed 1.
+ratio_to_matmul has the same numerator, over the rate of a 2048^3 matmul on all devices. Every trial
+times the matmul right before the step, since a busy machine slows both, and the result is the
+median of the trials' ratios. It is not a share of a peak, and may exceed 1.
 
-With --layer it measures one sparse layer instead, forward and backward, beside a dense one of the
-same active FLOPs, in pairs.
+With --layer it measures one sparse layer instead, forward and backward. Beside it, in pairs, it
+measures a dense layer of the same active FLOPs.
 """
 
 import json
@@ -26,7 +25,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from absl import flags
 
 from launch import command_line
@@ -35,44 +33,65 @@ from moe.files import write_whole
 
 
 def benchmark(config: RunConfig, trials: int = 5) -> dict[str, Any]:
-    """Times `trials` training steps on random tokens; medians, with the compiled step's memory and
-    the versions.
+    """Times `trials` training steps on random tokens.
+
+    Returns medians over the trials, with the compiled step's memory and JAX's version.
     """
     import jax
-    from tqdm import trange
 
     from moe.parallel.mesh import global_batch, host_rows
-    from moe.scaling.flops import training_flops_per_token
-    from moe.scaling.hardware import matmul_flops, peak_flops
+    from moe.training.start import check_memory
     from moe.training.train_step import make_program
-    from moe.training.trainer import check_memory
 
     program = make_program(config)
     check_memory(program.mesh, program.abstract_state, program.abstract_state.params)
     devices = list(program.mesh.devices.flat)
-    size, length, dtype = (
-        config.train.batch_size,
-        config.data.sequence_length,
-        config.model.compute_dtype,
-    )
-    rows = random_rows(config, len(host_rows(program.mesh, size)))
-    batch = global_batch(rows, program.mesh, size)
-    tokens = size * length
-    flops = tokens * training_flops_per_token(config.model, length)
+    size = config.train.batch_size
+    rows = program.task.random_rows(config, len(host_rows(program.mesh, size)))
+    batch = global_batch(rows, program.mesh, size, program.task.dims)
     state = program.init_state()
     with jax.set_mesh(program.mesh):
         begin = time.perf_counter()
         compiled = program.train_step.lower(state, batch).compile()
         compile_seconds = time.perf_counter() - begin
-    state, _ = jax.block_until_ready(compiled(state, batch))
-    matmul_devices = (
-        1 if devices[0].platform == "cpu" else len(devices)
-    )  # a CPU's virtual devices share its cores
+
+    def step(state: Any) -> Any:
+        return jax.block_until_ready(compiled(state, batch))[0]
+
+    state = step(state)  # the first step of a process is slower, and not timed
+    return {
+        **_time_steps(config, step, state, devices, trials),
+        "compile_seconds": compile_seconds,
+        "temporary_bytes_per_device": compiled.memory_analysis().temp_size_in_bytes,
+        "devices": f"{len(devices)} x {devices[0].device_kind}",
+        "jax": jax.__version__,
+    }
+
+
+def _time_steps(
+    config: RunConfig,
+    step: Callable[[Any], Any],
+    state: Any,
+    devices: list[Any],
+    trials: int,
+) -> dict[str, Any]:
+    """Times `step`, which takes and returns a training state, each time right after a matmul."""
+    import jax
+    from tqdm import trange
+
+    from moe.scaling.flops import training_flops_per_token
+    from moe.scaling.hardware import matmul_flops, peak_flops
+
+    tokens = config.train.batch_size * config.data.sequence_length
+    flops = tokens * training_flops_per_token(config.model, config.data.sequence_length)
+    # All virtual devices of a CPU share its cores, which a single matmul already keeps busy.
+    matmul_devices = 1 if devices[0].platform == "cpu" else len(devices)
     seconds, matmul, ratios = [], [], []
     for _ in trange(trials, desc="steps", disable=jax.process_index() > 0):
-        matmul.append(matmul_flops(devices[0], dtype, trials=3) * matmul_devices)
+        rate = matmul_flops(devices[0], config.model.compute_dtype, trials=3)
+        matmul.append(rate * matmul_devices)
         begin = time.perf_counter()
-        state, _ = jax.block_until_ready(compiled(state, batch))
+        state = step(state)
         seconds.append(time.perf_counter() - begin)
         ratios.append(flops / seconds[-1] / matmul[-1])
     step_seconds, peak = statistics.median(seconds), peak_flops(devices)
@@ -84,19 +103,15 @@ def benchmark(config: RunConfig, trials: int = 5) -> dict[str, Any]:
         "step_seconds": step_seconds,
         "model_flops_per_second": flops / step_seconds,
         "matmul_flops_per_second": statistics.median(matmul),
-        "compile_seconds": compile_seconds,
-        "temporary_bytes_per_device": compiled.memory_analysis().temp_size_in_bytes,
-        "devices": f"{len(devices)} x {devices[0].device_kind}",
-        "jax": jax.__version__,
     }
 
 
 def benchmark_layer(config: RunConfig, trials: int = 9) -> dict[str, Any]:
-    """Times a sparse layer against a dense one as wide as the experts that a token passes;
-    gradients of all weights and of the input.
+    """Times a sparse layer against a dense one as wide as the experts that a token passes.
+
+    What is timed are the gradients of all weights and of the input.
     """
     import jax
-    from tqdm import trange
 
     from moe.model.experts import MoE
     from moe.model.layers import FeedForward
@@ -122,41 +137,37 @@ def benchmark_layer(config: RunConfig, trials: int = 9) -> dict[str, Any]:
     dense = gradient(
         FeedForward((c.experts_per_token + c.num_shared_experts) * c.expert_dim), lambda y: y
     )
+    return {
+        **_time_pairs(sparse, dense, trials),
+        "devices": f"1 x {jax.devices()[0].device_kind}",
+        "jax": jax.__version__,
+    }
+
+
+def _time_pairs(sparse: Callable[[], Any], dense: Callable[[], Any], trials: int) -> dict[str, Any]:
+    """Times two functions one after the other, so that a busy machine slows both of a pair."""
+    from tqdm import trange
+
     seconds: dict[Callable[[], Any], list[float]] = {sparse: [], dense: []}
     for _ in trange(trials + 1, desc="pairs"):
         for run in seconds:
             begin = time.perf_counter()
             run()
             seconds[run].append(time.perf_counter() - begin)
-    ratios = [
-        a / b for a, b in zip(seconds[sparse][1:], seconds[dense][1:], strict=True)
-    ]  # the first pair warms up
+    # The first pair warms up.
+    sparse_seconds, dense_seconds = seconds[sparse][1:], seconds[dense][1:]
+    ratios = [first / second for first, second in zip(sparse_seconds, dense_seconds, strict=True)]
     return {
         "sparse_over_dense": statistics.median(ratios),
         "sparse_over_dense_of_trials": ratios,
-        "sparse_seconds": statistics.median(seconds[sparse][1:]),
-        "dense_seconds": statistics.median(seconds[dense][1:]),
-        "devices": f"1 x {jax.devices()[0].device_kind}",
-        "jax": jax.__version__,
-    }
-
-
-def random_rows(config: RunConfig, num_rows: int) -> dict[str, np.ndarray]:
-    """Rows of random tokens, each one document: as much work as real ones."""
-    shape = (num_rows, config.data.sequence_length)
-    generator = np.random.default_rng(config.seed)
-    return {
-        "tokens": generator.integers(0, config.model.vocab_size, shape, np.int32),
-        "targets": generator.integers(0, config.model.vocab_size, shape, np.int32),
-        "loss_mask": np.ones(shape, bool),
-        "segment_ids": np.ones(shape, np.int32),
-        "positions": np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape),
+        "sparse_seconds": statistics.median(sparse_seconds),
+        "dense_seconds": statistics.median(dense_seconds),
     }
 
 
 def main(values: flags.FlagValues) -> None:
     if values.json:
-        Path(values.json).touch()  # minutes of measuring are not to be lost to a mistyped path
+        Path(values.json).touch()  # a mistyped path must not cost minutes of measuring
     measure = benchmark_layer if values.layer else benchmark
     result = measure(command_line.read_run_config(values.config), values.trials)
     for name, value in result.items():
@@ -165,7 +176,8 @@ def main(values: flags.FlagValues) -> None:
         if "mfu" in result:
             print("mfu = model_flops_per_second / the data sheets' bfloat16 rate of all devices")
         print(
-            "ratio_to_matmul = model_flops_per_second / matmul_flops_per_second, each timed beside the other: not a share of a peak"
+            "ratio_to_matmul = model_flops_per_second / matmul_flops_per_second, "
+            "each timed beside the other: not a share of a peak"
         )
     if values.json:
         write_whole(Path(values.json), json.dumps(result, indent=2) + "\n")

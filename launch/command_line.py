@@ -1,6 +1,6 @@
-"""What all command lines share: flags, `--help`, and one line with exit code 2 for every bad input.
+"""What all commands share: flags, `--help`, and one line with exit code 2 for every bad input.
 
-JAX is not imported here, so a mistyped flag is answered before a second has passed.
+JAX is not imported here, so that a mistyped flag is answered within a second.
 """
 
 import difflib
@@ -14,30 +14,29 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from launch.config_file import Blaming, check_config_file
+from launch.config_file import ConfigFileErrors, check_config_file
 from launch.help_text import config_fields, help_text
 from moe.config import ConfigError, RunConfig
 from moe.config.checks import expand_path, show
 from moe.files import saying
 from moe.training.progress import Stream
 
-# Exit codes. 0 is done; 1 is a bug or a broken machine, with its traceback.
+# Exit codes. 0 means done. 1 means a bug or a broken machine, with a traceback.
 BAD_INPUT = 2
-# too many updates in a row skipped for a non-finite loss or gradient, or a last validation that is
-# not finite
+# Too many updates in a row were skipped since they were not finite, or the last validation was not.
 DIVERGED = 3
-INTERRUPTED = 75  # sysexits.h's EX_TEMPFAIL: the state is saved, and the same command resumes
+# EX_TEMPFAIL of sysexits.h: the state is saved, and the same command goes on.
+INTERRUPTED = 75
 
 Main = Callable[[flags.FlagValues], int | None]
 
-# Flags defined here belong to the command that asks for them, and are listed in its help.
+# The flags that functions of this file define are listed in the help of the calling command, as if
+# the command had defined them itself.
 flags.disclaim_key_flags()
 
 
 def define_config() -> None:
-    """Defines the required flag --config=FILE.py, and --config.FIELD=VALUE for each field of
-    RunConfig.
-    """
+    """Defines the required flag --config=FILE.py, and --config.FIELD=VALUE for every field."""
     config_flags.DEFINE_config_file(
         "config", None, "Config file; --config.FIELD=VALUE changes one field of it. Required."
     )
@@ -49,7 +48,7 @@ def define_workdir(description: str) -> None:
 
 
 class _DirectoryParser(flags.ArgumentParser):
-    """Checks a path and expands its ~, which shells leave alone in --flag=~/x."""
+    """Checks a path and expands its ~, which shells do not do in --flag=~/x."""
 
     syntactic_help = "a directory"
 
@@ -61,7 +60,7 @@ class _DirectoryParser(flags.ArgumentParser):
 
 
 def define_directory(name: str, description: str, *, required: bool = False) -> None:
-    """Defines a flag whose value is a path of a file system, with ~ for the home directory."""
+    """Defines a flag whose value is a path, in which ~ stands for the home directory."""
     flags.DEFINE(
         _DirectoryParser(name),
         name,
@@ -73,29 +72,29 @@ def define_directory(name: str, description: str, *, required: bool = False) -> 
 
 
 def read_run_config(config: Any) -> RunConfig:
-    """The checked config of the flag --config. Raises ConfigError."""
+    """Returns the checked config of the flag --config. Raises ConfigError."""
     if not isinstance(config, ConfigDict):
         raise ConfigError(
-            f"--config: get_config() returned {show(config)}: return RunConfig.config_dict() with your changes"
+            f"--config: get_config() returned {show(config)}: "
+            "return RunConfig.config_dict() with your changes"
         )
-    with Blaming("--config"):  # a field may be a reference, computed only now
+    with ConfigFileErrors("--config"):  # a field may be a reference, which is computed only here
         values = config.to_dict()
     return RunConfig.from_config_dict(values)
 
 
-def run(main: Main, description: str) -> NoReturn:
-    """Parses this process's flags, calls `main` with them, and exits with what it returns (None is
-    0).
+def run(main: Main, description: str | None) -> NoReturn:
+    """Parses this process's flags, calls `main` with them, and exits with the code that it returns.
 
-    Bad input (a flag, a config, a path) gets one line on stderr and exit code 2; any other error
-    keeps its traceback. `--help` prints `description`, the flags this command defined, and the
-    fields of --config if it is one of them.
+    None stands for 0. Bad input (a flag, a config, a path) gets one line on stderr and exit code 2;
+    any other error keeps its traceback. `--help` prints `description`, which is the docstring of
+    the command's file, the flags that the command defined, and the fields of --config if that is
+    one of them.
     """
-    sys.stdout, sys.stderr = (
-        Stream(sys.stdout),
-        Stream(sys.stderr),
-    )  # `| head -1` ends what is shown, and not what is done
-    app.run(functools.partial(_call, main), flags_parser=functools.partial(_parse, description))
+    # A reader that leaves, as in `| head -1`, ends what is shown but not what is done.
+    sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
+    parse = functools.partial(_parse, description or "")
+    app.run(functools.partial(_call, main), flags_parser=parse)
 
 
 def _call(main: Main, _: list[str]) -> int | None:
@@ -104,23 +103,23 @@ def _call(main: Main, _: list[str]) -> int | None:
     except (ConfigError, FileNotFoundError) as error:
         return _fail(error)
     except OSError as error:
-        if (
-            error.filename is None and error.errno is not None
-        ):  # a full disk or a lost connection is nobody's input
+        # A full disk or a lost connection has an error number but no file name: no flag is to blame
+        # for it. A bad path has both, and an OSError that this project raises has neither.
+        if error.filename is None and error.errno is not None:
             raise
-        return _fail(error)  # a bad path, or a message of ours, which has no number
+        return _fail(error)
     except KeyboardInterrupt:
         print("interrupted: before there was anything to save", file=sys.stderr)
         return INTERRUPTED
 
 
 def _parse(description: str, argv: list[str]) -> list[str]:
-    logging.set_verbosity(
-        logging.WARNING
-    )  # of absl's log, in which libraries tell each step they take; --verbosity=0 shows it
-    logging.get_absl_logger().addFilter(
-        lambda record: "get_config() returned None" not in str(record.msg)
-    )  # read_run_config tells it
+    """Returns the arguments that are no flags, or prints the help and exits."""
+    # Libraries write every step that they take to absl's log; --verbosity=0 shows all of it.
+    logging.set_verbosity(logging.WARNING)
+    # read_run_config says the same as an error.
+    is_new = lambda record: "get_config() returned None" not in str(record.msg)
+    logging.get_absl_logger().addFilter(is_new)
     help_wanted = {"--help", "-help", "-h", "--helpshort", "--helpfull"}.intersection(argv)
     try:
         argv[1:] = _expand_config_path(argv[1:])
@@ -134,14 +133,10 @@ def _parse(description: str, argv: list[str]) -> list[str]:
         return _parse_flags(argv, path)
     except ConfigError as error:
         sys.exit(_fail(error))
-    except flags.Error as error:  # what a flag's own parser refuses is told in its words
-        sys.exit(
-            _fail(
-                error.__context__
-                if isinstance(error.__context__, ConfigError)
-                else _explain(str(error))
-            )
-        )
+    except flags.Error as error:
+        # Where a flag's own parser has refused the value, its words say more than absl's.
+        cause = error.__context__
+        sys.exit(_fail(cause if isinstance(cause, ConfigError) else _explain(str(error))))
     except KeyboardInterrupt:
         print("interrupted: before there was anything to save", file=sys.stderr)
         sys.exit(INTERRUPTED)
@@ -153,24 +148,24 @@ def _fail(error: Exception | str) -> int:
 
 
 def _expand_config_path(arguments: list[str]) -> list[str]:
-    """The arguments with the ~ of --config expanded. Config_flags read them again, so their list is
-    changed, not the flag's value.
+    """Returns the arguments with the ~ of --config expanded.
+
+    config_flags reads the arguments again, so it is they that change, not the flag's value.
     """
-    return [
-        re.sub(
-            r"^(--?config=)?(~.*)$",
-            lambda match: (match[1] or "") + os.path.expanduser(match[2]),
-            argument,
-        )
-        if argument.startswith(("--config=", "-config=")) or before in ("--config", "-config")
-        else argument
-        for before, argument in zip(["", *arguments], arguments, strict=False)
-    ]
+    expand = lambda match: (match[1] or "") + os.path.expanduser(match[2])
+    expanded = []
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        is_config = argument.startswith(("--config=", "-config="))
+        if is_config or before in ("--config", "-config"):
+            argument = re.sub(r"^(--?config=)?(~.*)$", expand, argument)
+        expanded.append(argument)
+    return expanded
 
 
 def _config_path(argv: list[str]) -> str | None:
-    """The path in --config without get_config's argument, which follows a colon; None where there
-    is no --config.
+    """Returns the path in --config, or None where there is no --config.
+
+    An argument of get_config, which follows the path after a colon, is left out.
     """
     values = flags.FlagValues()
     flags.DEFINE_string("config", None, "", flag_values=values)
@@ -179,18 +174,21 @@ def _config_path(argv: list[str]) -> str | None:
 
 
 def _config_of(argv: list[str], path: str) -> RunConfig:
-    """The config that the arguments name, whatever other flags are there or missing."""
+    """Returns the config that the arguments name, whatever other flags are there or missing."""
     _check_config_flags(argv, path)
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, flag_values=values, sys_argv=argv)
-    with saying(f"reading {path}"), Blaming(path):
+    with saying(f"reading {path}"), ConfigFileErrors(path):
         values(argv, known_only=True)
         getattr(values.config, "lock", None)
     return read_run_config(values.config)
 
 
 def _check_config_flags(argv: list[str], path: str | None) -> None:
-    """Checks the names of changed fields, where config_flags raises errors that could be anybody's."""
+    """Raises ConfigError where --config is missing or no file, or a changed field does not exist.
+
+    config_flags would raise errors that do not say which flag is wrong.
+    """
     if not path:
         raise ConfigError("--config is missing: set --config to a config file")
     names = [name.removeprefix("config.") for name, _ in config_fields(RunConfig())]
@@ -206,24 +204,27 @@ def _check_config_flags(argv: list[str], path: str | None) -> None:
 
 
 def _parse_flags(argv: list[str], config_path: str | None) -> list[str]:
-    with saying(f"reading {config_path}"), Blaming(config_path or "--config"):
+    with saying(f"reading {config_path}"), ConfigFileErrors(config_path or "--config"):
         rest = flags.FLAGS(argv)
         if config_path:
-            getattr(
-                flags.FLAGS.config, "lock", None
-            )  # config_flags keeps an OSError of get_config() until the config is touched
+            # config_flags keeps an OSError of get_config() back until an attribute is read.
+            getattr(flags.FLAGS.config, "lock", None)
     if rest[1:]:
         raise ConfigError(
-            f"{rest[1]!r} is not a flag: write flags as --name=value, and quote values that have spaces"
+            f"{rest[1]!r} is not a flag: "
+            "write flags as --name=value, and quote values that have spaces"
         )
     return rest
 
 
 def _explain(message: str) -> str:
-    """One line for what flags raise: the flag, the value, and the fix."""
+    """Returns one line for an error of absl's flags: the flag, the value, and the fix."""
     if missing := re.match(r"flag --(\S+)=None: Flag --\1 must have a value", message):
         return f"--{missing[1]} is missing: set --{missing[1]}=VALUE"
     for name, field_type in config_fields(RunConfig()):
         if mistyped := re.match(rf"flag --{name}=(.*?): ", message):
-            return f"--{name}={mistyped[1]} has the wrong type: set {name} to a value of type {field_type.__name__}"
+            return (
+                f"--{name}={mistyped[1]} has the wrong type: "
+                f"set {name} to a value of type {field_type.__name__}"
+            )
     return message

@@ -1,26 +1,29 @@
-"""Trains the variants of an experiment, with several seeds each and one run after another, and
-compares them.
+"""Trains the variants of an experiment, each with several seeds, and compares them.
 
 Examples:
-    python -m launch.compare --config=configs/experiments/moe_vs_dense.py --workdir=runs/moe_vs_dense
-    python -m launch.compare --config=configs/experiments/moe_vs_dense.py --workdir=runs/short --config.train.steps=100
-    python -m launch.compare --config=configs/experiments/moe_vs_dense.py --workdir=runs/moe_vs_dense --report_only
+    python -m launch.compare --config=configs/experiments/moe_vs_dense.py \\
+        --workdir=runs/moe_vs_dense
+    python -m launch.compare --config=configs/experiments/moe_vs_dense.py \\
+        --workdir=runs/short --config.train.steps=100
+    python -m launch.compare --config=configs/experiments/moe_vs_dense.py \\
+        --workdir=runs/moe_vs_dense --report_only
 
-An experiment is a config file with two more names: VARIANTS, which holds for each variant the
-fields that it sets in the base that get_config() returns, such as {"wide": {"model.model_dim":
-512}}; and SEEDS. --config.FIELD=VALUE changes the base, for all variants that do not set the field
-themselves; config.seed is set by SEEDS.
+An experiment is a config file with two more names, VARIANTS and SEEDS. VARIANTS holds for each
+variant the fields that it changes in the config that get_config() returns, the base: for example
+{"wide": {"model.model_dim": 512}}. --config.FIELD=VALUE changes the base, for all variants that do
+not set that field themselves. SEEDS are the values of config.seed.
 
-DIR/VARIANT/seed_N is an ordinary run directory, for launch.report and launch.evaluate too. All
-variants' first seeds are trained before the second ones. Ctrl-C (SIGINT) and SIGTERM save before
-they stop; the same command goes on there, and repeats no run that is finished.
+The runs are trained one after another: first all variants with the first seed, then all with the
+second one. DIR/VARIANT/seed_N is an ordinary run directory, which launch.report and launch.evaluate
+read too. Ctrl-C (SIGINT) and SIGTERM save before they stop. The same command goes on from there,
+and does not repeat a run that is finished.
 
-Writes and prints DIR/comparison.md, a table; beside it are comparison.json, with each seed's loss,
-and comparison.png. With --report_only nothing is trained: they are made of the runs there are,
-while others still train too.
+Writes and prints DIR/comparison.md, a table, and writes beside it comparison.json, with each seed's
+loss, and comparison.png. With --report_only nothing is trained: the runs that are there are
+compared, and others may go on training meanwhile.
 
-Exit codes: 0 trained to the end; 2 bad input, told in one line; 3 a run diverged, as launch.train
-says it (the others were trained); 75 interrupted and saved.
+Exit codes: 0 trained to the end; 2 bad input, told in one line; 3 a run diverged, in the sense of
+launch.train, and the others were trained; 75 interrupted and saved.
 """
 
 import dataclasses
@@ -40,7 +43,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from launch import command_line
-from launch.report import THEMES, Metrics, column, style, summarise
+from launch.plotting import THEMES, style
+from launch.series import Metrics, block_medians, read_series
 from moe.config import ConfigError, RunConfig
 from moe.data.sources import check_dataset
 from moe.files import write_whole
@@ -53,9 +57,9 @@ if TYPE_CHECKING:
 
 LAST = 10  # logged steps at the end of a run over which the router's statistics are averaged
 LEGEND = (
-    "Loss: mean ± standard error over the seeds that finished, and did not diverge. MaxVio, by how much the fullest expert of the worst "
-    "layer exceeds an even share, and dropped, the fraction of assignments: means over the last "
-    f"{LAST} logged steps. Tokens/s: median."
+    "Loss: mean ± standard error over the seeds that finished, and did not diverge. MaxVio, by how "
+    "much the fullest expert of the worst layer exceeds an even share, and dropped, the fraction "
+    f"of assignments: means over the last {LAST} logged steps. Tokens/s: median."
 )
 
 
@@ -69,12 +73,12 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether the last checkpoint is there, and complete; its metrics were written before."""
+        """Whether the last checkpoint is complete. All metrics were written before it."""
         return self.config.train.steps in checkpoint_steps(self.workdir / "checkpoints")
 
     @property
     def diverged(self) -> bool:
-        """Whether the last validation of a finished run is not finite, or none of its updates was."""
+        """Whether a finished run ended without a finite validation, or skipped every update."""
         metrics = read_metrics(self.workdir)
         last = {name: value for line in metrics for name, value in line.items()}
         return (
@@ -84,8 +88,9 @@ class Run:
 
 
 def read_experiment(path: str, base: RunConfig) -> tuple[dict[str, RunConfig], tuple[int, ...]]:
-    """The variants of `base` by name, and the seeds, that the config file at `path` names. Raises
-    ConfigError.
+    """Returns the variants of `base` by name, and the seeds, of the config file at `path`.
+
+    Raises ConfigError.
     """
     file, _, variant = path.partition(":")
     if variant:
@@ -96,7 +101,8 @@ def read_experiment(path: str, base: RunConfig) -> tuple[dict[str, RunConfig], t
     for name in ("VARIANTS", "SEEDS"):
         if not names.get(name):
             raise ConfigError(
-                f"--config={path} has no {name}: set --config to an experiment, as those in configs/experiments are"
+                f"--config={path} has no {name}: set --config to an experiment, "
+                "such as those in configs/experiments"
             )
     variants = {}
     for variant, fields in names["VARIANTS"].items():
@@ -111,8 +117,9 @@ def read_experiment(path: str, base: RunConfig) -> tuple[dict[str, RunConfig], t
 
 
 def _set(values: dict[str, Any], field: str, value: Any) -> dict[str, Any]:
-    """A copy with one dotted field set, also where there is no such field: RunConfig tells that in
-    its own words.
+    """Returns a copy with one dotted field set.
+
+    A field that does not exist is set too: RunConfig refuses it in its own words.
     """
     name, _, rest = field.partition(".")
     if rest:
@@ -121,12 +128,12 @@ def _set(values: dict[str, Any], field: str, value: Any) -> dict[str, Any]:
     return values | {name: value}
 
 
-def plan(variants: dict[str, RunConfig], seeds: Sequence[int], workdir: Path) -> list[Run]:
-    """The runs in the order of training: seed by seed, so that a third of the time gives a
-    comparison already.
+def plan_runs(variants: dict[str, RunConfig], seeds: Sequence[int], workdir: Path) -> list[Run]:
+    """Returns the runs in the order of training.
 
-    Raises ConfigError for a seed that is none or is there twice, and where a run of another config
-    is in the way.
+    They are trained seed by seed, so that one seed's share of the time gives a first comparison.
+    Raises ConfigError for a seed that is invalid or repeated, and where a directory holds a run of
+    another config.
     """
     if len(set(seeds)) < len(seeds):
         raise ConfigError(f"SEEDS={seeds} has a seed twice: set SEEDS to distinct numbers")
@@ -142,7 +149,8 @@ def plan(variants: dict[str, RunConfig], seeds: Sequence[int], workdir: Path) ->
 
 
 def train(runs: list[Run]) -> None:
-    """Trains what is not finished. A run that diverges is left behind, and the next one begun.
+    """Trains the runs that are not finished; after one that diverges, the next one begins.
+
     Raises Interrupted.
     """
     from moe.training.trainer import Diverged, fit  # loads JAX, which bad input need not wait for
@@ -171,19 +179,20 @@ def _progress(total: int, left: int, trained: int, seconds: float, workdir: Path
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
-    """The mean of seeds and its standard error, s / sqrt(n) with n - 1 under s; one seed tells no
-    error.
+    """Returns the mean over seeds and its standard error, s / sqrt(n), where s has n - 1 below it.
+
+    The standard error of one seed is not known: None.
     """
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
     return statistics.fmean(values), error
 
 
 def result(runs: list[Run]) -> dict[str, Any]:
-    """What is known of one variant: counts, and statistics over the runs that finished with a
-    finite loss, None where there are none.
+    """Returns what is known of one variant: counts, and statistics over its finished runs.
 
-    Losses are in nats per token; the router's statistics are means over each run's last logged
-    steps; tokens/s is a median of all.
+    Runs that diverged are left out, and without a run a statistic is None. Losses are in nats per
+    token. The router's statistics are means over each run's last logged steps, and tokens per
+    second are a median over all logged steps.
     """
     model, length = runs[0].config.model, runs[0].config.data.sequence_length
     finished = {
@@ -192,33 +201,41 @@ def result(runs: list[Run]) -> dict[str, Any]:
         if run.finished and not run.diverged
     }
     losses = {
-        seed: float(column(metrics, "validation/loss")[1][-1]) for seed, metrics in finished.items()
+        seed: float(read_series(metrics, "validation/loss").values[-1])
+        for seed, metrics in finished.items()
     }
     mean, error = mean_and_error(list(losses.values())) if losses else (None, None)
-    of_all = list(finished.values())
+    runs_metrics = list(finished.values())
     return {
         "active_parameters": active_parameters(model),
         "total_parameters": total_parameters(model),
         "training_flops_per_token": training_flops_per_token(model, length),
         "validation_loss": {"mean": mean, "standard_error": error, "of_seeds": losses},
-        "worst_max_vio": _average(statistics.fmean, of_all, "router/worst_max_vio", LAST),
-        "dropped_fraction": _average(statistics.fmean, of_all, "router/dropped_fraction", LAST),
-        "tokens_per_second": _average(statistics.median, of_all, "train/tokens_per_second", 0),
+        "worst_max_vio": _average(statistics.fmean, runs_metrics, "router/worst_max_vio", LAST),
+        "dropped_fraction": _average(
+            statistics.fmean, runs_metrics, "router/dropped_fraction", LAST
+        ),
+        "tokens_per_second": _average(
+            statistics.median, runs_metrics, "train/tokens_per_second", 0
+        ),
     }
 
 
 def _average(
     average: Callable[[list[float]], float], runs: list[Metrics], name: str, last: int
 ) -> float | None:
-    """Of a metric's `last` values in each run, all if that is 0; None where no run logged it, as
-    dense ones do not the router's.
+    """Returns the average of a metric's `last` values in each run, or of all if `last` is 0.
+
+    Returns None where no run logged it: a dense run does not log the router's metrics.
     """
-    values = [float(value) for metrics in runs for value in column(metrics, name)[1][-last:]]
+    values = [
+        float(value) for metrics in runs for value in read_series(metrics, name).values[-last:]
+    ]
     return average(values) if values else None
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    """The results as a Markdown table, a dash where there is nothing yet."""
+    """Returns the results as a Markdown table, with a dash where nothing is known yet."""
     head = (
         "variant",
         "active parameters",
@@ -257,11 +274,13 @@ def _written(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
 
 
-def draw(results: dict[str, dict[str, Any]], runs: list[Run], path: Path) -> None:
-    """Writes one figure: the finished runs' validation losses with error bars, and the training
-    loss of every run that has begun.
+def write_plot(results: dict[str, dict[str, Any]], runs: list[Run], path: Path) -> None:
+    """Writes one figure of two panels.
+
+    The left one has the finished runs' validation losses with error bars, the right one the
+    training loss of every run that has begun.
     """
-    import matplotlib  # as in launch.report: it takes a second, in which bad input is answered
+    import matplotlib  # takes a second, which bad input need not wait for
     from matplotlib.figure import Figure
 
     colours = {variant: f"C{number % 10}" for number, variant in enumerate(results)}
@@ -278,23 +297,22 @@ def draw(results: dict[str, dict[str, Any]], runs: list[Run], path: Path) -> Non
 def _draw_losses(axes: "Axes", results: dict[str, dict[str, Any]], colours: dict[str, str]) -> None:
     axes.set(title="Validation loss", xlabel="nats per token: each seed, mean ± standard error")
     axes.set_yticks(range(len(results)), results, color=THEMES["light"]["text"])
-    axes.set_ylim(
-        len(results) - 0.5, -0.5
-    )  # the first on top, and a place for those that have no loss yet
-    for place, (variant, values) in enumerate(results.items()):
+    # The first variant is on top. One without a loss has an empty row.
+    axes.set_ylim(len(results) - 0.5, -0.5)
+    for row, (variant, values) in enumerate(results.items()):
         loss = values["validation_loss"]
         if loss["mean"] is None:
             continue
         axes.plot(
             list(loss["of_seeds"].values()),
-            [place] * len(loss["of_seeds"]),
+            [row] * len(loss["of_seeds"]),
             ".",
             color=colours[variant],
             alpha=0.4,
         )
         axes.errorbar(
             loss["mean"],
-            place,
+            row,
             xerr=loss["standard_error"],
             fmt="o",
             capsize=4,
@@ -312,11 +330,11 @@ def _draw_curves(axes: "Axes", runs: list[Run], colours: dict[str, str]) -> None
     labelled = set()
     for run in runs:
         metrics = read_metrics(run.workdir) if (run.workdir / METRICS_FILE).exists() else []
-        steps, values = column(metrics, "train/loss")
-        if len(steps):
+        loss = read_series(metrics, "train/loss")
+        if len(loss.steps):
             label = None if run.variant in labelled else run.variant
             axes.plot(
-                *summarise(steps, values, min(40, len(steps))),
+                *block_medians(loss, min(40, len(loss.steps))),
                 color=colours[run.variant],
                 linewidth=1.1,
                 alpha=0.8,
@@ -328,14 +346,14 @@ def _draw_curves(axes: "Axes", runs: list[Run], colours: dict[str, str]) -> None
 
 
 def compare(runs: list[Run], workdir: Path) -> str:
-    """Writes comparison.json, comparison.md and comparison.png of the runs there are, and returns
-    the table.
+    """Writes comparison.json, comparison.md and comparison.png, and returns the table.
 
-    Raises FileNotFoundError where not one has begun.
+    They have the runs that are there. Raises FileNotFoundError where none has begun.
     """
     if not any((run.workdir / METRICS_FILE).exists() for run in runs):
         raise FileNotFoundError(
-            f"{workdir} holds none of the experiment's runs: leave out --report_only, or set --workdir to theirs"
+            f"{workdir} holds none of the experiment's runs: leave out --report_only, "
+            "or set --workdir to the directory that has them"
         )
     results = {
         variant: result([run for run in runs if run.variant == variant])
@@ -343,7 +361,7 @@ def compare(runs: list[Run], workdir: Path) -> str:
     }
     text = table(results)
     write_whole(workdir / "comparison.json", json.dumps(results, indent=2) + "\n")
-    draw(results, runs, workdir / "comparison.png")
+    write_plot(results, runs, workdir / "comparison.png")
     write_whole(
         workdir / "comparison.md",
         f"{text}\n\n{LEGEND}\n\n![Losses by variant, and over steps](comparison.png)\n",
@@ -354,10 +372,11 @@ def compare(runs: list[Run], workdir: Path) -> str:
 def main(values: flags.FlagValues) -> int:
     base = command_line.read_run_config(values.config)
     workdir = Path(values.workdir)
-    runs = plan(*read_experiment(config_flags.get_config_filename(values["config"]), base), workdir)
+    path = config_flags.get_config_filename(values["config"])
+    runs = plan_runs(*read_experiment(path, base), workdir)
     if not values.report_only:
-        # fit() has handlers of its own. Around it everything is saved, and SIGTERM may act at once,
-        # as Ctrl-C does.
+        # fit() has signal handlers of its own. Between two runs everything is saved, so that
+        # SIGTERM may end the command at once, as Ctrl-C does.
         signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
         for run in runs:
             check_dataset(run.config.data)
@@ -369,15 +388,15 @@ def main(values: flags.FlagValues) -> int:
             print(f"interrupted: {error or 'run the same command again to go on'}", file=sys.stderr)
             return command_line.INTERRUPTED
     print(compare(runs, workdir))
-    return (
-        0
-        if values.report_only or all(run.finished and not run.diverged for run in runs)
-        else command_line.DIVERGED
-    )
+    if values.report_only or all(run.finished and not run.diverged for run in runs):
+        return 0
+    return command_line.DIVERGED
 
 
 if __name__ == "__main__":
     command_line.define_config()
     command_line.define_workdir("The directory of all runs: a new one, or one to go on with.")
-    flags.DEFINE_boolean("report_only", False, "Compares the runs there are, and trains nothing.")
+    flags.DEFINE_boolean(
+        "report_only", False, "Compares the runs that are there, and trains nothing."
+    )
     command_line.run(main, __doc__)

@@ -1,5 +1,6 @@
-"""Reading somebody's config file, whose mistakes are told as the file's: its path, the line and the
-message, without frames of ours.
+"""Reports mistakes in a user's config file as the file's own: its path, the line and the message.
+
+The frames of this project and of the libraries that read the file are left out.
 """
 
 import os
@@ -13,13 +14,14 @@ from absl import flags
 from moe.config import ConfigError
 
 ROOT = Path(__file__).parents[1]
-# what config_flags puts before a copy of a TypeError or ValueError
+# config_flags raises a copy of a TypeError or ValueError with these words before its message.
 _WRAPPED = "Error whilst parsing config file"
 
 
 def check_config_file(path: str) -> None:
-    """Raises ConfigError for a path that is no regular file: reading a FIFO or a device would wait
-    for ever.
+    """Raises ConfigError for a path that is no regular file, or cannot be read.
+
+    Reading a FIFO or a device would wait for ever.
     """
     try:
         mode = os.stat(path).st_mode
@@ -35,13 +37,12 @@ def check_config_file(path: str) -> None:
         )
 
 
-class Blaming:
-    """A context in which whatever a config file raises becomes a ConfigError with the file's path
-    and line.
+class ConfigFileErrors:
+    """A context in which all that a config file raises becomes a ConfigError with path and line.
 
-    It may raise anything, SystemExit and KeyboardInterrupt too, so this is no `except`: an error is
-    the file's if a frame of the file is among its frames. Errors of absl's flags are left as they
-    are, and so is an exit that the file did not ask for.
+    A config file may raise anything, even SystemExit and KeyboardInterrupt, so no `except` could
+    list it. An error is taken for the file's if the file is among the frames of its traceback.
+    Errors of absl's flags stay as they are, and so does an exit that the file did not ask for.
     """
 
     def __init__(self, path: str):
@@ -66,13 +67,17 @@ class Blaming:
         raised = wrapped[-1] if wrapped and wrapped[-1] else error
         if "get_config" in str(raised) and isinstance(raised, AttributeError):
             raise ConfigError(
-                f"{self._path} has no get_config(): write one that returns RunConfig.config_dict() with your changes"
+                f"{self._path} has no get_config(): "
+                "write one that returns RunConfig.config_dict() with your changes"
             ) from error
         if not isinstance(raised, flags.Error | SystemExit | KeyboardInterrupt):
             raise ConfigError(f"{self._path}: {_message(raised)}") from error
 
     def _line(self, error: BaseException) -> int | None:
-        """The last line of the file that the error passed, or that cannot be parsed."""
+        """Returns the innermost line of the file in the traceback, or the line of a syntax error.
+
+        Returns None if the file is not in the traceback.
+        """
         if isinstance(error, SyntaxError) and error.filename in self._files:
             return error.lineno
         lines = [
@@ -84,7 +89,7 @@ class Blaming:
 
 
 def _message(error: BaseException) -> str:
-    """The error's type and message, on one line."""
+    """Returns the error's type and message, on one line."""
     if isinstance(error, SystemExit):
         return f"SystemExit: {error.code}: a config file returns its config, and ends no program"
     lines = traceback.format_exception_only(error)

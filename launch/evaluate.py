@@ -1,13 +1,12 @@
-"""Evaluates a run's checkpoint on all of a split: loss in nats per token, and bits per byte of
-text.
+"""Evaluates a run's checkpoint on a whole split: loss in nats per token, and bits per byte.
 
 Examples:
     python -m launch.evaluate --workdir=runs/dense_tiny
     python -m launch.evaluate --workdir=runs/dense_tiny --step=500 --split=train
 
-All devices of this machine share the work, however the run was laid out. Prints one JSON object; of
-a model with experts it has their load's max_vio and load_entropy and the dropped_fraction too, as
-means over the sparse layers.
+All devices of this machine share the work, however the run was laid out. Prints one JSON object.
+For a model with experts it also has max_vio and load_entropy, which say how even the experts' load
+is, and dropped_fraction, all as means over the sparse layers.
 """
 
 import dataclasses
@@ -19,26 +18,31 @@ from absl import flags
 
 from launch import command_line
 from moe.config import ConfigError
+from moe.data.sources import check_dataset
+from moe.workdir.identity import read_config
 
 
 def evaluate(workdir: Path, step: int | None = None, split: str | None = None) -> dict[str, float]:
-    """`loss` and `bits_per_byte` of a run's checkpoint (the latest) on all of a split (the
-    validation split), and the `step`.
+    """Returns `step`, `loss` and `bits_per_byte` of a checkpoint (the latest) on a whole split.
 
-    For sparse layers also the statistics of their load that `trainer.evaluate` gives. Raises
-    ConfigError where a number is not finite.
+    The split is the validation split by default. A model with sparse layers adds the statistics of
+    their load. Raises ConfigError for an unknown run, step or split, and where a number is not
+    finite.
     """
-    from moe.data.prepare import prepare
-    from moe.training import trainer  # loads JAX, which --help need not wait for
+    data = read_config(workdir).data
+    check_dataset(dataclasses.replace(data, validation_split=split or data.validation_split))
+    # These load JAX, which bad input need not wait for.
+    from moe.training import evaluation, trainer
 
     config, program, variables, step = trainer.load_run(workdir, step)
-    rows = prepare(config.data, split or config.data.validation_split)
+    rows = program.task.rows(config, split or config.data.validation_split)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, eval_batches=0))
-    result = trainer.evaluate(config, program, variables, rows)
+    result = evaluation.evaluate(config, program, variables, rows)
     for name, value in result.items():
         if not math.isfinite(value):
             raise ConfigError(
-                f"{workdir / 'checkpoints' / str(step)} has a {name} that is not finite: set --step to an earlier checkpoint"
+                f"{workdir / 'checkpoints' / str(step)} has a {name} that is not finite: "
+                "set --step to an earlier checkpoint"
             )
     return {"step": step, **result}
 

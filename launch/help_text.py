@@ -1,5 +1,6 @@
-"""What --help prints: the command's own text, its flags, and each field of --config with its value
-and its comment in moe/config/.
+"""Writes what --help prints: the command's own text, its flags, and the fields of --config.
+
+Each field stands there with its value, and with its comment in the source of moe/config/.
 """
 
 import ast
@@ -19,8 +20,9 @@ from moe.config.checks import without_none
 
 
 def help_text(description: str, config: RunConfig | None = None, path: str | None = None) -> str:
-    """The whole text; with `config`, its fields' values too, which were read from `path` or are the
-    defaults.
+    """Returns the whole text. With a `config` it has the fields and their values too.
+
+    The values were read from `path`, or are the defaults where that is None.
     """
     lines = [description.strip(), "", "Flags:"]
     for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0]):
@@ -37,7 +39,7 @@ def help_text(description: str, config: RunConfig | None = None, path: str | Non
 
 
 def config_fields(config: Any, path: str = "config") -> Iterator[tuple[str, Any]]:
-    """The dotted name and type of every field of a config and of the configs within it."""
+    """Yields the dotted name and type of every field of a config and of the configs within it."""
     types = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
         value, name = getattr(config, field.name), f"{path}.{field.name}"
@@ -48,8 +50,9 @@ def config_fields(config: Any, path: str = "config") -> Iterator[tuple[str, Any]
 
 
 def _group(config: Any, path: str) -> Iterator[str]:
-    """The lines of one dataclass: its own fields first, then the dataclasses within it, each under
-    its docstring.
+    """Yields the lines of one dataclass: its own fields, then the dataclasses within it.
+
+    Each of those stands under its docstring.
     """
     types, comments = typing.get_type_hints(type(config)), field_comments(type(config))
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
@@ -67,7 +70,7 @@ def _group(config: Any, path: str) -> Iterator[str]:
 
 
 def field_comments(config_class: type) -> dict[str, str]:
-    """The comments above and beside each field in the source of a dataclass, as one text."""
+    """Returns the comments above and beside each field of a dataclass, as one text for a field."""
     source = inspect.getsource(config_class)
     lines = source.splitlines()
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
@@ -77,12 +80,14 @@ def field_comments(config_class: type) -> dict[str, str]:
         if token.type == tokenize.COMMENT
     }
     texts = {}
-    for node in ast.parse(source).body[0].body:
-        if isinstance(node, ast.AnnAssign):
-            first = node.lineno
-            while lines[first - 2].strip().startswith("#"):
+    (definition,) = ast.parse(source).body
+    assert isinstance(definition, ast.ClassDef)
+    for node in definition.body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            first, last = node.lineno, node.end_lineno or node.lineno
+            while lines[first - 2].strip().startswith("#"):  # line numbers count from 1
                 first -= 1
             texts[node.target.id] = " ".join(
-                comments[line] for line in range(first, node.end_lineno + 1) if line in comments
+                comments[line] for line in range(first, last + 1) if line in comments
             )
     return texts

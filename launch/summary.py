@@ -1,5 +1,4 @@
-"""Prints what a config builds: each component's shapes, parameters, FLOPs per token and bytes, with
-totals.
+"""Prints the components that a config builds: shapes, parameters, FLOPs per token, and bytes.
 
 Examples:
     python -m launch.summary --config=configs/dense_125m.py
@@ -8,8 +7,9 @@ Examples:
 
 Nothing is allocated or compiled: every number is counted from the config. FLOPs are those of
 training (forward and backward), averaged over the tokens of a causal row of
-config.data.sequence_length. Bytes are the parameters' in float32; a training state holds three
-times as many (parameters and Adam's two moments), and the gradient a fourth.
+config.data.sequence_length. Bytes are those of the parameters in float32. A training state holds
+three times as many (the parameters and Adam's two moments), and the gradient takes as many again as
+the parameters while a step runs.
 """
 
 from absl import flags
@@ -28,7 +28,7 @@ BYTES_PER_PARAMETER = 4
 
 
 def summary(model: ModelConfig, sequence_length: int) -> str:
-    """The table of a model's components and its totals, as text."""
+    """Returns the table of a model's components, and its totals, as text."""
     rows = [("component", "repeats", "shapes", "parameters", "training FLOPs/token", "bytes")]
     for count in component_counts(model, sequence_length):
         flops, size = 3 * count.forward_flops, count.parameters * BYTES_PER_PARAMETER
@@ -43,16 +43,19 @@ def summary(model: ModelConfig, sequence_length: int) -> str:
             )
         )
     total, embeddings = total_parameters(model), embedding_parameters(model)
+    active, flops = active_parameters(model), training_flops_per_token(model, sequence_length)
+    size = total * BYTES_PER_PARAMETER
     totals = (
-        f"parameters: {total:,} ({total - embeddings:,} without embeddings), active per token: {active_parameters(model):,}",
-        f"training FLOPs per token: {training_flops_per_token(model, sequence_length):,.0f} at sequence length {sequence_length}",
-        f"bytes: {total * BYTES_PER_PARAMETER:,} of float32 parameters, {3 * total * BYTES_PER_PARAMETER:,} of training state",
+        f"parameters: {total:,} ({total - embeddings:,} without embeddings), "
+        f"active per token: {active:,}",
+        f"training FLOPs per token: {flops:,.0f} at sequence length {sequence_length}",
+        f"bytes: {size:,} of float32 parameters, {3 * size:,} of training state",
     )
     return "\n".join([*_align(rows), *totals])
 
 
 def _align(rows: list[tuple[str, ...]]) -> list[str]:
-    """The rows as lines, numbers to the right, with a rule under the first and after the last."""
+    """Returns the rows as aligned lines, with a rule under the first one and after the last."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     cells = [
         [

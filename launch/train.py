@@ -2,21 +2,25 @@
 
 Examples:
     python -m launch.train --config=configs/dense_tiny.py --workdir=runs/dense_tiny
-    python -m launch.train --config=configs/dense_tiny.py --workdir=runs/short --config.train.steps=100
-    python -m launch.train --config=configs/dense_tiny.py --workdir=runs/short --config.train.steps=150
-    python -m launch.train --config=configs/dense_tiny.py --workdir=runs/fine_tuned --init_from=runs/dense_tiny --init_step=400
+    python -m launch.train --config=configs/dense_tiny.py --workdir=runs/short \\
+        --config.train.steps=100
+    python -m launch.train --config=configs/dense_tiny.py --workdir=runs/short \\
+        --config.train.steps=150
+    python -m launch.train --config=configs/dense_tiny.py --workdir=runs/fine_tuned \\
+        --init_from=runs/dense_tiny --init_step=400
 
 A run directory holds config.json, environment.jsonl, metrics.jsonl, tensorboard/, checkpoints/ and
-run.lock, and of a model with experts router.jsonl. The same command on an existing run directory
-goes on from its latest checkpoint, to the same numbers bit for bit. With more --config.train.steps
-a run goes on past its end: the learning rate is then that of the new number's schedule. Ctrl-C
-(SIGINT) and SIGTERM save before they stop; a second one of either stops at once.
+run.lock; that of a model with experts holds router.jsonl too. The same command on an existing run
+directory goes on from its latest checkpoint, to the same numbers bit for bit. With more
+--config.train.steps a run goes on past its end, with the learning rates that the schedule of the
+new number of steps has from there on. Ctrl-C (SIGINT) and SIGTERM save before they stop; a second
+one of either stops at once.
 
 --init_from starts a new run, at step 0 and with a new optimizer state, from the parameters of
-another one whose model is the same.
+another run whose model is the same.
 
-Exit codes: 0 trained to the end; 2 bad input, told in one line; 3 stopped, since too many updates
-in a row were not finite, or trained to the end without a finite result; 75 interrupted, with all
+Exit codes: 0 trained to the end; 2 bad input, told in one line; 3 diverged: too many updates in a
+row were not finite, or the run came to its end without a finite result; 75 interrupted, with all
 that was trained saved, so that the same command goes on; 130 and 143 stopped at once by a second
 SIGINT or SIGTERM.
 """
@@ -37,14 +41,11 @@ def main(values: flags.FlagValues) -> int:
     init_from = Path(values.init_from) if values.init_from else None
     if init_from is None and values.init_step is not None:
         raise ConfigError(
-            f"--init_step={values.init_step} is a step of no run: set --init_from to a run too"
+            f"--init_step={values.init_step} names a step, but no run: set --init_from to a run too"
         )
     check_dataset(config.data)
-    from moe.training.trainer import (  # loads JAX, which bad input need not wait for
-        Diverged,
-        Interrupted,
-        fit,
-    )
+    # This loads JAX, which bad input need not wait for.
+    from moe.training.trainer import Diverged, Interrupted, fit
 
     try:
         metrics = fit(config, workdir, init_from=init_from, init_step=values.init_step)
@@ -64,7 +65,7 @@ if __name__ == "__main__":
     command_line.define_config()
     command_line.define_workdir("The run directory: a new one, or one to go on with.")
     command_line.define_directory(
-        "init_from", "The directory of another run whose parameters a new one starts from."
+        "init_from", "The directory of another run, from whose parameters a new run starts."
     )
     flags.DEFINE_integer(
         "init_step", None, "The step of the checkpoint of --init_from; the latest by default."

@@ -1,25 +1,29 @@
-"""Turns a dense run's checkpoint into the first checkpoint of a new run with experts (sparse
-upcycling, Komatsuzaki et al. 2022).
+"""Turns a dense run's checkpoint into the first checkpoint of a new run with experts.
+
+This is sparse upcycling (Komatsuzaki et al. 2022).
 
 Examples:
-    python -m launch.upcycle --from=runs/dense_tiny --workdir=runs/upcycled --config=configs/dense_tiny.py \\
+    python -m launch.upcycle --from=runs/dense_tiny --workdir=runs/upcycled \\
+        --config=configs/dense_tiny.py \\
         --config.model.moe.num_experts=8 --config.model.moe.expert_dim=704
-    python -m launch.upcycle --from=runs/dense_tiny --step=400 --workdir=runs/fine --config=configs/dense_tiny.py \\
-        --config.model.moe.num_experts=8 --config.model.moe.expert_dim=352 --noise=0.01
+    python -m launch.upcycle --from=runs/dense_tiny --step=400 --workdir=runs/fine --noise=0.01 \\
+        --config=configs/dense_tiny.py \\
+        --config.model.moe.num_experts=8 --config.model.moe.expert_dim=352
 
 launch.train with the same --config flags and --workdir then trains on, from step 0, with a new
 optimizer state. Each expert starts as a copy of the dense feed-forward part, or, where expert_dim
-is a fraction of feed_forward_dim, of one slice of it; shared experts take the first slices.
-Attention, norms, embeddings and layers that stay dense are copied, and routers are drawn as in a
-new run. moe/interop/upcycle.py says when the new model computes exactly what the dense one does:
-both examples do, but for the noise. All other fields of config.model must be the dense run's;
---config.mesh.* has to fit this machine, and may differ when the run trains on.
+is a fraction of feed_forward_dim, as a copy of one slice of it. Shared experts take the first
+slices. Attention, norms, embeddings and layers that stay dense are copied. Routers are initialised
+as in a new run. moe/interop/upcycle.py says when the new model computes exactly what the dense one
+does: in both examples it does, apart from the noise. All other fields of config.model must be those
+of the dense run. --config.mesh.* has to fit this machine, and may differ when the run trains on.
 """
 
 import dataclasses
 import functools
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
@@ -28,48 +32,81 @@ from moe.config import ConfigError, RunConfig
 from moe.files import write_whole
 from moe.workdir.identity import LOCK_FILE, UNFINISHED_FILE, read_config, write_config
 
+if TYPE_CHECKING:
+    from moe.training.train_step import Program, TrainState
+
 
 def upcycle(
     source: Path, config: RunConfig, workdir: Path, *, step: int | None = None, noise: float = 0.0
 ) -> None:
-    """Makes `workdir` a run of `config` at step 0, from a checkpoint (the latest) of the dense run
-    `source`. Raises ConfigError.
+    """Makes `workdir` a run of `config` at step 0, from a checkpoint of the dense run `source`.
+
+    The checkpoint is the latest one by default. Raises ConfigError.
     """
     _check_paths(source, workdir, noise)
-    import jax  # loaded here, so that bad input need not wait for it
+    # These load JAX, which bad input need not wait for.
+    import jax
 
-    from moe.data.prepare import prepare
     from moe.interop.upcycle import check_upcycle, upcycle
-    from moe.training import trainer
+    from moe.training.start import check_memory
     from moe.training.train_step import make_program
-    from moe.workdir import checkpoint, tracking
 
     dense = read_config(source).model
     check_upcycle(dense, config.model)
     program = make_program(config)
-    trainer.check_memory(program.mesh, program.abstract_state)
-    with checkpoint.read_checkpoints(
-        source
-    ) as checkpoints:  # laid out as the new run, so that no array has to move
-        wanted = make_program(dataclasses.replace(config, model=dense)).abstract_state
-        dense_params = checkpoint.restore_variables(checkpoints, wanted, step)["params"]
-    trainer.check_finite(source / "checkpoints", dense_params)
-    rows = prepare(config.data, config.data.train_split)
+    check_memory(program.mesh, program.abstract_state)
+    dense_params = _read_dense_params(source, dataclasses.replace(config, model=dense), step)
+    rows = program.task.rows(config, config.data.train_split)
     state = program.init_state()
     shardings = jax.tree.map(lambda leaf: leaf.sharding, program.abstract_state.params)
     convert = jax.jit(
         functools.partial(upcycle, dense=dense, config=config.model, noise=noise),
         out_shardings=shardings,
     )
-    state = state.replace(params=convert(dense_params, state.params, jax.random.key(config.seed)))
-    with trainer.lock_run(workdir):
+    params = convert(dense_params, state.params, jax.random.key(config.seed))
+    _write_run(source, workdir, config, program, rows.sha256, state.replace(params=params))
+
+
+def _read_dense_params(source: Path, config: RunConfig, step: int | None) -> Any:
+    """Returns the parameters of a checkpoint of `source`, all of them finite.
+
+    `config` is that of the new run, but for the dense model. Its mesh lays the parameters out as
+    the new run needs them, so that no array has to move when it is converted.
+    """
+    from moe.training.start import check_finite
+    from moe.training.train_step import make_program
+    from moe.workdir import checkpoint
+
+    abstract_state = make_program(config).abstract_state
+    with checkpoint.read_checkpoints(source) as checkpoints:
+        variables, step = checkpoint.restore_variables_and_step(checkpoints, abstract_state, step)
+    check_finite(source / "checkpoints" / str(step), variables["params"])
+    return variables["params"]
+
+
+def _write_run(
+    source: Path,
+    workdir: Path,
+    config: RunConfig,
+    program: "Program",
+    rows_sha256: str,
+    state: "TrainState",
+) -> None:
+    """Writes a new run directory whose only checkpoint is `state`, at step 0."""
+    import jax
+
+    from moe.training.start import lock_run
+    from moe.workdir import checkpoint, tracking
+
+    with lock_run(workdir):
         tracking.check_workdir(workdir, config)
-        # Until all is written, the directory is no run: launch.train would begin one from scratch.
+        # Until everything is written, this file keeps launch.train from taking the directory for a
+        # new run, which it would train from scratch.
         unfinished = workdir / UNFINISHED_FILE
         if jax.process_index() == 0:
             write_whole(unfinished, f"launch.upcycle from {source} did not finish\n")
         with checkpoint.open_checkpoints(workdir, config) as checkpoints:
-            checkpoint.save(checkpoints, config, rows.sha256, state)
+            checkpoint.save(checkpoints, config, rows_sha256, state)
         if jax.process_index() == 0:
             write_config(workdir, config)
             tracking.write_environment(workdir, program.attention)
@@ -79,7 +116,8 @@ def upcycle(
 def _check_paths(source: Path, workdir: Path, noise: float) -> None:
     if not (source / "checkpoints").is_dir():
         raise ConfigError(
-            f"--from={source} holds no checkpoint: set --from to the directory of a dense run that has saved one"
+            f"--from={source} holds no checkpoint: "
+            "set --from to the directory of a dense run that has saved one"
         )
     if workdir.exists() and any(path.name != LOCK_FILE for path in workdir.iterdir()):
         raise ConfigError(f"--workdir={workdir} is not empty: set --workdir to a new directory")
@@ -89,9 +127,11 @@ def _check_paths(source: Path, workdir: Path, noise: float) -> None:
 
 def main(values: flags.FlagValues) -> None:
     config, workdir = command_line.read_run_config(values.config), Path(values.workdir)
-    upcycle(Path(values["from"].value), config, workdir, step=values.step, noise=values.noise)
+    source = Path(getattr(values, "from"))
+    upcycle(source, config, workdir, step=values.step, noise=values.noise)
     print(
-        f"{workdir} is at step 0; train on with the same --config flags: python -m launch.train --config=... --workdir={workdir}"
+        f"{workdir} is at step 0; train on with the same --config flags: "
+        f"python -m launch.train --config=... --workdir={workdir}"
     )
 
 
@@ -105,6 +145,7 @@ if __name__ == "__main__":
     flags.DEFINE_float(
         "noise",
         0.0,
-        "Adds normal noise to each expert's copy, of so many of each matrix's standard deviations; drawn from config.seed.",
+        "The standard deviation of the noise that is added to each expert's copy, as a multiple of "
+        "the copied matrix's own standard deviation. Its seed is config.seed.",
     )
     command_line.run(main, __doc__)

@@ -1,4 +1,4 @@
-"""Files that several processes may write at once, or be killed while writing."""
+"""Reads and writes files that several processes may use at once, or die while writing."""
 
 import contextlib
 import fcntl
@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-_SECONDS = 1.0  # after which a person asks what is going on
+_SECONDS = 1.0  # the wait after which a person wonders what is going on
 
 
 @contextlib.contextmanager
 def saying(text: str) -> Iterator[None]:
-    """Prints what is being waited for, if it takes more than a second."""
+    """Prints what is being waited for, if that takes more than a second."""
     timer = threading.Timer(_SECONDS, lambda: print(text, file=sys.stderr, flush=True))
     timer.daemon = True
     timer.start()
@@ -28,11 +28,11 @@ def saying(text: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def exclusive(path: Path) -> Iterator[bool]:
-    """Holds the lock file `path`, waiting for the process that has it. Yields False where the file
-    system has no locks.
+    """Holds the lock file `path`, after waiting for the process that has it.
 
-    A wait of more than a second is told, with the holder. The lock ends with its process, however
-    that ends. Raises OSError where the file cannot be written.
+    It yields False if the file system has no locks. A wait of more than a second prints who holds
+    the lock. The lock ends with its process, even if that is killed. Raises OSError if the file
+    cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,24 +40,20 @@ def exclusive(path: Path) -> Iterator[bool]:
     except OSError as error:
         reason = f"{error.strerror}: {error.filename}"
         raise OSError(
-            f"{path.parent} cannot be written ({reason}): set data.directory to a directory that can"
+            f"{path.parent} cannot be written ({reason}): "
+            "set data.directory to a directory that can"
         ) from None
     with file:
         yield _lock(file)
 
 
 def _lock(file: IO[str]) -> bool:
-    """Locks the file, and writes into it which process holds it. Returns False where the file
-    system has no locks.
-    """
+    """Locks the file and writes its holder into it. Returns False if there are no locks."""
     try:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            file.seek(0)
-            with saying(
-                f"waiting for {file.name}, which {file.read().strip() or 'another process'} holds"
-            ):
+            with saying(f"waiting for {file.name}, which {_read_holder(file)} holds"):
                 fcntl.flock(file, fcntl.LOCK_EX)
     except OSError:
         return False
@@ -65,9 +61,15 @@ def _lock(file: IO[str]) -> bool:
     return True
 
 
+def _read_holder(file: IO[str]) -> str:
+    """Returns the name of the process that holds a locked file."""
+    file.seek(0)
+    return file.read().strip() or "another process"
+
+
 def _write_holder(file: IO[str]) -> None:
-    """Writes into a locked file which process holds it."""
-    with contextlib.suppress(OSError):  # a full disk takes nothing from the lock
+    """Writes the name of this process into a file that it has locked."""
+    with contextlib.suppress(OSError):  # the lock holds without the name, as on a full disk
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
@@ -75,10 +77,10 @@ def _write_holder(file: IO[str]) -> None:
 
 @contextlib.contextmanager
 def sole(path: Path) -> Iterator[str | None]:
-    """Holds the lock file `path` without waiting, and yields None; where another process holds it,
-    yields that one's name.
+    """Tries to hold the lock file `path`, and yields the name of another process that holds it.
 
-    The lock ends with its process, however that ends. A file system without locks lets everyone in.
+    It yields None if this process now holds the lock, and does not wait. The lock ends with its
+    process, even if that is killed. On a file system without locks it yields None and warns.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as file:
@@ -86,8 +88,7 @@ def sole(path: Path) -> Iterator[str | None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
+            holder = _read_holder(file)
         except OSError as error:
             logging.warning(
                 "%s cannot be locked (%s): make sure that no other process writes there",
@@ -100,35 +101,42 @@ def sole(path: Path) -> Iterator[str | None]:
 
 
 def flush(path: Path) -> None:
-    """Returns once the file or directory is on disk: what is renamed after it can't be seen without
-    it, even after a power cut.
+    """Waits until a file or directory is on disk.
+
+    Whatever is renamed afterwards cannot be seen without it, even after a power cut.
     """
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Writes a file, or leaves the one that is there as it is. A kill leaves at most a hidden
-    .partial file beside it.
+@contextlib.contextmanager
+def open_whole(path: Path) -> Iterator[IO[bytes]]:
+    """Opens a file that takes the place of `path` once it is written whole.
 
-    The content is on disk before the file has its name, so that a power cut shows no empty one. A
-    link or a device, such as /dev/stdout, is written to as it stands: another file must not take
-    its place.
+    Until then, and after an error, `path` stays as it is. A kill leaves at most a hidden .partial
+    file beside it. The content is on disk before the file has its name, so a power cut cannot leave
+    an empty file. A link or a device, such as /dev/stdout, is written to directly, because another
+    file must not take its place.
     """
-    data = content.encode() if isinstance(content, str) else content
     if path.is_symlink() or (path.exists() and not path.is_file()):
-        path.write_bytes(data)
+        with path.open("wb") as file:
+            yield file
         return
-    # The process's number keeps two commands that write the same file out of each other's half.
+    # The number of this process keeps two commands that write the same file apart.
     partial = path.with_name(f".{path.name[:200]}.{os.getpid()}.partial")
     try:
         with partial.open("wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
     finally:
-        partial.unlink(
-            missing_ok=True
-        )  # after an error or Ctrl-C; os.replace has moved it otherwise
+        # The file is still there after an error or Ctrl-C; os.replace has moved it otherwise.
+        partial.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Writes a file, or leaves the one that is there as it is, as `open_whole` does."""
+    with open_whole(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)

@@ -1,10 +1,11 @@
-"""Losses as sums and counts. Sums add up over microbatches and shards; this file alone divides
-them, once, by global counts.
+"""Losses and statistics as sums and counts.
+
+Sums add up over microbatches and shards. This file alone divides them, once, by global counts.
 """
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import einops
 import jax
@@ -12,107 +13,111 @@ import jax.numpy as jnp
 
 from moe.config import MoEConfig
 
-Sums = dict[
-    str, Any
-]  # arrays, and under "router" a dict of each sparse layer's, stacked [L, ...]; additive
-LossFn = Callable[[Any, Callable[[jax.Array], jax.Array], dict[str, jax.Array]], Sums]
+# Arrays by name, and under "router" the RouterStats of all sparse layers (None for a dense model).
+Sums = dict[str, Any]
 
 
-def next_token_loss(chunk: int) -> LossFn:
-    """The language-modelling loss function: (output, unembed, batch) -> sums and counts, logits
-    made `chunk` positions at a time.
+class RouterStats(NamedTuple):
+    """What a router did with a batch, as float32 sums over its tokens.
+
+    A sparse layer returns scalars and `load` [E]. `router_sums` stacks the layers: [L] and [L, E].
+    `metrics` reports the sums of losses and the means of properties under the same names.
     """
 
-    def loss_fn(
-        output: Any, unembed: Callable[[jax.Array], jax.Array], batch: dict[str, jax.Array]
-    ) -> Sums:
-        total = cross_entropy_sum(
-            output.hidden, unembed, batch["targets"], batch["loss_mask"], chunk
-        )
-        return {"cross_entropy": total, "router": router_sums(output.aux), **counts(batch)}
+    tokens: jax.Array  # the number of real tokens
+    load: jax.Array  # the number of assignments that each expert got from the router
+    dropped: jax.Array  # the number of assignments that no expert had room for
+    balance_loss: jax.Array
+    z_loss: jax.Array
+    logit_norm: jax.Array
+    router_entropy: jax.Array  # of the distribution over experts, in nats
+    top1_margin: jax.Array  # between the two largest probabilities
 
-    return loss_fn
+
+# The fields of RouterStats whose mean over tokens is reported.
+MEANS = ("balance_loss", "z_loss", "logit_norm", "router_entropy", "top1_margin")
 
 
-def counts(batch: dict[str, jax.Array]) -> Sums:
-    """What sums are divided by; known from the batch alone, so that each microbatch can be weighted
-    by its share of the whole.
+def router_sums(stats: Any) -> RouterStats | None:
+    """Stacks the statistics of a model's sparse layers, in layer order; None for a dense model.
+
+    `stats[group][kind]` holds the RouterStats of one kind of layer, stacked over the group's
+    repeats, and nothing for a dense layer.
     """
-    return {
-        "targets": jnp.sum(batch["loss_mask"], dtype=jnp.float32),
-        "tokens": jnp.sum(batch["segment_ids"] > 0, dtype=jnp.float32),
-    }
+    return in_layer_order(stats)
 
 
-def router_sums(aux: Any) -> Sums:
-    """The sums of a model's sparse layers, each [L, ...] in the order of the layers; empty for a
-    dense model.
+def in_layer_order(groups: Any) -> Any:
+    """Stacks what a model returns for some of its layers to arrays [L, ...], in layer order.
+
+    `groups[group][kind]` is a pytree of arrays [repeats, ...]. Empty ones are left out, and the
+    result is None if all are empty.
     """
-    groups = [[sums for sums in kinds if sums] for kinds in aux]
-    # Stacked after the repeats, kinds alternate as the layers do.
-    stacked = [
-        jax.tree.map(lambda *x: jnp.stack(x, axis=1).reshape(-1, *x[0].shape[1:]), *kinds)
-        for kinds in groups
-        if kinds
-    ]
-    return jax.tree.map(lambda *x: jnp.concatenate(x), *stacked) if stacked else {}
+    stacks = []
+    for group in groups:
+        kinds = [kind for kind in group if kind]
+        if kinds:
+            stacks.append(jax.tree.map(_interleave, *kinds))
+    return jax.tree.map(lambda *x: jnp.concatenate(x), *stacks) if stacks else None
+
+
+def _interleave(*kinds: jax.Array) -> jax.Array:
+    """Joins arrays [repeats, ...] so that each repeat's kinds follow one another, as layers do."""
+    return jnp.stack(kinds, axis=1).reshape(-1, *kinds[0].shape[1:])
 
 
 def objective(sums: Sums, global_counts: Sums, config: MoEConfig) -> jax.Array:
-    """A microbatch's part of what training minimises: cross-entropy, and the router's losses as
-    means over sparse layers.
+    """Returns a microbatch's part of what training minimises.
 
-    The parts add up to the whole batch's, except for a balance loss of scope "batch", whose batch
-    is the microbatch.
+    That is the task's loss, and the weighted means over sparse layers of the router's losses. The
+    parts add up to the whole batch's objective. Only a balance loss of scope "batch" is different:
+    its batch is the microbatch.
     """
-    total = sums["cross_entropy"] / jnp.maximum(global_counts["targets"], 1.0)
+    total = mean(sums["loss"], global_counts["targets"])
     if sums["router"]:
-        weighted_L = (
-            config.balance_weight * sums["router"]["balance"]
-            + config.z_weight * sums["router"]["z"]
-        )
+        stats: RouterStats = sums["router"]
+        weighted_L = config.balance_weight * stats.balance_loss + config.z_weight * stats.z_loss
         total += jnp.mean(weighted_L) / jnp.maximum(global_counts["tokens"], 1.0)
     return total
 
 
-def metrics(sums: Sums) -> dict[str, Any]:
-    """Means, from sums over everything that is averaged: `loss` in nats per target, and `router`,
-    each sparse layer's statistics [L].
+def mean(total: jax.Array, count: jax.Array) -> jax.Array:
+    """Divides a sum by its count. The mean of nothing is 0."""
+    return total / jnp.maximum(count, 1.0)
 
-    Of `load` [L, E], each expert's share of assignments: max_vio, (largest - mean) / mean (Wang et
-    al. 2024, eq. 4); load_entropy, over log E, so 1 where it is even; load_variation, standard
-    deviation / mean; dead_experts, the number without any. Of tokens: means of the losses, the
-    logits' norm, the entropy of the router's distribution (nats) and the margin of its two largest
-    probabilities.
+
+def metrics(sums: Sums) -> dict[str, Any]:
+    """Returns means: `loss` in nats per target, and `router`, each sparse layer's statistics.
+
+    `sums` has to cover everything that is averaged. A dense model has no `router`.
     """
-    loss, router = sums["cross_entropy"] / jnp.maximum(sums["targets"], 1.0), sums["router"]
-    if not router:
+    loss = mean(sums["loss"], sums["targets"])
+    if not sums["router"]:
         return {"loss": loss}
-    assignments_L = jnp.maximum(jnp.sum(router["load"], axis=-1), 1.0)
-    load_LE = router["load"] / assignments_L[:, None]
+    return {"loss": loss, "router": router_metrics(sums["router"])}
+
+
+def router_metrics(stats: RouterStats) -> dict[str, jax.Array]:
+    """Returns each sparse layer's statistics, [L], from sums over all tokens.
+
+    `load` [L, E] is each expert's share of the assignments. It is summarised by `max_vio`, (largest
+    - mean) / mean (Wang et al. 2024, eq. 4); `load_entropy`, divided by log E so that an even load
+    has 1; `load_variation`, standard deviation / mean; and `dead_experts`, the number of experts
+    without an assignment. The rest are means over tokens of the fields of RouterStats.
+    """
+    assignments_L = jnp.maximum(jnp.sum(stats.load, axis=-1), 1.0)
+    load_LE = stats.load / assignments_L[:, None]
     num_experts = load_LE.shape[-1]
-    tokens_L = jnp.maximum(router["tokens"], 1.0)
-    means = {
-        "balance_loss": "balance",
-        "z_loss": "z",
-        "logit_norm": "logit_norm",
-        "router_entropy": "entropy",
-        "top1_margin": "margin",
-    }
-    statistics = {
+    entropy_L = jnp.sum(jax.scipy.special.entr(load_LE), axis=-1)
+    tokens_L = jnp.maximum(stats.tokens, 1.0)
+    return {
         "load": load_LE,
         "max_vio": jnp.max(load_LE, axis=-1) * num_experts - 1,
-        "load_entropy": jnp.sum(jax.scipy.special.entr(load_LE), axis=-1)
-        / math.log(max(num_experts, 2)),
+        "load_entropy": entropy_L / math.log(max(num_experts, 2)),
         "load_variation": jnp.std(load_LE, axis=-1) * num_experts,
         "dead_experts": jnp.sum(load_LE == 0, axis=-1, dtype=jnp.float32),
-        "dropped_fraction": router["dropped"] / assignments_L,
-    }
-    return {
-        "loss": loss,
-        "router": statistics
-        | {name: router[sum_name] / tokens_L for name, sum_name in means.items()},
-    }
+        "dropped_fraction": stats.dropped / assignments_L,
+    } | {name: getattr(stats, name) / tokens_L for name in MEANS}
 
 
 def cross_entropy_sum(
@@ -122,11 +127,12 @@ def cross_entropy_sum(
     mask_BT: jax.Array,
     chunk: int,
 ) -> jax.Array:
-    """Sum over unmasked positions of -log softmax(unembed(hidden))[target], in nats, float32.
+    """Returns the sum over unmasked positions of the cross-entropy in nats, in float32.
 
-    Logits exist for `chunk` positions of each row at a time, in the backward pass too, which
-    computes them again. What a masked position holds changes nothing, even NaN. An unmasked target
-    outside [0, V) makes the sum and its gradients NaN.
+    The cross-entropy of a position is -log softmax(unembed(hidden))[target]. Logits exist for
+    `chunk` positions of each row at a time, and the backward pass computes them again. A masked
+    position changes nothing, even if it holds NaN. An unmasked target outside [0, V) makes the sum
+    and its gradients NaN.
     """
 
     def chunk_sum(total: jax.Array, inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
@@ -136,7 +142,9 @@ def cross_entropy_sum(
     length = targets_BT.shape[1]
     if not length:
         return jnp.zeros((), jnp.float32)
-    chunk = -(-length // -(-length // chunk))  # as many chunks, of sizes as equal as can be
+    # The same number of chunks, but of nearly equal sizes, so that less of the last is padding.
+    num_chunks = -(-length // chunk)
+    chunk = -(-length // num_chunks)
     if chunk == length:
         return _cross_entropy_sum(hidden_BTD, unembed, targets_BT, mask_BT)
     padding = -length % chunk
@@ -153,6 +161,7 @@ def _cross_entropy_sum(
     targets_BT: jax.Array,
     mask_BT: jax.Array,
 ) -> jax.Array:
+    """Returns `cross_entropy_sum` with the logits of all positions made at once."""
     # Masked positions become zeros before anything multiplies them: 0 times NaN would be NaN, also
     # in the gradient of the unembedding.
     logits_BTV = unembed(jnp.where(mask_BT[..., None], hidden_BTD, 0)).astype(jnp.float32)
@@ -168,11 +177,6 @@ def _cross_entropy_sum(
 
 
 def _split_time(x_BT: jax.Array, chunk: int, padding: int) -> jax.Array:
-    """[B, T, ...] to [number of chunks, B, chunk, ...], the last chunk filled up with zeros."""
+    """Splits [B, T, ...] into [number of chunks, B, chunk, ...], padding the last with zeros."""
     padded = jnp.pad(x_BT, ((0, 0), (0, padding)) + ((0, 0),) * (x_BT.ndim - 2))
     return einops.rearrange(padded, "b (n c) ... -> n b c ...", c=chunk)
-
-
-def bits_per_byte(nats_per_target: float, num_targets: int, num_bytes: int) -> float:
-    """Converts a mean loss to bits per byte of text, which does not depend on the tokenizer."""
-    return nats_per_target * num_targets / num_bytes / math.log(2)

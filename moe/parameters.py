@@ -1,7 +1,7 @@
-"""Declaring a parameter: the one place that says what a leaf of the parameter tree is.
+"""Declares parameters: the one place that says what a leaf of the parameter tree is.
 
 A declaration states shape, dimensions (letters of the legend in docs/design.md), kind and fan-in.
-Sharding, weight decay and the summary table read these, so none of them has to guess from names.
+Sharding, weight decay and the summary table read these, so that none of them guesses from names.
 """
 
 import math
@@ -20,8 +20,10 @@ Kind = Literal["linear", "router", "embedding", "unembedding", "norm"]
 
 
 class Declared(struct.PyTreeNode, meta.AxisMetadata):
-    """A parameter together with its declaration; Flax calls it a box, and unboxes it before a
-    module sees it.
+    """A parameter together with its declaration.
+
+    This is a box, as Flax calls a leaf that wraps an array. Flax unboxes it before a module sees
+    the array.
     """
 
     value: Any
@@ -43,7 +45,7 @@ class Declared(struct.PyTreeNode, meta.AxisMetadata):
 
     @classmethod
     def from_nnx_metadata(cls, metadata: dict[str, Any]) -> "Declared":
-        """Flax's bridge to NNX keeps a box's fields beside its own, and rebuilds it here."""
+        """Rebuilds a box of its fields, which Flax's bridge to NNX stores beside its own."""
         return cls(**{name: metadata[name] for name in ("value", "dims", "kind", "fan_in")})
 
 
@@ -59,44 +61,45 @@ def parameter(
 ) -> jax.Array:
     """Declares a float32 parameter of `module` and returns its value.
 
-    A norm's scale starts at one; everything else as a normal of standard deviation `scale /
-    sqrt(fan_in)`, truncated at three of them (LeCun et al. 1998), where `fan_in` is the number of
-    products that one output sums.
+    A norm's scale starts at one. Any other parameter starts as a normal draw with the standard
+    deviation `scale / sqrt(fan_in)`, truncated at three of these (LeCun et al. 1998). `fan_in` is
+    the number of products that one output sums.
     """
 
     def init(key: jax.Array) -> Declared:
         if kind == "norm":
             value = jnp.ones(shape, jnp.float32)
         else:
-            value = (
-                scale
-                / math.sqrt(fan_in)
-                * jax.random.truncated_normal(key, -3.0, 3.0, shape, jnp.float32)
-            )
+            standard = jax.random.truncated_normal(key, -3.0, 3.0, shape, jnp.float32)
+            value = scale / math.sqrt(fan_in) * standard
         return Declared(value, dims=dims, kind=kind, fan_in=fan_in)
 
-    return jnp.asarray(module.param(name, init))  # a tree of NumPy arrays is one, too
+    # Parameters may also be given as NumPy arrays, as a checkpoint holds them.
+    return jnp.asarray(module.param(name, init))
 
 
 def is_declared(leaf: Any) -> bool:
     return isinstance(leaf, Declared)
 
 
-def declarations(model: nn.Module) -> Any:
-    """The parameter tree of `model` as Declared leaves holding shapes and dtypes; nothing is
-    allocated.
+def declarations(model: nn.Module, batch: Any = None) -> Any:
+    """Returns the parameter tree of `model` as Declared leaves that hold shapes and dtypes.
+
+    `batch` is an example of what the model takes, in arrays or shapes; without it, `tokens` alone.
+    Nothing is allocated.
     """
-    batch = {"tokens": jax.ShapeDtypeStruct((1, 1), jnp.int32)}
+    if batch is None:
+        batch = {"tokens": jax.ShapeDtypeStruct((1, 1), jnp.int32)}
     return jax.eval_shape(model.init, jax.random.key(0), batch)["params"]
 
 
 def map_declared(function: Callable[[Declared], Any], tree: Any) -> Any:
-    """Maps a function of declarations over a tree that holds some, keeping its structure."""
+    """Applies a function to each declaration in a tree, and leaves the other leaves as they are."""
     return jax.tree.map(
         lambda leaf: function(leaf) if is_declared(leaf) else leaf, tree, is_leaf=is_declared
     )
 
 
 def unbox(tree: Any) -> Any:
-    """The tree with plain arrays in place of declarations."""
+    """Returns the tree with plain arrays in place of declarations."""
     return map_declared(Declared.unbox, tree)

@@ -28,7 +28,7 @@ FLOORS = (
     ("parallel",),
     ("losses",),
     ("model", "interop"),
-    ("inference", "workdir"),
+    ("inference", "tasks", "workdir"),
     ("training",),
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS, start=-1) for name in names}

@@ -69,7 +69,7 @@ ATTENTION = {
 FEED_FORWARD = {
     "gate": ("feed_forward/gate", "L D F -> L D F"),
     "up": ("feed_forward/up", "L D F -> L D F"),
-    "down": ("feed_forward/down", "L F D -> L D F"),
+    "down": ("feed_forward/down", "L F D -> L F D"),
 }
 MOE = {
     "router": ("moe/router", "L D E -> L D E"),
@@ -78,7 +78,7 @@ MOE = {
     "experts_down": ("moe/down", "L E F D -> L E F D"),
     "shared_gate": ("moe/shared/gate", "L D F -> L D F"),
     "shared_up": ("moe/shared/up", "L D F -> L D F"),
-    "shared_down": ("moe/shared/down", "L F D -> L D F"),
+    "shared_down": ("moe/shared/down", "L F D -> L F D"),
 }
 
 
@@ -150,7 +150,7 @@ def measure(model: str, dtype: str) -> dict[str, Any]:
                 if name.startswith("batches/")
             }
             state, metrics = program.train_step(
-                state, global_batch(rows, program.mesh, config.train.batch_size)
+                state, global_batch(rows, program.mesh, config.train.batch_size, program.task.dims)
             )
             losses.append(float(metrics["loss"]))
             gradient_norms.append(float(metrics["gradient_norm"]))

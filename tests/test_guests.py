@@ -18,13 +18,16 @@ from moe.config import DataConfig, ModelConfig, MoEConfig, OptimizerConfig, RunC
 from moe.inference.generate import Sampling, generate, keep_likeliest
 from moe.kernels.attention import flash_attention
 from moe.model import routing
-from moe.model.attention import Attention, Positions
-from moe.model.experts import MoE, Tokens, Weights, dropless
+from moe.model.attention import Attention
+from moe.model.dispatch import Weights, dropless
+from moe.model.experts import MoE
 from moe.model.layers import FeedForward
+from moe.model.tokens import TokenInfo
 from moe.model.transformer import Transformer
 from moe.parallel import expert as expert_parallel
 from moe.parallel.context import ring_attention, ulysses_attention
 from moe.parameters import unbox
+from moe.tasks.language_modelling import counts, next_token_loss
 from moe.training.train_step import make_program
 
 SETTINGS = {
@@ -84,14 +87,14 @@ def variables(model, *shape_of_x):
 
 
 def model_loss(config):
-    model, loss_fn = Transformer(config), losses.next_token_loss(3)
+    model, loss_fn = Transformer(config), next_token_loss(3)
 
     def loss(variables, batch):
         output = model.apply(variables, batch)
         sums = loss_fn(
             output, lambda hidden: model.apply(variables, hidden, method="unembed"), batch
         )
-        return losses.objective(sums, losses.counts(batch), config.moe), losses.metrics(sums)
+        return losses.objective(sums, counts(batch), config.moe), losses.metrics(sums)
 
     return loss
 
@@ -103,21 +106,15 @@ def layer_loss(config):
     def loss(variables, x, tokens):
         y, routed = layer.apply(variables, x, tokens)
         return jnp.sum(y.astype(jnp.float32)) + sum(
-            jnp.sum(value) for value in routed.sums.values()
+            jnp.sum(value) for value in routed.stats
         ), routed
 
     return loss
 
 
 def tokens_of(batch):
-    return Tokens.of(
-        batch
-        | {
-            "row_keys": jax.vmap(jax.random.key)(
-                jnp.arange(batch["tokens"].shape[0], dtype=jnp.uint32)
-            )
-        }
-    )
+    rows = jnp.arange(batch["tokens"].shape[0], dtype=jnp.uint32)
+    return TokenInfo.from_batch(batch | {"row_keys": jax.vmap(jax.random.key)(rows)}, DENSE)
 
 
 def layer_case(dtype="float32", **options):
@@ -162,7 +159,7 @@ def experts_case():
     loads = jnp.asarray([[3, 1], [2, 4]], jnp.int32)
 
     def function(x, experts, weights, gate, up, down, loads):
-        y = dropless(x, experts, weights, Weights(gate, up, down))
+        y = dropless(x, experts, weights, Weights(gate, up, down)).y_ND
         plan = (
             expert_parallel.plan_exchange(loads, room=4),
             expert_parallel.received_experts(loads, jnp.int32(1), room=6),
@@ -303,7 +300,7 @@ def sum_of_sines(tree):
 def transformer_on(variables, batch):
     model = Transformer(dataclasses.replace(DENSE, moe=SPARSE), capture=("residual",))
     output = model.apply(variables, batch)
-    return model.apply(variables, output.hidden, method="unembed"), output.aux, output.captured
+    return model.apply(variables, output.hidden, method="unembed"), output.stats, output.captured
 
 
 def moe_on(dispatch):
@@ -314,13 +311,13 @@ def moe_on(dispatch):
 
 def attention_on(variables, x):
     return Attention(DENSE).apply(
-        variables, x, Positions.of({"tokens": jnp.zeros(x.shape[:2], jnp.int32)}, DENSE)
+        variables, x, TokenInfo.from_batch({"tokens": jnp.zeros(x.shape[:2], jnp.int32)}, DENSE)
     )[0]
 
 
 def attention_variables():
     example = activations()
-    positions = Positions.of({"tokens": jnp.zeros(example.shape[:2], jnp.int32)}, DENSE)
+    positions = TokenInfo.from_batch({"tokens": jnp.zeros(example.shape[:2], jnp.int32)}, DENSE)
     return unbox(Attention(DENSE).init(jax.random.key(0), example, positions))
 
 
@@ -399,6 +396,49 @@ def test_a_batch_that_the_mesh_cannot_split_is_copied(sizes, batch):
         (_, found), gradient = jax.jit(run)(layer_variables, x)
     same(found, expected)
     same(gradient, expected_gradient, rtol=1e-4)
+
+
+def sparse_on(exchange):
+    config = dataclasses.replace(
+        SPARSE, dispatch="capacity", exchange=exchange, num_shared_experts=1, capacity_factor=2.0
+    )
+    return lambda variables, x: MoE(config).apply(variables, x)[0]
+
+
+ON_MANUAL_AXES = {
+    "MoE, all_to_all": (sparse_on("all_to_all"), shared_moe_variables, ("all-to-all",)),
+    "MoE, all_gather": (
+        sparse_on("all_gather"),
+        shared_moe_variables,
+        ("all-gather", "reduce-scatter"),
+    ),
+    "Attention": (attention_on, attention_variables, ()),
+}
+
+
+@pytest.mark.parametrize("axis", ["data", "pipeline"])
+@pytest.mark.parametrize("name", ON_MANUAL_AXES)
+def test_a_manual_axis_leaves_the_others_their_layouts_and_exchange(name, axis):
+    """Inside a shard_map over one axis, the others split rows, weights and experts as outside."""
+    function, make_variables, collectives = ON_MANUAL_AXES[name]
+    mesh = jax.make_mesh((2, 2, 2), (axis, "fsdp", "expert"), (AxisType.Auto,) * 3)
+    mapped = jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=(P(), P(axis)),
+        out_specs=P(axis),
+        axis_names={axis},
+        check_vma=False,
+    )
+    gradients = lambda function: jax.jit(
+        jax.value_and_grad(lambda v, x: sum_of_sines(function(v, x)), argnums=(0, 1))
+    )
+    arguments = make_variables(), activations()
+    expected = gradients(function)(*arguments)
+    with jax.set_mesh(mesh):
+        same(gradients(mapped)(*arguments), expected, rtol=1e-4)
+        program = jax.jit(mapped).lower(*arguments).compile().as_text()
+    assert all(f" {collective}(" in program for collective in collectives)
 
 
 def test_pure_functions_take_explicit_axes_as_they_are():

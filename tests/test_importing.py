@@ -16,7 +16,7 @@ from jax.sharding import AxisType
 from moe import ModelConfig, MoE, MoEConfig, RunConfig, Transformer
 from moe.config import TrainConfig
 from moe.kernels.attention import flash_attention
-from moe.model.experts import Weights, dropless
+from moe.model.dispatch import Weights, dropless
 from moe.model.routing import route
 from moe.parallel.context import ring_attention
 from moe.training import trainer
@@ -65,6 +65,7 @@ def run(block: str, **more: object) -> dict:
         | {
             "Transformer": Transformer,
             "tokens": jnp.ones((2, 6), jnp.int32),
+            "sources": jnp.ones((2, 5), jnp.int32),
             "x": x,
             "w_router": jnp.ones((16, 8)),
         }
@@ -75,11 +76,16 @@ def run(block: str, **more: object) -> dict:
 
 
 def test_the_page_has_the_examples() -> None:
-    assert len(BLOCKS) == 11
+    assert len(BLOCKS) == 12
 
 
 def test_a_transformer() -> None:
     assert run(BLOCKS[0])["output"].hidden.shape == (2, 6, 256)
+
+
+def test_an_encoder_and_an_encoder_decoder() -> None:
+    names = run(BLOCKS[1])
+    assert names["encoded"].hidden.shape == names["output"].hidden.shape == (2, 6, 256)
 
 
 def test_a_checkpoint_as_safetensors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -92,7 +98,7 @@ def test_a_checkpoint_as_safetensors(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     program = make_program(config, jax.devices()[:1])
     variables = program.init_state().variables
     monkeypatch.setattr(trainer, "load_run", lambda workdir: (config, program, variables, 3))
-    names = run(BLOCKS[1], workdir=tmp_path, file=tmp_path / "params.safetensors")
+    names = run(BLOCKS[2], workdir=tmp_path, file=tmp_path / "params.safetensors")
     assert names["output"].hidden.shape == (2, 6, 16)
     jax.tree.map(np.testing.assert_array_equal, names["params"], names["arrays"])
 
@@ -105,44 +111,44 @@ def test_a_training_loop_with_biases_and_jitter() -> None:
         "loss_mask": ids >= 0,
         "segment_ids": jnp.ones((2, 6), jnp.int32),
     }
-    names = run(BLOCKS[2], batch=batch | {"positions": jnp.broadcast_to(jnp.arange(6), (2, 6))})
+    names = run(BLOCKS[3], batch=batch | {"positions": jnp.broadcast_to(jnp.arange(6), (2, 6))})
     [bias] = jax.tree.leaves(names["router_state"])
     assert np.isfinite(names["metrics"]["loss"]) and 0 < np.abs(bias).max() <= 0.03
 
 
 def test_attention_on_explicit_axes() -> None:
-    assert run(BLOCKS[3])["output"].sharding.spec[0] == "data"
+    assert run(BLOCKS[4])["output"].sharding.spec[0] == "data"
 
 
 def test_a_ring_inside_shard_map() -> None:
-    np.testing.assert_allclose(run(BLOCKS[4])["output"], np.ones((1, 16, 4, 8)), rtol=1e-6)
+    np.testing.assert_allclose(run(BLOCKS[5])["output"], np.ones((1, 16, 4, 8)), rtol=1e-6)
 
 
 def test_a_sparse_layer_in_linen() -> None:
-    names = run(BLOCKS[5])
+    names = run(BLOCKS[6])
     assert names["y"].shape == (2, 6, 16)
     assert names["balance_loss"] >= 0.5
 
 
 def test_a_sparse_layer_in_nnx() -> None:
-    names = run(BLOCKS[6])
+    names = run(BLOCKS[7])
     assert names["y"].shape == (2, 6, 16)
-    assert names["routing"].sums["load"].sum() == 2 * 6 * 2
+    assert names["routing"].stats.load.sum() == 2 * 6 * 2
 
 
 def test_the_router_alone() -> None:
-    assert run(BLOCKS[7])["routing"].experts_BTA.shape == (2, 6, 2)
+    assert run(BLOCKS[8])["routing"].experts_BTA.shape == (2, 6, 2)
 
 
 def test_the_router_in_equinox() -> None:
-    names = run(BLOCKS[8])
+    names = run(BLOCKS[9])
     router = names["Router"](names["w_router"])
     loss = lambda router: jnp.sum(router(names["x"]).weights_BTA[..., 0])
     assert eqx.filter_grad(loss)(router).weight.shape == (16, 8)
 
 
 def test_the_experts_alone() -> None:
-    names = run(BLOCKS[9])
+    names = run(BLOCKS[10])
     # All weights are 1, so every hidden unit is silu(total) * total, and down adds up four of them.
     total = jnp.sum(names["x"][0], axis=-1, keepdims=True)
     expected = jnp.broadcast_to(4 * jax.nn.silu(total) * total, (6, 16))
@@ -159,4 +165,4 @@ def test_names_are_importable_from_the_top(name: str) -> None:
 
 
 def test_attention_alone() -> None:
-    np.testing.assert_allclose(run(BLOCKS[10])["output"], np.ones((1, 9, 4, 8)), rtol=1e-6)
+    np.testing.assert_allclose(run(BLOCKS[11])["output"], np.ones((1, 9, 4, 8)), rtol=1e-6)

@@ -32,7 +32,9 @@ from moe.config import (
 from moe.model.transformer import Transformer
 from moe.parallel.mesh import global_batch, make_mesh, shardings
 from moe.parameters import unbox
-from moe.training.train_step import TrainState, make_train_step
+from moe.tasks import make_task
+from moe.tasks.language_modelling import DIMS
+from moe.training.train_step import make_train_step, new_state
 
 ROWS, LENGTH, PADDED = 32, 16, 24
 
@@ -181,21 +183,11 @@ def step(config: RunConfig) -> dict[str, Any]:
     mesh = make_mesh(config, jax.devices()[: int(np.prod(config.mesh.sizes))])
     model = Transformer(config.model)
     placed = jax.device_put(variables(), shardings(declared(), mesh))
-    zero = jnp.zeros((), jnp.int32)
-    state = TrainState(
-        zero,
-        zero,
-        zero,
-        zero,
-        placed["params"],
-        KEEP_GRADIENT.init(placed["params"]),
-        placed["router_state"],
-    )
-    train_step = make_train_step(
-        config, model, KEEP_GRADIENT, losses.next_token_loss(config.train.loss_chunk)
-    )
+    opt_state = KEEP_GRADIENT.init(placed["params"])
+    state = new_state(placed["params"], opt_state, placed["router_state"])
+    train_step = make_train_step(config, model, KEEP_GRADIENT, make_task(config))
     with jax.set_mesh(mesh):
-        batch = global_batch(batch_rows(config.data.sequence_length), mesh, ROWS)
+        batch = global_batch(batch_rows(config.data.sequence_length), mesh, ROWS, DIMS)
         new, metrics = jax.jit(train_step)(state, batch)
     leaves = {
         "gradient": new.opt_state,
@@ -274,29 +266,28 @@ def router_gradients(layout: Layout, **weights: float) -> Any:
 @functools.cache
 def layer_by_layer(scope: str, balance_weight: float, z_weight: float) -> np.ndarray:
     """The same by calling each block by itself, in plain Python, without scan, remat, jit or mesh."""
-    from moe.model.attention import Positions
-    from moe.model.experts import Tokens
-    from moe.model.transformer import Block
+    from moe.model.stack import Block
+    from moe.model.tokens import TokenInfo
 
     config = run_config((*REFERENCE, scope)).model
     batch = jax.tree.map(jnp.asarray, batch_rows())
-    positions, tokens = Positions.of(batch, config), Tokens.of(batch)
+    tokens = TokenInfo.from_batch(batch, config)
     params, biases = variables()["params"], variables()["router_state"]
 
     def loss(router: jax.Array) -> jax.Array:
         x, total = params["embedding"][batch["tokens"]], 0.0
         dense = jax.tree.map(lambda leaf: leaf[0], params["layers_0"]["block_0"])
-        x = Block(config, "dense").apply({"params": dense}, x, positions, tokens)[0]
+        x = Block(config, "dense").apply({"params": dense}, x, tokens).hidden_BTD
         for layer in range(2):
             here, bias = (
                 jax.tree.map(lambda leaf: leaf[layer], tree["layers_1"]["block_0"])  # noqa: B023
                 for tree in (params, biases)
             )
             here = here | {"moe": here["moe"] | {"router": router[layer]}}
-            x, sums, _, _ = Block(config, "moe").apply(
-                {"params": here, "router_state": bias}, x, positions, tokens
-            )
-            total += (balance_weight * sums["balance"] + z_weight * sums["z"]) / sums["tokens"] / 2
+            output = Block(config, "moe").apply({"params": here, "router_state": bias}, x, tokens)
+            x, stats = output.hidden_BTD, output.stats
+            weighted = balance_weight * stats.balance_loss + z_weight * stats.z_loss
+            total += weighted / stats.tokens / 2
         return total
 
     return np.asarray(jax.grad(loss)(jnp.asarray(params["layers_1"]["block_0"]["moe"]["router"])))
@@ -353,7 +344,7 @@ def test_load_counts_every_token_once_and_moves_the_bias_once(
     )
     model, batch = Transformer(config.model), jax.tree.map(jnp.asarray, batch_rows())
     output = model.apply(variables(), batch)
-    load = np.asarray(losses.router_sums(output.aux)["load"])
+    load = np.asarray(losses.router_sums(output.stats).load)
     assert (
         load.sum()
         == 2 * config.model.moe.experts_per_token * (batch_rows()["segment_ids"] > 0).sum()
@@ -385,8 +376,8 @@ def test_the_batch_of_a_balance_loss_is_the_microbatch() -> None:
     model, expected, tokens = Transformer(config.model), 0.0, 0.0
     for first in range(4):
         batch = jax.tree.map(lambda x: jnp.asarray(x[first::4]), batch_rows())  # noqa: B023
-        sums = losses.router_sums(model.apply(variables(), batch).aux)
-        expected, tokens = expected + sums["balance"], tokens + sums["tokens"]
+        sums = losses.router_sums(model.apply(variables(), batch).stats)
+        expected, tokens = expected + sums.balance_loss, tokens + sums.tokens
     np.testing.assert_allclose(parts, expected / tokens, rtol=1e-5)
 
 

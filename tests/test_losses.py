@@ -7,7 +7,6 @@ import pytest
 
 from moe import losses
 from moe.config import MoEConfig
-from moe.model.transformer import Output
 
 
 def plain_cross_entropy(hidden, weight_DV, targets, mask):
@@ -100,26 +99,9 @@ def test_chunks_are_as_equal_as_can_be():
     assert set(seen) == {257}
 
 
-def test_hand_worked_loss():
-    # Logits (ln 1, ln 3): target 0 has probability 1/4, target 1 has 3/4; the third position is
-    # masked.
-    logits = jnp.log(jnp.array([[[1.0, 3.0], [1.0, 3.0], [1.0, 3.0]]]))
-    batch = {
-        "targets": jnp.array([[0, 1, 0]]),
-        "loss_mask": jnp.array([[True, True, False]]),
-        "segment_ids": jnp.array([[1, 1, 1]]),
-    }
-    sums = losses.next_token_loss(chunk=2)(Output(logits, (), None), lambda hidden: hidden, batch)
-    np.testing.assert_allclose(sums["cross_entropy"], np.log(4) + np.log(4 / 3), rtol=1e-6)
-    assert sums["targets"] == 2
-    np.testing.assert_allclose(
-        losses.metrics(sums)["loss"], (np.log(4) + np.log(4 / 3)) / 2, rtol=1e-6
-    )
-
-
 def test_a_batch_without_targets_has_loss_zero():
     sums = {
-        "cross_entropy": jnp.zeros(()),
+        "loss": jnp.zeros(()),
         "targets": jnp.zeros(()),
         "tokens": jnp.zeros(()),
         "router": {},
@@ -128,8 +110,36 @@ def test_a_batch_without_targets_has_loss_zero():
     assert losses.objective(sums, sums, MoEConfig()) == 0
 
 
-def test_bits_per_byte():
-    assert losses.bits_per_byte(np.log(2) * 3, num_targets=10, num_bytes=15) == pytest.approx(2.0)
+def router_stats(*repeats):
+    """Returns the statistics of a kind of layer: 4 tokens each, and loads of its own."""
+    load = jnp.float32(repeats)
+    zeros = {name: jnp.zeros(len(load)) for name in losses.RouterStats._fields}
+    return losses.RouterStats(**zeros | {"tokens": jnp.full(len(load), 4.0), "load": load})
+
+
+def test_statistics_of_sparse_layers_come_in_the_order_of_the_layers():
+    """Layers: dense, sparse, dense, sparse; then two kinds of sparse layers, twice."""
+    first = (None, router_stats([1, 7], [2, 6]))
+    second = (router_stats([3, 5], [5, 3]), router_stats([4, 4], [6, 2]))
+    sums = losses.router_sums((first, second))
+    np.testing.assert_array_equal(sums.load[:, 0], [1, 2, 3, 4, 5, 6])
+    np.testing.assert_array_equal(sums.tokens, [4] * 6)
+    assert losses.router_sums(((None,), (None, None))) is None
+
+
+def test_router_metrics_by_hand():
+    stats = router_stats([6, 2], [8, 0])._replace(
+        dropped=jnp.array([2.0, 0.0]), z_loss=jnp.array([4.0, 8.0])
+    )
+    metrics = losses.router_metrics(stats)
+    np.testing.assert_allclose(metrics["load"], [[3 / 4, 1 / 4], [1, 0]])
+    np.testing.assert_allclose(metrics["max_vio"], [1 / 2, 1])
+    np.testing.assert_allclose(metrics["load_variation"], [1 / 2, 1])
+    entropy = -(3 / 4 * np.log2(3 / 4) + 1 / 4 * np.log2(1 / 4))
+    np.testing.assert_allclose(metrics["load_entropy"], [entropy, 0], rtol=1e-6)
+    np.testing.assert_array_equal(metrics["dead_experts"], [0, 1])
+    np.testing.assert_array_equal(metrics["dropped_fraction"], [1 / 4, 0])
+    np.testing.assert_array_equal(metrics["z_loss"], [1, 2])
 
 
 def test_memory_stays_under_a_quarter_of_the_logits():

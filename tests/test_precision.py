@@ -9,7 +9,7 @@ the way loses most of such a gradient, while rounded activations cost it less th
 import dataclasses
 import functools
 import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,6 @@ import numpy as np
 import optax
 import pytest
 
-from moe import losses
 from moe.config import (
     DataConfig,
     MeshConfig,
@@ -27,13 +26,16 @@ from moe.config import (
     RunConfig,
     TrainConfig,
 )
-from moe.model.experts import capacity_dispatch, dense_dispatch
+from moe.model.arrangement import arrange_equally, combine
+from moe.model.dispatch import dense, with_capacity
 from moe.model.layers import look_up
 from moe.model.transformer import Transformer
 from moe.parallel.context import ulysses_attention
 from moe.parallel.mesh import global_batch, make_mesh, shardings
 from moe.parameters import unbox
-from moe.training.train_step import TrainState, make_train_step
+from moe.tasks import make_task
+from moe.tasks.language_modelling import DIMS
+from moe.training.train_step import make_train_step, new_state
 
 TOLERANCE = 0.02  # of a leaf's norm
 DISTINCT = 4  # tokens of the vocabulary that the rows hold
@@ -141,15 +143,14 @@ def gradients(config: RunConfig, dtype: str) -> tuple[dict[str, np.ndarray], np.
     placed = jax.device_put(variables(sparse, tied), shardings(declared(sparse, tied), mesh))[
         "params"
     ]
-    zero = jnp.zeros((), jnp.int32)
-    state = TrainState(zero, zero, zero, zero, placed, KEEP_GRADIENT.init(placed), {})
+    state = new_state(placed, KEEP_GRADIENT.init(placed), {})
     model = Transformer(dataclasses.replace(config.model, compute_dtype=dtype))
-    step = make_train_step(
-        config, model, KEEP_GRADIENT, losses.next_token_loss(config.train.loss_chunk)
-    )
+    step = make_train_step(config, model, KEEP_GRADIENT, make_task(config))
     rows, length = config.train.batch_size, config.data.sequence_length
     with jax.set_mesh(mesh):
-        new, metrics = jax.jit(step)(state, global_batch(batch_rows(rows, length), mesh, rows))
+        new, metrics = jax.jit(step)(
+            state, global_batch(batch_rows(rows, length), mesh, rows, DIMS)
+        )
     leaves = {
         jax.tree_util.keystr(path): np.asarray(x, np.float64)
         for path, x in jax.tree_util.tree_leaves_with_path(new.opt_state)
@@ -251,8 +252,21 @@ def test_a_token_that_stands_often_gets_all_of_its_gradient() -> None:
         np.testing.assert_array_equal(gradient(jnp.ones((2, 1))), [[count], [0]])
 
 
+class TimesParts(NamedTuple):
+    """Stands for experts' weights: each expert multiplies its row by its own number."""
+
+    parts_E11: jax.Array
+
+    @property
+    def num_experts(self) -> int:
+        return self.parts_E11.shape[0]
+
+    def __call__(self, rows_ECD: jax.Array) -> jax.Array:
+        return rows_ECD * self.parts_E11
+
+
 def test_a_token_adds_up_its_rows_and_their_gradients_in_float32() -> None:
-    """Of 17 experts one adds 1, and each of the others 2^-9, which alone rounding takes away again."""
+    """One expert adds 1, and 16 others 2^-9 each, which rounding would lose one by one."""
     number = 17
     parts = jnp.full((number, 1, 1), 2**-9, jnp.bfloat16).at[0].set(1)
     total = 1 + 16 * 2**-9
@@ -261,30 +275,32 @@ def test_a_token_adds_up_its_rows_and_their_gradients_in_float32() -> None:
         jnp.ones((1, number)),
         jnp.arange(number)[None],
     )
-    for dispatch in (
-        dense_dispatch(experts, ones, number),
-        capacity_dispatch(experts, ones, number, 1),
-    ):
-        gradient = jax.vjp(dispatch.send, x)[1](parts)[0]
-        assert gradient[0, 0] == total
-        assert dispatch.receive(parts)[0, 0] == total
+    experts_of_parts = TimesParts(parts)
+    for strategy in (dense, functools.partial(with_capacity, capacity=1)):
+        y, pull_back = jax.vjp(
+            lambda x: strategy(x, experts, ones, experts_of_parts).y_ND,  # noqa: B023
+            x,
+        )
+        assert y[0, 0] == total
+        assert pull_back(jnp.ones_like(y))[0][0, 0] == total
 
 
 def test_a_weights_gradient_is_summed_in_float32() -> None:
     """Its products are not rounded to bfloat16, and their sum over D goes beyond 256 of them."""
     value = 1 + 2**-7
     g = jnp.full((1, 300), value, jnp.bfloat16)
-    rows = jnp.full((1, 1, 300), value, jnp.bfloat16)
+    rows = jnp.full((1, 300), value, jnp.bfloat16)
 
     def loss(weights: jax.Array) -> jax.Array:
-        dispatch = capacity_dispatch(jnp.zeros((1, 1), jnp.int32), weights, 1, 1)
-        return jnp.sum(dispatch.receive(rows).astype(jnp.float32) * g.astype(jnp.float32))
+        arrangement = arrange_equally(jnp.zeros((1, 1), jnp.int32), 1, 1)
+        y = combine(rows, weights, arrangement)
+        return jnp.sum(y.astype(jnp.float32) * g.astype(jnp.float32))
 
     np.testing.assert_allclose(jax.grad(loss)(jnp.ones((1, 1))), 300 * value**2, rtol=1e-6)
 
 
 def test_copies_of_a_head_add_up_their_gradients_in_float32() -> None:
-    """Ulysses on 8 devices hands one key/value head to all; each copy's gradient of v is the same."""
+    """Ulysses on 8 devices copies one key/value head to all, and adds up the copies' gradients."""
     mesh = jax.make_mesh((8,), ("context",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec(None, "context")
     q, k = jnp.zeros((1, 8, 8, 4), jnp.bfloat16), jnp.zeros((1, 8, 1, 4), jnp.bfloat16)

@@ -1,23 +1,25 @@
-"""Attention by cuDNN, through jax.nn: for NVIDIA GPUs older or newer than Hopper, and what cuDNN
-knows (see choice.py).
+"""Attention by cuDNN, through jax.nn, for NVIDIA GPUs older or newer than Hopper.
+
+`table.py` says what cuDNN cannot do. It has a backward pass of its own.
 """
 
 import jax
 
-from moe.kernels.attention.masks import Options
+from moe.kernels.attention.inputs import Inputs, Options
 
 
-def attend(options: Options, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array) -> jax.Array:
-    """Causal attention, with its own gradient: [B, T, N, H]. Programs that hold it compile for
-    NVIDIA GPUs alone.
+def forward(options: Options, inputs: Inputs) -> tuple[jax.Array, None]:
+    """Returns the output [B, T, N, H] of causal attention, and None for the log-sum-exp.
+
+    JAX can differentiate it. Programs that hold it compile for NVIDIA GPUs alone.
     """
-    window = None if options.left is None else (options.left, 0)
-    return jax.nn.dot_product_attention(
-        q_BTNH,
-        k_BSKH,
-        v_BSKH,
+    output = jax.nn.dot_product_attention(
+        inputs.q_BTNH,
+        inputs.k_BSKH,
+        inputs.v_BSKH,
         scale=options.scale,
         is_causal=True,
-        local_window_size=window,
+        local_window_size=None if options.left is None else (options.left, 0),
         implementation="cudnn",
     )
+    return output, None

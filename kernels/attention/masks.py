@@ -1,63 +1,36 @@
-"""Which keys a query sees, and so which blocks of keys a block of queries meets: the arithmetic
-that all implementations share.
+"""Which keys a query sees, and so which blocks of keys a block of queries must visit.
 
-Query i stands at position q_offset + i, key j at kv_offset + j. What a query sees depends on
-q_offset - kv_offset alone, the `shift`: it may be a traced int32, so that one program serves every
-rank of a ring.
+This is the arithmetic that all implementations share. Query i has position q_offset + i, and key j
+kv_offset + j. The mask depends on q_offset - kv_offset alone, the `shift`: it may be a traced
+int32, so that one program serves every rank of a ring.
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+
+from moe.kernels.attention.inputs import Options
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What is static in a call: the span of keys that a query sees, how scores are made of
-    products, and whether results are rounded.
-    """
+class BlockRange(NamedTuple):
+    """A range of blocks for each block of the other kind: int32 [B, blocks], or [1, blocks]."""
 
-    left: int | None  # keys at most so far before the query; None is no limit
-    right: int | None  # and after it; 0 is causal
-    softcap: float | None
-    scale: float
-    partial: bool = False  # the results are parts, for the caller to add up: not to be rounded yet
-
-    def result_dtype(self, dtype: jnp.dtype) -> jnp.dtype:
-        """Of the output and the gradients of arrays of this dtype: theirs, or of parts that in
-        which sums are taken.
-        """
-        return np.promote_types(dtype, np.float32) if self.partial else dtype
+    first: jax.Array
+    end: jax.Array  # one past the last
 
 
-Window = tuple[
-    int | None, int | None
-]  # how far a query sees to the left and to the right; None is no limit
-FARTHEST = (
-    2**30
-)  # the farthest limit that int32 positions can be compared with; no sequence is longer
-
-
-def span(causal: bool, window: Window | None) -> Window:
-    """How far before and after itself a query sees."""
-    left, right = (
-        None if x is None or x > FARTHEST else int(x)
-        for x in (window if window is not None else (None, None))
-    )
-    return left, 0 if causal else right
-
-
-def visible(
+def make_mask(
     options: Options,
     q_positions: jax.Array,
     k_positions: jax.Array,
     q_ids: jax.Array | None,
     k_ids: jax.Array | None,
 ) -> jax.Array | None:
-    """Whether each query sees each key, [..., T, S] of positions in one count and ids [..., T] and
-    [..., S]; None where all do.
+    """Returns whether each query sees each key, [..., T, S], or None where every query sees all.
+
+    Positions [T] and [S] are counted from one origin; ids are [..., T] and [..., S].
     """
     distance = k_positions[None, :] - q_positions[:, None]
     conditions = []
@@ -65,12 +38,12 @@ def visible(
         conditions.append(distance >= -options.left)
     if options.right is not None:
         conditions.append(distance <= options.right)
-    if q_ids is not None:
+    if q_ids is not None and k_ids is not None:
         conditions.append(q_ids[..., :, None] == k_ids[..., None, :])
-    seen = None
+    mask = None
     for condition in conditions:
-        seen = condition if seen is None else seen & condition
-    return seen
+        mask = condition if mask is None else mask & condition
+    return mask
 
 
 def key_blocks(
@@ -80,41 +53,45 @@ def key_blocks(
     blocks: tuple[int, int],
     q_ids_BT: jax.Array | None = None,
     kv_ids_BS: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """The first block of keys that each block of queries meets, and one past the last: int32 [B, T
-    / block], or [1, ...] without ids.
+) -> BlockRange:
+    """Returns the range of blocks of keys that each block of queries must visit.
 
-    `lengths` are T and S, `blocks` the sizes of their blocks. Of ids that do not fall, as those of
-    packed documents, no block between the two is met in vain.
+    `lengths` are T and S, `blocks` the sizes of their blocks. Without ids all rows of the batch
+    have the same range. If ids rise along a row, as those of packed documents do, no block in the
+    range is visited in vain.
     """
     (length, kv_length), (q_block, kv_block) = lengths, blocks
-    starts = jnp.arange(0, length, q_block) + shift
-    ends = jnp.minimum(starts + q_block, length + shift)
-    lowest = (
-        jnp.zeros_like(starts)
-        if options.left is None
-        else jnp.clip(starts - options.left, 0, kv_length)
-    )
-    highest = (
-        jnp.full_like(ends, kv_length)
-        if options.right is None
-        else jnp.clip(ends + options.right, 0, kv_length)
-    )
-    first, end = lowest // kv_block, -(-highest // kv_block)
+    # The positions of a block's first query, and one past its last.
+    q_first = jnp.arange(0, length, q_block) + shift
+    q_end = jnp.minimum(q_first + q_block, length + shift)
+    # The first key that some query of the block may see, and one past the last.
+    k_first, k_end = jnp.zeros_like(q_first), jnp.full_like(q_end, kv_length)
+    if options.left is not None:
+        k_first = jnp.clip(q_first - options.left, 0, kv_length)
+    if options.right is not None:
+        k_end = jnp.clip(q_end + options.right, 0, kv_length)
+    first, end = k_first // kv_block, -(-k_end // kv_block)
     block = jnp.arange(-(-kv_length // kv_block))
-    met = (block >= first[:, None]) & (block < end[:, None]) & (lowest < highest)[:, None]
-    met = met[None]
-    if q_ids_BT is not None:
-        (q_low, q_high), (kv_low, kv_high) = (
-            _id_ranges(q_ids_BT, q_block),
-            _id_ranges(kv_ids_BS, kv_block),
-        )
-        met = met & (q_low[..., None] <= kv_high[:, None]) & (q_high[..., None] >= kv_low[:, None])
-    first = jnp.argmax(met, axis=-1)
-    end = jnp.where(
-        jnp.any(met, axis=-1), met.shape[-1] - jnp.argmax(met[..., ::-1], axis=-1), first
-    )
-    return first.astype(jnp.int32), end.astype(jnp.int32)
+    visited = (block >= first[:, None]) & (block < end[:, None]) & (k_first < k_end)[:, None]
+    visited = visited[None]
+    if q_ids_BT is not None and kv_ids_BS is not None:
+        visited = visited & _share_ids(q_ids_BT, kv_ids_BS, blocks)
+    return _enclosing_range(visited)
+
+
+def _share_ids(q_ids_BT: jax.Array, kv_ids_BS: jax.Array, blocks: tuple[int, int]) -> jax.Array:
+    """Returns whether the ranges of ids of two blocks overlap, [B, q blocks, kv blocks]."""
+    q_low, q_high = _id_ranges(q_ids_BT, blocks[0])
+    kv_low, kv_high = _id_ranges(kv_ids_BS, blocks[1])
+    return (q_low[..., None] <= kv_high[:, None]) & (q_high[..., None] >= kv_low[:, None])
+
+
+def _enclosing_range(visited: jax.Array) -> BlockRange:
+    """Returns the smallest range that holds every visited block, empty where there is none."""
+    first = jnp.argmax(visited, axis=-1)
+    end = visited.shape[-1] - jnp.argmax(visited[..., ::-1], axis=-1)
+    end = jnp.where(jnp.any(visited, axis=-1), end, first)
+    return BlockRange(first.astype(jnp.int32), end.astype(jnp.int32))
 
 
 def query_blocks(
@@ -124,67 +101,77 @@ def query_blocks(
     blocks: tuple[int, int],
     q_ids_BT: jax.Array | None = None,
     kv_ids_BS: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """The first block of queries that meets each block of keys, and one past the last: as
-    `key_blocks`, seen from the keys.
+) -> BlockRange:
+    """Returns the range of blocks of queries that each block of keys must visit.
+
+    This is `key_blocks` with queries and keys exchanged.
     """
     mirrored = dataclasses.replace(options, left=options.right, right=options.left)
     return key_blocks(mirrored, -shift, lengths[::-1], blocks[::-1], kv_ids_BS, q_ids_BT)
 
 
-def clear_key_blocks(
+def full_key_blocks(
     options: Options,
     shift: jax.Array | int,
     lengths: tuple[int, int],
     blocks: tuple[int, int],
-    met: tuple[jax.Array, jax.Array],
+    visited: BlockRange,
     q_ids_BT: jax.Array | None = None,
     kv_ids_BS: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """The first run of whole blocks, among those `met` (see `key_blocks`), whose keys every query
-    of the block sees: no mask is needed.
+) -> BlockRange:
+    """Returns the first run of full blocks in `visited`, the result of `key_blocks`.
+
+    A block of keys is full if every query of the block sees all its keys: it needs no mask.
     """
     (length, kv_length), (q_block, kv_block) = lengths, blocks
-    starts = (jnp.arange(0, length, q_block) + shift)[:, None]
-    ends = jnp.minimum(starts + q_block, length + shift)
+    q_first = (jnp.arange(0, length, q_block) + shift)[:, None]
+    q_end = jnp.minimum(q_first + q_block, length + shift)
     block = jnp.arange(-(-kv_length // kv_block))
-    keys = block * kv_block
-    clear = jnp.broadcast_to(keys + kv_block <= kv_length, (len(starts), len(keys)))
+    k_first = block * kv_block
+    full = jnp.broadcast_to(k_first + kv_block <= kv_length, (len(q_first), len(k_first)))
     if options.left is not None:
-        clear &= keys >= ends - 1 - options.left
+        full &= k_first >= q_end - 1 - options.left
     if options.right is not None:
-        clear &= keys + kv_block - 1 <= starts + options.right
-    first, end = (x[..., None] for x in met)
-    clear = clear & (block >= first) & (block < end)
-    if q_ids_BT is not None:
-        (q_low, q_high), (kv_low, kv_high) = (
-            _id_ranges(q_ids_BT, q_block),
-            _id_ranges(kv_ids_BS, kv_block),
-        )
-        one_id = (q_low == q_high)[..., None] & (kv_low == kv_high)[:, None]
-        clear = clear & one_id & (q_low[..., None] == kv_low[:, None])
-    begin = jnp.where(jnp.any(clear, axis=-1), jnp.argmax(clear, axis=-1), met[0])
-    beyond = ~clear & (block >= begin[..., None])
-    stop = jnp.where(jnp.any(beyond, axis=-1), jnp.argmax(beyond, axis=-1), len(block))
-    return begin.astype(jnp.int32), jnp.maximum(stop, begin).astype(jnp.int32)
+        full &= k_first + kv_block - 1 <= q_first + options.right
+    full = full & (block >= visited.first[..., None]) & (block < visited.end[..., None])
+    if q_ids_BT is not None and kv_ids_BS is not None:
+        full = full & _have_one_id(q_ids_BT, kv_ids_BS, blocks)
+    return _first_run(full, visited.first)
 
 
-def clear_query_blocks(
+def _have_one_id(q_ids_BT: jax.Array, kv_ids_BS: jax.Array, blocks: tuple[int, int]) -> jax.Array:
+    """Returns whether two blocks hold one and the same id, [B, q blocks, kv blocks]."""
+    q_low, q_high = _id_ranges(q_ids_BT, blocks[0])
+    kv_low, kv_high = _id_ranges(kv_ids_BS, blocks[1])
+    one_id = (q_low == q_high)[..., None] & (kv_low == kv_high)[:, None]
+    return one_id & (q_low[..., None] == kv_low[:, None])
+
+
+def _first_run(full: jax.Array, otherwise: jax.Array) -> BlockRange:
+    """Returns the first run of full blocks; where there is none it is empty, at `otherwise`."""
+    first = jnp.where(jnp.any(full, axis=-1), jnp.argmax(full, axis=-1), otherwise)
+    after = ~full & (jnp.arange(full.shape[-1]) >= first[..., None])
+    end = jnp.where(jnp.any(after, axis=-1), jnp.argmax(after, axis=-1), full.shape[-1])
+    return BlockRange(first.astype(jnp.int32), jnp.maximum(end, first).astype(jnp.int32))
+
+
+def full_query_blocks(
     options: Options,
     shift: jax.Array | int,
     lengths: tuple[int, int],
     blocks: tuple[int, int],
-    met: tuple[jax.Array, jax.Array],
+    visited: BlockRange,
     q_ids_BT: jax.Array | None = None,
     kv_ids_BS: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """As `clear_key_blocks`, seen from the keys; `met` is of `query_blocks`."""
-    mirrored = dataclasses.replace(options, left=options.right, right=options.left)
-    return clear_key_blocks(mirrored, -shift, lengths[::-1], blocks[::-1], met, kv_ids_BS, q_ids_BT)
+) -> BlockRange:
+    """Returns the first run of full blocks in `visited`, the result of `query_blocks`."""
+    options = dataclasses.replace(options, left=options.right, right=options.left)
+    lengths, blocks = lengths[::-1], blocks[::-1]
+    return full_key_blocks(options, -shift, lengths, blocks, visited, kv_ids_BS, q_ids_BT)
 
 
 def _id_ranges(ids_BT: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
-    """The lowest and the highest id of each block, [B, T / block]."""
+    """Returns the lowest and the highest id of each block, [B, T / block]."""
     padded = jnp.pad(ids_BT, ((0, 0), (0, -ids_BT.shape[1] % block)), mode="edge")
     blocks = padded.reshape(len(ids_BT), -1, block)
     return jnp.min(blocks, axis=-1), jnp.max(blocks, axis=-1)

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe.kernels.attention import Implementation, Name, choose, flash_attention
+from moe.kernels.attention import Choice, choose, flash_attention
 
 Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
@@ -81,13 +81,13 @@ def competitors(chip: str, keywords: dict[str, Any]) -> dict[str, Attention]:
     return found
 
 
-def check_numbers(implementation: Implementation, shape: tuple[int, int, int], dtype: str) -> float:
+def check_numbers(implementation: Choice, shape: tuple[int, int, int], dtype: str) -> float:
     """The largest difference from the float32 reference over its largest value, of outputs and
     gradients. Raises ValueError above 2 %.
     """
-    arrays = draw(512, shape, dtype)
+    arrays = random_arrays(512, shape, dtype)
     results = []
-    for name, cast in ((implementation, dtype), (Implementation("reference"), "float32")):
+    for name, cast in ((implementation, dtype), (Choice("reference"), "float32")):
         attention = functools.partial(flash_attention, causal=True, implementation=name)
         q, k, v, g = (x.astype(cast) for x in arrays)
         output, pull_back = jax.vjp(jax.jit(attention), q, k, v)
@@ -103,7 +103,7 @@ def check_numbers(implementation: Implementation, shape: tuple[int, int, int], d
     return worst
 
 
-def draw(length: int, shape: tuple[int, int, int], dtype: str) -> tuple[jax.Array, ...]:
+def random_arrays(length: int, shape: tuple[int, int, int], dtype: str) -> tuple[jax.Array, ...]:
     """q, k, v and the gradient of the output for (N, K, H) and one row."""
     heads, kv_heads, width = shape
     keys = jax.random.split(jax.random.key(0), 4)
@@ -145,12 +145,12 @@ def measure(
     shape: tuple[int, int, int],
     dtype: str,
     repeats: int,
-    name: Name | None = None,
+    name: str | None = None,
 ) -> Iterator[dict[str, Any]]:
     """A row for each mask, pass and implementation at one length."""
-    arrays = draw(length, shape, dtype)
+    arrays = random_arrays(length, shape, dtype)
     for mask, keywords in masks(length).items():
-        chosen = Implementation(name) if name else choose(chip, *arrays[:3], **keywords)
+        chosen = Choice(name) if name else choose(chip, *arrays[:3], **keywords)
         ours = functools.partial(flash_attention, implementation=chosen, **keywords)
         calls, refused = {}, {}
         others = competitors(chip, keywords)
@@ -209,8 +209,8 @@ def main() -> None:
     arguments = parser.parse_args()
     shape = (arguments.heads, arguments.kv_heads, arguments.width)
     chip = jax.devices()[0].device_kind
-    chosen = Implementation(arguments.implementation) if arguments.implementation else None
-    chosen = chosen or choose(chip, *draw(512, shape, arguments.dtype)[:3], causal=True)
+    chosen = Choice(arguments.implementation) if arguments.implementation else None
+    chosen = chosen or choose(chip, *random_arrays(512, shape, arguments.dtype)[:3], causal=True)
     try:
         worst = check_numbers(chosen, shape, arguments.dtype)
     except ValueError as error:

@@ -17,9 +17,9 @@ from typing import Any
 
 import jax
 
-from moe.kernels.attention import Implementation, choice, flash_attention
-from moe.kernels.attention.masks import Options
-from moe.kernels.benchmarks.attention import draw, median_seconds, passes
+from moe.kernels.attention import Choice, choice, flash_attention
+from moe.kernels.attention.inputs import Options
+from moe.kernels.benchmarks.attention import median_seconds, passes, random_arrays
 
 CANDIDATES = {
     "blockwise": ((128, 256, 512), (256, 512, 1024)),
@@ -33,7 +33,7 @@ MASKS: dict[str, dict[str, Any]] = {
 
 
 def fastest(
-    name: choice.Name,
+    name: str,
     options: Options,
     arrays: tuple[jax.Array, ...],
     keywords: dict[str, Any],
@@ -44,14 +44,14 @@ def fastest(
     """
     calls = {}
     length = arrays[0].shape[1]
-    rule = Implementation.of(name, options).blocks
+    rule = choice.with_blocks(Choice(name), options).blocks
     sizes = {
         tuple(min(size, length) for size in pair)
         for pair in (*itertools.product(*CANDIDATES[name]), rule)
     }
     for blocks in sorted(sizes):
         attention = functools.partial(
-            flash_attention, implementation=Implementation(name, blocks), **keywords
+            flash_attention, implementation=Choice(name, blocks), **keywords
         )
         try:
             calls |= {(blocks, which): call for which, call in passes(attention, arrays).items()}
@@ -81,13 +81,15 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=8, help="N, query heads")
     parser.add_argument("--kv_heads", type=int, default=2, help="K, key/value heads")
     parser.add_argument("--repeats", type=int, default=5, help="calls whose median is taken")
-    parser.add_argument("--table", type=Path, default=choice.TABLE, help="the table to add to")
+    parser.add_argument(
+        "--table", type=Path, default=choice.TUNED_BLOCKS, help="the table to add to"
+    )
     arguments = parser.parse_args()
     chip = jax.devices()[0].device_kind
     for dtype, width, length, (mask, keywords) in itertools.product(
         arguments.dtypes, arguments.widths, arguments.lengths, MASKS.items()
     ):
-        arrays = draw(length, (arguments.heads, arguments.kv_heads, width), dtype)
+        arrays = random_arrays(length, (arguments.heads, arguments.kv_heads, width), dtype)
         call = choice.describe(*arrays[:3], **keywords)
         name = choice.choose(chip, *arrays[:3], **keywords).name
         if name not in CANDIDATES:
@@ -95,11 +97,11 @@ def main() -> None:
             continue
         blocks, ratio = fastest(name, call.options, arrays, keywords, arguments.repeats)
         print(
-            f"{choice.key(name, call)}: {blocks}, {ratio:.2f} times the time of the rule's",
+            f"{choice.tuning_key(name, call)}: {blocks}, {ratio:.2f} times the time of the rule's",
             flush=True,
         )
         table = json.loads(arguments.table.read_text(encoding="utf-8"))
-        table.setdefault(chip, {})[choice.key(name, call)] = blocks
+        table.setdefault(chip, {})[choice.tuning_key(name, call)] = blocks
         arguments.table.write_text(
             json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8"
         )

@@ -9,20 +9,19 @@ import typing
 from typing import Any, Literal
 
 LARGEST_INT = 2**31 - 1  # JAX's integers have 32 bits unless a program asks for more
-SMALLEST_FLOAT = 2.0**-126  # float32 holds smaller numbers too, but accelerators take them for 0
 LARGEST_FLOAT = float.fromhex("0x1.fffffep127")
+# float32 can hold numbers that are smaller than this one, but accelerators treat them as 0.
+SMALLEST_FLOAT = 2.0**-126
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot run; the message is one line naming the field, the value and the
-    fix.
-    """
+    """Says in one line which field of a configuration is wrong, its value, and the fix."""
 
 
-def show(value: Any) -> str:
-    """The value as messages show it: on one line, and not endless."""
+def show(value: object) -> str:
+    """Returns the text of a value for a message: on one line, and cut where it is long."""
     if type(value) is int and abs(value) >= 10**40:
-        # Python writes no integer of more than 4,300 digits
+        # Python refuses to write an integer of more than 4,300 digits.
         return f"an integer of {value.bit_length()} bits"
     try:
         text = " ".join(repr(value).splitlines())
@@ -32,104 +31,123 @@ def show(value: Any) -> str:
 
 
 def as_float32(value: float) -> float:
-    """The nearest number that float32 holds, which is what a program computes with; infinite where
-    there is none.
-    """
+    """Returns the nearest float32, which is what a program computes with; it may be infinite."""
     try:
         return struct.unpack("f", struct.pack("f", value))[0]
     except OverflowError:
         return math.copysign(math.inf, value)
 
 
-def without_none(expected: Any) -> Any:
-    """Returns the X of a type `X | None`, whose None leaves a field's value to other fields."""
-    return typing.get_args(expected)[0] if isinstance(expected, types.UnionType) else expected
+def without_none(declared: Any) -> Any:
+    """Returns the type X of a field that is declared as `X | None`, and any other type as it is."""
+    return typing.get_args(declared)[0] if isinstance(declared, types.UnionType) else declared
 
 
-def check_types(config: Any, *, wide: tuple[str, ...] = ()) -> None:
-    """Raises ConfigError for a field of another type than it is declared with, or a string that is
-    not one of its options.
+def check_types(config: object, *, wide: tuple[str, ...] = ()) -> None:
+    """Raises ConfigError for a field whose value is not of the type that the field declares.
 
-    Numbers must be such as JAX computes with: integers of 32 bits, but for the fields `wide`, and
-    finite as float32.
+    A string must be one of the options of its Literal. Numbers must be such as JAX computes with:
+    floats that are finite in float32, and integers of 32 bits. Only the fields `wide` may hold
+    larger integers.
     """
-    for name, expected in typing.get_type_hints(type(config)).items():
+    for name, declared in typing.get_type_hints(type(config)).items():
         value = getattr(config, name)
-        if isinstance(expected, types.UnionType) and value is None:
-            continue
-        expected = without_none(expected)
-        if typing.get_origin(expected) is Literal:
-            if type(value) is not str or value not in typing.get_args(expected):
-                options = " or ".join(repr(option) for option in typing.get_args(expected))
-                raise ConfigError(f"{name}={show(value)} is not an option: set {name} to {options}")
-        elif expected is float and isinstance(value, int) and not isinstance(value, bool):
-            if abs(value) > LARGEST_FLOAT:
-                raise ConfigError(
-                    f"{name}={show(value)} is infinite in float32: set {name} to at most {LARGEST_FLOAT:.7g}"
-                )
-            object.__setattr__(config, name, float(value))
-        elif type(value) is not expected:
-            raise ConfigError(
-                f"{name}={show(value)} has type {type(value).__name__}: set {name} to a value of type {expected.__name__}"
-            )
-        elif expected is float:
-            _check_float(name, value)
-        elif expected is int and abs(value) > LARGEST_INT and name not in wide:
-            raise ConfigError(
-                f"{name}={show(value)} does not fit an int32: set {name} to at most {LARGEST_INT}"
-            )
+        if value is not None or not isinstance(declared, types.UnionType):
+            _check_field(config, name, without_none(declared), is_wide=name in wide)
+
+
+def _check_field(config: object, name: str, expected: Any, is_wide: bool) -> None:
+    """Raises ConfigError if the value of one field is not of the `expected` type."""
+    value = getattr(config, name)
+    if typing.get_origin(expected) is Literal:
+        _check_option(name, value, typing.get_args(expected))
+    elif expected is float and isinstance(value, int) and not isinstance(value, bool):
+        # A whole number may stand for a float; the field then holds the float.
+        _check_whole_float(name, value)
+        object.__setattr__(config, name, float(value))
+    elif type(value) is not expected:
+        raise ConfigError(
+            f"{name}={show(value)} has type {type(value).__name__}: "
+            f"set {name} to a value of type {expected.__name__}"
+        )
+    elif expected is float:
+        _check_float(name, value)
+    elif expected is int and abs(value) > LARGEST_INT and not is_wide:
+        raise ConfigError(
+            f"{name}={show(value)} does not fit an int32: set {name} to at most {LARGEST_INT}"
+        )
+
+
+def _check_option(name: str, value: object, options: tuple[str, ...]) -> None:
+    """Raises ConfigError for a value that is not one of a field's options."""
+    if type(value) is not str or value not in options:
+        listed = " or ".join(repr(option) for option in options)
+        raise ConfigError(f"{name}={show(value)} is not an option: set {name} to {listed}")
+
+
+def _check_whole_float(name: str, value: int) -> None:
+    """Raises ConfigError for a whole number that is infinite as a float32."""
+    if abs(value) > LARGEST_FLOAT:
+        raise ConfigError(
+            f"{name}={show(value)} is infinite in float32: "
+            f"set {name} to at most {LARGEST_FLOAT:.7g}"
+        )
 
 
 def _check_float(name: str, value: float) -> None:
+    """Raises ConfigError for a number that float32 turns into infinity, NaN or 0."""
     if not math.isfinite(value):
         raise ConfigError(f"{name}={value} is not finite: set {name} to a finite number")
     if math.isinf(as_float32(value)):
         raise ConfigError(
-            f"{name}={value} is infinite in float32: set {name} to a number between ±{LARGEST_FLOAT:.7g}"
+            f"{name}={value} is infinite in float32: "
+            f"set {name} to a number between ±{LARGEST_FLOAT:.7g}"
         )
     if value and abs(value) < SMALLEST_FLOAT:
         raise ConfigError(
-            f"{name}={value} is 0 in float32: set {name} to a number of at least {SMALLEST_FLOAT:.7g} in size"
+            f"{name}={value} is 0 in float32: "
+            f"set {name} to a number of at least {SMALLEST_FLOAT:.7g} in size"
         )
 
 
-def computed(config: Any, name: str) -> float:
-    """A field's value as a program computes with it: 0.999999999 is 1 in float32."""
+def computed(config: object, name: str) -> float:
+    """Returns a field's value as a program computes with it: 0.999999999 is 1 in float32."""
     value = getattr(config, name)
     return as_float32(value) if isinstance(value, float) else value
 
 
-def check_positive(config: Any, *names: str) -> None:
+def check_positive(config: object, *names: str) -> None:
+    """Raises ConfigError for a field whose value is not above 0."""
     for name in names:
         if not computed(config, name) > 0:
-            raise ConfigError(
-                f"{name}={getattr(config, name)} must be positive: set {name} to more than 0"
-            )
+            value = getattr(config, name)
+            raise ConfigError(f"{name}={value} must be positive: set {name} to more than 0")
 
 
-def check_not_negative(config: Any, *names: str) -> None:
+def check_not_negative(config: object, *names: str) -> None:
+    """Raises ConfigError for a field whose value is below 0."""
     for name in names:
         if not computed(config, name) >= 0:
-            raise ConfigError(
-                f"{name}={getattr(config, name)} must not be negative: set {name} to 0 or more"
-            )
+            value = getattr(config, name)
+            raise ConfigError(f"{name}={value} must not be negative: set {name} to 0 or more")
 
 
-def check_range(config: Any, low: float, high: float, *names: str) -> None:
+def check_range(config: object, low: float, high: float, *names: str) -> None:
+    """Raises ConfigError for a field whose value is below `low` or above `high`."""
     for name in names:
         if not low <= computed(config, name) <= high:
+            value = show(getattr(config, name))
             raise ConfigError(
-                f"{name}={show(getattr(config, name))} is out of range: set {name} between {low} and {high}"
+                f"{name}={value} is out of range: set {name} between {low} and {high}"
             )
 
 
 def check_path(name: str, path: str) -> None:
-    """Raises ConfigError for what can be no path of a file system, before anything is made there."""
+    """Raises ConfigError for a text that cannot be a path, before anything is created there."""
     if not path:
         raise ConfigError(f"{name}='' is empty: set it to a path")
-    if (
-        "\0" in path or path.encode(errors="ignore").decode() != path
-    ):  # bytes of a command line that are no text are surrogates
+    # Bytes of a command line that are not UTF-8 arrive as surrogates, which encoding drops.
+    if "\0" in path or path.encode(errors="ignore").decode() != path:
         raise ConfigError(
             f"{name}={show(path)} is not UTF-8 text without NUL: set it to a path that is"
         )
@@ -140,7 +158,10 @@ def check_path(name: str, path: str) -> None:
 
 
 def expand_path(name: str, path: str) -> str:
-    """The checked path with its ~ replaced by the home directory. The one place that does so."""
+    """Returns a checked path with its ~ replaced by the home directory.
+
+    Every path of a config or a flag is expanded here, so that all of them are read alike.
+    """
     check_path(name, path)
     expanded = os.path.expanduser(path)
     if expanded.startswith("~"):
@@ -149,11 +170,11 @@ def expand_path(name: str, path: str) -> str:
 
 
 def nearest_divisors(number: int, value: int, at_most: int = 8) -> str:
-    """The divisors of `number` that are nearest to `value`, as a message lists them. Takes
-    sqrt(number) steps.
+    """Returns the divisors of `number` that are nearest to `value`, as a message lists them.
+
+    It takes sqrt(number) steps, which is instant for an int32.
     """
     small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
-    nearest = sorted({*small, *(number // n for n in small)}, key=lambda n: (abs(n - value), n))[
-        :at_most
-    ]
+    divisors = {*small, *(number // n for n in small)}
+    nearest = sorted(divisors, key=lambda n: (abs(n - value), n))[:at_most]
     return f"one of {', '.join(map(str, sorted(nearest)))}" if len(nearest) > 1 else str(nearest[0])

@@ -18,16 +18,17 @@ MAX_SEQUENCE_LENGTH = 2**24  # rotary positions are float32, which cannot tell l
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Where the text comes from and how it becomes rows of tokens."""
+    """Says where the text comes from and how it becomes rows of tokens."""
 
-    dataset: str = (
-        "stdlib"  # "stdlib", or any TFDS name ("name/config:version") with a "text" feature
-    )
-    train_split: str = "train"  # the split that is trained on
+    # The data set: "stdlib" (the Python standard library), or the TFDS name "name/config:version"
+    # of any data set that has a "text" feature.
+    dataset: str = "stdlib"
+    train_split: str = "train"  # the split that the model is trained on
     validation_split: str = "validation"  # the split that evaluations read
-    tokenizer: Literal["byte"] = "byte"  # how text becomes token ids: its UTF-8 bytes
-    sequence_length: int = 256  # tokens of a row
-    directory: str = "~/.cache/moe"  # TFDS's files and the prepared rows; shared by all hosts
+    tokenizer: Literal["byte"] = "byte"  # how text becomes token ids: "byte" takes its UTF-8 bytes
+    sequence_length: int = 256  # the number of tokens in a row
+    # The directory of TFDS's files and of the prepared rows. All hosts of a run must see it.
+    directory: str = "~/.cache/moe"
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -37,7 +38,8 @@ class DataConfig:
 
     @property
     def path(self) -> Path:
-        """`directory`, with ~ expanded. Raises ConfigError where the home directory is not known,
-        as in some containers.
+        """Returns `directory` with its ~ expanded.
+
+        Raises ConfigError where the home directory is not known, as in some containers.
         """
-        return Path(expand_path("config.data.directory", self.directory))
+        return Path(expand_path("data.directory", self.directory))

@@ -1,7 +1,7 @@
-"""The mesh axes, the dimensions that each of them splits, and the check that a run fits them.
+"""The mesh axes, the dimensions that each of them splits, and the check that a run fits a mesh.
 
 Dimensions are named by the letters of the legend (docs/design.md), so the name of an array says how
-it is split: `w_DF` is split over fsdp and tensor, `x_BTD` over the batch axes and context.
+it is split: `w_DF` is split over fsdp, expert and tensor, `x_BTD` over the batch axes and context.
 """
 
 import dataclasses
@@ -14,10 +14,12 @@ from moe.config.checks import ConfigError, check_types
 if TYPE_CHECKING:
     from moe.config.run import RunConfig
 
-# The mesh axes that split each dimension. A mesh axis splits at most one dimension of an array: the
-# leftmost one that lists it. So fsdp and expert split the D of w_DF, fsdp alone splits the D of
-# w_EDF, whose E has taken expert, and nothing splits the D of x_BTD, whose B has taken both.
-# Dimensions that are not listed (H, L) are never split.
+# The mesh axes that split each dimension. A mesh axis can split only one dimension of an array. If
+# several dimensions list the same axis, the leftmost of them takes it:
+# - w_DF: fsdp and expert split D, and tensor splits F.
+# - w_EDF: E takes expert, so fsdp alone splits D.
+# - x_BTD: B takes fsdp and expert, so D stays whole.
+# Dimensions that are not listed (H, L, and so on) are never split.
 RULES: dict[str, tuple[str, ...]] = {
     "B": ("data", "fsdp", "expert"),
     "T": ("context",),
@@ -31,7 +33,10 @@ RULES: dict[str, tuple[str, ...]] = {
 
 
 def split_axes(dims: str, mesh_axes: Collection[str]) -> list[tuple[str, ...]]:
-    """Returns the mesh axes that split each dimension of an array, by RULES."""
+    """Returns the mesh axes that split each dimension of an array, by RULES.
+
+    `dims` holds one letter for each dimension, and `mesh_axes` the axes that the mesh has.
+    """
     used: set[str] = set()
     axes_by_dim = []
     for dim in dims:
@@ -43,34 +48,37 @@ def split_axes(dims: str, mesh_axes: Collection[str]) -> list[tuple[str, ...]]:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis. One of them may be -1: whatever devices remain."""
+    """Says how many devices each mesh axis has; one axis may be -1 and takes those that remain."""
 
-    data: int = -1  # replicas of the parameters, each with its part of the batch
-    fsdp: int = 1  # parameters and batch are split
-    expert: int = 1  # experts and batch are split
-    context: int = 1  # the tokens of a row are split
-    tensor: int = 1  # heads and feed-forward widths are split
+    data: int = -1  # splits the batch; every replica holds all parameters
+    fsdp: int = 1  # splits the parameters and the batch
+    expert: int = 1  # splits the experts, the other parameters and the batch
+    context: int = 1  # splits the tokens of each row
+    tensor: int = 1  # splits heads, feed-forward widths and the vocabulary
 
     def __post_init__(self) -> None:
         check_types(self)
         for name, size in dataclasses.asdict(self).items():
             if size < 1 and size != -1:
                 raise ConfigError(
-                    f"{name}={size} is not a number of devices: set a positive number, or -1 for the rest"
+                    f"{name}={size} is not a number of devices: "
+                    f"set {name} to a positive number, or to -1 for the devices that remain"
                 )
         if self.sizes.count(-1) > 1:
             free = [name for name, size in dataclasses.asdict(self).items() if size == -1]
             raise ConfigError(
-                f"{'=-1 and '.join(free)}=-1 leave the mesh open: set all of them but one"
+                f"{'=-1 and '.join(free)}=-1 leave the mesh undetermined: set all but one of them"
             )
 
     @property
     def sizes(self) -> tuple[int, ...]:
+        """Returns the number of devices along each axis, in the order of the mesh."""
         return dataclasses.astuple(self)
 
     def resolve(self, num_devices: int) -> "MeshConfig":
-        """The same mesh with -1 replaced, for `num_devices` devices. Raises ConfigError if they
-        cannot be laid out so.
+        """Returns this mesh for `num_devices` devices, with its -1 replaced.
+
+        Raises ConfigError if the sizes do not multiply to the number of devices.
         """
         fixed = 1
         for size in self.sizes:
@@ -79,7 +87,8 @@ class MeshConfig:
         if fixed * rest != num_devices:
             shape = ", ".join(f"{name}={size}" for name, size in dataclasses.asdict(self).items())
             raise ConfigError(
-                f"mesh ({shape}) does not fit {num_devices} devices: set sizes whose product is {num_devices}"
+                f"mesh ({shape}) does not fit {num_devices} devices: "
+                f"set sizes whose product is {num_devices}"
             )
         return MeshConfig(*(rest if size == -1 else size for size in self.sizes))
 
@@ -89,17 +98,20 @@ AXES = tuple(field.name for field in dataclasses.fields(MeshConfig))
 
 
 def check_layout(config: "RunConfig", mesh: MeshConfig) -> None:
-    """Raises ConfigError where the batch or the model cannot be split over a mesh without -1."""
+    """Raises ConfigError if the batch or the model cannot be split over the mesh.
+
+    `mesh` must be resolved: none of its sizes is -1.
+    """
     sizes = dataclasses.asdict(mesh)
     _check_batch(config, sizes)
     _check_context(config, mesh)
     model = config.model
-    # Key/value heads are copied where the tensor axis is larger than their number, so they need
-    # only divide or be divided.
+    # Fewer key/value heads than devices on the tensor axis are copied, so either number may divide
+    # the other.
     if mesh.tensor % model.num_kv_heads and model.num_kv_heads % mesh.tensor:
         raise ConfigError(
-            f"model.num_kv_heads={model.num_kv_heads} and mesh.tensor={mesh.tensor} do not divide each "
-            f"other: set mesh.tensor to a divisor of {model.num_kv_heads}"
+            f"model.num_kv_heads={model.num_kv_heads} and mesh.tensor={mesh.tensor} do not divide "
+            f"each other: set mesh.tensor to a divisor of {model.num_kv_heads}"
         )
     expert_dim = model.moe.expert_dim if model.moe.num_experts else 0
     for name, value, dim, dims in (
@@ -120,14 +132,14 @@ def check_layout(config: "RunConfig", mesh: MeshConfig) -> None:
 
 
 def _check_batch(config: "RunConfig", sizes: Mapping[str, int]) -> None:
-    """Raises ConfigError where the rows of a microbatch or the tokens of a row cannot be split."""
+    """Raises ConfigError if a microbatch's rows or a row's tokens cannot be split evenly."""
     batch_axes, time_axes = split_axes("BT", AXES)
     rows = math.prod(sizes[axis] for axis in batch_axes)
     microbatch = config.train.batch_size // config.train.accumulation
     if microbatch % rows:
         raise ConfigError(
-            f"train.batch_size={config.train.batch_size} in {config.train.accumulation} microbatches "
-            f"cannot be split over mesh {'*'.join(batch_axes)}={rows}: "
+            f"train.batch_size={config.train.batch_size} in {config.train.accumulation} "
+            f"microbatches cannot be split over mesh {'*'.join(batch_axes)}={rows}: "
             f"set train.batch_size to a multiple of {rows * config.train.accumulation}"
         )
     parts = math.prod(sizes[axis] for axis in time_axes)
@@ -139,20 +151,23 @@ def _check_batch(config: "RunConfig", sizes: Mapping[str, int]) -> None:
 
 
 def _check_context(config: "RunConfig", mesh: MeshConfig) -> None:
-    attention, length, heads = (
-        config.model.attention,
-        config.data.sequence_length,
-        config.model.num_heads,
-    )
+    """Raises ConfigError if attention cannot be computed over the devices of the context axis."""
     if mesh.context == 1:
         return
-    if attention.context_parallelism == "ring" and length % (2 * mesh.context):
+    parallelism = config.model.attention.context_parallelism
+    length, num_heads = config.data.sequence_length, config.model.num_heads
+    # A ring gives each device two chunks of a row, an early and a late one, so that all devices
+    # have equally much to do under a causal mask.
+    if parallelism == "ring" and length % (2 * mesh.context):
         raise ConfigError(
-            f"data.sequence_length={length} cannot be cut into 2 chunks for each of mesh.context={mesh.context} devices of a ring: "
+            f"data.sequence_length={length} cannot be cut into 2 chunks for each of "
+            f"mesh.context={mesh.context} devices of a ring: "
             f"set data.sequence_length to a multiple of {2 * mesh.context}"
         )
-    if attention.context_parallelism == "ulysses" and heads % (mesh.context * mesh.tensor):
+    # Ulysses gives each device all tokens of some heads, so it splits the heads over both axes.
+    split = mesh.context * mesh.tensor
+    if parallelism == "ulysses" and num_heads % split:
         raise ConfigError(
-            f"model.num_heads={heads} cannot be split over mesh.context*tensor={mesh.context * mesh.tensor}, as Ulysses does: "
-            "set model.attention.context_parallelism to 'ring'"
+            f"model.num_heads={num_heads} cannot be split over mesh.context*tensor={split}, "
+            "as Ulysses does: set model.attention.context_parallelism to 'ring'"
         )

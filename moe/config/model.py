@@ -16,25 +16,23 @@ from moe.config.checks import (
 from moe.config.data import BYTE_VOCABULARY
 from moe.config.sparse import MoEConfig
 
-MAX_LAYERS = (
-    2**16
-    # the layers of a period are unrolled in the program, and each layer has lines of its own in
-    # router.jsonl
-)
-MAX_ELEMENTS = (
-    2**59
-)  # of an array; XLA counts bytes in int64, and a training state holds each parameter several times
+# The layers of a period are unrolled in the program, and each layer has its own lines in
+# router.jsonl, so the number of layers has a bound.
+MAX_LAYERS = 2**16
+# The largest number of elements in an array. XLA counts bytes in int64, and a training state holds
+# each parameter several times.
+MAX_ELEMENTS = 2**59
 
 
 @dataclasses.dataclass(frozen=True)
 class AttentionConfig:
-    """How attention is computed; what it computes is the model's."""
+    """Says how attention is computed. None of these fields changes what it computes."""
 
-    # "auto" takes the fastest on the chip that the mesh is made of; docs/kernels.md says what each
-    # can do.
+    # The program that computes attention. "auto" takes the fastest one for the mesh's chip, and
+    # docs/kernels.md says what each one can do.
     implementation: Literal["auto", "blockwise", "tpu", "hopper", "hopper_fused"] = "auto"
-    # Over the mesh's context axis: keys go around a ring, or each device gets all tokens of some
-    # heads. docs/context.md compares them.
+    # How attention works over the mesh's context axis: "ring" sends keys around a ring of devices,
+    # and "ulysses" gives each device all tokens of some heads. docs/context.md compares them.
     context_parallelism: Literal["ring", "ulysses"] = "ring"
 
     def __post_init__(self) -> None:
@@ -43,24 +41,26 @@ class AttentionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only Transformer: RMSNorm, rotary positions, grouped queries, SwiGLU."""
+    """Describes a Transformer decoder: RMSNorm, rotary positions, grouped queries and SwiGLU."""
 
-    vocab_size: int = BYTE_VOCABULARY  # token ids that the embedding and the logits have
-    num_layers: int = 4  # Transformer layers
-    model_dim: int = 256  # width of the residual stream
-    feed_forward_dim: int = 704  # width within a dense feed-forward part
-    num_heads: int = 4  # query heads
-    num_kv_heads: int = 2  # key/value heads, each shared by as many query heads
-    head_dim: int = 64  # width of a head
-    rope_base: float = 10_000.0  # base of the rotary positions' frequencies
-    norm_epsilon: float = 1e-6  # added to the mean square that RMSNorm divides by
-    tied_embeddings: bool = False  # the embedding makes the logits too
-    # The type of activations. Parameters, norms, softmax and losses are float32 whatever this says.
+    vocab_size: int = BYTE_VOCABULARY  # the number of token ids that the model can read and predict
+    num_layers: int = 4  # the number of Transformer layers
+    model_dim: int = 256  # the width of the residual stream
+    feed_forward_dim: int = 704  # the hidden width of a dense layer's feed-forward network
+    num_heads: int = 4  # the number of query heads
+    # The number of key/value heads. Each is shared by num_heads / num_kv_heads query heads.
+    num_kv_heads: int = 2
+    head_dim: int = 64  # the width of one head
+    rope_base: float = 10_000.0  # the base of the frequencies of rotary positions
+    norm_epsilon: float = 1e-6  # the number that RMSNorm adds to the mean square before the root
+    tied_embeddings: bool = False  # True computes the logits with the embedding's own matrix
+    # The type of activations. Parameters, norms, softmax and losses are float32 in any case.
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    # What is computed again in the backward pass: "full" keeps only each layer's input.
+    # What the backward pass computes again to save memory: "none" stores all activations, and
+    # "full" stores only the input of each layer.
     remat: Literal["none", "full"] = "none"
-    # True compiles one layer and loops; False unrolls the loop in the program. Parameters are
-    # stacked either way.
+    # True compiles one layer and loops over it; False writes every layer into the program.
+    # Parameters are stored in the same way for both.
     scan_layers: bool = True
     attention: AttentionConfig = AttentionConfig()
     moe: MoEConfig = MoEConfig()
@@ -80,29 +80,31 @@ class ModelConfig:
         check_range(self, 1, MAX_LAYERS, "num_layers")
         if not computed(self, "rope_base") >= 1:
             raise ConfigError(
-                f"rope_base={self.rope_base} turns later pairs faster than the first: set rope_base to 1.0 or more"
+                f"rope_base={self.rope_base} turns later pairs faster than the first: "
+                "set rope_base to 1.0 or more"
             )
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
-                f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}: "
+                f"num_heads={self.num_heads} is not a multiple of "
+                f"num_kv_heads={self.num_kv_heads}: "
                 f"set num_kv_heads to {nearest_divisors(self.num_heads, self.num_kv_heads)}"
             )
         if self.head_dim % 2:
             raise ConfigError(
-                f"head_dim={self.head_dim} is odd, and rotary positions turn pairs: set an even head_dim"
+                f"head_dim={self.head_dim} is odd, but rotary positions turn pairs of numbers: "
+                "set head_dim to an even number"
             )
         reach = self.moe.first_dense_layers + self.moe.layer_period
         if self.moe.num_experts and reach > self.num_layers:
             raise ConfigError(
-                f"moe.first_dense_layers={self.moe.first_dense_layers} and moe.layer_period={self.moe.layer_period} leave no sparse layer "
-                f"of num_layers={self.num_layers}: set num_layers to at least {reach}"
+                f"moe.first_dense_layers={self.moe.first_dense_layers} and "
+                f"moe.layer_period={self.moe.layer_period} leave no sparse layer among "
+                f"num_layers={self.num_layers}: set num_layers to at least {reach}"
             )
         self._check_sizes()
 
     def _check_sizes(self) -> None:
-        """Raises ConfigError for parameters with a dimension or a number of elements that no array
-        can have.
-        """
+        """Raises ConfigError for a parameter that is larger than an array can be."""
         products = [
             (LARGEST_INT, ("num_heads", "head_dim")),
             (MAX_ELEMENTS, ("vocab_size", "model_dim")),
@@ -110,31 +112,29 @@ class ModelConfig:
             (MAX_ELEMENTS, ("num_layers", "model_dim", "feed_forward_dim")),
         ]
         if self.moe.num_experts:
+            layer = ("num_layers", "model_dim")
             products += [
                 (LARGEST_INT, ("moe.num_shared_experts", "moe.expert_dim")),
-                (MAX_ELEMENTS, ("num_layers", "model_dim", "moe.num_experts", "moe.expert_dim")),
-                (
-                    MAX_ELEMENTS,
-                    ("num_layers", "model_dim", "moe.num_shared_experts", "moe.expert_dim"),
-                ),
+                (MAX_ELEMENTS, (*layer, "moe.num_experts", "moe.expert_dim")),
+                (MAX_ELEMENTS, (*layer, "moe.num_shared_experts", "moe.expert_dim")),
             ]
         for limit, names in products:
-            values = [
-                getattr(self.moe if name.startswith("moe.") else self, name.removeprefix("moe."))
+            values = {
+                name: getattr(self.moe if name.startswith("moe.") else self, name.split(".")[-1])
                 for name in names
-            ]
-            if math.prod(values) > limit:
-                sizes = ", ".join(
-                    f"{name}={value}" for name, value in zip(names, values, strict=True)
-                )
+            }
+            if math.prod(values.values()) > limit:
+                sizes = ", ".join(f"{name}={value}" for name, value in values.items())
                 raise ConfigError(
-                    f"{sizes} make an array larger than any can be: set them to a product of at most {limit}"
+                    f"{sizes} make an array that is too large: "
+                    f"set them to a product of at most {limit}"
                 )
 
     @property
     def layer_groups(self) -> tuple[tuple[tuple[str, ...], int], ...]:
-        """Groups of layers, each ((the kinds of one period, "dense" or "moe"), repeats); a group is
-        one scan over its periods.
+        """Returns the groups of layers, each as (the kinds of the layers of one period, repeats).
+
+        A kind is "dense" or "moe". The model runs one scan for each group, over its periods.
         """
         if not self.moe.num_experts:
             return ((("dense",), self.num_layers),)
@@ -149,6 +149,6 @@ class ModelConfig:
 
     @property
     def sparse_layers(self) -> list[int]:
-        """The numbers of the layers that have experts, among all layers, from 0."""
+        """Returns the numbers of the layers that have experts, counting all layers from 0."""
         kinds = [kind for kinds, repeats in self.layer_groups for kind in kinds * repeats]
         return [number for number, kind in enumerate(kinds) if kind == "moe"]

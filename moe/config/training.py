@@ -1,4 +1,4 @@
-"""The config of the optimizer, of the training loop and of its metrics."""
+"""The config of the optimizer, of the training loop and of where metrics are written."""
 
 import dataclasses
 
@@ -14,17 +14,18 @@ from moe.config.checks import (
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW (Loshchilov & Hutter 2019) with linear warm-up, then a cosine to a fraction of the
-    peak.
-    """
+    """Describes AdamW (Loshchilov & Hutter 2019) and its schedule: linear warm-up, then cosine."""
 
-    learning_rate: float = 1e-3  # the peak
-    warmup_fraction: float = 0.1  # of train.steps, in which the learning rate rises to its peak
-    final_learning_rate_fraction: float = 0.1  # of the peak, where the cosine ends
-    weight_decay: float = 0.1  # of matrices, times the learning rate
-    beta1: float = 0.9  # decay of the gradient's mean
-    beta2: float = 0.95  # decay of the squared gradient's mean
-    clip_norm: float = 1.0  # the norm that larger gradients are scaled down to
+    learning_rate: float = 1e-3  # the highest learning rate, at the end of the warm-up
+    # The fraction of train.steps in which the learning rate rises from 0 to learning_rate.
+    warmup_fraction: float = 0.1
+    # The learning rate where the cosine ends, as a fraction of learning_rate.
+    final_learning_rate_fraction: float = 0.1
+    # The decay of weight matrices: each step subtracts weight_decay * learning rate * the matrix.
+    weight_decay: float = 0.1
+    beta1: float = 0.9  # the decay of the running mean of gradients
+    beta2: float = 0.95  # the decay of the running mean of squared gradients
+    clip_norm: float = 1.0  # the largest norm of a gradient; larger gradients are scaled down to it
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -33,32 +34,36 @@ class OptimizerConfig:
         for name in ("beta1", "beta2"):
             if not 0.0 <= computed(self, name) < 1.0:
                 raise ConfigError(
-                    f"{name}={getattr(self, name)} is not a decay: set {name} to at least 0.0 and less than 1.0"
+                    f"{name}={getattr(self, name)} is not a decay: "
+                    f"set {name} to at least 0.0 and less than 1.0"
                 )
         if not 0.0 <= self.warmup_fraction < 1.0:
             raise ConfigError(
-                f"warmup_fraction={self.warmup_fraction} is not a part of the run: set warmup_fraction to at least 0.0 and less than 1.0"
+                f"warmup_fraction={self.warmup_fraction} is not a fraction of the run: "
+                "set warmup_fraction to at least 0.0 and less than 1.0"
             )
         check_not_negative(self, "weight_decay")
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """How long, how much at a time, and what is written down on the way."""
+    """Says how long a run trains, how much each step processes, and how often results are saved."""
 
-    steps: int = 1000  # updates of the parameters
-    batch_size: int = 16  # rows of a step, over all devices and microbatches
-    accumulation: int = 1  # microbatches of a step
-    loss_chunk: int = 128  # positions of each row whose logits exist at once
-    log_every: int = 10  # steps from one line of metrics to the next
-    eval_every: int = 500  # steps from one evaluation to the next
-    eval_batches: int = 0  # batches of the validation split at each evaluation; 0 takes them all
-    checkpoint_every: int = 500  # steps from one checkpoint to the next
-    keep_last: int = 2  # checkpoints kept besides the multiples of keep_every
-    keep_every: int = 0  # 0 keeps only the last ones
-    max_skipped_steps: int = (
-        10  # updates skipped in a row, for a non-finite loss or gradient, before the run stops
-    )
+    steps: int = 1000  # the number of updates of the parameters
+    batch_size: int = 16  # the number of rows in a step, over all devices and microbatches
+    accumulation: int = 1  # the number of microbatches into which a step's batch is divided
+    loss_chunk: int = 128  # the number of positions of each row whose logits are in memory at once
+    log_every: int = 10  # the number of steps between two lines of metrics
+    eval_every: int = 500  # the number of steps between two evaluations
+    # The number of batches of the validation split in each evaluation. 0 takes the whole split.
+    eval_batches: int = 0
+    checkpoint_every: int = 500  # the number of steps between two checkpoints
+    keep_last: int = 2  # the number of latest checkpoints that are not deleted
+    # Checkpoints at multiples of this step are never deleted. 0 deletes all but the latest ones.
+    keep_every: int = 0
+    # The number of updates that may be skipped in a row, because the loss or the gradient is not
+    # finite, before the run stops.
+    max_skipped_steps: int = 10
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -68,17 +73,18 @@ class TrainConfig:
         check_positive(self, "checkpoint_every", "keep_last", "max_skipped_steps")
         check_not_negative(self, "eval_batches", "keep_every")
         if self.batch_size % self.accumulation:
+            nearest = self.accumulation * max(1, round(self.batch_size / self.accumulation))
             raise ConfigError(
-                f"batch_size={self.batch_size} is not a multiple of accumulation={self.accumulation}: "
-                f"set batch_size to {self.accumulation * max(1, round(self.batch_size / self.accumulation))}"
+                f"batch_size={self.batch_size} is not a multiple of "
+                f"accumulation={self.accumulation}: set batch_size to {nearest}"
             )
 
 
 @dataclasses.dataclass(frozen=True)
 class TrackingConfig:
-    """Where metrics go besides metrics.jsonl, which is always written."""
+    """Says where metrics are written besides metrics.jsonl, which is always written."""
 
-    tensorboard: bool = True  # metrics are written for TensorBoard as well
+    tensorboard: bool = True  # True writes the metrics for TensorBoard as well
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -1,3 +1,1 @@
-"""From text to batches: sources (TFDS), tokenizers, packing, prepared rows, loader (Grain). Import
-the modules themselves.
-"""
+"""Turns text into batches: sources (TFDS), tokenizers, packing, prepared rows, loader (Grain)."""

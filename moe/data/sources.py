@@ -1,4 +1,4 @@
-"""Where documents come from: TFDS, written as ArrayRecord, which is read without TensorFlow."""
+"""Reads documents from TFDS, which stores them as ArrayRecord, readable without TensorFlow."""
 
 import contextlib
 import dataclasses
@@ -10,57 +10,78 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from moe.config import ConfigError, DataConfig
 from moe.files import exclusive
 
-if TYPE_CHECKING:  # importing TFDS takes a second, which opening rows that are there should not
+# Importing TFDS takes a second, so the functions that need it import it themselves. Rows that are
+# prepared already can be opened without it.
+if TYPE_CHECKING:
     import tensorflow_datasets as tfds
 
-# Keeps out TFDS's other notations (namespaces, which ask the network, and arguments), and "../x".
+# "name/config:version". It rejects TFDS's other notations, namespaces (which ask the network) and
+# arguments, as well as "../x".
 _NAME = re.compile(r"\w+(/\w[\w.+-]*)?(:[\d.*]+)?", re.ASCII)
 _READ_AT_ONCE = 64
 
 
+class _Records(Protocol):
+    """Describes TFDS's access to the records of a split by their index."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> dict[str, bytes]: ...
+
+    def __getitems__(self, indices: Sequence[int], /) -> Sequence[dict[str, bytes]]: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Documents(Sequence[str]):
-    """The texts of a split of a data set that TFDS has prepared in `directory`, by index."""
+    """Reads the texts of a split that TFDS has prepared in `directory`, by their index."""
 
     directory: str
     split: str
 
     def __len__(self) -> int:
-        return len(self._records)
+        return self._prepared_builder.info.splits[self.split].num_examples
 
     def __getitem__(self, index: int) -> str:
-        return self._records[range(len(self))[index]]["text"].decode(errors="replace")
+        # The range turns a negative index into the one that it means, and refuses what is outside.
+        index = range(len(self))[
+            index
+        ]  # raises IndexError before a split without records is opened
+        return self._records[index]["text"].decode(errors="replace")
 
     def between(self, start: int, stop: int) -> Iterator[str]:
-        """The documents from start to stop, or the end. Several are read at once: a read takes
-        longer the longer its file is.
+        """Yields the documents from `start` to `stop`, or to the last one.
+
+        Several are read at once, because each read takes longer the longer its file is.
         """
-        for first in range(start, stop := min(stop, len(self)), _READ_AT_ONCE):
-            for record in self._records.__getitems__(
-                range(first, min(first + _READ_AT_ONCE, stop))
-            ):
+        stop = min(stop, len(self))
+        for first in range(start, stop, _READ_AT_ONCE):
+            indices = range(first, min(first + _READ_AT_ONCE, stop))
+            for record in self._records.__getitems__(indices):
                 yield record["text"].decode(errors="replace")
 
     @functools.cached_property
-    def _records(self) -> Sequence[dict[str, bytes]]:
+    def _prepared_builder(self) -> "tfds.core.DatasetBuilder":
+        """Returns TFDS's builder of the prepared data set."""
         import tensorflow_datasets as tfds
 
-        builder = tfds.builder_from_directory(self.directory)
-        return (
-            builder.as_data_source(self.split)
-            if builder.info.splits[self.split].num_examples
-            else []
-        )
+        return tfds.builder_from_directory(self.directory)
+
+    @functools.cached_property
+    def _records(self) -> _Records:
+        """Returns TFDS's access to the records. It cannot be opened for a split without any."""
+        # TFDS wraps the method in a decorator whose type hides its arguments.
+        return self._prepared_builder.as_data_source(self.split)  # pyright: ignore[reportCallIssue]
 
 
 def source_name(config: DataConfig) -> str:
-    """The full name of the data set, with its version: "stdlib/3.11.7". Raises ConfigError for one
-    that TFDS doesn't know.
+    """Returns the full name of the data set with its version, such as "stdlib/3.11.7".
+
+    Raises ConfigError for a data set that TFDS does not know.
     """
     if config.dataset == "stdlib":
         return "stdlib/" + ".".join(map(str, sys.version_info[:3]))
@@ -68,18 +89,18 @@ def source_name(config: DataConfig) -> str:
 
 
 def open_documents(config: DataConfig, split: str) -> Documents:
-    """The documents of a split; downloaded and prepared under `config.directory` where they are not
-    yet.
+    """Returns the documents of a split, which TFDS prepares first if they are not there yet.
 
-    Raises ConfigError for an unknown data set or split or one without text, OSError where preparing
-    it fails.
+    They are downloaded to `config.directory`. Raises ConfigError for a data set or a split that is
+    unknown or has no text, and OSError if preparing it fails.
     """
     builder = _builder(config)
     _check_text(config, builder)
     if not _is_prepared(builder):
-        with exclusive(config.path / "tfds" / f"{builder.name}.lock") as alone:
-            # what killed preparations have left; with no lock, another process may be at work there
-            if alone:
+        with exclusive(config.path / "tfds" / f"{builder.name}.lock") as has_lock:
+            # What killed processes have left is deleted. Without a lock, another process may be
+            # writing there right now.
+            if has_lock:
                 for stale in Path(builder.data_dir).parent.glob("incomplete.*"):
                     shutil.rmtree(stale, ignore_errors=True)
             builder = _prepared(config)
@@ -88,10 +109,10 @@ def open_documents(config: DataConfig, split: str) -> Documents:
 
 
 def check_dataset(config: DataConfig) -> None:
-    """Raises ConfigError for a data set that TFDS doesn't know or that has no text, and for a split
-    that it lacks, if that is known.
+    """Raises ConfigError for a data set that TFDS does not know or that has no text.
 
-    Nothing is downloaded, and JAX is not imported, nor TFDS where it is not needed.
+    A split that it lacks is refused too, if the data set is prepared already and its splits are
+    known. Nothing is downloaded. JAX is not imported, and TFDS only where it is needed.
     """
     splits = (config.train_split, config.validation_split)
     if config.dataset == "stdlib" and {"train", "validation"}.issuperset(splits):
@@ -104,6 +125,7 @@ def check_dataset(config: DataConfig) -> None:
 
 
 def _check_text(config: DataConfig, builder: "tfds.core.DatasetBuilder") -> None:
+    """Raises ConfigError for a data set whose documents have no text."""
     import tensorflow_datasets as tfds
 
     features = builder.info.features
@@ -113,38 +135,42 @@ def _check_text(config: DataConfig, builder: "tfds.core.DatasetBuilder") -> None
         and isinstance(features["text"], tfds.features.Text)
     ):
         raise ConfigError(
-            f"data.dataset={config.dataset!r} has no feature 'text' of text: set data.dataset to one that has"
+            f"data.dataset={config.dataset!r} has no feature 'text' of text: "
+            "set data.dataset to one that has"
         )
 
 
 def _check_split(config: DataConfig, builder: "tfds.core.DatasetBuilder", split: str) -> None:
+    """Raises ConfigError for a split that a prepared data set does not have."""
     try:
         builder.info.splits[split]
     except (KeyError, ValueError):
         splits = " or ".join(repr(name) for name in builder.info.splits)
         raise ConfigError(
-            f"split {split!r} is not one of data.dataset={config.dataset!r}: set the split to {splits}"
+            f"split {split!r} is not one of data.dataset={config.dataset!r}: "
+            f"set the split to {splits}"
         ) from None
 
 
 def _builder(config: DataConfig) -> "tfds.core.DatasetBuilder":
+    """Returns TFDS's builder of the data set. Raises ConfigError for one that it does not know."""
     if not _NAME.fullmatch(config.dataset):
         raise ConfigError(
-            f"data.dataset={config.dataset!r} is not a name: set data.dataset to 'stdlib' or TFDS's 'name/config:version'"
+            f"data.dataset={config.dataset!r} is not a name: "
+            "set data.dataset to 'stdlib' or TFDS's 'name/config:version'"
         )
     import tensorflow_datasets as tfds
 
-    import moe.data.stdlib  # noqa: F401  (defining the builder makes its name known to TFDS)
+    # TFDS knows the name of a builder as soon as its class is defined.
+    import moe.data.stdlib  # noqa: F401
 
     directory = config.path / "tfds"
     try:
         return tfds.builder(
             config.dataset, data_dir=os.fspath(directory), file_format="array_record"
         )
-    except (
-        ValueError,
-        AssertionError,
-    ) as error:  # an unknown name or config, or an unknown version
+    # TFDS raises one of these for an unknown name or config, and the other for a version.
+    except (ValueError, AssertionError) as error:
         reason = str(error).split("\n")[0].rstrip(".")
         raise ConfigError(
             f"data.dataset={config.dataset!r}: {reason}: set data.dataset to a name that TFDS lists"
@@ -152,28 +178,32 @@ def _builder(config: DataConfig) -> "tfds.core.DatasetBuilder":
 
 
 def _is_prepared(builder: "tfds.core.DatasetBuilder") -> bool:
-    return Path(
-        builder.data_dir, "dataset_info.json"
-    ).exists()  # the builder's own test warns where nothing is there yet
+    """Says whether TFDS has prepared the data set."""
+    # The builder has a method for this, but it warns if nothing is there yet.
+    return Path(builder.data_dir, "dataset_info.json").exists()
 
 
 def _prepared(config: DataConfig) -> "tfds.core.DatasetBuilder":
+    """Returns the builder of a data set that it has prepared. Raises OSError if that fails."""
     builder = _builder(config)
-    if _is_prepared(builder):  # by whoever had the lock before
+    if _is_prepared(builder):  # another process has done so while this one waited for the lock
         return builder
     import tensorflow_datasets as tfds
 
-    if builder.name == "stdlib":  # TFDS has a bar for each of its phases, which here take a second
+    # TFDS shows a bar for each of its phases. For stdlib they take only a second.
+    if builder.name == "stdlib":
         tfds.disable_progress_bar()
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             builder.download_and_prepare()
     except (ImportError, OSError, ValueError, AssertionError) as error:
         builder = _builder(config)
-        if not _is_prepared(builder):  # otherwise another host, behind another lock, was quicker
+        # If it is prepared now, another host was quicker, which need not see this host's lock.
+        if not _is_prepared(builder):
             reason = str(error).split("\n")[0]
             raise OSError(
-                f"data.dataset={config.dataset!r} could not be prepared in {builder.data_dir}: {reason}"
+                f"data.dataset={config.dataset!r} could not be prepared in {builder.data_dir}: "
+                f"{reason}"
             ) from error
     finally:
         tfds.enable_progress_bar()

@@ -1,4 +1,4 @@
-"""A TFDS builder over the Python standard library: real text that is on every machine."""
+"""Builds a TFDS data set from the Python standard library, a real text on every machine."""
 
 import hashlib
 import sys
@@ -9,12 +9,13 @@ from pathlib import Path
 import tensorflow_datasets as tfds
 
 _LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-_VALIDATION_HASHES = 13  # of 256 values of a hash's first byte: 5 %
+_VALIDATION_HASHES = 13  # out of the 256 values of a hash's first byte, which is 5 %
 
 
 class Stdlib(tfds.core.GeneratorBasedBuilder):
-    """The .py files of the running interpreter's standard library, tests left out; another Python
-    is another version.
+    """Reads the .py files of the running Python's standard library, without its tests.
+
+    The version of the data set is Python's.
     """
 
     VERSION = tfds.core.Version(".".join(map(str, sys.version_info[:3])))
@@ -38,8 +39,9 @@ class Stdlib(tfds.core.GeneratorBasedBuilder):
 
 
 def python_files(root: Path) -> Iterator[tuple[str, str]]:
-    """(path relative to root, text) of every non-empty UTF-8 .py file that is not a test, in the
-    order of the paths.
+    """Yields the path relative to `root` and the text of each .py file, in the order of the paths.
+
+    Tests, empty files and files that are not UTF-8 are left out.
     """
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
@@ -53,7 +55,8 @@ def python_files(root: Path) -> Iterator[tuple[str, str]]:
 
 
 def is_validation(text: str) -> bool:
-    """Whether a document is held out. A function of its contents alone, so that no copy of it lies
-    in the other split.
+    """Says whether a document belongs to the validation split.
+
+    That depends only on its contents, so all copies of a document are in the same split.
     """
     return hashlib.sha256(text.encode()).digest()[0] < _VALIDATION_HASHES

@@ -1,4 +1,4 @@
-"""Text to token ids and back."""
+"""Turns text into token ids, and token ids into text."""
 
 import dataclasses
 
@@ -9,8 +9,9 @@ from moe.config import BYTE_VOCABULARY, DataConfig
 
 @dataclasses.dataclass(frozen=True)
 class ByteTokenizer:
-    """UTF-8 bytes are the ids. 0xFF, a byte that UTF-8 never uses, marks where a document starts
-    and ends.
+    """Takes the UTF-8 bytes of a text as its ids.
+
+    0xFF, a byte that UTF-8 never uses, marks where a document starts and where it ends.
     """
 
     name: str = "byte"
@@ -18,32 +19,31 @@ class ByteTokenizer:
     boundary_id: int = 0xFF
 
     def encode(self, text: str) -> np.ndarray:
-        """The ids of `text` without boundaries, [bytes] uint16: a prompt."""
+        """Returns the ids of `text` without boundaries, [bytes] uint16, as for a prompt."""
         return np.frombuffer(text.encode(), np.uint8).astype(np.uint16)
 
     def encode_document(self, text: str) -> np.ndarray:
-        """The ids of `text` between two boundaries, [bytes + 2] uint16: its first byte and its end
-        are predicted too.
+        """Returns the ids of `text` between two boundaries, [bytes + 2] uint16.
+
+        With the boundaries, a model also predicts the first byte of a document and its end.
         """
         return np.pad(self.encode(text), 1, constant_values=self.boundary_id)
 
     def decode(self, ids: np.ndarray) -> str:
-        """The text of `ids`, [ids] of any integer type. Boundaries are dropped; what is not UTF-8
-        becomes U+FFFD.
+        """Returns the text of `ids`, [ids] of any integer type.
+
+        Boundaries are dropped, and ids that are not UTF-8 become U+FFFD.
         """
         ids = np.asarray(ids)
         ids = ids[ids != self.boundary_id]
-        # A model's vocabulary may be larger than the tokenizer's: such an id is no byte, like 0xFF.
-        return (
-            np.where(ids < self.vocab_size, ids, 0xFF)
-            .astype(np.uint8)
-            .tobytes()
-            .decode(errors="replace")
-        )
+        # A model's vocabulary may be larger than the tokenizer's. Such an id becomes 0xFF, which
+        # is not UTF-8 either.
+        text = np.where(ids < self.vocab_size, ids, 0xFF).astype(np.uint8).tobytes()
+        return text.decode(errors="replace")
 
 
 def make_tokenizer(config: DataConfig) -> ByteTokenizer:
-    """The tokenizer that `config.tokenizer` names."""
+    """Returns the tokenizer that `config.tokenizer` names."""
     match config.tokenizer:
         case "byte":
             return ByteTokenizer()

@@ -1,1 +1,1 @@
-"""Generating text from a trained model."""
+"""Generates text with a trained model."""

@@ -1,22 +1,26 @@
-"""Sparse upcycling: the parameters of a mixture of experts made from those of a dense model. Pure
-functions of parameter trees.
+"""Sparse upcycling makes the parameters of a mixture of experts from those of a dense model.
 
-The dense feed-forward part is cut along F into slices of `expert_dim`. The shared experts take the
-first of them, and the routed ones the G that are left: expert e starts as a copy of slice e % G
-(Komatsuzaki et al. 2022 has G = 1: every expert is a copy of the whole). All else is copied, and
-the router is drawn as for a new model. The down projections of routed experts are multiplied by G
-over the sum of a token's combine weights, so that weights that are equal over all slices add up to
-what the slices did.
+These are pure functions of parameter trees. The dense feed-forward part is cut along F into slices
+of `expert_dim`. The shared experts take the first slices, and G slices are left for the routed
+experts: expert e starts as a copy of slice e % G. (Komatsuzaki et al. 2022 has G = 1: every expert
+is a copy of the whole.) Everything else is copied, and the router is drawn as for a new model. The
+down projections of routed experts are multiplied by G over the sum of a token's combine weights.
+Then equal weights over all slices add up to the output of the dense part.
 
-The model's function is exactly the dense one's if all of these hold:
-- no noise is added, and no assignment dropped: `dispatch` is "dense" or "dropless" (or nothing finds its expert full);
-- the weights have a known sum: they are normalized, or the router is "hash", or every expert is chosen by a softmax;
-- every token chooses whole copies: `experts_per_token` is a multiple of G, and with `num_groups` a group's experts are too. For then the
-  G experts of a copy start with one router column (virtual groups, He et al. 2024), have equal scores, and are chosen together. The hash
-  router chooses consecutive experts with equal weights, which hold each slice equally often.
-G = 1 fulfils the last. Otherwise the function is only near: the scale is right for a router whose
-scores are all equal, on average over choices, and a router whose A is no multiple of G keeps the
-columns it was drawn with, since ties would never choose the last slices.
+The new model computes exactly the dense one's function if all of these hold:
+- No noise is added.
+- No assignment is dropped: `dispatch` is "dense" or "dropless", or no expert is full.
+- The sum of a token's weights is known: they are normalized, or the router is "hash", or a softmax
+  chooses every expert.
+- Every token chooses whole copies: `experts_per_token` is a multiple of G, and with `num_groups` so
+  is the number of experts in a group. The G experts of a copy start with the same router column
+  (virtual groups, He et al. 2024), so they have equal scores and are chosen together. The hash
+  router chooses consecutive experts with equal weights, which hold each slice equally often. G = 1
+  always fulfils this.
+
+Otherwise the function is close to the dense one's. On average over choices, the scale is right for
+a router whose scores are all equal. If A is not a multiple of G, the router keeps the columns that
+were drawn for it, since with equal columns the last slices would never be chosen.
 """
 
 import math
@@ -29,48 +33,60 @@ import jax.numpy as jnp
 
 from moe.config import ConfigError, ModelConfig, MoEConfig
 
-# What a model's function or its tree depends on besides `moe`.
-KEPT_FIELDS = (
-    *(
-        "vocab_size",
-        "num_layers",
-        "model_dim",
-        "feed_forward_dim",
-        "num_heads",
-        "num_kv_heads",
-        "head_dim",
-    ),
-    *("rope_base", "norm_epsilon", "tied_embeddings"),
+Params = dict[str, Any]  # a tree of parameters by name
+
+# The fields besides `moe` that a model's function or its parameter tree depends on.
+SHARED_FIELDS = (
+    "vocab_size",
+    "num_layers",
+    "model_dim",
+    "feed_forward_dim",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "rope_base",
+    "norm_epsilon",
+    "tied_embeddings",
 )
 
 
 def check_upcycle(dense: ModelConfig, config: ModelConfig) -> None:
-    """Raises ConfigError where a model of `config` cannot start from one of `dense`."""
-    moe = config.moe
+    """Raises ConfigError if a model of `config` cannot start from one of `dense`."""
     if dense.moe.num_experts:
         raise ConfigError(
-            f"model.moe.num_experts={dense.moe.num_experts} of the run to start from is sparse already: set --from to a dense run"
+            f"model.moe.num_experts={dense.moe.num_experts} of the run to start from is sparse "
+            "already: set --from to a dense run"
         )
-    if not moe.num_experts:
+    if not config.moe.num_experts:
         raise ConfigError(
-            "model.moe.num_experts=0 leaves every layer dense: set model.moe.num_experts to 1 or more"
+            "model.moe.num_experts=0 leaves every layer dense: "
+            "set model.moe.num_experts to 1 or more"
         )
-    for name in KEPT_FIELDS:
+    for name in SHARED_FIELDS:
         before, after = getattr(dense, name), getattr(config, name)
         if before != after:
             raise ConfigError(
-                f"model.{name}={after} is {before} in the run to start from: set model.{name} to {before}"
+                f"model.{name}={after} is {before} in the run to start from: "
+                f"set model.{name} to {before}"
             )
-    whole, rest = divmod(config.feed_forward_dim, moe.expert_dim)
+    _check_slices(config)
+
+
+def _check_slices(config: ModelConfig) -> None:
+    """Raises ConfigError if the feed-forward part cannot be cut into the experts' slices."""
+    moe = config.moe
+    number, rest = divmod(config.feed_forward_dim, moe.expert_dim)
     if rest:
         raise ConfigError(
-            f"model.moe.expert_dim={moe.expert_dim} does not divide model.feed_forward_dim={config.feed_forward_dim}: "
+            f"model.moe.expert_dim={moe.expert_dim} does not divide "
+            f"model.feed_forward_dim={config.feed_forward_dim}: "
             f"set model.moe.expert_dim to a divisor of {config.feed_forward_dim}"
         )
-    if whole <= moe.num_shared_experts:
+    if number <= moe.num_shared_experts:
         raise ConfigError(
-            f"model.moe.num_shared_experts={moe.num_shared_experts} leaves the routed experts none of the {whole} slices of width "
-            f"{moe.expert_dim}: set model.moe.num_shared_experts to at most {whole - 1}"
+            f"model.moe.num_shared_experts={moe.num_shared_experts} leaves the routed experts none "
+            f"of the {number} slices of width {moe.expert_dim}: "
+            f"set model.moe.num_shared_experts to at most {number - 1}"
         )
     slices = num_slices(config)
     if moe.num_experts % slices:
@@ -81,23 +97,20 @@ def check_upcycle(dense: ModelConfig, config: ModelConfig) -> None:
 
 
 def num_slices(config: ModelConfig) -> int:
-    """G: how many slices of a feed-forward part are the routed experts'."""
+    """Returns G, the number of slices of a feed-forward part that the routed experts take."""
     return config.feed_forward_dim // config.moe.expert_dim - config.moe.num_shared_experts
 
 
 def total_weight(config: MoEConfig) -> float:
-    """The sum of a token's combine weights, if all of its scores are equal."""
+    """Returns the sum of a token's combine weights if all of its scores are equal."""
     if config.normalized or config.router == "hash":
         return config.weight_scale
-    return (
-        config.weight_scale
-        * config.experts_per_token
-        * (0.5 if config.router == "sigmoid" else 1 / config.num_experts)
-    )
+    score = 0.5 if config.router == "sigmoid" else 1 / config.num_experts
+    return config.weight_scale * config.experts_per_token * score
 
 
-def layers_of(params: Any, config: ModelConfig) -> list[Any]:
-    """Each layer's parameters, in order, out of the stacks [repeats, ...] of `config.layer_groups`."""
+def layers_of(params: Params, config: ModelConfig) -> list[Params]:
+    """Returns each layer's parameters, in order, from the stacks of `config.layer_groups`."""
     return [
         jax.tree.map(operator.itemgetter(repeat), params[f"layers_{group}"][f"block_{index}"])
         for group, (kinds, repeats) in enumerate(config.layer_groups)
@@ -106,35 +119,35 @@ def layers_of(params: Any, config: ModelConfig) -> list[Any]:
     ]
 
 
-def stack_layers(layers: list[Any], config: ModelConfig) -> dict[str, Any]:
-    """The inverse of `layers_of`: the stacks of `config.layer_groups`, by name. Between two configs
-    the pair changes the grouping.
+def stack_layers(layers: list[Params], config: ModelConfig) -> Params:
+    """Returns the stacks of `config.layer_groups` by name: the inverse of `layers_of`.
+
+    The two with different configs change how layers are grouped.
     """
-    groups: dict[str, Any] = {}
+    groups: Params = {}
     for group, (kinds, repeats) in enumerate(config.layer_groups):
-        size = len(kinds)
-        of_group, layers = layers[: size * repeats], layers[size * repeats :]
-        stacks = [
-            jax.tree.map(lambda *x: jnp.stack(x), *of_group[index::size]) for index in range(size)
-        ]
-        groups[f"layers_{group}"] = {f"block_{index}": stack for index, stack in enumerate(stacks)}
+        period = len(kinds)
+        group_layers, layers = layers[: period * repeats], layers[period * repeats :]
+        groups[f"layers_{group}"] = {
+            f"block_{index}": jax.tree.map(lambda *x: jnp.stack(x), *group_layers[index::period])
+            for index in range(period)
+        }
     return groups
 
 
 def upcycle(
-    dense_params: Any,
-    new_params: Any,
+    dense_params: Params,
+    new_params: Params,
     key: jax.Array,
     *,
     dense: ModelConfig,
     config: ModelConfig,
     noise: float = 0.0,
-) -> Any:
-    """The parameters of a model of `config` made from a dense one's, and from a new model's
-    routers.
+) -> Params:
+    """Returns the parameters of a model of `config`, from a dense model's and new routers.
 
-    To each routed expert's matrices, normal noise of `noise` times the matrix's standard deviation
-    is added, a function of `key`.
+    The routers are those of `new_params`. Each routed expert's matrices get normal noise, drawn
+    from `key`, of `noise` times the matrix's standard deviation.
     """
     layers = []
     for number, (layer, new) in enumerate(
@@ -142,41 +155,51 @@ def upcycle(
     ):
         if "moe" in new:
             layer_key = jax.random.fold_in(key, number)
-            sparse = _sparse(layer["feed_forward"], new["moe"], layer_key, config, noise)
-            layer = {name: value for name, value in layer.items() if name != "feed_forward"} | {
-                "moe": sparse
-            }
+            experts = _make_experts(layer["feed_forward"], new["moe"], layer_key, config, noise)
+            attention = {name: value for name, value in layer.items() if name != "feed_forward"}
+            layer = attention | {"moe": experts}
         layers.append(layer)
     others = {name: value for name, value in dense_params.items() if not name.startswith("layers_")}
     return others | stack_layers(layers, config)
 
 
-def _sparse(
-    feed_forward: dict[str, jax.Array], new: Any, key: jax.Array, config: ModelConfig, noise: float
-) -> dict[str, Any]:
-    """The parameters of a sparse part, from the matrices [D, F] of a dense one."""
+def _make_experts(
+    feed_forward: dict[str, jax.Array],
+    new: dict[str, jax.Array],
+    key: jax.Array,
+    config: ModelConfig,
+    noise: float,
+) -> Params:
+    """Returns the parameters of a sparse part, from the matrices of a dense one.
+
+    `new` is a new model's sparse part, whose router is used.
+    """
     moe, slices = config.moe, num_slices(config)
     shared_dim = moe.num_shared_experts * moe.expert_dim
-    sparse: dict[str, Any] = {}
-    for (name, w_DF), matrix_key in zip(
-        sorted(feed_forward.items()), jax.random.split(key, 3), strict=True
-    ):
-        slices_GDF = einops.rearrange(w_DF[:, shared_dim:], "d (g f) -> g d f", g=slices)
-        w_EDF = _add_noise(
-            jnp.tile(slices_GDF, (moe.num_experts // slices, 1, 1)), matrix_key, noise
-        )
-        sparse[name] = slices / total_weight(moe) * w_EDF.mT if name == "down" else w_EDF
+    experts: Params = {}
+    shared: Params = {}
+    matrices = zip(sorted(feed_forward.items()), jax.random.split(key, 3), strict=True)
+    for (name, matrix), matrix_key in matrices:
+        if name == "down":  # [F, D]; gate and up are [D, F]
+            shared[name], routed = matrix[:shared_dim], matrix[shared_dim:]
+            routed_slices = einops.rearrange(routed, "(g f) d -> g f d", g=slices)
+        else:
+            shared[name], routed = matrix[:, :shared_dim], matrix[:, shared_dim:]
+            routed_slices = einops.rearrange(routed, "d (g f) -> g d f", g=slices)
+        copies = jnp.tile(routed_slices, (moe.num_experts // slices, 1, 1))
+        noisy = _add_noise(copies, matrix_key, noise)
+        experts[name] = slices / total_weight(moe) * noisy if name == "down" else noisy
     if shared_dim:
-        sparse["shared"] = {name: w_DF[:, :shared_dim] for name, w_DF in feed_forward.items()}
+        experts["shared"] = shared
     if "router" in new:
         tied = slices if moe.experts_per_token % slices == 0 else 1
-        sparse["router"] = jnp.repeat(new["router"][:, ::tied], tied, axis=1)
-    return sparse
+        experts["router"] = jnp.repeat(new["router"][:, ::tied], tied, axis=1)
+    return experts
 
 
-def _add_noise(w_EDF: jax.Array, key: jax.Array, noise: float) -> jax.Array:
-    if not noise:  # else drawing it would be most of the program
-        return w_EDF
-    return w_EDF + noise * jnp.std(w_EDF, axis=(1, 2), keepdims=True) * jax.random.normal(
-        key, w_EDF.shape, w_EDF.dtype
-    )
+def _add_noise(experts: jax.Array, key: jax.Array, noise: float) -> jax.Array:
+    """Adds normal noise of `noise` times each expert's standard deviation to its matrix."""
+    if not noise:  # drawing the noise would be most of the program
+        return experts
+    deviation_E11 = jnp.std(experts, axis=(1, 2), keepdims=True)
+    return experts + noise * deviation_E11 * jax.random.normal(key, experts.shape, experts.dtype)

@@ -1,90 +1,144 @@
-"""Attention with grouped queries and rotary positions, and its key/value cache."""
+"""Self-attention and cross-attention, in which groups of query heads share a key/value head."""
 
-import functools
-from typing import Any
+from typing import NamedTuple
 
+import einops
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
-from flax import struct
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from moe.config import ConfigError, ModelConfig
-from moe.kernels.attention import Implementation, choose, decode_attention, flash_attention, why_not
-from moe.model.layers import einsum, residual_scale, rotary_angles, rotate
+from moe.kernels.attention import Choice, choose, decode_attention, flash_attention, why_not
+from moe.model.cache import Cache, MemoryCache, fill_memory_cache, update_cache
+from moe.model.layers import einsum, rotate
+from moe.model.tokens import TokenInfo
 from moe.parallel.context import ring_attention, ulysses_attention
 from moe.parallel.mesh import chip, constrain, on_auto_axes, per_shard
 from moe.parameters import parameter
 
 
-@struct.dataclass
-class Positions:
-    """Where each token stands: what attention needs to know of a batch, the same in every layer."""
+class Weights(NamedTuple):
+    """The four weights of an attention part."""
 
-    positions_BT: jax.Array  # counted from the start of the token's document
-    segment_ids_BT: jax.Array  # tokens see only their own segment
-    cos_BTH: jax.Array  # of the rotary angles, H/2 of them
-    sin_BTH: jax.Array
-    from_start: bool = struct.field(
-        pytree_node=False
-    )  # every row stands at 0, 1, 2, ...: known while tracing
+    query_DNH: jax.Array
+    key_DKH: jax.Array
+    value_DKH: jax.Array
+    output_NHD: jax.Array
 
-    @classmethod
-    def of(cls, batch: dict[str, jax.Array], config: ModelConfig) -> "Positions":
-        """Reads `positions` and `segment_ids` of a batch; without them every row is one document
-        from its start.
-        """
-        shape = batch["tokens"].shape
-        positions_BT = batch.get(
-            "positions", jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)
-        )
-        segment_ids_BT = batch.get("segment_ids", jnp.ones(shape, jnp.int32))
-        angles = rotary_angles(positions_BT, config.head_dim, config.rope_base)
-        return cls(
-            positions_BT, segment_ids_BT, jnp.cos(angles), jnp.sin(angles), "positions" not in batch
-        )
+
+def declare_weights(module: nn.Module, config: ModelConfig, output_scale: float) -> Weights:
+    """Declares the weights of an attention part as parameters of `module`."""
+    d, n, k, h = config.model_dim, config.num_heads, config.num_kv_heads, config.head_dim
+    return Weights(
+        parameter(module, "query", "DNH", (d, n, h), kind="linear", fan_in=d),
+        parameter(module, "key", "DKH", (d, k, h), kind="linear", fan_in=d),
+        parameter(module, "value", "DKH", (d, k, h), kind="linear", fan_in=d),
+        parameter(
+            module, "output", "NHD", (n, h, d), kind="linear", fan_in=n * h, scale=output_scale
+        ),
+    )
 
 
 class Attention(nn.Module):
-    """Causal self-attention (Vaswani et al. 2017, eq. 1) in which N/K query heads share a key/value
-    head (Ainslie et al. 2023).
+    """Self-attention (Vaswani et al. 2017, eq. 1) with rotary positions.
+
+    N/K query heads share a key/value head (Ainslie et al. 2023). A token sees its own segment:
+    with `causal` no later token, and otherwise all of it.
     """
 
     config: ModelConfig
+    causal: bool = True
+    output_scale: float = 1.0  # of the initial output
 
     @on_auto_axes(lambda x_BTD: (x_BTD, PartitionSpec(None, *x_BTD[:1])))
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, positions: Positions, cache: Any = None, layer: jax.Array | int = 0
-    ) -> tuple[jax.Array, Any]:
-        """Returns [B, T, D] and the cache with this call's keys and values in it, at `layer` (None
-        without one).
-        """
-        c = self.config
-        d, n, k, h = c.model_dim, c.num_heads, c.num_kv_heads, c.head_dim
-        w_query_DNH = parameter(self, "query", "DNH", (d, n, h), kind="linear", fan_in=d)
-        w_key_DKH = parameter(self, "key", "DKH", (d, k, h), kind="linear", fan_in=d)
-        w_value_DKH = parameter(self, "value", "DKH", (d, k, h), kind="linear", fan_in=d)
-        w_output_NHD = parameter(
-            self, "output", "NHD", (n, h, d), kind="linear", fan_in=n * h, scale=residual_scale(c)
+        self,
+        x_BTD: jax.Array,
+        tokens: TokenInfo,
+        cache: Cache | None = None,
+        layer: jax.Array | int = 0,
+    ) -> tuple[jax.Array, Cache | None]:
+        """Returns [B, T, D], and the cache with the new keys and values at `layer`."""
+        positions_BT, segment_ids_BT, rotary = (
+            tokens.positions_BT,
+            tokens.segment_ids_BT,
+            tokens.rotary,
         )
-        query_BTNH = constrain(einsum("BTD,DNH->BTNH", x_BTD, w_query_DNH), "BTNH")
-        key_BTKH = constrain(einsum("BTD,DKH->BTKH", x_BTD, w_key_DKH), "BTKH")
-        value_BTKH = constrain(einsum("BTD,DKH->BTKH", x_BTD, w_value_DKH), "BTKH")
-        query_BTNH = rotate(query_BTNH, positions.cos_BTH, positions.sin_BTH)
-        key_BTKH = rotate(key_BTKH, positions.cos_BTH, positions.sin_BTH)
-        if cache is not None:
-            cache = update_cache(cache, layer, key_BTKH, value_BTKH, positions.positions_BT)
-        if (
-            cache is None or positions.from_start
-        ):  # before a prompt's first token there is nothing: it need not read the cache
-            mixed_BTNH = attend(c, query_BTNH, key_BTKH, value_BTKH, positions.segment_ids_BT)
-        else:
-            cached = query_BTNH.astype(cache["key"].dtype), cache["key"], cache["value"]
-            mixed_BTNH = decode_attention(*cached, positions.positions_BT, layer=layer).astype(
-                query_BTNH.dtype
+        if positions_BT is None or segment_ids_BT is None or rotary is None:
+            raise ValueError(
+                "tokens hold no positions and segments, which attention needs: "
+                "make them with TokenInfo.from_batch"
             )
-        return einsum("BTNH,NHD->BTD", constrain(mixed_BTNH, "BTNH"), w_output_NHD), cache
+        weights = declare_weights(self, self.config, self.output_scale)
+        query_BTNH = constrain(einsum("BTD,DNH->BTNH", x_BTD, weights.query_DNH), "BTNH")
+        key_BTKH = constrain(einsum("BTD,DKH->BTKH", x_BTD, weights.key_DKH), "BTKH")
+        value_BTKH = constrain(einsum("BTD,DKH->BTKH", x_BTD, weights.value_DKH), "BTKH")
+        query_BTNH = rotate(query_BTNH, *rotary)
+        key_BTKH = rotate(key_BTKH, *rotary)
+        if cache is not None:
+            cache = update_cache(cache, layer, key_BTKH, value_BTKH, positions_BT)
+        if cache is None or tokens.from_start:
+            # Nothing comes before a prompt's first token, so a prompt need not read the cache.
+            mixed_BTNH = attend(
+                self.config, query_BTNH, key_BTKH, value_BTKH, segment_ids_BT, causal=self.causal
+            )
+        else:
+            mixed_BTNH = decode_attention(
+                query_BTNH.astype(cache.key_LBSKH.dtype), *cache, positions_BT, layer=layer
+            ).astype(query_BTNH.dtype)
+        output_BTD = einsum("BTNH,NHD->BTD", constrain(mixed_BTNH, "BTNH"), weights.output_NHD)
+        return output_BTD, cache
+
+
+class CrossAttention(nn.Module):
+    """Attention of a decoder's tokens to an encoder's output (Vaswani et al. 2017, section 3.2.3).
+
+    A token sees the part of the memory that has its own segment's number. Neither queries nor
+    keys have rotary positions, since distances between the two sequences mean nothing.
+    """
+
+    config: ModelConfig
+    output_scale: float = 1.0  # of the initial output
+
+    @on_auto_axes(lambda x_BTD: (x_BTD, PartitionSpec(None, *x_BTD[:1])))
+    @nn.compact
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        tokens: TokenInfo,
+        cache: MemoryCache | None = None,
+        layer: jax.Array | int = 0,
+    ) -> tuple[jax.Array, MemoryCache | None]:
+        """Returns [B, T, D], and the cache with the memory's keys and values at `layer`.
+
+        Without a memory in `tokens`, the keys and values come from the cache.
+        """
+        weights = declare_weights(self, self.config, self.output_scale)
+        query_BTNH = constrain(einsum("BTD,DNH->BTNH", x_BTD, weights.query_DNH), "BTNH")
+        memory, segment_ids_BT = tokens.memory, tokens.segment_ids_BT
+        if memory is not None and segment_ids_BT is not None:
+            # Keys and values are computed where the memory's tokens lie, which the context axis
+            # splits as it does all tokens; hence "T" and not "S".
+            key_BSKH, value_BSKH = (
+                constrain(einsum("BSD,DKH->BSKH", memory.hidden_BSD, w_DKH), "BTKH")
+                for w_DKH in (weights.key_DKH, weights.value_DKH)
+            )
+            ids_BS = memory.segment_ids_BS
+            if cache is not None:
+                cache = fill_memory_cache(cache, layer, key_BSKH, value_BSKH, ids_BS)
+            mixed_BTNH = attend_to_memory(
+                self.config, query_BTNH, key_BSKH, value_BSKH, segment_ids_BT, ids_BS
+            )
+        elif cache is not None:
+            mixed_BTNH = decode_memory(query_BTNH, cache, layer)
+        else:
+            raise ValueError(
+                "tokens hold no memory and segments, which cross-attention reads: "
+                "set TokenInfo.memory, or pass the cache of a call that had one"
+            )
+        output_BTD = einsum("BTNH,NHD->BTD", constrain(mixed_BTNH, "BTNH"), weights.output_NHD)
+        return output_BTD, cache
 
 
 def attend(
@@ -93,142 +147,142 @@ def attend(
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
     segment_ids_BT: jax.Array,
+    *,
+    causal: bool,
 ) -> jax.Array:
-    """Causal attention within each document, [B, T, N, H]: each device attends for its own rows,
-    heads and part of the sequence.
+    """Returns self-attention within each segment, [B, T, N, H].
+
+    Each device attends for its own rows, heads and part of the sequence.
     """
     length = q_BTNH.shape[1]
-    implementation = choose_implementation(config, jax.sharding.get_abstract_mesh(), length)
-    attend_shard = functools.partial(_attend_shard, config, implementation, length)
-    return per_shard(
-        attend_shard,
-        ("BTNH", "BTKH", "BTKH", "BT"),
-        ("BTNH",),
-        q_BTNH,
-        k_BTKH,
-        v_BTKH,
-        segment_ids_BT,
-    )[0]
+    mesh = jax.sharding.get_abstract_mesh()
+    implementation = choose_implementation(config, mesh, length, causal=causal)
+
+    def attend_shard(
+        q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array
+    ) -> tuple[jax.Array]:
+        k_BTKH, v_BTKH = _own_heads(config, q_BTNH, k_BTKH, v_BTKH)
+        options = {"causal": causal, "implementation": implementation}
+        if q_BTNH.shape[1] == length:
+            ids = {"q_segment_ids": segment_ids_BT, "kv_segment_ids": segment_ids_BT}
+            return (flash_attention(q_BTNH, k_BTKH, v_BTKH, **ids, **options),)
+        # The context axis splits the sequence: this device holds a part of it.
+        match config.attention.context_parallelism:
+            case "ring":
+                parallel = ring_attention
+            case "ulysses":
+                parallel = ulysses_attention
+        ids = {"segment_ids": segment_ids_BT, "axis_name": "context"}
+        return (parallel(q_BTNH, k_BTKH, v_BTKH, **ids, **options),)
+
+    arrays = (q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+    return per_shard(attend_shard, ("BTNH", "BTKH", "BTKH", "BT"), ("BTNH",), *arrays)[0]
 
 
-def _attend_shard(
+def attend_to_memory(
     config: ModelConfig,
-    implementation: Implementation | None,
-    length: int,
     q_BTNH: jax.Array,
-    k_BTKH: jax.Array,
-    v_BTKH: jax.Array,
-    segment_ids_BT: jax.Array,
-) -> tuple[jax.Array]:
-    """`length` is the whole sequence's: the arrays hold less of it where the context axis splits
-    it.
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    q_segment_ids_BT: jax.Array,
+    kv_segment_ids_BS: jax.Array,
+) -> jax.Array:
+    """Returns the attention of queries to a memory's keys of the same segment, [B, T, N, H].
+
+    The context axis splits the queries, and each of its devices gathers all keys and values.
+    """
+    lengths = (q_BTNH.shape[1], k_BSKH.shape[1])
+    mesh = jax.sharding.get_abstract_mesh()
+    implementation = choose_implementation(config, mesh, *lengths, causal=False)
+
+    def attend_shard(
+        q_BTNH: jax.Array,
+        k_BSKH: jax.Array,
+        v_BSKH: jax.Array,
+        q_segment_ids_BT: jax.Array,
+        kv_segment_ids_BS: jax.Array,
+    ) -> tuple[jax.Array]:
+        k_BSKH, v_BSKH = _own_heads(config, q_BTNH, k_BSKH, v_BSKH)
+        output_BTNH = flash_attention(
+            q_BTNH,
+            k_BSKH,
+            v_BSKH,
+            causal=False,
+            q_segment_ids=q_segment_ids_BT,
+            kv_segment_ids=kv_segment_ids_BS,
+            implementation=implementation,
+        )
+        return (output_BTNH,)
+
+    # "-" is a dimension that no axis splits.
+    dims = ("BTNH", "B-KH", "B-KH", "BT", "B-")
+    arrays = (q_BTNH, k_BSKH, v_BSKH, q_segment_ids_BT, kv_segment_ids_BS)
+    return per_shard(attend_shard, dims, ("BTNH",), *arrays)[0]
+
+
+def _own_heads(
+    config: ModelConfig, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the keys and values that this device's query heads read.
+
+    Where the tensor axis has more devices than there are key/value heads, each device holds copies
+    of all of these heads. Its query heads then read one of them.
     """
     heads, group = q_BTNH.shape[2], config.num_heads // config.num_kv_heads
-    if (
-        heads < group * k_BTKH.shape[2]
-        # keys are copied, for there are fewer heads of them than devices: take the one that is read
-        # here
-    ):
-        own = jax.lax.axis_index("tensor") * heads // group
-        k_BTKH, v_BTKH = (jax.lax.dynamic_slice_in_dim(x, own, 1, axis=2) for x in (k_BTKH, v_BTKH))
-    qkv, keywords = (q_BTNH, k_BTKH, v_BTKH), {"causal": True, "implementation": implementation}
-    if q_BTNH.shape[1] == length:
-        output_BTNH = flash_attention(
-            *qkv, q_segment_ids=segment_ids_BT, kv_segment_ids=segment_ids_BT, **keywords
-        )
-    else:
-        parallel = {"ring": ring_attention, "ulysses": ulysses_attention}[
-            config.attention.context_parallelism
-        ]
-        output_BTNH = parallel(*qkv, segment_ids=segment_ids_BT, axis_name="context", **keywords)
-    return (output_BTNH,)
+    if heads >= group * k_BSKH.shape[2]:
+        return k_BSKH, v_BSKH
+    head = jax.lax.axis_index("tensor") * heads // group
+    key_BS1H = jax.lax.dynamic_slice_in_dim(k_BSKH, head, 1, axis=2)
+    value_BS1H = jax.lax.dynamic_slice_in_dim(v_BSKH, head, 1, axis=2)
+    return key_BS1H, value_BS1H
 
 
-def choose_implementation(config: ModelConfig, mesh: Any, length: int) -> Implementation | None:
-    """Who computes a model's attention over T = `length` on a mesh; None leaves it to the platform.
-    ConfigError for one that cannot.
+def choose_implementation(
+    config: ModelConfig,
+    mesh: Mesh | AbstractMesh,
+    length: int,
+    kv_length: int | None = None,
+    *,
+    causal: bool = True,
+) -> Choice | None:
+    """Returns the implementation that computes a model's attention on a mesh.
+
+    `length` is the number of queries in a row, and `kv_length` of keys, where it differs. None
+    leaves the choice to the platform. Raises ConfigError if the config names an implementation
+    that cannot do it.
     """
     name, kind = config.attention.implementation, chip(mesh)
-    if name == "auto" and kind is None:
-        return None
-    shapes = (
-        (1, length, heads, config.head_dim) for heads in (config.num_heads, config.num_kv_heads)
-    )
-    q, k = (jax.ShapeDtypeStruct(shape, config.compute_dtype) for shape in shapes)
-    ids = jax.ShapeDtypeStruct((1, length), "int32")
-    keywords = {"causal": True, "q_segment_ids": ids, "kv_segment_ids": ids}
+    kv_length = length if kv_length is None else kv_length
+    q_shape = (1, length, config.num_heads, config.head_dim)
+    k_shape = (1, kv_length, config.num_kv_heads, config.head_dim)
+    q, k = (jax.ShapeDtypeStruct(shape, config.compute_dtype) for shape in (q_shape, k_shape))
+    options = {
+        "causal": causal,
+        "q_segment_ids": jax.ShapeDtypeStruct((1, length), "int32"),
+        "kv_segment_ids": jax.ShapeDtypeStruct((1, kv_length), "int32"),
+    }
     if name == "auto":
-        return choose(kind, q, k, k, **keywords)
-    if reason := why_not(name, q, k, k, chip=kind, **keywords):
+        return None if kind is None else choose(kind, q, k, k, **options)
+    if reason := why_not(name, q, k, k, chip=kind, **options):
         raise ConfigError(
-            f"model.attention.implementation={name!r} cannot be used, for {reason}: set model.attention.implementation to 'auto'"
+            f"model.attention.implementation={name!r} cannot be used, for {reason}: "
+            "set model.attention.implementation to 'auto'"
         )
-    return Implementation(name)
+    return Choice(name)
 
 
-def init_cache(config: ModelConfig, layers: int, batch_size: int, length: int) -> Any:
-    """An empty cache of some layers, for rows of at most `length` tokens. What is in it is
-    attention's own business.
-    """
-    shape = (layers, batch_size, length, config.num_kv_heads, config.head_dim)
-    # To write to a part of a bfloat16 array, XLA converts all of it on a CPU, and back.
-    in_float32 = config.compute_dtype == "bfloat16" and jax.default_backend() == "cpu"
-    return {
-        name: jnp.zeros(shape, "float32" if in_float32 else config.compute_dtype)
-        for name in ("key", "value")
-    }
-
-
-def fits_cache(cache: Any, batch: dict[str, jax.Array]) -> jax.Array:
-    """Returns which tokens [B, T] a layer's cache can take.
-
-    A prompt has no `positions`: each row is one document from its start, and `segment_ids` of 0
-    mark the padding after it. Later tokens have `positions`, which rise along a row and stay below
-    the cache's length. Raises ValueError where shapes and names alone show that a batch does not
-    fit.
-    """
-    (batch_size, length), (rows, slots) = batch["tokens"].shape, cache["key"].shape[1:3]
-    if batch_size != rows:
-        raise ValueError(
-            f"tokens have {batch_size} rows and the cache has {rows}: make the cache with batch_size={batch_size}"
-        )
-    if length > slots:
-        raise ValueError(
-            f"tokens have {length} positions and the cache has {slots}: make the cache with length={length} or more"
-        )
-    if "positions" not in batch:
-        ids_BT = batch.get("segment_ids", jnp.ones((batch_size, length), jnp.int32))
-        in_first_segment_BT = jnp.cumprod(ids_BT == ids_BT[:, :1], axis=1, dtype=jnp.int32) > 0
-        return in_first_segment_BT | (ids_BT == 0)
-    if "segment_ids" in batch:
-        raise ValueError(
-            "a batch has positions and segment_ids, and a cache holds one document a row: leave segment_ids out"
-        )
-    positions_BT = batch["positions"]
-    highest_BT = jnp.pad(jax.lax.cummax(positions_BT, axis=1), ((0, 0), (1, 0)), constant_values=-1)
-    return (positions_BT > highest_BT[:, :length]) & (positions_BT < slots)
-
-
-def update_cache(
-    cache: Any,
-    layer: jax.Array | int,
-    key_BTKH: jax.Array,
-    value_BTKH: jax.Array,
-    positions_BT: jax.Array,
-) -> Any:
-    """Writes each key and value into a layer's slot of its position.
-
-    Padding after a prompt thus lands in slots that no earlier position sees, and that later tokens
-    overwrite before they are seen. A position that has no slot is not written.
-    """
-    rows_B1 = jnp.arange(positions_BT.shape[0])[:, None]
-    positions_BT = jnp.where(
-        positions_BT < 0, cache["key"].shape[2], positions_BT
-    )  # JAX would count from the end
-    new = {"key": key_BTKH, "value": value_BTKH}
-    return {
-        name: cache[name]
-        .at[layer, rows_B1, positions_BT]
-        .set(new[name].astype(cache[name].dtype), mode="drop")
-        for name in cache
-    }
+def decode_memory(q_BTNH: jax.Array, cache: MemoryCache, layer: jax.Array | int) -> jax.Array:
+    """Returns the attention of queries to a layer's cached memory, [B, T, N, H]."""
+    length, kv_heads = q_BTNH.shape[1], cache.key_LBSKH.shape[3]
+    # All queries of a row see the same keys. As heads of one query they need fewer slots than
+    # queries of their own, of which a cache takes no more than it has slots.
+    q_B1RH = einops.rearrange(q_BTNH, "b t (k g) h -> b 1 (k t g) h", k=kv_heads)
+    mixed_B1RH = decode_attention(
+        q_B1RH.astype(cache.key_LBSKH.dtype),
+        cache.key_LBSKH,
+        cache.value_LBSKH,
+        cache.length_LB[layer][:, None] - 1,
+        layer=layer,
+    )
+    mixed_BTNH = einops.rearrange(mixed_B1RH, "b 1 (k t g) h -> b t (k g) h", k=kv_heads, t=length)
+    return mixed_BTNH.astype(q_BTNH.dtype)

@@ -1,163 +1,26 @@
-"""The Transformer: blocks, groups of scanned layers, and the decoder around them."""
+"""The Transformers: a decoder-only language model, an encoder, and an encoder with a decoder."""
 
 import dataclasses
-import itertools
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jax.sharding import PartitionSpec
 
-from moe.config import ModelConfig
-from moe.model.attention import Attention, Positions, fits_cache, init_cache
-from moe.model.experts import MoE, Tokens
-from moe.model.layers import FeedForward, RMSNorm, check_static, einsum, look_up, residual_scale
+from moe.config import ConfigError, ModelConfig
+from moe.model.cache import fits_cache, fits_memory_cache
+from moe.model.layers import check_static, einsum, look_up
+from moe.model.stack import Output, Stack, StackCache, init_stack_cache, output_specs
+from moe.model.tokens import Batch, Memory, TokenInfo
 from moe.parallel.mesh import constrain, on_auto_axes
 from moe.parameters import parameter
 
-Batch = dict[str, jax.Array]
 
-
-@struct.dataclass
-class Output:
-    """What a model returns: normalised hidden states [B, T, D], sums and counts for losses and
-    statistics, the cache.
-
-    `aux[group][kind]` holds the sums of a sparse layer (`routing.Routing`), stacked over the
-    group's repeats, and is empty for dense ones; `captured[group][kind]` what was asked for by
-    name, stacked alike.
-    """
-
-    hidden: jax.Array
-    aux: Any
-    cache: Any
-    captured: Any = None
-
-
-def _output_specs(rows: PartitionSpec) -> Output:
-    """How an Output lies whose hidden states are split as `rows`: sums are whole everywhere."""
-    rows_BT = PartitionSpec(*rows[:2])
-    return Output(
-        rows_BT,
-        aux=PartitionSpec(),
-        cache=PartitionSpec(None, *rows[:1]),
-        captured=PartitionSpec(None, *rows[:2]),
-    )
-
-
-class Block(nn.Module):
-    """A pre-norm layer (Xiong et al. 2020): attention, then a feed-forward part, each added to the
-    residual stream.
-    """
+class Vocabulary(nn.Module):
+    """The tables that turn tokens into embeddings, and hidden states into logits."""
 
     config: ModelConfig
-    kind: str  # "dense" or "moe"
-    capture: tuple[str, ...] = ()
-
-    @nn.compact
-    def __call__(
-        self,
-        x_BTD: jax.Array,
-        positions: Positions,
-        tokens: Tokens,
-        cache: Any = None,
-        layer: jax.Array | int = 0,
-    ) -> tuple[jax.Array, Any, Any, Any]:
-        """Returns the residual stream [B, T, D], this layer's sums (none where it is dense), what
-        is captured of it, and the cache.
-
-        `cache` is that of a stack of layers, and `layer` this one's place in it.
-        """
-        c, scale = self.config, residual_scale(self.config)
-        normed_BTD = RMSNorm(c.norm_epsilon, name="attention_norm")(x_BTD)
-        mixed_BTD, cache = Attention(c, name="attention")(normed_BTD, positions, cache, layer)
-        x_BTD = constrain(x_BTD + mixed_BTD, "BTD")
-        normed_BTD, sums, seen = RMSNorm(c.norm_epsilon, name="feed_forward_norm")(x_BTD), {}, {}
-        if self.kind == "moe":
-            y_BTD, routed = MoE(c.moe, scale, name="moe")(normed_BTD, tokens)
-            sums, seen = routed.sums, {"experts": routed.experts_BTA}
-        else:
-            y_BTD = FeedForward(c.feed_forward_dim, scale, name="feed_forward")(normed_BTD)
-        seen["residual"] = x_BTD = constrain(x_BTD + y_BTD, "BTD")
-        return (
-            x_BTD,
-            sums,
-            {name: value for name, value in seen.items() if name in self.capture},
-            cache,
-        )
-
-
-class Period(nn.Module):
-    """One period of a group of layers: a block of each kind, in order."""
-
-    config: ModelConfig
-    kinds: tuple[str, ...]
-    capture: tuple[str, ...]
-    first_layer: int  # of the group
-
-    @nn.compact
-    def __call__(
-        self, carry: tuple[jax.Array, Any], positions: Positions, tokens: Tokens, repeat: jax.Array
-    ) -> tuple[tuple[jax.Array, Any], tuple[Any, Any]]:
-        # The caches of all repeats are carried, and each written in place: looped over as
-        # parameters are, they would be copied whole.
-        x_BTD, caches = carry
-        # Inside a loop nothing can undo the recomputation; unrolled, the compiler would merge it
-        # with the forward pass.
-        remat_block = nn.remat(Block, prevent_cse=not self.config.scan_layers)
-        block = {"none": Block, "full": remat_block}[self.config.remat]
-        auxes, captured, new_caches = [], [], []
-        for index, kind in enumerate(self.kinds):
-            cache = None if caches is None else caches[index]
-            layer_tokens = tokens.of_layer(self.first_layer + len(self.kinds) * repeat + index)
-            layer = block(self.config, kind, self.capture, name=f"block_{index}")
-            x_BTD, aux, seen, cache = layer(x_BTD, positions, layer_tokens, cache, repeat)
-            auxes.append(aux)
-            captured.append(seen)
-            new_caches.append(cache)
-        return (x_BTD, None if caches is None else tuple(new_caches)), (
-            tuple(auxes),
-            tuple(captured),
-        )
-
-
-def scan_periods(
-    config: ModelConfig,
-    kinds: tuple[str, ...],
-    repeats: int,
-    capture: tuple[str, ...],
-    first_layer: int,
-    name: str,
-) -> nn.Module:
-    """A group: one Period looped over parameters and sums whose first dimension is the repeat."""
-    return nn.scan(
-        Period,
-        variable_axes={"params": 0, "router_state": 0},
-        split_rngs={"params": True},
-        in_axes=(nn.broadcast, nn.broadcast, 0),
-        length=repeats,
-        unroll=1 if config.scan_layers else repeats,
-        metadata_params={"dim": "L"},
-    )(config, kinds, capture, first_layer, name=name)
-
-
-class Transformer(nn.Module):
-    """A decoder-only language model. `apply(variables, batch, cache)` gives hidden states;
-    `unembed` makes logits of them.
-
-    `batch` holds `tokens` [B, T], and may hold `segment_ids` (0 is padding) and `positions` [B, T]
-    where rows pack several documents. With `moe.jitter`, a training batch holds `row_keys` [B], a
-    random key for each row, and evaluation uses `without_jitter()`. A token outside [0, V) makes
-    hidden states of its row NaN, unless it is padding. So does a token that the cache cannot take
-    (`attention.fits_cache`): a cache holds one document in each row. `capture` names what else to
-    return of each layer: "residual" [B, T, D], its output, and "experts" [B, T, A], a sparse one's
-    choice.
-    """
-
-    config: ModelConfig
-    capture: tuple[str, ...] = ()
+    makes_logits: bool = True
 
     def setup(self) -> None:
         c = self.config
@@ -165,81 +28,259 @@ class Transformer(nn.Module):
         self.embedding_VD = parameter(
             self, "embedding", "VD", shape, kind="embedding", fan_in=c.model_dim
         )
-        first_layers = itertools.accumulate(
-            (len(kinds) * repeats for kinds, repeats in c.layer_groups), initial=0
-        )
-        self.groups = [
-            scan_periods(c, kinds, repeats, self.capture, first_layer, name=f"layers_{index}")
-            for index, ((kinds, repeats), first_layer) in enumerate(
-                zip(c.layer_groups, first_layers, strict=False)
-            )
-        ]
-        self.final_norm = RMSNorm(c.norm_epsilon)
-        if not c.tied_embeddings:
+        if self.makes_logits and not c.tied_embeddings:
             self.unembedding_DV = parameter(
                 self, "unembedding", "DV", shape[::-1], kind="unembedding", fan_in=c.model_dim
             )
 
-    @on_auto_axes(_output_specs)
-    def __call__(self, batch: Batch, cache: Any = None) -> Output:
-        check_static("tokens", batch["tokens"].shape)
-        output = self.layers(self.embed(batch), batch, cache)
-        return output.replace(hidden=self.final_norm(output.hidden))
-
-    def without_jitter(self) -> "Transformer":
-        """The same model for evaluation, in which nothing is random."""
-        moe = dataclasses.replace(self.config.moe, jitter=0.0)
-        return (
-            self.clone(config=dataclasses.replace(self.config, moe=moe))
-            if self.config.moe.jitter
-            else self
-        )
-
-    @on_auto_axes(lambda rows: PartitionSpec(*rows[:2]))
     def embed(self, batch: Batch) -> jax.Array:
-        """Token embeddings [B, T, D] in the compute dtype."""
+        """Returns the embeddings of `tokens`, [B, T, D], in the compute dtype."""
         tokens_BT = batch["tokens"]
         if not tokens_BT.size:
             raise ValueError(
                 f"tokens have shape {tokens_BT.shape}: give at least one row of at least one token"
             )
-        if "segment_ids" in batch:
+        if "segment_ids" in batch:  # padding may hold any number
             tokens_BT = jnp.where(batch["segment_ids"] > 0, tokens_BT, 0)
         return constrain(look_up(self.config.compute_dtype, self.embedding_VD, tokens_BT), "BTD")
 
-    @on_auto_axes(_output_specs)
-    def layers(self, x_BTD: jax.Array, batch: Batch, cache: Any = None) -> Output:
-        """All blocks: an Output whose `hidden` is the residual stream [B, T, D], before the final
-        norm.
-        """
-        positions, tokens = Positions.of(batch, self.config), Tokens.of(batch)
-        if cache is not None:
-            x_BTD = jnp.where(fits_cache(cache[0][0], batch)[..., None], x_BTD, jnp.nan)
-        stacks, caches = [], []
-        for index, (group, (_, repeats)) in enumerate(
-            zip(self.groups, self.config.layer_groups, strict=True)
-        ):
-            carry = x_BTD, None if cache is None else cache[index]
-            (x_BTD, group_caches), stacked = group(
-                carry, positions, tokens, jnp.arange(repeats, dtype=jnp.int32)
-            )
-            stacks.append(stacked)
-            caches.append(group_caches)
-        aux, captured = zip(*stacks, strict=True)
-        return Output(x_BTD, aux, None if cache is None else tuple(caches), captured)
-
-    @on_auto_axes(lambda rows: PartitionSpec(*rows[:2]))
     def unembed(self, hidden_BTD: jax.Array) -> jax.Array:
-        """Logits [B, T, V] in float32."""
+        """Returns logits [B, T, V] in float32."""
         if self.config.tied_embeddings:
             logits_BTV = einsum("BTD,VD->BTV", hidden_BTD, self.embedding_VD, jnp.float32)
         else:
             logits_BTV = einsum("BTD,DV->BTV", hidden_BTD, self.unembedding_DV, jnp.float32)
         return constrain(logits_BTV, "BTV")
 
-    def init_cache(self, batch_size: int, length: int) -> Any:
-        """An empty key/value cache for rows of at most `length` tokens."""
-        return tuple(
-            tuple(init_cache(self.config, repeats, batch_size, length) for _ in kinds)
-            for kinds, repeats in self.config.layer_groups
+
+def _rows(rows: PartitionSpec) -> PartitionSpec:
+    """Returns how hidden states or logits lie, from how the first argument lies."""
+    return PartitionSpec(*rows[:2])
+
+
+def _without_jitter(config: ModelConfig) -> ModelConfig:
+    return dataclasses.replace(config, moe=dataclasses.replace(config.moe, jitter=0.0))
+
+
+class Transformer(nn.Module):
+    """A decoder-only language model.
+
+    `apply(variables, batch, cache)` gives hidden states, and `unembed` makes logits of them.
+    `batch` holds `tokens` [B, T], and may hold `segment_ids` (0 is padding) and `positions` [B, T]
+    where rows pack several documents. With `moe.jitter`, a training batch holds `row_keys` [B], a
+    random key for each row, and evaluation uses `without_jitter()`.
+
+    A token outside [0, V) makes hidden states of its row NaN, unless it is padding. So does a
+    token that the cache cannot take (`cache.fits_cache`): a cache holds one document in each
+    row. `capture` names what else to return of each layer: "residual" [B, T, D], its output, and
+    "experts" [B, T, A], a sparse layer's choice.
+    """
+
+    config: ModelConfig
+    capture: tuple[str, ...] = ()
+
+    def setup(self) -> None:
+        self.vocabulary = Vocabulary(self.config)
+        self.stack = Stack(self.config, capture=self.capture)
+        # The parameters of both lie directly in the model's tree, under no names of their own.
+        nn.share_scope(self, self.vocabulary)
+        nn.share_scope(self, self.stack)
+
+    @on_auto_axes(output_specs)
+    def __call__(self, batch: Batch, cache: StackCache | None = None) -> Output:
+        """Returns hidden states, statistics, and the cache with the batch's tokens in it."""
+        check_static("tokens", batch["tokens"].shape)
+        x_BTD = self.embed(batch)
+        if cache is not None:
+            fits_BT = fits_cache(cache[0][0].attention, batch)
+            x_BTD = jnp.where(fits_BT[..., None], x_BTD, jnp.nan)
+        return self.stack(x_BTD, TokenInfo.from_batch(batch, self.config), cache)
+
+    def without_jitter(self) -> "Transformer":
+        """Returns the same model for evaluation, in which nothing is random."""
+        return self.clone(config=_without_jitter(self.config))
+
+    @on_auto_axes(_rows)
+    def embed(self, batch: Batch) -> jax.Array:
+        """Returns the embeddings of `tokens`, [B, T, D], in the compute dtype."""
+        return self.vocabulary.embed(batch)
+
+    @on_auto_axes(_rows)
+    def unembed(self, hidden_BTD: jax.Array) -> jax.Array:
+        """Returns logits [B, T, V] in float32."""
+        return self.vocabulary.unembed(hidden_BTD)
+
+    def init_cache(self, batch_size: int, length: int) -> StackCache:
+        """Returns an empty key/value cache for rows of at most `length` tokens."""
+        return init_stack_cache(self.config, batch_size, length)
+
+
+class Encoder(nn.Module):
+    """A Transformer whose tokens see their whole segment, before and after them.
+
+    `apply(variables, batch)` gives hidden states. The fields of `batch` and the names in `capture`
+    are those of `Transformer`. Since no token is to be predicted from those before it, experts may
+    choose their tokens (`moe.router="expert_choice"`).
+    """
+
+    config: ModelConfig
+    capture: tuple[str, ...] = ()
+
+    def setup(self) -> None:
+        self.vocabulary = Vocabulary(self.config, makes_logits=False)
+        self.stack = Stack(self.config, causal=False, capture=self.capture)
+        # The parameters of both lie directly in the model's tree, under no names of their own.
+        nn.share_scope(self, self.vocabulary)
+        nn.share_scope(self, self.stack)
+
+    @on_auto_axes(output_specs)
+    def __call__(self, batch: Batch) -> Output:
+        """Returns hidden states and statistics."""
+        check_static("tokens", batch["tokens"].shape)
+        return self.stack(self.embed(batch), TokenInfo.from_batch(batch, self.config))
+
+    def without_jitter(self) -> "Encoder":
+        """Returns the same model for evaluation, in which nothing is random."""
+        return self.clone(config=_without_jitter(self.config))
+
+    @on_auto_axes(_rows)
+    def embed(self, batch: Batch) -> jax.Array:
+        """Returns the embeddings of `tokens`, [B, T, D], in the compute dtype."""
+        return self.vocabulary.embed(batch)
+
+
+class EncoderDecoder(nn.Module):
+    """A decoder whose tokens also read the output of an encoder (Vaswani et al. 2017).
+
+    `batch` holds the fields of `Transformer` for the decoder, and `encoder_tokens` [B, S] for the
+    encoder, with `encoder_segment_ids` and `encoder_positions` where rows pack several documents:
+    segment i of a row reads segment i of the encoder's row. Both parts share one embedding.
+
+    With a cache, the first batch is a prompt, with `encoder_tokens` and without `positions`. Later
+    batches have `positions` alone, since the cache holds what the decoder reads of the encoder.
+    """
+
+    config: ModelConfig  # of the decoder
+    encoder_config: ModelConfig
+    capture: tuple[str, ...] = ()
+
+    def setup(self) -> None:
+        _check_pair(self.config, self.encoder_config)
+        self.vocabulary = Vocabulary(self.config)
+        nn.share_scope(self, self.vocabulary)
+        self.encoder = Stack(self.encoder_config, causal=False, capture=self.capture)
+        self.decoder = Stack(
+            self.config,
+            cross_attention=True,
+            capture=self.capture,
+            # Layers are numbered through both parts, so that no two share their random draws.
+            first_layer=self.encoder_config.num_layers,
         )
+
+    @on_auto_axes(output_specs)
+    def __call__(self, batch: Batch, cache: StackCache | None = None) -> Output:
+        """Returns the decoder's hidden states, and the statistics of decoder and encoder."""
+        _check_fields(batch, cache)
+        check_static("tokens", batch["tokens"].shape)
+        tokens = TokenInfo.from_batch(batch, self.config)
+        x_BTD = self.embed(batch)
+        if cache is not None:
+            fits_BT = fits_cache(cache[0][0].attention, batch)
+            x_BTD = jnp.where(fits_BT[..., None], x_BTD, jnp.nan)
+        if "encoder_tokens" not in batch:
+            return self.decoder(x_BTD, tokens, cache)
+        encoder_batch = _encoder_batch(batch)
+        segment_ids_BS = encoder_batch["segment_ids"]
+        encoded = self.encode(batch)
+        if cache is not None and (memory_cache := cache[0][0].cross_attention) is not None:
+            fits_B = jnp.all(fits_memory_cache(memory_cache, segment_ids_BS), axis=1)
+            x_BTD = jnp.where(fits_B[:, None, None], x_BTD, jnp.nan)
+        tokens = dataclasses.replace(tokens, memory=Memory(encoded.hidden, segment_ids_BS))
+        output = self.decoder(x_BTD, tokens, cache)
+        # In the order of the names of both parts, as the leaves of the parameter tree are: biases
+        # of routers find their statistics by it.
+        return dataclasses.replace(
+            output,
+            stats=(*output.stats, *encoded.stats),
+            captured=(*output.captured, *encoded.captured),
+        )
+
+    @on_auto_axes(output_specs)
+    def encode(self, batch: Batch) -> Output:
+        """Returns the encoder's output alone. It reads the fields that start with `encoder_`."""
+        encoder_batch = _encoder_batch(batch)
+        check_static("encoder_tokens", encoder_batch["tokens"].shape)
+        tokens = TokenInfo.from_batch(encoder_batch, self.encoder_config)
+        return self.encoder(self.embed(encoder_batch), tokens)
+
+    def without_jitter(self) -> "EncoderDecoder":
+        """Returns the same model for evaluation, in which nothing is random."""
+        return self.clone(
+            config=_without_jitter(self.config),
+            encoder_config=_without_jitter(self.encoder_config),
+        )
+
+    @on_auto_axes(_rows)
+    def embed(self, batch: Batch) -> jax.Array:
+        """Returns the embeddings of `tokens`, [B, T, D], in the compute dtype."""
+        return self.vocabulary.embed(batch)
+
+    @on_auto_axes(_rows)
+    def unembed(self, hidden_BTD: jax.Array) -> jax.Array:
+        """Returns logits [B, T, V] in float32."""
+        return self.vocabulary.unembed(hidden_BTD)
+
+    def init_cache(self, batch_size: int, length: int, encoder_length: int) -> StackCache:
+        """Returns an empty cache, for rows of at most `length` and `encoder_length` tokens."""
+        return init_stack_cache(self.config, batch_size, length, encoder_length)
+
+
+def _check_pair(decoder: ModelConfig, encoder: ModelConfig) -> None:
+    """Raises ConfigError where an encoder and a decoder cannot share tables and statistics."""
+    for name in ("vocab_size", "model_dim", "compute_dtype"):
+        ours, theirs = getattr(decoder, name), getattr(encoder, name)
+        if ours != theirs:
+            raise ConfigError(
+                f"{name}={ours!r} of the decoder differs from the encoder's {theirs!r}: "
+                f"set both to one {name}"
+            )
+    numbers_of_experts = {decoder.moe.num_experts, encoder.moe.num_experts} - {0}
+    if len(numbers_of_experts) > 1:
+        raise ConfigError(
+            f"moe.num_experts={decoder.moe.num_experts} of the decoder differs from the "
+            f"encoder's {encoder.moe.num_experts}, and one table holds the loads of both: "
+            "set both to one moe.num_experts, or one of them to 0"
+        )
+
+
+def _check_fields(batch: Batch, cache: StackCache | None) -> None:
+    """Raises ValueError for a batch whose fields do not say what the decoder reads."""
+    if cache is None:
+        if "encoder_tokens" not in batch:
+            raise ValueError(
+                "the batch has no encoder_tokens, which the decoder reads: "
+                "add encoder_tokens, or pass the cache of a batch that had them"
+            )
+        return
+    if "positions" in batch and "encoder_tokens" in batch:
+        raise ValueError(
+            "the batch has positions and encoder_tokens, and a cache holds the encoder's output "
+            "from its prompt on: leave encoder_tokens out"
+        )
+    if "positions" not in batch and "encoder_tokens" not in batch:
+        raise ValueError(
+            "the batch has neither positions nor encoder_tokens: "
+            "add encoder_tokens to a prompt, and positions to the tokens after it"
+        )
+
+
+def _encoder_batch(batch: Batch) -> Batch:
+    """Returns the encoder's fields of a batch, under the names that an encoder's own batch has."""
+    prefix = "encoder_"
+    fields = {
+        name.removeprefix(prefix): value
+        for name, value in batch.items()
+        if name.startswith(prefix) or name == "row_keys"
+    }
+    ones_BS = jnp.ones(fields["tokens"].shape, jnp.int32)
+    return {"segment_ids": ones_BS} | fields

@@ -1,11 +1,11 @@
-"""The collectives of sparse layers: weights gathered over fsdp, rows exchanged over the expert
-axis. Everything here is inside shard_map.
+"""The collectives of sparse layers, which all run inside shard_map.
 
-Outside of it, and where the mesh lacks an axis, its size is 1 and nothing is sent. Device p of P
-holds experts p E/P to (p + 1) E/P - 1.
+Weights are gathered over the fsdp axis, and rows are exchanged over the expert axis. Outside of
+shard_map, and on a mesh without an axis, its size is 1 and nothing is sent. The letter P stands for
+the devices along the expert axis. Device p holds experts p E/P to (p + 1) E/P - 1.
 """
 
-from collections.abc import Callable
+import functools
 from typing import NamedTuple
 
 import jax
@@ -13,121 +13,200 @@ import jax.numpy as jnp
 
 from moe.parallel.mesh import axis_size
 
-# (rows [N, D], their experts [N, A], their weights [N, A]) -> the weighted sums of what a device's
-# own experts make of them, [N, D], and how many assignments of each row found no room there, [N],
-# or None where there is always room.
-RunExperts = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array | None]]
+# Weights, over the fsdp and tensor axes
 
 
 def gather_weight(w: jax.Array, dtype: jnp.dtype, dim: int) -> jax.Array:
-    """The weight in `dtype`, whole along the dimension that fsdp splits."""
+    """Returns the weight in `dtype`, whole along the dimension that fsdp splits."""
     w = w.astype(dtype)
     return jax.lax.all_gather(w, "fsdp", axis=dim, tiled=True) if axis_size("fsdp") > 1 else w
 
 
-def scatter_gradient(g: jax.Array, dim: int) -> jax.Array:
-    """The sum over fsdp of a whole weight's gradients, split as the weight is."""
-    return (
-        jax.lax.psum_scatter(g, "fsdp", scatter_dimension=dim, tiled=True)
-        if axis_size("fsdp") > 1
-        else g
-    )
+def scatter_gradient(gradient: jax.Array, dim: int) -> jax.Array:
+    """Returns the sum over fsdp of a whole weight's gradients, split as the weight is."""
+    if axis_size("fsdp") == 1:
+        return gradient
+    return jax.lax.psum_scatter(gradient, "fsdp", scatter_dimension=dim, tiled=True)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def expert_matmul(rows_ECK: jax.Array, w_EKN: jax.Array, fsdp_dim: int) -> jax.Array:
+    """Multiplies each expert's C rows by its own weight, [E, C, N].
+
+    All matmuls of experts on equally many rows go through here. The weight is this device's shard,
+    and fsdp splits it along `fsdp_dim`. It is gathered in the rows' dtype, and again in the
+    backward pass. Its gradient is summed in float32.
+    """
+    return jnp.einsum("eck,ekn->ecn", rows_ECK, gather_weight(w_EKN, rows_ECK.dtype, fsdp_dim))
+
+
+def _expert_matmul_forward(
+    rows_ECK: jax.Array, w_EKN: jax.Array, fsdp_dim: int
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return expert_matmul(rows_ECK, w_EKN, fsdp_dim), (rows_ECK, w_EKN)
+
+
+def _expert_matmul_backward(
+    fsdp_dim: int, residuals: tuple[jax.Array, jax.Array], g_ECN: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    rows_ECK, w_EKN = residuals
+    whole_w_EKN = gather_weight(w_EKN, rows_ECK.dtype, fsdp_dim)
+    grad_rows = jnp.einsum("ecn,ekn->eck", g_ECN, whole_w_EKN)
+    grad_w = jnp.einsum("eck,ecn->ekn", rows_ECK, g_ECN, preferred_element_type=jnp.float32)
+    return grad_rows, scatter_gradient(grad_w, fsdp_dim).astype(w_EKN.dtype)
+
+
+expert_matmul.defvjp(_expert_matmul_forward, _expert_matmul_backward)
 
 
 def sum_over_tensor(y: jax.Array) -> jax.Array:
-    """Adds up what each device's part of the experts' feed-forward width contributes."""
+    """Adds up the parts of a sum that devices with other slices of the experts' width hold."""
     return jax.lax.psum(y, "tensor") if axis_size("tensor") > 1 else y
 
 
-def all_gather_exchange(
-    x_ND: jax.Array, experts_NA: jax.Array, weights_NA: jax.Array, num_experts: int, run: RunExperts
-) -> tuple[jax.Array, jax.Array | None]:
-    """Every device sees all tokens of its expert group and runs its own experts; the sums return to
-    each token's device.
+# The all-gather exchange: every device sees all tokens of its expert group
+
+
+def gather_tokens(x: jax.Array) -> jax.Array:
+    """Joins the tokens of all devices of the expert group, in the order of the devices."""
+    return jax.lax.all_gather(x, "expert", tiled=True)
+
+
+def own_experts(experts_NA: jax.Array, num_own: int) -> jax.Array:
+    """Renumbers experts from 0 for the first of this device's `num_own` experts.
+
+    An expert of another device gets the number `num_own`, which is none.
     """
-    gather = lambda x: jax.lax.all_gather(x, "expert", tiled=True)
-    size = num_experts // axis_size("expert")
-    local_NA = gather(experts_NA) - jax.lax.axis_index("expert") * size
-    local_NA = jnp.where((local_NA >= 0) & (local_NA < size), local_NA, size)
-    outputs = run(gather(x_ND), local_NA, gather(weights_NA))
-    return jax.tree.map(lambda x: jax.lax.psum_scatter(x, "expert", tiled=True), outputs)
+    own_NA = experts_NA - jax.lax.axis_index("expert") * num_own
+    return jnp.where((own_NA >= 0) & (own_NA < num_own), own_NA, num_own)
+
+
+def scatter_sums(y: jax.Array) -> jax.Array:
+    """Adds up what all devices have for each token, and leaves each device its own tokens."""
+    return jax.lax.psum_scatter(y, "expert", tiled=True)
+
+
+# The all-to-all exchange: each device sends every expert the same number of rows
 
 
 def all_to_all(rows_ECD: jax.Array) -> jax.Array:
-    """Rows for all experts from this device, to rows for this device's experts from all: [E, C, D]
-    to [E/P, P C, D].
+    """Sends this device's rows for all experts to them: [E, C, D] to [E/P, P C, D].
+
+    The result holds the rows from all devices for this device's experts.
     """
     return jax.lax.all_to_all(rows_ECD, "expert", split_axis=0, concat_axis=1, tiled=True)
 
 
 def all_to_all_back(rows_ECD: jax.Array) -> jax.Array:
-    """The inverse of `all_to_all`."""
+    """Sends rows back to where `all_to_all` had them: [E/P, P C, D] to [E, C, D]."""
     return jax.lax.all_to_all(rows_ECD, "expert", split_axis=1, concat_axis=0, tiled=True)
 
 
-def ragged_exchange(
-    rows_RD: jax.Array, loads_E: jax.Array, room: int, run: RunExperts
-) -> tuple[jax.Array, jax.Array]:
-    """Sends rows, sorted by expert, to the experts' devices and brings back what those make of
-    them.
-
-    A device receives at most `room` rows. What comes after those, from the last devices first, is
-    dropped: its rows come back as zeros. Returns [R, D], and for each row whether it was dropped.
-    """
-    me = jax.lax.axis_index("expert")
-    loads_PE = jax.lax.all_gather(loads_E, "expert")
-    plan = plan_exchange(loads_PE, room)
-    starts_P, offsets_P, sizes_P = (x[me] for x in (plan.starts_PP, plan.offsets_PP, plan.sizes_PP))
-    buffer = jnp.zeros((room, rows_RD.shape[1]), rows_RD.dtype)
-    received = jax.lax.ragged_all_to_all(
-        rows_RD, buffer, starts_P, sizes_P, offsets_P, plan.sizes_PP[:, me], axis_name="expert"
-    )
-    experts = received_experts(loads_PE, me, room)
-    made, _ = run(received, experts[:, None], jnp.ones((room, 1), jnp.float32))  # drops nothing
-    back = jax.lax.ragged_all_to_all(
-        made,
-        jnp.zeros_like(rows_RD),
-        plan.offsets_PP[:, me],
-        plan.sizes_PP[:, me],
-        plan.starts_PP[:, me],
-        sizes_P,
-        axis_name="expert",
-    )
-    row = jnp.arange(rows_RD.shape[0], dtype=jnp.int32)
-    to = jnp.searchsorted(starts_P, row, side="right") - 1
-    return back, (row - starts_P[to] >= sizes_P[to]) & (row < jnp.sum(loads_E))
+# The ragged exchange: each device sends the assigned rows alone
 
 
 class ExchangePlan(NamedTuple):
-    """Who sends how many rows from where to where: int32 matrices [from, to]."""
+    """Which rows each device sends to each other one: int32 matrices [sender, receiver].
 
-    starts_PP: jax.Array  # of the rows for each device, among the sender's
-    offsets_PP: jax.Array  # of a sender's rows in the receiver's buffer
-    sizes_PP: jax.Array  # rows sent
+    A sender's rows are sorted by expert, so the rows for one receiver are next to one another. A
+    receiver's buffer begins with the rows of device 0; then come those of device 1, and so on.
+    """
+
+    starts_PP: jax.Array  # the first row for the receiver, among the sender's rows
+    offsets_PP: jax.Array  # the place of that row in the receiver's buffer
+    sizes_PP: jax.Array  # the number of rows sent
+
+
+class RaggedExchange(NamedTuple):
+    """A plan as one device of the group sees it. The first dimension is the other device."""
+
+    starts_P: jax.Array  # the first row for that device, among this device's rows
+    sizes_P: jax.Array  # the number of rows that this device sends there
+    remote_offsets_P: jax.Array  # the place of these rows in that device's buffer
+    offsets_P: jax.Array  # the place in this device's buffer of the rows from that device
+    received_sizes_P: jax.Array  # the number of rows that come from there
+    remote_starts_P: jax.Array  # the first of these, among that device's rows
+    experts_R: jax.Array  # the local expert of each row in this device's buffer
 
 
 def plan_exchange(loads_PE: jax.Array, room: int) -> ExchangePlan:
-    """The plan of a ragged exchange, from every device's rows per expert. A buffer takes the first
-    device's rows, then the second's.
+    """Plans a ragged exchange from the number of rows that each device has for each expert.
+
+    A buffer has room for `room` rows. The rows that do not fit, from the last devices, are not
+    sent.
     """
     devices = loads_PE.shape[0]
     wanted_PP = jnp.sum(loads_PE.reshape(devices, devices, -1), axis=-1, dtype=jnp.int32)
-    offsets_PP, starts_PP = (
-        jnp.cumsum(wanted_PP, axis=axis, dtype=jnp.int32) - wanted_PP for axis in (0, 1)
-    )
+    starts_PP = jnp.cumsum(wanted_PP, axis=1, dtype=jnp.int32) - wanted_PP
+    offsets_PP = jnp.cumsum(wanted_PP, axis=0, dtype=jnp.int32) - wanted_PP
     offsets_PP = jnp.minimum(offsets_PP, room)
     return ExchangePlan(starts_PP, offsets_PP, jnp.minimum(wanted_PP, room - offsets_PP))
 
 
-def received_experts(loads_PE: jax.Array, me: jax.Array, room: int) -> jax.Array:
-    """The local expert of each received row, which come by device, then by expert; E/P for the
-    empty rest of the buffer.
+def received_experts(loads_PE: jax.Array, device: jax.Array, room: int) -> jax.Array:
+    """Returns the local expert of each row in a device's buffer, int32 [room].
+
+    The rows are sorted by sender, then by expert. The empty rest of the buffer has E/P, which is no
+    local expert.
     """
-    size = loads_PE.shape[1] // loads_PE.shape[0]
-    mine = jax.lax.dynamic_slice_in_dim(loads_PE, me * size, size, axis=1)
-    segment = jnp.searchsorted(
-        jnp.cumsum(mine.reshape(-1), dtype=jnp.int32),
-        jnp.arange(room, dtype=jnp.int32),
-        side="right",
+    num_own = loads_PE.shape[1] // loads_PE.shape[0]
+    own_loads = jax.lax.dynamic_slice_in_dim(loads_PE, device * num_own, num_own, axis=1)
+    # A segment is the rows of one sender for one expert.
+    segment_ends = jnp.cumsum(own_loads.reshape(-1), dtype=jnp.int32)
+    every_row = jnp.arange(room, dtype=jnp.int32)
+    segment_R = jnp.searchsorted(segment_ends, every_row, side="right")
+    return jnp.where(segment_R < own_loads.size, segment_R % num_own, num_own)
+
+
+def prepare_ragged(loads_E: jax.Array, room: int) -> RaggedExchange:
+    """Tells every device how many rows this one has for each expert, and plans the exchange."""
+    device = jax.lax.axis_index("expert")
+    loads_PE = jax.lax.all_gather(loads_E, "expert")
+    plan = plan_exchange(loads_PE, room)
+    return RaggedExchange(
+        starts_P=plan.starts_PP[device],
+        sizes_P=plan.sizes_PP[device],
+        remote_offsets_P=plan.offsets_PP[device],
+        offsets_P=plan.offsets_PP[:, device],
+        received_sizes_P=plan.sizes_PP[:, device],
+        remote_starts_P=plan.starts_PP[:, device],
+        experts_R=received_experts(loads_PE, device, room),
     )
-    return jnp.where(segment < mine.size, segment % size, size)
+
+
+def send_ragged(rows_RD: jax.Array, exchange: RaggedExchange) -> jax.Array:
+    """Sends rows, sorted by expert, to the experts' devices; returns this device's buffer."""
+    room = exchange.experts_R.shape[0]
+    return jax.lax.ragged_all_to_all(
+        rows_RD,
+        jnp.zeros((room, rows_RD.shape[1]), rows_RD.dtype),
+        exchange.starts_P,
+        exchange.sizes_P,
+        exchange.remote_offsets_P,
+        exchange.received_sizes_P,
+        axis_name="expert",
+    )
+
+
+def return_ragged(buffer_RD: jax.Array, exchange: RaggedExchange, num_rows: int) -> jax.Array:
+    """Sends the rows of a buffer back to where `send_ragged` had them, [num_rows, D].
+
+    A row that was not sent for lack of room comes back as zeros.
+    """
+    return jax.lax.ragged_all_to_all(
+        buffer_RD,
+        jnp.zeros((num_rows, buffer_RD.shape[1]), buffer_RD.dtype),
+        exchange.offsets_P,
+        exchange.received_sizes_P,
+        exchange.remote_starts_P,
+        exchange.sizes_P,
+        axis_name="expert",
+    )
+
+
+def unsent_rows(exchange: RaggedExchange, loads_E: jax.Array, num_rows: int) -> jax.Array:
+    """Returns for each of this device's rows whether it was not sent for lack of room."""
+    row_R = jnp.arange(num_rows, dtype=jnp.int32)
+    receiver_R = jnp.searchsorted(exchange.starts_P, row_R, side="right") - 1
+    is_beyond_R = row_R - exchange.starts_P[receiver_R] >= exchange.sizes_P[receiver_R]
+    return is_beyond_R & (row_R < jnp.sum(loads_E))

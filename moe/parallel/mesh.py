@@ -2,20 +2,26 @@
 
 import functools
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from moe.config import AXES, RULES, ConfigError, RunConfig, check_layout, split_axes
 from moe.parameters import is_declared
 
+AnyMesh = Mesh | AbstractMesh
 
-def make_mesh(config: RunConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """The mesh of a run over `devices` (all, by default). Raises ConfigError where batch or model
-    cannot be split over it.
+
+def make_mesh(
+    config: RunConfig,
+    devices: list[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]  # an alias
+) -> Mesh:
+    """Returns the mesh of a run over `devices`, or over all that there are.
+
+    Raises ConfigError where batch or model cannot be split over it.
     """
     devices = jax.devices() if devices is None else devices
     sizes = config.mesh.resolve(len(devices))
@@ -26,49 +32,58 @@ def make_mesh(config: RunConfig, devices: list[jax.Device] | None = None) -> Mes
         and devices[0].platform == "cpu"
     ):
         raise ConfigError(
-            "model.moe.exchange='ragged_all_to_all' is not there on CPUs: set model.moe.exchange to 'all_gather'"
+            "model.moe.exchange='ragged_all_to_all' does not exist on CPUs: "
+            "set model.moe.exchange to 'all_gather'"
         )
     return jax.make_mesh(
         sizes.sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
     )
 
 
-def spec(dims: str, shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
-    """Which axes of `mesh` split each dimension of an array, by RULES. Raises ValueError where a
-    size cannot be split.
+def spec(dims: str, shape: tuple[int, ...], mesh: AnyMesh) -> PartitionSpec:
+    """Returns which axes of `mesh` split each dimension of an array, by RULES.
 
-    Three dimensions are copied instead: key/value heads (K) fewer than the tensor axis, and a batch
-    or a time (B, T) too small to split, as in the trace that makes the parameters or in decoding. A
-    run's own batch is checked by `check_layout`.
+    Three dimensions are copied where their size cannot be split: key/value heads (K) fewer than
+    the tensor axis, and a batch or a time (B, T) that is too small, as in the trace that makes the
+    parameters or in decoding. A run's own batch is checked by `check_layout`. Raises ValueError
+    where another dimension's size cannot be split.
     """
+    return _spec_over(dims, shape, mesh.shape)
+
+
+def _spec_over(dims: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> PartitionSpec:
+    """Returns the spec of an array over the axes in `sizes` alone."""
     entries: list[tuple[str, ...]] = []
     # The axes of a dimension that is copied do not fall to another: what B cannot use does not
     # split an activation's D.
-    for dim, size, axes in zip(dims, shape, split_axes(dims, mesh.shape), strict=True):
-        split = math.prod(mesh.shape[axis] for axis in axes)
-        if size % split and dim not in "BTK":
+    for dim, size, axes in zip(dims, shape, split_axes(dims, sizes), strict=True):
+        num_parts = math.prod(sizes[axis] for axis in axes)
+        if size % num_parts and dim not in "BTK":
             raise ValueError(
-                f"dimension {dim} of {dims} has size {size}: it cannot be split over {'*'.join(axes)}={split}"
+                f"dimension {dim} of {dims} has size {size}: "
+                f"it cannot be split over {'*'.join(axes)}={num_parts}"
             )
-        entries.append(() if size % split else axes)
+        entries.append(() if size % num_parts else axes)
     return PartitionSpec(*entries)
 
 
 def constrain(x: jax.Array, dims: str) -> jax.Array:
-    """Lays `x` out by RULES inside a program whose mesh was set; without a mesh, and inside
-    shard_map, does nothing.
+    """Lays `x` out by RULES inside a program whose mesh was set.
+
+    The Auto axes of the mesh are those that split `x`. So inside a shard_map over some axes the
+    others are still used, and inside one over all axes, or without a mesh, nothing is done.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if not _is_auto(mesh):
+    sizes = _auto_sizes(jax.sharding.get_abstract_mesh())
+    if not sizes:
         return x
-    # Where a mesh of another project lacks a dimension's axes, the compiler decides: an empty entry
-    # would ask for copies.
-    lacking = [dim in RULES and not set(RULES[dim]).intersection(mesh.shape) for dim in dims]
-    entries = zip(spec(dims, x.shape, mesh), lacking, strict=True)
-    return jax.lax.with_sharding_constraint(
-        x,
-        PartitionSpec(*(PartitionSpec.UNCONSTRAINED if none else entry for entry, none in entries)),
-    )
+    # Where the mesh has none of a dimension's axes, as another project's mesh may, the compiler
+    # decides: an empty entry would ask for copies.
+    lacking = [dim in RULES and not sizes.keys() & set(RULES[dim]) for dim in dims]
+    entries = [
+        PartitionSpec.UNCONSTRAINED if is_lacking else entry
+        for entry, is_lacking in zip(_spec_over(dims, x.shape, sizes), lacking, strict=True)
+    ]
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*entries))
 
 
 def per_shard(
@@ -77,68 +92,102 @@ def per_shard(
     out_dims: tuple[str, ...],
     *arrays: jax.Array,
 ) -> Any:
-    """Calls `function` on each device's part of the arrays, laid out by RULES (jax.shard_map);
-    without a mesh, on the whole arrays.
+    """Calls `function` on each device's part of the arrays, laid out by RULES (jax.shard_map).
 
-    Without a mesh the function must make the whole of what its parts make: its results' shapes are
-    taken from that.
+    The Auto axes of the mesh split the arrays; inside a shard_map over other axes these parts are
+    parts of what a device has there. Without Auto axes `function` gets the whole arrays. It must
+    then make the whole of what its parts make: its results' shapes are taken from that.
+
+    Raises ValueError if a shard_map around this has made an axis Manual that is to split a weight:
+    the collectives of `function` would take its devices for those that share the weight.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if not _is_auto(mesh):
+    _check_manual_axes(mesh, in_dims)
+    sizes = _auto_sizes(mesh)
+    if not sizes:
         return function(*arrays)
-    in_specs = tuple(spec(dims, x.shape, mesh) for dims, x in zip(in_dims, arrays, strict=True))
-    shapes = jax.eval_shape(function, *arrays)
-    out_specs = tuple(spec(dims, x.shape, mesh) for dims, x in zip(out_dims, shapes, strict=True))
-    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*arrays)
+    results = jax.eval_shape(function, *arrays)
+    in_specs, out_specs = (
+        tuple(_spec_over(dims, x.shape, sizes) for dims, x in zip(all_dims, xs, strict=True))
+        for all_dims, xs in ((in_dims, arrays), (out_dims, results))
+    )
+    # All Auto axes become Manual, also those with other names: a kernel cannot be split by the
+    # compiler.
+    return jax.shard_map(
+        function,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        axis_names=set(_axes_of_type(mesh, AxisType.Auto)),
+        check_vma=False,
+    )(*arrays)
+
+
+def _check_manual_axes(mesh: AnyMesh, in_dims: tuple[str, ...]) -> None:
+    """Raises ValueError if a Manual axis is one of those that split a weight among `in_dims`."""
+    manual = {axis for axis in _axes_of_type(mesh, AxisType.Manual) if mesh.shape[axis] > 1}
+    for dims in in_dims:
+        for dim, axes in zip(dims, split_axes(dims, mesh.shape), strict=True):
+            wrong = manual.intersection(axes)
+            if wrong and dim in "DEF":
+                axis = min(wrong)
+                raise ValueError(
+                    f"dimension {dim} of {dims} is to be split over the mesh axis {axis!r}, which "
+                    f"a jax.shard_map around this has made Manual: leave {axis!r} out of its "
+                    "axis_names, or give that axis of your mesh another name"
+                )
 
 
 def on_auto_axes(
     out_specs: Callable[[PartitionSpec], Any],
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Makes a function of arrays, or a method of a Flax module, run where arrays lie on a mesh of
-    Explicit axes: they are Auto within.
+    """Makes Explicit axes Auto within a function of arrays, or a method of a Flax module.
 
-    JAX checks the sharding of each operation on Explicit axes, which is the default of
-    jax.make_mesh, and asks where it cannot tell; we leave that to the compiler. `out_specs` gives
-    the specs of the results (a prefix of their tree) from that of the first argument.
+    JAX checks the sharding of each operation on Explicit axes, which are the default of
+    jax.make_mesh, and asks for one that it cannot tell. Here that is left to the compiler.
+    `out_specs` makes the specs of the results (a prefix of their tree) from the spec of the first
+    argument that is split.
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def run(*args: Any, **kwargs: Any) -> Any:
-            mesh, spec = _explicit_mesh(args, kwargs)
-            if mesh is None:
+            placement = _explicit_placement(args, kwargs)
+            if placement is None:
                 return function(*args, **kwargs)
+            mesh, specs = placement.mesh, out_specs(placement.spec)
             if not hasattr(args[0], "unbind"):
-                return _call_on_auto_axes(function, mesh, out_specs(spec), *args, **kwargs)
-            module, *args = args
+                return _call_on_auto_axes(function, mesh, specs, *args, **kwargs)
+            module, arrays = args[0], args[1:]
             if module.is_initializing():  # on copies of whole arrays no sharding is in doubt
-                args, kwargs = jax.tree.map(
-                    functools.partial(_copy_everywhere, mesh), (args, kwargs)
-                )
-                return function(module, *args, **kwargs)
+                copy = functools.partial(_copy_everywhere, mesh)
+                arrays, kwargs = jax.tree.map(copy, (arrays, kwargs))
+                return function(module, *arrays, **kwargs)
             module, variables = module.unbind()
             apply = functools.partial(module.apply, method=function.__name__)
-            return _call_on_auto_axes(apply, mesh, out_specs(spec), variables, *args, **kwargs)
+            return _call_on_auto_axes(apply, mesh, specs, variables, *arrays, **kwargs)
 
         return run
 
     return decorate
 
 
-def _explicit_mesh(*tree: Any) -> tuple[Any, PartitionSpec | None]:
-    """The mesh with Explicit axes that the arrays of a tree lie on, and the spec of the first that
-    it splits; None where none is.
-    """
+class _Placement(NamedTuple):
+    """The mesh with Explicit axes that arrays lie on, and the spec of the first that it splits."""
+
+    mesh: AnyMesh
+    spec: PartitionSpec
+
+
+def _explicit_placement(*tree: Any) -> _Placement | None:
+    """Returns where the arrays of a tree lie, or None if no axis of their mesh is Explicit."""
     shardings = [jax.typeof(x).sharding for x in jax.tree.leaves(tree) if _is_array(x)]
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:  # arrays bring their mesh along
         mesh = next((sharding.mesh for sharding in shardings if not sharding.mesh.empty), mesh)
     if AxisType.Explicit not in mesh.axis_types:
-        return None, None
-    return mesh, next(
-        (sharding.spec for sharding in shardings if any(sharding.spec)), PartitionSpec()
-    )
+        return None
+    specs = (sharding.spec for sharding in shardings if any(sharding.spec))
+    return _Placement(mesh, next(specs, PartitionSpec()))
 
 
 def _call_on_auto_axes(
@@ -154,11 +203,7 @@ def _call_on_auto_axes(
         )
         return function(*args, **kwargs)
 
-    axes = tuple(
-        axis
-        for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-        if kind == AxisType.Explicit
-    )
+    axes = tuple(_axes_of_type(mesh, AxisType.Explicit))
 
     @jax.jit  # outside of it shard_map takes no mesh of other axis types than the arrays'
     def on_auto_axes(arrays: list[jax.Array]) -> Any:
@@ -169,7 +214,7 @@ def _call_on_auto_axes(
 
 
 def _copy_everywhere(mesh: Any, x: Any) -> Any:
-    """An array with the same value whole on each device of the mesh; anything else as it is."""
+    """Returns a copy of an array that is whole on each device, and anything else as it is."""
     return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec())) if _is_array(x) else x
 
 
@@ -178,32 +223,43 @@ def _is_array(x: Any) -> bool:
 
 
 def axis_size(axis: str) -> int:
-    """Devices along a mesh axis inside shard_map; 1 outside."""
+    """Returns the number of devices along a mesh axis inside shard_map, and 1 outside."""
     mesh = jax.sharding.get_abstract_mesh()
-    manual = dict(zip(mesh.axis_names, mesh.axis_types, strict=True)).get(axis) == AxisType.Manual
-    return mesh.shape[axis] if manual else 1
+    return mesh.shape[axis] if axis in _axes_of_type(mesh, AxisType.Manual) else 1
 
 
-def chip(mesh: Any) -> str | None:
-    """The kind of a mesh's devices ("TPU v5p", "NVIDIA H200", "cpu"), which need not be here; None
-    for a mesh that does not know.
+def chip(mesh: AnyMesh) -> str | None:
+    """Returns the kind of a mesh's devices ("TPU v5p", "NVIDIA H200", "cpu").
+
+    They need not be on this machine. None is the answer for a mesh that does not know.
     """
     device = mesh.abstract_mesh.abstract_device
     return None if device is None else device.device_kind
 
 
-def _is_auto(mesh: Any) -> bool:
-    """Whether `mesh` has an axis of ours and leaves layouts to the compiler: not so inside
-    shard_map, nor without a mesh.
+def _axes_of_type(mesh: AnyMesh, axis_type: AxisType) -> list[str]:
+    return [
+        axis
+        for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if kind == axis_type
+    ]
+
+
+def _auto_sizes(mesh: AnyMesh) -> dict[str, int]:
+    """Returns the sizes of the axes of ours whose layouts are left to the compiler.
+
+    There are none beside Explicit axes: on these JAX checks each operation, and modules make them
+    Auto (`on_auto_axes`) before they get here.
     """
-    return bool(set(AXES).intersection(mesh.shape)) and all(
-        kind == AxisType.Auto for kind in mesh.axis_types
-    )
+    if AxisType.Explicit in mesh.axis_types:
+        return {}
+    return {axis: mesh.shape[axis] for axis in _axes_of_type(mesh, AxisType.Auto) if axis in AXES}
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
-    """A NamedSharding for each array of a tree of shapes: by its dimensions where it is Declared,
-    else copied to every device.
+    """Returns a NamedSharding for each array of a tree of shapes.
+
+    A Declared array is split by its dimensions. Any other is copied to every device.
     """
 
     def sharding(leaf: Any) -> NamedSharding:
@@ -215,27 +271,33 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def host_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
-    """The rows of a global batch, ascending, that the devices of this process hold."""
+    """Returns the rows of a global batch that this process's devices hold, in ascending order."""
     sharding = NamedSharding(mesh, spec("B", (batch_size,), mesh))
     indices = sharding.addressable_devices_indices_map((batch_size,)).values()
     return np.unique(np.concatenate([np.arange(batch_size)[index] for index in indices]))
 
 
-def global_batch(rows: dict[str, np.ndarray], mesh: Mesh, batch_size: int) -> dict[str, jax.Array]:
-    """Joins every process's `host_rows` of a batch into global arrays, split over rows and, in the
-    second dimension, time.
+def global_batch(
+    rows: Mapping[str, np.ndarray], mesh: Mesh, batch_size: int, dims: Mapping[str, str]
+) -> dict[str, jax.Array]:
+    """Joins every process's `host_rows` of a batch into global arrays.
+
+    `dims` has the dimension letters of each field, the first of which is B. The mesh splits a
+    field by these letters.
     """
     held = host_rows(mesh, batch_size)
 
-    def join(local: np.ndarray) -> jax.Array:
+    def join(name: str, local: np.ndarray) -> jax.Array:
+        if dims[name][:1] != "B":
+            raise ValueError(f"dims[{name!r}]={dims[name]!r} does not start with B, the rows")
         shape = (batch_size, *local.shape[1:])
-        sharding = NamedSharding(mesh, spec("BT".ljust(local.ndim, "-")[: local.ndim], shape, mesh))
-        return jax.make_array_from_callback(
-            shape,
-            sharding,
-            lambda index: local[np.searchsorted(held, np.arange(batch_size)[index[0]])][
-                :, *index[1:]
-            ],
-        )
+        sharding = NamedSharding(mesh, spec(dims[name], shape, mesh))
 
-    return jax.tree.map(join, rows)
+        def read(index: Any) -> np.ndarray:
+            """Returns a device's part, given by a slice for each dimension of the whole array."""
+            asked = np.arange(batch_size)[index[0]]
+            return local[np.searchsorted(held, asked)][:, *index[1:]]
+
+        return jax.make_array_from_callback(shape, sharding, read)
+
+    return {name: join(name, local) for name, local in rows.items()}

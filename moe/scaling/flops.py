@@ -1,6 +1,6 @@
-"""Parameters and floating-point operations of a model, counted from its config alone.
+"""Counts the parameters and floating-point operations of a model from its config alone.
 
-A matmul of [m, k] by [k, n] counts 2mkn FLOPs. The backward pass costs twice the forward.
+A matmul of [m, k] by [k, n] counts as 2mkn FLOPs, and the backward pass as twice the forward pass.
 Recomputation (remat) is not counted: these are the FLOPs that the model needs, not those that a
 program spends.
 """
@@ -12,28 +12,28 @@ from moe.config import ModelConfig
 
 @dataclasses.dataclass(frozen=True)
 class Count:
-    """One component of a model: where it stands, how many of it, and what it costs a token."""
+    """Says how many parameters one component of a model has, and what it costs each token."""
 
     name: str
-    shapes: str  # for a table
-    repeats: int
+    shapes: str  # the shapes of its arrays, as a table prints them
+    repeats: int  # how often the model has this component
     parameters: int  # in all repeats
-    active_parameters: int  # of them, those that a token's forward pass reads
-    forward_flops: float  # per token, all repeats
+    active_parameters: int  # those parameters that the forward pass of one token reads
+    forward_flops: float  # per token, in all repeats
 
 
 def component_counts(config: ModelConfig, sequence_length: int) -> list[Count]:
-    """The components of a model in order, with FLOPs averaged over the tokens of a causal row of
-    `sequence_length`.
+    """Returns the components of a model in order.
 
-    A token passes `experts_per_token` routed experts: neither drops nor the dense oracle's extra
-    work are counted.
+    FLOPs are a mean over the tokens of a causal row of `sequence_length`. Each token is counted
+    with exactly `experts_per_token` routed experts, although "capacity" may drop some and the
+    "dense" dispatch computes all.
     """
     d, v, layers = config.model_dim, config.vocab_size, config.num_layers
     n, k, h = config.num_heads, config.num_kv_heads, config.head_dim
     projections = d * (n + 2 * k) * h + n * h * d
-    # A token sees (T + 1) / 2 keys on average, and spends 2H FLOPs per key and head on its score
-    # and as many on the weighted sum.
+    # On average a token attends to (T + 1) / 2 keys. For each key and head it spends 2H FLOPs on
+    # the score and as many on the weighted sum of values.
     mixing = 4 * n * h * (sequence_length + 1) / 2
     counts = [
         Count("embedding", f"{v}x{d}", 1, v * d, v * d, 0.0),
@@ -53,49 +53,53 @@ def component_counts(config: ModelConfig, sequence_length: int) -> list[Count]:
 
 
 def _feed_forward_counts(config: ModelConfig) -> list[Count]:
-    """What dense and sparse layers do after attention, without the parts that a model lacks."""
+    """Returns the components that follow attention in dense and sparse layers.
+
+    Components that the model does not have are left out.
+    """
     d, f, moe = config.model_dim, config.feed_forward_dim, config.moe
-    e, a, w, wide = (
-        moe.num_experts,
-        moe.experts_per_token,
-        moe.expert_dim,
-        moe.num_shared_experts * moe.expert_dim,
-    )
-    sparse = sum(kinds.count("moe") * repeats for kinds, repeats in config.layer_groups)
-    dense = config.num_layers - sparse
+    e, a, f_expert = moe.num_experts, moe.experts_per_token, moe.expert_dim
+    f_shared = moe.num_shared_experts * moe.expert_dim
+    num_sparse = sum(kinds.count("moe") * repeats for kinds, repeats in config.layer_groups)
+    num_dense = config.num_layers - num_sparse
+    one_expert = 3 * d * f_expert  # its gate, up and down matrices
     counts = (
-        _linear("feed-forward", f"2 x {d}x{f}, {f}x{d}", dense, 3 * d * f),
-        _linear("router", f"{d}x{e}", sparse, 0 if moe.router == "hash" else d * e),
+        _linear("feed-forward", f"2 x {d}x{f}, {f}x{d}", num_dense, 3 * d * f),
+        _linear("router", f"{d}x{e}", num_sparse, 0 if moe.router == "hash" else d * e),
         _linear(
             "experts",
-            f"{e} of (2 x {d}x{w}, {w}x{d}), {a} active",
-            sparse,
-            e * 3 * d * w,
-            a * 3 * d * w,
+            f"{e} of (2 x {d}x{f_expert}, {f_expert}x{d}), {a} active",
+            num_sparse,
+            parameters=e * one_expert,
+            active=a * one_expert,
         ),
-        _linear("shared experts", f"2 x {d}x{wide}, {wide}x{d}", sparse, 3 * d * wide),
+        _linear(
+            "shared experts", f"2 x {d}x{f_shared}, {f_shared}x{d}", num_sparse, 3 * d * f_shared
+        ),
     )
     return [count for count in counts if count.parameters]
 
 
 def total_parameters(config: ModelConfig) -> int:
-    """All parameters, embeddings included."""
+    """Returns the number of all parameters, embeddings included."""
     return sum(count.parameters for count in component_counts(config, 1))
 
 
 def active_parameters(config: ModelConfig) -> int:
-    """Parameters that one token's forward pass reads, embeddings included."""
+    """Returns how many parameters the forward pass of one token reads, embeddings included."""
     return sum(count.active_parameters for count in component_counts(config, 1))
 
 
 def embedding_parameters(config: ModelConfig) -> int:
-    """Parameters of the embedding and, where it is not tied, the unembedding."""
+    """Returns the number of parameters of the embedding and, if it is not tied, the unembedding."""
     return config.vocab_size * config.model_dim * (1 if config.tied_embeddings else 2)
 
 
 def training_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
-    """FLOPs of forward and backward per token: 6 per active matmul parameter (Kaplan et al. 2020,
-    section 2.1), plus causal attention.
+    """Returns the FLOPs of the forward and backward pass per token.
+
+    They are 6 for each active parameter of a matmul (Kaplan et al. 2020, section 2.1), plus those
+    of causal attention.
     """
     return 3 * sum(count.forward_flops for count in component_counts(config, sequence_length))
 
@@ -103,8 +107,9 @@ def training_flops_per_token(config: ModelConfig, sequence_length: int) -> float
 def _linear(
     name: str, shape: str, repeats: int, parameters: int, active: int | None = None
 ) -> Count:
-    """Matrices of so many parameters in each repeat, of which a token's forward pass reads `active`
-    (all, where not given).
+    """Returns the count of matrices that have so many `parameters` in each repeat.
+
+    `active` is how many of them the forward pass of one token reads, by default all.
     """
     active = parameters if active is None else active
     return Count(

@@ -1,4 +1,4 @@
-"""AdamW, its schedule, and which parameters decay."""
+"""The optimizer of a run: AdamW, its schedule, and which parameters decay."""
 
 import functools
 from collections.abc import Callable
@@ -15,8 +15,10 @@ DECAYED_KINDS = ("linear", "router", "unembedding")
 
 
 def make_schedule(config: RunConfig) -> optax.Schedule:
-    """Learning rate by update, the first being number 0: linear from 0 to the peak, then a cosine
-    to a fraction of it at number `steps`.
+    """Makes the learning rate as a function of the update's number, which begins at 0.
+
+    It rises linearly from 0 to its peak. Then it follows a cosine down to a fraction of the peak,
+    which it reaches at the number `config.train.steps`.
     """
     peak = config.optimizer.learning_rate
     schedule = optax.warmup_cosine_decay_schedule(
@@ -32,8 +34,9 @@ def make_schedule(config: RunConfig) -> optax.Schedule:
 def make_optimizer(
     config: OptimizerConfig, schedule: optax.Schedule, declarations: Any
 ) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW (Loshchilov & Hutter 2019, algorithm 2) with decay by the
-    kind of each parameter.
+    """Makes AdamW (Loshchilov & Hutter 2019, algorithm 2) with clipping by the global norm.
+
+    Whether a parameter decays depends on the kind that it is declared with.
     """
     decayed = map_declared(lambda leaf: leaf.kind in DECAYED_KINDS, declarations)
     optimizer = optax.chain(
@@ -50,8 +53,9 @@ def make_optimizer(
 
 
 def _with_standard_promotion(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Lets optax mix integers and floats, as it does, where the caller has set
-    jax_numpy_dtype_promotion="strict".
+    """Lets a function of optax mix integers and floats.
+
+    It does so, and would raise an error in a program with jax_numpy_dtype_promotion="strict".
     """
 
     @functools.wraps(function)
@@ -63,12 +67,12 @@ def _with_standard_promotion(function: Callable[..., Any]) -> Callable[..., Any]
 
 
 def tree_where(condition: jax.Array, new: Any, old: Any) -> Any:
-    """`new` where the scalar condition holds, else `old`, leaf by leaf."""
-    return jax.tree.map(lambda a, b: jax.numpy.where(condition, a, b), new, old)
+    """Selects `new` if the scalar condition holds and `old` if not, leaf by leaf."""
+    return jax.tree.map(lambda x, y: jax.numpy.where(condition, x, y), new, old)
 
 
 def all_finite(tree: Any) -> jax.Array:
-    """Whether a tree's arrays hold neither NaN nor an infinity."""
+    """Returns whether a tree's arrays hold neither NaN nor an infinity."""
     return jax.numpy.all(
         jax.numpy.stack([jax.numpy.all(jax.numpy.isfinite(x)) for x in jax.tree.leaves(tree)])
     )

@@ -1,7 +1,8 @@
-"""What a person in front of a run sees: one line that says where it stands, and what it is waiting
-for.
+"""What a person in front of a run sees: one line that says where the run stands.
 
-Showing is never worth a run: a closed or full stderr is written to no more, and training goes on.
+The line also says what the run is waiting for. Showing it is never worth a run: if stderr is closed
+or its disk is full, nothing more is written to it, and training goes on. Commands load this file
+before they load JAX.
 """
 
 import io
@@ -15,14 +16,14 @@ from tqdm import tqdm
 
 
 class Stream:
-    """A text stream that drops what cannot be written, as to a pipe whose reader has left (`2>&1 |
-    head -1`).
+    """A text stream that drops what cannot be written.
+
+    Nothing can be written to a pipe whose reader has left, as in `2>&1 | head -1`.
     """
 
     def __init__(self, stream: TextIO | None):
-        self._stream = (
-            _Nowhere() if stream is None else stream
-        )  # None is one that was closed before Python began (`2>&-`)
+        # It is None if it was closed before Python began (`2>&-`).
+        self._stream = _Nowhere() if stream is None else stream
 
     def write(self, text: str) -> int:
         try:
@@ -38,8 +39,9 @@ class Stream:
             self._abandon(error)
 
     def _abandon(self, error: OSError) -> None:
-        """Sends what follows nowhere if nobody can read it. The buffer has text left, which Python
-        would fail to write at exit.
+        """Sends all later text nowhere if nobody can read it.
+
+        The buffer still holds text, and Python would fail to write it at exit.
         """
         if isinstance(error, BrokenPipeError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -56,16 +58,15 @@ class _Nowhere(io.TextIOBase):
 
 
 class Bar:
-    """The progress bar of a run: steps and time left, the newest metrics, and what the run is doing
-    when it takes no steps.
+    """The progress bar of a run: its steps, the time left, and the newest metrics.
 
-    Until the first step is done, which compiles the program, there is no bar and no estimate, but a
-    line of text alone.
+    Text before the bar says what the run is doing while it takes no steps. The first step compiles
+    the program, so until it is done there is only this text, without a bar and an estimate.
     """
 
     def __init__(self, steps: int, *, shown: bool = True):
-        # smoothing=0: the time left follows from all steps since the first, with the evaluations
-        # between them in their proportion.
+        # With smoothing=0, the time left follows from all steps since the first one, with the
+        # evaluations between them in their proportion.
         self._bar = tqdm(
             total=steps,
             unit="step",
@@ -85,7 +86,7 @@ class Bar:
         for handler in logging.getLogger().handlers:
             handler.removeFilter(self._make_room)
         if self._stepped:
-            self._bar.set_description_str("", refresh=False)  # nothing is going on any more
+            self._bar.set_description_str("", refresh=False)  # the run does nothing any more
         self._bar.close()
 
     def show(self, text: str) -> None:
@@ -93,7 +94,7 @@ class Bar:
         self._bar.set_description_str(text)
 
     def step(self, step: int) -> None:
-        """Moves the bar to a step that is done. The time left is counted from the first of them."""
+        """Moves the bar to a step that is done. The time left is counted from the first one."""
         self._bar.set_description_str("", refresh=False)
         if self._stepped or self._bar.disable:
             self._bar.update(step - self._bar.n)
@@ -105,7 +106,7 @@ class Bar:
         self._bar.refresh()
 
     def _make_room(self, _: logging.LogRecord) -> bool:
-        """Clears the line before a log message is written on it; the next step shows it again."""
+        """Clears the line before a log message is written on it. The next step shows it again."""
         self._bar.clear()
         return True
 

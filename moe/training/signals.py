@@ -1,5 +1,6 @@
-"""SIGINT and SIGTERM while a run trains: the first one asks it to save and stop, and the second one
-ends the process.
+"""Catches SIGINT and SIGTERM while a run trains.
+
+The first signal asks the run to save and stop. The second one ends the process.
 """
 
 import contextlib
@@ -16,12 +17,11 @@ _SECOND = "\nstopped at once: what was trained since the last checkpoint is lost
 
 @contextlib.contextmanager
 def catch_signals() -> Iterator[Callable[[], bool]]:
-    """Yields a function that tells whether SIGINT or SIGTERM has come. A second one, of either,
-    ends the process with 128 + its number.
+    """Yields a function that tells whether SIGINT or SIGTERM has arrived.
 
-    A thread reads the signals' numbers: Python calls its handlers between two of its own
-    instructions alone, and the main thread can spend minutes in a compilation or in a wait for a
-    device.
+    A second signal, of either kind, ends the process with exit code 128 + its number. A thread of
+    its own watches for signals: Python calls handlers only between two of its own instructions,
+    and the main thread can spend minutes in a compilation or in a wait for a device.
     """
     arrived = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -39,14 +39,15 @@ def catch_signals() -> Iterator[Callable[[], bool]]:
         signal.set_wakeup_fd(descriptor_before)
         for number, handler in before.items():
             signal.signal(number, handler)
-        writer.close()  # which ends the thread
+        writer.close()  # this ends the thread
         watcher.join()
         reader.close()
 
 
 def _watch(reader: socket.socket) -> None:
-    """Says that the first signal was heard, and ends the process at the second. Returns when the
-    other end is closed.
+    """Tells the user that the first signal has arrived, and ends the process at the second one.
+
+    Each byte from the socket is the number of a signal. Returns when the other end is closed.
     """
     count = 0
     while number := reader.recv(1):

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import einops
 import flax.linen as nn
@@ -18,228 +18,282 @@ from moe import losses
 from moe.config import RunConfig
 from moe.model.attention import choose_implementation
 from moe.model.routing import update_bias
-from moe.model.transformer import Transformer
 from moe.parallel.mesh import make_mesh, shardings
 from moe.parameters import declarations, unbox
+from moe.tasks import Task, task_of_run
+from moe.tasks.task import Batch
 from moe.training.optimizer import all_finite, make_optimizer, make_schedule, tree_where
 
-Batch = dict[str, jax.Array]
+Metrics = dict[str, Any]  # scalars by name, and under "router" a dict of arrays [L, ...]
+
+
+class LargeCount(NamedTuple):
+    """A count of up to 2**64 - 1 in two words of 32 bits, since JAX has no larger ones by default.
+
+    The words are uint32 scalars, or arrays of several counts.
+    """
+
+    low: jax.Array
+    high: jax.Array
+
+    def __int__(self) -> int:
+        return (int(self.high) << 32) + int(self.low)
+
+    def plus(self, number: int | jax.Array) -> "LargeCount":
+        """Adds a number below 2**32 to the count, or each number of a uint32 array."""
+        low = self.low + jnp.asarray(number, jnp.uint32)
+        carry = low < self.low  # unsigned integers wrap around, so the sum has become smaller
+        return LargeCount(low, self.high + carry.astype(jnp.uint32))
 
 
 class TrainState(struct.PyTreeNode):
     """Everything that a checkpoint must hold for a run to go on as if it had never stopped."""
 
-    step: jax.Array  # steps taken, skipped updates included
-    examples: jax.Array  # rows consumed: the whole state of the data stream
-    skipped: (
-        jax.Array
-    )  # updates skipped so far, for a loss, a gradient or new parameters that are not finite
-    skipped_in_row: jax.Array  # of them, those since the last update
+    step: jax.Array  # steps taken, including those whose update was skipped
+    examples: LargeCount  # rows consumed: the whole state of the data stream
+    # Updates skipped so far, because the loss, the gradient or the new parameters were not finite.
+    skipped: jax.Array
+    skipped_in_row: jax.Array  # updates skipped since the last one that was made
     params: Any
     opt_state: Any
-    # biases that follow the experts' load instead of a gradient; empty where no router has them
+    # Biases that follow the experts' load instead of a gradient. Empty where no router has them.
     router_state: Any
 
     @property
     def variables(self) -> dict[str, Any]:
-        """What the model is applied with."""
+        """The variables that the model is applied with."""
         return {"params": self.params, "router_state": self.router_state}
+
+
+def new_state(params: Any, opt_state: Any, router_state: Any) -> TrainState:
+    """Returns the state of a run that has taken no step."""
+    zero, zero_word = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.uint32)
+    return TrainState(
+        step=zero,
+        examples=LargeCount(zero_word, zero_word),
+        skipped=zero,
+        skipped_in_row=zero,
+        params=params,
+        opt_state=opt_state,
+        router_state=router_state,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """The pieces of a run on its mesh, jitted: what `fit` loops over, and what benchmarks and other
-    loops may call.
-    """
+    """The pieces of a run on its mesh: `fit` loops over them, and so may any other loop."""
 
     mesh: Mesh
-    model: Transformer
-    attention: str  # the implementation of attention, as asked for or chosen for the mesh's chip
+    task: Task
+    model: nn.Module
+    attention: str  # the implementation of attention that the config or the mesh's chip chose
     abstract_state: TrainState  # shapes, dtypes and shardings
     init_state: Callable[[], TrainState]
-    train_step: Callable[
-        [TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]
-    ]  # the state is donated
-    eval_step: Callable[[Any, Batch], losses.Sums]
+    # (state, batch) -> (state, metrics). The state is donated: its arrays are gone afterwards.
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+    eval_step: Callable[[Any, Batch], losses.Sums]  # (variables, batch) -> sums
 
 
-def make_program(config: RunConfig, devices: list[jax.Device] | None = None) -> Program:
-    """Model, optimizer, state and steps of a run on `devices` (all, by default). Nothing is
-    compiled before it is called.
+def make_program(
+    config: RunConfig,
+    devices: list[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]  # a class
+    *,
+    task: Task | None = None,
+) -> Program:
+    """Makes model, optimizer, state and steps of a run on `devices` (by default, on all of them).
+
+    `task` is the caller's own, where `config.task` is "custom". Nothing is compiled before it is
+    called.
     """
+    task = task_of_run(config, task)
     mesh = make_mesh(config, devices)
     implementation = choose_implementation(config.model, mesh, config.data.sequence_length)
-    model = Transformer(config.model)
-    optimizer = make_optimizer(config.optimizer, make_schedule(config), declarations(model))
-    loss_fn = losses.next_token_loss(config.train.loss_chunk)
-    abstract = abstract_state(config, model, optimizer, mesh)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    assert implementation is not None  # the devices of a mesh say which chip they are
+    model = task.model(config.model)
+    declared = declarations(model, task.init_batch)
+    optimizer = make_optimizer(config.optimizer, make_schedule(config), declared)
+
+    init = _make_init(task, model, optimizer)
+    abstract = _abstract_state(init, config.seed, mesh)
+    state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+
+    def init_state() -> TrainState:
+        """Makes the state before the first step, every array in its shards."""
+        make_state = jax.jit(lambda key: unbox(init(key)), out_shardings=state_shardings)
+        return make_state(jax.random.key(config.seed))
+
+    train_step = make_train_step(config, model, optimizer, task)
     return Program(
-        mesh,
-        model,
-        implementation.name,
-        abstract,
-        lambda: init_state(config, model, optimizer, mesh),
-        jax.jit(
-            make_train_step(config, model, optimizer, loss_fn),
-            donate_argnums=0,
-            out_shardings=(shardings, None),
-        ),
-        jax.jit(make_eval_step(model, loss_fn)),
+        mesh=mesh,
+        task=task,
+        model=model,
+        attention=implementation.name,
+        abstract_state=abstract,
+        init_state=init_state,
+        train_step=jax.jit(train_step, donate_argnums=0, out_shardings=(state_shardings, None)),
+        eval_step=jax.jit(make_eval_step(config, task)),
     )
 
 
-def init_state(
-    config: RunConfig, model: nn.Module, optimizer: optax.GradientTransformation, mesh: Mesh
-) -> TrainState:
-    """The state before the first step, every array created in its shards."""
-    init, shardings = _init_and_shardings(config, model, optimizer, mesh)
-    return jax.jit(lambda key: unbox(init(key)), out_shardings=shardings)(
-        jax.random.key(config.seed)
-    )
+def _make_init(
+    task: Task, model: nn.Module, optimizer: optax.GradientTransformation
+) -> Callable[[jax.Array], TrainState]:
+    """Makes the function from a random key to the first state, whose parameters are Declared."""
 
-
-def abstract_state(
-    config: RunConfig, model: nn.Module, optimizer: optax.GradientTransformation, mesh: Mesh
-) -> TrainState:
-    """Shapes, dtypes and shardings of `init_state`'s result; nothing is allocated."""
-    init, shardings = _init_and_shardings(config, model, optimizer, mesh)
-    shapes = unbox(jax.eval_shape(init, jax.random.key(config.seed)))
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
-    )
-
-
-def _init_and_shardings(
-    config: RunConfig, model: nn.Module, optimizer: optax.GradientTransformation, mesh: Mesh
-) -> tuple[Callable[[jax.Array], TrainState], Any]:
     def init(key: jax.Array) -> TrainState:
-        variables = model.init(key, {"tokens": jnp.zeros((1, 1), jnp.int32)})
+        variables = model.init(key, jax.tree.map(jnp.asarray, dict(task.init_batch)))
         params = variables["params"]
-        # The optimizer copies the structure of declared parameters, so its moments are split as the
-        # parameters are.
-        zero = jnp.zeros((), jnp.int32)
-        return TrainState(
-            zero,
-            zero,
-            zero,
-            zero,
-            params,
-            optimizer.init(params),
-            variables.get("router_state", {}),
-        )
+        # The optimizer copies the structure of declared parameters, so its moments are split as
+        # the parameters are.
+        return new_state(params, optimizer.init(params), variables.get("router_state", {}))
 
-    return init, shardings(jax.eval_shape(init, jax.random.key(config.seed)), mesh)
+    return init
+
+
+def _abstract_state(init: Callable[[jax.Array], TrainState], seed: int, mesh: Mesh) -> TrainState:
+    """Returns the first state's shapes, dtypes and shardings. Nothing is allocated."""
+    declared = jax.eval_shape(init, jax.random.key(seed))
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        unbox(declared),
+        shardings(declared, mesh),
+    )
 
 
 def make_train_step(
-    config: RunConfig,
-    model: nn.Module,
-    optimizer: optax.GradientTransformation,
-    loss_fn: losses.LossFn,
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """The pure function (state, batch) -> (state, metrics) of one step.
+    config: RunConfig, model: nn.Module, optimizer: optax.GradientTransformation, task: Task
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """Makes the pure function (state, batch) -> (state, metrics) of one step.
 
-    The loss is the sum over all microbatches' unmasked targets over their number, so accumulation
-    changes nothing but memory. An update is skipped and counted if its loss, its gradient or the
-    parameters that it makes are not finite.
+    The loss is the sum over all microbatches' targets, divided by the number of these targets, so
+    accumulation changes nothing but memory. An update is skipped and counted if its loss, its
+    gradient or the parameters that it makes are not finite.
     """
     schedule = make_schedule(config)
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         if config.model.moe.jitter:
-            batch = batch | {"row_keys": _row_keys(config, state.examples)}
-        gradient, sums = _accumulate(config, model, loss_fn, state.variables, batch)
-        metrics = losses.metrics(sums)
+            batch = batch | {"row_keys": row_keys(config, state.examples)}
+        gradient, sums = _accumulate(config, model, task, state.variables, batch)
+        metrics = task.metrics(sums)
         norm = optax.tree.norm(gradient)
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        # The moments need no test of their own: they are means of gradients and of their squares,
-        # and the norm is finite only if the sum of all squares is.
-        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm) & all_finite(params)
-        new = TrainState(
-            step=state.step + 1,
-            examples=state.examples + config.train.batch_size,
-            skipped=state.skipped + (~finite).astype(state.skipped.dtype),
-            skipped_in_row=jnp.where(finite, 0, state.skipped_in_row + 1),
-            params=tree_where(finite, params, state.params),
-            opt_state=tree_where(finite, opt_state, state.opt_state),
-            router_state=tree_where(
-                finite,
-                _update_biases(config, state.router_state, sums["router"]),
-                state.router_state,
-            ),
-        )
-        learning_rate = schedule(state.step - state.skipped)
-        metrics |= {
-            "gradient_norm": norm,
-            "learning_rate": learning_rate,
-            "targets": sums["targets"],
-        }
+        is_finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+        new = _update(config, optimizer, state, gradient, sums, is_finite)
         if state.router_state:
-            metrics["router"] |= {
-                "bias_range": jnp.concatenate(
-                    [jnp.ptp(x, axis=-1) for x in jax.tree.leaves(state.router_state)]
-                )
-            }
-        return new, metrics | {"skipped_steps": new.skipped, "skipped_in_row": new.skipped_in_row}
+            metrics["router"] |= {"bias_range": _bias_ranges(state.router_state)}
+        return new, metrics | {
+            "gradient_norm": norm,
+            # Skipped updates do not move the schedule on.
+            "learning_rate": schedule(state.step - state.skipped),
+            "targets": sums["targets"],
+            "skipped_steps": new.skipped,
+            "skipped_in_row": new.skipped_in_row,
+        }
 
     return train_step
 
 
-def _row_keys(config: RunConfig, examples: jax.Array) -> jax.Array:
-    """A key for each row of the step that begins after `examples` rows, by its number in the whole
-    run.
+def _update(
+    config: RunConfig,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    gradient: Any,
+    sums: losses.Sums,
+    is_finite: jax.Array,
+) -> TrainState:
+    """Returns the state after a step. `is_finite` says whether its loss and gradient are finite.
+
+    If they or the new parameters are not, the step is counted and changes nothing else.
     """
-    numbers_B = examples + jnp.arange(config.train.batch_size, dtype=examples.dtype)
-    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(config.seed), numbers_B)
+    updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    router_state = _update_biases(config, state.router_state, sums["router"])
+    # The moments need no test of their own: they are means of gradients and of their squares, and
+    # the gradient's norm is finite only if the sum of all squares is.
+    is_finite &= all_finite(params)
+    return TrainState(
+        step=state.step + 1,
+        examples=state.examples.plus(config.train.batch_size),
+        skipped=state.skipped + (~is_finite).astype(state.skipped.dtype),
+        skipped_in_row=jnp.where(is_finite, 0, state.skipped_in_row + 1),
+        params=tree_where(is_finite, params, state.params),
+        opt_state=tree_where(is_finite, opt_state, state.opt_state),
+        router_state=tree_where(is_finite, router_state, state.router_state),
+    )
 
 
-def _update_biases(config: RunConfig, router_state: Any, router_sums: losses.Sums) -> Any:
-    """The router's biases, [repeats, E] for each kind of sparse layer, moved by the whole batch's
-    load [L, E].
+def row_keys(config: RunConfig, examples: LargeCount) -> jax.Array:
+    """Makes a random key for each row of a step that begins after `examples` rows.
+
+    The key depends on the seed and on the row's number in the whole run.
+    """
+    numbers_B = examples.plus(jnp.arange(config.train.batch_size, dtype=jnp.uint32))
+    seed_key = jax.random.key(config.seed)
+
+    def row_key(number: LargeCount) -> jax.Array:
+        key = jax.random.fold_in(seed_key, number.low)
+        # A run rarely has 2**32 rows. Until then, a row's key is that of its low word alone.
+        return jnp.where(number.high > 0, jax.random.fold_in(key, number.high), key)
+
+    return jax.vmap(row_key)(numbers_B)
+
+
+def _update_biases(
+    config: RunConfig, router_state: Any, router_sums: losses.RouterStats | None
+) -> Any:
+    """Moves the router's biases by the whole batch's load [L, E].
+
+    Each kind of sparse layer has its biases [repeats, E].
     """
     biases, structure = jax.tree.flatten(router_state)
-    loads = (
-        jnp.split(router_sums["load"], np.cumsum([len(bias) for bias in biases])[:-1])
-        if biases
-        else []
-    )
+    if not biases:
+        return router_state
+    ends = np.cumsum([len(bias) for bias in biases])
+    loads = jnp.split(router_sums.load, ends[:-1])
     rate = config.model.moe.bias_update_rate
-    return jax.tree.unflatten(
-        structure, [update_bias(bias, load, rate) for bias, load in zip(biases, loads, strict=True)]
-    )
+    moved = [update_bias(bias, load, rate) for bias, load in zip(biases, loads, strict=True)]
+    return jax.tree.unflatten(structure, moved)
 
 
-def make_eval_step(
-    model: Transformer, loss_fn: losses.LossFn
-) -> Callable[[Any, Batch], losses.Sums]:
-    """The pure function (variables, batch) -> sums and counts, to be added up over batches and
-    divided once.
+def _bias_ranges(router_state: Any) -> jax.Array:
+    """Returns the largest bias less the smallest one in each sparse layer, [L]."""
+    return jnp.concatenate([jnp.ptp(x, axis=-1) for x in jax.tree.leaves(router_state)])
+
+
+def make_eval_step(config: RunConfig, task: Task) -> Callable[[Any, Batch], losses.Sums]:
+    """Makes the pure function (variables, batch) -> sums and counts.
+
+    They are added up over batches and divided once.
     """
-    model = model.without_jitter()
+    moe_without_jitter = dataclasses.replace(config.model.moe, jitter=0.0)
+    model = task.model(dataclasses.replace(config.model, moe=moe_without_jitter))
 
     def eval_step(variables: Any, batch: Batch) -> losses.Sums:
-        return _sums(model, loss_fn, variables, batch)
+        return _sums(model, task, variables, batch)
 
     return eval_step
 
 
-def _sums(model: nn.Module, loss_fn: losses.LossFn, variables: Any, batch: Batch) -> losses.Sums:
-    output = model.apply(variables, batch)
-    return loss_fn(output, lambda hidden: model.apply(variables, hidden, method="unembed"), batch)
+def _sums(model: nn.Module, task: Task, variables: Any, batch: Batch) -> losses.Sums:
+    output: Any = model.apply(variables, batch)
+
+    def unembed(hidden: jax.Array) -> jax.Array:
+        logits: Any = model.apply(variables, hidden, method="unembed")
+        return logits
+
+    return task.loss(output, unembed, batch)
 
 
 def _accumulate(
-    config: RunConfig, model: nn.Module, loss_fn: losses.LossFn, variables: Any, batch: Batch
+    config: RunConfig, model: nn.Module, task: Task, variables: Any, batch: Batch
 ) -> tuple[Any, losses.Sums]:
-    """The gradient of the whole batch's loss, and its sums, a microbatch at a time."""
-    global_counts, microbatches = losses.counts(batch), config.train.accumulation
+    """Returns the gradient of the whole batch's loss, and its sums, one microbatch at a time."""
+    global_counts, microbatches = task.counts(batch), config.train.accumulation
 
     @jax.jit  # traced once, for its shapes and for the loop
     @functools.partial(jax.grad, has_aux=True)
     def gradient(params: Any, microbatch: Batch) -> tuple[jax.Array, losses.Sums]:
-        sums = _sums(model, loss_fn, variables | {"params": params}, microbatch)
+        sums = _sums(model, task, variables | {"params": params}, microbatch)
         return losses.objective(sums, global_counts, config.model.moe), sums
 
     params = variables["params"]

@@ -1,1 +1,1 @@
-"""What a run keeps in its directory: checkpoints, their identity, and metrics."""
+"""Keeps what a run has in its directory: checkpoints, their identity, and metrics."""

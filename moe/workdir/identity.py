@@ -1,9 +1,8 @@
-"""What says which run a directory and each of its checkpoints belong to. Plain JSON: nothing here
-imports JAX.
+"""Says which run a directory, and each of its checkpoints, belongs to. It imports no JAX.
 
-A checkpoint of step s is the directory `checkpoints/s`. Its `about.json` is written last, whole,
-and so marks the checkpoint as complete: a directory without one was cut off and is never restored.
-(An object store cannot rename a directory, but it can write one file whole.)
+The checkpoint of step s is the directory `checkpoints/s`. Its `about.json` is written last and
+whole, and so marks the checkpoint as complete: a directory without one is never restored. (An
+object store cannot rename a directory, but it can write one file whole.)
 """
 
 import hashlib
@@ -15,23 +14,25 @@ from typing import Any
 from moe.config import ConfigError, RunConfig
 from moe.files import write_whole
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 CONFIG_FILE = "config.json"
 ABOUT_FILE = "about.json"
-LOCK_FILE = "run.lock"  # held by the process that writes the run, and naming it
-UNFINISHED_FILE = "unfinished.txt"  # there while a command makes a run directory that is no run yet
+LOCK_FILE = "run.lock"  # is locked by the process that writes the run, and names it
+UNFINISHED_FILE = "unfinished.txt"  # exists while a command creates a directory that is no run yet
 
 
 def checkpoint_steps(directory: Path) -> list[int]:
-    """Returns the steps of the complete checkpoints in `directory`, in order. Raises ConfigError
-    for one of the older format.
+    """Returns the steps of the complete checkpoints in `directory`, in order.
+
+    Raises ConfigError for a checkpoint of the older format.
     """
     return [step for step in _numbered(directory) if (directory / str(step) / ABOUT_FILE).exists()]
 
 
 def unfinished_steps(directory: Path) -> list[int]:
-    """Returns the steps of checkpoints that are being written or deleted, or were when their
-    process ended.
+    """Returns the steps of the checkpoints in `directory` that are not complete.
+
+    They are being written or deleted, or the process that did so has ended.
     """
     return [
         step for step in _numbered(directory) if not (directory / str(step) / ABOUT_FILE).exists()
@@ -39,6 +40,7 @@ def unfinished_steps(directory: Path) -> list[int]:
 
 
 def _numbered(directory: Path) -> list[int]:
+    """Returns the steps of all checkpoints in `directory`, in order."""
     names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
     steps = sorted(int(name) for name in names if name.isdecimal() and str(int(name)) == name)
     for step in steps:
@@ -57,8 +59,9 @@ def write_about(path: Path, about: dict[str, Any]) -> None:
 
 
 def read_about(path: Path) -> dict[str, Any]:
-    """Returns what a checkpoint says about itself. Raises FileNotFoundError, and ConfigError where
-    the file is damaged.
+    """Returns what a checkpoint's about.json says.
+
+    Raises FileNotFoundError, and ConfigError if the file is damaged or of another format or step.
     """
     try:
         about = json.loads((path / ABOUT_FILE).read_text(encoding="utf-8"))
@@ -71,7 +74,8 @@ def read_about(path: Path) -> dict[str, Any]:
         raise damaged(path, f"{ABOUT_FILE} is not what was written")
     if version != FORMAT_VERSION:
         raise ConfigError(
-            f"{path} has format {version}, not {FORMAT_VERSION}: read it with the version that wrote it"
+            f"{path} has format {version}, not {FORMAT_VERSION}: "
+            "read it with the version that wrote it"
         )
     if str(about["step"]) != path.name:
         raise ConfigError(
@@ -81,7 +85,10 @@ def read_about(path: Path) -> dict[str, Any]:
 
 
 def damaged(path: Path, reason: str) -> ConfigError:
-    """For bytes that were read and are wrong; never for a file that the system did not let us read."""
+    """Returns the error for a checkpoint whose bytes were read and are wrong.
+
+    It is never used for a file that the system refused to read, because deleting would not help.
+    """
     earlier = [step for step in checkpoint_steps(path.parent) if step < int(path.name)]
     advice = (
         f"delete it, and step {earlier[-1]} is taken"
@@ -92,22 +99,21 @@ def damaged(path: Path, reason: str) -> ConfigError:
 
 
 def read_saved_config(workdir: Path) -> RunConfig | None:
-    """Returns the config of the run in `workdir`: that of config.json, or else of its latest
-    checkpoint; None where neither is there.
+    """Returns the config of the run in `workdir`, or None if there is no run.
+
+    It is read from config.json, or from the latest checkpoint if that file is missing.
     """
     if (workdir / CONFIG_FILE).exists():
         return read_config(workdir)
     directory = workdir / "checkpoints"
     steps = checkpoint_steps(directory)
-    return (
-        RunConfig.from_config_dict(read_about(directory / str(steps[-1]))["config"])
-        if steps
-        else None
-    )
+    if not steps:
+        return None
+    return RunConfig.from_config_dict(read_about(directory / str(steps[-1]))["config"])
 
 
 def read_config(workdir: Path) -> RunConfig:
-    """Returns the config of the run in `workdir`. Raises ConfigError where there is none."""
+    """Returns the config in a run's config.json. Raises ConfigError if it has none."""
     path = workdir / CONFIG_FILE
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -121,7 +127,8 @@ def read_config(workdir: Path) -> RunConfig:
         ) from None
     if not isinstance(config, dict):
         raise ConfigError(
-            f"{path} holds {type(config).__name__} and not an object: restore it, or set another --workdir"
+            f"{path} holds {type(config).__name__} and not an object: "
+            "restore it, or set another --workdir"
         )
     try:
         return RunConfig.from_config_dict(config)
@@ -137,10 +144,10 @@ def write_config(workdir: Path, config: RunConfig) -> None:
 def differing_fields(
     saved: RunConfig, config: RunConfig, allowed: Collection[str] = ()
 ) -> list[str]:
-    """Returns a phrase for each field that makes `config` another experiment than the `saved` one,
-    except the `allowed` fields.
+    """Returns a phrase for each field that makes `config` another experiment than `saved`.
 
-    `mesh` and `data.directory` say where a run is laid out, and are no part of the experiment.
+    The `allowed` fields may differ. `mesh` and `data.directory` may too: they say where a run is
+    computed, and are no part of the experiment.
     """
     return [
         f"{name} is {before!r} there and {after!r} here"
@@ -154,10 +161,12 @@ def differing_fields(
 
 
 def _digest(about: dict[str, Any]) -> str:
+    """Returns the SHA-256 of what an about.json says."""
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 
 def _flatten(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields the dotted name and the value of each field."""
     for name, value in config.items():
         if isinstance(value, dict):
             yield from _flatten(value, f"{prefix}{name}.")

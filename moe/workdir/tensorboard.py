@@ -1,9 +1,8 @@
-"""TensorBoard's copy of a run's metrics. It may end, as on a full disk, and the run neither waits
-for it nor ends with it.
+"""Writes TensorBoard's copy of a run's metrics, whose failure never stops the run.
 
-tensorboardX's SummaryWriter gives events to a thread through a short queue. That thread ends at the
-first error, and whoever adds the next events waits for room in the queue for ever. So events are
-written here by the thread that has them.
+tensorboardX's own SummaryWriter hands events to a thread through a short queue. That thread ends at
+the first error, such as a full disk, and the run would then wait forever for room in the queue. So
+events are written here without another thread.
 """
 
 import contextlib
@@ -14,53 +13,50 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from tensorboardX.proto.event_pb2 import Event, SessionLog
+# The generated module defines its classes when it is imported, where a type checker sees none.
+from tensorboardX.proto.event_pb2 import (
+    Event,  # pyright: ignore[reportAttributeAccessIssue]
+    SessionLog,  # pyright: ignore[reportAttributeAccessIssue]
+)
 from tensorboardX.record_writer import RecordWriter
 from tensorboardX.summary import scalar
 
-FLUSH_SECONDS = 10
+FLUSH_SECONDS = 10  # how long a reader may have to wait for new values
 
 
 class TensorBoard:
-    """Appends scalars to a new event file; from the first error on, which is told in a warning, it
-    does nothing.
+    """Appends scalars to a new event file.
+
+    The first error is logged as a warning. From then on nothing is written.
     """
 
     def __init__(self, directory: Path, step: int):
         self._directory, self._flushed = directory, time.monotonic()
         self._writer: RecordWriter | None = None
-        logging.getLogger("tensorboardX.x2num").setLevel(
-            logging.ERROR
-        )  # it would warn of each NaN, which the metrics show
+        # tensorboardX would warn of each NaN, which the metrics show anyway.
+        logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            # TensorBoard reads a directory's files in the order of their names.
-            self._writer = RecordWriter(
-                str(
-                    directory
-                    / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
-                )
-            )
-            self._add(Event(wall_time=time.time(), file_version="brain.Event:2"))
-            # What an earlier start wrote of later steps is hidden from here on.
-            self._add(
-                Event(
-                    wall_time=time.time(),
-                    step=step + 1,
-                    session_log=SessionLog(status=SessionLog.START),
-                )
-            )
+            # TensorBoard reads the files of a directory in the order of their names, which begin
+            # with the time.
+            name = f"{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
+            self._writer = RecordWriter(str(directory / f"events.out.tfevents.{name}"))
+            _add(self._writer, Event(wall_time=time.time(), file_version="brain.Event:2"))
+            # This event hides what an earlier start wrote about later steps.
+            start = SessionLog(status=SessionLog.START)
+            _add(self._writer, Event(wall_time=time.time(), step=step + 1, session_log=start))
             self._writer.flush()
         except OSError as error:
             self._give_up(error)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Adds a step's scalars; a reader sees them within `FLUSH_SECONDS` of a later call."""
+        """Adds the scalars of a step. Readers see them after `FLUSH_SECONDS`, at the next call."""
         if self._writer is None:
             return
         try:
             for name, value in values.items():
-                self._add(Event(wall_time=time.time(), step=step, summary=scalar(name, value)))
+                summary = scalar(name, value)
+                _add(self._writer, Event(wall_time=time.time(), step=step, summary=summary))
             if time.monotonic() - self._flushed > FLUSH_SECONDS:
                 self._writer.flush()
                 self._flushed = time.monotonic()
@@ -68,7 +64,7 @@ class TensorBoard:
             self._give_up(error)
 
     def close(self) -> None:
-        """Writes what is left. Calling it again does nothing."""
+        """Writes what is left and closes the file. Calling it again does nothing."""
         if self._writer is not None:
             try:
                 self._writer.flush()
@@ -78,18 +74,20 @@ class TensorBoard:
                 self._writer.close()
                 self._writer = None
 
-    def _add(self, event: Event) -> None:
-        self._writer.write(event.SerializeToString())
-
     def _give_up(self, error: OSError) -> None:
+        """Warns once, and closes the file so that nothing more is written."""
         logging.warning(
             "%s gets no more events (%s): metrics.jsonl, which it copies, goes on",
             self._directory,
             error.strerror,
         )
         if self._writer is not None:
-            with contextlib.suppress(
-                OSError
-            ):  # closing writes what is left, and closes the file even where it cannot
+            # Closing first writes what is left. It closes the file even if that fails.
+            with contextlib.suppress(OSError):
                 self._writer.close()
         self._writer = None
+
+
+def _add(writer: RecordWriter, event: Event) -> None:
+    """Appends one event to a file."""
+    writer.write(event.SerializeToString())

@@ -1,11 +1,11 @@
-"""What a run writes down about itself: its config, metrics.jsonl, TensorBoard, and the environment
-of each start.
+"""Writes down what a run does: its metrics, and the environment of each start.
 
-metrics.jsonl has one JSON object per line, `{"step": 10, "train/loss": 2.5, ...}`, with numbers
-that are not finite as the strings "NaN", "Infinity" and "-Infinity", since JSON has none.
-TensorBoard, and whatever comes beside it, is a copy. router.jsonl has a list over the sparse layers
-where metrics.jsonl has a number: `{"step": 10, "max_vio": [0.25, 0.5], "load": [[0.5, 0.5], [0.25,
-0.75]], ...}`.
+metrics.jsonl has one JSON object per line: `{"step": 10, "train/loss": 2.5, ...}`. JSON has no
+numbers that are not finite, so these are the strings "NaN", "Infinity" and "-Infinity". TensorBoard
+gets a copy.
+
+router.jsonl has, instead of each number, a list with one entry for each sparse layer:
+`{"step": 10, "max_vio": [0.25, 0.5], "load": [[0.5, 0.5], [0.25, 0.75]], ...}`.
 """
 
 import datetime
@@ -13,23 +13,26 @@ import importlib.metadata
 import json
 import math
 import operator
-import os
 import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, SupportsFloat, TypeVar
 
 import numpy as np
 
 from moe.config import ConfigError, RunConfig, TrackingConfig
+from moe.files import open_whole
 from moe.workdir.identity import (
     UNFINISHED_FILE,
     checkpoint_steps,
     differing_fields,
     read_saved_config,
 )
+
+if TYPE_CHECKING:
+    from moe.workdir.tensorboard import TensorBoard
 
 METRICS_FILE = "metrics.jsonl"
 ROUTER_FILE = "router.jsonl"
@@ -46,81 +49,82 @@ _PACKAGES = (
     "numpy",
 )
 
-Numbers = float | list["Numbers"]
+Numbers = float | list["Numbers"]  # a number, or lists of numbers nested to any depth
+T = TypeVar("T")
 
 
 def check_workdir(workdir: Path, config: RunConfig) -> None:
-    """Makes a new run directory, or checks that the run that is there has the same config. Raises
-    ConfigError naming what differs.
+    """Creates a new run directory, or checks that the run in it has the same config.
 
-    `mesh` and `data.directory` may differ: they say where a run is laid out, and are no part of the
-    experiment. `train.steps` may differ too, as long as it is more than the run has trained: the
-    schedule from there on is that of the new number. Where config.json is missing, the latest
-    checkpoint says which run this is.
+    `mesh` and `data.directory` may differ: they say where a run is computed, and are no part of the
+    experiment. `train.steps` may differ too, if the run has not trained that many steps yet: from
+    its latest checkpoint on, it follows the schedule for the new number. Where config.json is
+    missing, the latest checkpoint says which run this is. Raises ConfigError that names all other
+    differences.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     unfinished = workdir / UNFINISHED_FILE
     if unfinished.exists():
-        raise ConfigError(
-            f"{workdir} is no run yet ({unfinished.read_text().strip()}): delete it, and make it again"
-        )
+        reason = unfinished.read_text().strip()
+        raise ConfigError(f"{workdir} is no run yet ({reason}): delete it, and make it again")
     saved = read_saved_config(workdir)
     if saved is None:
         return
     differing = differing_fields(saved, config, allowed=("train.steps",))
     if differing:
         raise ConfigError(
-            f"{workdir} holds a run of another config ({'; '.join(differing)}): set another --workdir"
+            f"{workdir} holds a run of another config ({'; '.join(differing)}): "
+            "set another --workdir"
         )
     _check_steps(workdir, saved.train.steps, config.train.steps)
 
 
 def _check_steps(workdir: Path, before: int, after: int) -> None:
-    """Raises ConfigError where a run's number of steps is changed to no more than it has trained."""
+    """Raises ConfigError if a run's number of steps changes to no more than it has trained."""
     trained = max(checkpoint_steps(workdir / "checkpoints"), default=0)
     if after != before and after <= trained:
         raise ConfigError(
-            f"train.steps={after} is not more than the {trained} steps that {workdir} has trained: set train.steps to {before}, or to more "
-            f"than {trained}"
+            f"train.steps={after} is not more than the {trained} steps that {workdir} has trained: "
+            f"set train.steps to {before}, or to more than {trained}"
         )
 
 
 class MetricWriter:
-    """Appends metrics to the files of a run directory; one process of a run opens it.
+    """Appends metrics to the files of a run directory. Only one process of a run opens it.
 
-    `step` is the step the run starts or resumes from: what an interrupted run wrote of later steps
-    is dropped, so that a resumed run's files read like an uninterrupted one's. A step's metrics
-    therefore have to be written before its checkpoint is.
+    `step` is the step from which the run starts or resumes. Lines of later steps, which an
+    interrupted run has written, are dropped, so the files of a resumed run read like those of an
+    uninterrupted one. This needs the metrics of a step to be written before its checkpoint.
     """
 
     def __init__(self, workdir: Path, config: TrackingConfig, step: int):
         self._metrics, self._router = workdir / METRICS_FILE, workdir / ROUTER_FILE
         for path in (self._metrics, self._router):
             _drop_later_lines(path, step)
-        self._metrics.touch()  # a run that has logged nothing yet is a run all the same
-        self._tensorboard = _tensorboard(workdir, step) if config.tensorboard else None
+        self._metrics.touch()  # marks a run that has not logged anything yet as a run
+        self._tensorboard = _open_tensorboard(workdir, step) if config.tensorboard else None
 
     def write(
-        self, step: int, metrics: Mapping[str, Any], layers: Mapping[str, np.ndarray] | None = None
+        self,
+        step: int,
+        metrics: Mapping[str, SupportsFloat],
+        layers: Mapping[str, np.ndarray] | None = None,
     ) -> None:
-        """Writes the scalars of one step (Python, numpy or JAX ones); metrics.jsonl holds them when
-        this returns.
+        """Writes the scalars of one step; metrics.jsonl holds them when this returns.
 
-        `layers` are arrays [L, ...] over a model's sparse layers, for router.jsonl, to five
-        significant digits.
+        `layers` are arrays [L, ...] over the sparse layers of a model. They go to router.jsonl,
+        rounded to five significant digits.
         """
         values = {name: float(value) for name, value in metrics.items()}
         _append_line(self._metrics, step, values)
         if layers:
-            _append_line(
-                self._router,
-                step,
-                {name: _rounded(value.tolist()) for name, value in layers.items()},
-            )
+            rounded = {name: _round_digits(value.tolist()) for name, value in layers.items()}
+            _append_line(self._router, step, rounded)
         if self._tensorboard:
             self._tensorboard.write(step, values)
 
     def close(self) -> None:
+        """Writes what TensorBoard has not written yet."""
         if self._tensorboard:
             self._tensorboard.close()
 
@@ -132,34 +136,28 @@ class MetricWriter:
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl in order: `step` an int, every other value a float (NaN and
-    infinities included).
+    """Returns the lines of metrics.jsonl in order: `step` is an int, every other value a float.
 
-    A last line still being written is left out. Raises FileNotFoundError, and ConfigError where the
-    file is damaged.
+    A last line that is still being written is left out. Raises FileNotFoundError, and ConfigError
+    where the file is damaged.
     """
     return [{"step": step} | values for step, values in _parse_lines(workdir / METRICS_FILE, float)]
 
 
 def read_router(workdir: Path, every: int = 1) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-    """The step and the arrays [L, ...] of each line of router.jsonl, in order; none for a run
-    without sparse layers.
+    """Returns the step and the arrays [L, ...] of each line of router.jsonl, in order.
 
-    With `every` above 1 only the first of every so many lines is parsed. Raises ConfigError where
-    the file is damaged.
+    There are none for a run without sparse layers. If `every` is more than 1, only the first of
+    each `every` lines is parsed. Raises ConfigError where the file is damaged.
     """
     path = workdir / ROUTER_FILE
-    return (
-        _parse_lines(path, lambda value: np.array(_decode(value), np.float32), every)
-        if path.exists()
-        else iter(())
-    )
+    if not path.exists():
+        return iter(())
+    return _parse_lines(path, lambda value: np.array(_decode(value), np.float32), every)
 
 
 def write_environment(workdir: Path, attention: str) -> None:
-    """Appends one line to environment.jsonl: what this start of the run runs on, and by which
-    implementation of attention.
-    """
+    """Appends a line to environment.jsonl: on what, and with which attention, this start runs."""
     environment = {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
@@ -171,45 +169,47 @@ def write_environment(workdir: Path, attention: str) -> None:
         "git": _git_state(Path(__file__).resolve()),
     }
     path = workdir / ENVIRONMENT_FILE
-    # A killed process may have left half a line, which must not swallow this one.
-    begin = (
-        "\n"
-        if path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size
-        else ""
-    )
+    # A killed process may have left half a line. The new line must not become its second half.
+    has_half_line = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
     with path.open("a", encoding="utf-8") as file:
-        file.write(begin + json.dumps(environment) + "\n")
+        file.write(("\n" if has_half_line else "") + json.dumps(environment) + "\n")
 
 
 def _append_line(path: Path, step: int, values: Mapping[str, Numbers]) -> None:
+    """Appends the line of one step to a file."""
     with path.open("a", encoding="utf-8") as file:
         file.write(_format_line(step, values))
 
 
 def _format_line(step: int, values: Mapping[str, Numbers]) -> str:
-    return (
-        json.dumps({"step": step} | {name: _encode(value) for name, value in values.items()}) + "\n"
-    )
+    """Returns the line of one step as JSON."""
+    line = {"step": step} | {name: _encode(value) for name, value in values.items()}
+    return json.dumps(line) + "\n"
 
 
 def _encode(value: Numbers) -> Any:
+    """Returns numbers for JSON: those that are not finite become strings."""
     if isinstance(value, list):
         return [_encode(item) for item in value]
     return value if math.isfinite(value) else json.dumps(value)
 
 
 def _decode(value: Any) -> Numbers:
+    """Returns the numbers that `_encode` was given."""
     return [_decode(item) for item in value] if isinstance(value, list) else float(value)
 
 
-def _rounded(value: Numbers) -> Numbers:
-    return [_rounded(item) for item in value] if isinstance(value, list) else float(f"{value:.5g}")
+def _round_digits(value: Numbers) -> Numbers:
+    """Rounds numbers to five significant digits."""
+    if isinstance(value, list):
+        return [_round_digits(item) for item in value]
+    return float(f"{value:.5g}")
 
 
 def _parse_lines(
-    path: Path, decode: Callable[[Any], Any], every: int = 1
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The step and the decoded values of each line, or of the first of every so many lines."""
+    path: Path, decode: Callable[[Any], T], every: int = 1
+) -> Iterator[tuple[int, dict[str, T]]]:
+    """Yields the step and the values of each line, or of the first of each `every` lines."""
     with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
         for number, line in enumerate(file):
             if number % every:
@@ -219,38 +219,39 @@ def _parse_lines(
                 step = operator.index(values.pop("step"))
                 yield step, {name: decode(value) for name, value in values.items()}
             except (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError):
-                # kill -9 can cut the last line short. Anywhere else the file was damaged, and
-                # guessing would hide that.
+                # kill -9 can cut the last line short. Any other broken line is damage, and to skip
+                # it would hide that.
                 if line.endswith("\n"):
                     raise ConfigError(
-                        f"{path}, line {number + 1} is not a JSON object of a step and numbers: delete that line"
+                        f"{path}, line {number + 1} is not a JSON object of a step and numbers: "
+                        "delete that line"
                     ) from None
 
 
 def _drop_later_lines(path: Path, step: int) -> None:
+    """Removes the lines of steps after `step` from a file, if there is one.
+
+    A kill leaves the old file or the new one, never half of either.
+    """
     if not path.exists():
         return
-    partial = path.with_suffix(".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.writelines(
-            _format_line(line_step, values)
-            for line_step, values in _parse_lines(path, _decode)
-            if line_step <= step
-        )
-        file.flush()
-        os.fsync(file.fileno())
-    # A kill before this line leaves the old file, and after it the new one: never half of either.
-    partial.replace(path)
+    with open_whole(path) as file:
+        for line_step, values in _parse_lines(path, _decode):
+            if line_step <= step:
+                file.write(_format_line(line_step, values).encode())
 
 
-def _tensorboard(workdir: Path, step: int) -> Any:
-    # Imported here because reading metrics needs none of it, and it takes half a second.
+def _open_tensorboard(workdir: Path, step: int) -> "TensorBoard":
+    """Opens TensorBoard's copy of the metrics."""
+    # TensorBoard is imported only here because importing it takes half a second, and reading
+    # metrics does not need it.
     from moe.workdir.tensorboard import TensorBoard
 
     return TensorBoard(workdir / "tensorboard", step)
 
 
 def _version(package: str) -> str | None:
+    """Returns the version of an installed package, or None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -258,6 +259,7 @@ def _version(package: str) -> str | None:
 
 
 def _devices() -> dict[str, Any]:
+    """Returns the platform, the kinds and the number of JAX's devices."""
     import jax
 
     kinds = sorted({device.device_kind for device in jax.devices()})
@@ -270,12 +272,13 @@ def _devices() -> dict[str, Any]:
 
 
 def _git_state(file: Path) -> dict[str, Any] | None:
-    """Commit and dirtiness of the checkout that tracks `file`; None outside one (an installed
-    package, or no git).
+    """Returns the commit of the checkout that tracks `file`, and whether it has changes.
+
+    The result is None if no checkout tracks the file (as in an installed package) or without git.
     """
     try:
-        # Asking for the file keeps a virtual environment inside somebody else's checkout from
-        # reporting that one's commit.
+        # A virtual environment may lie inside somebody else's checkout, whose commit says nothing
+        # about this library. So git is first asked whether it tracks this very file.
         _git(file, "ls-files", "--error-unmatch", file.name)
         description = _git(file, "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty")
     except (OSError, subprocess.SubprocessError):
@@ -284,6 +287,7 @@ def _git_state(file: Path) -> dict[str, Any] | None:
 
 
 def _git(file: Path, *arguments: str) -> str:
+    """Returns what a git command prints in the directory of `file`."""
     command = ["git", "--no-optional-locks", *arguments]
     return subprocess.run(
         command, cwd=file.parent, capture_output=True, text=True, timeout=10, check=True

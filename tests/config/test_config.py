@@ -1,6 +1,4 @@
-"""Every mistake in a configuration is one line with the field, the value and the fix, before JAX is
-imported.
-"""
+"""Tests that each mistake in a config is told in one line: the field, the value and the fix."""
 
 import dataclasses
 import json
@@ -31,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def fields_of(default: Any, section: str) -> Iterator[tuple[str, str, Any]]:
-    """The path of the section, name and default of every field of a config and of those within it."""
+    """Yields the section, the name and the default of every field, also of nested configs."""
     for field in dataclasses.fields(default):
         if dataclasses.is_dataclass(field.default):
             yield from fields_of(field.default, f"{section}__{field.name}".lstrip("_"))
@@ -43,9 +41,7 @@ FIELDS = list(fields_of(RunConfig(), ""))
 
 
 def run_config(**changes: Any) -> RunConfig:
-    """The default run with some fields set, each named by its path with two underscores:
-    model__num_heads=6.
-    """
+    """Returns the default run with changed fields, each named by its path: model__num_heads=6."""
     values = RunConfig().to_dict()
     for path, value in changes.items():
         *sections, name = path.split("__")
@@ -57,6 +53,7 @@ def run_config(**changes: Any) -> RunConfig:
 
 
 def message(**changes: Any) -> str:
+    """Returns the one-line message with which the changed run is refused."""
     with pytest.raises(ConfigError) as caught:
         run_config(**changes)
     text = str(caught.value)
@@ -101,22 +98,24 @@ def test_layers_are_groups_of_periods() -> None:
     [
         (
             {"model": {"num_layer": 3}},
-            "config.model.num_layer=3 is not a field: did you mean config.model.num_layers?",
+            "model.num_layer=3 is not a field: did you mean model.num_layers?",
         ),
         (
             {"modle": {"num_layers": 3}},
-            "config.modle={'num_layers': 3} is not a field: did you mean config.model?",
+            "modle={'num_layers': 3} is not a field: did you mean model?",
         ),
         (
             {"qqq": 1},
-            "config.qqq=1 is not a field: the fields are seed, model, data, optimizer, mesh, train, tracking",
+            "qqq=1 is not a field: the fields are task, seed, model, data, optimizer, mesh, train, "
+            "tracking",
         ),
         (
             {3: 1},
-            "config.3=1 is not a field: the fields are seed, model, data, optimizer, mesh, train, tracking",
+            "3=1 is not a field: the fields are task, seed, model, data, optimizer, mesh, train, "
+            "tracking",
         ),
-        ({"model": 3}, "config.model=3 is not a group of fields: set its fields one by one"),
-        ({"model": None}, "config.model=None is not a group of fields: set its fields one by one"),
+        ({"model": 3}, "model=3 is not a group of fields: set its fields one by one"),
+        ({"model": None}, "model=None is not a group of fields: set its fields one by one"),
         ([1], "config=[1] is not a group of fields: set its fields one by one"),
     ],
 )
@@ -127,13 +126,11 @@ def test_unknown_fields_are_refused(values: Any, expected: str) -> None:
 
 def test_messages_have_one_line_where_a_config_dict_prints_many() -> None:
     misspelled = ConfigDict({"modle": {"num_layers": 3, "num_heads": 2}})
-    with pytest.raises(
-        ConfigError, match=r"^config\.modle=\{.*\} is not a field: did you mean config\.model\?$"
-    ):
+    with pytest.raises(ConfigError, match=r"^modle=\{.*\} is not a field: did you mean model\?$"):
         RunConfig.from_config_dict(misspelled)
     misplaced = ConfigDict({"seed": {"a": 1, "b": 2}})
     with pytest.raises(
-        ConfigError, match=r"^config\.seed=\{.*\} has type dict: set seed to a value of type int$"
+        ConfigError, match=r"^seed=\{.*\} has type dict: set seed to a value of type int$"
     ):
         RunConfig.from_config_dict(misplaced)
 
@@ -144,7 +141,7 @@ def test_every_field_refuses_a_wrong_type(section: str, name: str, default: Any)
         ([1], 1) if default is None else ([1], None, 1 if isinstance(default, bool | str) else True)
     ):
         text = message(**{f"{section}__{name}": wrong})
-        assert text.startswith(f"config.{section.replace('__', '.')}.{name}={wrong!r} ")
+        assert text.startswith(f"{section.replace('__', '.')}.{name}={wrong!r} ")
         assert f"set {name} to " in text
 
 
@@ -154,34 +151,34 @@ def test_every_field_refuses_a_wrong_type(section: str, name: str, default: Any)
         (
             "model__num_layers",
             "4",
-            "config.model.num_layers='4' has type str: set num_layers to a value of type int",
+            "model.num_layers='4' has type str: set num_layers to a value of type int",
         ),
         (
             "model__num_layers",
             4.0,
-            "config.model.num_layers=4.0 has type float: set num_layers to a value of type int",
+            "model.num_layers=4.0 has type float: set num_layers to a value of type int",
         ),
         (
             "model__num_layers",
             True,
-            "config.model.num_layers=True has type bool: set num_layers to a value of type int",
+            "model.num_layers=True has type bool: set num_layers to a value of type int",
         ),
         (
             "optimizer__beta1",
             False,
-            "config.optimizer.beta1=False has type bool: set beta1 to a value of type float",
+            "optimizer.beta1=False has type bool: set beta1 to a value of type float",
         ),
         (
             "model__remat",
             "half",
-            "config.model.remat='half' is not an option: set remat to 'none' or 'full'",
+            "model.remat='half' is not an option: set remat to 'none' or 'full'",
         ),
         (
             "data__dataset",
             3,
-            "config.data.dataset=3 has type int: set dataset to a value of type str",
+            "data.dataset=3 has type int: set dataset to a value of type str",
         ),
-        ("seed", "a\nb", "config.seed='a\\nb' has type str: set seed to a value of type int"),
+        ("seed", "a\nb", "seed='a\\nb' has type str: set seed to a value of type int"),
     ],
 )
 def test_wrong_types(path: str, value: Any, expected: str) -> None:
@@ -213,10 +210,12 @@ def test_floats_are_finite(path: str, value: float) -> None:
 
 
 POSITIVE = {
-    "model": "vocab_size num_layers model_dim feed_forward_dim num_heads num_kv_heads head_dim rope_base norm_epsilon",
+    "model": "vocab_size num_layers model_dim feed_forward_dim num_heads num_kv_heads head_dim "
+    "rope_base norm_epsilon",
     "data": "sequence_length",
     "optimizer": "learning_rate clip_norm",
-    "train": "steps batch_size accumulation loss_chunk log_every eval_every checkpoint_every keep_last max_skipped_steps",
+    "train": "steps batch_size accumulation loss_chunk log_every eval_every checkpoint_every "
+    "keep_last max_skipped_steps",
 }
 NOT_NEGATIVE = {"optimizer": "weight_decay", "train": "eval_batches keep_every"}
 
@@ -229,7 +228,7 @@ def test_positive_fields(section: str, name: str) -> None:
     default = getattr(getattr(RunConfig(), section), name)
     for wrong in (0, -1):
         value = type(default)(wrong)
-        expected = f"config.{section}.{name}={value} must be positive: set {name} to more than 0"
+        expected = f"{section}.{name}={value} must be positive: set {name} to more than 0"
         assert message(**{f"{section}__{name}": value}) == expected
 
 
@@ -239,7 +238,7 @@ def test_positive_fields(section: str, name: str) -> None:
 )
 def test_fields_that_may_be_zero(section: str, name: str) -> None:
     kind = type(getattr(getattr(RunConfig(), section), name))
-    expected = f"config.{section}.{name}={kind(-1)} must not be negative: set {name} to 0 or more"
+    expected = f"{section}.{name}={kind(-1)} must not be negative: set {name} to 0 or more"
     assert message(**{f"{section}__{name}": kind(-1)}) == expected
     assert getattr(getattr(run_config(**{f"{section}__{name}": kind(0)}), section), name) == 0
 
@@ -247,38 +246,43 @@ def test_fields_that_may_be_zero(section: str, name: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"seed": -1}, "config.seed=-1 is out of range: set seed between 0 and 4294967295"),
+        ({"seed": -1}, "seed=-1 is out of range: set seed between 0 and 4294967295"),
         (
             {"seed": 2**32},
-            "config.seed=4294967296 is out of range: set seed between 0 and 4294967295",
+            "seed=4294967296 is out of range: set seed between 0 and 4294967295",
         ),
         (
             {"optimizer__final_learning_rate_fraction": 1.5},
-            "config.optimizer.final_learning_rate_fraction=1.5 is out of range: set final_learning_rate_fraction between 0.0 and 1.0",
+            "optimizer.final_learning_rate_fraction=1.5 is out of range: "
+            "set final_learning_rate_fraction between 0.0 and 1.0",
         ),
         (
             {"optimizer__beta1": 1.0},
-            "config.optimizer.beta1=1.0 is not a decay: set beta1 to at least 0.0 and less than 1.0",
+            "optimizer.beta1=1.0 is not a decay: set beta1 to at least 0.0 and less than 1.0",
         ),
         (
             {"optimizer__beta2": -0.1},
-            "config.optimizer.beta2=-0.1 is not a decay: set beta2 to at least 0.0 and less than 1.0",
+            "optimizer.beta2=-0.1 is not a decay: set beta2 to at least 0.0 and less than 1.0",
         ),
         (
             {"optimizer__warmup_fraction": 1.0},
-            "config.optimizer.warmup_fraction=1.0 is not a part of the run: set warmup_fraction to at least 0.0 and less than 1.0",
+            "optimizer.warmup_fraction=1.0 is not a fraction of the run: "
+            "set warmup_fraction to at least 0.0 and less than 1.0",
         ),
         (
             {"model__head_dim": 63},
-            "config.model.head_dim=63 is odd, and rotary positions turn pairs: set an even head_dim",
+            "model.head_dim=63 is odd, but rotary positions turn pairs of numbers: "
+            "set head_dim to an even number",
         ),
         (
             {"mesh__tensor": 0},
-            "config.mesh.tensor=0 is not a number of devices: set a positive number, or -1 for the rest",
+            "mesh.tensor=0 is not a number of devices: "
+            "set tensor to a positive number, or to -1 for the devices that remain",
         ),
         (
             {"mesh__fsdp": -2},
-            "config.mesh.fsdp=-2 is not a number of devices: set a positive number, or -1 for the rest",
+            "mesh.fsdp=-2 is not a number of devices: "
+            "set fsdp to a positive number, or to -1 for the devices that remain",
         ),
     ],
 )
@@ -291,50 +295,49 @@ def test_values_out_of_range(changes: dict[str, Any], expected: str) -> None:
     [
         (
             {"model__num_heads": 6, "model__num_kv_heads": 4},
-            "config.model.num_heads=6 is not a multiple of num_kv_heads=4: set num_kv_heads to one of 1, 2, 3, 6",
+            "model.num_heads=6 is not a multiple of num_kv_heads=4: "
+            "set num_kv_heads to one of 1, 2, 3, 6",
         ),
         (
             {"train__batch_size": 7, "train__accumulation": 4},
-            "config.train.batch_size=7 is not a multiple of accumulation=4: set batch_size to 8",
+            "train.batch_size=7 is not a multiple of accumulation=4: set batch_size to 8",
         ),
         (
             {"train__batch_size": 1, "train__accumulation": 4},
-            "config.train.batch_size=1 is not a multiple of accumulation=4: set batch_size to 4",
+            "train.batch_size=1 is not a multiple of accumulation=4: set batch_size to 4",
         ),
         (
             {"mesh__fsdp": -1},
-            "config.mesh.data=-1 and fsdp=-1 leave the mesh open: set all of them but one",
+            "mesh.data=-1 and fsdp=-1 leave the mesh undetermined: set all but one of them",
         ),
         (
             {"model__vocab_size": 255},
-            "config.model.vocab_size=255 is smaller than the byte tokenizer's 256: set model.vocab_size to at least 256",
-        ),
-        (
-            {"train__steps": 2**27, "train__batch_size": 16},
-            "config.train.steps=134217728 times batch_size=16 is more examples than an int32 counts: "
-            "set train.steps to less than 134217728",
+            "model.vocab_size=255 is smaller than the byte tokenizer's 256: "
+            "set model.vocab_size to at least 256",
         ),
         (
             {"data__directory": "~nobody_here/x"},
-            "config.data.directory='~nobody_here/x' names no user's home: set it to a path",
+            "data.directory='~nobody_here/x' names no user's home: set it to a path",
         ),
         (
             {"mesh__data": 3},
-            "config.train.batch_size=16 in 1 microbatches cannot be split over mesh data*fsdp*expert=3: "
+            "train.batch_size=16 in 1 microbatches cannot be split over mesh data*fsdp*expert=3: "
             "set train.batch_size to a multiple of 3",
         ),
         (
             {"mesh__expert": 4, "train__batch_size": 12, "train__accumulation": 2},
-            "config.train.batch_size=12 in 2 microbatches cannot be split over mesh data*fsdp*expert=4: "
+            "train.batch_size=12 in 2 microbatches cannot be split over mesh data*fsdp*expert=4: "
             "set train.batch_size to a multiple of 8",
         ),
         (
             {"mesh__context": 3},
-            "config.data.sequence_length=256 cannot be split over mesh.context=3: set data.sequence_length to a multiple of 3",
+            "data.sequence_length=256 cannot be split over mesh.context=3: "
+            "set data.sequence_length to a multiple of 3",
         ),
         (
             {"mesh__context": 4, "data__sequence_length": 36},
-            "config.data.sequence_length=36 cannot be cut into 2 chunks for each of mesh.context=4 devices of a ring: "
+            "data.sequence_length=36 cannot be cut into 2 chunks for each of mesh.context=4 "
+            "devices of a ring: "
             "set data.sequence_length to a multiple of 8",
         ),
         (
@@ -343,28 +346,33 @@ def test_values_out_of_range(changes: dict[str, Any], expected: str) -> None:
                 "mesh__tensor": 2,
                 "model__attention__context_parallelism": "ulysses",
             },
-            "config.model.num_heads=4 cannot be split over mesh.context*tensor=8, as Ulysses does: "
+            "model.num_heads=4 cannot be split over mesh.context*tensor=8, as Ulysses does: "
             "set model.attention.context_parallelism to 'ring'",
         ),
         (
             {"mesh__tensor": 3},
-            "config.model.num_kv_heads=2 and mesh.tensor=3 do not divide each other: set mesh.tensor to a divisor of 2",
+            "model.num_kv_heads=2 and mesh.tensor=3 do not divide each other: "
+            "set mesh.tensor to a divisor of 2",
         ),
         (
             {"mesh__tensor": 8},
-            "config.model.num_heads=4 cannot be split over mesh.tensor=8: set model.num_heads to a multiple of 8",
+            "model.num_heads=4 cannot be split over mesh.tensor=8: "
+            "set model.num_heads to a multiple of 8",
         ),
         (
             {"mesh__tensor": 2, "model__feed_forward_dim": 703},
-            "config.model.feed_forward_dim=703 cannot be split over mesh.tensor=2: set model.feed_forward_dim to a multiple of 2",
+            "model.feed_forward_dim=703 cannot be split over mesh.tensor=2: "
+            "set model.feed_forward_dim to a multiple of 2",
         ),
         (
             {"mesh__tensor": 2, "model__vocab_size": 257},
-            "config.model.vocab_size=257 cannot be split over mesh.tensor=2: set model.vocab_size to a multiple of 2",
+            "model.vocab_size=257 cannot be split over mesh.tensor=2: "
+            "set model.vocab_size to a multiple of 2",
         ),
         (
             {"mesh__fsdp": 2, "model__model_dim": 255},
-            "config.model.model_dim=255 cannot be split over mesh.fsdp*expert=2: set model.model_dim to a multiple of 2",
+            "model.model_dim=255 cannot be split over mesh.fsdp*expert=2: "
+            "set model.model_dim to a multiple of 2",
         ),
     ],
 )
@@ -448,7 +456,8 @@ def test_a_resolved_mesh_is_checked_against_the_batch() -> None:
 
 def test_importing_the_config_is_quick_and_imports_no_jax() -> None:
     start = time.monotonic()
-    program = "import sys, moe.config; print(sorted({'jax', 'jaxlib', 'flax', 'numpy', 'tensorflow', 'torch'} & sys.modules.keys()))"
+    libraries = ["flax", "jax", "jaxlib", "numpy", "tensorflow", "torch"]
+    program = f"import sys, moe.config; print([x for x in {libraries} if x in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
     )
@@ -476,39 +485,45 @@ MOE = {"model__moe__num_experts": 8}
         ),
         (
             {"num_groups": 8},
-            "experts_per_token=2 is more than the 1 experts of groups_per_token=1 groups: set experts_per_token to at most 1",
+            "experts_per_token=2 is more than the 1 experts in groups_per_token=1 groups: "
+            "set experts_per_token to at most 1",
         ),
         (
             {"exchange": "all_to_all"},
-            "exchange='all_to_all' does not go with dispatch='dropless', for every device sends as many rows as every other: "
+            "exchange='all_to_all' does not work with dispatch='dropless', "
+            "because every device must send equally many rows: "
             "set dispatch to 'capacity'",
         ),
         (
             {"exchange": "ragged_all_to_all", "dispatch": "dense"},
-            "exchange='ragged_all_to_all' does not go with dispatch='dense', for rows are sent in the order of their experts: "
+            "exchange='ragged_all_to_all' does not work with dispatch='dense', "
+            "because rows are sent in the order of their experts: "
             "set dispatch to 'dropless'",
         ),
         (
             {"router": "expert_choice"},
-            "router='expert_choice' does not go with dispatch='dropless', for each expert takes a fixed number of tokens: "
+            "router='expert_choice' does not work with dispatch='dropless', "
+            "because each expert takes a fixed number of tokens: "
             "set dispatch to 'dense' or 'capacity'",
         ),
         (
             {"router": "hash", "bias_update_rate": 0.1},
-            "bias_update_rate=0.1 steers nothing with router='hash': set bias_update_rate to 0.0",
+            "bias_update_rate=0.1 has no effect with router='hash': set bias_update_rate to 0.0",
         ),
         (
             {"router": "hash", "num_groups": 2, "groups_per_token": 2},
-            "num_groups=2 limits nothing with router='hash': set num_groups to 1",
+            "num_groups=2 has no effect with router='hash': set num_groups to 1",
         ),
         (
             {"experts_per_token": 1, "normalize_weights": True},
-            "normalize_weights=True makes the weight of experts_per_token=1 expert 1.0 and teaches the router nothing: "
+            "normalize_weights=True with experts_per_token=1 makes every weight 1.0, "
+            "so the router learns nothing: "
             "set normalize_weights to False",
         ),
         (
             {"router": "expert_choice", "dispatch": "dense", "normalize_weights": True},
-            "normalize_weights=True normalizes nothing with router='expert_choice', whose weights are probabilities: "
+            "normalize_weights=True does not apply to router='expert_choice', "
+            "whose weights are probabilities: "
             "set normalize_weights to False",
         ),
         (
@@ -521,7 +536,7 @@ MOE = {"model__moe__num_experts": 8}
 def test_routing_that_contradicts_itself(changes: dict[str, Any], expected: str) -> None:
     assert (
         message(**MOE, **{f"model__moe__{name}": value for name, value in changes.items()})
-        == f"config.model.moe.{expected}"
+        == f"model.moe.{expected}"
     )
 
 
@@ -530,7 +545,8 @@ def test_routing_that_contradicts_itself(changes: dict[str, Any], expected: str)
     [
         (
             {"mesh__data": 1, "mesh__expert": 16},
-            "model.moe.num_experts=8 cannot be split over mesh.expert=16: set model.moe.num_experts",
+            "model.moe.num_experts=8 cannot be split over mesh.expert=16: "
+            "set model.moe.num_experts",
         ),
         (
             {"mesh__data": 1, "mesh__tensor": 2, "model__moe__expert_dim": 7},
@@ -542,7 +558,8 @@ def test_routing_that_contradicts_itself(changes: dict[str, Any], expected: str)
                 "data__sequence_length": 2,
                 "model__moe__capacity_factor": 1.0,
             },
-            "model.moe.capacity_factor=1.0 gives an expert less than one of a row's tokens: set model.moe.capacity_factor to at least 2.0",
+            "model.moe.capacity_factor=1.0 gives an expert room for less than one token of a "
+            "row: set model.moe.capacity_factor to at least 2.0",
         ),
         (
             {"model__moe__router": "expert_choice", "model__moe__dispatch": "dense"},
@@ -551,12 +568,12 @@ def test_routing_that_contradicts_itself(changes: dict[str, Any], expected: str)
     ],
 )
 def test_routing_that_the_run_has_no_room_for(changes: dict[str, Any], expected: str) -> None:
-    assert message(**MOE, **changes).startswith(f"config.{expected}")
+    assert message(**MOE, **changes).startswith(expected)
 
 
 @pytest.mark.parametrize("value", [None, True, False])
 def test_normalize_weights_may_be_left_to_the_router(value: bool | None) -> None:
-    """None is stored as it is, so that a changed experts_per_token finds its own default."""
+    """None is stored as None, so that its meaning follows a later change of experts_per_token."""
     config = run_config(**MOE, model__moe__normalize_weights=value)
     assert RunConfig.from_config_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert config.model.moe.normalized == (value is not False)
@@ -571,7 +588,7 @@ def test_normalize_weights_may_be_left_to_the_router(value: bool | None) -> None
 
 def test_sparse_layers_need_layers() -> None:
     text = message(**MOE, model__moe__first_dense_layers=3, model__moe__layer_period=2)
-    assert text.endswith("leave no sparse layer of num_layers=4: set num_layers to at least 5")
+    assert text.endswith("leave no sparse layer among num_layers=4: set num_layers to at least 5")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Whatever number or object stands in a field: one line or a config, at once."""
+"""Tests that any value of any field gives either a config or a one-line message, at once."""
 
 import math
 import random
@@ -84,15 +84,17 @@ def test_integers_fit_an_int32(path: str) -> None:
     [
         (
             {"model__num_layers": 10**9},
-            "config.model.num_layers=1000000000 is out of range: set num_layers between 1 and 65536",
+            "model.num_layers=1000000000 is out of range: set num_layers between 1 and 65536",
         ),
         (
             {"data__sequence_length": 10**9},
-            "config.data.sequence_length=1000000000 is out of range: set sequence_length between 1 and 16777216",
+            "data.sequence_length=1000000000 is out of range: "
+            "set sequence_length between 1 and 16777216",
         ),
         (
             {"data__sequence_length": 2**24, "train__batch_size": 128},
-            "config.train.batch_size=128 times data.sequence_length=16777216 is more rows than an int32 counts: "
+            "train.batch_size=128 times data.sequence_length=16777216 is more rows than an int32 "
+            "counts: "
             "set them to a product of at most 2147483647",
         ),
         (
@@ -101,31 +103,35 @@ def test_integers_fit_an_int32(path: str) -> None:
                 "model__moe__dispatch": "capacity",
                 "model__moe__capacity_factor": 1e30,
             },
-            "config.train.batch_size=16 times data.sequence_length=256 times model.moe.experts_per_token=2 times "
-            "model.moe.capacity_factor=1e+30 is more rows than an int32 counts: set them to a product of at most 2147483647",
+            "train.batch_size=16 times data.sequence_length=256 times "
+            "model.moe.experts_per_token=2 times "
+            "model.moe.capacity_factor=1e+30 is more rows than an int32 counts: "
+            "set them to a product of at most 2147483647",
         ),
         (
             {"model__model_dim": 2**31 - 1, "model__vocab_size": 2**31 - 1},
-            "config.model.vocab_size=2147483647, model_dim=2147483647 make an array larger than any can be: "
+            "model.vocab_size=2147483647, model_dim=2147483647 make an array that is too large: "
             "set them to a product of at most 576460752303423488",
         ),
         (
             {"model__num_heads": 2**20, "model__head_dim": 2**12},
-            "config.model.num_heads=1048576, head_dim=4096 make an array larger than any can be: "
+            "model.num_heads=1048576, head_dim=4096 make an array that is too large: "
             "set them to a product of at most 2147483647",
         ),
         (
             {"model__num_heads": 1_000_000_001},
-            "config.model.num_heads=1000000001 is not a multiple of num_kv_heads=2: set num_kv_heads to "
+            "model.num_heads=1000000001 is not a multiple of num_kv_heads=2: set num_kv_heads to "
             "one of 1, 7, 11, 13, 19, 77, 91, 133",
         ),
         (
             {"model__moe__num_experts": 1_000_000_001, "model__moe__num_groups": 5},
-            "config.model.moe.num_groups=5 does not divide num_experts=1000000001: set num_groups to one of 1, 7, 11, 13, 19, 77, 91, 133",
+            "model.moe.num_groups=5 does not divide num_experts=1000000001: "
+            "set num_groups to one of 1, 7, 11, 13, 19, 77, 91, 133",
         ),
         (
             {"model__remat": [1] * 1000},
-            f"config.model.remat={str([1] * 1000)[:200]}... is not an option: set remat to 'none' or 'full'",
+            f"model.remat={str([1] * 1000)[:200]}... is not an option: "
+            "set remat to 'none' or 'full'",
         ),
     ],
 )
@@ -153,13 +159,13 @@ def test_values_that_cannot_be_written_out() -> None:
         nested = [nested]
     assert (
         message(seed=nested)
-        == "config.seed=a list nested too deeply has type list: set seed to a value of type int"
+        == "seed=a list nested too deeply has type list: set seed to a value of type int"
     )
     assert message(model__moe__jitter="a" * 10**6).startswith(
-        f"config.model.moe.jitter='{'a' * 199}... has type str"
+        f"model.moe.jitter='{'a' * 199}... has type str"
     )
     with pytest.raises(
-        ConfigError, match=r"^config\.'a\\nb'=1 is not a field: the fields are seed, model, "
+        ConfigError, match=r"^'a\\nb'=1 is not a field: the fields are task, seed, model, "
     ):
         RunConfig.from_config_dict({"a\nb": 1})
 
@@ -175,30 +181,36 @@ def test_values_that_cannot_be_written_out() -> None:
         ),
         (
             "gs://bucket/x",
-            "directory='gs://bucket/x' is a URL, and only file systems can be written: set it to a path",
+            "directory='gs://bucket/x' is a URL, and only file systems can be written: "
+            "set it to a path",
         ),
         (
             "file:///x",
-            "directory='file:///x' is a URL, and only file systems can be written: set it to a path",
+            "directory='file:///x' is a URL, and only file systems can be written: "
+            "set it to a path",
         ),
     ],
 )
 def test_directories_that_cannot_be(directory: str, expected: str) -> None:
-    assert message(data__directory=directory) == f"config.data.{expected}"
+    assert message(data__directory=directory) == f"data.{expected}"
 
 
 def test_a_home_directory_is_needed_only_where_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """In containers the user often has neither HOME nor an entry in /etc/passwd."""
-    program = "import os; os.path.expanduser = lambda path: path; from moe.config import RunConfig as R; c = R.config_dict()"
-    given = f"{program}; c.data.directory = '/data'; print(R.from_config_dict(c).data.path)"
+    program = """
+import os
+os.path.expanduser = lambda path: path
+from moe.config import RunConfig
+config = RunConfig.config_dict()
+config.data.directory = "/data"
+print(RunConfig.from_config_dict(config).data.path)
+"""
     done = subprocess.run(
-        [sys.executable, "-c", given], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert (done.stdout, done.stderr) == ("/data\n", "")
     monkeypatch.setattr("os.path.expanduser", lambda path: path)
-    assert (
-        message() == "config.data.directory='~/.cache/moe' names no user's home: set it to a path"
-    )
+    assert message() == "data.directory='~/.cache/moe' names no user's home: set it to a path"
 
 
 def test_the_home_directory_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,7 +339,7 @@ def test_any_values_give_one_line_or_a_config_at_once() -> None:
 
 
 def test_every_int_is_bounded() -> None:
-    """What a message calls the largest is accepted by the type, if not by other fields."""
+    """The largest integer that a message names is never refused for its size as an int32."""
     for path in INTS:
         try:
             run_config(**{path: LARGEST_INT})

@@ -1,4 +1,4 @@
-"""A small data set of documents that are easy to tell apart, prepared by TFDS once."""
+"""Provides a small data set of documents that are easy to tell apart, prepared by TFDS once."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +17,7 @@ TRAIN = [
 
 
 class SmallText(tfds.core.GeneratorBasedBuilder):
-    """600 training documents (three shards), 6 of them empty; and splits with almost nothing."""
+    """Has 600 training documents in three shards, 6 of them empty, and two tiny splits."""
 
     VERSION = tfds.core.Version("1.2.3")
     BUILDER_CONFIGS: ClassVar = [
@@ -48,7 +48,7 @@ def _quiet_tfds() -> None:
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
-    """Rows of 8 tokens of the small data set, in a directory that a test must not change."""
+    """Returns the config for rows of 8 tokens, in a directory that a test must not change."""
     return DataConfig(
         dataset="small_text/plain",
         sequence_length=8,
@@ -63,8 +63,6 @@ def rows(small: DataConfig) -> PreparedRows:
 
 @pytest.fixture
 def fresh(small: DataConfig, rows: PreparedRows, tmp_path: Path) -> DataConfig:
-    """The same with a directory of its own, in which TFDS has prepared the data set, and nothing
-    has been packed.
-    """
+    """Returns the config with a new directory, where TFDS has prepared the data set."""
     (tmp_path / "tfds").symlink_to(Path(small.directory, "tfds"))
     return DataConfig(dataset=small.dataset, sequence_length=8, directory=str(tmp_path))

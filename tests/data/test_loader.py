@@ -124,6 +124,12 @@ def test_starting_later_is_skipping(few: PreparedRows, examples: int):
     )
 
 
+def test_a_stream_goes_beyond_32_bits(few: PreparedRows):
+    examples = 2**32 - 2
+    order = row_numbers(few, train(few, 1, examples=examples)["tokens"])
+    assert order == [row_of_example(examples + i, 11, seed=0) for i in range(4)]
+
+
 def test_a_changed_batch_size_repeats_nothing(few: PreparedRows):
     pieces = [
         train(few, 2, batch_size=2),

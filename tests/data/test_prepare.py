@@ -1,3 +1,5 @@
+"""Tests that prepared rows are the documents, whatever kills, damages or shares them."""
+
 import contextlib
 import dataclasses
 import json
@@ -43,7 +45,7 @@ def test_metadata_counts_what_is_there(rows: PreparedRows, small: DataConfig):
         num_bytes + 2 * 594,
     )
     assert rows.num_targets == num_bytes + 594
-    # 256 documents to a shard, of which every hundredth from the 50th on is empty.
+    # A shard has 256 documents. Every hundredth document from the 50th on is empty.
     shards = [TRAIN[:256], TRAIN[256:512], TRAIN[512:]]
     tokens = [sum(len(text.encode()) + 2 for text in shard if text) for shard in shards]
     assert rows.rows_per_shard == tuple(-(-(count - 1) // 8) for count in tokens)
@@ -85,7 +87,8 @@ def test_rows_can_be_pickled_and_shared_by_threads(rows: PreparedRows):
 
 
 def test_rows_are_reused(small: DataConfig, rows: PreparedRows, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delattr(module, "exclusive")  # it may lie where nothing can be written
+    # The rows may lie where nothing can be written, so opening them must not take the lock.
+    monkeypatch.delattr(module, "exclusive")
     assert prepare(small, "train") == rows
 
 
@@ -122,8 +125,8 @@ def test_a_split_without_text_is_refused_in_one_line(fresh: DataConfig, split: s
     with pytest.raises(ConfigError) as error:
         prepare(fresh, split)
     assert (
-        str(error.value)
-        == f"split {split!r} of data.dataset='small_text/plain' holds no text: set the split or the data set to others"
+        str(error.value) == f"split {split!r} of data.dataset='small_text/plain' holds no text: "
+        "set the split or the data set to others"
     )
     assert not [path for path in Path(fresh.directory, "rows").iterdir() if path.suffix != ".lock"]
 
@@ -134,7 +137,8 @@ def test_a_directory_that_cannot_be_written_is_refused_in_one_line(
     (tmp_path / "file").touch()
     with pytest.raises(
         OSError,
-        match=r"^\S*/file/rows cannot be written \([^\n]*\): set data.directory to a directory that can$",
+        match=r"^\S*/file/rows cannot be written \([^\n]*\): "
+        r"set data.directory to a directory that can$",
     ):
         prepare(dataclasses.replace(small, directory=str(tmp_path / "file")), "train")
 
@@ -150,7 +154,7 @@ def test_a_damaged_file_is_named(fresh: DataConfig):
 
 
 def test_only_bytes_that_were_read_are_called_damaged(fresh: DataConfig):
-    """Deleting the rows helps neither against a limit on open files nor where they are gone."""
+    """Deleting the rows does not help against a limit on open files, or if they are gone."""
     rows = prepare(fresh, "train")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     held = []
@@ -276,7 +280,7 @@ def test_a_failing_worker_is_reported_and_leaves_nothing(
 
 
 def worker_script(tmp_path: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets prepare start its workers by a shell script; "$@" is what Python would be given."""
+    """Makes prepare start its workers through a shell script, whose "$@" are Python's arguments."""
     path = tmp_path / "python"
     path.write_text(f"#!/bin/sh\n{script}\n")
     path.chmod(0o755)
@@ -289,7 +293,8 @@ def test_a_killed_worker_is_reported_with_its_signal_and_file(
     worker_script(tmp_path, f'[ "$5" = 1 ] && kill -9 $$; exec {sys.executable} "$@"', monkeypatch)
     with pytest.raises(
         OSError,
-        match=r"killed by SIGKILL while it wrote rows-00001.array_record \(as the system does where memory runs out",
+        match=r"killed by SIGKILL while it wrote rows-00001.array_record \(as the system does "
+        r"where memory runs out",
     ):
         prepare(fresh, "train", num_workers=2)
     worker_script(tmp_path, "kill -TERM $$", monkeypatch)
@@ -315,7 +320,10 @@ def test_a_stopped_worker_is_named(
     monkeypatch.setattr(module, "_PATIENCE", 0.5)
     assert contents(prepare(fresh, "train", num_workers=2).directory) == contents(rows.directory)
     told = capfd.readouterr().err
-    name = r"data worker (\d+) writing rows-0000%d.array_record, which is stopped \(kill -CONT \1 lets it go on\)"
+    name = (
+        r"data worker (\d+) writing rows-0000%d.array_record, "
+        r"which is stopped \(kill -CONT \1 lets it go on\)"
+    )
     assert re.search(f"^waiting for {name % 0}; ", told) and re.search(name % 1, told)
 
 
@@ -327,7 +335,8 @@ def test_workers_end_with_the_process_that_started_them(
 import json, sys
 from moe.config import DataConfig
 from moe.data import prepare, shards
-job = shards.ShardJob(DataConfig(**json.loads(sys.argv[1])), "train", sys.argv[2], sys.argv[3], 1, 10**6)
+config = DataConfig(**json.loads(sys.argv[1]))
+job = shards.ShardJob(config, "train", sys.argv[2], sys.argv[3], 1, 10**6)
 for _ in prepare._in_processes(job, 2):
     print("begun", flush=True)
 """
@@ -349,9 +358,8 @@ for _ in prepare._in_processes(job, 2):
         process.stdout.read()
     assert len(workers) == 2 and process.returncode != 0
     deadline = time.monotonic() + 20
-    while alive := [
-        worker for worker in workers if Path(f"/proc/{worker}/exe").exists()
-    ]:  # a zombie has none
+    # A process that has ended has no exe, even before its parent collects it.
+    while alive := [worker for worker in workers if Path(f"/proc/{worker}/exe").exists()]:
         assert time.monotonic() < deadline, f"{alive} are left"
         time.sleep(0.05)
 

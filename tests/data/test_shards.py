@@ -1,3 +1,5 @@
+"""Tests the records of rows byte for byte, and the program of a worker process."""
+
 import dataclasses
 import hashlib
 import json
@@ -66,7 +68,12 @@ def test_a_shard_holds_its_documents_alone(job: ShardJob):
 
 
 def test_a_worker_loads_no_framework(job: ShardJob):
-    program = "import sys; from moe.data import shards; shards.main(sys.argv[1:]); print({'jax', 'tensorflow', 'torch'} & {*sys.modules})"
+    program = """
+import sys
+from moe.data import shards
+shards.main(sys.argv[1:])
+print({"jax", "tensorflow", "torch"} & {*sys.modules})
+"""
     command = [
         sys.executable,
         "-W",
@@ -105,7 +112,7 @@ def test_a_worker_that_fails_says_so_in_one_line(job: ShardJob):
 
 
 def test_a_worker_ends_with_its_input(job: ShardJob):
-    """The input ends with the parent, however that was killed."""
+    """The input ends with the parent, even if the parent is killed."""
     job = dataclasses.replace(job, num_shards=10**6)
     command = [
         sys.executable,

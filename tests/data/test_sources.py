@@ -1,3 +1,5 @@
+"""Tests how documents are read from TFDS, and that each failure is told in one line."""
+
 import dataclasses
 import importlib
 import os
@@ -13,8 +15,8 @@ from pathlib import Path
 import pytest
 import tensorflow_datasets as tfds
 
+from moe import files
 from moe.config import ConfigError, DataConfig, RunConfig
-from moe.data import files
 from moe.data.sources import check_dataset, open_documents, source_name
 from tests.data.conftest import TRAIN, SmallText
 
@@ -59,7 +61,8 @@ def test_stdlib_is_real_python(tmp_path: Path, capfd: pytest.CaptureFixture[str]
     [
         (
             "nonesuch",
-            "data.dataset='nonesuch': Dataset nonesuch not found: set data.dataset to a name that TFDS lists",
+            "data.dataset='nonesuch': Dataset nonesuch not found: "
+            "set data.dataset to a name that TFDS lists",
         ),
         ("stdlib:0.0.1", "data.dataset='stdlib:0.0.1': "),
         ("small_text/other", "data.dataset='small_text/other': "),
@@ -69,7 +72,8 @@ def test_stdlib_is_real_python(tmp_path: Path, capfd: pytest.CaptureFixture[str]
         ("", "data.dataset='' is not a name"),
         (
             "small_text/no_text",
-            "data.dataset='small_text/no_text' has no feature 'text' of text: set data.dataset to one that has",
+            "data.dataset='small_text/no_text' has no feature 'text' of text: "
+            "set data.dataset to one that has",
         ),
     ],
 )
@@ -90,8 +94,8 @@ def test_an_unknown_split_is_refused_in_one_line(small: DataConfig, split: str):
         check_dataset(dataclasses.replace(small, validation_split=split))
     options = "'train' or 'validation' or 'blank'"
     assert (
-        str(error.value)
-        == f"split {split!r} is not one of data.dataset='small_text/plain': set the split to {options}"
+        str(error.value) == f"split {split!r} is not one of data.dataset='small_text/plain': "
+        f"set the split to {options}"
     )
 
 
@@ -101,7 +105,8 @@ def test_a_directory_that_cannot_be_written_is_refused_in_one_line(
     (tmp_path / "file").touch()
     with pytest.raises(
         OSError,
-        match=r"^\S*file/data/tfds cannot be written \(.*\): set data.directory to a directory that can$",
+        match=r"^\S*file/data/tfds cannot be written \(.*\): "
+        r"set data.directory to a directory that can$",
     ):
         open_documents(
             dataclasses.replace(small, directory=str(tmp_path / "file" / "data")), "train"
@@ -115,7 +120,8 @@ def test_a_failure_of_tfds_is_told_in_one_line(empty: DataConfig, monkeypatch: p
     monkeypatch.setattr(SmallText, "before_generating", fail)
     with pytest.raises(
         OSError,
-        match=r"^data.dataset='small_text/plain' could not be prepared in \S*/1.2.3: [^\n]*no tensorflow[^\n]*$",
+        match=r"^data.dataset='small_text/plain' could not be prepared in \S*/1.2.3: "
+        r"[^\n]*no tensorflow[^\n]*$",
     ):
         open_documents(empty, "train")
 

@@ -1,3 +1,5 @@
+"""Tests which files make the stdlib data set, and how they are split."""
+
 from pathlib import Path
 
 import pytest
@@ -5,7 +7,7 @@ import pytest
 from moe.data.stdlib import is_validation, python_files
 
 
-def test_which_files_are_read(tmp_path: Path):
+def test_python_files_that_are_not_tests_are_read(tmp_path: Path):
     kept = {"b.py": "b = 1\r\n", "a/z.py": "é", "test.py": "not a directory", "a.py": "x"}
     left_out = [
         "test/c.py",
@@ -27,7 +29,7 @@ def test_which_files_are_read(tmp_path: Path):
 
 @pytest.mark.parametrize(("text", "expected"), [("519", True), ("425", False), ("a", False)])
 def test_the_split_is_by_contents(text: str, expected: bool):
-    # The SHA-256 of these begin with 0x0c, 0x0d and 0xca; those under 0x0d are held out.
+    # Their SHA-256 begin with 0x0c, 0x0d and 0xca. Those below 0x0d belong to validation.
     assert is_validation(text) == expected
 
 

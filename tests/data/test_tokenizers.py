@@ -1,3 +1,5 @@
+"""Tests that texts become ids and come back."""
+
 import numpy as np
 import pytest
 

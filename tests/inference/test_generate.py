@@ -1,6 +1,4 @@
-"""Sampling: against repeated full forward passes, independence of rows, and the truncations by
-hand.
-"""
+"""Tests sampling against full forward passes, between rows, and its truncations by hand."""
 
 import dataclasses
 
@@ -66,18 +64,18 @@ def test_generation_ends_at_the_end_token():
 
 
 def test_a_row_does_not_depend_on_the_others_and_the_seed_decides():
-    draw = lambda prompts, seed: generate(
+    sample = lambda prompts, seed: generate(
         MODEL, VARIABLES, prompts, max_new_tokens=8, end_id=-1, seed=seed
     )
-    together = draw(PROMPTS, 3)
-    np.testing.assert_array_equal(together[0], draw(PROMPTS[:1], 3)[0])
-    np.testing.assert_array_equal(together[2], draw([PROMPTS[1], PROMPTS[0], PROMPTS[2]], 3)[2])
-    assert any(np.any(a != b) for a, b in zip(together, draw(PROMPTS, 4), strict=True))
+    together = sample(PROMPTS, 3)
+    np.testing.assert_array_equal(together[0], sample(PROMPTS[:1], 3)[0])
+    np.testing.assert_array_equal(together[2], sample([PROMPTS[1], PROMPTS[0], PROMPTS[2]], 3)[2])
+    assert any(np.any(a != b) for a, b in zip(together, sample(PROMPTS, 4), strict=True))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_memory_is_that_of_one_cache(dtype):
-    """No token copies what the loops over tokens and layers carry, nor converts it."""
+    """The loops over tokens and layers neither copy nor convert the cache that they carry."""
     model = Transformer(dataclasses.replace(MODEL.config, num_layers=6, compute_dtype=dtype))
     declared = jax.eval_shape(
         lambda key: unbox(model.init(key, {"tokens": jnp.zeros((1, 1), jnp.int32)})),
@@ -110,13 +108,13 @@ def test_keep_likeliest_by_hand():
     ("probs", "top_k", "top_p", "kept"),
     [
         ([0.3, 0.1, 0.1, 0.5], 0, 0.8, [0, 3]),  # 0.5 + 0.3 is the mass exactly
-        ([0.3, 0.1, 0.1, 0.5], 0, 0.9, [0, 1, 3]),  # of equal ones the lower number
+        ([0.3, 0.1, 0.1, 0.5], 0, 0.9, [0, 1, 3]),  # of two equal tokens, the lower id is kept
         ([0.25, 0.25, 0.25, 0.25], 0, 0.5, [0, 1]),
         ([0.25, 0.25, 0.25, 0.25], 0, 0.51, [0, 1, 2]),
         ([0.25, 0.25, 0.25, 0.25], 3, 1.0, [0, 1, 2]),
         ([0.1, 0.4, 0.1, 0.4], 3, 1.0, [0, 1, 3]),
         ([0.1] * 10, 0, 0.3, [0, 1, 2]),
-        ([0.2, 0.2, 0.3, 0.3], 3, 0.75, [2, 3]),  # of the three that are left, 0.3 is 3/8
+        ([0.2, 0.2, 0.3, 0.3], 3, 0.75, [2, 3]),  # top_k leaves three, among which 0.3 is 3/8
         ([0.2, 0.2, 0.3, 0.3], 3, 0.76, [0, 2, 3]),
     ],
 )
@@ -129,14 +127,14 @@ def test_tokens_are_kept_by_rank(probs, top_k, top_p, kept):
 @pytest.mark.parametrize(
     "sampling", [Sampling(temperature=2e-38), Sampling(top_p=1e-45), Sampling(2e-38, 3, 1e-45)]
 )
-def test_the_least_random_draw_is_the_likeliest_token(sampling):
-    draw = lambda sampling: generate(
+def test_the_least_random_sample_is_the_likeliest_token(sampling):
+    sample = lambda sampling: generate(
         MODEL, VARIABLES, PROMPTS, max_new_tokens=2, end_id=-1, sampling=sampling
     )
-    np.testing.assert_array_equal(draw(sampling), draw(Sampling(temperature=0)))
+    np.testing.assert_array_equal(sample(sampling), sample(Sampling(temperature=0)))
 
 
-def test_draws_follow_the_distribution():
+def test_samples_follow_the_distribution():
     prompts = [np.array([1, 2])] * 4000
     first = np.array(
         [text[0] for text in generate(MODEL, VARIABLES, prompts, max_new_tokens=1, end_id=-1)]
@@ -160,7 +158,8 @@ def test_draws_follow_the_distribution():
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
         (
             {"max_new_tokens": 10**12},
-            r"max_new_tokens=10+ takes .* GiB of key/value cache, .* set max_new_tokens to less than [1-9]",
+            r"max_new_tokens=10+ takes .* GiB of key/value cache, .* set max_new_tokens to less "
+            r"than [1-9]",
         ),
         ({"prompts": []}, "prompts"),
         (

@@ -1,5 +1,6 @@
-"""An upcycled model against the dense one it is made of: the same function where that is promised,
-the same scale elsewhere.
+"""An upcycled model against the dense one that it is made of.
+
+It has the same function if that is promised, and the same scale otherwise.
 """
 
 import dataclasses
@@ -12,8 +13,9 @@ import pytest
 
 from moe.config import ConfigError, ModelConfig, MoEConfig
 from moe.interop.upcycle import check_upcycle, layers_of, stack_layers, upcycle
-from moe.model.experts import MoE, Tokens
+from moe.model.experts import MoE
 from moe.model.layers import FeedForward
+from moe.model.tokens import TokenInfo
 from moe.model.transformer import Transformer
 from moe.parameters import unbox
 
@@ -70,9 +72,7 @@ def upcycled(config, noise=0.0, key=2):
 
 
 def distance(config, variables):
-    """The largest difference between the logits of a model and the dense one's, which are of size
-    1.
-    """
+    """Returns the largest difference between a model's logits and the dense one's, of size 1."""
     return np.max(np.abs(logits(config, variables) - logits(DENSE, init(DENSE))))
 
 
@@ -150,9 +150,7 @@ def test_the_function_is_preserved(name):
     ],
 )
 def test_elsewhere_the_function_is_near(moe):
-    """What the docstring does not promise does not hold either, so its conditions are not too
-    narrow.
-    """
+    """The conditions in the docstring are not too narrow: without them, functions differ."""
     config = sparse(**moe)
     assert 1e-3 < distance(config, upcycled(config)) < distance(config, init(config, seed=1))
 
@@ -168,15 +166,15 @@ def test_weights_that_are_not_normalised_are_right_at_equal_scores(router):
 
 
 def test_slices_are_right_on_average_over_choices():
-    """A token of each id passes one slice of three alone; the mean over the ids is what the whole
-    makes.
-    """
+    """A token of each id passes one slice of three; the mean over ids is the whole's output."""
     config = sparse(num_experts=6, expert_dim=8, router="hash", experts_per_token=1)
     layer = layers_of(upcycled(config)["params"], config)[2]["moe"]
     dense = layers_of(init(DENSE)["params"], DENSE)[2]["feed_forward"]
     ids_BT = jnp.array([[0], [12], [2], [1], [10], [4]])  # which the hash sends to experts 0 to 5
     x_BTD = jnp.broadcast_to(jax.random.normal(jax.random.key(3), (1, 1, 16)), (6, 1, 16))
-    got_BTD, routed = MoE(config.moe).apply({"params": layer}, x_BTD, Tokens(ids_BT, ids_BT >= 0))
+    got_BTD, routed = MoE(config.moe).apply(
+        {"params": layer}, x_BTD, TokenInfo(ids_BT, ids_BT >= 0)
+    )
     assert routed.experts_BTA.ravel().tolist() == [0, 1, 2, 3, 4, 5]
     np.testing.assert_allclose(
         jnp.mean(got_BTD, axis=0), FeedForward(24).apply({"params": dense}, x_BTD)[0], atol=1e-5
@@ -193,9 +191,10 @@ def test_experts_are_slices_and_all_else_is_copied():
     for expert, columns in enumerate((slice(6, 12), slice(12, 18), slice(18, 24)) * 2):
         np.testing.assert_array_equal(moe["gate"][expert], before["gate"][:, columns])
         np.testing.assert_array_equal(moe["up"][expert], before["up"][:, columns])
-        np.testing.assert_array_equal(moe["down"][expert], 3 * before["down"][:, columns].T)
-    for name in ("gate", "up", "down"):
+        np.testing.assert_array_equal(moe["down"][expert], 3 * before["down"][columns])
+    for name in ("gate", "up"):
         np.testing.assert_array_equal(moe["shared"][name], before[name][:, :6])
+    np.testing.assert_array_equal(moe["shared"]["down"], before["down"][:6])
     drawn = layers_of(init(config, seed=1)["params"], config)[3]["moe"]["router"]
     np.testing.assert_array_equal(moe["router"], drawn[:, [0, 0, 0, 3, 3, 3]])
     for name in ("embedding", "unembedding", "final_norm"):
@@ -288,7 +287,8 @@ def test_layers_are_numbered_through_groups():
         ),
         (
             {"feed_forward_dim": 48},
-            "model.feed_forward_dim=48 is 24 in the run to start from: set model.feed_forward_dim to 24",
+            "model.feed_forward_dim=48 is 24 in the run to start from: "
+            "set model.feed_forward_dim to 24",
         ),
         (
             {"num_heads": 2},
@@ -296,28 +296,33 @@ def test_layers_are_numbered_through_groups():
         ),
         (
             {"tied_embeddings": True},
-            "model.tied_embeddings=True is False in the run to start from: set model.tied_embeddings to False",
+            "model.tied_embeddings=True is False in the run to start from: "
+            "set model.tied_embeddings to False",
         ),
         (
             {"rope_base": 5e5},
-            "model.rope_base=500000.0 is 10000.0 in the run to start from: set model.rope_base to 10000.0",
+            "model.rope_base=500000.0 is 10000.0 in the run to start from: "
+            "set model.rope_base to 10000.0",
         ),
         (
             {"moe": MoEConfig()},
-            "model.moe.num_experts=0 leaves every layer dense: set model.moe.num_experts to 1 or more",
+            "model.moe.num_experts=0 leaves every layer dense: "
+            "set model.moe.num_experts to 1 or more",
         ),
         (
             {"moe": MoEConfig(num_experts=4, expert_dim=10)},
-            "model.moe.expert_dim=10 does not divide model.feed_forward_dim=24: set model.moe.expert_dim to a divisor of 24",
+            "model.moe.expert_dim=10 does not divide model.feed_forward_dim=24: "
+            "set model.moe.expert_dim to a divisor of 24",
         ),
         (
             {"moe": MoEConfig(num_experts=4, expert_dim=8, num_shared_experts=3)},
-            "model.moe.num_shared_experts=3 leaves the routed experts none of the 3 slices of width 8: "
-            "set model.moe.num_shared_experts to at most 2",
+            "model.moe.num_shared_experts=3 leaves the routed experts none of the 3 slices of "
+            "width 8: set model.moe.num_shared_experts to at most 2",
         ),
         (
             {"moe": MoEConfig(num_experts=4, expert_dim=8)},
-            "model.moe.num_experts=4 cannot hold 3 slices equally often: set model.moe.num_experts to 6",
+            "model.moe.num_experts=4 cannot hold 3 slices equally often: "
+            "set model.moe.num_experts to 6",
         ),
     ],
 )
@@ -331,6 +336,7 @@ def test_a_sparse_model_is_not_upcycled():
     config = sparse(num_experts=4, expert_dim=12)
     with pytest.raises(
         ConfigError,
-        match=r"num_experts=4 of the run to start from is sparse already: set --from to a dense run",
+        match=r"num_experts=4 of the run to start from is sparse already: "
+        "set --from to a dense run",
     ):
         check_upcycle(config, config)

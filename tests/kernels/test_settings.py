@@ -12,15 +12,17 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from moe.kernels import grouped_matmul
 from moe.kernels.attention import (
-    Implementation,
+    Choice,
+    Inputs,
     attention_backward,
     attention_forward,
     decode_attention,
     flash_attention,
 )
-from moe.kernels.attention.masks import Options
-from moe.kernels.grouped_matmul import Inputs, grouped_swiglu, grouped_swiglu_backward
+from moe.kernels.attention.inputs import Options
+from moe.kernels.grouped_matmul import grouped_swiglu, grouped_swiglu_backward
 from moe.parallel import context
 
 SETTINGS = {
@@ -28,7 +30,7 @@ SETTINGS = {
     "rank_promotion": lambda: jax.numpy_rank_promotion("raise"),
     "dtype_promotion": lambda: jax.numpy_dtype_promotion("strict"),
 }
-TPU = Implementation("tpu", (128, 128))
+TPU = Choice("tpu", (128, 128))
 
 
 @contextlib.contextmanager
@@ -39,7 +41,7 @@ def settings(names):
         yield
 
 
-def draw(dtype):
+def random_arrays(dtype):
     """q, k, v, g, sinks and ids; under 64 bits the last two come in these."""
     rng = np.random.default_rng(0)
     arrays = [jnp.asarray(rng.normal(size=(2, 32, heads, 8)), dtype) for heads in (4, 2, 2, 4)]
@@ -52,7 +54,7 @@ def draw(dtype):
 
 def flash(dtype, implementation=None):
     """With all options, and traced offsets."""
-    q, k, v, g, sinks, ids = draw(dtype)
+    q, k, v, g, sinks, ids = random_arrays(dtype)
 
     def call(q, k, v, sinks, ids, offset):
         keywords = {
@@ -77,26 +79,23 @@ def flash(dtype, implementation=None):
     return run, (q, k, v, g, sinks, ids, jnp.asarray(3))
 
 
-def halves(dtype):
-    """The two halves of an attention, which the caller may merge with others."""
-    q, k, v, g, sinks, ids = draw(dtype)
+def passes(dtype):
+    """The two passes of an attention, whose results the caller may merge with others."""
+    q, k, v, g, sinks, ids = random_arrays(dtype)
     options = Options(None, 0, None, 0.3, partial=True)
-    arrays = q, k, v, sinks, ids, ids, jnp.asarray(2)
+    inputs = Inputs(q, k, v, sinks, ids, ids, jnp.asarray(2))
 
-    def run(g, *arrays):
-        output, lse = attention_forward(None, options, *arrays)
-        sums = jnp.sum(output * g.astype(output.dtype), axis=-1)
-        return (
-            output,
-            lse,
-            attention_backward(None, options, *arrays, lse_BTN=lse, g_BTNH=g, row_sums_BTN=sums),
-        )
+    def run(dout, inputs):
+        output, lse = attention_forward(None, options, inputs)
+        delta = jnp.sum(output * dout.astype(output.dtype), axis=-1)
+        rows = {"lse_BTN": lse, "dout_BTNH": dout, "delta_BTN": delta}
+        return output, lse, attention_backward(None, options, inputs, **rows)
 
-    return run, (g, *arrays)
+    return run, (g, inputs)
 
 
 def decode(dtype):
-    q, k, v, _, sinks, _ = draw(dtype)
+    q, k, v, _, sinks, _ = random_arrays(dtype)
     call = functools.partial(decode_attention, layer=1, window=(9, 0), softcap=5.0)
     return lambda q, k, v, at, sinks: call(q, k, v, at, sinks=sinks), (
         q[:, :2],
@@ -117,7 +116,7 @@ def experts(dtype):
     )
 
     def run(g, tokens, of_blocks, weights, *arrays):
-        inputs = Inputs(*arrays, tokens, of_blocks)
+        inputs = grouped_matmul.Inputs(*arrays, tokens, of_blocks)
         rows, inner = grouped_swiglu(inputs)
         gradients = grouped_swiglu_backward(inputs, inner, weights, g)
         return jnp.where((of_blocks < 3).repeat(2)[:, None], rows, jnp.zeros((), dtype)), gradients
@@ -127,7 +126,7 @@ def experts(dtype):
 
 def across(dtype, attention, size):
     """The result and the gradients of a ring, or of Ulysses, on so many ranks."""
-    q, k, v, g, sinks, ids = draw(dtype)
+    q, k, v, g, sinks, ids = random_arrays(dtype)
     mesh = jax.make_mesh(
         (size,), ("context",), axis_types=(AxisType.Auto,), devices=jax.devices()[:size]
     )
@@ -161,7 +160,7 @@ FUNCTIONS = {
     "flash_attention": flash,
     "the_tpu_kernels": functools.partial(flash, implementation=TPU),
     "the_reference": functools.partial(flash, implementation="reference"),
-    "halves": halves,
+    "passes": passes,
     "decode_attention": decode,
     "experts": experts,
     "ring_attention": functools.partial(across, attention=context.ring_attention, size=2),

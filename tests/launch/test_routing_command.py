@@ -1,5 +1,6 @@
-"""What the routing command counts, by hand; and the command on a small run, against the sums that
-the model itself returns.
+"""The routing command on a small run, against the choices and loads that the model itself returns.
+
+tests/inference/test_routing_analysis.py has the statistics on hand-worked arrays.
 """
 
 import dataclasses
@@ -14,22 +15,10 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
-from PIL import Image
 
-from launch.figures import THEMES, line_shades
+from launch.plotting import THEMES, line_shades
 from launch.report import report
-from launch.routing import (
-    class_shares,
-    coactivation,
-    count,
-    count_common,
-    draw,
-    earlier_checkpoints,
-    routing,
-    tables,
-    token_classes,
-    vocabulary_specialisation,
-)
+from launch.routing import earlier_checkpoints, routing, tables, write_drawings
 from launch.routing_figures import drawings, read_results
 from moe.config import (
     ConfigError,
@@ -47,6 +36,7 @@ from moe.model.transformer import Transformer
 from moe.parallel.mesh import global_batch
 from moe.training import trainer
 from moe.workdir import checkpoint
+from tests.launch.report_runs import colours
 
 ROOT = Path(__file__).parents[2]
 MODEL = ModelConfig(
@@ -58,83 +48,6 @@ MODEL = ModelConfig(
     head_dim=8,
     compute_dtype="float32",
 )
-
-
-def colours(path: Path) -> set[str]:
-    pixels = np.unique(np.asarray(Image.open(path).convert("RGB")).reshape(-1, 3), axis=0)
-    return {"#" + bytes(pixel).hex() for pixel in pixels}
-
-
-# One layer, four tokens, of 2 ids; 3 experts, of which each token has 2; the last token's second
-# choice was dropped.
-IDS = np.array([0, 1, 1, 0])
-EXPERTS = np.array([[[0, 1], [1, 2], [2, 1], [0, 3]]])
-
-
-def test_choices_are_counted_by_id_and_by_pair():
-    counts = count(EXPERTS, IDS, vocab_size=3, num_experts=3)
-    assert counts["tokens"].tolist() == [2, 2, 0]
-    assert counts["choices"].tolist() == [[[2, 1, 0], [0, 2, 2], [0, 0, 0]]]
-    assert counts["pairs"].tolist() == [[[2, 1, 0], [1, 3, 2], [0, 2, 2]]]
-
-
-def test_layers_are_counted_apart():
-    counts = count(np.array([[[0]], [[1]]]), np.array([1]), vocab_size=2, num_experts=2)
-    assert counts["choices"].tolist() == [[[0, 0], [1, 0]], [[0, 0], [0, 1]]]
-    assert counts["pairs"].tolist() == [[[1, 0], [0, 0]], [[0, 0], [0, 1]]]
-
-
-def test_the_share_of_a_class_is_of_its_assignments():
-    choices = np.array([[[2, 1, 1], [0, 4, 0], [0, 0, 0]]])
-    shares = class_shares(choices, [np.array([0]), np.array([0, 1]), np.array([2])])
-    assert shares.tolist() == [[[0.5, 0.25, 0.25], [0.25, 0.625, 0.125], [0.0, 0.0, 0.0]]]
-
-
-def test_coactivation_is_of_the_tokens_that_chose_the_first():
-    pairs = np.array([[[2, 1, 0], [1, 4, 3], [0, 3, 3]], [[0, 0, 0], [0, 1, 0], [0, 0, 0]]])
-    assert coactivation(pairs).tolist() == [
-        [[1, 0.5, 0], [0.25, 1, 0.75], [0, 1, 1]],
-        [[0, 0, 0], [0, 1, 0], [0, 0, 0]],
-    ]
-
-
-def test_vocabulary_specialisation_is_the_share_of_the_most_frequent_expert():
-    # Id 0 goes to expert 0 in 3 of 4 tokens, id 1 always to expert 1, id 2 does not occur.
-    choices = np.array([[[3, 1, 0], [0, 1, 0], [0, 0, 0]]])
-    shares, mean = vocabulary_specialisation(choices, np.array([4, 1, 0]))
-    assert shares.tolist() == [[0.75, 1, 0]]
-    assert mean.tolist() == [0.8]
-
-
-def test_common_choices_do_not_depend_on_their_order_and_none_is_not_shared():
-    earlier = np.array([[[0, 1], [1, 2], [0, 3]]])
-    latest = np.array(
-        [[[1, 0], [2, 0], [1, 3]]]
-    )  # 2, 1 and 0 in common; the third token's second choice was dropped in both
-    counts = count_common(earlier, latest, num_experts=3)
-    assert counts["common"].tolist() == [3]
-    assert counts["all"].tolist() == [5]
-
-
-def test_every_id_is_in_one_class():
-    classes = token_classes(vocab_size=300, boundary_id=0xFF)
-    assert sorted(np.concatenate(list(classes.values()))) == list(range(300))
-    names = {int(token): name for name, ids in classes.items() for token in ids}
-    written = [names[ord(character)] for character in "aZ7 \t\n(=_"]
-    assert written == [
-        *(
-            "lower case",
-            "upper case",
-            "digits",
-            "spaces, tabs",
-            "spaces, tabs",
-            "line ends",
-            "brackets",
-            "operators",
-            "punctuation",
-        )
-    ]
-    assert (names[0xFF], names[0xE9], names[299]) == ("boundaries", "other bytes", "other bytes")
 
 
 def test_sparse_layers_keep_their_numbers_among_dense_ones():
@@ -176,8 +89,9 @@ def results(page):
 
 @pytest.fixture(scope="module")
 def choices(workdir):
-    """Of the first two validation batches, by step: the ids [N], the experts [2, N, A] as the model
-    captured them, and its own load.
+    """What the model itself says of the first two validation batches, by checkpoint's step.
+
+    The ids [N], the experts [2, N, A] as it captured them, and its load [2, E].
     """
     config, program, _, _ = trainer.load_run(workdir)
     model, by_step = Transformer(config.model, capture=("experts",)), {}
@@ -193,16 +107,16 @@ def choices(workdir):
             for batch in evaluation_batches(
                 rows, batch_size=8, num_batches=2, host_rows=np.arange(8)
             ):
-                output = apply(variables, global_batch(batch, program.mesh, 8))
+                output = apply(variables, global_batch(batch, program.mesh, 8, program.task.dims))
                 assert output.captured[0][0] == {}  # of the dense layers
                 ids.append(batch["tokens"].ravel())
                 experts.append(np.asarray(output.captured[0][1]["experts"]).reshape(2, -1, 2))
-                loads.append(np.asarray(output.aux[0][1]["load"]))
+                loads.append(np.asarray(output.stats[0][1].load))
             by_step[step] = np.concatenate(ids), np.concatenate(experts, axis=1), sum(loads)
     return by_step
 
 
-def test_load_is_the_models_own(choices, results):
+def test_the_load_is_the_same_as_the_models_own(choices, results):
     _, _, load = choices[6]
     np.testing.assert_allclose(results["load"], load / load.sum(axis=1, keepdims=True), atol=1e-5)
     np.testing.assert_allclose(
@@ -211,7 +125,7 @@ def test_load_is_the_models_own(choices, results):
     assert (results["step"], results["tokens"], results["layers"]) == (6, 2 * 8 * 64, [1, 3])
 
 
-def test_statistics_are_those_of_single_tokens(choices, results):
+def test_statistics_agree_with_counting_tokens_one_by_one(choices, results):
     ids, experts, _ = choices[6]
     for layer, experts_NA in enumerate(experts):
         sets = [set(row) for row in experts_NA.tolist()]
@@ -284,7 +198,7 @@ def test_the_report_of_the_run_shows_the_same_figures(page, workdir):
     assert "At step 6, over 1,024 held-out tokens." in text
 
 
-def test_a_report_says_how_the_figures_are_made_and_what_is_wrong_with_them(workdir, tmp_path):
+def test_a_report_says_how_to_make_missing_figures_and_refuses_damaged_ones(workdir, tmp_path):
     for name in ("config.json", "metrics.jsonl"):
         (tmp_path / name).write_bytes((workdir / name).read_bytes())
     assert (
@@ -301,9 +215,9 @@ def test_a_report_says_how_the_figures_are_made_and_what_is_wrong_with_them(work
         '{"layers": [0], "num_experts": "x", "load": []}',
     ):
         path.write_text(content)
+        problem = f"{path} is not what launch.routing writes"
         with pytest.raises(
-            ConfigError,
-            match=f"{path} is not what launch.routing writes: run launch.routing again, or delete {path}$",
+            ConfigError, match=f"{problem}: run launch.routing again, or delete {path}$"
         ):
             report(tmp_path)
 
@@ -331,13 +245,11 @@ def test_damaged_results_are_refused(results, tmp_path, name):
             read_results(path)
 
 
-def test_without_earlier_checkpoints_and_with_one_expert_per_token_empty_figures_are_left_out(
-    page, results, tmp_path
-):
+def test_figures_without_data_are_left_out(page, results, tmp_path):
     alone = results | {"saturation": {}, "coactivation": np.tile(np.eye(4), (2, 1, 1)).tolist()}
     (tmp_path / "saturation-light.png").write_bytes(b"an earlier call's")
     assert "has kept no earlier checkpoint" in tables(alone)
-    assert [drawing.stem for drawing in draw(alone, tmp_path)] == [
+    assert [drawing.stem for drawing in write_drawings(alone, tmp_path)] == [
         "load",
         "classes_1",
         "classes_3",
@@ -346,7 +258,7 @@ def test_without_earlier_checkpoints_and_with_one_expert_per_token_empty_figures
     assert not (tmp_path / "saturation-light.png").exists()
 
 
-def test_of_many_layers_four_are_drawn_in_shades_of_one_colour(results):
+def test_four_of_many_layers_are_drawn_in_shades_of_one_colour(results):
     layers = list(range(1, 128, 2))
     many = results | {
         "layers": layers,
@@ -376,8 +288,10 @@ def test_no_legend_lies_over_a_line_and_every_axis_has_a_title(results, stem):
     axes = figure.subplots()
     drawing.paint(axes, THEMES["light"])
     figure.canvas.draw()
-    assert axes.get_legend().get_window_extent().y0 >= axes.get_window_extent().y1
-    assert axes.get_legend().get_window_extent().x1 <= figure.bbox.x1
+    legend = axes.get_legend()
+    assert legend is not None
+    assert legend.get_window_extent().y0 >= axes.get_window_extent().y1
+    assert legend.get_window_extent().x1 <= figure.bbox.x1
     assert axes.get_xlabel() and axes.get_ylabel()
 
 
@@ -386,10 +300,8 @@ def test_one_earlier_checkpoint_can_be_asked_for():
     assert earlier_checkpoints([2, 4, 6], 4, None) == [2]
     assert earlier_checkpoints([2, 4, 6], 6, 4) == [4]
     assert earlier_checkpoints([], None, None) == []
-    with pytest.raises(
-        ConfigError,
-        match=r"--compare_step=6 is no checkpoint before the one of --step: choose one of those \(2, 4\)",
-    ):
+    problem = "--compare_step=6 is no checkpoint before the one of --step"
+    with pytest.raises(ConfigError, match=rf"{problem}: choose one of those \(2, 4\)"):
         earlier_checkpoints([2, 4, 6], None, 6)
     with pytest.raises(ConfigError, match=r"choose one of those \(there is none\)"):
         earlier_checkpoints([], None, 6)
@@ -415,5 +327,6 @@ def test_a_dense_run_gets_one_line_and_exit_code_2(tmp_path):
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2
     assert result.stderr == (
-        f"error: --workdir={tmp_path} is a dense run (model.moe.num_experts=0): set --workdir to a run that has experts\n"
+        f"error: --workdir={tmp_path} is a dense run (model.moe.num_experts=0): "
+        "set --workdir to a run that has experts\n"
     )

@@ -34,13 +34,13 @@ def run(*arguments: str, cwd: Path = ROOT) -> tuple[str, str, int]:
 def test_a_command_without_its_packages_says_where_they_are(command: str) -> None:
     output, error, code = run("-S", "-m", f"launch.{command}")
     assert (output, code) == ("", 2)
-    assert (
-        error
-        == f"error: {sys.executable} has no package 'absl': run make train once, or install requirements.txt\n"
+    assert error == (
+        f"error: {sys.executable} has no package 'absl': "
+        "run make train once, or install requirements.txt\n"
     )
 
 
-def test_another_python_than_that_of_make_is_told_its_path(tmp_path: Path) -> None:
+def test_a_wrong_python_is_pointed_to_the_one_of_make(tmp_path: Path) -> None:
     package = tmp_path / "launch"
     package.mkdir()
     (package / "__init__.py").write_text((ROOT / "launch" / "__init__.py").read_text())
@@ -59,9 +59,9 @@ def test_another_python_than_that_of_make_is_told_its_path(tmp_path: Path) -> No
 def test_a_command_started_by_its_path_says_how_to_start_it(cwd: str) -> None:
     output, error, code = run(str(ROOT / "launch" / "train.py"), "--help", cwd=Path(cwd))
     assert (output, code) == ("", 2)
-    assert (
-        error
-        == f"error: {ROOT}/launch/train.py is part of a package: run python -m launch.train in {ROOT}\n"
+    assert error == (
+        f"error: {ROOT}/launch/train.py is part of a package: "
+        f"run python -m launch.train in {ROOT}\n"
     )
 
 

@@ -1,5 +1,6 @@
-"""The command around a small dense run: what it writes is a run at step 0 that evaluates as the
-dense one does, and trains on.
+"""The upcycling command on a small dense run.
+
+What it writes is a run at step 0 that evaluates as the dense one does, and trains on.
 """
 
 import dataclasses
@@ -81,7 +82,7 @@ def test_an_upcycled_run_evaluates_as_the_dense_one_and_trains_on(source, config
 
 
 @pytest.mark.slow
-def test_all_but_the_parameters_is_as_in_a_new_run(source, config, tmp_path):
+def test_everything_but_the_parameters_is_as_in_a_new_run(source, config, tmp_path):
     config = dataclasses.replace(
         config, mesh=dataclasses.replace(config.mesh, data=1, fsdp=2, expert=2, tensor=2)
     )
@@ -98,7 +99,7 @@ def test_all_but_the_parameters_is_as_in_a_new_run(source, config, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_cannot_be_upcycled_leaves_no_directory(source, config, tmp_path):
+def test_a_refused_upcycling_leaves_no_directory(source, config, tmp_path):
     new = tmp_path / "new"
     wrong = dataclasses.replace(
         config, model=dataclasses.replace(config.model, moe=dataclasses.replace(MOE, expert_dim=12))
@@ -110,6 +111,23 @@ def test_what_cannot_be_upcycled_leaves_no_directory(source, config, tmp_path):
     ):
         upcycle(source, config, new, step=5)
     assert not new.exists()
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_is_not_finite_is_named_with_its_step(
+    source, config, tmp_path, monkeypatch
+):
+    restore = checkpoint.restore_variables_and_step
+
+    def broken(*arguments):
+        variables, step = restore(*arguments)
+        return jax.tree.map(lambda leaf: leaf * np.nan, variables), step
+
+    monkeypatch.setattr(checkpoint, "restore_variables_and_step", broken)
+    for asked, step in ((3, 3), (None, 6)):
+        with pytest.raises(ConfigError, match=rf"checkpoints/{step} holds numbers that are not"):
+            upcycle(source, config, tmp_path / "new", step=asked)
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.slow
@@ -126,9 +144,9 @@ def test_an_upcycling_that_is_cut_off_leaves_no_run(source, config, tmp_path, mo
             patch.setattr(module, name, lambda *_: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 upcycle(source, config, workdir)
+        reason = r"launch\.upcycle from .* did not finish"
         with pytest.raises(
-            ConfigError,
-            match=r"is no run yet \(launch.upcycle from .* did not finish\): delete it, and make it again",
+            ConfigError, match=rf"is no run yet \({reason}\): delete it, and make it again"
         ):
             trainer.fit(config, workdir)
 

@@ -1,6 +1,4 @@
-"""Dispatch strategies against a plain loop over tokens and experts, and the exchanges between
-devices against one device.
-"""
+"""The sparse layer as a Flax module: alone, with padding, on meshes, and what it refuses."""
 
 import dataclasses
 import functools
@@ -10,302 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType
 
 from moe.config import ConfigError, ModelConfig, MoEConfig
-from moe.model.experts import (
-    MoE,
-    Tokens,
-    Weights,
-    capacity_dispatch,
-    dense_dispatch,
-    dropless,
-    run_experts,
-)
+from moe.model.experts import MoE
 from moe.model.routing import route
+from moe.model.tokens import TokenInfo
 from moe.model.transformer import Transformer
-from moe.parallel import expert as expert_parallel
 from moe.parameters import unbox
 
 E, A, D, F = 4, 2, 6, 5
 CONFIG = MoEConfig(num_experts=E, experts_per_token=A, expert_dim=F)
-
-
-def through(make_dispatch, x, experts, combine, *weights):
-    dispatch = make_dispatch(experts, combine, E)
-    return dispatch.receive(Weights(*weights)(dispatch.send(x)))
-
-
-DISPATCHES = {
-    "dense": functools.partial(through, dense_dispatch),
-    "capacity": functools.partial(
-        through,
-        lambda experts, *rest: capacity_dispatch(
-            experts, *rest, capacity=int(loads(experts).max())
-        ),
-    ),
-    "dropless": lambda x, experts, combine, *weights: dropless(
-        x, experts, combine, Weights(*weights)
-    ),
-    "dropless, blocks of 3": lambda x, experts, combine, *weights: dropless(
-        x, experts, combine, Weights(*weights), block=3
-    ),
-    "dropless, blocks of 1": lambda x, experts, combine, *weights: dropless(
-        x, experts, combine, Weights(*weights), block=1
-    ),
-}
-
-
-def weights(seed=0):
-    rng = np.random.default_rng(seed)
-    return tuple(jnp.float32(rng.normal(size=shape)) for shape in ((E, D, F), (E, D, F), (E, F, D)))
-
-
-def loads(experts):
-    return np.bincount(np.ravel(experts), minlength=E)[:E]
-
-
-def routed(tokens=14, seed=0):
-    """Rows, experts (some of them E: nowhere; the first without tokens, the last with the most) and
-    weights.
-    """
-    rng = np.random.default_rng(seed)
-    experts = np.stack([rng.permutation(E - 1)[:A] for _ in range(tokens)])
-    experts[rng.random((tokens, A)) < 0.2] = E
-    experts = np.append(np.argsort(np.argsort(loads(experts))), E)[experts]
-    return (
-        jnp.float32(rng.normal(size=(tokens, D))),
-        jnp.int32(experts),
-        jnp.float32(rng.random((tokens, A)) * (experts < E)),
-    )
-
-
-def plain(x, experts, combine, gate, up, down):
-    y = np.zeros_like(x)
-    for n in range(len(x)):
-        for a in range(experts.shape[1]):
-            if (e := experts[n, a]) < len(gate):
-                hidden = jax.nn.silu(x[n] @ gate[e]) * (x[n] @ up[e])
-                y[n] += combine[n, a] * (hidden @ down[e])
-    return y
-
-
-def close(actual, expected, rtol=1e-6):
-    """Within `rtol` of the largest number: sums of five and six products of that size may cancel to
-    anything smaller.
-    """
-    np.testing.assert_allclose(actual, expected, atol=rtol * np.abs(expected).max())
-
-
-@pytest.mark.parametrize("name", DISPATCHES)
-def test_a_dispatch_equals_a_loop_over_tokens(name):
-    arguments = (*routed(), *weights())
-    close(DISPATCHES[name](*arguments), plain(*map(np.asarray, arguments)))
-
-
-@pytest.mark.parametrize("name", list(DISPATCHES)[1:])
-def test_a_dispatch_has_the_oracles_gradients(name):
-    x, experts, combine = routed()
-    target = jnp.float32(np.random.default_rng(1).normal(size=x.shape))
-
-    def loss(dispatch, x, combine, *weights):
-        return jnp.sum(dispatch(x, experts, combine, *weights) * target)
-
-    gradients = [
-        jax.grad(functools.partial(loss, DISPATCHES[which]), range(5))(x, combine, *weights())
-        for which in ("dense", name)
-    ]
-    assigned = np.asarray(experts < E)  # an assignment to nowhere has a weight that nothing reads
-    gradients = [(g[0], np.where(assigned, g[1], 0), *g[2:]) for g in gradients]
-    for expected, actual in zip(*gradients, strict=True):
-        close(actual, expected)
-
-
-def test_dropless_takes_the_most_uneven_load():
-    """All assignments to one expert, each to an expert of its own, and all to nowhere fill no more
-    blocks than there are.
-    """
-    x = jnp.float32(np.random.default_rng(0).normal(size=(40, D)))
-    combine = jnp.ones((40, 1))
-    for experts in (
-        jnp.zeros((40, 1), jnp.int32),
-        jnp.arange(40, dtype=jnp.int32)[:, None] % E,
-        jnp.full((40, 1), E),
-    ):
-        y = dropless(x, experts, combine, Weights(*weights()), block=8)
-        close(y, plain(*map(np.asarray, (x, experts, combine, *weights()))))
-
-
-def test_capacity_rows_lie_by_expert():
-    """Experts 2, 0, 0, 2, 2 with room for 3: two rows of 0, none of 1, three of 2."""
-    experts = jnp.array([[2], [0], [0], [2], [2]])
-    dispatch = capacity_dispatch(experts, jnp.ones((5, 1)), 3, capacity=3)
-    rows = dispatch.send(jnp.arange(1.0, 6.0)[:, None])
-    np.testing.assert_array_equal(rows[..., 0], [[2, 3, 0], [0, 0, 0], [1, 4, 5]])
-    np.testing.assert_array_equal(dispatch.receive(rows)[:, 0], [1, 2, 3, 4, 5])
-    np.testing.assert_array_equal(dispatch.dropped_N, 0)
-
-
-def test_a_row_beyond_an_experts_room_takes_no_others_place():
-    """Two experts get three tokens and have room for two; -1 and 7 are no experts at all."""
-    experts = jnp.array([[0], [0], [0], [2], [2], [2], [-1], [7]])
-    dispatch = capacity_dispatch(experts, jnp.ones((8, 1)), 3, capacity=2)
-    rows = dispatch.send(jnp.arange(1.0, 9.0)[:, None])
-    np.testing.assert_array_equal(rows[..., 0], [[1, 2], [0, 0], [4, 5]])
-    np.testing.assert_array_equal(dispatch.receive(rows)[:, 0], [1, 2, 0, 4, 5, 0, 0, 0])
-    np.testing.assert_array_equal(dispatch.dropped_N, [0, 0, 1, 0, 0, 1, 0, 0])
-    gradient = jax.grad(lambda x: jnp.sum(dispatch.receive(dispatch.send(x))))(jnp.ones((8, 1)))
-    np.testing.assert_array_equal(gradient[:, 0], [1, 1, 0, 1, 1, 0, 0, 0])
-
-
-def test_a_dropped_assignment_adds_nothing_even_where_another_row_is_nan():
-    """The token 0 has no expert, the token 4 no room, and the last of all rows is NaN."""
-    experts = jnp.array([[2], [0], [1], [1], [1]])
-    dispatch = capacity_dispatch(experts, jnp.ones((5, 1)), 2, capacity=2)
-    rows = jnp.array([[[1.0], [0.0]], [[2.0], [jnp.nan]]])
-    np.testing.assert_array_equal(dispatch.receive(rows)[:, 0], [0, 1, 2, jnp.nan, 0])
-    gradient = jax.vjp(dispatch.send, jnp.ones((5, 1)))[1](rows)[0]
-    np.testing.assert_array_equal(gradient[:, 0], [0, 1, 2, jnp.nan, 0])
-
-
-MESH = (2, 4), ("data", "expert"), (AxisType.Auto,) * 2
-
-
-def batch(seed=0, rows=8, length=5):
-    rng = np.random.default_rng(seed)
-    config = dataclasses.replace(CONFIG, normalize_weights=False)
-    routing = route(
-        jnp.float32(rng.normal(size=(rows, length, E))),
-        config,
-        jnp.array(rng.random((rows, length)) < 0.8),
-    )
-    return jnp.float32(rng.normal(size=(rows, length, D))), routing.experts_BTA, routing.weights_BTA
-
-
-def emulated_ragged_all_to_all(
-    operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name
-):
-    """What the collective does, by gathering everything: sender s's rows from input_offsets[me] on
-    go to output_offsets[me] of mine.
-    """
-    me = jax.lax.axis_index(axis_name)
-    gather = lambda x: jax.lax.all_gather(x, axis_name)
-    operands, starts, sizes, offsets = map(
-        gather, (operand, input_offsets, send_sizes, output_offsets)
-    )
-    index = jnp.arange(output.shape[0])
-    for sender in range(operands.shape[0]):
-        place = index - offsets[sender, me]
-        inside = (place >= 0) & (place < sizes[sender, me])
-        rows = (
-            operands[sender]
-            .at[jnp.where(inside, place + starts[sender, me], operand.shape[0])]
-            .get(mode="fill", fill_value=0)
-        )
-        output = jnp.where(inside[:, None], rows, output)
-    return output
-
-
-def over_mesh(config, capacity, x, experts, combine, *weights):
-    mesh = jax.make_mesh(*MESH)
-    rows, of_experts = PartitionSpec(("data", "expert")), PartitionSpec("expert")
-    function = functools.partial(run_experts, config, capacity)
-    mapped = jax.shard_map(
-        function,
-        mesh=mesh,
-        in_specs=(rows,) * 3 + (of_experts,) * 3,
-        out_specs=(rows, rows),
-        check_vma=False,
-    )
-    return jax.jit(mapped)(x, experts, combine, *weights)
-
-
-EXCHANGES = [
-    ("all_gather", "dense"),
-    ("all_gather", "capacity"),
-    ("all_gather", "dropless"),
-    ("all_to_all", "capacity"),
-]
-
-
-@pytest.mark.parametrize(("exchange", "dispatch"), [*EXCHANGES, ("ragged_all_to_all", "dropless")])
-def test_an_exchange_equals_one_device(exchange, dispatch, monkeypatch):
-    monkeypatch.setattr(jax.lax, "ragged_all_to_all", emulated_ragged_all_to_all)
-    config = dataclasses.replace(CONFIG, exchange=exchange, dispatch=dispatch, receive_factor=4.0)
-    x, experts, combine = batch()
-    target = jnp.float32(np.random.default_rng(1).normal(size=x.shape))
-
-    def loss(run, x, combine, *weights):
-        return jnp.sum(run(config, 5, x, experts, combine, *weights)[0] * target)
-
-    y, dropped = over_mesh(config, 5, x, experts, combine, *weights())
-    close(y, run_experts(config, 5, x, experts, combine, *weights())[0])
-    assert not dropped.any()
-    expected, actual = (
-        jax.grad(functools.partial(loss, run), range(5))(x, combine, *weights())
-        for run in (run_experts, over_mesh)
-    )
-    assigned = np.asarray(experts < E)
-    close(np.where(assigned, actual[1], 0), np.where(assigned, expected[1], 0))
-    for index in (0, 2, 3, 4):
-        close(actual[index], expected[index])
-
-
-@pytest.mark.parametrize("exchange", ["all_gather", "all_to_all"])
-def test_what_overflows_an_experts_rows_is_counted_and_passes_by(exchange):
-    """An unlimited caller gives experts 2 or 3 of a row's 5 tokens; they have room for 1."""
-    config = dataclasses.replace(
-        CONFIG, exchange=exchange, dispatch="capacity", experts_per_token=1, normalize_weights=False
-    )
-    x, _, _ = batch()
-    experts, combine = (
-        jnp.broadcast_to(jnp.array([0, 1, 0, 1, 0])[:, None], (8, 5, 1)),
-        jnp.ones((8, 5, 1)),
-    )
-    y, dropped = over_mesh(config, 1, x, experts, combine, *weights())
-    assert dropped.sum() == 8 * 3
-    free = plain(
-        *map(
-            np.asarray,
-            (x.reshape(40, D), experts.reshape(40, 1), combine.reshape(40, 1), *weights()),
-        )
-    )
-    np.testing.assert_allclose(
-        y, np.where(np.asarray(dropped)[..., None] > 0, 0, free.reshape(x.shape)), atol=1e-5
-    )
-
-
-def test_what_overflows_a_ragged_exchange_is_counted_and_passes_by(monkeypatch):
-    """Everything goes to device 0, which has room for as many rows as one device sends: the first
-    device's.
-    """
-    monkeypatch.setattr(jax.lax, "ragged_all_to_all", emulated_ragged_all_to_all)
-    config = dataclasses.replace(
-        CONFIG, exchange="ragged_all_to_all", experts_per_token=1, receive_factor=1.0
-    )
-    x, _, _ = batch()
-    experts, combine = jnp.zeros((8, 5, 1), jnp.int32), jnp.ones((8, 5, 1))
-    y, dropped = over_mesh(config, 5, x, experts, combine, *weights())
-    kept = np.array(
-        [True, False, False, False] * 2
-    )  # of each data row's four devices, one row of the batch each
-    np.testing.assert_array_equal(dropped, np.broadcast_to(~kept[:, None], (8, 5)))
-    np.testing.assert_array_equal(y[~kept], 0)
-    close(y[kept], run_experts(config, 5, x, experts, combine, *weights())[0][kept])
-
-
-def test_the_plan_of_an_exchange_by_hand():
-    """Two devices of one expert each: 3 and 1 rows from device 0, 2 and 4 from device 1, and room
-    for 4.
-    """
-    plan = expert_parallel.plan_exchange(jnp.array([[3, 1], [2, 4]]), room=4)
-    np.testing.assert_array_equal(plan.starts_PP, [[0, 3], [0, 2]])
-    np.testing.assert_array_equal(plan.offsets_PP, [[0, 0], [3, 1]])
-    np.testing.assert_array_equal(plan.sizes_PP, [[3, 1], [1, 3]])
-    np.testing.assert_array_equal(
-        expert_parallel.received_experts(jnp.array([[3, 1], [2, 4]]), jnp.array(1), room=6),
-        [0, 0, 0, 0, 0, 1],
-    )
 
 
 def test_the_layer_is_usable_alone_and_leaves_padding_out():
@@ -313,18 +26,19 @@ def test_the_layer_is_usable_alone_and_leaves_padding_out():
     x = jax.random.normal(jax.random.key(0), (2, 5, D))
     variables = unbox(layer.init(jax.random.key(1), x))
     y, routing = layer.apply(variables, x)
-    assert y.shape == x.shape and routing.sums["tokens"] == 10 and routing.sums["dropped"] == 0
+    assert y.shape == x.shape and routing.stats.tokens == 10 and routing.stats.dropped == 0
     mask = jnp.array([[True] * 5, [True] * 3 + [False] * 2])
-    padded, routing = layer.apply(variables, x, Tokens(jnp.zeros((2, 5), jnp.int32), mask))
+    padded, routing = layer.apply(variables, x, TokenInfo(jnp.zeros((2, 5), jnp.int32), mask))
     np.testing.assert_allclose(padded[mask], y[mask], atol=1e-6)
     np.testing.assert_array_equal(padded[1, 3:], 0)
-    assert routing.sums["load"].sum() == 8 * A
+    assert routing.stats.load.sum() == 8 * A
 
 
 @pytest.mark.parametrize("dispatch", ["dense", "capacity", "dropless"])
 def test_what_float32_is_claimed_for_is_float32_on_every_chip(dispatch):
-    """In a bfloat16 model all matmuls of float32 are the router's and its sums'. By default TPUs
-    and GPUs would round their operands.
+    """In a bfloat16 model only the router and its statistics have matmuls in float32.
+
+    By default TPUs and GPUs would round their operands.
     """
     layer, x = (
         MoE(MoEConfig(num_experts=4, expert_dim=8, dispatch=dispatch, num_shared_experts=1)),
@@ -334,9 +48,7 @@ def test_what_float32_is_claimed_for_is_float32_on_every_chip(dispatch):
 
     def loss(params, x):
         y, routed = layer.apply(params, x)
-        return jnp.sum(y.astype(jnp.float32)) + sum(
-            jnp.sum(value) for value in routed.sums.values()
-        )
+        return jnp.sum(y.astype(jnp.float32)) + sum(jnp.sum(value) for value in routed.stats)
 
     program = (
         jax.jit(jax.grad(loss, argnums=(0, 1)))
@@ -345,9 +57,8 @@ def test_what_float32_is_claimed_for_is_float32_on_every_chip(dispatch):
         .as_text()
     )
     matmuls = re.findall(r"dot_general.*: \(tensor<[^>]*f32>, tensor<[^>]*f32>\)", program)
-    assert (
-        len(matmuls) >= 5
-    )  # the logits, their two gradients, and the gradients of the balance loss
+    # These are the logits, their two gradients, and the gradients of the balance loss.
+    assert len(matmuls) >= 5
     assert [matmul for matmul in matmuls if "precision = [HIGHEST, HIGHEST]" not in matmul] == []
 
 
@@ -365,7 +76,7 @@ def layer_and_variables(config, x, **tokens):
     layer = MoE(config)
     ids = jnp.zeros(x.shape[:2], jnp.int32)
     init = jax.jit(
-        lambda key: unbox(layer.init(key, x, Tokens(ids, tokens.get("mask_BT", ids == 0))))
+        lambda key: unbox(layer.init(key, x, TokenInfo(ids, tokens.get("mask_BT", ids == 0))))
     )
     return layer, init(jax.random.key(1))
 
@@ -423,11 +134,10 @@ def test_nan_in_padding_reaches_nothing(name):
     @functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
     def loss(params, x):
         y, routed = layer.apply(
-            {"params": params}, x, Tokens(jnp.zeros((2, 5), jnp.int32), mask, keys)
+            {"params": params}, x, TokenInfo(jnp.zeros((2, 5), jnp.int32), mask, keys)
         )
-        return jnp.sum(jnp.where(mask[..., None], y, 0.0) ** 2) + routed.sums[
-            "balance"
-        ] + routed.sums["z"], routed
+        losses = routed.stats.balance_loss + routed.stats.z_loss
+        return jnp.sum(jnp.where(mask[..., None], y, 0.0) ** 2) + losses, routed
 
     (value, routed), gradients = loss(variables["params"], clean)
     assert np.isfinite(value)
@@ -450,11 +160,14 @@ def test_no_rows_and_no_tokens_are_a_layers_too(dispatch, shape):
         )
     )(variables)
     assert total == 0 and routed.experts_BTA.shape == (*shape[:2], A)
-    assert all(not jnp.any(leaf) for leaf in jax.tree.leaves((routed.sums, gradient)))
+    assert all(not jnp.any(leaf) for leaf in jax.tree.leaves((routed.stats, gradient)))
 
 
 def test_what_a_layer_cannot_do_is_refused_in_one_line():
-    x, tokens = jnp.zeros((2, 5, D)), Tokens(jnp.zeros((2, 5), jnp.int32), jnp.ones((2, 5), bool))
+    x, tokens = (
+        jnp.zeros((2, 5, D)),
+        TokenInfo(jnp.zeros((2, 5), jnp.int32), jnp.ones((2, 5), bool)),
+    )
     for config, arguments, message in (
         (MoEConfig(), (x,), "num_experts=0 makes a sparse layer without experts"),
         (CONFIG, (x[0],), r"x has shape \(5, 6\): give MoE activations \[B, T, D\]"),
@@ -474,12 +187,11 @@ def test_what_a_layer_cannot_do_is_refused_in_one_line():
     assert issubclass(ConfigError, ValueError)
     noisy = MoE(dataclasses.replace(CONFIG, jitter=0.1))
     for arguments in ((x,), (x, tokens)):
-        variables = unbox(
-            jax.eval_shape(noisy.init, jax.random.key(0), *arguments)
-        )  # which draws no jitter
+        # `init` draws no jitter.
+        variables = unbox(jax.eval_shape(noisy.init, jax.random.key(0), *arguments))
         with pytest.raises(
             ValueError,
-            match=r"^jitter=0.1 draws from keys that are not there: pass tokens=.* in training, and set jitter",
+            match=r"^jitter=0.1 draws from keys that are not there: pass tokens=.*, and set jitter",
         ):
             jax.eval_shape(noisy.apply, variables, *arguments)
 
@@ -508,7 +220,7 @@ def test_a_batch_too_small_for_the_mesh_is_copied(sizes, rows, dispatch, exchang
 
     def loss(variables, x):
         y, routed = layer.apply(variables, x)
-        return jnp.sum(y**2) + routed.sums["balance"], (y, routed)
+        return jnp.sum(y**2) + routed.stats.balance_loss, (y, routed)
 
     step = jax.value_and_grad(loss, (0, 1), has_aux=True)
     expected = jax.jit(step)(variables, x)
@@ -521,9 +233,7 @@ def test_a_batch_too_small_for_the_mesh_is_copied(sizes, rows, dispatch, exchang
 
 @pytest.mark.parametrize("scan_layers", [True, False])
 def test_biases_steer_the_choice_whenever_they_are_given(scan_layers):
-    """Also by a config that does not move them: such as one that evaluates or fine-tunes what was
-    trained with them.
-    """
+    """A config that does not move biases obeys them too, as in evaluation or fine-tuning."""
     moe = MoEConfig(num_experts=E, experts_per_token=A, expert_dim=F, bias_update_rate=0.1)
     config = ModelConfig(
         num_layers=2,

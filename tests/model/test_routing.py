@@ -1,6 +1,4 @@
-"""Every router by hand: 3 to 6 tokens, with the experts, weights, drops and losses that the papers'
-formulas give.
-"""
+"""Every router by hand: the papers' formulas give experts, weights, drops and losses."""
 
 import dataclasses
 import functools
@@ -13,7 +11,14 @@ import numpy as np
 import pytest
 
 from moe.config import ConfigError, MoEConfig
-from moe.model.routing import capacities, hash_logits, jitter, limit_to_capacity, route, update_bias
+from moe.model.routing import (
+    capacity_table,
+    hash_logits,
+    jitter,
+    limit_to_capacity,
+    route,
+    update_bias,
+)
 
 LOG2 = np.log(2.0)
 # Softmax of these: [1/2, 1/4, 1/4], [1/4, 1/2, 1/4], [2/3, 1/6, 1/6].
@@ -30,15 +35,15 @@ def test_top_1_as_in_switch():
     routing = route(LOGITS, TOP1)
     np.testing.assert_array_equal(routing.experts_BTA, [[[0], [1], [0]]])
     close(routing.weights_BTA, [[[1 / 2], [1 / 2], [2 / 3]]])
-    close(routing.sums["load"], [2, 1, 0])
+    close(routing.stats.load, [2, 1, 0])
     # E sum of share x mean probability: 3 (2/3 (1/2 + 1/4 + 2/3)/3 + 1/3 (1/4 + 1/2 + 1/6)/3),
     # times 3 tokens.
-    close(routing.sums["balance"], 3 * 3 * (2 / 3 * 17 / 36 + 1 / 3 * 11 / 36))
-    close(routing.sums["z"], np.log(4) ** 2 * 2 + np.log(6) ** 2)
-    close(routing.sums["logit_norm"], LOG2 * 4)
-    close(routing.sums["margin"], 1 / 4 + 1 / 4 + 1 / 2)
-    close(routing.sums["entropy"], 2 * (1.5 * LOG2) + np.log(6) - 2 / 3 * np.log(4))
-    assert routing.sums["tokens"] == 3
+    close(routing.stats.balance_loss, 3 * 3 * (2 / 3 * 17 / 36 + 1 / 3 * 11 / 36))
+    close(routing.stats.z_loss, np.log(4) ** 2 * 2 + np.log(6) ** 2)
+    close(routing.stats.logit_norm, LOG2 * 4)
+    close(routing.stats.top1_margin, 1 / 4 + 1 / 4 + 1 / 2)
+    close(routing.stats.router_entropy, 2 * (1.5 * LOG2) + np.log(6) - 2 / 3 * np.log(4))
+    assert routing.stats.tokens == 3
 
 
 def test_top_2_unnormalised_as_in_olmoe():
@@ -47,7 +52,7 @@ def test_top_2_unnormalised_as_in_olmoe():
         routing.experts_BTA, [[[0, 1], [1, 0], [0, 1]]]
     )  # of equal scores the lower number wins
     close(routing.weights_BTA, [[[1 / 2, 1 / 4], [1 / 2, 1 / 4], [2 / 3, 1 / 6]]])
-    close(routing.sums["load"], [3, 3, 0])
+    close(routing.stats.load, [3, 3, 0])
 
 
 def test_normalised_is_the_softmax_over_the_chosen_as_in_mixtral():
@@ -71,8 +76,8 @@ def test_sigmoid_with_bias_and_scale_as_in_deepseek_v3():
     close(routing.weights_BTA[0, 0], [2.5 * 3 / 4, 2.5 * 1 / 4])
     # Probabilities are the sigmoids' shares. The balance loss counts the largest scores, of experts
     # 0 and 1, and not the biased choice.
-    close(routing.sums["balance"], 3 * 3 * (1 / 2 * 2 / 6 + 1 / 2 * 3 / 6))
-    close(routing.sums["load"], [0, 3, 3])
+    close(routing.stats.balance_loss, 3 * 3 * (1 / 2 * 2 / 6 + 1 / 2 * 3 / 6))
+    close(routing.stats.load, [0, 3, 3])
 
 
 def test_the_balance_loss_of_deepseek_v3_counts_the_largest_scores_without_groups():
@@ -85,17 +90,17 @@ def test_the_balance_loss_of_deepseek_v3_counts_the_largest_scores_without_group
     config = MoEConfig(
         num_experts=4, experts_per_token=2, router="sigmoid", num_groups=2, balance_scope="row"
     )
-    sums = route(logits, config, mask).sums
-    close(sums["load"], [0, 0, 2, 2])
-    close(sums["balance"], 2 * 4 * (1 / 2 * 0.9 / 2.2 + 1 / 2 * 0.6 / 2.2))
+    stats = route(logits, config, mask).stats
+    close(stats.load, [0, 0, 2, 2])
+    close(stats.balance_loss, 2 * 4 * (1 / 2 * 0.9 / 2.2 + 1 / 2 * 0.6 / 2.2))
 
 
 def test_the_balance_loss_of_a_softmax_counts_the_choice():
     """DeepSeek-V2, eq. 24, which counts the tokens that select an expert."""
     config = MoEConfig(num_experts=3, experts_per_token=1, bias_update_rate=0.001)
-    sums = route(LOGITS, config, bias_E=jnp.array([0.0, 0.0, 9.0])).sums
-    close(sums["load"], [0, 0, 3])
-    close(sums["balance"], 3 * (1 / 4 + 1 / 4 + 1 / 6))
+    stats = route(LOGITS, config, bias_E=jnp.array([0.0, 0.0, 9.0])).stats
+    close(stats.load, [0, 0, 3])
+    close(stats.balance_loss, 3 * (1 / 4 + 1 / 4 + 1 / 6))
 
 
 # A bias makes tokens choose experts 2 and 3, whose scores are tiny, or 0 in float32.
@@ -126,7 +131,7 @@ def test_the_sigmoids_shares_are_exact_however_small(low):
     """The first two of equal scores are chosen: the loss is 4/2 (p_0 + p_1), and each p is 1/4."""
     config = MoEConfig(num_experts=4, experts_per_token=2, router="sigmoid")
     balance, gradient = jax.jit(
-        jax.value_and_grad(lambda logits: route(logits, config).sums["balance"])
+        jax.value_and_grad(lambda logits: route(logits, config).stats.balance_loss)
     )(jnp.full((1, 1, 4), low))
     close(balance, 1)
     # 2 p_e (1 - p_0 - p_1) for the chosen, and -2 p_e (p_0 + p_1) for the others.
@@ -141,7 +146,7 @@ def test_one_expert_a_token_teaches_the_router(router):
     assert jnp.abs(gradient).max(axis=-1).min() > 0.05
     with pytest.raises(
         ConfigError,
-        match=r"^normalize_weights=True makes the weight of experts_per_token=1 expert 1.0 .*to False$",
+        match=r"^normalize_weights=True makes the weight of experts_per_token=1 expert .*False$",
     ):
         dataclasses.replace(config, normalize_weights=True)
 
@@ -182,21 +187,24 @@ def test_hash_routing_depends_on_the_token_alone():
     expected = [sorted((f, (f + 1) % 4)) for f in first]
     np.testing.assert_array_equal(routing.experts_BTA, [expected])
     close(routing.weights_BTA, 1 / 2)
-    close(routing.sums["entropy"], 6 * LOG2)
+    close(routing.stats.router_entropy, 6 * LOG2)
     assert np.isfinite(
-        list(map(float, (routing.sums["z"], routing.sums["balance"], routing.sums["logit_norm"])))
+        list(
+            map(float, (routing.stats.z_loss, routing.stats.balance_loss, routing.stats.logit_norm))
+        )
     ).all()
 
 
 def test_hash_routing_is_even_over_tokens():
     config = MoEConfig(num_experts=16, experts_per_token=1, router="hash")
-    load = route(hash_logits(jnp.arange(65536)[None], config), config).sums["load"]
+    load = route(hash_logits(jnp.arange(65536)[None], config), config).stats.load
     assert abs(load / 4096 - 1).max() < 0.02
 
 
 def test_expert_choice():
-    """E = 2, A = 1, capacity factor 1 and 4 real tokens of 5: each expert takes 2, whoever else
-    took them; padding is never taken.
+    """E = 2, A = 1, capacity factor 1 and 4 real tokens of 5: each expert takes 2 of them.
+
+    Both may take the same token. Padding is never taken.
     """
     probs = jnp.array([[[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.4, 0.6], [0.99, 0.01]]])
     mask = jnp.array([[True, True, True, True, False]])
@@ -210,8 +218,8 @@ def test_expert_choice():
     routing = route(jnp.log(probs), config, mask)
     np.testing.assert_array_equal(routing.experts_BTA, [[[0, 2], [0, 2], [2, 1], [2, 1], [2, 2]]])
     close(routing.weights_BTA, [[[0.9, 0], [0.8, 0], [0, 0.3], [0, 0.6], [0, 0]]])
-    close(routing.sums["load"], [2, 2])
-    assert limit_to_capacity(routing, config, mask).sums["dropped"] == 0
+    close(routing.stats.load, [2, 2])
+    assert limit_to_capacity(routing, config, mask).stats.dropped == 0
 
 
 def test_expert_choice_rounds_the_number_of_picks_down():
@@ -235,13 +243,12 @@ def test_padding_never_routes_and_never_counts():
     np.testing.assert_array_equal(routing.experts_BTA[0, 1], [3, 3])
     close(routing.weights_BTA[0, 1], 0)
     alone = route(LOGITS[:, ::2], TOP2)
-    for name, value in alone.sums.items():
-        close(routing.sums[name], value)
+    for actual, expected in zip(routing.stats, alone.stats, strict=True):
+        close(actual, expected)
 
 
-CROWD = jnp.log(
-    jnp.array([[[0.6, 0.4], [0.7, 0.3], [0.9, 0.1], [0.8, 0.2]]])
-)  # everybody's first choice is expert 0
+# Every token's first choice is expert 0.
+CROWD = jnp.log(jnp.array([[[0.6, 0.4], [0.7, 0.3], [0.9, 0.1], [0.8, 0.2]]]))
 
 
 def test_capacity_by_position():
@@ -255,8 +262,8 @@ def test_capacity_by_position():
     limited = limit_to_capacity(route(CROWD, config), config)  # room for 4 * 1 / 2 = 2
     np.testing.assert_array_equal(limited.experts_BTA, [[[0], [0], [2], [2]]])
     close(limited.weights_BTA, [[[0.6], [0.7], [0], [0]]])
-    assert limited.sums["dropped"] == 2
-    close(limited.sums["load"], [4, 0])  # what the router asked for
+    assert limited.stats.dropped == 2
+    close(limited.stats.load, [4, 0])  # what the router asked for
 
 
 def test_capacity_by_probability():
@@ -274,7 +281,7 @@ def test_capacity_by_probability():
 
 
 def places(probs, **changes):
-    """Who stays where each of three experts has one place for two tokens."""
+    """Returns the experts of two tokens if each of three experts has room for one token."""
     config = MoEConfig(
         num_experts=3,
         experts_per_token=2,
@@ -344,7 +351,7 @@ def test_capacities_are_exact(router):
             )
             exact = [Fraction(str(factor)) * n * choices / num_experts for n in counts]
             rounded = [math.floor(x) if router == "expert_choice" else math.ceil(x) for x in exact]
-            np.testing.assert_array_equal(capacities(config, 200), np.minimum(rounded, counts))
+            np.testing.assert_array_equal(capacity_table(config, 200), np.minimum(rounded, counts))
 
 
 @pytest.mark.parametrize("factor", [0.3, 1.2, 2.3])
@@ -368,7 +375,7 @@ def test_a_row_keeps_as_many_as_there_is_room_for(factor):
 
 
 def test_first_choices_come_before_second_ones():
-    """GShard: token 2's first choice takes the last place of expert 0, ahead of token 0's second."""
+    """GShard: token 2's first choice takes expert 0's last place before token 0's second does."""
     logits = jnp.log(jnp.array([[[0.3, 0.6, 0.1], [0.6, 0.1, 0.3], [0.6, 0.1, 0.3]]]))
     config = MoEConfig(num_experts=3, experts_per_token=2, dispatch="capacity", capacity_factor=1.0)
     limited = limit_to_capacity(route(logits, config), config)  # room for 3 * 2 / 3 = 2
@@ -382,21 +389,21 @@ def test_capacity_is_of_each_row_and_its_real_tokens():
     np.testing.assert_array_equal(
         limited.experts_BTA[..., 0], [[0, 0, 2, 2], [0, 2, 2, 2]]
     )  # room for 2, and for 1
-    assert limited.sums["dropped"] == 3
+    assert limited.stats.dropped == 3
 
 
 def test_balance_of_rows_and_of_the_batch():
-    """Two rows that each choose one expert alone are even together, and as uneven as can be apart."""
+    """Each of two rows chooses one expert alone: together they are even, apart they are not."""
     logits = jnp.array([[[9.0, -9.0]] * 3, [[-9.0, 9.0]] * 3])
     for scope, loss in (("batch", 1.0), ("row", 2.0)):
-        sums = route(
+        stats = route(
             logits, MoEConfig(num_experts=2, experts_per_token=1, balance_scope=scope)
-        ).sums
-        np.testing.assert_allclose(sums["balance"] / sums["tokens"], loss, rtol=1e-6)
+        ).stats
+        np.testing.assert_allclose(stats.balance_loss / stats.tokens, loss, rtol=1e-6)
 
 
 def test_the_gradient_of_the_balance_loss_moves_tokens_away():
-    gradient = jax.grad(lambda logits: route(logits, TOP1).sums["balance"])(LOGITS)
+    gradient = jax.grad(lambda logits: route(logits, TOP1).stats.balance_loss)(LOGITS)
     assert (np.asarray(gradient)[..., 0] > 0).all()  # the crowded expert's logits go down
     assert (np.asarray(gradient)[..., 2] < 0).all()  # the empty one's up
     # d/dlogits of 3/3 sum_e load_e p_e: p_0 (load_0 - sum_e load_e p_e), for the first token 1/2 (2
@@ -433,7 +440,7 @@ def test_extreme_logits_stay_finite(router):
 
     def total(logits):
         routing = route(logits, config)
-        return jnp.sum(routing.weights_BTA) + sum(jnp.sum(value) for value in routing.sums.values())
+        return jnp.sum(routing.weights_BTA) + sum(jnp.sum(value) for value in routing.stats)
 
     assert np.isfinite(total(logits)) and np.isfinite(jax.grad(total)(logits)).all()
 
@@ -458,8 +465,8 @@ def test_nan_in_padding_reaches_nothing(name):
     @functools.partial(jax.value_and_grad, has_aux=True)
     def total(logits):
         routing = limit_to_capacity(route(logits, config, mask), config, mask)
-        sums = {name: jnp.sum(value) for name, value in routing.sums.items()}
-        return jnp.sum(routing.weights_BTA**2) + sums["balance"] + sums["z"], routing
+        losses = routing.stats.balance_loss + routing.stats.z_loss
+        return jnp.sum(routing.weights_BTA**2) + losses, routing
 
     (expected, routing), gradient = total(clean)
     (actual, spoilt), spoilt_gradient = total(jnp.where(mask[..., None], clean, jnp.nan))
@@ -479,7 +486,7 @@ def test_no_rows_and_no_tokens_route_nothing(name, shape):
         jnp.zeros((*shape, 4))
     )
     assert routing.experts_BTA.shape[:2] == routing.weights_BTA.shape[:2] == shape
-    assert all(not jnp.any(value) for value in routing.sums.values())
+    assert all(not jnp.any(value) for value in routing.stats)
 
 
 @pytest.mark.parametrize(

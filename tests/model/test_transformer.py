@@ -13,6 +13,7 @@ from moe.config import ModelConfig, MoEConfig
 from moe.model.layers import einsum, look_up, swiglu
 from moe.model.transformer import Transformer
 from moe.parameters import declarations, is_declared, unbox
+from tests.model import plain
 
 SMALL = ModelConfig(
     vocab_size=16,
@@ -43,40 +44,12 @@ def logits(config, variables, batch):
     return model.apply(variables, model.apply(variables, batch).hidden, method="unembed")
 
 
-def plain_norm(x, scale):
-    return x / np.sqrt(np.mean(x * x, -1, keepdims=True) + SMALL.norm_epsilon) * scale
-
-
-def plain_rotate(x, positions):
-    """Rotary positions as complex numbers: pair i of a head turns by position / base^(2i/H)."""
-    half = x.shape[-1] // 2
-    angles = positions[:, None] * SMALL.rope_base ** (-np.arange(half) / half)
-    turned = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angles)[:, None, :]
-    return np.concatenate([turned.real, turned.imag], -1)
-
-
 def plain_transformer(params, row):
-    """Logits [T, V] of one row, head by head and position by position, in float64."""
-    params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+    """Logits [T, V] of one row."""
+    params, positions = plain.float64(params), np.arange(len(row))
     x = params["embedding"][row]
-    for layer in range(SMALL.num_layers):
-        p = jax.tree.map(lambda leaf, layer=layer: leaf[layer], params["layers_0"]["block_0"])
-        h = plain_norm(x, p["attention_norm"]["scale"])
-        q, k, v = (
-            np.einsum("td,dnh->tnh", h, p["attention"][name]) for name in ("query", "key", "value")
-        )
-        q, k = (plain_rotate(y, np.arange(len(row))) for y in (q, k))
-        mixed = np.zeros_like(q)
-        for t in range(len(row)):
-            for n in range(SMALL.num_heads):
-                shared = n // (SMALL.num_heads // SMALL.num_kv_heads)
-                scores = np.exp(k[: t + 1, shared] @ q[t, n] / np.sqrt(SMALL.head_dim))
-                mixed[t, n] = scores @ v[: t + 1, shared] / scores.sum()
-        x = x + np.einsum("tnh,nhd->td", mixed, p["attention"]["output"])
-        h = plain_norm(x, p["feed_forward_norm"]["scale"])
-        gate, up = h @ p["feed_forward"]["gate"], h @ p["feed_forward"]["up"]
-        x = x + (gate / (1 + np.exp(-gate)) * up) @ p["feed_forward"]["down"].T
-    return plain_norm(x, params["final_norm"]["scale"]) @ params["unembedding"]
+    hidden = plain.stack(SMALL, params, x, lambda t, s: s <= t, positions)
+    return hidden @ params["unembedding"]
 
 
 def test_equals_a_plain_transformer():

@@ -12,8 +12,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moe.kernels.attention import Implementation, flash_attention
-from moe.kernels.attention.masks import Options, key_blocks, span, visible
+from moe.kernels.attention import Choice, flash_attention
+from moe.kernels.attention.inputs import Options, visible_span
+from moe.kernels.attention.masks import key_blocks, make_mask
 from moe.parallel import context
 
 B, T, N, K, H = 2, 64, 8, 4, 8
@@ -22,7 +23,7 @@ SEGMENTS = np.repeat(
 )  # documents, and padding at the end of the first row
 
 
-SMALL = Implementation("blockwise", (4, 4))  # so that a chunk of 4 or 8 tokens is several blocks
+SMALL = Choice("blockwise", (4, 4))  # so that a chunk of 4 or 8 tokens is several blocks
 
 
 def make_mesh(**sizes):
@@ -35,7 +36,7 @@ def make_mesh(**sizes):
     )
 
 
-def draw(heads=N, kv_heads=K, width=H, length=T):
+def random_arrays(heads=N, kv_heads=K, width=H, length=T):
     """q, k, v, sinks and g; v is narrower than q and k."""
     rng = np.random.default_rng(0)
     q, k, v, g = (
@@ -78,7 +79,7 @@ def results(attention, q, k, v, sinks, g):
 
 def check(attention, mesh, *, ids=None, sinks=True, arrays=None, implementation=SMALL, **keywords):
     """Output and gradients of q, k, v and sinks are those of one device."""
-    q, k, v, logits, g = draw() if arrays is None else arrays
+    q, k, v, logits, g = random_arrays() if arrays is None else arrays
     ids, logits = None if ids is None else jnp.asarray(ids, jnp.int32), logits if sinks else None
     whole = {"q_segment_ids": ids, "kv_segment_ids": ids, "implementation": "reference", **keywords}
     wanted = results(
@@ -137,7 +138,7 @@ def test_a_ring_in_bfloat16_is_as_exact_as_one_device(implementation, window):
 
     Values are alike, so that an output's rounding would show where a query sees few keys.
     """
-    q, k, v, _, g = draw(length=128)
+    q, k, v, _, g = random_arrays(length=128)
     q, k, v, g = (x.astype(jnp.bfloat16) for x in (q, k, v + 4, g))
     mask = {"causal": False, "window": window, "implementation": implementation}
     ring = split(context.ring_attention, make_mesh(context=8), None, **mask)
@@ -182,14 +183,14 @@ def test_ulysses_copies_heads_where_neither_number_divides_the_other():
         context.ulysses_attention,
         make_mesh(context=6),
         causal=True,
-        arrays=draw(12, 4, length=24),
+        arrays=random_arrays(12, 4, length=24),
         implementation="reference",
     )
 
 
 def test_ulysses_adds_up_the_gradients_of_copied_heads_in_float32():
     """Not run: a sum of bfloat16 may be taken in float32 on one platform and not on another."""
-    q, k, v, _, g = (x.astype(jnp.bfloat16) for x in draw(8, 2))
+    q, k, v, _, g = (x.astype(jnp.bfloat16) for x in random_arrays(8, 2))
     attention = split(
         context.ulysses_attention,
         make_mesh(context=8),
@@ -234,7 +235,7 @@ MASKS = (
 @pytest.mark.parametrize("implementation", ["blockwise", "tpu"])
 def test_all_options(attention, size, mask, ids, extras, implementation):
     length = 60 if size == 3 else T
-    arrays = draw(2 * size, 2, length=length)
+    arrays = random_arrays(2 * size, 2, length=length)
     ids = None if ids is None else ids[:, :length]
     keywords = {"causal": True} | mask | ({"softcap": 2.0} if extras else {})
     check(
@@ -251,7 +252,7 @@ def test_all_options(attention, size, mask, ids, extras, implementation):
 @pytest.mark.parametrize("attention", [context.ring_attention, context.ulysses_attention])
 def test_without_an_implementation_any_dtype_will_do(attention):
     """The TPU's kernels, which the default would take, do no float16 and no float64."""
-    q, k, v, _, g = draw(length=16)
+    q, k, v, _, g = random_arrays(length=16)
     function = split(attention, make_mesh(context=2), None, causal=True, window=(3, 0))
     right = results(function, q, k, v, None, g)
     for dtype, tolerance in (("float16", 0.02), ("float64", 1e-4)):
@@ -286,7 +287,7 @@ def test_a_ring_refuses_who_cannot_do_it():
 
 
 def options_of(causal, window):
-    return Options(*span(causal, window), None, 1.0)
+    return Options(*visible_span(causal, window), None, 1.0)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 8])
@@ -303,10 +304,10 @@ def test_a_plan_meets_each_chunk_once(size, window, causal):
     slots = len(order[0])
     chunk = length // slots
     token = jnp.arange(size * length)
-    seen = visible(options, token, token, None, None)
+    seen = make_mask(options, token, token, None, None)
     seen = np.broadcast_to(True if seen is None else seen, (size * length,) * 2)
     met, at = np.zeros_like(seen, int), 0
-    for step in context.plan(options, order, chunk):
+    for step in context.ring_steps(options, order, chunk):
         assert step.distance == at
         at += step.onward
         useful = np.zeros(len(step.calls))
@@ -324,7 +325,7 @@ def trace(size, differentiate=False, dtype=jnp.float32, **keywords):
     """The types of what the jaxpr's ppermutes send, and how many calls of `attention_forward` there
     are.
     """
-    q, k, v, _, g = (x.astype(dtype) for x in draw())
+    q, k, v, _, g = (x.astype(dtype) for x in random_arrays())
     attention = split(
         context.ring_attention,
         make_mesh(context=size),
@@ -382,7 +383,9 @@ def test_the_gradients_of_keys_travel_in_float32():
 
 def blocks_met(options, order, length, block):
     """Blocks of keys that each rank's queries meet in all calls."""
-    shifts = np.concatenate([step.calls for step in context.plan(options, order, length)])[:, :, 2]
+    shifts = np.concatenate([step.calls for step in context.ring_steps(options, order, length)])[
+        :, :, 2
+    ]
     ranges = jax.jit(
         jax.vmap(
             jax.vmap(lambda shift: key_blocks(options, shift, (length, length), (block, block)))
@@ -425,7 +428,7 @@ def test_no_visitor_is_kept_for_the_backward_pass(size):
     """What is kept of q, k, v, the output and the log-sum-exp is their own size, however many ranks
     there are.
     """
-    q, k, v, _, g = draw()
+    q, k, v, _, g = random_arrays()
     attention = split(
         context.ring_attention,
         make_mesh(context=size),

@@ -1,5 +1,7 @@
 """The RULES table, and the hosts' parts of a batch."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,9 @@ from jax.sharding import PartitionSpec as P
 
 from moe.config import ConfigError, MeshConfig, ModelConfig, RunConfig, TrainConfig
 from moe.parallel import mesh as mesh_module
-from moe.parallel.mesh import constrain, global_batch, host_rows, spec
+from moe.parallel.mesh import axis_size, constrain, global_batch, host_rows, per_shard, spec
+
+DIMS = {"tokens": "BT", "loss_mask": "BT"}
 
 
 def make_mesh(**sizes):
@@ -62,6 +66,67 @@ def test_a_mesh_with_other_axes_is_left_alone():
     assert kept.sharding.is_equivalent_to(split.sharding, 3)
 
 
+def inside_shard_map(function, mesh, axis):
+    """`function` inside a shard_map that makes one axis of the mesh Manual, over rows."""
+    return jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=P(axis),
+        out_specs=P(axis),
+        axis_names={axis},
+        check_vma=False,
+    )
+
+
+@pytest.mark.parametrize("axis", ["data", "pipeline"])
+def test_layouts_survive_a_manual_axis(axis):
+    mesh = jax.make_mesh((2, 2, 2), (axis, "fsdp", "context"), (AxisType.Auto,) * 3)
+    x, seen = jnp.arange(8.0 * 4 * 2).reshape(8, 4, 2), []
+
+    def add_up(x_BTD):
+        seen.append(x_BTD.shape)
+        size = axis_size("context")
+        return (jax.lax.psum(x_BTD, "context") if size > 1 else x_BTD,)
+
+    def function(x_BTD):
+        return per_shard(add_up, ("BTD",), ("B-D",), constrain(2 * x_BTD, "BTD"))[0]
+
+    run = jax.jit(inside_shard_map(function, mesh, axis))
+    with jax.set_mesh(mesh):
+        program = run.lower(x).as_text()
+        found = run(x)
+    np.testing.assert_array_equal(found, 2 * (x[:, :2] + x[:, 2:]))
+    # The Manual axis has left 4 rows. fsdp splits these, and context the time.
+    assert seen[-1] == (2, 2, 2)
+    assert re.search(r"sharding_constraint .*fsdp.*context", program)
+
+
+def test_inside_a_shard_map_over_all_axes_nothing_is_split():
+    mesh = jax.make_mesh((8,), ("data",), (AxisType.Auto,))
+
+    def function(x_BT):
+        assert constrain(x_BT, "BT") is x_BT
+        return per_shard(lambda x_BT: (x_BT + 1,), ("BT",), ("BT",), x_BT)[0]
+
+    found = jax.jit(inside_shard_map(function, mesh, "data"))(jnp.ones((8, 3)))
+    np.testing.assert_array_equal(found, 2 * np.ones((8, 3)))
+
+
+@pytest.mark.parametrize(("axis", "dim"), [("expert", "E"), ("fsdp", "D"), ("tensor", "F")])
+def test_a_manual_axis_that_should_split_a_weight_is_refused(axis, dim):
+    mesh = jax.make_mesh((2,), (axis,), (AxisType.Auto,), devices=jax.devices()[:2])
+    w_EDF = jnp.ones((4, 8, 8))
+
+    def function(x_BTD):
+        return per_shard(lambda x, w: (x,), ("BTD", "EDF"), ("BTD",), x_BTD, w_EDF)[0]
+
+    message = (
+        f"dimension {dim} of EDF is to be split over the mesh axis '{axis}', which a jax.shard"
+    )
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(inside_shard_map(function, mesh, axis), jnp.ones((4, 3, 8)))
+
+
 def test_the_mesh_refuses_what_does_not_fit_the_devices():
     with pytest.raises(ConfigError, match="does not fit 8 devices"):
         make_mesh(data=1, fsdp=16)
@@ -81,7 +146,7 @@ def test_a_global_batch_holds_the_hosts_rows(sizes):
         "tokens": np.arange(16 * 4).reshape(16, 4),
         "loss_mask": np.arange(16 * 4).reshape(16, 4) % 3 == 0,
     }
-    batch = global_batch(rows, mesh, 16)
+    batch = global_batch(rows, mesh, 16, DIMS)
     np.testing.assert_array_equal(host_rows(mesh, 16), np.arange(16))
     jax.tree.map(np.testing.assert_array_equal, batch, rows)
     assert batch["tokens"].sharding.spec == spec("BT", (16, 4), mesh)
@@ -101,5 +166,5 @@ def test_every_process_places_its_own_rows(monkeypatch):
 
     monkeypatch.setattr(mesh_module, "host_rows", lambda *_: held)
     monkeypatch.setattr(jax, "make_array_from_callback", record)
-    global_batch({"tokens": held[:, None] * np.ones((1, 3), int)}, mesh, 16)
+    global_batch({"tokens": held[:, None] * np.ones((1, 3), int)}, mesh, 16, DIMS)
     np.testing.assert_array_equal(asked[0], [[12] * 3, [13] * 3])

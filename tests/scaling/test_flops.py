@@ -1,4 +1,4 @@
-"""Counts of parameters against the model's own, and of FLOPs against the compiler's."""
+"""Tests the counts of parameters against the model, and those of FLOPs against the compiler."""
 
 import dataclasses
 import math
@@ -69,7 +69,7 @@ def test_parameters_of_sparse_layers_equal_the_models(num_layers, changes, spars
     assert flops.total_parameters(config) == sum(leaf.value.size for leaf in leaves)
     experts = [leaf.value for leaf in leaves if leaf.dims.lstrip("L") in ("EDF", "EFD")]
     assert sum(math.prod(value.shape[:-3]) for value in experts) == 3 * sparse
-    # A token reads 2 of 8 experts, and all that is not an expert's.
+    # A token reads 2 of 8 experts, and all parameters that do not belong to an expert.
     unread = sum(value.size for value in experts) * 6 // 8
     assert flops.active_parameters(config) == flops.total_parameters(config) - unread
 
@@ -112,10 +112,8 @@ def test_hand_worked_flops_of_a_sparse_layer():
         moe=moe,
     )
     attention, row_of_one = 2 * 4 * (2 * 2), 2 * 3 * 4 * 2
-    dense, sparse = (
-        3 * 2 * 7,
-        2 * 4 + 3 * (3 * 2 * 5) + 3 * 2 * 10,
-    )  # the router; 3 experts; the shared one of width 2 x 5
+    dense = 3 * 2 * 7
+    sparse = 2 * 4 + 3 * (3 * 2 * 5) + 3 * 2 * 10  # router, 3 experts, shared experts of width 10
     assert (
         flops.training_flops_per_token(config, 1)
         == 6 * (attention + dense + sparse + 2 * 256) + row_of_one
@@ -141,8 +139,8 @@ def test_hand_worked_flops():
     assert flops.training_flops_per_token(config, 3) == matmuls + attention
 
 
-# Over every expert at once, which is what the dense dispatch computes: loops over blocks of rows
-# would be counted once.
+# Every token uses every expert, which the dense dispatch computes at once. The compiler would count
+# the body of a loop over blocks of rows only once.
 ALL_EXPERTS = MoEConfig(
     num_experts=8,
     experts_per_token=8,
@@ -171,8 +169,8 @@ def test_forward_flops_equal_the_compilers(moe):
     compiled = (
         jax.jit(forward).lower(variables, jax.ShapeDtypeStruct((1, length), jnp.int32)).compile()
     )
-    # XLA's attention computes every key, not half of them; elementwise operations are the few
-    # percent left.
+    # XLA's attention computes the scores of all keys, not only of half of them. Elementwise
+    # operations are the few percent that remain.
     mixing = sum(
         count.forward_flops
         for count in flops.component_counts(config, length)

@@ -22,8 +22,16 @@ from moe.config import (
 from moe.model.transformer import Transformer
 from moe.parallel.mesh import global_batch
 from moe.parameters import declarations, unbox
+from moe.tasks import make_task
+from moe.tasks.language_modelling import DIMS
 from moe.training.optimizer import make_optimizer, make_schedule
-from moe.training.train_step import TrainState, make_program, make_train_step
+from moe.training.train_step import (
+    LargeCount,
+    make_program,
+    make_train_step,
+    new_state,
+    row_keys,
+)
 
 CONFIG = RunConfig(
     model=ModelConfig(
@@ -65,7 +73,9 @@ def run(config, steps=2, devices=None, rows=None):
     state = program.init_state()
     with jax.set_mesh(program.mesh):
         for step in range(steps):
-            batch = global_batch(rows or batch_rows(step), program.mesh, config.train.batch_size)
+            batch = global_batch(
+                rows or batch_rows(step), program.mesh, config.train.batch_size, DIMS
+            )
             state, metrics = program.train_step(state, batch)
     return state, {name: float(value) for name, value in metrics.items() if name != "router"}
 
@@ -166,7 +176,7 @@ def test_what_is_not_finite_is_skipped_and_counted():
     state = program.init_state()
     poisoned = state.replace(params=state.params | {"final_norm": {"scale": jnp.full(32, jnp.inf)}})
     kept = jax.tree.map(np.array, poisoned)
-    batch = global_batch(batch_rows(), program.mesh, 16)
+    batch = global_batch(batch_rows(), program.mesh, 16, DIMS)
     with jax.set_mesh(program.mesh):
         state, metrics = program.train_step(poisoned, batch)
         assert not np.isfinite(metrics["loss"])
@@ -196,9 +206,8 @@ def assert_skipped(optimizer, *batches):
     params = jax.jit(lambda key: unbox(model.init(key, {"tokens": jnp.zeros((1, 1), jnp.int32)})))(
         jax.random.key(0)
     )["params"]
-    zero = jnp.zeros((), jnp.int32)
-    state = TrainState(zero, zero, zero, zero, params, optimizer.init(params), {})
-    step = jax.jit(make_train_step(config, model, optimizer, losses.next_token_loss(16)))
+    state = new_state(params, optimizer.init(params), {})
+    step = jax.jit(make_train_step(config, model, optimizer, make_task(config)))
     found = [step(state, batch) for batch in batches]
     for new, metrics in found:
         jax.tree.map(
@@ -283,7 +292,7 @@ def test_evaluation_sums_add_up_and_draw_nothing():
     )
     variables, rows = program.init_state().variables, batch_rows()
     with jax.set_mesh(program.mesh):
-        whole = program.eval_step(variables, global_batch(rows, program.mesh, 16))
+        whole = program.eval_step(variables, global_batch(rows, program.mesh, 16, DIMS))
         parts = [
             program.eval_step(variables, {name: x[half] for name, x in rows.items()})
             for half in (slice(0, 4), slice(4, 16))
@@ -293,3 +302,37 @@ def test_evaluation_sums_add_up_and_draw_nothing():
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), whole, total
     )  # some 200 positive terms
     assert losses.metrics(whole)["loss"] == pytest.approx(np.log(256), rel=0.2)
+
+
+def large_count(number):
+    return LargeCount(jnp.uint32(number % 2**32), jnp.uint32(number // 2**32))
+
+
+@pytest.mark.parametrize("number", [0, 2**31 - 8, 2**32 - 16, 2**32 - 15, 2**32, 3 * 2**40 - 1])
+def test_examples_are_counted_beyond_32_bits(number):
+    count = jax.jit(lambda count: count.plus(16))(large_count(number))
+    assert int(large_count(number)) == number and int(count) == number + 16
+    assert [leaf.dtype for leaf in jax.tree.leaves(count)] == [jnp.uint32] * 2
+
+
+def test_a_step_counts_its_examples_beyond_32_bits():
+    program = make_program(CONFIG, jax.devices()[:1])
+    state = program.init_state().replace(examples=large_count(2**32 - 10))
+    with jax.set_mesh(program.mesh):
+        state, _ = program.train_step(state, global_batch(batch_rows(), program.mesh, 16, DIMS))
+    assert int(state.examples) == 2**32 + 6
+
+
+def test_a_rows_key_is_that_of_its_number_in_the_run():
+    def keys(examples):
+        return np.asarray(jax.random.key_data(row_keys(CONFIG, large_count(examples))))
+
+    # The numbers of runs from before there were two words.
+    numbers = 80 + jnp.arange(16, dtype=jnp.int32)
+    folded = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(0), numbers)
+    np.testing.assert_array_equal(keys(80), jax.random.key_data(folded))
+    # Whichever step a row falls into, and whether its step began below 2**32 or above.
+    crossing, above = keys(2**32 - 6), keys(2**32)
+    np.testing.assert_array_equal(crossing[6:], above[:10])
+    drawn = np.concatenate([keys(0), keys(2**32 - 16), above, keys(2**33)])
+    assert len(np.unique(drawn, axis=0)) == 64

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import logging
 import math
 import os
 import shutil
@@ -37,15 +38,16 @@ from moe.config import (
     TrackingConfig,
     TrainConfig,
 )
+from moe.data import prepare
 from moe.files import sole
 from moe.interop.upcycle import KEPT_FIELDS
 from moe.scaling import hardware
-from moe.training import train_step, trainer
+from moe.training import evaluation, log, signals, start, train_step, trainer
 from moe.training.optimizer import make_schedule
 from moe.training.signals import SIGNALS
 from moe.workdir import checkpoint
 from moe.workdir.origin import KEPT_MOE_FIELDS
-from moe.workdir.tracking import read_metrics, read_router
+from moe.workdir.tracking import check_workdir, read_metrics, read_router
 
 MODEL = ModelConfig(
     num_layers=2,
@@ -75,12 +77,13 @@ def make_program(config, devices=None):
 
 @pytest.fixture(scope="module", autouse=True)
 def one_program_for_a_config():
+    def make(config, devices=None, *, task=None):
+        assert task is None
+        return make_program(config, devices and tuple(devices))
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            trainer,
-            "make_program",
-            lambda config, devices=None: make_program(config, devices and tuple(devices)),
-        )
+        for module in (trainer, start):
+            patch.setattr(module, "make_program", make)
         yield
 
 
@@ -226,9 +229,7 @@ def test_a_finished_run_goes_on_to_more_steps_by_their_schedule(
     before.
     """
     warnings = []
-    monkeypatch.setattr(
-        trainer.logging, "warning", lambda text, *values: warnings.append(text % values)
-    )
+    monkeypatch.setattr(logging, "warning", lambda text, *values: warnings.append(text % values))
     shutil.copytree(uninterrupted, tmp_path, dirs_exist_ok=True)
     longer = with_steps(config, 12)
     trainer.fit(longer, tmp_path)
@@ -242,13 +243,15 @@ def test_a_finished_run_goes_on_to_more_steps_by_their_schedule(
     ] == pytest.approx(expected, rel=1e-5)
     old, new = (float(make_schedule(run)(8)) for run in (config, longer))
     assert warnings == [
-        f"train.steps is 12 now, and was 8: at step 8 the learning rate goes from {old:.3g}, of the old schedule, to {new:.3g}"
+        "train.steps is 12 now, and was 8: "
+        f"at step 8 the learning rate goes from {old:.3g}, of the old schedule, to {new:.3g}"
     ]
     assert lines(tmp_path)[: len(lines(uninterrupted))] == lines(uninterrupted)
     assert json.loads((tmp_path / "config.json").read_text())["train"]["steps"] == 12
     with pytest.raises(
         ConfigError,
-        match=r"train.steps=8 is not more than the 12 steps that .* has trained: set train.steps to 12, or",
+        match=r"train.steps=8 is not more than the 12 steps that .* has trained: "
+        r"set train.steps to 12, or",
     ):
         trainer.fit(config, tmp_path)
     trainer.fit(longer, tmp_path)
@@ -283,9 +286,9 @@ def test_an_interrupted_run_may_change_its_steps_to_more_than_it_has_trained(
         trainer.fit(config, tmp_path)
     if refused:
         with pytest.raises(ConfigError, match=rf"train.steps={steps} is not more than the 3 steps"):
-            trainer.check_workdir(tmp_path, with_steps(config, steps))
+            check_workdir(tmp_path, with_steps(config, steps))
     else:
-        trainer.check_workdir(tmp_path, with_steps(config, steps))
+        check_workdir(tmp_path, with_steps(config, steps))
 
 
 def fork_of(config):
@@ -319,15 +322,16 @@ def test_a_new_run_starts_from_anothers_parameters(config, uninterrupted, tmp_pa
     )
     assert (int(first.step), int(first.examples)) == (0, 0)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(first.opt_state))
-    rows = trainer.prepare(fork.data, "validation")
-    loss = trainer.evaluate(fork, make_program(fork), first.variables, rows)["loss"]
+    rows = prepare.prepare(fork.data, "validation")
+    loss = evaluation.evaluate(fork, make_program(fork), first.variables, rows)["loss"]
     assert loss == pytest.approx(lines(source)[-1]["validation/loss"], rel=1e-5)
     trainer.fit(fork, workdir, init_from=source, init_step=8)  # the same flags again
     shutil.rmtree(source)
     assert trainer.fit(fork, workdir)["validation/loss"] < loss + 0.01
     with pytest.raises(
         ConfigError,
-        match=r"fork started from step 8 of .*/source: leave out --init_from, or set another --workdir",
+        match=r"fork started from step 8 of .*/source: "
+        r"leave out --init_from, or set another --workdir",
     ):
         trainer.fit(fork, workdir, init_from=uninterrupted)
     with pytest.raises(ConfigError, match=r"fork started from step 8 of .*/source"):
@@ -398,8 +402,8 @@ def test_every_field_of_a_model_may_differ_between_a_run_and_its_origin_or_not()
 
 
 def test_other_rows_are_refused(config, uninterrupted, monkeypatch):
-    rows = trainer.prepare(config.data, "train")
-    monkeypatch.setattr(trainer, "prepare", lambda *_: dataclasses.replace(rows, sha256="0" * 64))
+    rows = prepare.prepare(config.data, "train")
+    monkeypatch.setattr(prepare, "prepare", lambda *_: dataclasses.replace(rows, sha256="0" * 64))
     with pytest.raises(
         ConfigError,
         match=rf"rows with checksum {rows.sha256[:8]}, .* have 00000000: set data.directory",
@@ -409,7 +413,7 @@ def test_other_rows_are_refused(config, uninterrupted, monkeypatch):
 
 def test_the_first_process_alone_writes(config, uninterrupted, tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    with trainer.open_records(tmp_path, config, make_program(config), 0) as record:
+    with start.open_records(tmp_path, config, make_program(config), 0) as record:
         record(1, {"train/loss": 1.0})
     assert list(tmp_path.iterdir()) == []
 
@@ -418,7 +422,7 @@ def test_a_refused_config_leaves_its_workdir_free(config, tmp_path):
     wrong = dataclasses.replace(config, data=dataclasses.replace(config.data, train_split="trian"))
     with pytest.raises(ConfigError, match="'trian'"):
         trainer.fit(wrong, tmp_path)
-    trainer.check_workdir(tmp_path, config)
+    check_workdir(tmp_path, config)
 
 
 def test_a_damaged_checkpoint_is_named(config, uninterrupted, tmp_path):
@@ -487,20 +491,27 @@ def test_a_run_without_its_config_json_is_still_that_run(config, uninterrupted, 
 
 
 def test_a_second_start_on_a_run_is_refused_and_writes_nothing(config, tmp_path):
-    with trainer.lock_run(tmp_path):
+    with start.lock_run(tmp_path):
         before = {path: path.read_bytes() for path in tmp_path.iterdir()}
         with pytest.raises(
             ConfigError,
-            match=rf"is being written by process {os.getpid()} on {socket.gethostname()}: wait until it ends",
+            match=rf"is being written by process {os.getpid()} on {socket.gethostname()}: "
+            r"wait until it ends",
         ):
             trainer.fit(config, tmp_path)
         assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
-    with trainer.lock_run(tmp_path):
+    with start.lock_run(tmp_path):
         pass
 
 
 def test_a_lock_ends_with_its_process(tmp_path):
-    code = "import pathlib, sys; from moe.files import sole\nwith sole(pathlib.Path(sys.argv[1])) as holder: print(holder); input()"
+    code = textwrap.dedent("""
+        import pathlib, sys
+        from moe.files import sole
+        with sole(pathlib.Path(sys.argv[1])) as holder:
+            print(holder, flush=True)
+            input()
+    """)
     path = tmp_path / "run.lock"
     process = subprocess.Popen(
         [sys.executable, "-c", code, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -535,13 +546,13 @@ def test_a_run_that_is_not_finite_stops_and_keeps_its_last_checkpoint(config, tm
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_is_remembered_and_handlers_come_back(number, capfd):
     before = [signal.getsignal(number) for number in SIGNALS]
-    with trainer.catch_signals() as interrupted:
+    with signals.catch_signals() as interrupted:
         assert not interrupted()
         os.kill(os.getpid(), number)
         assert interrupted()
     assert [signal.getsignal(number) for number in SIGNALS] == before
     assert "a second signal stops at once" in capfd.readouterr().err
-    with trainer.catch_signals() as interrupted:
+    with signals.catch_signals() as interrupted:
         assert not interrupted()
 
 
@@ -580,7 +591,7 @@ def test_a_short_run_whose_every_update_was_skipped_has_diverged(config, tmp_pat
     monkeypatch.setattr(trainer, "first_state", lambda *_: broken)
     with pytest.raises(
         trainer.Diverged,
-        match="step 2: every update had a loss or gradient that was not finite, and was skipped",
+        match="step 2: every update was skipped, since its loss, its gradient or the parameters",
     ):
         trainer.fit(config, tmp_path)
     monkeypatch.undo()
@@ -620,21 +631,23 @@ def test_a_model_that_cannot_fit_is_refused_before_anything_is_made(
     state_bytes = sum(leaf.size * 4 for leaf in jax.tree.leaves(program.abstract_state))
     params_bytes = sum(leaf.size * 4 for leaf in jax.tree.leaves(program.abstract_state.params))
     needed = devices * (state_bytes + params_bytes)
-    monkeypatch.setattr(trainer, "prepare", lambda *_: pytest.fail("data was prepared"))
-    monkeypatch.setattr(trainer, "memory_bytes", lambda device: needed - 1)
+    monkeypatch.setattr(prepare, "prepare", lambda *_: pytest.fail("data was prepared"))
+    monkeypatch.setattr(start, "memory_bytes", lambda device: needed - 1)
     with pytest.raises(
         ConfigError,
-        match=r"config.model takes .* GiB of memory without its activations, and there are .* GiB: split it",
+        match=r"config.model takes .* GiB of memory without its activations, "
+        r"and there are .* GiB: split it",
     ):
-        trainer.fit(config, tmp_path, jax.devices()[:devices])
-    monkeypatch.setattr(trainer, "memory_bytes", lambda device: needed)
-    trainer.check_memory(program.mesh, program.abstract_state, program.abstract_state.params)
+        trainer.fit(config, tmp_path / "new", jax.devices()[:devices])
+    assert not (tmp_path / "new").exists()
+    monkeypatch.setattr(start, "memory_bytes", lambda device: needed)
+    start.check_memory(program.mesh, program.abstract_state, program.abstract_state.params)
 
 
 def test_every_command_that_makes_a_state_looks_at_the_memory_first(
     config, uninterrupted, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(trainer, "memory_bytes", lambda device: 1000)
+    monkeypatch.setattr(start, "memory_bytes", lambda device: 1000)
     sparse = dataclasses.replace(MODEL, moe=MoEConfig(num_experts=2, expert_dim=24))
     for command in (
         lambda: benchmark(config, trials=1),
@@ -660,7 +673,7 @@ def test_fit_may_run_in_a_thread():
     caught = []
 
     def run():
-        with trainer.catch_signals() as interrupted:
+        with signals.catch_signals() as interrupted:
             caught.append(interrupted())
 
     thread = threading.Thread(target=run)
@@ -670,13 +683,13 @@ def test_fit_may_run_in_a_thread():
 
 
 def test_evaluation_covers_the_split_whatever_the_batch_size(config, uninterrupted):
-    rows = trainer.prepare(config.data, "validation")
+    rows = prepare.prepare(config.data, "validation")
     results = []
     for batch_size in (64, 1000):
         train = dataclasses.replace(config.train, eval_batches=0, batch_size=batch_size)
         whole = dataclasses.replace(config, train=train)
         results.append(
-            trainer.evaluate(
+            evaluation.evaluate(
                 whole, make_program(whole), saved_state(config, uninterrupted).variables, rows
             )
         )
@@ -710,7 +723,8 @@ def uninterrupted_moe(moe_config, tmp_path_factory):
 
 
 MEANS = {
-    "load_entropy", "load_variation", "dropped_fraction", "logit_norm", "router_entropy", "top1_margin", "balance_loss", "z_loss", "max_vio"
+    "load_entropy", "load_variation", "dropped_fraction", "logit_norm", "router_entropy",
+    "top1_margin", "balance_loss", "z_loss", "max_vio",
 }  # fmt: skip
 
 
@@ -782,13 +796,13 @@ def test_router_statistics_are_means_sums_and_largest_values():
         "dead_experts": np.array([0.0, 1.0]),
         "bias_range": np.array([0.25, 0.5]),
     }
-    assert trainer.router_summary(router) == {
+    assert evaluation.router_summary(router) == {
         "max_vio": 0.5,
         "dead_experts": 1.0,
         "bias_range": 0.5,
         "worst_max_vio": 1.0,
     }
-    assert trainer.router_summary({}) == {}
+    assert evaluation.router_summary({}) == {}
 
 
 def test_an_mfu_is_only_of_a_peak_that_cannot_be_exceeded(config, uninterrupted):
@@ -802,19 +816,19 @@ def test_an_mfu_is_only_of_a_peak_that_cannot_be_exceeded(config, uninterrupted)
 
 def test_the_progress_bar_shows_what_there_is():
     dense = {"train/loss": 2.5, "train/skipped_steps": 0.0}
-    assert trainer.postfix(dense) == {"loss": "2.500"}
+    assert log.postfix(dense) == {"loss": "2.500"}
     on_a_cpu = {"train/tokens_per_second": 41234.0}
-    assert trainer.postfix(dense | on_a_cpu) == {"loss": "2.500", "tokens/s": "4.12e+04"}
+    assert log.postfix(dense | on_a_cpu) == {"loss": "2.500", "tokens/s": "4.12e+04"}
     speeds = on_a_cpu | {"train/mfu": 0.5}
-    assert trainer.postfix(dense | speeds) == {
+    assert log.postfix(dense | speeds) == {
         "loss": "2.500",
         "tokens/s": "4.12e+04",
         "MFU": "50.0%",
     }
     sparse = dense | {"router/worst_max_vio": 0.426, "router/dropped_fraction": 0.0}
-    assert trainer.postfix(sparse) == {"loss": "2.500", "MaxVio": "0.43"}
+    assert log.postfix(sparse) == {"loss": "2.500", "MaxVio": "0.43"}
     dropping = sparse | {"router/dropped_fraction": 0.0312, "train/skipped_steps": 2.0}
-    assert trainer.postfix(dropping) == {
+    assert log.postfix(dropping) == {
         "loss": "2.500",
         "MaxVio": "0.43",
         "dropped": "3.1%",

@@ -1,5 +1,6 @@
-"""Checkpoints under injected faults: whatever is wrong on disk, a state is restored bit for bit or
-refused in one line.
+"""Tests checkpoints under injected faults.
+
+Whatever is wrong on disk, a state is restored bit for bit or refused in one line.
 """
 
 import contextlib
@@ -30,7 +31,7 @@ ROWS = "0" * 64
 
 
 class State(struct.PyTreeNode):
-    """As a train state, and small: what a checkpoint does depends on no model."""
+    """Stands for a train state, since checkpoints do not depend on the model."""
 
     step: jax.Array
     params: dict
@@ -101,9 +102,7 @@ def test_a_state_comes_back_bit_for_bit(copy):
 
 
 def test_each_flipped_bit_is_refused_or_changes_nothing(copy):
-    """Of every file, bits at even distances; what restores is bit-equal, and every flip in the
-    arrays' own bytes is found.
-    """
+    """Flips some bits of every file. Either the flip is refused or the arrays are the same bits."""
     outcomes = {"refused": 0, "equal": 0}
     for path in files(copy):
         original = path.read_bytes()
@@ -124,7 +123,7 @@ def test_each_flipped_bit_is_refused_or_changes_nothing(copy):
 
 @pytest.mark.parametrize("change", ["value", "exchange"])
 def test_arrays_that_read_well_and_are_others_are_refused(copy, change):
-    """As if storage had returned other bytes without an error: Orbax reads these arrays happily."""
+    """Storage may return other bytes without an error, which Orbax reads without noticing."""
     state = make_state(4)
     w = state.params["w"]
     w = w.at[3, 2].add(1e-6) if change == "value" else w.at[0].set(w[1]).at[1].set(w[0])
@@ -163,7 +162,7 @@ def test_each_missing_cut_or_extra_file_is_refused_or_changes_nothing(copy):
     assert_same(restore(copy), 4)
 
 
-def test_what_is_not_complete_is_ignored_and_said(copy, caplog):
+def test_an_incomplete_checkpoint_is_ignored_with_a_warning(copy, caplog):
     shutil.copytree(copy / "checkpoints" / "4", copy / "checkpoints" / "9")
     (copy / "checkpoints" / "9" / "about.json").unlink()
     assert_same(restore(copy), 4)
@@ -177,9 +176,19 @@ def test_the_older_format_is_refused(tmp_path):
     (tmp_path / "checkpoints" / "3" / "about").mkdir(parents=True)
     with pytest.raises(
         ConfigError,
-        match="checkpoints/3 has format 1, not 2: read it with the version that wrote it",
+        match="checkpoints/3 has format 1, not 3: read it with the version that wrote it",
     ):
         restore(tmp_path)
+
+
+def test_the_format_before_examples_had_64_bits_is_refused(copy):
+    path = copy / "checkpoints" / "4"
+    identity.write_about(path, identity.read_about(path) | {"format_version": 2})
+    with pytest.raises(
+        ConfigError,
+        match="checkpoints/4 has format 2, not 3: read it with the version that wrote it",
+    ):
+        restore(copy)
 
 
 def test_a_directory_of_another_step_is_refused(copy):
@@ -191,10 +200,8 @@ def test_a_directory_of_another_step_is_refused(copy):
 
 
 @pytest.mark.parametrize("step", [3, 4])
-def test_a_save_that_would_not_be_taken_is_refused(copy, step):
-    """Orbax's manager says no by a return value for the earlier step, and nothing was ever saved
-    again.
-    """
+def test_a_save_that_a_resumed_run_would_not_take_is_refused(copy, step):
+    """A resumed run would take the checkpoint that is there, and this state would be lost."""
     with checkpoint.open_checkpoints(copy, CONFIG) as checkpoints:
         checkpoint.save(checkpoints, CONFIG, ROWS, make_state(4))  # the same state is left alone
         other = make_state(7).replace(step=jnp.int32(step))
@@ -230,7 +237,7 @@ def test_where_a_run_is_laid_out_is_no_part_of_its_identity(copy):
 def test_a_latest_checkpoint_that_is_deleted_while_read_gives_way_to_a_newer_one(
     tmp_path, monkeypatch
 ):
-    """A live run with keep_last=1, at the worst moment: after about.json was read."""
+    """A live run with keep_last=1 deletes it at the worst moment: after about.json was read."""
     read, deleted = checkpoint.read_about, []
 
     def read_and_delete(path):
@@ -276,9 +283,7 @@ def test_too_many_open_files_are_not_called_damage(copy):
 
 
 def test_a_full_disk_ends_a_save_in_one_line(tmp_path, capfd):
-    """A limit on the size of a file, which the system refuses with EFBIG as it refuses a full disk
-    with ENOSPC.
-    """
+    """A limit on the size of a file stands for a full disk: it raises EFBIG, not ENOSPC."""
     import signal
 
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -351,7 +356,7 @@ ARRAYS = {
 
 
 def numpy_checksum(x):
-    """The definition again, in 64 bits and without a mesh."""
+    """Returns the checksum by its definition, in 64-bit arithmetic and without a mesh."""
 
     def mix(x):
         x = (x ^ x >> np.uint64(16)) * np.uint64(0x7FEB352D) % np.uint64(2**32)
@@ -394,7 +399,7 @@ def test_a_checksum_is_the_same_on_every_mesh_and_finds_each_bit_and_exchange():
     assert len({*checksums([jnp.asarray(y) for y in (x, *others)])}) == 53
 
 
-def test_a_checksum_of_what_is_no_matrix():
+def test_checksums_of_arrays_that_are_not_matrices():
     assert checksums({}) == []
     assert checksums([jnp.zeros((0, 3))]) == [0]
     assert checksums([jnp.float32(1.5)]) == [numpy_checksum(np.float32(1.5).reshape(()))]

@@ -1,3 +1,5 @@
+"""Tests what a run writes about itself, above all after kills and with damaged files."""
+
 import errno
 import json
 import os
@@ -85,13 +87,11 @@ def write_layers(workdir: Path, step: int = 0) -> None:
     loads = {10: [[1 / 3, 2 / 3], [0, 1]], 20: [[0.5, 0.5], [0.25, 0.75]]}
     max_vio = {10: [1 / 3, 1], 20: [np.nan, 0.00123456]}
     with MetricWriter(workdir, NO_COPIES, step) as writer:
-        for at in loads:
-            if at > step:
-                writer.write(
-                    at,
-                    {"train/loss": 2.5},
-                    {"load": np.float32(loads[at]), "max_vio": np.float32(max_vio[at])},
-                )
+        for line_step in loads:
+            if line_step > step:
+                layers = {"load": loads[line_step], "max_vio": max_vio[line_step]}
+                arrays = {name: np.float32(values) for name, values in layers.items()}
+                writer.write(line_step, {"train/loss": 2.5}, arrays)
         writer.write(20, {"validation/loss": 1.75})
 
 
@@ -131,9 +131,8 @@ def test_a_damaged_line_of_the_router_file_is_named(tmp_path: Path) -> None:
 
 
 def test_a_file_cut_anywhere_keeps_every_whole_line(tmp_path: Path) -> None:
-    ends = [
-        position for position, letter in enumerate(LINES) if letter == "}"
-    ]  # a line is whole once its brace is there
+    # A line is whole once its closing brace is there.
+    ends = [position for position, letter in enumerate(LINES) if letter == "}"]
     for length in range(len(LINES) + 1):
         (tmp_path / "metrics.jsonl").write_text(LINES[:length])
         whole = sum(end < length for end in ends)
@@ -153,7 +152,7 @@ def test_a_kill_while_later_lines_are_dropped_loses_nothing(
         raise InterruptedError
 
     with monkeypatch.context() as patch, pytest.raises(InterruptedError):
-        patch.setattr(Path, "replace", killed)
+        patch.setattr(os, "replace", killed)
         MetricWriter(tmp_path, NO_COPIES, step=10)
     assert (tmp_path / "metrics.jsonl").read_text() == LINES
     MetricWriter(tmp_path, NO_COPIES, step=10).close()
@@ -161,11 +160,14 @@ def test_a_kill_while_later_lines_are_dropped_loses_nothing(
 
 
 def test_kill_9_loses_no_step_before_the_last(tmp_path: Path) -> None:
-    program = (
-        "import itertools, pathlib, sys; from moe.config import TrackingConfig; from moe.workdir.tracking import MetricWriter\n"
-        "writer = MetricWriter(pathlib.Path(sys.argv[1]), TrackingConfig(tensorboard=False), 0)\n"
-        "for step in itertools.count(1): writer.write(step, {'train/loss': 1 / step})"
-    )
+    program = """
+import itertools, pathlib, sys
+from moe.config import TrackingConfig
+from moe.workdir.tracking import MetricWriter
+writer = MetricWriter(pathlib.Path(sys.argv[1]), TrackingConfig(tensorboard=False), 0)
+for step in itertools.count(1):
+    writer.write(step, {"train/loss": 1 / step})
+"""
     path = tmp_path / "metrics.jsonl"
     with subprocess.Popen(
         [sys.executable, "-c", program, str(tmp_path)], cwd=Path(__file__).parents[2]
@@ -204,7 +206,10 @@ def test_no_metrics_yet_is_a_missing_file(tmp_path: Path) -> None:
 
 
 def events(path: Path) -> list[Event]:
-    """The records of a TensorBoard file: length (8 bytes), checksum (4), Event, checksum (4)."""
+    """Returns the events in a TensorBoard file.
+
+    Each record is a length (8 bytes), a checksum (4), the event, and a checksum (4).
+    """
     data, position, found = path.read_bytes(), 0, []
     while position < len(data):
         (length,) = struct.unpack_from("<Q", data, position)
@@ -232,7 +237,7 @@ def test_tensorboard_gets_the_same_values_and_purges_later_steps(tmp_path: Path)
 def test_tensorboard_may_fail_at_any_time_and_metrics_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: int
 ) -> None:
-    """As on a full disk: one warning, and nobody waits for room in a queue that nobody empties."""
+    """A full disk gives one warning, and the run does not wait for room in TensorBoard's queue."""
     (tmp_path / "tensorboard").mkdir()
     calls = iter(range(100))
 
@@ -251,7 +256,8 @@ def test_tensorboard_may_fail_at_any_time_and_metrics_go_on(
             writer.write(step, {"train/loss": 1.0, "train/gradient_norm": 2.0})
     assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, 31))
     assert warnings == [
-        f"{tmp_path}/tensorboard gets no more events (No space left on device): metrics.jsonl, which it copies, goes on"
+        f"{tmp_path}/tensorboard gets no more events (No space left on device): metrics.jsonl, "
+        "which it copies, goes on"
     ]
 
 
@@ -318,7 +324,8 @@ def test_a_directory_that_another_command_did_not_finish_is_refused(tmp_path: Pa
     (tmp_path / "unfinished.txt").write_text("launch.upcycle from runs/a did not finish\n")
     with pytest.raises(
         ConfigError,
-        match=r"is no run yet \(launch.upcycle from runs/a did not finish\): delete it, and make it again",
+        match=r"is no run yet \(launch.upcycle from runs/a did not finish\): delete it, "
+        r"and make it again",
     ):
         tracking.check_workdir(tmp_path, RunConfig())
 

@@ -27,7 +27,7 @@ class Case:
         return f"q {q.shape} k {k.shape} v {v.shape[-1]} sinks {sinks is not None} ids {'q_segment_ids' in self.keywords} {names}"
 
 
-def draw(seed: int, longest: int = 700) -> Case:
+def random_case(seed: int, longest: int = 700) -> Case:
     """One case: each option present or not, lengths that no block divides, empty rows, ids that
     rise and ids that do not.
     """

@@ -1,21 +1,26 @@
 """Who computes an attention: by chip, by what a call asks for, and what is told where it cannot."""
 
 import json
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from moe.kernels.attention import (
-    Implementation,
+    IMPLEMENTATIONS,
+    Choice,
     choice,
     choose,
     flash_attention,
     supported,
     why_not,
 )
-from moe.kernels.attention.masks import Options
+from moe.kernels.attention.inputs import Options
 
 
 def array(width: int = 128, length: int = 4096, dtype: str = "bfloat16") -> jax.ShapeDtypeStruct:
@@ -53,10 +58,8 @@ def test_blocks_come_from_the_table_or_from_a_rule(monkeypatch):
         choice, "tuned_blocks", lambda: {"TPU v5p": {"tpu bfloat16 128 causal 4096": (1024, 512)}}
     )
     causal = {"causal": True}
-    assert choose("TPU v5p", *[array()] * 3, **causal) == Implementation("tpu", (1024, 512))
-    assert choose("TPU v5p", *[array(length=4000)] * 3, **causal) == Implementation(
-        "tpu", (1024, 512)
-    )
+    assert choose("TPU v5p", *[array()] * 3, **causal) == Choice("tpu", (1024, 512))
+    assert choose("TPU v5p", *[array(length=4000)] * 3, **causal) == Choice("tpu", (1024, 512))
     for q, keywords in (
         (array(length=4097), causal),
         (array(64), causal),
@@ -64,24 +67,44 @@ def test_blocks_come_from_the_table_or_from_a_rule(monkeypatch):
         (array(), {"causal": True, "window": (8, 0)}),
     ):
         assert choose("TPU v5p", q, q, q, **keywords).blocks is None
+
+
+def test_an_implementation_s_rule_gives_the_blocks_that_the_table_lacks():
     causal, narrow = (Options(left, 0, None, 1.0) for left in (None, 511))
-    assert Implementation.of("tpu", narrow) == Implementation("tpu", choice.BLOCKS["tpu"])
-    assert Implementation.of("blockwise", causal).blocks == choice.BLOCKS["blockwise"] == (256, 512)
-    assert [
-        Implementation.of("blockwise", Options(left, 0, None, 1.0)).blocks[1]
-        for left in (9, 300, 511, 1023, 9999)
-    ] == [
-        128,
-        128,
-        256,
-        512,
-        512,
-    ]
-    assert Implementation.of(Implementation("blockwise", (8, 8)), narrow).blocks == (8, 8)
+    assert choice.with_blocks(Choice("tpu"), narrow) == Choice("tpu", (512, 512))
+    assert choice.with_blocks(Choice("blockwise"), causal).blocks == (256, 512)
+    assert choice.with_blocks(Choice("blockwise", (8, 8)), narrow).blocks == (8, 8)
+    assert choice.with_blocks(Choice("reference"), narrow).blocks is None
+    rule = IMPLEMENTATIONS["blockwise"].blocks
+    widths = (9, 300, 511, 1023, 9999)
+    sizes = [rule(Options(left, 0, None, 1.0))[1] for left in widths]
+    assert sizes == [128, 128, 256, 512, 512]
+
+
+def test_an_unknown_name_is_told_with_those_that_are_known():
+    message = (
+        r"^implementation='flash' is not known: choose from 'reference', 'blockwise', .*'cudnn'$"
+    )
+    q = jnp.zeros((1, 8, 2, 16))
+    with pytest.raises(ValueError, match=message):
+        flash_attention(q, q, q, implementation="flash")
+    with pytest.raises(ValueError, match=message):
+        why_not("flash", q, q, q)
+
+
+def test_importing_attention_loads_no_pallas():
+    """Pallas takes a second, and many who import the kernels run none of those that need it."""
+    program = "import sys, moe.kernels.attention; print('jax.experimental.pallas' in sys.modules)"
+    root = Path(__file__).parents[3]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), *sys.path])}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "False"
 
 
 def test_the_table_names_chips_and_keys_of_calls():
-    for chip, rows in json.loads(choice.TABLE.read_text()).items():
+    for chip, rows in json.loads(choice.TUNED_BLOCKS.read_text()).items():
         assert chip and all(
             re.fullmatch(r"(blockwise|tpu) \w+ \d+ (full|causal|window) \d+", key) for key in rows
         )

@@ -24,7 +24,7 @@ def expected(q, k, v, positions, window=None, softcap=None, sinks=None):
     return output
 
 
-def draw(seed: int):
+def random_call(seed: int):
     """A call's arrays, float64, and keywords: each option present or not, caches that no step
     divides, rows that see nothing.
     """
@@ -55,7 +55,7 @@ def draw(seed: int):
 @pytest.mark.parametrize("seed", range(12))
 def test_numerics(seed, dtype, monkeypatch):
     monkeypatch.setattr(decode, "BLOCK", 16)  # so that short caches take several steps
-    arrays, positions, keywords = draw(seed)
+    arrays, positions, keywords = random_call(seed)
     arrays = [
         np.asarray(jnp.asarray(x, dtype), np.float64) for x in arrays
     ]  # their own rounding is no error

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe.kernels.attention import Implementation, flash_attention
-from moe.kernels.attention.masks import Options, clear_key_blocks, key_blocks, span, visible
-from tests.kernels.attention.cases import Case, draw, evaluate, expected, mask, xla
+from moe.kernels.attention import Choice, flash_attention
+from moe.kernels.attention.inputs import Options, visible_span
+from moe.kernels.attention.masks import full_key_blocks, key_blocks, make_mask
+from tests.kernels.attention.cases import Case, evaluate, expected, mask, random_case, xla
 
 SMALL = (128, 128)  # so that short sequences have several blocks
 
@@ -33,7 +34,7 @@ def flash(implementation, q, k, v, sinks, **keywords):
     )
 
 
-def check_numerics(case: Case, implementation: Implementation, dtype: str) -> None:
+def check_numerics(case: Case, implementation: Choice, dtype: str) -> None:
     def plain(q, k, v, sinks, **keywords):
         seen = jax.lax.optimization_barrier(
             jnp.asarray(mask(case))
@@ -63,7 +64,7 @@ def dtype(implementation: str, seed: int) -> str:
 @pytest.mark.parametrize("seed", range(5))
 def test_numerics(seed, implementation):
     check_numerics(
-        draw(seed, longest=300), Implementation(implementation, SMALL), dtype(implementation, seed)
+        random_case(seed, longest=300), Choice(implementation, SMALL), dtype(implementation, seed)
     )
 
 
@@ -73,15 +74,15 @@ def test_numerics(seed, implementation):
 def test_numerics_of_300_calls(seed, implementation):
     blocks, longest = (SMALL, 300) if seed % 2 else (None, 700)  # several blocks of either size
     check_numerics(
-        draw(seed, longest), Implementation(implementation, blocks), dtype(implementation, seed)
+        random_case(seed, longest), Choice(implementation, blocks), dtype(implementation, seed)
     )
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_the_reference_and_blockwise_in_float64(seed):
     """Also the oracle that the other tests use, which is written in NumPy and another way."""
-    case = draw(seed, longest=200)
-    for implementation in ("reference", Implementation("blockwise", SMALL)):
+    case = random_case(seed, longest=200)
+    for implementation in ("reference", Choice("blockwise", SMALL)):
         with jax.enable_x64(True):
             values = evaluate(functools.partial(flash, implementation), case, "float64")
         for value, right in zip(values, expected(case)[0], strict=True):
@@ -133,7 +134,7 @@ def test_the_blocks_met_are_those_that_the_mask_leaves(seed):
         *(int(x) for x in rng.choice([8, 16, 64], 2)),
     )
     options = Options(
-        *span(
+        *visible_span(
             bool(rng.integers(2)),
             (int(rng.integers(90)), int(rng.integers(90))) if rng.integers(2) else None,
         ),
@@ -141,7 +142,7 @@ def test_the_blocks_met_are_those_that_the_mask_leaves(seed):
         1.0,
     )
     ids = np.sort(rng.integers(0, 5, (2, length)), axis=1) if rng.integers(2) else None
-    seen = visible(
+    seen = make_mask(
         options,
         jnp.arange(length),
         jnp.arange(length),
@@ -174,16 +175,16 @@ def test_clear_blocks_are_whole_and_seen_by_every_query(seed):
         (int(x) for x in rng.choice([8, 16, 32], 2)),
     )
     options = Options(
-        *span(True, (int(rng.integers(20, 200)), 0) if seed % 3 == 1 else None), None, 1.0
+        *visible_span(True, (int(rng.integers(20, 200)), 0) if seed % 3 == 1 else None), None, 1.0
     )
     ids = jnp.array(np.sort(rng.integers(0, 3, (2, length)), axis=1)) if seed % 3 == 2 else None
     sizes, pair = (
         ((length, length), (q_block, kv_block)),
         (None, None) if ids is None else (ids, ids),
     )
-    begin, stop = clear_key_blocks(options, 0, *sizes, key_blocks(options, 0, *sizes, *pair), *pair)
+    begin, stop = full_key_blocks(options, 0, *sizes, key_blocks(options, 0, *sizes, *pair), *pair)
     seen = np.broadcast_to(
-        visible(options, jnp.arange(length), jnp.arange(length), *pair), (2, length, length)
+        make_mask(options, jnp.arange(length), jnp.arange(length), *pair), (2, length, length)
     )
     # Queries that are only padding see what they like; keys that are padding must be masked.
     padded = np.pad(seen, ((0, 0), (0, -length % q_block), (0, 0)), constant_values=True)

@@ -11,8 +11,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from moe.kernels.attention import Implementation
-from tests.kernels.attention.cases import draw
+from moe.kernels.attention import Choice
+from tests.kernels.attention.cases import random_case
 from tests.kernels.attention.test_flash_attention import check_numerics
 
 ROOT = Path(__file__).parents[3]
@@ -26,8 +26,8 @@ import dataclasses, pathlib, sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from moe.kernels.attention import hopper, hopper_backward, hopper_fused
-from moe.kernels.attention.masks import Options
+from moe.kernels.attention import Inputs, Options
+from moe.kernels.attention.hopper import backward, forward, fused
 
 target = pathlib.Path("tests/h200.textproto").read_text()
 devices = topologies.get_topology_desc(platform="cuda", target_config=target, topology="1x1x8").devices
@@ -38,11 +38,12 @@ q, k, rows = array((1, 4096, 16, width)), array((1, 4096, 2, width)), array((1, 
 sinks, ids = array((16,), jnp.float32), array((1, 4096), jnp.int32)
 options, sinks, ids = MASK
 
-def every(q, k, v, sinks, ids, lse, g, row_sums):
-    arrays = q, k, v, sinks, ids, ids, jnp.int32(0)
-    modules = (hopper_backward, hopper_fused) if width <= 128 else (hopper_backward,)
-    outputs = [hopper.forward(dataclasses.replace(options, partial=partial), *arrays) for partial in (False, True)]
-    return outputs, [x.backward(options, *arrays, lse, g, row_sums) for x in modules]
+def every(q, k, v, sinks, ids, lse, dout, delta):
+    inputs = Inputs(q, k, v, sinks, ids, ids, jnp.int32(0))
+    modules = (backward, fused) if width <= 128 else (backward,)
+    both = [dataclasses.replace(options, partial=partial) for partial in (False, True)]
+    outputs = [forward.forward(options, inputs) for options in both]
+    return outputs, [x.backward(options, inputs, lse, dout, delta) for x in modules]
 
 jax.jit(every).trace(q, k, k, sinks, ids, rows, q, rows).lower(lowering_platforms=("cuda",)).compile()
 """
@@ -100,27 +101,27 @@ def test_compiles_for_h200_without_spills(mask, width, tmp_path):
 INTERPRET = """
 import dataclasses, sys
 import jax, numpy as np
-from moe.kernels.attention import hopper, hopper_backward, hopper_fused, reference
-from moe.kernels.attention.masks import Options
+from moe.kernels.attention import Inputs, Options, reference
+from moe.kernels.attention.hopper import backward, forward, fused
 from tests.kernels.attention.gpu_interpreter import interpreted
 
 rng = np.random.default_rng(0)
 array = lambda *shape: jax.numpy.asarray(rng.normal(size=shape), "bfloat16")
 which, kv_length = sys.argv[1], int(sys.argv[2])
-q, k, v, g = array(1, 140, 2, 64), array(1, kv_length, 1, 64), array(1, kv_length, 1, 64), array(1, 140, 2, 64)
+q, k, v, dout = array(1, 140, 2, 64), array(1, kv_length, 1, 64), array(1, kv_length, 1, 64), array(1, 140, 2, 64)
 ids = [jax.numpy.asarray(np.sort(rng.integers(0, 2, (1, size))), "int32") for size in (140, kv_length)]
-sinks, row_sums = (jax.numpy.asarray(rng.normal(size=shape), "float32") for shape in (2, (1, 140, 2)))
+sinks, delta = (jax.numpy.asarray(rng.normal(size=shape), "float32") for shape in (2, (1, 140, 2)))
 options, shift = Options(120, 40, 5.0, -0.1), jax.numpy.int32(30)
 if kv_length == 128:
     options, sinks, ids = Options(None, None, None, 0.1), None, (None, None)
-arrays = q, k, v, sinks, *ids, shift
-lse = reference.forward(options, *arrays)[1]
+inputs = Inputs(q, k, v, sinks, *ids, shift)
+lse = reference.forward(options, inputs)[1]
 if which == "forward":
-    call, arguments = (lambda module: lambda *x: module.forward(options, *x)), arrays
-    pair = hopper, reference
+    call, arguments = (lambda module: lambda *x: module.forward(options, *x)), (inputs,)
+    pair = forward, reference
 else:
-    call, arguments = (lambda module: lambda *x: module.backward(options, *x)), (*arrays, lse, g, row_sums)
-    pair = (hopper_fused if which == "fused" else hopper_backward), reference
+    call, arguments = (lambda module: lambda *x: module.backward(options, *x)), (inputs, lse, dout, delta)
+    pair = (fused if which == "fused" else backward), reference
 
 def errors():
     values, wanted = interpreted(call(pair[0]), *arguments), call(pair[1])(*arguments)
@@ -160,7 +161,7 @@ def test_in_the_interpreter(which, kv_length):
 @pytest.mark.parametrize("name", ["hopper", "hopper_fused"])
 @pytest.mark.parametrize("seed", range(20))
 def test_numerics_on_a_gpu(seed, name):
-    case = draw(seed)
+    case = random_case(seed)
     if name == "hopper_fused" and case.arrays[0].shape[3] > 128:
         pytest.skip("it takes head widths of up to 128")
-    check_numerics(case, Implementation(name), ("bfloat16", "float16")[seed % 2])
+    check_numerics(case, Choice(name), ("bfloat16", "float16")[seed % 2])

@@ -14,8 +14,10 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from moe.kernels.attention import blockwise, tpu
-from moe.kernels.attention.masks import Options, span
+from moe.kernels.attention import blockwise
+from moe.kernels.attention.inputs import Inputs, Options, visible_span
+from moe.kernels.attention.tpu import backward as tpu_backward
+from moe.kernels.attention.tpu import forward as tpu_forward
 
 # The seed makes the order of parallel grid points another than their own, for two points in each
 # dimension.
@@ -96,31 +98,21 @@ def check(
         if ids
         else (None, None)
     )
-    arrays = (
-        Options(*span(causal, window), options.get("softcap"), 0.25),
-        q,
-        k,
-        v,
-        normal(heads),
-        q_ids,
-        kv_ids,
-        options.get("shift", 0),
-    )
-    g, row_sums = normal(batch, length, heads, 8), normal(batch, length, heads)
+    static = Options(*visible_span(causal, window), options.get("softcap"), 0.25)
+    shift = jnp.int32(options.get("shift", 0))
+    inputs = Inputs(q, k, v, normal(heads), q_ids, kv_ids, shift)
+    dout, delta = normal(batch, length, heads, 8), normal(batch, length, heads)
 
-    def values(forward, backward):
-        output, lse = jax.jit(forward, static_argnums=0)(*arrays)
-        return output, lse, *jax.jit(backward, static_argnums=0)(*arrays, lse, g, row_sums)
-
-    simulated = values(
-        *(
-            functools.partial(f, blocks=(128, 128), interpret=SIMULATION)
-            for f in (tpu.forward, tpu.backward)
+    def values(forward, backward, **keywords):
+        forward, backward = (
+            jax.jit(functools.partial(f, static, blocks=(128, 128), **keywords))
+            for f in (forward, backward)
         )
-    )
-    plain = values(
-        *(functools.partial(f, blocks=(128, 128)) for f in (blockwise.forward, blockwise.backward))
-    )
+        output, lse = forward(inputs)
+        return output, lse, *backward(inputs, lse, dout, delta)
+
+    simulated = values(tpu_forward.forward, tpu_backward.backward, interpret=SIMULATION)
+    plain = values(blockwise.forward, blockwise.backward)
     for value, wanted in zip(simulated, plain, strict=True):
         np.testing.assert_allclose(value, wanted, atol=2e-5)
     assert "RACE" not in capsys.readouterr().out

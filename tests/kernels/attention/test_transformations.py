@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe.kernels.attention import Implementation, flash_attention
+from moe.kernels.attention import Choice, flash_attention
 
-TPU = Implementation("tpu", (128, 128))
+TPU = Choice("tpu", (128, 128))
 
 
 def plain(q):
@@ -98,9 +98,7 @@ def test_symbolic_shapes_that_none_can_take(shape, implementation, message):
         jax.export.export(jax.jit(functools.partial(flash, implementation=implementation)))(q)
 
 
-@pytest.mark.parametrize(
-    "implementation", [Implementation("blockwise", (128, 128)), TPU, "reference"]
-)
+@pytest.mark.parametrize("implementation", [Choice("blockwise", (128, 128)), TPU, "reference"])
 def test_what_a_mask_hides_and_is_nan(implementation):
     """A hidden key changes nothing; a hidden value spreads no further than the blocks that meet its
     own.

@@ -8,7 +8,7 @@ import itertools
 import numpy as np
 import pytest
 
-from moe.kernels.attention import Implementation
+from moe.kernels.attention import Choice
 from tests.kernels.attention.cases import Case, evaluate, expected
 from tests.kernels.attention.test_flash_attention import flash
 
@@ -31,7 +31,7 @@ def check_window(implementation, window, causal, length):
         )
 
 
-@pytest.mark.parametrize("implementation", [None, "reference", Implementation("tpu", (128, 128))])
+@pytest.mark.parametrize("implementation", [None, "reference", Choice("tpu", (128, 128))])
 @pytest.mark.parametrize(
     ("window", "causal"),
     [
@@ -49,7 +49,7 @@ def test_a_window(implementation, window, causal):
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(
-    "implementation", [None, "blockwise", Implementation("blockwise", (16, 8)), "reference", "tpu"]
+    "implementation", [None, "blockwise", Choice("blockwise", (16, 8)), "reference", "tpu"]
 )
 @pytest.mark.parametrize(
     ("left", "right", "causal"), list(itertools.product(LIMITS, LIMITS, (False, True)))

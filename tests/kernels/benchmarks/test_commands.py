@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from moe.kernels.attention import Implementation
+from moe.kernels.attention import Choice
 from moe.kernels.benchmarks import attention as benchmark
 from moe.kernels.benchmarks import tune
 
@@ -77,7 +77,7 @@ def test_the_benchmark_refuses_wrong_numbers(monkeypatch):
     with pytest.raises(
         ValueError, match=r"blockwise differs from the reference by 3\.\d%: its times mean nothing"
     ):
-        benchmark.check_numbers(Implementation("blockwise"), (2, 1, 16), "float32")
+        benchmark.check_numbers(Choice("blockwise"), (2, 1, 16), "float32")
 
 
 def test_tuning_adds_the_fastest_blocks_to_the_table(tmp_path, monkeypatch, capsys):
@@ -96,7 +96,7 @@ def test_tuning_adds_the_fastest_blocks_to_the_table(tmp_path, monkeypatch, caps
         times = next(measured)
         return {(blocks, which): times.get(blocks, 9.0) for blocks, which in calls}
 
-    monkeypatch.setattr(benchmark, "median_seconds", median_seconds)
+    monkeypatch.setattr(tune, "median_seconds", median_seconds)
     run(
         monkeypatch,
         tune,

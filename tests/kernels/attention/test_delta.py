@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe.kernels.attention import Implementation, round_output, sum_rows
+from moe.kernels.attention import Choice, compute_delta, round_output
 from tests.kernels.attention.cases import Case, evaluate, expected, mask, xla
 from tests.kernels.attention.test_flash_attention import error, flash
 
@@ -32,7 +32,7 @@ def few_keys(keys: int, sinks: bool, dtype: str) -> Case:
     [
         ("blockwise", "bfloat16"),
         ("blockwise", "float16"),
-        (Implementation("tpu", (128, 128)), "bfloat16"),
+        (Choice("tpu", (128, 128)), "bfloat16"),
     ],
 )
 def test_gradients_of_few_keys_are_as_exact_as_xla_s(implementation, dtype, keys, sinks):
@@ -77,7 +77,7 @@ def test_a_rounded_output_and_what_it_lost_have_the_digits_of_both(dtype):
     )
     g = np.float32(rng.normal(size=output.shape))
     np.testing.assert_allclose(
-        sum_rows(rounded, lost, g, jnp.float32),
+        compute_delta(rounded, lost, g, jnp.float32),
         np.sum(output * g, axis=-1),
         rtol=0,
         atol=64 * 4 * digits,

@@ -1,0 +1,143 @@
+"""Arranges tokens' assignments by expert, and moves values between tokens and arranged rows.
+
+Each of N tokens has A assignments to experts. An arrangement gives an assignment a slot, which is a
+place for a row, so that the rows of an expert lie next to one another. Values move between tokens
+and slots by gathers alone, forward and backward. A scatter would be slow on a CPU, and unordered on
+a GPU.
+"""
+
+import functools
+import operator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Arrangement(NamedTuple):
+    """A one-to-one map between some of R = N A assignments and some of I slots.
+
+    A slot is a place for a row. Assignment n A + a is token n's choice a.
+    """
+
+    slots_NA: jax.Array  # each assignment's slot; I if it has none
+    assignments_I: jax.Array  # each slot's assignment; R if it has none
+
+    @property
+    def tokens_I(self) -> jax.Array:
+        """The token of each slot's assignment; N if it has none."""
+        return self.assignments_I // self.slots_NA.shape[1]
+
+
+def expert_loads(experts_NA: jax.Array, num_experts: int) -> jax.Array:
+    """Returns the number of assignments of each expert, int32 [E]."""
+    chosen_NAE = jax.nn.one_hot(experts_NA, num_experts, dtype=bool)
+    return jnp.sum(chosen_NAE, axis=(0, 1), dtype=jnp.int32)
+
+
+def arrange(experts_NA: jax.Array, first_slots_E: jax.Array, num_slots: int) -> Arrangement:
+    """Gives each expert's assignments, in order, the slots from its first to the next expert's.
+
+    An assignment that is beyond these slots, or has no expert, gets no slot.
+    """
+    num_experts = first_slots_E.shape[0]
+    experts_R = experts_NA.reshape(-1).astype(jnp.int32)
+    is_expert_R = (experts_R >= 0) & (experts_R < num_experts)
+    experts_R = jnp.where(is_expert_R, experts_R, num_experts)
+    index = jnp.arange(experts_R.size, dtype=jnp.int32)
+    sorted_experts, order = jax.lax.sort((experts_R, index), num_keys=1)
+    # The place of an assignment among those of its expert is its distance to the expert's first.
+    every_expert = jnp.arange(num_experts + 1, dtype=jnp.int32)
+    firsts = jnp.searchsorted(sorted_experts, every_expert).astype(jnp.int32)
+    places = index - firsts[sorted_experts]
+    # The number E, which is no expert, has the empty range of slots from I to I.
+    end = jnp.array([num_slots, num_slots], first_slots_E.dtype)
+    bounds = jnp.append(first_slots_E, end)
+    slots = bounds[sorted_experts] + places
+    slots = jnp.where(slots < bounds[sorted_experts + 1], slots, num_slots)
+    slots_NA = jnp.zeros_like(index).at[order].set(slots).reshape(experts_NA.shape)
+    nothing_I = jnp.full(num_slots, experts_R.size, jnp.int32)
+    return Arrangement(slots_NA, nothing_I.at[slots].set(order, mode="drop"))
+
+
+def arrange_equally(experts_NA: jax.Array, num_experts: int, capacity: int) -> Arrangement:
+    """Gives each of `num_experts` experts `capacity` slots."""
+    first_slots_E = jnp.arange(num_experts, dtype=jnp.int32) * capacity
+    return arrange(experts_NA, first_slots_E, num_experts * capacity)
+
+
+def gather_from_slots(slot_values: jax.Array, arrangement: Arrangement) -> jax.Array:
+    """Returns each assignment's value from its slot, [N, A], or 0 if it has none."""
+    return slot_values.at[arrangement.slots_NA].get(mode="fill", fill_value=0)
+
+
+def gather_into_slots(values_NA: jax.Array, arrangement: Arrangement) -> jax.Array:
+    """Returns each slot's value from its assignment, [I], or 0 if it has none.
+
+    This is the transpose of `gather_from_slots`, computed by a gather.
+    """
+    return values_NA.reshape(-1).at[arrangement.assignments_I].get(mode="fill", fill_value=0)
+
+
+@jax.custom_vjp
+def copy_to_slots(x_ND: jax.Array, arrangement: Arrangement) -> jax.Array:
+    """Returns the token of each slot's assignment, [I, D], or zeros if it has none."""
+    return x_ND.at[arrangement.tokens_I].get(mode="fill", fill_value=0)
+
+
+def _copy_to_slots_forward(
+    x_ND: jax.Array, arrangement: Arrangement
+) -> tuple[jax.Array, Arrangement]:
+    return copy_to_slots(x_ND, arrangement), arrangement
+
+
+def _copy_to_slots_backward(arrangement: Arrangement, g_ID: jax.Array) -> tuple[jax.Array, None]:
+    ones_NA = jnp.ones(arrangement.slots_NA.shape, jnp.float32)
+    return add_up(g_ID, ones_NA, arrangement), None
+
+
+copy_to_slots.defvjp(_copy_to_slots_forward, _copy_to_slots_backward)
+
+
+@jax.custom_vjp
+def combine(rows_ID: jax.Array, weights_NA: jax.Array, arrangement: Arrangement) -> jax.Array:
+    """Returns the sum of each token's rows times their weights, [N, D], summed in float32.
+
+    It is the transpose of `copy_to_slots` if all weights are 1.
+    """
+    return add_up(rows_ID, weights_NA, arrangement)
+
+
+def _combine_forward(
+    rows_ID: jax.Array, weights_NA: jax.Array, arrangement: Arrangement
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, Arrangement]]:
+    return combine(rows_ID, weights_NA, arrangement), (rows_ID, weights_NA, arrangement)
+
+
+def _combine_backward(
+    residuals: tuple[jax.Array, jax.Array, Arrangement], g_ND: jax.Array
+) -> tuple[jax.Array, jax.Array, None]:
+    rows_ID, weights_NA, arrangement = residuals
+    g_ID = copy_to_slots(g_ND, arrangement)
+    weights_I1 = gather_into_slots(weights_NA, arrangement)[:, None]
+    grad_rows = (g_ID.astype(weights_I1.dtype) * weights_I1).astype(rows_ID.dtype)
+    grad_weights_I = jnp.sum(rows_ID.astype(jnp.float32) * g_ID.astype(jnp.float32), axis=1)
+    return grad_rows, gather_from_slots(grad_weights_I, arrangement), None
+
+
+combine.defvjp(_combine_forward, _combine_backward)
+
+
+def add_up(rows_ID: jax.Array, weights_NA: jax.Array, arrangement: Arrangement) -> jax.Array:
+    """Returns what `combine` does, without a backward pass of its own.
+
+    An assignment without a slot adds zeros. It must not add 0 times some other row, which may hold
+    NaN.
+    """
+    # One gather for each choice, which XLA fuses with the sum. One gather of all [N, A, D] takes
+    # four times as long on a CPU.
+    terms = []
+    for slots_N, weights_N in zip(arrangement.slots_NA.T, weights_NA.T, strict=True):
+        rows_ND = rows_ID.at[slots_N].get(mode="fill", fill_value=0)
+        terms.append(rows_ND.astype(weights_NA.dtype) * weights_N[:, None])
+    return functools.reduce(operator.add, terms).astype(rows_ID.dtype)

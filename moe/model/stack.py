@@ -1,0 +1,262 @@
+"""Blocks, and the stack of them that decoders and encoders are made of."""
+
+import itertools
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.sharding import PartitionSpec
+
+from moe.config import ConfigError, ModelConfig
+from moe.model.attention import Attention, CrossAttention
+from moe.model.cache import Cache, MemoryCache, init_cache, init_memory_cache
+from moe.model.experts import MoE
+from moe.model.layers import FeedForward, RMSNorm, residual_scale
+from moe.model.tokens import TokenInfo
+from moe.parallel.mesh import constrain, on_auto_axes
+
+
+@struct.dataclass
+class Output:
+    """What a model returns.
+
+    `hidden` is [B, T, D], after the final norm. `stats[group][kind]` holds the sums and counts of
+    a sparse layer's router, stacked over the group's repeats, and is empty for dense layers.
+    `captured[group][kind]` holds what was asked for by name, stacked alike.
+    """
+
+    hidden: jax.Array
+    stats: Any
+    cache: Any = None
+    captured: Any = None
+
+
+class BlockCache(NamedTuple):
+    """The caches of all blocks of one kind in a group."""
+
+    attention: Cache
+    cross_attention: MemoryCache | None  # None in stacks without cross-attention
+
+
+# The caches of a stack's groups, and in each group of a period's blocks.
+StackCache = tuple[tuple[BlockCache, ...], ...]
+
+
+class BlockOutput(NamedTuple):
+    """What a block returns."""
+
+    hidden_BTD: jax.Array  # the residual stream
+    stats: Any  # the router's sums and counts; empty if the block is dense
+    captured: dict[str, jax.Array]
+    cache: BlockCache | None
+
+
+class Carry(NamedTuple):
+    """What the loop over periods hands from one to the next."""
+
+    hidden_BTD: jax.Array  # the residual stream
+    # The caches of all repeats are carried, and each layer writes to its own in place. If they
+    # were looped over as parameters are, they would be copied whole.
+    caches: tuple[BlockCache, ...] | None
+
+
+class PeriodOutput(NamedTuple):
+    """What the loop stacks: for each block of a period, its statistics and what it captured."""
+
+    stats: tuple[Any, ...]
+    captured: tuple[dict[str, jax.Array], ...]
+
+
+class Block(nn.Module):
+    """A pre-norm layer (Xiong et al. 2020): attention, then a feed-forward part.
+
+    Each part reads a norm of the residual stream and adds its output to the stream. With
+    `cross_attention` a third part stands between them.
+    """
+
+    config: ModelConfig
+    kind: str  # "dense" or "moe"
+    causal: bool = True
+    cross_attention: bool = False
+    capture: tuple[str, ...] = ()
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        tokens: TokenInfo,
+        cache: BlockCache | None = None,
+        layer: jax.Array | int = 0,
+    ) -> BlockOutput:
+        """Applies the parts of the layer.
+
+        `cache` holds several layers, of which this one is number `layer`.
+        """
+        c = self.config
+        scale = residual_scale((3 if self.cross_attention else 2) * c.num_layers)
+        attention = Attention(c, self.causal, scale, name="attention")
+        normed_BTD = RMSNorm(c.norm_epsilon, name="attention_norm")(x_BTD)
+        own_cache, memory_cache = (None, None) if cache is None else cache
+        mixed_BTD, own_cache = attention(normed_BTD, tokens, own_cache, layer)
+        x_BTD = constrain(x_BTD + mixed_BTD, "BTD")
+        if self.cross_attention:
+            cross_attention = CrossAttention(c, scale, name="cross_attention")
+            normed_BTD = RMSNorm(c.norm_epsilon, name="cross_attention_norm")(x_BTD)
+            mixed_BTD, memory_cache = cross_attention(normed_BTD, tokens, memory_cache, layer)
+            x_BTD = constrain(x_BTD + mixed_BTD, "BTD")
+        normed_BTD = RMSNorm(c.norm_epsilon, name="feed_forward_norm")(x_BTD)
+        stats, available = None, {}
+        if self.kind == "moe":
+            y_BTD, routed = MoE(c.moe, scale, name="moe")(normed_BTD, tokens)
+            stats, available = routed.stats, {"experts": routed.experts_BTA}
+        else:
+            y_BTD = FeedForward(c.feed_forward_dim, scale, name="feed_forward")(normed_BTD)
+        x_BTD = constrain(x_BTD + y_BTD, "BTD")
+        available["residual"] = x_BTD
+        captured = {name: value for name, value in available.items() if name in self.capture}
+        new_cache = None if own_cache is None else BlockCache(own_cache, memory_cache)
+        return BlockOutput(x_BTD, stats, captured, new_cache)
+
+
+class Period(nn.Module):
+    """One period of a group of layers: a block of each kind, in order."""
+
+    config: ModelConfig
+    kinds: tuple[str, ...]
+    first_layer: int  # the number of the group's first layer
+    causal: bool
+    cross_attention: bool
+    capture: tuple[str, ...]
+
+    @nn.compact
+    def __call__(
+        self, carry: Carry, tokens: TokenInfo, repeat: jax.Array
+    ) -> tuple[Carry, PeriodOutput]:
+        """Applies the blocks of repeat number `repeat` of the period."""
+        # Inside a loop nothing can undo the recomputation; unrolled, the compiler would merge it
+        # with the forward pass.
+        remat_block = nn.remat(Block, prevent_cse=not self.config.scan_layers)
+        block = {"none": Block, "full": remat_block}[self.config.remat]
+        x_BTD, outputs = carry.hidden_BTD, []
+        for index, kind in enumerate(self.kinds):
+            layer = block(
+                self.config,
+                kind,
+                self.causal,
+                self.cross_attention,
+                self.capture,
+                name=f"block_{index}",
+            )
+            number = self.first_layer + len(self.kinds) * repeat + index
+            cache = None if carry.caches is None else carry.caches[index]
+            output = layer(x_BTD, tokens.for_layer(number), cache, repeat)
+            x_BTD = output.hidden_BTD
+            outputs.append(output)
+        caches = None if carry.caches is None else tuple(output.cache for output in outputs)
+        stats = tuple(output.stats for output in outputs)
+        captured = tuple(output.captured for output in outputs)
+        return Carry(x_BTD, caches), PeriodOutput(stats, captured)
+
+
+def output_specs(rows: PartitionSpec) -> Output:
+    """Returns how an Output lies whose hidden states are split as `rows`: sums are whole."""
+    # A spec in the place of a part of the tree holds for all arrays in that part.
+    hidden: Any = PartitionSpec(*rows[:2])
+    cache: Any = PartitionSpec(None, *rows[:1])
+    captured = PartitionSpec(None, *rows[:2])
+    return Output(hidden, stats=PartitionSpec(), cache=cache, captured=captured)
+
+
+class Stack(nn.Module):
+    """Groups of layers and the final norm: a decoder if `causal`, and otherwise an encoder.
+
+    The layers of a group repeat a period of one or more blocks. Parameters and sums are stacked
+    over the repeats, whether these are looped over or unrolled.
+    """
+
+    config: ModelConfig
+    causal: bool = True
+    cross_attention: bool = False
+    capture: tuple[str, ...] = ()
+    first_layer: int = 0  # random draws of layers with other numbers are independent
+
+    def setup(self) -> None:
+        c = self.config
+        if self.causal and c.moe.num_experts and c.moe.router == "expert_choice":
+            raise ConfigError(
+                "moe.router='expert_choice' looks at later tokens, which a decoder must not: "
+                "set moe.router to 'softmax'"
+            )
+        sizes = (len(kinds) * repeats for kinds, repeats in c.layer_groups)
+        first_layers = itertools.accumulate(sizes, initial=self.first_layer)
+        groups = zip(c.layer_groups, first_layers, strict=False)
+        self.groups = [
+            self._scan_periods(kinds, repeats, first_layer, name=f"layers_{index}")
+            for index, ((kinds, repeats), first_layer) in enumerate(groups)
+        ]
+        self.final_norm = RMSNorm(c.norm_epsilon)
+
+    def _scan_periods(
+        self, kinds: tuple[str, ...], repeats: int, first_layer: int, name: str
+    ) -> nn.Module:
+        """Returns a group: one Period, looped over parameters that are stacked over the repeats."""
+        scanned = nn.scan(
+            Period,
+            variable_axes={"params": 0, "router_state": 0},
+            split_rngs={"params": True},
+            in_axes=(nn.broadcast, 0),  # pyright: ignore[reportArgumentType]  # Flax says int
+            length=repeats,
+            unroll=1 if self.config.scan_layers else repeats,
+            metadata_params={"dim": "L"},
+        )
+        return scanned(
+            self.config,
+            kinds,
+            first_layer,
+            self.causal,
+            self.cross_attention,
+            self.capture,
+            name=name,
+        )
+
+    @on_auto_axes(output_specs)
+    def __call__(
+        self, x_BTD: jax.Array, tokens: TokenInfo, cache: StackCache | None = None
+    ) -> Output:
+        """Applies all layers and the final norm to embeddings [B, T, D]."""
+        outputs, new_caches = [], []
+        for index, group in enumerate(self.groups):
+            _, repeats = self.config.layer_groups[index]
+            carry = Carry(x_BTD, None if cache is None else cache[index])
+            carry, output = group(carry, tokens, jnp.arange(repeats, dtype=jnp.int32))
+            x_BTD = carry.hidden_BTD
+            outputs.append(output)
+            new_caches.append(carry.caches)
+        return Output(
+            self.final_norm(x_BTD),
+            stats=tuple(output.stats for output in outputs),
+            cache=None if cache is None else tuple(new_caches),
+            captured=tuple(output.captured for output in outputs),
+        )
+
+
+def init_stack_cache(
+    config: ModelConfig, batch_size: int, length: int, memory_length: int | None = None
+) -> StackCache:
+    """Returns an empty cache of a decoder, for rows of at most `length` tokens.
+
+    For a decoder with cross-attention it also has room for the keys and values of a memory of at
+    most `memory_length` tokens a row.
+    """
+
+    def block_cache(repeats: int) -> BlockCache:
+        cache = init_cache(config, repeats, batch_size, length)
+        if memory_length is None:
+            return BlockCache(cache, None)
+        return BlockCache(cache, init_memory_cache(config, repeats, batch_size, memory_length))
+
+    return tuple(
+        tuple(block_cache(repeats) for _ in kinds) for kinds, repeats in config.layer_groups
+    )

@@ -1,0 +1,59 @@
+"""A task says what a run trains. It stands between the training loop and the model and data."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from moe.config import ModelConfig, RunConfig
+from moe.data.rows import Rows
+from moe.losses import Sums
+from moe.model.stack import Output
+
+Batch = dict[str, jax.Array]
+Unembed = Callable[[jax.Array], jax.Array]  # hidden states [..., D] to logits [..., V]
+
+
+class Task(NamedTuple):
+    """The functions that make a run a run of this task. `fit` calls them and knows nothing else.
+
+    A batch is a dict of arrays whose first dimension is B, the rows. Sums and counts add up over
+    microbatches, devices and evaluation batches, so they must be sums over rows, never means.
+    """
+
+    # Makes the model. `model.apply(variables, batch)` returns an `Output`, and the
+    # model's method `unembed` maps hidden states to logits.
+    model: Callable[[ModelConfig], nn.Module]
+
+    # The dimension letters of each field of a batch, such as {"tokens": "BT", "label": "B"}. The
+    # mesh splits the field by them (`moe.config.layout.RULES`).
+    dims: Mapping[str, str]
+
+    # The smallest batch that the model takes. Only the shapes of the parameters come from it.
+    init_batch: Mapping[str, np.ndarray]
+
+    # Opens a split of the run's data by its name. The loader makes all batches from the rows.
+    rows: Callable[[RunConfig, str], Rows]
+
+    # Makes that many rows of random content, stacked, which cost as much as real ones. Benchmarks
+    # run on them, so that measuring a model needs no data.
+    random_rows: Callable[[RunConfig, int], dict[str, np.ndarray]]
+
+    # Returns float32 sums over a batch: `loss`, which training minimises; `router`, which is
+    # `losses.router_sums` of the output; everything that `counts` returns; and whatever `metrics`
+    # and `score` need besides.
+    loss: Callable[[Output, Unembed, Batch], Sums]
+
+    # Returns what sums are divided by, from the batch alone: `targets`, the number of terms in
+    # `loss`, and `tokens`, the number of tokens that sparse layers route.
+    counts: Callable[[Batch], Sums]
+
+    # Returns means from sums: `loss`, `router` (both as `losses.metrics` makes them) and other
+    # scalars. They are logged for training steps and for evaluations. Runs inside jit.
+    metrics: Callable[[Sums], dict[str, Any]]
+
+    # Returns further numbers of an evaluation, from its sums and the rows that it read, such as
+    # bits per byte. Runs on the host.
+    score: Callable[[Sums, Rows], dict[str, float]]

@@ -1,0 +1,81 @@
+"""Evaluation of a model on a split, and the statistics of its routers."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from moe import losses
+from moe.config import RunConfig
+from moe.data.loader import evaluation_batches
+from moe.data.rows import Rows
+from moe.parallel.mesh import global_batch, host_rows
+from moe.training.train_step import Program
+from moe.workdir.tracking import read_metrics
+
+# The routers' statistics that an evaluation tells; a training step tells them all.
+_ROUTER_NAMES = ("max_vio", "load_entropy", "dropped_fraction")
+
+
+def evaluate(config: RunConfig, program: Program, variables: Any, rows: Rows) -> dict[str, float]:
+    """Evaluates a model on the first `config.train.eval_batches` batches of a split (0: on all).
+
+    Returns the task's metrics and scores. A model with sparse layers has three means over these
+    layers as well, of the load over all batches: `max_vio`, `load_entropy`, `dropped_fraction`.
+    """
+    sums = _sum_over_batches(config, program, variables, rows)
+    metrics = program.task.metrics(sums)
+    router = router_summary(metrics.pop("router", {}))
+    values = {name: float(value) for name, value in metrics.items()}
+    values |= program.task.score(sums, rows)
+    return values | {name: router[name] for name in _ROUTER_NAMES if name in router}
+
+
+def _sum_over_batches(
+    config: RunConfig, program: Program, variables: Any, rows: Rows
+) -> losses.Sums:
+    """Returns the task's sums and counts over an evaluation's batches."""
+    size = config.train.batch_size
+    batches = evaluation_batches(
+        rows,
+        batch_size=size,
+        num_batches=config.train.eval_batches,
+        host_rows=host_rows(program.mesh, size),
+    )
+    totals: losses.Sums = {}
+    with jax.set_mesh(program.mesh):
+        for fields in batches:
+            batch = global_batch(fields, program.mesh, size, program.task.dims)
+            sums = program.eval_step(variables, batch)
+            totals = jax.tree.map(lambda a, b: a + b, totals, sums) if totals else sums
+    return totals
+
+
+def router_summary(router: Mapping[str, Any]) -> dict[str, float]:
+    """Returns one number for each of the routers' statistics [L]; none for a dense model.
+
+    It is the mean over the sparse layers, but for `dead_experts`, whose sum it is, and
+    `bias_range`, whose largest value it is. `worst_max_vio` is the largest `max_vio`.
+    """
+    reductions = {"dead_experts": np.sum, "bias_range": np.max}
+    values = {
+        name: reductions.get(name, np.mean)(value)
+        for name, value in router.items()
+        if name != "load"
+    }
+    if router:
+        values["worst_max_vio"] = np.max(router["max_vio"])
+    return {name: float(value) for name, value in values.items()}
+
+
+def last_validation(workdir: Path) -> dict[str, float]:
+    """Returns a run's newest validation metrics; none if its metrics.jsonl has none."""
+    lines = [line for line in read_metrics(workdir) if "validation/loss" in line]
+    return {
+        name: value
+        for line in lines[-1:]
+        for name, value in line.items()
+        if name.startswith("validation/")
+    }

@@ -1,0 +1,177 @@
+"""What happens before the first step of a run, and before a saved run is used.
+
+A run is checked before anything is allocated. Then its lock is taken, and its state is made,
+restored, or started from another run's.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from moe.config import ConfigError, MeshConfig, RunConfig
+from moe.data.rows import Rows
+from moe.files import sole
+from moe.scaling.hardware import memory_bytes
+from moe.tasks import Task
+from moe.training.log import Record
+from moe.training.optimizer import make_schedule
+from moe.training.progress import Bar
+from moe.training.train_step import Program, TrainState, make_program
+from moe.workdir import checkpoint
+from moe.workdir.checkpoint import Checkpoints
+from moe.workdir.identity import LOCK_FILE, read_config, read_saved_config, write_config
+from moe.workdir.origin import Origin, read_variables, write_origin
+from moe.workdir.tracking import MetricWriter, write_environment
+
+
+def check_memory(mesh: jax.sharding.Mesh, *trees: Any) -> None:
+    """Raises ConfigError if arrays of these shapes and shardings exceed the devices' memory.
+
+    No array is made. What the memory of each device of `mesh` must hold is its shards.
+    """
+    devices = [
+        device for device in mesh.devices.flat if device.process_index == jax.process_index()
+    ]
+    # A CPU's virtual devices share the machine's memory.
+    sharers = len(devices) if devices[0].platform == "cpu" else 1
+    device_bytes = sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(trees)
+    )
+    needed, memory = sharers * device_bytes, memory_bytes(devices[0])
+    if needed > memory:
+        raise ConfigError(
+            f"config.model takes {needed / 2**30:.1f} GiB of memory without its activations, and "
+            f"there are {memory / 2**30:.1f} GiB: "
+            "split it over more devices (mesh.fsdp), or set a smaller model"
+        )
+
+
+def check_finite(checkpoint_path: Path, variables: Any) -> None:
+    """Raises ConfigError naming the first of a checkpoint's variables with NaN or an infinity."""
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(variables)[0]:
+        if not jax.numpy.isfinite(leaf).all():
+            name = jax.tree_util.keystr(keys, simple=True, separator="/")
+            raise ConfigError(
+                f"{checkpoint_path} holds numbers that are not finite in {name}: "
+                "set the step to that of an earlier checkpoint"
+            )
+
+
+@contextlib.contextmanager
+def lock_run(workdir: Path) -> Iterator[None]:
+    """Makes this process the only one that writes the run.
+
+    Raises ConfigError if another process does. Of a run's own processes, only the first one holds
+    the lock.
+    """
+    if jax.process_index() > 0:
+        yield
+        return
+    with sole(workdir / LOCK_FILE) as holder:
+        if holder:
+            raise ConfigError(
+                f"{workdir} is being written by {holder}: "
+                "wait until it ends, or set another --workdir"
+            )
+        yield
+
+
+def first_state(
+    config: RunConfig,
+    workdir: Path,
+    program: Program,
+    checkpoints: Checkpoints,
+    rows: Rows,
+    origin: Origin | None,
+    bar: Bar,
+) -> TrainState:
+    """Returns the state of the run's latest checkpoint, or that of a new run.
+
+    The checkpoint must have been trained on these rows. A new run takes its model's variables from
+    `origin`, if there is one, and saves them: after that the other run is not needed.
+    """
+    latest = checkpoints.latest_step()
+    if latest is not None:
+        bar.show(f"restoring step {latest}")
+        checkpoint.check_rows(checkpoints, rows.sha256)
+        return checkpoint.restore(checkpoints, program.abstract_state)
+    bar.show("initialising the parameters")
+    state = program.init_state()
+    if origin is not None:
+        bar.show(f"restoring the parameters of step {origin.step} of {origin.run}")
+        state = start_from(origin, workdir, program, state)
+        checkpoint.save(checkpoints, config, rows.sha256, state)
+    return state
+
+
+def start_from(origin: Origin, workdir: Path, program: Program, state: TrainState) -> TrainState:
+    """Returns a new run's state with the model's variables of another run's checkpoint.
+
+    `workdir` notes down which checkpoint that is.
+    """
+    variables = read_variables(origin, program.abstract_state)
+    check_finite(origin.run / "checkpoints" / str(origin.step), variables)
+    if jax.process_index() == 0:
+        write_origin(workdir, origin)
+    return state.replace(**variables)
+
+
+def report_new_schedule(workdir: Path, config: RunConfig, state: TrainState) -> None:
+    """Logs how the learning rate changes if the run was begun with another number of steps."""
+    before, update = read_saved_config(workdir), int(state.step) - int(state.skipped)
+    if before and before.train.steps != config.train.steps:
+        old, new = (np.asarray(make_schedule(run)(update)).item() for run in (before, config))
+        logging.warning(
+            "train.steps is %d now, and was %d: "
+            "at step %d the learning rate goes from %.3g, of the old schedule, to %.3g",
+            *(config.train.steps, before.train.steps, int(state.step), old, new),
+        )
+
+
+@contextlib.contextmanager
+def open_records(workdir: Path, config: RunConfig, program: Program, step: int) -> Iterator[Record]:
+    """Yields the function that writes a step's metrics.
+
+    Of a run's processes, only the first one writes.
+    """
+    if jax.process_index() > 0:
+        yield lambda step, metrics, layers=None, /: None
+        return
+    write_config(workdir, config)
+    write_environment(workdir, program.attention)
+    logging.info("attention: %s", program.attention)
+    with MetricWriter(workdir, config.tracking, step) as writer:
+        yield writer.write
+
+
+def load_run(
+    workdir: Path, step: int | None = None, *, task: Task | None = None
+) -> tuple[RunConfig, Program, Any, int]:
+    """Returns the config, program, model variables and step of a run's checkpoint.
+
+    The checkpoint is the latest one if `step` is None. A run of a custom task needs its `task`.
+    Parameters are split over as many of this machine's devices as divide them, however the run
+    was laid out. Raises ConfigError if there is no such run or step.
+    """
+    config = read_config(workdir)
+    devices = jax.device_count()
+    mesh = MeshConfig(data=-1, fsdp=math.gcd(config.model.model_dim, devices))
+    # The devices must be able to split a batch, so the batch size is rounded up to a multiple.
+    batch_size = -(-config.train.batch_size // devices) * devices
+    train = dataclasses.replace(config.train, batch_size=batch_size, accumulation=1)
+    config = dataclasses.replace(config, mesh=mesh, train=train)
+    program = make_program(config, task=task)
+    check_memory(program.mesh, program.abstract_state.variables)
+    with checkpoint.read_checkpoints(workdir) as checkpoints:
+        variables, step = checkpoint.restore_variables_and_step(
+            checkpoints, program.abstract_state, step
+        )
+        return config, program, variables, step

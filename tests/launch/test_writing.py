@@ -1,0 +1,73 @@
+"""Commands write each file whole: whoever reads it while they run, or after a kill, finds one."""
+
+import ast
+import os
+from pathlib import Path
+
+import pytest
+
+from launch.report import report
+from moe.files import write_whole
+from tests.launch.report_runs import make_run
+
+ROOT = Path(__file__).parents[2]
+
+
+class Killed(BaseException):
+    """Ends a command as a signal does, at a place that a test chooses."""
+
+
+def test_a_report_that_is_killed_leaves_the_earlier_files_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report(make_run(tmp_path, [(10, {"train/loss": 2.5})]))
+    before = {path.name: path.read_bytes() for path in (tmp_path / "report").iterdir()}
+    assert set(before) == {"index.html", "loss-dark.png", "loss-light.png"}
+
+    def killed(descriptor: int) -> None:
+        os.ftruncate(descriptor, 10)
+        raise Killed
+
+    make_run(tmp_path, [(20, {"train/loss": 1.5})])
+    monkeypatch.setattr(os, "fsync", killed)
+    with pytest.raises(Killed):
+        report(tmp_path)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "report").iterdir()} == before
+
+
+def test_a_file_is_written_whole_and_readable_as_others_are(tmp_path: Path) -> None:
+    path, other = tmp_path / "a.md", tmp_path / "b.md"
+    other.write_text("ä")
+    write_whole(path, "ä")
+    assert path.read_bytes() == "ä".encode() and path.stat().st_mode == other.stat().st_mode
+    write_whole(path, b"\x00")
+    assert path.read_bytes() == b"\x00" and {item.name for item in tmp_path.iterdir()} == {
+        "a.md",
+        "b.md",
+    }
+
+
+def test_a_link_or_a_device_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    write_whole(tmp_path / "link", "text")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "target").read_text() == "text"
+    os.mkfifo(tmp_path / "fifo")
+    reader = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
+    write_whole(tmp_path / "fifo", "text")
+    assert (tmp_path / "fifo").is_fifo() and os.read(reader, 9) == b"text"
+    os.close(reader)
+
+
+def test_commands_write_files_by_write_whole_alone() -> None:
+    direct = {"write_text", "write_bytes", "savefig", "dump"}
+    wrong = [
+        f"{path.name}:{node.lineno}: {ast.unparse(node)[:60]}"
+        for path in (ROOT / "launch").glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr in direct
+        # `image` is a picture in memory, which write_whole then writes.
+        if not (node.func.attr == "savefig" and ast.unparse(node.args[0]) == "image")
+    ]
+    assert not wrong, "\n".join(wrong)
