@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from moe.config import ConfigError, ModelConfig
 from moe.files import write_whole
-from moe.interop.upcycle import KEPT_FIELDS
+from moe.interop.upcycle import SHARED_FIELDS
 from moe.workdir import checkpoint
 from moe.workdir.identity import CONFIG_FILE, read_config, read_saved_config
 
@@ -94,7 +94,7 @@ def _choose_step(init_from: Path, init_step: int | None) -> int:
 
 def check_model(before: ModelConfig, after: ModelConfig) -> None:
     """Raises ConfigError for the first field that makes `after` another function than `before`."""
-    names = [*KEPT_FIELDS]
+    names = [*SHARED_FIELDS]
     if before.moe.num_experts or after.moe.num_experts:
         names += [f"moe.{name}" for name in KEPT_MOE_FIELDS]
     for name in names:
