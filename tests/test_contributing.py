@@ -66,6 +66,13 @@ def test_a_data_set(tmp_path: Path) -> None:
     assert list(names["documents"]) == ["Many hands make light work."]
 
 
+@pytest.mark.parametrize(
+    "path", re.findall(r"`((?:moe|kernels|tests|configs)/(?!.*NAME)[\w/.]+)`", PAGE)
+)
+def test_the_files_that_the_page_names_are_there(path: str) -> None:
+    assert (ROOT / path).exists()
+
+
 def test_the_links_lead_somewhere() -> None:
     for target in re.findall(r"\]\((\w+\.md)(?:#[\w-]*)?\)", PAGE):
         assert (ROOT / "docs" / target).exists()

@@ -265,7 +265,7 @@ def router_gradients(layout: Layout, **weights: float) -> Any:
 
 @functools.cache
 def layer_by_layer(scope: str, balance_weight: float, z_weight: float) -> np.ndarray:
-    """The same by calling each block by itself, in plain Python, without scan, remat, jit or mesh."""
+    """Returns the same by calling each block in plain Python, without scan, remat, jit or mesh."""
     from moe.model.stack import Block
     from moe.model.tokens import TokenInfo
 
