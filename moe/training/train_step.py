@@ -246,7 +246,7 @@ def _update_biases(
     Each kind of sparse layer has its biases [repeats, E].
     """
     biases, structure = jax.tree.flatten(router_state)
-    if not biases:
+    if router_sums is None or not biases:
         return router_state
     ends = np.cumsum([len(bias) for bias in biases])
     loads = jnp.split(router_sums.load, ends[:-1])
