@@ -320,11 +320,11 @@ def test_files_have_at_most_350_lines() -> None:
     assert {module: count for module, count in counts.items() if count > 350} == {}
 
 
-def test_folders_of_moe_and_kernels_have_at_most_8_files() -> None:
+def test_folders_of_moe_and_kernels_have_at_most_10_files() -> None:
     """The `__init__.py` of a folder is not counted."""
     files = [path for path in source_files("moe", "kernels") if path.name != "__init__.py"]
     counts = Counter(path.parent.relative_to(ROOT).as_posix() for path in files)
-    assert {folder: count for folder, count in counts.items() if count > 8} == {}
+    assert {folder: count for folder, count in counts.items() if count > 10} == {}
 
 
 def test_moe_without_kernels_has_less_than_9000_lines() -> None:
