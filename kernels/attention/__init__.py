@@ -5,6 +5,23 @@
 `attention_forward` and `attention_backward` are its two passes, for those that merge the attention
 of several ranges of keys themselves.
 
+The arguments of `flash_attention`:
+
+    causal: a query sees no key after itself. Positions count from the offsets.
+    window: (left, right), the most keys before and after itself that it sees; None is no limit.
+    q_segment_ids, kv_segment_ids: integers [B, T] and [B, S]; a query sees keys of its own id.
+    q_offset, kv_offset: the positions of the first query and the first key, perhaps traced.
+    softcap: c > 0 turns each score s into c tanh(s / c) (Gemma 2).
+    sinks: logits [N] that take part in the softmax and carry no value (gpt-oss).
+    scale: 1 / sqrt(H) where it is None.
+    return_lse: the result is (output, lse). lse [B, T, N] is the log-sum-exp of each query's
+        logits, sinks included, in float32, or float64 for float64 arrays. A query that sees nothing
+        has output 0 and lse of minus infinity, or its sink.
+    implementation: a name of the table, or what `choose` returned. None takes the TPU's kernels on
+        TPUs, and blockwise elsewhere.
+
+The output has the dtype of the arrays, and the head width of the values.
+
 Implementations (`table.py`) are "blockwise", in plain JAX; "tpu", Pallas kernels for TPUs,
 interpreted on a CPU; "hopper" and "cudnn", on NVIDIA GPUs; "hopper_fused", which is "hopper" with
 gradients of q that are summed in no fixed order; and "reference". `choose` names the fastest on a
@@ -91,22 +108,9 @@ def flash_attention(
 ) -> Any:
     """Returns softmax(scale q kᵀ) v over the keys that each query sees: [B, T, N, H].
 
-    N is a multiple of K: query head n reads key/value head n // (N / K). H of the result is that of
-    `v_BSKH`, and its dtype that of the arrays. Raises ValueError for arguments that do not agree,
-    and NotImplementedError for an implementation that cannot do the call.
-
-    causal: a query sees no key after itself. Positions count from the offsets.
-    window: (left, right), the most keys before and after itself that it sees; None is no limit.
-    q_segment_ids, kv_segment_ids: integers [B, T] and [B, S]; a query sees keys of its own id.
-    q_offset, kv_offset: the positions of the first query and the first key, perhaps traced.
-    softcap: c > 0 turns each score s into c tanh(s / c) (Gemma 2).
-    sinks: logits [N] that take part in the softmax and carry no value (gpt-oss).
-    scale: 1 / sqrt(H) where it is None.
-    return_lse: the result is (output, lse). lse [B, T, N] is the log-sum-exp of each query's
-        logits, sinks included, in float32, or float64 for float64 arrays. A query that sees nothing
-        has output 0 and lse of minus infinity, or its sink.
-    implementation: a name of the table, or what `choose` returned. None takes the TPU's kernels on
-        TPUs, and blockwise elsewhere.
+    N is a multiple of K: query head n reads key/value head n // (N / K). The module's docstring
+    explains the arguments. Raises ValueError for arguments that do not agree, and
+    NotImplementedError for an implementation that cannot do the call.
     """
     inputs = Inputs(q_BTNH, k_BSKH, v_BSKH, sinks, q_segment_ids, kv_segment_ids)
     check_inputs(inputs)
@@ -116,7 +120,8 @@ def flash_attention(
     if choice is not None and IMPLEMENTATIONS[choice.name].backward is None:
         return IMPLEMENTATIONS[choice.name].forward(options, inputs)[0]
     shift = jnp.asarray(q_offset, jnp.int32) - jnp.asarray(kv_offset, jnp.int32)
-    output, lse = _attend(choice, options, inputs._replace(shift=shift))
+    results: Any = _attend(choice, options, inputs._replace(shift=shift))
+    output, lse = results
     return (output, lse) if return_lse else output
 
 
@@ -221,7 +226,7 @@ def _run(
 ) -> Any:
     """Runs one pass; `arrays` are the inputs, and in the backward pass lse, dout and delta."""
     choice = None if implementation is None else as_choice(implementation)
-    inputs, *rows = arrays
+    inputs, rows = arrays[0], arrays[1:]
     with own_settings(inputs.q_BTNH.dtype):
         return _run_on_platform(which, choice, options, (_canonical(inputs), *rows))
 

@@ -11,7 +11,7 @@ H].
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +40,7 @@ def forward(
     q, k, v, sinks_N = inputs[:4]
     visited = _visited_key_blocks(options, blocks, inputs)
 
-    def attend(row: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+    def attend(row: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
         q_TNH, k_SKH, v_SKH, q_ids, kv_ids, visited = row
         row_inputs = Inputs(q_TNH, k_SKH, v_SKH, sinks_N, q_ids, kv_ids, inputs.shift)
         return _forward_row(options, blocks, row_inputs, visited)
@@ -62,7 +62,7 @@ def backward(
     q, k, v = inputs[:3]
     visited = _visited_key_blocks(options, blocks, inputs)
 
-    def differentiate(row: tuple[jax.Array, ...]) -> Gradients:
+    def differentiate(row: tuple[Any, ...]) -> Gradients:
         q_TNH, k_SKH, v_SKH, q_ids, kv_ids, visited, *rows = row
         row_inputs = Inputs(q_TNH, k_SKH, v_SKH, None, q_ids, kv_ids, inputs.shift)
         return _backward_row(options, blocks, row_inputs, visited, *rows)
@@ -231,10 +231,10 @@ def _scores(
         logits, slopes = options.softcap * capped, 1 - capped * capped
     q_block, kv_block = keys.q_block, keys.keys.shape[2]
     k_positions = j * kv_block + jnp.arange(kv_block)
-    no_ids = keys.q_ids is None or keys.kv_ids is None
-    ids = (None, None) if no_ids else (keys.q_ids[i], keys.kv_ids[j])
+    q_ids = None if keys.q_ids is None else keys.q_ids[i]
+    kv_ids = None if keys.kv_ids is None else keys.kv_ids[j]
     q_positions = keys.shift + i * q_block + jnp.arange(q_block)
-    mask = make_mask(options, q_positions, k_positions, *ids)
+    mask = make_mask(options, q_positions, k_positions, q_ids, kv_ids)
     if keys.kv_length % kv_block:
         in_row = k_positions < keys.kv_length
         mask = in_row if mask is None else mask & in_row

@@ -7,7 +7,7 @@ and the splits are merged at the end. Since they take turns along the sequence, 
 the prefix is short, and the loop ends with the longest row.
 """
 
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +54,7 @@ def decode_attention(
     sinks: jax.Array | None = None,
     scale: float | None = None,
 ) -> jax.Array:
-    """Returns softmax(scale q kᵀ) v over the slots 0 to positions_BT[b, t] of a cache: [B, T, N, H].
+    """Returns softmax(scale q kᵀ) v over slots 0 to positions_BT[b, t] of a cache: [B, T, N, H].
 
     A slot is a position. N is a multiple of K; dtype and H of the result are those of `q_BTNH` and
     `v_BSKH`. `window` (left, right), `softcap`, `sinks` [N] and `scale` are those of
@@ -68,8 +68,9 @@ def decode_attention(
     not agree, and for more queries than slots.
     """
     k_LBSKH, v_LBSKH = (k_BSKH[None], v_BSKH[None]) if layer is None else (k_BSKH, v_BSKH)
-    one_layer = [jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in (k_LBSKH, v_LBSKH)]
-    check_inputs(Inputs(q_BTNH, *cast("list[jax.Array]", one_layer), sinks))
+    k, v = (jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in (k_LBSKH, v_LBSKH))
+    # Only shapes and dtypes are checked.
+    check_inputs(Inputs(q_BTNH, cast(Any, k), cast(Any, v), sinks))
     options = make_options(q_BTNH.shape[3], True, window, softcap, scale)
     _check_cache(q_BTNH, k_LBSKH, positions_BT, layer)
     positions_BT = jnp.asarray(positions_BT, jnp.int32)

@@ -147,7 +147,8 @@ def visible_span(causal: bool, window: Window | None) -> Window:
 
 
 def _is_distance(x: Any) -> bool:
-    return x is None or (isinstance(x, numbers.Integral) and not isinstance(x, bool) and x >= 0)
+    is_integer = isinstance(x, numbers.Integral) and not isinstance(x, bool)
+    return x is None or (is_integer and int(x) >= 0)
 
 
 def _as_float32(x: Any) -> float:

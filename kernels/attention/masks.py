@@ -106,8 +106,9 @@ def query_blocks(
 
     This is `key_blocks` with queries and keys exchanged.
     """
-    mirrored = dataclasses.replace(options, left=options.right, right=options.left)
-    return key_blocks(mirrored, -shift, lengths[::-1], blocks[::-1], kv_ids_BS, q_ids_BT)
+    options = dataclasses.replace(options, left=options.right, right=options.left)
+    lengths, blocks = (lengths[1], lengths[0]), (blocks[1], blocks[0])
+    return key_blocks(options, -shift, lengths, blocks, kv_ids_BS, q_ids_BT)
 
 
 def full_key_blocks(
@@ -166,7 +167,7 @@ def full_query_blocks(
 ) -> BlockRange:
     """Returns the first run of full blocks in `visited`, the result of `query_blocks`."""
     options = dataclasses.replace(options, left=options.right, right=options.left)
-    lengths, blocks = lengths[::-1], blocks[::-1]
+    lengths, blocks = (lengths[1], lengths[0]), (blocks[1], blocks[0])
     return full_key_blocks(options, -shift, lengths, blocks, visited, kv_ids_BS, q_ids_BT)
 
 

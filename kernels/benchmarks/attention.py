@@ -1,12 +1,12 @@
-"""Times attention on the device at hand, beside the other implementations that run there, after
-checking its numbers.
+"""Checks attention's numbers on the device at hand, and times it beside what else runs there.
 
     python -m moe.kernels.benchmarks.attention --json=attention.json
-    python -m moe.kernels.benchmarks.attention --lengths 1024 2048 --heads=8 --kv_heads=8 --width=64 --dtype=float32
+    python -m moe.kernels.benchmarks.attention --lengths 1024 2048 --heads=8 --kv_heads=8 \\
+        --width=64 --dtype=float32
 
-TFLOP/s count the products that the mask leaves: 4 H for each pair of query and key that it sees
-forward, 10 H backward. Each number is the median of calls taken in turns with the others. On a CPU
-give small lengths.
+TFLOP/s count the products that the mask leaves: for each pair of a query and a key that it sees, 4
+H forward and 10 H backward. Each number is the median of calls taken in turns with the others. Give
+small lengths on a CPU.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -27,12 +27,14 @@ import numpy as np
 
 from moe.kernels.attention import Choice, choose, flash_attention
 
+Key = TypeVar("Key")
 Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 def masks(length: int) -> dict[str, dict[str, Any]]:
-    """The masks that are timed at a length, as keywords of flash_attention: causal, and at 16k
-    windows and packed documents.
+    """Returns the masks that are timed at a length, as keywords of flash_attention.
+
+    They are causal, and at 16k also windows and packed documents.
     """
     found: dict[str, dict[str, Any]] = {"causal": {"causal": True}}
     if length == 16_384:
@@ -45,15 +47,16 @@ def masks(length: int) -> dict[str, dict[str, Any]]:
 
 
 def visible_pairs(length: int, keywords: dict[str, Any]) -> int:
-    """Pairs of a query and a key that a causal mask of `masks` leaves."""
+    """Returns how many pairs of a query and a key a causal mask of `masks` leaves."""
     spans = [length // 8] * 8 if "q_segment_ids" in keywords else [length]
     left = keywords.get("window", (length, 0))[0]
     return sum(int(np.minimum(np.arange(span), left).sum()) + span for span in spans)
 
 
 def competitors(chip: str, keywords: dict[str, Any]) -> dict[str, Attention]:
-    """What else computes the same on this chip, by name: cuDNN or XLA through jax.nn, and on NVIDIA
-    GPUs tokamax and jax's own kernel.
+    """Returns what else computes the same on this chip, by name.
+
+    It is cuDNN or XLA through jax.nn, and on NVIDIA GPUs also tokamax and jax's own kernel.
     """
     plain = functools.partial(
         jax.nn.dot_product_attention,
@@ -82,8 +85,9 @@ def competitors(chip: str, keywords: dict[str, Any]) -> dict[str, Attention]:
 
 
 def check_numbers(implementation: Choice, shape: tuple[int, int, int], dtype: str) -> float:
-    """The largest difference from the float32 reference over its largest value, of outputs and
-    gradients. Raises ValueError above 2 %.
+    """Returns the largest difference from the float32 reference, over its largest value.
+
+    It compares outputs and gradients. Raises ValueError above 2 %.
     """
     arrays = random_arrays(512, shape, dtype)
     results = []
@@ -98,13 +102,14 @@ def check_numbers(implementation: Choice, shape: tuple[int, int, int], dtype: st
     )
     if not worst < 0.02:
         raise ValueError(
-            f"{implementation.name} differs from the reference by {worst:.1%}: its times mean nothing"
+            f"{implementation.name} differs from the reference by {worst:.1%}: "
+            "its times mean nothing"
         )
     return worst
 
 
 def random_arrays(length: int, shape: tuple[int, int, int], dtype: str) -> tuple[jax.Array, ...]:
-    """q, k, v and the gradient of the output for (N, K, H) and one row."""
+    """Returns q, k, v and the gradient of the output, of one row, for a shape (N, K, H)."""
     heads, kv_heads, width = shape
     keys = jax.random.split(jax.random.key(0), 4)
     heads_of = (heads, kv_heads, kv_heads, heads)
@@ -115,7 +120,7 @@ def random_arrays(length: int, shape: tuple[int, int, int], dtype: str) -> tuple
 
 
 def passes(attention: Attention, arrays: tuple[jax.Array, ...]) -> dict[str, Callable[[], Any]]:
-    """The forward pass, and the backward pass alone, compiled and run once."""
+    """Returns the forward pass, and the backward pass alone, compiled and run once."""
     q, k, v, g = arrays
     forward = jax.jit(attention)
     # The pullback is a pytree of what the forward pass keeps: jitted, it is the backward pass
@@ -128,9 +133,9 @@ def passes(attention: Attention, arrays: tuple[jax.Array, ...]) -> dict[str, Cal
     return calls
 
 
-def median_seconds(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """The median time of each call, taken in turns."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
+def median_seconds(calls: dict[Key, Callable[[], Any]], repeats: int) -> dict[Key, float]:
+    """Returns the median time of each call; the calls are taken in turns."""
+    times: dict[Key, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
             start = time.perf_counter()
@@ -147,8 +152,9 @@ def measure(
     repeats: int,
     name: str | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """A row for each mask, pass and implementation at one length."""
+    """Yields a row for each mask, pass and implementation at one length."""
     arrays = random_arrays(length, shape, dtype)
+    flops_of_pair = {"forward": 4, "backward": 10}
     for mask, keywords in masks(length).items():
         chosen = Choice(name) if name else choose(chip, *arrays[:3], **keywords)
         ours = functools.partial(flash_attention, implementation=chosen, **keywords)
@@ -167,7 +173,7 @@ def measure(
         seconds = median_seconds(calls, repeats)
         pairs = visible_pairs(length, keywords) * shape[0] * shape[2]
         for (name, which), time_s in seconds.items():
-            flops = {"forward": 4, "backward": 10}[which] * pairs
+            flops = flops_of_pair[which] * pairs
             yield {
                 "mask": mask,
                 "length": length,
@@ -182,7 +188,7 @@ def measure(
         )
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -206,7 +212,18 @@ def main() -> None:
     parser.add_argument(
         "--json", type=Path, help="where to write the rows, with the device and the versions"
     )
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def print_row(row: dict[str, Any]) -> None:
+    result = f"not run: {row.get('refused')}"
+    if "refused" not in row:
+        result = f"{row['pass']:8} {row['ms']:9.2f} ms {row['tflops']:7.2f} TFLOP/s"
+    print(f"{row['length']:>6} {row['mask']:12} {row['implementation']:20} {result}", flush=True)
+
+
+def main() -> None:
+    arguments = parse_arguments()
     shape = (arguments.heads, arguments.kv_heads, arguments.width)
     chip = jax.devices()[0].device_kind
     chosen = Choice(arguments.implementation) if arguments.implementation else None
@@ -215,24 +232,17 @@ def main() -> None:
         worst = check_numbers(chosen, shape, arguments.dtype)
     except ValueError as error:
         sys.exit(f"error: {error}")
+    sizes = f"N={shape[0]} K={shape[1]} H={shape[2]}"
     print(
-        f"{chosen.name} on {chip}, {arguments.dtype}, N={shape[0]} K={shape[1]} H={shape[2]}: at most {worst:.1e} from the reference"
+        f"{chosen.name} on {chip}, {arguments.dtype}, {sizes}: "
+        f"at most {worst:.1e} from the reference"
     )
     rows = []
+    name, repeats = arguments.implementation, arguments.repeats
     for length in arguments.lengths:
-        for row in measure(
-            chip, length, shape, arguments.dtype, arguments.repeats, arguments.implementation
-        ):
+        for row in measure(chip, length, shape, arguments.dtype, repeats, name):
             rows.append(row)
-            result = (
-                f"not run: {row['refused']}"
-                if "refused" in row
-                else f"{row['pass']:8} {row['ms']:9.2f} ms {row['tflops']:7.2f} TFLOP/s"
-            )
-            print(
-                f"{row['length']:>6} {row['mask']:12} {row['implementation']:20} {result}",
-                flush=True,
-            )
+            print_row(row)
     if arguments.json:
         versions = {"jax": jax.__version__, "python": sys.version.split()[0]}
         document = {

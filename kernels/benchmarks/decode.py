@@ -1,10 +1,9 @@
-"""How fast `decode_attention` is beside XLA's own attention with a mask, as a cache fills.
+"""Times `decode_attention` beside XLA's own attention with a mask, as a cache fills.
 
-Example:
     python -m moe.kernels.benchmarks.decode
 
-Prints, for each fill, the median over pairs of calls, one of each right after the other, of the
-ratio of their times.
+For each fill it takes pairs of calls, one of each right after the other, and prints the median of
+the ratio of their times.
 """
 
 import statistics
@@ -28,7 +27,7 @@ def masked_attention(
 
 
 def seconds(function: Callable[..., jax.Array], *arrays: jax.Array) -> float:
-    """Of one call, without its compilation: the mean of a few."""
+    """Returns the mean time of a few calls."""
     start = time.perf_counter()
     for _ in range(CALLS):
         function(*arrays).block_until_ready()
@@ -36,7 +35,7 @@ def seconds(function: Callable[..., jax.Array], *arrays: jax.Array) -> float:
 
 
 def benchmark(fill: float, dtype: str) -> str:
-    """A row of the table: how much of the cache is filled, the time, and the ratio."""
+    """Returns a row of the table: how much of the cache is filled, the time, and the ratio."""
     keys = jax.random.split(jax.random.key(0), 3)
     shapes = (BATCH, 1, HEADS, WIDTH), *[(BATCH, SLOTS, KV_HEADS, WIDTH)] * 2
     arrays = [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)]
@@ -56,7 +55,8 @@ def benchmark(fill: float, dtype: str) -> str:
 
 if __name__ == "__main__":
     print(
-        f"B={BATCH} S={SLOTS} N={HEADS} K={KV_HEADS} H={WIDTH}: time of a call, and how many times as fast it is as with a mask"
+        f"B={BATCH} S={SLOTS} N={HEADS} K={KV_HEADS} H={WIDTH}: "
+        "time of a call, and how many times as fast it is as with a mask"
     )
     for dtype in ("float32", "bfloat16"):
         for fill in (0.05, 0.5, 1.0):

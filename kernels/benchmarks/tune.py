@@ -1,24 +1,27 @@
-"""Finds the fastest sizes of blocks on the device at hand and adds them to the table, blocks.json.
+"""Finds the fastest sizes of blocks on the device at hand, and adds them to blocks.json.
 
     python -m moe.kernels.benchmarks.tune
     python -m moe.kernels.benchmarks.tune --dtypes float32 --widths 64 --lengths 1024 4096
 
-Each candidate's forward and backward pass is timed in turns with the others'. A size that does not
-compile (too large for the chip's memory, say) is left out. Calls that the table lacks take the
-sizes of a rule (choice.py). Interrupted, it keeps what it has found.
+It times the forward and the backward pass of each candidate, in turns with those of the others. A
+size that does not compile, perhaps because it is too large for the chip's memory, is left out.
+Calls that blocks.json lacks take the sizes of their implementation's rule (table.py). If the
+command is interrupted, it keeps what it has found.
 """
 
 import argparse
 import functools
 import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from moe.kernels.attention import Choice, choice, flash_attention
+from moe.kernels.attention import IMPLEMENTATIONS, Choice, choice, flash_attention
 from moe.kernels.attention.inputs import Options
+from moe.kernels.attention.table import Blocks
 from moe.kernels.benchmarks.attention import median_seconds, passes, random_arrays
 
 CANDIDATES = {
@@ -38,31 +41,29 @@ def fastest(
     arrays: tuple[jax.Array, ...],
     keywords: dict[str, Any],
     repeats: int,
-) -> tuple[tuple[int, int], float]:
-    """The sizes whose forward and backward pass take the least time, and that time over what the
-    rule's sizes take.
-    """
-    calls = {}
+) -> tuple[Blocks, float]:
+    """Returns the sizes that take the least time in both passes, and their time over the rule's."""
     length = arrays[0].shape[1]
-    rule = choice.with_blocks(Choice(name), options).blocks
-    sizes = {
-        tuple(min(size, length) for size in pair)
-        for pair in (*itertools.product(*CANDIDATES[name]), rule)
-    }
-    for blocks in sorted(sizes):
-        attention = functools.partial(
-            flash_attention, implementation=Choice(name, blocks), **keywords
-        )
+    rule = IMPLEMENTATIONS[name].blocks
+    assert rule is not None, f"{name} has no blocks to tune"
+    at_most_length = lambda blocks: (min(blocks[0], length), min(blocks[1], length))
+    candidates = [*itertools.product(*CANDIDATES[name]), rule(options)]
+    calls: dict[tuple[Blocks, str], Callable[[], Any]] = {}
+    for blocks in sorted({at_most_length(pair) for pair in candidates}):
+        choice = Choice(name, blocks)
+        attention = functools.partial(flash_attention, implementation=choice, **keywords)
         try:
-            calls |= {(blocks, which): call for which, call in passes(attention, arrays).items()}
+            timed = passes(attention, arrays)
         except (RuntimeError, ValueError) as error:
             print(f"  {blocks}: {str(error).splitlines()[0]}")
+        else:
+            calls |= {(blocks, which): call for which, call in timed.items()}
     seconds = median_seconds(calls, repeats)
     totals = {
         blocks: seconds[blocks, "forward"] + seconds[blocks, "backward"] for blocks, _ in calls
     }
     best = min(totals, key=totals.__getitem__)
-    return best, totals[best] / totals[tuple(min(size, length) for size in rule)]
+    return best, totals[best] / totals[at_most_length(rule(options))]
 
 
 def main() -> None:
@@ -90,18 +91,18 @@ def main() -> None:
         arguments.dtypes, arguments.widths, arguments.lengths, MASKS.items()
     ):
         arrays = random_arrays(length, (arguments.heads, arguments.kv_heads, width), dtype)
-        call = choice.describe(*arrays[:3], **keywords)
+        request = choice.describe(*arrays[:3], **keywords)
         name = choice.choose(chip, *arrays[:3], **keywords).name
         if name not in CANDIDATES:
             print(f"{mask}, {dtype}, H={width}, T={length}: {name} has no blocks to tune")
             continue
-        blocks, ratio = fastest(name, call.options, arrays, keywords, arguments.repeats)
+        blocks, ratio = fastest(name, request.options, arrays, keywords, arguments.repeats)
         print(
-            f"{choice.tuning_key(name, call)}: {blocks}, {ratio:.2f} times the time of the rule's",
+            f"{choice.tuning_key(name, request)}: {blocks}, {ratio:.2f} times the time of the rule's",
             flush=True,
         )
         table = json.loads(arguments.table.read_text(encoding="utf-8"))
-        table.setdefault(chip, {})[choice.tuning_key(name, call)] = blocks
+        table.setdefault(chip, {})[choice.tuning_key(name, request)] = blocks
         arguments.table.write_text(
             json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8"
         )

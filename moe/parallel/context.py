@@ -125,10 +125,19 @@ def ulysses_attention(
         heads = q.shape[2]
         first = jax.lax.axis_index(axis_name) * heads
         sinks = jax.lax.dynamic_slice_in_dim(sinks, first, heads)
-    mask = {"causal": causal, "window": window}
-    ids = {"q_segment_ids": segment_ids, "kv_segment_ids": segment_ids}
-    logits = {"softcap": softcap, "sinks": sinks, "scale": scale}
-    output = flash_attention(q, k, v, **mask, **ids, **logits, implementation=implementation)
+    output = flash_attention(
+        q,
+        k,
+        v,
+        causal=causal,
+        window=window,
+        q_segment_ids=segment_ids,
+        kv_segment_ids=segment_ids,
+        softcap=softcap,
+        sinks=sinks,
+        scale=scale,
+        implementation=implementation,
+    )
     return jax.lax.all_to_all(output, axis_name, split_axis=1, concat_axis=2, tiled=True)
 
 
@@ -161,11 +170,11 @@ Order = tuple[tuple[int, ...], ...]  # the chunks that each rank computes with
 
 
 class _ChunkPair(NamedTuple):
-    """The chunks of one call of the kernel by one rank; the numbers are traced inside a ring."""
+    """The chunks of one call of the kernel by one rank."""
 
-    q_index: int | jax.Array  # of a rank's chunks of queries
-    kv_index: int | jax.Array  # of its visitors' chunks of keys
-    shift: int | jax.Array  # from the first key to the first query, in tokens
+    q_index: jax.Array  # of a rank's chunks of queries
+    kv_index: jax.Array  # of its visitors' chunks of keys
+    shift: jax.Array  # from the first key to the first query, in tokens
 
 
 class RingStep(NamedTuple):
@@ -208,17 +217,18 @@ def ring_steps(options: Options, order: Order, length: int) -> list[RingStep]:
     needs fewer also makes calls in which its queries see nothing: they compute no block.
     """
 
-    def sees_nothing(call: _ChunkPair) -> bool:
+    def sees_nothing(call: tuple[int, int, int]) -> bool:
         # The smallest distances of a query from a key before it, and after it.
-        before, after = call.shift - (length - 1), -call.shift - (length - 1)
+        _, _, shift = call
+        before, after = shift - (length - 1), -shift - (length - 1)
         beyond_left = options.left is not None and before > options.left
         return beyond_left or (options.right is not None and after > options.right)
 
-    def calls_of_rank(rank: int, distance: int) -> list[_ChunkPair]:
+    def calls_of_rank(rank: int, distance: int) -> list[tuple[int, int, int]]:
         """Returns the calls between a rank's queries and its visitors, those it needs first."""
         queries, keys = enumerate(order[rank]), enumerate(order[rank - distance])
         calls = [
-            _ChunkPair(i, j, (q_chunk - kv_chunk) * length)
+            (i, j, (q_chunk - kv_chunk) * length)
             for (i, q_chunk), (j, kv_chunk) in itertools.product(queries, keys)
         ]
         return sorted(calls, key=sees_nothing)

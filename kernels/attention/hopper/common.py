@@ -136,7 +136,7 @@ def needs_mask(options: Options, kv_length: int, kv_block: int, ids: jax.Array |
 
 
 def prepare(blocks: tuple[int, int], ranges: jax.Array | None, inputs: Inputs) -> Operands:
-    """Returns operands: lengths padded to whole blocks and widths to multiples of 64, with zeros."""
+    """Returns operands, padded with zeros to whole blocks and to widths of multiples of 64."""
     q_block, kv_block = blocks
     shift = jnp.reshape(jnp.asarray(inputs.shift, jnp.int32), 1)
     q_ids, kv_ids = (

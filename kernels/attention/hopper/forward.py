@@ -183,6 +183,7 @@ def _forward_kernel(
         staged = (smem.q if smem.output is None else smem.output).at[warpgroup]
         accumulator = accumulator * to_columns(1 / safe_denominator, accumulator.shape)
         rounded = accumulator.astype(output.dtype)
+        rest = rounded
         # The remainder is computed before anything is stored, so that registers then hold two
         # halves of the output, and not all of it and a half.
         if remainders:

@@ -71,7 +71,7 @@ def backward(
             thread_name="warpgroup",
         ),
         compiler_params=common.PARAMS,
-    )(operands, dq_sums)
+    )(operands, dq_sums)  # pyright: ignore[reportCallIssue] JAX types it as a decorator
     dq = (jax.freeze(dq_sums) * options.scale).astype(inputs.q_BTNH.dtype)
     return without_padding(dq, dk, dv, inputs)
 

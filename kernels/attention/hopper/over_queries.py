@@ -246,6 +246,6 @@ def hide_index(index: Index, step: Index) -> Index:
     return index + jnp.minimum(step, 0)
 
 
-def to_rows(numbers: Ref, shape: tuple[int, int]) -> jax.Array:
+def to_rows(numbers: Ref, shape: tuple[int, ...]) -> jax.Array:
     """Broadcasts a number for each column, read from shared memory, to the rows of a matrix."""
     return jax.lax.broadcast_in_dim(plgpu.layout_cast(numbers[...], BY_COLUMN), shape, [1])

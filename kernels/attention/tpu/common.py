@@ -61,12 +61,16 @@ class Kernel(NamedTuple):
 
 
 def run_kernel(
-    static: StaticArgs, kernel: Kernel, visited: BlockRange, shift: jax.Array, *arrays: jax.Array
+    static: StaticArgs,
+    kernel: Kernel,
+    visited: BlockRange,
+    shift: jax.Array | int,
+    *arrays: jax.Array,
 ) -> Any:
     """Runs a kernel; the range of visited blocks and the shift are prefetched as scalars."""
     grid = kernel.grid
     pairs = math.prod(grid) * static.q_block * static.kv_block
-    read = sum(math.prod(x for x in spec.block_shape or () if x) for spec in kernel.in_specs)
+    read = sum(_block_size(spec) for spec in kernel.in_specs)
     # The compiler hides communication behind a kernel by this estimate. It counts more than a mask
     # leaves, and all that is read as if it were float32.
     cost = pl.CostEstimate(
@@ -91,6 +95,11 @@ def run_kernel(
         cost_estimate=cost,
     )
     return run(*visited, jnp.reshape(shift, 1), *arrays)
+
+
+def _block_size(spec: pl.BlockSpec) -> int:
+    """Returns how many numbers a block has; a dimension of None is left out of it."""
+    return math.prod(size for size in spec.block_shape or () if isinstance(size, int) and size)
 
 
 def prepare(

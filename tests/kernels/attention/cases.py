@@ -1,14 +1,21 @@
-"""Random calls of attention over all its options and odd shapes; what they should give, in float64;
-and what XLA's own formula gives.
+"""The cases that every implementation of attention goes through, and how each is checked.
+
+They are random calls over all options and odd shapes. `expected` computes what a call should give
+in float64, and `xla` what the same formula gives in XLA.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from moe.kernels.attention import Choice, choice, flash_attention
+
+SMALL = (128, 128)  # so that short sequences have several blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,3 +184,60 @@ def xla(
     lse = jnp.moveaxis(jax.nn.logsumexp(logits, axis=-1), 3, 1).reshape(q.shape[:3])
     nothing = ~jnp.any(seen, axis=-1, keepdims=True) & (sinks is None)
     return output, jnp.where(nothing, -jnp.inf, lse)
+
+
+def able_dtypes(name: str, case: Case, chip: str) -> list[str]:
+    """Returns the dtypes in which an implementation can do a case on a chip."""
+    able = []
+    for dtype in ("float32", "bfloat16", "float16"):
+        shapes = [None if x is None else jax.ShapeDtypeStruct(x.shape, dtype) for x in case.arrays]
+        keywords = {**case.keywords, "sinks": shapes.pop(), "return_lse": True}
+        if choice.why_not(name, *shapes, chip=chip, **keywords) is None:
+            able.append(dtype)
+    return able
+
+
+def check_seed(name: str, seed: int, chip: str, *, blocks: Any = SMALL, longest: int = 300) -> bool:
+    """Checks a random case in one dtype; returns False if the implementation cannot do it."""
+    case = random_case(seed, longest)
+    dtypes = able_dtypes(name, case, chip)
+    if dtypes:
+        check_numerics(case, Choice(name, blocks), dtypes[seed % len(dtypes)])
+    return bool(dtypes)
+
+
+def error(values: list[np.ndarray], wanted: list[np.ndarray]) -> list[float]:
+    """Returns root mean square differences; both must be infinite at the same places."""
+    for value, right in zip(values, wanted, strict=True):
+        np.testing.assert_array_equal(np.isfinite(value), np.isfinite(right))
+    finite = lambda x: np.where(np.isfinite(x), x, 0)
+    return [
+        float(np.sqrt(np.mean((finite(x) - finite(y)) ** 2)))
+        for x, y in zip(values, wanted, strict=True)
+    ]
+
+
+def flash(implementation, q, k, v, sinks, **keywords):
+    return flash_attention(
+        q, k, v, sinks=sinks, return_lse=True, implementation=implementation, **keywords
+    )
+
+
+def check_numerics(case: Case, implementation: Choice, dtype: str) -> None:
+    """Checks that errors from float64 are at most twice those of the same formula in XLA."""
+
+    def plain(q, k, v, sinks, **keywords):
+        # Without the barrier XLA would compute with the mask while it compiles.
+        seen = jax.lax.optimization_barrier(jnp.asarray(mask(case)))
+        return xla(q, k, v, sinks, seen, keywords.get("softcap"))
+
+    wanted, sizes = expected(case)
+    ours, theirs = (
+        error(evaluate(attention, case, dtype), wanted)
+        for attention in (functools.partial(flash, implementation), plain)
+    )
+    # The rounding of the results themselves is no error of either; nor, in float32, is that of a
+    # log-sum-exp of up to 8.
+    rounding = float(jnp.finfo(dtype).eps) * (8 if dtype == "float32" else 1)
+    for our, their, size in zip(ours, theirs, sizes, strict=True):
+        assert our <= 2 * max(their, rounding * size), (str(case), ours, theirs)

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from moe.kernels.attention import Choice, compute_delta, round_output
-from tests.kernels.attention.cases import Case, evaluate, expected, mask, xla
-from tests.kernels.attention.test_flash_attention import error, flash
+from tests.kernels.attention.cases import Case, error, evaluate, expected, flash, mask, xla
 
 
 def few_keys(keys: int, sinks: bool, dtype: str) -> Case:

@@ -1,5 +1,6 @@
-"""Attention against float64, over random calls; the work and the memory that it takes; and what bad
-input gets.
+"""Attention by hand and in float64; the blocks it visits, its memory, and what bad input gets.
+
+test_implementations.py holds every implementation against float64.
 """
 
 import functools
@@ -12,70 +13,7 @@ import pytest
 from moe.kernels.attention import Choice, flash_attention
 from moe.kernels.attention.inputs import Options, visible_span
 from moe.kernels.attention.masks import full_key_blocks, key_blocks, make_mask
-from tests.kernels.attention.cases import Case, evaluate, expected, mask, random_case, xla
-
-SMALL = (128, 128)  # so that short sequences have several blocks
-
-
-def error(values: list[np.ndarray], wanted: list[np.ndarray]) -> list[float]:
-    """Root mean square differences; where one is minus infinity the other is too."""
-    for value, right in zip(values, wanted, strict=True):
-        np.testing.assert_array_equal(np.isfinite(value), np.isfinite(right))
-    finite = lambda x: np.where(np.isfinite(x), x, 0)
-    return [
-        float(np.sqrt(np.mean((finite(x) - finite(y)) ** 2)))
-        for x, y in zip(values, wanted, strict=True)
-    ]
-
-
-def flash(implementation, q, k, v, sinks, **keywords):
-    return flash_attention(
-        q, k, v, sinks=sinks, return_lse=True, implementation=implementation, **keywords
-    )
-
-
-def check_numerics(case: Case, implementation: Choice, dtype: str) -> None:
-    def plain(q, k, v, sinks, **keywords):
-        seen = jax.lax.optimization_barrier(
-            jnp.asarray(mask(case))
-        )  # else compiling would be to compute with it
-        return xla(q, k, v, sinks, seen, keywords.get("softcap"))
-
-    wanted, sizes = expected(case)
-    ours, theirs = (
-        error(evaluate(attention, case, dtype), wanted)
-        for attention in (functools.partial(flash, implementation), plain)
-    )
-    # The results' own rounding is no error of either; nor, in float32, that of a log-sum-exp of up
-    # to 8.
-    rounding = float(jnp.finfo(dtype).eps) * (8 if dtype == "float32" else 1)
-    for our, their, size in zip(ours, theirs, sizes, strict=True):
-        assert our <= 2 * max(their, rounding * size), (str(case), ours, theirs)
-
-
-def dtype(implementation: str, seed: int) -> str:
-    dtypes = (
-        ("float32", "bfloat16") if implementation == "tpu" else ("float32", "bfloat16", "float16")
-    )
-    return dtypes[seed % len(dtypes)]
-
-
-@pytest.mark.parametrize("implementation", ["blockwise", "tpu"])
-@pytest.mark.parametrize("seed", range(5))
-def test_numerics(seed, implementation):
-    check_numerics(
-        random_case(seed, longest=300), Choice(implementation, SMALL), dtype(implementation, seed)
-    )
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("implementation", ["blockwise", "tpu"])
-@pytest.mark.parametrize("seed", range(5, 305))
-def test_numerics_of_300_calls(seed, implementation):
-    blocks, longest = (SMALL, 300) if seed % 2 else (None, 700)  # several blocks of either size
-    check_numerics(
-        random_case(seed, longest), Choice(implementation, blocks), dtype(implementation, seed)
-    )
+from tests.kernels.attention.cases import SMALL, evaluate, expected, flash, random_case
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -1,5 +1,6 @@
-"""The Hopper kernels: compiled ahead of time for H200 without spills, run by JAX's interpreter,
-and, where there is a GPU, on it.
+"""The Hopper kernels, compiled ahead of time for H200 without spills, and run by JAX's interpreter.
+
+test_implementations.py runs them where there is a GPU.
 """
 
 import os
@@ -10,10 +11,6 @@ from pathlib import Path
 
 import jax
 import pytest
-
-from moe.kernels.attention import Choice
-from tests.kernels.attention.cases import random_case
-from tests.kernels.attention.test_flash_attention import check_numerics
 
 ROOT = Path(__file__).parents[3]
 MASKS = {
@@ -155,13 +152,3 @@ def test_in_the_interpreter(which, kv_length):
     Or none, and whole blocks of keys, so that only queries fill up one.
     """
     assert "checked" in run(INTERPRET, which, str(kv_length), timeout=280)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", ["hopper", "hopper_fused"])
-@pytest.mark.parametrize("seed", range(20))
-def test_numerics_on_a_gpu(seed, name):
-    case = random_case(seed)
-    if name == "hopper_fused" and case.arrays[0].shape[3] > 128:
-        pytest.skip("it takes head widths of up to 128")
-    check_numerics(case, Choice(name), ("bfloat16", "float16")[seed % 2])

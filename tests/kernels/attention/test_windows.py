@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from moe.kernels.attention import Choice
-from tests.kernels.attention.cases import Case, evaluate, expected
-from tests.kernels.attention.test_flash_attention import flash
+from tests.kernels.attention.cases import Case, evaluate, expected, flash
 
 LIMITS = (None, 0, 1, 2, 7, 300)
 # One length lies between the two largest limits, and both are several blocks.
