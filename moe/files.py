@@ -15,7 +15,7 @@ _SECONDS = 1.0  # the wait after which a person wonders what is going on
 
 
 @contextlib.contextmanager
-def saying(text: str) -> Iterator[None]:
+def announce_wait(text: str) -> Iterator[None]:
     """Prints what is being waited for, if that takes more than a second."""
     timer = threading.Timer(_SECONDS, lambda: print(text, file=sys.stderr, flush=True))
     timer.daemon = True
@@ -27,7 +27,7 @@ def saying(text: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def exclusive(path: Path) -> Iterator[bool]:
+def hold_lock(path: Path) -> Iterator[bool]:
     """Holds the lock file `path`, after waiting for the process that has it.
 
     It yields False if the file system has no locks. A wait of more than a second prints who holds
@@ -53,7 +53,7 @@ def _lock(file: IO[str]) -> bool:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            with saying(f"waiting for {file.name}, which {_read_holder(file)} holds"):
+            with announce_wait(f"waiting for {file.name}, which {_read_holder(file)} holds"):
                 fcntl.flock(file, fcntl.LOCK_EX)
     except OSError:
         return False
@@ -76,7 +76,7 @@ def _write_holder(file: IO[str]) -> None:
 
 
 @contextlib.contextmanager
-def sole(path: Path) -> Iterator[str | None]:
+def try_lock(path: Path) -> Iterator[str | None]:
     """Tries to hold the lock file `path`, and yields the name of another process that holds it.
 
     It yields None if this process now holds the lock, and does not wait. The lock ends with its

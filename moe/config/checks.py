@@ -1,4 +1,4 @@
-"""Checks that the config's dataclasses share, and the error that they raise."""
+"""Defines the checks that all config dataclasses share, and the error that they raise."""
 
 import math
 import os
@@ -46,8 +46,8 @@ def without_none(declared: Any) -> Any:
 def check_types(config: object, *, wide: tuple[str, ...] = ()) -> None:
     """Raises ConfigError for a field whose value is not of the type that the field declares.
 
-    A string must be one of the options of its Literal. Numbers must be such as JAX computes with:
-    floats that are finite in float32, and integers of 32 bits. Only the fields `wide` may hold
+    A string must be one of the options of its Literal. JAX must be able to compute with a number:
+    a float is finite in float32, and an integer has 32 bits. Only the fields `wide` may hold
     larger integers.
     """
     for name, declared in typing.get_type_hints(type(config)).items():

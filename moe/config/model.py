@@ -1,4 +1,4 @@
-"""The config of the model and of its attention."""
+"""Configures the model and its attention."""
 
 import dataclasses
 import math
@@ -41,7 +41,10 @@ class AttentionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Describes a Transformer decoder: RMSNorm, rotary positions, grouped queries and SwiGLU."""
+    """Describes a Transformer: RMSNorm, rotary positions, grouped queries and SwiGLU.
+
+    Decoders and encoders read the same fields. The class of the model says which of them it is.
+    """
 
     vocab_size: int = BYTE_VOCABULARY  # the number of token ids that the model can read and predict
     num_layers: int = 4  # the number of Transformer layers

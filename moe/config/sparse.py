@@ -1,4 +1,4 @@
-"""The config of sparse layers: which layers have experts, and how tokens reach them."""
+"""Configures sparse layers: which layers have experts, and how tokens reach them."""
 
 import dataclasses
 from fractions import Fraction

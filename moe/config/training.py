@@ -1,4 +1,4 @@
-"""The config of the optimizer, of the training loop and of where metrics are written."""
+"""Configures the optimizer, the training loop and where metrics are written."""
 
 import dataclasses
 

@@ -25,7 +25,7 @@ from moe.data.packing import unpack
 from moe.data.shards import ShardCounts, ShardJob, decode_record, shard_name, write_shard
 from moe.data.sources import open_documents, source_name
 from moe.data.tokenizers import make_tokenizer
-from moe.files import exclusive, flush
+from moe.files import flush, hold_lock
 
 _FORMAT_VERSION = 1
 _DOCUMENTS_PER_SHARD = 256
@@ -80,11 +80,11 @@ class PreparedRows:
         except (RuntimeError, IndexError) as error:
             # Without this, a file that could not be opened once could never be read again.
             self.__dict__.pop("_readers", None)
-            raise _unreadable(path, str(error)) from error
+            raise _read_error(path, str(error)) from error
         try:
             return unpack(*decode_record(record, self.vocab_size), self.sequence_length)
         except (ValueError, IndexError, RuntimeError, AssertionError, ArithmeticError) as error:
-            raise _unreadable(path, f"row {index}: {error}") from error
+            raise _read_error(path, f"row {index}: {error}") from error
 
     def __reduce__(self) -> tuple[Any, ...]:
         return open_rows, (self.directory,)  # open files cannot be pickled
@@ -125,7 +125,7 @@ def prepare(config: DataConfig, split: str, num_workers: int | None = None) -> P
     fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     directory = config.path / "rows" / fingerprint
     if not directory.exists():
-        with exclusive(directory.with_suffix(".lock")) as has_lock:
+        with hold_lock(directory.with_suffix(".lock")) as has_lock:
             # Another process may have prepared the rows while this one waited for the lock.
             if not directory.exists():
                 _write(config, identity, directory, has_lock, num_workers)
@@ -165,7 +165,7 @@ def _is_consistent(rows: PreparedRows) -> bool:
     )
 
 
-def _unreadable(path: Path, reason: str) -> OSError:
+def _read_error(path: Path, reason: str) -> OSError:
     """Returns the error for a file from which a row could not be read.
 
     The reader does not tell damage from other failures, so this opens the file again. It is called

@@ -49,7 +49,7 @@ def generate(
             "give at least one prompt, each of one token or more"
         )
     check_tokens(prompts, model.config.vocab_size)
-    check_memory(model, len(prompts), int(lengths_B.max()), max_new_tokens)
+    check_cache_memory(model, len(prompts), int(lengths_B.max()), max_new_tokens)
     prompts_BT = np.zeros((len(prompts), lengths_B.max()), np.int32)
     for row_T, prompt in zip(prompts_BT, prompts, strict=True):
         row_T[: len(prompt)] = prompt
@@ -94,7 +94,7 @@ def check_tokens(prompts: Sequence[np.ndarray], vocab_size: int) -> None:
         )
 
 
-def check_memory(model: nn.Module, batch_size: int, length: int, max_new_tokens: int) -> None:
+def check_cache_memory(model: nn.Module, batch_size: int, length: int, max_new_tokens: int) -> None:
     """Raises ConfigError if the key/value cache does not fit in the memory of a device.
 
     For a CPU this is the memory of the whole machine.

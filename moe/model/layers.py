@@ -1,4 +1,4 @@
-"""The small modules inside a Block, and the one door that every weight matmul goes through."""
+"""Defines the small modules of a Block, and the `einsum` that multiplies by their weights."""
 
 import flax.linen as nn
 import jax
@@ -15,7 +15,9 @@ def einsum(
     dtype: jnp.dtype | type | None = None,
     precision: str | None = None,
 ) -> jax.Array:
-    """Multiplies activations by a weight. All weight matmuls but those of experts are this one.
+    """Multiplies activations by a weight, and sums the weight's gradient in float32.
+
+    All matmuls with weights go through here, except those of experts (`parallel.expert`).
 
     The product is taken in the activations' dtype, and the result has that dtype unless `dtype`
     is given. The weight's gradient has the weight's dtype, and is summed in float32 without being
@@ -161,9 +163,9 @@ def rotary_angles(positions_BT: jax.Array, head_dim: int, base: float) -> jax.Ar
 
 
 def rotate(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates the pairs (x_i, x_{i+H/2}) in float32 by angles that `cos` and `sin` are of.
+    """Rotates the pairs (x_i, x_{i+H/2}) in float32, each by its own angle.
 
-    These are [B, T, H/2].
+    `cos` and `sin` are the cosines and sines of the angles, [B, T, H/2].
     """
     # The rotation is done on [B, N, T, H], the order that attention multiplies in, so that one
     # copy both rotates and transposes.
@@ -174,7 +176,7 @@ def rotate(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 
 class FeedForward(nn.Module):
-    """The SwiGLU layer (Shazeer 2020, eq. 6): `(silu(x W_gate) * x W_up) W_down`."""
+    """Applies the SwiGLU layer (Shazeer 2020, eq. 6): `(silu(x W_gate) * x W_up) W_down`."""
 
     width: int
     output_scale: float = 1.0  # of the initial output

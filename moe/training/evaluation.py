@@ -1,4 +1,4 @@
-"""Evaluation of a model on a split, and the statistics of its routers."""
+"""Evaluates a model on a split, and summarises the statistics of its routers."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +15,7 @@ from moe.parallel.mesh import global_batch, host_rows
 from moe.training.train_step import Program
 from moe.workdir.tracking import read_metrics
 
-# The routers' statistics that an evaluation tells; a training step tells them all.
+# An evaluation reports these statistics of the routers. A training step reports all of them.
 _ROUTER_NAMES = ("max_vio", "load_entropy", "dropped_fraction")
 
 
@@ -56,8 +56,8 @@ def _sum_over_batches(
 def router_summary(router: Mapping[str, Any]) -> dict[str, float]:
     """Returns one number for each of the routers' statistics [L]; none for a dense model.
 
-    It is the mean over the sparse layers, but for `dead_experts`, whose sum it is, and
-    `bias_range`, whose largest value it is. `worst_max_vio` is the largest `max_vio`.
+    `dead_experts` is summed over the sparse layers, and `bias_range` is the largest one. All other
+    statistics are means over these layers. `worst_max_vio` is the largest `max_vio`.
     """
     reductions = {"dead_experts": np.sum, "bias_range": np.max}
     values = {

@@ -1,4 +1,4 @@
-"""What happens before the first step of a run, and before a saved run is used.
+"""Prepares a run for its first step, and a saved run for being used.
 
 A run is checked before anything is allocated. Then its lock is taken, and its state is made,
 restored, or started from another run's.
@@ -17,7 +17,7 @@ import numpy as np
 
 from moe.config import ConfigError, MeshConfig, RunConfig
 from moe.data.rows import Rows
-from moe.files import sole
+from moe.files import try_lock
 from moe.scaling.hardware import memory_bytes
 from moe.tasks import Task
 from moe.training.log import Record
@@ -34,7 +34,7 @@ from moe.workdir.tracking import MetricWriter, write_environment
 def check_memory(mesh: jax.sharding.Mesh, *trees: Any) -> None:
     """Raises ConfigError if arrays of these shapes and shardings exceed the devices' memory.
 
-    No array is made. What the memory of each device of `mesh` must hold is its shards.
+    No array is made. Each device of `mesh` must have room for its own shards.
     """
     devices = [
         device for device in mesh.devices.flat if device.process_index == jax.process_index()
@@ -69,13 +69,13 @@ def check_finite(checkpoint_path: Path, variables: Any) -> None:
 def lock_run(workdir: Path) -> Iterator[None]:
     """Makes this process the only one that writes the run.
 
-    Raises ConfigError if another process does. Of a run's own processes, only the first one holds
-    the lock.
+    Raises ConfigError if another process is writing it. Among a run's own processes, only the
+    first one holds the lock.
     """
     if jax.process_index() > 0:
         yield
         return
-    with sole(workdir / LOCK_FILE) as holder:
+    with try_lock(workdir / LOCK_FILE) as holder:
         if holder:
             raise ConfigError(
                 f"{workdir} is being written by {holder}: "
@@ -115,7 +115,8 @@ def first_state(
 def start_from(origin: Origin, workdir: Path, program: Program, state: TrainState) -> TrainState:
     """Returns a new run's state with the model's variables of another run's checkpoint.
 
-    `workdir` notes down which checkpoint that is.
+    It also writes down in `workdir` which checkpoint that is. Raises ConfigError if the checkpoint
+    holds numbers that are not finite.
     """
     variables = read_variables(origin, program.abstract_state)
     check_finite(origin.run / "checkpoints" / str(origin.step), variables)
@@ -140,7 +141,7 @@ def report_new_schedule(workdir: Path, config: RunConfig, state: TrainState) -> 
 def open_records(workdir: Path, config: RunConfig, program: Program, step: int) -> Iterator[Record]:
     """Yields the function that writes a step's metrics.
 
-    Of a run's processes, only the first one writes.
+    Among a run's processes, only the first one writes.
     """
     if jax.process_index() > 0:
         yield lambda step, metrics, layers=None, /: None

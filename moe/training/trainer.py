@@ -1,4 +1,4 @@
-"""fit() trains one run, from a checked config to its last checkpoint. It is the loop alone."""
+"""Holds `fit`, the loop that trains a run from a checked config to its last checkpoint."""
 
 import contextlib
 import math
@@ -38,18 +38,18 @@ _ADVICE = "lower optimizer.learning_rate, or look at the data"
 
 
 class Interrupted(Exception):
-    """SIGINT or SIGTERM arrived. The state is saved, and the same call goes on from there."""
+    """Says that SIGINT or SIGTERM arrived. The state is saved, and the same call resumes."""
 
 
 class Diverged(Exception):
-    """Training has failed: updates in a row were skipped, or the last validation is not finite.
+    """Says that updates in a row were skipped, or that the last validation is not finite.
 
     An update is skipped if its loss, its gradient or the parameters that it makes are not finite.
     """
 
 
 class _Run(NamedTuple):
-    """The open parts of a run while it trains."""
+    """Holds the open parts of a run while it trains."""
 
     config: RunConfig
     program: Program

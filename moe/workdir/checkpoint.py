@@ -20,7 +20,7 @@ from moe.workdir.checksum import checksums
 from moe.workdir.identity import (
     ABOUT_FILE,
     checkpoint_steps,
-    damaged,
+    damage_error,
     differing_fields,
     read_about,
     read_config,
@@ -291,7 +291,7 @@ def _restore(path: Path, arrays: dict[str, Any], abstract: Any) -> Any:
     state, found = call_orbax(read, lambda error: restore_error(path, error))
     for name, array in found.items():
         if array != arrays[name]:
-            raise damaged(path, f"{name} does not have the checksum that was saved")
+            raise damage_error(path, f"{name} does not have the checksum that was saved")
     return state
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from moe.config import ConfigError
-from moe.workdir.identity import ABOUT_FILE, damaged
+from moe.workdir.identity import ABOUT_FILE, damage_error
 
 # Orbax raises plain Exceptions where an array cannot be read, so no narrower class is enough around
 # its calls.
@@ -91,7 +91,7 @@ def restore_error(path: Path, error: Exception) -> Exception:
         return error
     if reason := _system_reason(error):
         return OSError(f"{path} cannot be read: {reason}")
-    return damaged(path, _first_cause(error))
+    return damage_error(path, _first_cause(error))
 
 
 def _first_cause(error: BaseException) -> str:

@@ -157,7 +157,7 @@ def read_router(workdir: Path, every: int = 1) -> Iterator[tuple[int, dict[str, 
 
 
 def write_environment(workdir: Path, attention: str) -> None:
-    """Appends a line to environment.jsonl: on what, and with which attention, this start runs."""
+    """Appends the machine, the packages and the attention of this start to environment.jsonl."""
     environment = {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
