@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-_SECONDS = 1.0  # the wait after which a person wonders what is going on
+_ANNOUNCE_AFTER = 1.0  # the seconds after which a person wonders what is going on
 
 
 @contextlib.contextmanager
 def announce_wait(text: str) -> Iterator[None]:
-    """Prints what is being waited for, if that takes more than a second."""
-    timer = threading.Timer(_SECONDS, lambda: print(text, file=sys.stderr, flush=True))
+    """Prints `text`, which says what is being waited for, if the wait exceeds a second."""
+    timer = threading.Timer(_ANNOUNCE_AFTER, lambda: print(text, file=sys.stderr, flush=True))
     timer.daemon = True
     timer.start()
     try:
@@ -28,11 +28,11 @@ def announce_wait(text: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def hold_lock(path: Path) -> Iterator[bool]:
-    """Holds the lock file `path`, after waiting for the process that has it.
+    """Holds the lock file `path`, and waits first while another process holds it.
 
-    It yields False if the file system has no locks. A wait of more than a second prints who holds
-    the lock. The lock ends with its process, even if that is killed. Raises OSError if the file
-    cannot be written.
+    It yields True if it has the lock, and False if the file system has no locks. A wait of more
+    than a second prints who holds the lock. The lock ends with its process, even if that is
+    killed. Raises OSError if the file cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -103,7 +103,7 @@ def try_lock(path: Path) -> Iterator[str | None]:
 def flush(path: Path) -> None:
     """Waits until a file or directory is on disk.
 
-    Whatever is renamed afterwards cannot be seen without it, even after a power cut.
+    A file that is flushed before it is renamed has its content even after a power cut.
     """
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
@@ -137,6 +137,6 @@ def open_whole(path: Path) -> Iterator[IO[bytes]]:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Writes a file, or leaves the one that is there as it is, as `open_whole` does."""
+    """Writes a file whole or, after an error, not at all, as `open_whole` does."""
     with open_whole(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)

@@ -110,7 +110,7 @@ def _check_float(name: str, value: float) -> None:
         )
 
 
-def computed(config: object, name: str) -> float:
+def as_computed(config: object, name: str) -> float:
     """Returns a field's value as a program computes with it: 0.999999999 is 1 in float32."""
     value = getattr(config, name)
     return as_float32(value) if isinstance(value, float) else value
@@ -119,7 +119,7 @@ def computed(config: object, name: str) -> float:
 def check_positive(config: object, *names: str) -> None:
     """Raises ConfigError for a field whose value is not above 0."""
     for name in names:
-        if not computed(config, name) > 0:
+        if not as_computed(config, name) > 0:
             value = getattr(config, name)
             raise ConfigError(f"{name}={value} must be positive: set {name} to more than 0")
 
@@ -127,7 +127,7 @@ def check_positive(config: object, *names: str) -> None:
 def check_not_negative(config: object, *names: str) -> None:
     """Raises ConfigError for a field whose value is below 0."""
     for name in names:
-        if not computed(config, name) >= 0:
+        if not as_computed(config, name) >= 0:
             value = getattr(config, name)
             raise ConfigError(f"{name}={value} must not be negative: set {name} to 0 or more")
 
@@ -135,7 +135,7 @@ def check_not_negative(config: object, *names: str) -> None:
 def check_range(config: object, low: float, high: float, *names: str) -> None:
     """Raises ConfigError for a field whose value is below `low` or above `high`."""
     for name in names:
-        if not low <= computed(config, name) <= high:
+        if not low <= as_computed(config, name) <= high:
             value = show(getattr(config, name))
             raise ConfigError(
                 f"{name}={value} is out of range: set {name} between {low} and {high}"

@@ -7,10 +7,10 @@ from typing import Literal
 from moe.config.checks import (
     LARGEST_INT,
     ConfigError,
+    as_computed,
     check_positive,
     check_range,
     check_types,
-    computed,
     nearest_divisors,
 )
 from moe.config.data import BYTE_VOCABULARY
@@ -81,7 +81,7 @@ class ModelConfig:
         )
         check_positive(self, "head_dim", "rope_base", "norm_epsilon")
         check_range(self, 1, MAX_LAYERS, "num_layers")
-        if not computed(self, "rope_base") >= 1:
+        if not as_computed(self, "rope_base") >= 1:
             raise ConfigError(
                 f"rope_base={self.rope_base} turns later pairs faster than the first: "
                 "set rope_base to 1.0 or more"

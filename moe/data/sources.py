@@ -97,8 +97,8 @@ def open_documents(config: DataConfig, split: str) -> Documents:
     _check_text(config, builder)
     if not _is_prepared(builder):
         with hold_lock(config.path / "tfds" / f"{builder.name}.lock") as has_lock:
-            # What killed processes have left is deleted. Without a lock, another process may be
-            # writing there right now.
+            # Killed processes may have left directories, which are deleted here. Without a lock,
+            # another process may still be writing to them.
             if has_lock:
                 for stale in Path(builder.data_dir).parent.glob("incomplete.*"):
                     shutil.rmtree(stale, ignore_errors=True)
@@ -183,7 +183,7 @@ def _is_prepared(builder: "tfds.core.DatasetBuilder") -> bool:
 
 
 def _download_and_prepare(config: DataConfig) -> "tfds.core.DatasetBuilder":
-    """Returns the builder of a data set that it has prepared. Raises OSError if that fails."""
+    """Returns the builder of a data set after preparing it. Raises OSError if that fails."""
     builder = _builder(config)
     if _is_prepared(builder):  # another process has done so while this one waited for the lock
         return builder
@@ -197,7 +197,7 @@ def _download_and_prepare(config: DataConfig) -> "tfds.core.DatasetBuilder":
             builder.download_and_prepare()
     except (ImportError, OSError, ValueError, AssertionError) as error:
         builder = _builder(config)
-        # If it is prepared now, another host was quicker, which need not see this host's lock.
+        # If it is prepared now, another host was quicker: hosts need not see each other's locks.
         if not _is_prepared(builder):
             reason = str(error).split("\n")[0]
             raise OSError(

@@ -120,9 +120,9 @@ def unstack_layers(params: Params, config: ModelConfig) -> list[Params]:
 
 
 def stack_layers(layers: list[Params], config: ModelConfig) -> Params:
-    """Returns the stacks of `config.layer_groups` by name: the inverse of `unstack_layers`.
+    """Returns the stacks of `config.layer_groups` by name. It is the inverse of `unstack_layers`.
 
-    The two with different configs change how layers are grouped.
+    With another config than `unstack_layers` was given, it regroups the layers.
     """
     groups: Params = {}
     for group, (kinds, repeats) in enumerate(config.layer_groups):

@@ -1,5 +1,7 @@
 """Defines the small modules of a Block, and the `einsum` that multiplies by their weights."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -24,6 +26,7 @@ def einsum(
     rounded to the activations' dtype on the way. TPUs and GPUs round float32 operands before they
     multiply them; the `precision` "highest" forbids that.
     """
+    # jax.custom_vjp hides the types of its function from a type checker, so this one shows them.
     return _einsum(equation, x, w, dtype, precision)
 
 
@@ -77,24 +80,18 @@ def _einsum_backward(
 _einsum.defvjp(_einsum_forward, _einsum_backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def look_up(dtype: str, table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
     """Returns the table's row of each id in `dtype`, [B, T, D]; NaN for an id outside [0, V).
 
     The table's gradient has the table's dtype and is summed in float32: in bfloat16 a sum of many
     equal terms stops growing at 256 of them.
     """
-    return _look_up(dtype, table_VD, ids_BT)
-
-
-def _gather_rows(dtype: str, table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
     # The table is gathered over fsdp first, as every weight is. Looking up in a table that is
     # split along D would move activations instead.
     table_VD = constrain(table_VD.astype(dtype), "V-")
     rows_BT = _row_numbers(ids_BT, table_VD)
     return table_VD.at[rows_BT].get(mode="fill", fill_value=jnp.nan)
-
-
-_look_up = jax.custom_vjp(_gather_rows, nondiff_argnums=(0,))
 
 
 def _row_numbers(ids_BT: jax.Array, table_VD: jax.Array) -> jax.Array:
@@ -105,7 +102,7 @@ def _row_numbers(ids_BT: jax.Array, table_VD: jax.Array) -> jax.Array:
 def _look_up_forward(
     dtype: str, table_VD: jax.Array, ids_BT: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _gather_rows(dtype, table_VD, ids_BT), (table_VD, ids_BT)
+    return look_up(dtype, table_VD, ids_BT), (table_VD, ids_BT)
 
 
 def _look_up_backward(
@@ -121,7 +118,7 @@ def _look_up_backward(
     return constrain(grad_VD, "V-").astype(table_VD.dtype), None
 
 
-_look_up.defvjp(_look_up_forward, _look_up_backward)
+look_up.defvjp(_look_up_forward, _look_up_backward)
 
 
 def check_static(name: str, shape: tuple[int, ...]) -> None:

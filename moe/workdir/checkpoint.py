@@ -38,7 +38,8 @@ from moe.workdir.orbax_errors import (
 # Orbax measures a save by the wall clock and gives up after 20 minutes. A clock that is corrected
 # meanwhile would end the save, so the limit is out of reach.
 _SAVE_TIMEOUT = 10**9
-# How often a reader follows a live run that replaces its checkpoint faster than it can be read.
+# A live run may replace its latest checkpoint while it is read. A reader then tries the newer one,
+# at most this many times.
 _MAX_RETRIES = 10
 
 
@@ -176,7 +177,8 @@ def save(checkpoints: Checkpoints, config: RunConfig, rows_sha256: str, state: A
     """Starts writing a train state, which may be donated as soon as this returns.
 
     A state that is saved already is not written again. Raises ConfigError if the directory holds
-    another state of this step, or a later step, which a resumed run would take instead.
+    another state of this step, or a later step: a resumed run would take that one instead. Raises
+    OSError if this checkpoint or the one before it cannot be written.
     """
     checkpoints.wait()
     step, latest = int(state.step), checkpoints.latest_step()
@@ -298,7 +300,7 @@ def _restore(path: Path, arrays: dict[str, Any], abstract: Any) -> Any:
 def check_leaves(path: Path, saved: dict[str, Any], expected: Any) -> None:
     """Raises ConfigError for the first leaf that differs between a checkpoint and `expected`.
 
-    Leaves differ if only one side has them, or if their shape or dtype is another.
+    Leaves differ if only one side has them, or if their shapes or dtypes differ.
     """
     has = {name: f"{array['dtype']}{array['shape']}" for name, array in saved.items()}
     wants = {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in _named_leaves(expected)}

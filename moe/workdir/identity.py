@@ -87,7 +87,7 @@ def read_about(path: Path) -> dict[str, Any]:
 def damage_error(path: Path, reason: str) -> ConfigError:
     """Returns the error for a checkpoint whose bytes were read and are wrong.
 
-    It is never used for a file that the system refused to read, because deleting would not help.
+    For a file that the system refused to read, its advice would be wrong: deleting does not help.
     """
     earlier = [step for step in checkpoint_steps(path.parent) if step < int(path.name)]
     advice = (
