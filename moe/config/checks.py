@@ -160,7 +160,7 @@ def check_path(name: str, path: str) -> None:
 def expand_path(name: str, path: str) -> str:
     """Returns a checked path with its ~ replaced by the home directory.
 
-    Every path of a config or a flag is expanded here, so that all of them are read alike.
+    All paths of configs and flags are expanded here, so that ~ means the same in each.
     """
     check_path(name, path)
     expanded = os.path.expanduser(path)

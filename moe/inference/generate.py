@@ -214,9 +214,9 @@ def keep_likeliest(logits_BV: jax.Array, top_k: int, top_p: float) -> jax.Array:
     sorted_BK, ids_BK = jax.lax.top_k(logits_BV, min(top_k or vocab_size, vocab_size))
     probs_BK = jax.nn.softmax(sorted_BK, axis=-1)
     mass_before_BK = jnp.cumsum(probs_BK, axis=-1) - probs_BK
-    # The nucleus ends with the token whose mass reaches top_p. A mass that is exactly top_p would
-    # miss it by about 1e-7 because probabilities are rounded, hence the margin. "<=" keeps the
-    # first token even if float32 turns top_p into 0.
+    # The nucleus ends with the token whose mass reaches top_p. Rounded probabilities can miss
+    # top_p by about 1e-7 where the exact ones reach it, so the comparison has a margin. With "<="
+    # the first token is inside even if float32 turns top_p into 0.
     is_inside_BK = (mass_before_BK <= top_p * (1 - 1e-6)) | (top_p == 1)
     likeliest_BK = jnp.where(is_inside_BK, sorted_BK, -jnp.inf)
     rows_B1 = jnp.arange(logits_BV.shape[0])[:, None]

@@ -119,8 +119,8 @@ class CrossAttention(nn.Module):
         query_BTNH = constrain(einsum("BTD,DNH->BTNH", x_BTD, weights.query_DNH), "BTNH")
         memory, segment_ids_BT = tokens.memory, tokens.segment_ids_BT
         if memory is not None and segment_ids_BT is not None:
-            # Keys and values are computed where the memory's tokens lie, which the context axis
-            # splits as it does all tokens; hence "T" and not "S".
+            # Keys and values are computed on the devices that hold the memory's tokens. The context
+            # axis splits these tokens too, so their dimension is written "T": RULES have no "S".
             key_BSKH, value_BSKH = (
                 constrain(einsum("BSD,DKH->BSKH", memory.hidden_BSD, w_DKH), "BTKH")
                 for w_DKH in (weights.key_DKH, weights.value_DKH)

@@ -110,8 +110,9 @@ def run_experts(
     batch, length, dim = x_BTD.shape
     if not batch * length:
         return x_BTD, jnp.zeros((batch, length), jnp.float32)
-    # If the context axis splits rows, an expert cannot take more of a part than the part has. There
-    # is at least one slot, since nothing can be gathered from no rows.
+    # If the context axis splits rows, `length` is that of a part, and an expert cannot take more
+    # tokens than the part has. There is at least one slot, since an empty array cannot be gathered
+    # from.
     slots_per_row = max(1, min(capacity, length))
     run = choose_strategy(config, batch * slots_per_row)
     x_ND, experts_NA, weights_NA = (

@@ -61,7 +61,8 @@ class MoE(nn.Module):
         else:
             # Padding may hold anything. A NaN there would reach the weights' gradients as 0 * NaN.
             x_BTD = jnp.where(tokens.mask_BT[..., None], x_BTD, jnp.zeros((), x_BTD.dtype))
-        # The router reads each row's limit off this table, and dispatch makes room for a full row.
+        # The router reads each row's limit from this table. Its last entry is the limit of a row
+        # without padding, which dispatch makes room for.
         limited = c.dispatch == "capacity" or c.router == "expert_choice"
         capacities = routing.capacity_table(c, length) if limited else None
         routed = self._route(x_BTD, tokens, capacities)
@@ -135,8 +136,8 @@ class MoE(nn.Module):
             )
             logits_BTE = constrain(logits_BTE, "BTE")
         bias_E = None
-        # Biases that were trained steer the choice wherever they are given, even if the config no
-        # longer moves them.
+        # Trained biases steer the choice whenever the caller gives them, even if this config does
+        # not update them.
         if c.bias_update_rate or self.has_variable("router_state", "bias"):
             bias_E = self.variable(
                 "router_state", "bias", jnp.zeros, (c.num_experts,), jnp.float32

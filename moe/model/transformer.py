@@ -209,7 +209,7 @@ class EncoderDecoder(nn.Module):
 
     @on_auto_axes(output_specs)
     def encode(self, batch: Batch) -> Output:
-        """Returns the encoder's output alone. It reads the fields that start with `encoder_`."""
+        """Returns the encoder's output alone, from the fields that start with `encoder_`."""
         encoder_batch = _encoder_batch(batch)
         check_static("encoder_tokens", encoder_batch["tokens"].shape)
         tokens = TokenInfo.from_batch(encoder_batch, self.encoder_config)

@@ -22,8 +22,9 @@ _ROUTER_NAMES = ("max_vio", "load_entropy", "dropped_fraction")
 def evaluate(config: RunConfig, program: Program, variables: Any, rows: Rows) -> dict[str, float]:
     """Evaluates a model on the first `config.train.eval_batches` batches of a split (0: on all).
 
-    Returns the task's metrics and scores. A model with sparse layers has three means over these
-    layers as well, of the load over all batches: `max_vio`, `load_entropy`, `dropped_fraction`.
+    Returns the task's metrics and scores. For a model with sparse layers it also returns
+    `max_vio`, `load_entropy` and `dropped_fraction`: each is computed from a layer's sums over all
+    batches, and is the mean over these layers.
     """
     sums = _sum_over_batches(config, program, variables, rows)
     metrics = program.task.metrics(sums)

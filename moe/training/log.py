@@ -105,7 +105,7 @@ class Log:
     def _rates(self) -> dict[str, float]:
         """Returns the speeds since the clock was restarted, and restarts it.
 
-        There are none if no step has ended since.
+        The result is empty if no step has ended since then.
         """
         if self._started is None or not self._steps:
             return {}

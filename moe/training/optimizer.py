@@ -10,7 +10,7 @@ import optax
 from moe.config import OptimizerConfig, RunConfig
 from moe.parameters import map_declared
 
-# Norms and embeddings keep their scale: only what multiplies activations decays.
+# Only matrices that multiply activations decay. Norms and embeddings keep their scale.
 DECAYED_KINDS = ("linear", "router", "unembedding")
 
 

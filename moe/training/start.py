@@ -55,7 +55,7 @@ def check_memory(mesh: jax.sharding.Mesh, *trees: Any) -> None:
 
 
 def check_finite(checkpoint_path: Path, variables: Any) -> None:
-    """Raises ConfigError naming the first of a checkpoint's variables with NaN or an infinity."""
+    """Raises ConfigError for the first variable of a checkpoint with NaN or an infinity."""
     for keys, leaf in jax.tree_util.tree_flatten_with_path(variables)[0]:
         if not jax.numpy.isfinite(leaf).all():
             name = jax.tree_util.keystr(keys, simple=True, separator="/")
@@ -96,7 +96,7 @@ def first_state(
     """Returns the state of the run's latest checkpoint, or that of a new run.
 
     The checkpoint must have been trained on these rows. A new run takes its model's variables from
-    `origin`, if there is one, and saves them: after that the other run is not needed.
+    `origin`, if there is one. It saves them at once, so that the other run is not needed later.
     """
     latest = checkpoints.latest_step()
     if latest is not None:
@@ -159,8 +159,8 @@ def load_run(
     """Returns the config, program, model variables and step of a run's checkpoint.
 
     The checkpoint is the latest one if `step` is None. A run of a custom task needs its `task`.
-    Parameters are split over as many of this machine's devices as divide them, however the run
-    was laid out. Raises ConfigError if there is no such run or step.
+    The mesh of the run does not matter: parameters are split over as many devices here as divide
+    the model's width. Raises ConfigError if there is no such run or step.
     """
     config = read_config(workdir)
     devices = jax.device_count()

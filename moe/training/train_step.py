@@ -167,8 +167,8 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Makes the pure function (state, batch) -> (state, metrics) of one step.
 
-    The loss is the sum over all microbatches' targets, divided by the number of these targets, so
-    accumulation changes nothing but memory. An update is skipped and counted if its loss, its
+    The loss is a mean over the targets of all microbatches together, so accumulation changes only
+    how much memory a step needs. An update is skipped and counted if its loss, its
     gradient or the parameters that it makes are not finite.
     """
     schedule = make_schedule(config)
@@ -203,9 +203,10 @@ def _update(
     sums: losses.Sums,
     is_finite: jax.Array,
 ) -> TrainState:
-    """Returns the state after a step. `is_finite` says whether its loss and gradient are finite.
+    """Returns the state after a step, whose update is skipped if anything is not finite.
 
-    If they or the new parameters are not, the step is counted and changes nothing else.
+    `is_finite` says whether the loss and the gradient are finite; here the new parameters are
+    tested too. A skipped update is counted, and changes nothing else.
     """
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -243,9 +244,9 @@ def row_keys(config: RunConfig, examples: LargeCount) -> jax.Array:
 def _update_biases(
     config: RunConfig, router_state: Any, router_sums: losses.RouterStats | None
 ) -> Any:
-    """Moves the router's biases by the whole batch's load [L, E].
+    """Returns the router's biases, moved by the whole batch's load [L, E].
 
-    Each kind of sparse layer has its biases [repeats, E].
+    Each kind of sparse layer has its own array of biases [repeats, E].
     """
     biases, structure = jax.tree.flatten(router_state)
     if router_sums is None or not biases:

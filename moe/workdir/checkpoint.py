@@ -121,7 +121,7 @@ class Checkpoints:
             self._delete_old_ones()
 
     def _delete_old_ones(self) -> None:
-        """Deletes checkpoints that are not to be kept, and the remains of killed processes."""
+        """Deletes checkpoints that the config does not keep, and unfinished ones."""
         train = self.config.train
         old = [
             step

@@ -111,8 +111,8 @@ def _system_reason(error: BaseException | None) -> str:
         if isinstance(error, OSError) and error.strerror and error.errno != errno.ENOENT:
             return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
         # TensorStore writes the number of the system's error into its message.
-        told = re.search(r"os_error_code='(\d+)'", str(error))
-        if told and int(told[1]) != errno.ENOENT:
-            return os.strerror(int(told[1]))
+        match = re.search(r"os_error_code='(\d+)'", str(error))
+        if match and int(match[1]) != errno.ENOENT:
+            return os.strerror(int(match[1]))
         error = error.__cause__ or error.__context__
     return ""
