@@ -18,7 +18,7 @@ from launch.config_file import ConfigFileErrors, check_config_file
 from launch.help_text import config_fields, help_text
 from moe.config import ConfigError, RunConfig
 from moe.config.checks import expand_path, show
-from moe.files import saying
+from moe.files import announce_wait
 from moe.training.progress import Stream
 
 # Exit codes. 0 means done. 1 means a bug or a broken machine, with a traceback.
@@ -178,7 +178,7 @@ def _config_of(argv: list[str], path: str) -> RunConfig:
     _check_config_flags(argv, path)
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, flag_values=values, sys_argv=argv)
-    with saying(f"reading {path}"), ConfigFileErrors(path):
+    with announce_wait(f"reading {path}"), ConfigFileErrors(path):
         values(argv, known_only=True)
         getattr(values.config, "lock", None)
     return read_run_config(values.config)
@@ -192,7 +192,7 @@ def _check_config_flags(argv: list[str], path: str | None) -> None:
     if not path:
         raise ConfigError("--config is missing: set --config to a config file")
     names = [name.removeprefix("config.") for name, _ in config_fields(RunConfig())]
-    with saying(f"reading {path}"):
+    with announce_wait(f"reading {path}"):
         check_config_file(path)
     for changed in filter(
         None, (re.match(r"--?(?:no)?config\.([^=]*)", argument) for argument in argv)
@@ -204,7 +204,7 @@ def _check_config_flags(argv: list[str], path: str | None) -> None:
 
 
 def _parse_flags(argv: list[str], config_path: str | None) -> list[str]:
-    with saying(f"reading {config_path}"), ConfigFileErrors(config_path or "--config"):
+    with announce_wait(f"reading {config_path}"), ConfigFileErrors(config_path or "--config"):
         rest = flags.FLAGS(argv)
         if config_path:
             # config_flags keeps an OSError of get_config() back until an attribute is read.

@@ -1,4 +1,4 @@
-"""Dense and sparse Transformers in JAX.
+"""Provides dense and sparse Transformers in JAX.
 
     from moe import ModelConfig, MoE, MoEConfig, Transformer
 

@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-_SECONDS = 1.0  # the wait after which a person wonders what is going on
+_ANNOUNCE_AFTER = 1.0  # the seconds after which a person wonders what is going on
 
 
 @contextlib.contextmanager
-def saying(text: str) -> Iterator[None]:
-    """Prints what is being waited for, if that takes more than a second."""
-    timer = threading.Timer(_SECONDS, lambda: print(text, file=sys.stderr, flush=True))
+def announce_wait(text: str) -> Iterator[None]:
+    """Prints `text`, which says what is being waited for, if the wait exceeds a second."""
+    timer = threading.Timer(_ANNOUNCE_AFTER, lambda: print(text, file=sys.stderr, flush=True))
     timer.daemon = True
     timer.start()
     try:
@@ -27,12 +27,12 @@ def saying(text: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def exclusive(path: Path) -> Iterator[bool]:
-    """Holds the lock file `path`, after waiting for the process that has it.
+def hold_lock(path: Path) -> Iterator[bool]:
+    """Holds the lock file `path`, and waits first while another process holds it.
 
-    It yields False if the file system has no locks. A wait of more than a second prints who holds
-    the lock. The lock ends with its process, even if that is killed. Raises OSError if the file
-    cannot be written.
+    It yields True if it has the lock, and False if the file system has no locks. A wait of more
+    than a second prints who holds the lock. The lock ends with its process, even if that is
+    killed. Raises OSError if the file cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ def _lock(file: IO[str]) -> bool:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            with saying(f"waiting for {file.name}, which {_read_holder(file)} holds"):
+            with announce_wait(f"waiting for {file.name}, which {_read_holder(file)} holds"):
                 fcntl.flock(file, fcntl.LOCK_EX)
     except OSError:
         return False
@@ -76,7 +76,7 @@ def _write_holder(file: IO[str]) -> None:
 
 
 @contextlib.contextmanager
-def sole(path: Path) -> Iterator[str | None]:
+def try_lock(path: Path) -> Iterator[str | None]:
     """Tries to hold the lock file `path`, and yields the name of another process that holds it.
 
     It yields None if this process now holds the lock, and does not wait. The lock ends with its
@@ -103,7 +103,7 @@ def sole(path: Path) -> Iterator[str | None]:
 def flush(path: Path) -> None:
     """Waits until a file or directory is on disk.
 
-    Whatever is renamed afterwards cannot be seen without it, even after a power cut.
+    A file that is flushed before it is renamed has its content even after a power cut.
     """
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
@@ -137,6 +137,6 @@ def open_whole(path: Path) -> Iterator[IO[bytes]]:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Writes a file, or leaves the one that is there as it is, as `open_whole` does."""
+    """Writes a file whole or, after an error, not at all, as `open_whole` does."""
     with open_whole(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)

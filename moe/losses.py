@@ -1,4 +1,4 @@
-"""Losses and statistics as sums and counts.
+"""Computes losses and statistics as sums and counts.
 
 Sums add up over microbatches and shards. This file alone divides them, once, by global counts.
 """
@@ -18,9 +18,9 @@ Sums = dict[str, Any]
 
 
 class RouterStats(NamedTuple):
-    """What a router did with a batch, as float32 sums over its tokens.
+    """Says what a router did with a batch, as float32 sums over its tokens.
 
-    A sparse layer returns scalars and `load` [E]. `router_sums` stacks the layers: [L] and [L, E].
+    A sparse layer returns scalars and `load` [E], which `in_layer_order` stacks to [L] and [L, E].
     `metrics` reports the sums of losses and the means of properties under the same names.
     """
 
@@ -38,20 +38,12 @@ class RouterStats(NamedTuple):
 MEANS = ("balance_loss", "z_loss", "logit_norm", "router_entropy", "top1_margin")
 
 
-def router_sums(stats: Any) -> RouterStats | None:
-    """Stacks the statistics of a model's sparse layers, in layer order; None for a dense model.
-
-    `stats[group][kind]` holds the RouterStats of one kind of layer, stacked over the group's
-    repeats, and nothing for a dense layer.
-    """
-    return in_layer_order(stats)
-
-
 def in_layer_order(groups: Any) -> Any:
-    """Stacks what a model returns for some of its layers to arrays [L, ...], in layer order.
+    """Stacks the statistics or captured arrays of a model's layers to [L, ...], in layer order.
 
-    `groups[group][kind]` is a pytree of arrays [repeats, ...]. Empty ones are left out, and the
-    result is None if all are empty.
+    `groups[group][kind]` is a pytree of arrays [repeats, ...], as in `Output.stats` and
+    `Output.captured`. Layers that have nothing, as dense layers have no statistics, are left out.
+    The result is None if no layer has anything.
     """
     stacks = []
     for group in groups:
@@ -142,7 +134,7 @@ def cross_entropy_sum(
     length = targets_BT.shape[1]
     if not length:
         return jnp.zeros((), jnp.float32)
-    # The same number of chunks, but of nearly equal sizes, so that less of the last is padding.
+    # The chunks get nearly equal sizes, so that the last one needs less padding.
     num_chunks = -(-length // chunk)
     chunk = -(-length // num_chunks)
     if chunk == length:

@@ -20,7 +20,7 @@ Kind = Literal["linear", "router", "embedding", "unembedding", "norm"]
 
 
 class Declared(struct.PyTreeNode, meta.AxisMetadata):
-    """A parameter together with its declaration.
+    """Holds a parameter together with its declaration.
 
     This is a box, as Flax calls a leaf that wraps an array. Flax unboxes it before a module sees
     the array.
@@ -63,7 +63,7 @@ def parameter(
 
     A norm's scale starts at one. Any other parameter starts as a normal draw with the standard
     deviation `scale / sqrt(fan_in)`, truncated at three of these (LeCun et al. 1998). `fan_in` is
-    the number of products that one output sums.
+    the number of products that one output sums. `shape` has one size for each letter of `dims`.
     """
 
     def init(key: jax.Array) -> Declared:
@@ -79,6 +79,7 @@ def parameter(
 
 
 def is_declared(leaf: Any) -> bool:
+    """Says whether a leaf of a tree is a declaration; `jax.tree` then does not look inside it."""
     return isinstance(leaf, Declared)
 
 

@@ -344,7 +344,7 @@ def test_load_counts_every_token_once_and_moves_the_bias_once(
     )
     model, batch = Transformer(config.model), jax.tree.map(jnp.asarray, batch_rows())
     output = model.apply(variables(), batch)
-    load = np.asarray(losses.router_sums(output.stats).load)
+    load = np.asarray(losses.in_layer_order(output.stats).load)
     assert (
         load.sum()
         == 2 * config.model.moe.experts_per_token * (batch_rows()["segment_ids"] > 0).sum()
@@ -376,7 +376,7 @@ def test_the_batch_of_a_balance_loss_is_the_microbatch() -> None:
     model, expected, tokens = Transformer(config.model), 0.0, 0.0
     for first in range(4):
         batch = jax.tree.map(lambda x: jnp.asarray(x[first::4]), batch_rows())  # noqa: B023
-        sums = losses.router_sums(model.apply(variables(), batch).stats)
+        sums = losses.in_layer_order(model.apply(variables(), batch).stats)
         expected, tokens = expected + sums.balance_loss, tokens + sums.tokens
     np.testing.assert_allclose(parts, expected / tokens, rtol=1e-5)
 

@@ -121,10 +121,10 @@ def test_statistics_of_sparse_layers_come_in_the_order_of_the_layers():
     """Layers: dense, sparse, dense, sparse; then two kinds of sparse layers, twice."""
     first = (None, router_stats([1, 7], [2, 6]))
     second = (router_stats([3, 5], [5, 3]), router_stats([4, 4], [6, 2]))
-    sums = losses.router_sums((first, second))
+    sums = losses.in_layer_order((first, second))
     np.testing.assert_array_equal(sums.load[:, 0], [1, 2, 3, 4, 5, 6])
     np.testing.assert_array_equal(sums.tokens, [4] * 6)
-    assert losses.router_sums(((None,), (None, None))) is None
+    assert losses.in_layer_order(((None,), (None, None))) is None
 
 
 def test_router_metrics_by_hand():

@@ -1,4 +1,4 @@
-"""Checks that the config's dataclasses share, and the error that they raise."""
+"""Defines the checks that all config dataclasses share, and the error that they raise."""
 
 import math
 import os
@@ -46,8 +46,8 @@ def without_none(declared: Any) -> Any:
 def check_types(config: object, *, wide: tuple[str, ...] = ()) -> None:
     """Raises ConfigError for a field whose value is not of the type that the field declares.
 
-    A string must be one of the options of its Literal. Numbers must be such as JAX computes with:
-    floats that are finite in float32, and integers of 32 bits. Only the fields `wide` may hold
+    A string must be one of the options of its Literal. JAX must be able to compute with a number:
+    a float is finite in float32, and an integer has 32 bits. Only the fields `wide` may hold
     larger integers.
     """
     for name, declared in typing.get_type_hints(type(config)).items():
@@ -110,7 +110,7 @@ def _check_float(name: str, value: float) -> None:
         )
 
 
-def computed(config: object, name: str) -> float:
+def as_computed(config: object, name: str) -> float:
     """Returns a field's value as a program computes with it: 0.999999999 is 1 in float32."""
     value = getattr(config, name)
     return as_float32(value) if isinstance(value, float) else value
@@ -119,7 +119,7 @@ def computed(config: object, name: str) -> float:
 def check_positive(config: object, *names: str) -> None:
     """Raises ConfigError for a field whose value is not above 0."""
     for name in names:
-        if not computed(config, name) > 0:
+        if not as_computed(config, name) > 0:
             value = getattr(config, name)
             raise ConfigError(f"{name}={value} must be positive: set {name} to more than 0")
 
@@ -127,7 +127,7 @@ def check_positive(config: object, *names: str) -> None:
 def check_not_negative(config: object, *names: str) -> None:
     """Raises ConfigError for a field whose value is below 0."""
     for name in names:
-        if not computed(config, name) >= 0:
+        if not as_computed(config, name) >= 0:
             value = getattr(config, name)
             raise ConfigError(f"{name}={value} must not be negative: set {name} to 0 or more")
 
@@ -135,7 +135,7 @@ def check_not_negative(config: object, *names: str) -> None:
 def check_range(config: object, low: float, high: float, *names: str) -> None:
     """Raises ConfigError for a field whose value is below `low` or above `high`."""
     for name in names:
-        if not low <= computed(config, name) <= high:
+        if not low <= as_computed(config, name) <= high:
             value = show(getattr(config, name))
             raise ConfigError(
                 f"{name}={value} is out of range: set {name} between {low} and {high}"
@@ -160,7 +160,7 @@ def check_path(name: str, path: str) -> None:
 def expand_path(name: str, path: str) -> str:
     """Returns a checked path with its ~ replaced by the home directory.
 
-    Every path of a config or a flag is expanded here, so that all of them are read alike.
+    All paths of configs and flags are expanded here, so that ~ means the same in each.
     """
     check_path(name, path)
     expanded = os.path.expanduser(path)

@@ -1,4 +1,4 @@
-"""The config of the data: where text comes from, and how it becomes rows of tokens."""
+"""Configures the data: where text comes from, and how it becomes rows of tokens."""
 
 import dataclasses
 from pathlib import Path

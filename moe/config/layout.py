@@ -1,4 +1,4 @@
-"""The mesh axes, the dimensions that each of them splits, and the check that a run fits a mesh.
+"""Says which mesh axes split which dimensions, and checks that a run fits a mesh.
 
 Dimensions are named by the letters of the legend (docs/design.md), so the name of an array says how
 it is split: `w_DF` is split over fsdp, expert and tensor, `x_BTD` over the batch axes and context.
@@ -134,19 +134,20 @@ def check_layout(config: "RunConfig", mesh: MeshConfig) -> None:
 def _check_batch(config: "RunConfig", sizes: Mapping[str, int]) -> None:
     """Raises ConfigError if a microbatch's rows or a row's tokens cannot be split evenly."""
     batch_axes, time_axes = split_axes("BT", AXES)
-    rows = math.prod(sizes[axis] for axis in batch_axes)
+    batch_parts = math.prod(sizes[axis] for axis in batch_axes)
     microbatch = config.train.batch_size // config.train.accumulation
-    if microbatch % rows:
+    if microbatch % batch_parts:
         raise ConfigError(
             f"train.batch_size={config.train.batch_size} in {config.train.accumulation} "
-            f"microbatches cannot be split over mesh {'*'.join(batch_axes)}={rows}: "
-            f"set train.batch_size to a multiple of {rows * config.train.accumulation}"
+            f"microbatches cannot be split over mesh {'*'.join(batch_axes)}={batch_parts}: "
+            f"set train.batch_size to a multiple of {batch_parts * config.train.accumulation}"
         )
-    parts = math.prod(sizes[axis] for axis in time_axes)
-    if config.data.sequence_length % parts:
+    time_parts = math.prod(sizes[axis] for axis in time_axes)
+    if config.data.sequence_length % time_parts:
         raise ConfigError(
             f"data.sequence_length={config.data.sequence_length} cannot be split over "
-            f"mesh.{'*'.join(time_axes)}={parts}: set data.sequence_length to a multiple of {parts}"
+            f"mesh.{'*'.join(time_axes)}={time_parts}: "
+            f"set data.sequence_length to a multiple of {time_parts}"
         )
 
 

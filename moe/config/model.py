@@ -1,4 +1,4 @@
-"""The config of the model and of its attention."""
+"""Configures the model and its attention."""
 
 import dataclasses
 import math
@@ -7,10 +7,10 @@ from typing import Literal
 from moe.config.checks import (
     LARGEST_INT,
     ConfigError,
+    as_computed,
     check_positive,
     check_range,
     check_types,
-    computed,
     nearest_divisors,
 )
 from moe.config.data import BYTE_VOCABULARY
@@ -41,7 +41,10 @@ class AttentionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Describes a Transformer decoder: RMSNorm, rotary positions, grouped queries and SwiGLU."""
+    """Describes a Transformer: RMSNorm, rotary positions, grouped queries and SwiGLU.
+
+    Decoders and encoders read the same fields. The class of the model says which of them it is.
+    """
 
     vocab_size: int = BYTE_VOCABULARY  # the number of token ids that the model can read and predict
     num_layers: int = 4  # the number of Transformer layers
@@ -78,7 +81,7 @@ class ModelConfig:
         )
         check_positive(self, "head_dim", "rope_base", "norm_epsilon")
         check_range(self, 1, MAX_LAYERS, "num_layers")
-        if not computed(self, "rope_base") >= 1:
+        if not as_computed(self, "rope_base") >= 1:
             raise ConfigError(
                 f"rope_base={self.rope_base} turns later pairs faster than the first: "
                 "set rope_base to 1.0 or more"

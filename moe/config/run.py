@@ -1,4 +1,4 @@
-"""The config of a run, and how it is built from a ConfigDict."""
+"""Configures a whole run, and builds its config from a ConfigDict."""
 
 import dataclasses
 import difflib
@@ -39,7 +39,8 @@ class RunConfig:
             self._check_language_model()
         self._check_batch()
         self._check_capacity()
-        # A run that does not fit one device along the axis of size -1 fits no number of devices.
+        # An axis of size -1 is checked as one device. A run that does not fit that many fits no
+        # larger number either.
         check_layout(self, MeshConfig(*map(abs, self.mesh.sizes)))
 
     def _check_language_model(self) -> None:
@@ -98,7 +99,7 @@ class RunConfig:
     def from_config_dict(cls, config: ConfigDict | Mapping[str, Any]) -> "RunConfig":
         """Builds a checked config from a ConfigDict or from the dict of a saved run.
 
-        Raises ConfigError.
+        Raises ConfigError for the first mistake in it.
         """
         built = _build(cls, config, "")
         _ = built.data.path  # raises ConfigError if the home directory is not known

@@ -1,4 +1,4 @@
-"""The config of sparse layers: which layers have experts, and how tokens reach them."""
+"""Configures sparse layers: which layers have experts, and how tokens reach them."""
 
 import dataclasses
 from fractions import Fraction
@@ -6,11 +6,11 @@ from typing import Literal
 
 from moe.config.checks import (
     ConfigError,
+    as_computed,
     check_not_negative,
     check_positive,
     check_range,
     check_types,
-    computed,
     nearest_divisors,
 )
 
@@ -90,7 +90,7 @@ class MoEConfig:
             "bias_update_rate",
         )
         check_range(self, 0.0, 0.5, "jitter")
-        if not computed(self, "receive_factor") >= 1:
+        if not as_computed(self, "receive_factor") >= 1:
             raise ConfigError(
                 f"receive_factor={self.receive_factor} has no room for an even load: "
                 "set receive_factor to 1.0 or more"

@@ -1,14 +1,14 @@
-"""The config of the optimizer, of the training loop and of where metrics are written."""
+"""Configures the optimizer, the training loop and where metrics are written."""
 
 import dataclasses
 
 from moe.config.checks import (
     ConfigError,
+    as_computed,
     check_not_negative,
     check_positive,
     check_range,
     check_types,
-    computed,
 )
 
 
@@ -32,7 +32,7 @@ class OptimizerConfig:
         check_positive(self, "learning_rate", "clip_norm")
         check_range(self, 0.0, 1.0, "final_learning_rate_fraction")
         for name in ("beta1", "beta2"):
-            if not 0.0 <= computed(self, name) < 1.0:
+            if not 0.0 <= as_computed(self, name) < 1.0:
                 raise ConfigError(
                     f"{name}={getattr(self, name)} is not a decay: "
                     f"set {name} to at least 0.0 and less than 1.0"

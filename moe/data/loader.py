@@ -1,4 +1,4 @@
-"""Batches of rows, read in background threads by Grain. One integer is all the stream's state."""
+"""Reads batches of rows in Grain's background threads. One integer is the stream's whole state."""
 
 import functools
 import sys
@@ -28,7 +28,7 @@ def make_loader(
         numbers = [row_of_example(int(example), len(rows), seed) for example in first + offsets]
         return _stack([rows[number] for number in numbers])
 
-    # Grain asks where the stream ends, so it ends at the last number that Grain can count to.
+    # Grain needs an end of the stream, so it ends at the last number that Grain can count to.
     return _start(grain.MapDataset.range(examples, sys.maxsize - batch_size, batch_size).map(read))
 
 

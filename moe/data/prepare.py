@@ -25,13 +25,14 @@ from moe.data.packing import unpack
 from moe.data.shards import ShardCounts, ShardJob, decode_record, shard_name, write_shard
 from moe.data.sources import open_documents, source_name
 from moe.data.tokenizers import make_tokenizer
-from moe.files import exclusive, flush
+from moe.files import flush, hold_lock
 
 _FORMAT_VERSION = 1
 _DOCUMENTS_PER_SHARD = 256
 _MAX_SHARDS = 512  # each shard is an open file while training
 _SHARDS_PER_WORKER = 8  # starting a process takes about as long as packing these
-_PATIENCE = 10.0  # seconds without a finished shard, after which it is printed what workers do
+# After this many seconds without a finished shard, a message says what each worker is doing.
+_PATIENCE = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,11 +81,11 @@ class PreparedRows:
         except (RuntimeError, IndexError) as error:
             # Without this, a file that could not be opened once could never be read again.
             self.__dict__.pop("_readers", None)
-            raise _unreadable(path, str(error)) from error
+            raise _read_error(path, str(error)) from error
         try:
             return unpack(*decode_record(record, self.vocab_size), self.sequence_length)
         except (ValueError, IndexError, RuntimeError, AssertionError, ArithmeticError) as error:
-            raise _unreadable(path, f"row {index}: {error}") from error
+            raise _read_error(path, f"row {index}: {error}") from error
 
     def __reduce__(self) -> tuple[Any, ...]:
         return open_rows, (self.directory,)  # open files cannot be pickled
@@ -107,8 +108,8 @@ def prepare(config: DataConfig, split: str, num_workers: int | None = None) -> P
 
     The rows lie under `config.directory`, in rows/FINGERPRINT. To prepare them, `num_workers`
     processes (by default, as many as are worth starting) tokenise, pack and write the documents;
-    the bytes do not depend on their number. A process that is killed here leaves nothing that is
-    read later, and any number of processes may do this at once. Raises ConfigError for a data set
+    the bytes do not depend on their number. Any number of processes may call this at once, and what
+    a killed one has written is never read. Raises ConfigError for a data set
     or a split that is unknown or empty, and OSError if files cannot be written.
     """
     tokenizer = make_tokenizer(config)
@@ -125,7 +126,7 @@ def prepare(config: DataConfig, split: str, num_workers: int | None = None) -> P
     fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     directory = config.path / "rows" / fingerprint
     if not directory.exists():
-        with exclusive(directory.with_suffix(".lock")) as has_lock:
+        with hold_lock(directory.with_suffix(".lock")) as has_lock:
             # Another process may have prepared the rows while this one waited for the lock.
             if not directory.exists():
                 _write(config, identity, directory, has_lock, num_workers)
@@ -149,7 +150,7 @@ def open_rows(directory: Path) -> PreparedRows:
 
 
 def _is_consistent(rows: PreparedRows) -> bool:
-    """Says whether metadata holds numbers that can be true together."""
+    """Says whether the numbers in metadata are valid and agree with each other."""
     counts = (
         rows.num_rows,
         rows.num_tokens,
@@ -165,11 +166,11 @@ def _is_consistent(rows: PreparedRows) -> bool:
     )
 
 
-def _unreadable(path: Path, reason: str) -> OSError:
+def _read_error(path: Path, reason: str) -> OSError:
     """Returns the error for a file from which a row could not be read.
 
-    The reader does not tell damage from other failures, so this opens the file again. It is called
-    damaged only if it can be opened, because deleting it would help against nothing else.
+    The reader does not tell damage from other failures, so this opens the file again. Only a file
+    that can be opened is called damaged, because only then does deleting it help.
     """
     try:
         with path.open("rb") as file:
@@ -194,8 +195,8 @@ def _write(
 ) -> None:
     """Writes all rows into a directory of this process, and then renames it to `directory`."""
     prefix = f".{directory.name}.{socket.gethostname()}."
-    # What killed processes of this host have left is deleted. Other hosts may be at work, since
-    # their locks may not be visible here.
+    # Killed processes of this host may have left directories, which are deleted here. Those of
+    # other hosts stay, as other hosts' locks may not be visible here: they may be in use.
     if has_lock:
         for stale in directory.parent.glob(f"{prefix}*"):
             shutil.rmtree(stale)

@@ -1,4 +1,4 @@
-"""What the loader reads rows from."""
+"""Declares what the loader reads rows from."""
 
 from typing import Protocol
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 class Rows(Protocol):
-    """One split of a data set, as rows that can be read by their index.
+    """Gives access to the rows of one split of a data set by their index.
 
     Several threads read the same rows at the same time. Evaluation fills its last batch up with
     rows whose fields are all zero, so a row of zeros must add nothing to a task's sums and counts.
@@ -14,7 +14,7 @@ class Rows(Protocol):
 
     @property
     def sha256(self) -> str:
-        """A checksum of all rows. A run refuses to resume on rows that have another one."""
+        """Returns a checksum of all rows. A run refuses to resume on rows with another checksum."""
         ...
 
     def __len__(self) -> int: ...

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from moe.config import ConfigError, DataConfig
-from moe.files import exclusive
+from moe.files import hold_lock
 
 # Importing TFDS takes a second, so the functions that need it import it themselves. Rows that are
 # prepared already can be opened without it.
@@ -47,10 +47,9 @@ class Documents(Sequence[str]):
         return self._prepared_builder.info.splits[self.split].num_examples
 
     def __getitem__(self, index: int) -> str:
-        # The range turns a negative index into the one that it means, and refuses what is outside.
-        index = range(len(self))[
-            index
-        ]  # raises IndexError before a split without records is opened
+        # The range turns a negative index into a positive one. For an index outside it raises
+        # IndexError, before a split without records is opened.
+        index = range(len(self))[index]
         return self._records[index]["text"].decode(errors="replace")
 
     def between(self, start: int, stop: int) -> Iterator[str]:
@@ -97,13 +96,13 @@ def open_documents(config: DataConfig, split: str) -> Documents:
     builder = _builder(config)
     _check_text(config, builder)
     if not _is_prepared(builder):
-        with exclusive(config.path / "tfds" / f"{builder.name}.lock") as has_lock:
-            # What killed processes have left is deleted. Without a lock, another process may be
-            # writing there right now.
+        with hold_lock(config.path / "tfds" / f"{builder.name}.lock") as has_lock:
+            # Killed processes may have left directories, which are deleted here. Without a lock,
+            # another process may still be writing to them.
             if has_lock:
                 for stale in Path(builder.data_dir).parent.glob("incomplete.*"):
                     shutil.rmtree(stale, ignore_errors=True)
-            builder = _prepared(config)
+            builder = _download_and_prepare(config)
     _check_split(config, builder, split)
     return Documents(os.fspath(builder.data_dir), split)
 
@@ -183,8 +182,8 @@ def _is_prepared(builder: "tfds.core.DatasetBuilder") -> bool:
     return Path(builder.data_dir, "dataset_info.json").exists()
 
 
-def _prepared(config: DataConfig) -> "tfds.core.DatasetBuilder":
-    """Returns the builder of a data set that it has prepared. Raises OSError if that fails."""
+def _download_and_prepare(config: DataConfig) -> "tfds.core.DatasetBuilder":
+    """Returns the builder of a data set after preparing it. Raises OSError if that fails."""
     builder = _builder(config)
     if _is_prepared(builder):  # another process has done so while this one waited for the lock
         return builder
@@ -198,7 +197,7 @@ def _prepared(config: DataConfig) -> "tfds.core.DatasetBuilder":
             builder.download_and_prepare()
     except (ImportError, OSError, ValueError, AssertionError) as error:
         builder = _builder(config)
-        # If it is prepared now, another host was quicker, which need not see this host's lock.
+        # If it is prepared now, another host was quicker: hosts need not see each other's locks.
         if not _is_prepared(builder):
             reason = str(error).split("\n")[0]
             raise OSError(

@@ -35,11 +35,13 @@ def generate(
     seed: int = 0,
     sampling: Sampling = PLAIN,
 ) -> list[np.ndarray]:
-    """Continues each prompt (token ids, at least one) until `end_id` or `max_new_tokens`.
+    """Continues each prompt until `end_id`, or for at most `max_new_tokens` tokens.
 
-    The result leaves `end_id` out. The continuation of a prompt depends on the variables, the
-    prompt, the sampling, the seed and its place in `prompts`. The other prompts change its logits
-    only within float tolerance.
+    A prompt is an array of at least one token id. The result holds the new ids of each prompt,
+    without `end_id`. The continuation of a prompt depends on the variables, the prompt, the
+    sampling, the seed and its place in `prompts`. The other prompts change its logits only within
+    float tolerance. Raises ConfigError for options or prompts that make no sense, and for a cache
+    that does not fit in memory.
     """
     check_sampling(sampling, max_new_tokens)
     lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
@@ -49,7 +51,7 @@ def generate(
             "give at least one prompt, each of one token or more"
         )
     check_tokens(prompts, model.config.vocab_size)
-    check_memory(model, len(prompts), int(lengths_B.max()), max_new_tokens)
+    check_cache_memory(model, len(prompts), int(lengths_B.max()), max_new_tokens)
     prompts_BT = np.zeros((len(prompts), lengths_B.max()), np.int32)
     for row_T, prompt in zip(prompts_BT, prompts, strict=True):
         row_T[: len(prompt)] = prompt
@@ -94,7 +96,7 @@ def check_tokens(prompts: Sequence[np.ndarray], vocab_size: int) -> None:
         )
 
 
-def check_memory(model: nn.Module, batch_size: int, length: int, max_new_tokens: int) -> None:
+def check_cache_memory(model: nn.Module, batch_size: int, length: int, max_new_tokens: int) -> None:
     """Raises ConfigError if the key/value cache does not fit in the memory of a device.
 
     For a CPU this is the memory of the whole machine.
@@ -113,7 +115,7 @@ def check_memory(model: nn.Module, batch_size: int, length: int, max_new_tokens:
 
 
 class _Progress(NamedTuple):
-    """Is what the loop over new tokens carries from one token to the next."""
+    """Holds what the loop over new tokens carries from one token to the next."""
 
     index: jax.Array  # how many new tokens are written
     token_B: jax.Array  # the next token of each row, which is not written yet
@@ -197,11 +199,13 @@ def _sample(
 
 
 def keep_likeliest(logits_BV: jax.Array, top_k: int, top_p: float) -> jax.Array:
-    """Returns the logits with -inf for tokens outside the `top_k` largest and outside the nucleus.
+    """Returns the logits, with -inf for tokens that are not among the likeliest.
+
+    The likeliest tokens are those that are among the `top_k` largest and in the nucleus.
 
     The nucleus is the smallest set of likeliest tokens whose probabilities add up to `top_p`
-    (Holtzman et al. 2020, eq. 2-3). `top_k` = 0 keeps all. Of tokens with equal logits, those with
-    lower ids are kept first.
+    (Holtzman et al. 2020, eq. 2-3). `top_k` = 0 allows all. Among tokens with equal logits, those
+    with lower ids come first.
     """
     if not top_k and top_p == 1:
         return logits_BV
@@ -210,13 +214,13 @@ def keep_likeliest(logits_BV: jax.Array, top_k: int, top_p: float) -> jax.Array:
     sorted_BK, ids_BK = jax.lax.top_k(logits_BV, min(top_k or vocab_size, vocab_size))
     probs_BK = jax.nn.softmax(sorted_BK, axis=-1)
     mass_before_BK = jnp.cumsum(probs_BK, axis=-1) - probs_BK
-    # The nucleus ends with the token whose mass reaches top_p. A mass that is exactly top_p would
-    # miss it by about 1e-7 because probabilities are rounded, hence the margin. "<=" keeps the
-    # first token even if float32 turns top_p into 0.
+    # The nucleus ends with the token whose mass reaches top_p. Rounded probabilities can miss
+    # top_p by about 1e-7 where the exact ones reach it, so the comparison has a margin. With "<="
+    # the first token is inside even if float32 turns top_p into 0.
     is_inside_BK = (mass_before_BK <= top_p * (1 - 1e-6)) | (top_p == 1)
-    kept_BK = jnp.where(is_inside_BK, sorted_BK, -jnp.inf)
+    likeliest_BK = jnp.where(is_inside_BK, sorted_BK, -jnp.inf)
     rows_B1 = jnp.arange(logits_BV.shape[0])[:, None]
-    return jnp.full_like(logits_BV, -jnp.inf).at[rows_B1, ids_BK].set(kept_BK)
+    return jnp.full_like(logits_BV, -jnp.inf).at[rows_B1, ids_BK].set(likeliest_BK)
 
 
 def _before_end(tokens_T: np.ndarray, end_id: int) -> np.ndarray:

@@ -1,6 +1,6 @@
-"""Statistics of what a model's routers have learnt, from the experts that they chose for a text.
+"""Computes what a model's routers have learnt, from the experts that they chose for a text.
 
-They follow OLMoE (Muennighoff et al. 2024, section 5): saturation, co-activation, and
+The statistics follow OLMoE (Muennighoff et al. 2024, section 5): saturation, co-activation, and
 specialisation by kind of token and by token id. All functions are pure functions of numpy arrays.
 `launch.routing` is the command that reads a checkpoint's choices, calls them, and plots them.
 
@@ -33,26 +33,26 @@ _CHARACTERS = {
 
 
 class ChoiceCounts(NamedTuple):
-    """How often each expert was chosen at one checkpoint."""
+    """Counts how often each expert was chosen at one checkpoint."""
 
     tokens_V: np.ndarray  # tokens with each id
     choices_LVE: np.ndarray  # tokens with each id that chose each expert
-    pairs_LEE: np.ndarray  # tokens that chose both experts; the diagonal has those that chose one
+    pairs_LEE: np.ndarray  # tokens that chose both experts; on the diagonal, those that chose it
 
 
 class OverlapCounts(NamedTuple):
-    """How many of an earlier checkpoint's choices a later checkpoint makes too."""
+    """Counts how many of an earlier checkpoint's choices a later checkpoint makes too."""
 
     chosen_L: np.ndarray  # assignments at the earlier checkpoint
-    common_L: np.ndarray  # those of them whose expert the token also chose at the later one
+    common_L: np.ndarray  # assignments that the later checkpoint makes too
 
 
 class VocabularySpecialisation(NamedTuple):
-    """How far a token's id decides its expert, as shares from 0 to 1."""
+    """Says how far a token's id decides its expert, as shares from 0 to 1."""
 
-    share_LV: np.ndarray  # of the tokens with an id, those that chose its most frequent expert
-    mean_L: np.ndarray  # the same over all tokens, each with its own id's most frequent expert
-    by_load_L: np.ndarray  # of all tokens, those that chose the most loaded expert
+    share_LV: np.ndarray  # the share of an id's tokens that chose the id's most frequent expert
+    mean_L: np.ndarray  # the share of all tokens that chose their own id's most frequent expert
+    by_load_L: np.ndarray  # the share of all tokens that chose the most loaded expert
 
 
 Counts = TypeVar("Counts", ChoiceCounts, OverlapCounts)
@@ -126,8 +126,9 @@ def class_shares(choices_LVE: np.ndarray, classes: Sequence[np.ndarray]) -> np.n
 
 
 def coactivation(pairs_LEE: np.ndarray) -> np.ndarray:
-    """Returns [l, i, j]: of the tokens that chose expert i in layer l, the share that chose j too.
+    """Returns how often the tokens that chose an expert also chose another, [L, E, E].
 
+    Entry [l, i, j] is a share of the tokens that chose expert i in layer l: those that chose j too.
     The row of an expert that no token chose is 0.
     """
     chosen_LE = np.diagonal(pairs_LEE, axis1=1, axis2=2)
@@ -135,7 +136,7 @@ def coactivation(pairs_LEE: np.ndarray) -> np.ndarray:
 
 
 def vocabulary_specialisation(counts: ChoiceCounts) -> VocabularySpecialisation:
-    """Returns how far a token's id decides its expert: 1 where the id alone does.
+    """Returns how far a token's id decides its expert; 1 means that the id alone does.
 
     `mean_L` is never less than `by_load_L`. The two are equal where the most frequent expert of
     every id is the most loaded one, so the part above `by_load_L` is what the ids decide.

@@ -1,1 +1,1 @@
-"""Parameter trees from other models."""
+"""Makes parameter trees from those of other models."""

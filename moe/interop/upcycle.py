@@ -109,7 +109,7 @@ def total_weight(config: MoEConfig) -> float:
     return config.weight_scale * config.experts_per_token * score
 
 
-def layers_of(params: Params, config: ModelConfig) -> list[Params]:
+def unstack_layers(params: Params, config: ModelConfig) -> list[Params]:
     """Returns each layer's parameters, in order, from the stacks of `config.layer_groups`."""
     return [
         jax.tree.map(operator.itemgetter(repeat), params[f"layers_{group}"][f"block_{index}"])
@@ -120,9 +120,9 @@ def layers_of(params: Params, config: ModelConfig) -> list[Params]:
 
 
 def stack_layers(layers: list[Params], config: ModelConfig) -> Params:
-    """Returns the stacks of `config.layer_groups` by name: the inverse of `layers_of`.
+    """Returns the stacks of `config.layer_groups` by name. It is the inverse of `unstack_layers`.
 
-    The two with different configs change how layers are grouped.
+    With another config than `unstack_layers` was given, it regroups the layers.
     """
     groups: Params = {}
     for group, (kinds, repeats) in enumerate(config.layer_groups):
@@ -151,7 +151,7 @@ def upcycle(
     """
     layers = []
     for number, (layer, new) in enumerate(
-        zip(layers_of(dense_params, dense), layers_of(new_params, config), strict=True)
+        zip(unstack_layers(dense_params, dense), unstack_layers(new_params, config), strict=True)
     ):
         if "moe" in new:
             layer_key = jax.random.fold_in(key, number)

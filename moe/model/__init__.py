@@ -1,1 +1,1 @@
-"""The Transformer and its parts. Import the modules themselves."""
+"""Holds the Transformer and its parts. Import the modules themselves."""

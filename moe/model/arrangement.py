@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 
 class Arrangement(NamedTuple):
-    """A one-to-one map between some of R = N A assignments and some of I slots.
+    """Maps R = N A assignments to I slots, one to one. Either may lack a partner.
 
     A slot is a place for a row. Assignment n A + a is token n's choice a.
     """
@@ -25,7 +25,7 @@ class Arrangement(NamedTuple):
 
     @property
     def tokens_I(self) -> jax.Array:
-        """The token of each slot's assignment; N if it has none."""
+        """Returns the token of each slot's assignment, int32 [I]; N if it has none."""
         return self.assignments_I // self.slots_NA.shape[1]
 
 
@@ -36,9 +36,10 @@ def expert_loads(experts_NA: jax.Array, num_experts: int) -> jax.Array:
 
 
 def arrange(experts_NA: jax.Array, first_slots_E: jax.Array, num_slots: int) -> Arrangement:
-    """Gives each expert's assignments, in order, the slots from its first to the next expert's.
+    """Gives each expert's assignments, in order, the slots up to the next expert's first one.
 
-    An assignment that is beyond these slots, or has no expert, gets no slot.
+    Expert e has the slots from `first_slots_E[e]` on. An assignment that is beyond an expert's
+    slots, or has no expert, gets no slot.
     """
     num_experts = first_slots_E.shape[0]
     experts_R = experts_NA.reshape(-1).astype(jnp.int32)
@@ -93,7 +94,7 @@ def _copy_to_slots_forward(
 
 def _copy_to_slots_backward(arrangement: Arrangement, g_ID: jax.Array) -> tuple[jax.Array, None]:
     ones_NA = jnp.ones(arrangement.slots_NA.shape, jnp.float32)
-    return add_up(g_ID, ones_NA, arrangement), None
+    return weighted_sum(g_ID, ones_NA, arrangement), None
 
 
 copy_to_slots.defvjp(_copy_to_slots_forward, _copy_to_slots_backward)
@@ -105,7 +106,7 @@ def combine(rows_ID: jax.Array, weights_NA: jax.Array, arrangement: Arrangement)
 
     It is the transpose of `copy_to_slots` if all weights are 1.
     """
-    return add_up(rows_ID, weights_NA, arrangement)
+    return weighted_sum(rows_ID, weights_NA, arrangement)
 
 
 def _combine_forward(
@@ -128,10 +129,10 @@ def _combine_backward(
 combine.defvjp(_combine_forward, _combine_backward)
 
 
-def add_up(rows_ID: jax.Array, weights_NA: jax.Array, arrangement: Arrangement) -> jax.Array:
+def weighted_sum(rows_ID: jax.Array, weights_NA: jax.Array, arrangement: Arrangement) -> jax.Array:
     """Returns what `combine` does, without a backward pass of its own.
 
-    An assignment without a slot adds zeros. It must not add 0 times some other row, which may hold
+    An assignment without a slot adds zeros. It must not add 0 times another row, which may hold
     NaN.
     """
     # One gather for each choice, which XLA fuses with the sum. One gather of all [N, A, D] takes

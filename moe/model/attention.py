@@ -1,4 +1,4 @@
-"""Self-attention and cross-attention, in which groups of query heads share a key/value head."""
+"""Computes self-attention and cross-attention with grouped queries."""
 
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ from moe.parameters import parameter
 
 
 class Weights(NamedTuple):
-    """The four weights of an attention part."""
+    """Holds the four weights of an attention part."""
 
     query_DNH: jax.Array
     key_DKH: jax.Array
@@ -40,10 +40,10 @@ def declare_weights(module: nn.Module, config: ModelConfig, output_scale: float)
 
 
 class Attention(nn.Module):
-    """Self-attention (Vaswani et al. 2017, eq. 1) with rotary positions.
+    """Computes self-attention (Vaswani et al. 2017, eq. 1) with rotary positions.
 
-    N/K query heads share a key/value head (Ainslie et al. 2023). A token sees its own segment:
-    with `causal` no later token, and otherwise all of it.
+    N/K query heads share a key/value head (Ainslie et al. 2023). A token sees the tokens
+    of its own segment: with `causal` those up to itself, and otherwise all of them.
     """
 
     config: ModelConfig
@@ -92,9 +92,10 @@ class Attention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention of a decoder's tokens to an encoder's output (Vaswani et al. 2017, section 3.2.3).
+    """Lets a decoder's tokens attend to an encoder's output.
 
-    A token sees the part of the memory that has its own segment's number. Neither queries nor
+    This is section 3.2.3 of Vaswani et al. 2017. The encoder's output is called the memory. A
+    token sees the part of the memory that has its own segment's number. Neither queries nor
     keys have rotary positions, since distances between the two sequences mean nothing.
     """
 
@@ -118,8 +119,8 @@ class CrossAttention(nn.Module):
         query_BTNH = constrain(einsum("BTD,DNH->BTNH", x_BTD, weights.query_DNH), "BTNH")
         memory, segment_ids_BT = tokens.memory, tokens.segment_ids_BT
         if memory is not None and segment_ids_BT is not None:
-            # Keys and values are computed where the memory's tokens lie, which the context axis
-            # splits as it does all tokens; hence "T" and not "S".
+            # Keys and values are computed on the devices that hold the memory's tokens. The context
+            # axis splits these tokens too, so their dimension is written "T": RULES have no "S".
             key_BSKH, value_BSKH = (
                 constrain(einsum("BSD,DKH->BSKH", memory.hidden_BSD, w_DKH), "BTKH")
                 for w_DKH in (weights.key_DKH, weights.value_DKH)
@@ -247,9 +248,9 @@ def choose_implementation(
 ) -> Choice | None:
     """Returns the implementation that computes a model's attention on a mesh.
 
-    `length` is the number of queries in a row, and `kv_length` of keys, where it differs. None
-    leaves the choice to the platform. Raises ConfigError if the config names an implementation
-    that cannot do it.
+    A row has `length` queries and `kv_length` keys, by default as many. The result is None if the
+    mesh does not know its chip; the choice is then left to the platform. Raises ConfigError if
+    the config names an implementation that cannot compute this attention.
     """
     name, kind = config.attention.implementation, chip(mesh)
     kv_length = length if kv_length is None else kv_length
@@ -274,8 +275,8 @@ def choose_implementation(
 def decode_memory(q_BTNH: jax.Array, cache: MemoryCache, layer: jax.Array | int) -> jax.Array:
     """Returns the attention of queries to a layer's cached memory, [B, T, N, H]."""
     length, kv_heads = q_BTNH.shape[1], cache.key_LBSKH.shape[3]
-    # All queries of a row see the same keys. As heads of one query they need fewer slots than
-    # queries of their own, of which a cache takes no more than it has slots.
+    # All queries of a row see the same keys, so they can become heads of a single query. There may
+    # be more of them than the cache has slots, which decode_attention refuses for queries.
     q_B1RH = einops.rearrange(q_BTNH, "b t (k g) h -> b 1 (k t g) h", k=kv_heads)
     mixed_B1RH = decode_attention(
         q_B1RH.astype(cache.key_LBSKH.dtype),

@@ -1,6 +1,6 @@
-"""The key/value caches of attention: what they hold, what they can take, and how they are filled.
+"""Makes and fills the key/value caches of attention, and says which tokens they have room for.
 
-What is in a cache is the business of attention and of this file alone.
+Only attention and this file read the contents of a cache.
 """
 
 from typing import NamedTuple
@@ -10,17 +10,18 @@ import jax.numpy as jnp
 
 from moe.config import ModelConfig
 from moe.model.tokens import Batch
+from moe.parallel.mesh import chip
 
 
 class Cache(NamedTuple):
-    """The keys and values of a group's layers, each token's in the slot of its position."""
+    """Holds the keys and values of a group's layers, each token's in the slot of its position."""
 
     key_LBSKH: jax.Array
     value_LBSKH: jax.Array
 
 
 class MemoryCache(NamedTuple):
-    """The keys and values that the cross-attention of a group's layers makes of the memory.
+    """Holds the keys and values that a group's cross-attention makes of the memory.
 
     A row's memory fills its first `length_LB` slots.
     """
@@ -31,7 +32,7 @@ class MemoryCache(NamedTuple):
 
 
 def init_cache(config: ModelConfig, layers: int, batch_size: int, length: int) -> Cache:
-    """Returns an empty cache of some layers, for rows of at most `length` tokens."""
+    """Returns an empty cache for a number of layers, and rows of at most `length` tokens."""
     shape = (layers, batch_size, length, config.num_kv_heads, config.head_dim)
     dtype = _cache_dtype(config)
     return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
@@ -40,19 +41,25 @@ def init_cache(config: ModelConfig, layers: int, batch_size: int, length: int) -
 def init_memory_cache(
     config: ModelConfig, layers: int, batch_size: int, length: int
 ) -> MemoryCache:
-    """Returns an empty cache of some layers, for memories of at most `length` tokens a row."""
+    """Returns an empty cache for a number of layers, and memories of at most `length` tokens."""
     keys_and_values = init_cache(config, layers, batch_size, length)
     return MemoryCache(*keys_and_values, jnp.zeros((layers, batch_size), jnp.int32))
 
 
 def _cache_dtype(config: ModelConfig) -> str:
-    # To write to a part of a bfloat16 array on a CPU, XLA converts all of it to float32 and back.
-    in_float32 = config.compute_dtype == "bfloat16" and jax.default_backend() == "cpu"
-    return "float32" if in_float32 else config.compute_dtype
+    """Returns the compute dtype, except that a bfloat16 model's cache on a CPU is float32.
+
+    To write to a part of a bfloat16 array on a CPU, XLA converts all of it to float32 and back.
+    """
+    # The mesh that was set knows its chip, even if that is not here. Only without one does the
+    # program run on the attached device.
+    platform = chip(jax.sharding.get_abstract_mesh()) or jax.default_backend()
+    is_float32 = config.compute_dtype == "bfloat16" and platform == "cpu"
+    return "float32" if is_float32 else config.compute_dtype
 
 
 def fits_cache(cache: Cache, batch: Batch) -> jax.Array:
-    """Returns which tokens [B, T] a layer's cache can take.
+    """Returns which tokens [B, T] a layer's cache has room for.
 
     A prompt has no `positions`: each row is one document from its start, and `segment_ids` of 0
     mark the padding after it. Later tokens have `positions`, which rise along a row and stay below
@@ -83,7 +90,7 @@ def fits_cache(cache: Cache, batch: Batch) -> jax.Array:
 
 
 def fits_memory_cache(cache: MemoryCache, segment_ids_BS: jax.Array) -> jax.Array:
-    """Returns which tokens [B, S] of a memory a layer's cache can take.
+    """Returns which tokens [B, S] of a memory a layer's cache has room for.
 
     Each row is one document from its start, with padding after it. Raises ValueError for more
     tokens than the cache has slots.
@@ -98,7 +105,7 @@ def fits_memory_cache(cache: MemoryCache, segment_ids_BS: jax.Array) -> jax.Arra
 
 
 def in_first_document(segment_ids_BT: jax.Array) -> jax.Array:
-    """Returns which tokens [B, T] are padding, or of the document that a row starts with."""
+    """Returns which tokens [B, T] are padding or belong to the first document of their row."""
     same_BT = segment_ids_BT == segment_ids_BT[:, :1]
     return (jnp.cumprod(same_BT, axis=1, dtype=jnp.int32) > 0) | (segment_ids_BT == 0)
 
@@ -112,8 +119,8 @@ def update_cache(
 ) -> Cache:
     """Writes each key and value into a layer's slot of its position.
 
-    Padding after a prompt thus lands in slots that no earlier position sees, and that later tokens
-    overwrite before they are seen. A position that has no slot is not written.
+    Padding after a prompt is written too. No earlier position sees its slots, and a later token
+    overwrites a slot before it is seen. A position that has no slot is not written.
     """
     rows_B1 = jnp.arange(positions_BT.shape[0])[:, None]
     slots = cache.key_LBSKH.shape[2]

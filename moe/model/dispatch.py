@@ -1,13 +1,13 @@
-"""Dispatch: sends tokens to their experts and adds up what the experts make of them.
+"""Sends tokens to their experts and adds up what the experts return.
 
-This is the way of the data. All of it happens inside jax.shard_map, on one device's tokens:
+The data passes through these functions, inside jax.shard_map, on one device's tokens:
 
     MoE                        routes the tokens (experts.py)
       run_experts              makes one list of N tokens, and chooses a strategy
         a strategy             all_gather, all_to_all, ragged_all_to_all, or on one device dense,
           |                    capacity, dropless
           | arrange            gives each assignment a slot among its expert's rows (arrangement.py)
-          | copy_to_slots    copies each slot's token
+          | copy_to_slots      copies each slot's token
           | expert_parallel    sends rows to the devices of their experts (parallel/expert.py)
           | weights(rows)      applies the experts
           | expert_parallel    sends rows back
@@ -37,7 +37,6 @@ from moe.kernels.grouped_matmul import (
 from moe.kernels.settings import check_axes
 from moe.model.arrangement import (
     Arrangement,
-    add_up,
     arrange,
     arrange_equally,
     combine,
@@ -45,6 +44,7 @@ from moe.model.arrangement import (
     expert_loads,
     gather_from_slots,
     gather_into_slots,
+    weighted_sum,
 )
 from moe.model.layers import swiglu
 from moe.parallel import expert as expert_parallel
@@ -54,7 +54,7 @@ FSDP_DIMS = (1, 1, 2)  # the dimensions of gate, up and down that fsdp splits
 
 
 class Weights(NamedTuple):
-    """This device's shards of the experts' SwiGLU weights: `(silu(x gate) * x up) down`."""
+    """Holds this device's shards of the experts' weights: `(silu(x gate) * x up) down`."""
 
     gate_EDF: jax.Array
     up_EDF: jax.Array
@@ -62,7 +62,7 @@ class Weights(NamedTuple):
 
     @property
     def num_experts(self) -> int:
-        """The number of experts on this device."""
+        """Returns the number of experts on this device."""
         return self.gate_EDF.shape[0]
 
     def __call__(self, rows_ECD: jax.Array) -> jax.Array:
@@ -82,7 +82,7 @@ class Weights(NamedTuple):
 
 
 class ExpertOutput(NamedTuple):
-    """What a strategy returns for N tokens."""
+    """Holds what a strategy returns for N tokens."""
 
     y_ND: jax.Array  # each token's weighted sum of its experts' outputs
     # The number of each token's assignments that found no room, float32. It is None if the strategy
@@ -110,8 +110,9 @@ def run_experts(
     batch, length, dim = x_BTD.shape
     if not batch * length:
         return x_BTD, jnp.zeros((batch, length), jnp.float32)
-    # If the context axis splits rows, an expert cannot take more of a part than the part has. There
-    # is at least one slot, since nothing can be gathered from no rows.
+    # If the context axis splits rows, `length` is that of a part, and an expert cannot take more
+    # tokens than the part has. There is at least one slot, since an empty array cannot be gathered
+    # from.
     slots_per_row = max(1, min(capacity, length))
     run = choose_strategy(config, batch * slots_per_row)
     x_ND, experts_NA, weights_NA = (
@@ -151,10 +152,10 @@ def dense(
 ) -> ExpertOutput:
     """Sends every token to every expert, and gives an expert that it did not choose the weight 0.
 
-    This is E / A times the work, and the oracle that the other strategies are tested against.
+    This takes E / A times the work of the others. Tests compare the other strategies with it.
     """
     num_experts = weights.num_experts
-    # By way of float32, so that the backward pass adds up the experts' gradients in float32.
+    # Tokens pass through float32, so that the backward pass adds up their gradients in float32.
     rows_END = jnp.broadcast_to(x_ND.astype(jnp.float32), (num_experts, *x_ND.shape))
     outputs_END = weights(rows_END.astype(x_ND.dtype))
     chosen_NAE = jax.nn.one_hot(experts_NA, num_experts, dtype=bool)
@@ -291,7 +292,7 @@ def ragged_all_to_all(
     room = math.ceil(experts_NA.size * receive_factor)
     exchange = expert_parallel.prepare_ragged(loads_E, room)
     received_RD = expert_parallel.send_ragged(copy_to_slots(x_ND, arrangement), exchange)
-    # A received row has one expert. Its weight waits at home, where `combine` applies it.
+    # A received row has one expert. Its weight stays with the sender, whose `combine` applies it.
     ones_R1 = jnp.ones((room, 1), jnp.float32)
     output = dropless(received_RD, exchange.experts_R[:, None], ones_R1, weights)
     returned_ID = expert_parallel.return_ragged(output.y_ND, exchange, experts_NA.size)
@@ -307,14 +308,14 @@ def ragged_all_to_all(
 
 
 class Blocks(NamedTuple):
-    """Rows sorted by expert, in blocks of equally many rows that each have one expert."""
+    """Arranges rows in blocks of equally many rows, which all belong to the block's expert."""
 
     arrangement: Arrangement
     experts_G: jax.Array  # each block's expert, ascending; E for a block that no expert uses
 
 
 class GroupedResiduals(NamedTuple):
-    """What the backward pass of `_grouped_experts` needs of its forward pass."""
+    """Holds what the backward pass of `_grouped_experts` needs of its forward pass."""
 
     x_ND: jax.Array
     weights_NA: jax.Array
@@ -357,7 +358,7 @@ def _grouped_experts_backward(
 ) -> tuple[jax.Array, jax.Array, Weights, None]:
     x_ND, weights_NA, weights, blocks, gate_up = residuals
     arrangement = blocks.arrangement
-    # Weights are gathered again: gathered ones are not kept between the passes.
+    # Weights are gathered again, since storing gathered ones between the passes costs memory.
     inputs = _kernel_inputs(x_ND, weights, blocks)
     weights_I = gather_into_slots(weights_NA, arrangement)
     grads = grouped_swiglu_backward(inputs, gate_up, weights_I, g_ND, implementation)
@@ -368,7 +369,7 @@ def _grouped_experts_backward(
             for grad, w, dim in zip(whole_grads, weights, FSDP_DIMS, strict=True)
         )
     )
-    grad_x = add_up(grads.rows_ID, jnp.ones_like(weights_NA), arrangement)
+    grad_x = weighted_sum(grads.rows_ID, jnp.ones_like(weights_NA), arrangement)
     return grad_x, gather_from_slots(grads.weights_I, arrangement), grad_weights, None
 
 

@@ -1,4 +1,4 @@
-"""The sparse feed-forward part: a router, and experts that each see only the tokens sent to them.
+"""Defines the sparse feed-forward part: a router, and experts that see only their own tokens.
 
 This file declares the parameters and calls the parts: `routing` chooses each token's experts, and
 `dispatch` brings tokens to experts and their outputs back.
@@ -34,7 +34,7 @@ class MoE(nn.Module):
     """Adds up the outputs of each token's experts, weighted by a router.
 
     This is equation 1 of Shazeer et al. 2017, with SwiGLU experts and optional shared experts.
-    `output_scale` shrinks the initial output, which a layer among many needs.
+    `output_scale` is a factor of the initial output: many layers' outputs need less than 1.
     """
 
     config: MoEConfig
@@ -61,7 +61,8 @@ class MoE(nn.Module):
         else:
             # Padding may hold anything. A NaN there would reach the weights' gradients as 0 * NaN.
             x_BTD = jnp.where(tokens.mask_BT[..., None], x_BTD, jnp.zeros((), x_BTD.dtype))
-        # The router reads each row's limit off this table, and dispatch makes room for a full row.
+        # The router reads each row's limit from this table. Its last entry is the limit of a row
+        # without padding, which dispatch makes room for.
         limited = c.dispatch == "capacity" or c.router == "expert_choice"
         capacities = routing.capacity_table(c, length) if limited else None
         routed = self._route(x_BTD, tokens, capacities)
@@ -88,7 +89,7 @@ class MoE(nn.Module):
         )
 
     def _check(self, x_BTD: jax.Array, tokens: TokenInfo | None) -> None:
-        """Raises an error if this layer cannot compute the call, also during `init`."""
+        """Raises ConfigError or ValueError if this layer cannot compute its inputs."""
         c = self.config
         if not c.num_experts:
             raise ConfigError(
@@ -102,11 +103,8 @@ class MoE(nn.Module):
                 "router='hash' chooses by token ids, and tokens=None has none: "
                 "pass tokens=TokenInfo(ids, mask)"
             )
-        if (
-            c.jitter
-            and (tokens is None or tokens.row_keys_B is None)
-            and not self.is_initializing()
-        ):
+        has_keys = tokens is not None and tokens.row_keys_B is not None
+        if c.jitter and not has_keys and not self.is_initializing():
             raise ValueError(
                 f"jitter={c.jitter} draws from keys that are not there: "
                 "pass tokens=TokenInfo(ids, mask, keys) in training, "
@@ -138,8 +136,8 @@ class MoE(nn.Module):
             )
             logits_BTE = constrain(logits_BTE, "BTE")
         bias_E = None
-        # Biases that were trained steer the choice wherever they are given, even if the config no
-        # longer moves them.
+        # Trained biases steer the choice whenever the caller gives them, even if this config does
+        # not update them.
         if c.bias_update_rate or self.has_variable("router_state", "bias"):
             bias_E = self.variable(
                 "router_state", "bias", jnp.zeros, (c.num_experts,), jnp.float32

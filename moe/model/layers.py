@@ -1,4 +1,6 @@
-"""The small modules inside a Block, and the one door that every weight matmul goes through."""
+"""Defines the small modules of a Block, and the `einsum` that multiplies by their weights."""
+
+import functools
 
 import flax.linen as nn
 import jax
@@ -15,13 +17,16 @@ def einsum(
     dtype: jnp.dtype | type | None = None,
     precision: str | None = None,
 ) -> jax.Array:
-    """Multiplies activations by a weight. All weight matmuls but those of experts are this one.
+    """Multiplies activations by a weight, and sums the weight's gradient in float32.
+
+    All matmuls with weights go through here, except those of experts (`parallel.expert`).
 
     The product is taken in the activations' dtype, and the result has that dtype unless `dtype`
     is given. The weight's gradient has the weight's dtype, and is summed in float32 without being
     rounded to the activations' dtype on the way. TPUs and GPUs round float32 operands before they
     multiply them; the `precision` "highest" forbids that.
     """
+    # jax.custom_vjp hides the types of its function from a type checker, so this one shows them.
     return _einsum(equation, x, w, dtype, precision)
 
 
@@ -75,24 +80,18 @@ def _einsum_backward(
 _einsum.defvjp(_einsum_forward, _einsum_backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def look_up(dtype: str, table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
     """Returns the table's row of each id in `dtype`, [B, T, D]; NaN for an id outside [0, V).
 
     The table's gradient has the table's dtype and is summed in float32: in bfloat16 a sum of many
     equal terms stops growing at 256 of them.
     """
-    return _look_up(dtype, table_VD, ids_BT)
-
-
-def _gather_rows(dtype: str, table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
     # The table is gathered over fsdp first, as every weight is. Looking up in a table that is
     # split along D would move activations instead.
     table_VD = constrain(table_VD.astype(dtype), "V-")
     rows_BT = _row_numbers(ids_BT, table_VD)
     return table_VD.at[rows_BT].get(mode="fill", fill_value=jnp.nan)
-
-
-_look_up = jax.custom_vjp(_gather_rows, nondiff_argnums=(0,))
 
 
 def _row_numbers(ids_BT: jax.Array, table_VD: jax.Array) -> jax.Array:
@@ -103,7 +102,7 @@ def _row_numbers(ids_BT: jax.Array, table_VD: jax.Array) -> jax.Array:
 def _look_up_forward(
     dtype: str, table_VD: jax.Array, ids_BT: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _gather_rows(dtype, table_VD, ids_BT), (table_VD, ids_BT)
+    return look_up(dtype, table_VD, ids_BT), (table_VD, ids_BT)
 
 
 def _look_up_backward(
@@ -119,7 +118,7 @@ def _look_up_backward(
     return constrain(grad_VD, "V-").astype(table_VD.dtype), None
 
 
-_look_up.defvjp(_look_up_forward, _look_up_backward)
+look_up.defvjp(_look_up_forward, _look_up_backward)
 
 
 def check_static(name: str, shape: tuple[int, ...]) -> None:
@@ -161,9 +160,9 @@ def rotary_angles(positions_BT: jax.Array, head_dim: int, base: float) -> jax.Ar
 
 
 def rotate(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates the pairs (x_i, x_{i+H/2}) in float32 by angles that `cos` and `sin` are of.
+    """Rotates the pairs (x_i, x_{i+H/2}) in float32, each by its own angle.
 
-    These are [B, T, H/2].
+    `cos` and `sin` are the cosines and sines of the angles, [B, T, H/2].
     """
     # The rotation is done on [B, N, T, H], the order that attention multiplies in, so that one
     # copy both rotates and transposes.
@@ -174,7 +173,7 @@ def rotate(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 
 class FeedForward(nn.Module):
-    """The SwiGLU layer (Shazeer 2020, eq. 6): `(silu(x W_gate) * x W_up) W_down`."""
+    """Applies the SwiGLU layer (Shazeer 2020, eq. 6): `(silu(x W_gate) * x W_up) W_down`."""
 
     width: int
     output_scale: float = 1.0  # of the initial output

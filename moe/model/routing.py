@@ -17,7 +17,7 @@ from moe.losses import RouterStats
 
 
 class Routing(NamedTuple):
-    """A layer's assignments: A experts for each token, in the order of their scores.
+    """Holds a layer's assignments: A experts for each token, in the order of their scores.
 
     An assignment to no expert has the number E and the weight 0. Padding has such assignments, and
     so have tokens whose expert is full (`limit_to_capacity`).
@@ -70,7 +70,7 @@ def route(
 
 
 def _check_shapes(logits_BTE: jax.Array, config: MoEConfig, mask_BT: jax.Array | None) -> None:
-    """Raises an error for a wrong shape, which would fail elsewhere or not at all."""
+    """Raises ConfigError or ValueError for shapes that would fail later, or not at all."""
     if not config.num_experts:
         raise ConfigError(
             "num_experts=0 leaves a router nothing to choose from: set num_experts to 1 or more"
@@ -90,8 +90,8 @@ def _check_shapes(logits_BTE: jax.Array, config: MoEConfig, mask_BT: jax.Array |
 def _scores(logits_BTE: jax.Array, config: MoEConfig) -> tuple[jax.Array, jax.Array]:
     """Returns the scores that experts are chosen by, and a distribution over the experts.
 
-    Both are the softmax. A sigmoid router has sigmoids (DeepSeek-V3, eq. 15) as scores, and each
-    sigmoid's share of their sum as distribution.
+    A sigmoid router's scores are sigmoids (DeepSeek-V3, eq. 15), and its distribution is each
+    sigmoid's share of their sum. For all other routers both are the softmax.
     """
     probs_BTE = jax.nn.softmax(_log_scores(logits_BTE, config), axis=-1)
     scores_BTE = jax.nn.sigmoid(logits_BTE) if config.router == "sigmoid" else probs_BTE
@@ -112,7 +112,7 @@ def _token_choice(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns each token's A experts, their weights, and the largest of their scores.
 
-    The experts are those of the highest score plus bias; of equal ones, the lower number wins. The
+    The experts have the highest scores plus biases; of equal ones, the lower number wins. The
     weights are the scores (Switch, OLMoE) or, normalised, each score's share of their sum. For a
     softmax that is the softmax over the chosen experts alone (Mixtral).
     """
@@ -162,7 +162,7 @@ def _largest(x: jax.Array, count: int) -> jax.Array:
 
 
 def _two_largest(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the two largest values of the last dimension; 0 for the second if there is one."""
+    """Returns the two largest values of the last dimension; a lone value has 0 as its second."""
     first = jnp.max(x, axis=-1)
     if x.shape[-1] == 1:
         return first, jnp.zeros_like(first)
@@ -330,8 +330,8 @@ def balance_sum(
 def update_bias(bias: jax.Array, load: jax.Array, rate: float) -> jax.Array:
     """Returns the biases after one step of size `rate` towards an even load.
 
-    The bias of an expert below the mean load goes up, and above it down (Wang et al. 2024,
-    algorithm 1). `bias` and `load` are [..., E], and the load is the whole batch's.
+    The bias of an expert below the mean load goes up, and that of one above it goes down (Wang
+    et al. 2024, algorithm 1). `bias` and `load` are [..., E], and the load is the whole batch's.
     """
     return bias + rate * jnp.sign(jnp.mean(load, axis=-1, keepdims=True) - load)
 

@@ -1,4 +1,4 @@
-"""Blocks, and the stack of them that decoders and encoders are made of."""
+"""Defines blocks, and the stack of blocks that decoders and encoders are made of."""
 
 import itertools
 from typing import Any, NamedTuple
@@ -21,11 +21,11 @@ from moe.parallel.mesh import constrain, on_auto_axes
 
 @struct.dataclass
 class Output:
-    """What a model returns.
+    """Holds what a model returns.
 
     `hidden` is [B, T, D], after the final norm. `stats[group][kind]` holds the sums and counts of
     a sparse layer's router, stacked over the group's repeats, and is empty for dense layers.
-    `captured[group][kind]` holds what was asked for by name, stacked alike.
+    `captured[group][kind]` holds the arrays that were asked for by name, stacked in the same way.
     """
 
     hidden: jax.Array
@@ -35,7 +35,7 @@ class Output:
 
 
 class BlockCache(NamedTuple):
-    """The caches of all blocks of one kind in a group."""
+    """Holds the caches of all blocks of one kind in a group."""
 
     attention: Cache
     cross_attention: MemoryCache | None  # None in stacks without cross-attention
@@ -46,7 +46,7 @@ StackCache = tuple[tuple[BlockCache, ...], ...]
 
 
 class BlockOutput(NamedTuple):
-    """What a block returns."""
+    """Holds what a block returns."""
 
     hidden_BTD: jax.Array  # the residual stream
     stats: RouterStats | None  # None if the block is dense
@@ -55,7 +55,7 @@ class BlockOutput(NamedTuple):
 
 
 class Carry(NamedTuple):
-    """What the loop over periods hands from one to the next."""
+    """Holds what the loop over periods hands from one period to the next."""
 
     hidden_BTD: jax.Array  # the residual stream
     # The caches of all repeats are carried, and each layer writes to its own in place. If they
@@ -64,14 +64,14 @@ class Carry(NamedTuple):
 
 
 class PeriodOutput(NamedTuple):
-    """What the loop stacks: for each block of a period, its statistics and what it captured."""
+    """Holds what the loop stacks: the statistics and the captured arrays of a period's blocks."""
 
     stats: tuple[RouterStats | None, ...]
     captured: tuple[dict[str, jax.Array], ...]
 
 
 class Block(nn.Module):
-    """A pre-norm layer (Xiong et al. 2020): attention, then a feed-forward part.
+    """Applies a pre-norm layer (Xiong et al. 2020): attention, then a feed-forward part.
 
     Each part reads a norm of the residual stream and adds its output to the stream. With
     `cross_attention` a third part stands between them.
@@ -122,7 +122,7 @@ class Block(nn.Module):
 
 
 class Period(nn.Module):
-    """One period of a group of layers: a block of each kind, in order."""
+    """Applies one period of a group of layers: a block of each kind, in order."""
 
     config: ModelConfig
     kinds: tuple[str, ...]
@@ -136,8 +136,8 @@ class Period(nn.Module):
         self, carry: Carry, tokens: TokenInfo, repeat: jax.Array
     ) -> tuple[Carry, PeriodOutput]:
         """Applies the blocks of repeat number `repeat` of the period."""
-        # Inside a loop nothing can undo the recomputation; unrolled, the compiler would merge it
-        # with the forward pass.
+        # Without a loop the compiler would merge the recomputation with the forward pass, unless
+        # prevent_cse forbids it. Inside a loop it cannot.
         remat_block = nn.remat(Block, prevent_cse=not self.config.scan_layers)
         block = {"none": Block, "full": remat_block}[self.config.remat]
         x_BTD, outputs = carry.hidden_BTD, []
@@ -162,7 +162,7 @@ class Period(nn.Module):
 
 
 def output_specs(rows: PartitionSpec) -> Output:
-    """Returns how an Output lies whose hidden states are split as `rows`: sums are whole."""
+    """Returns the specs of an Output, given the spec `rows` of its batch; sums are whole."""
     # A spec in the place of a part of the tree holds for all arrays in that part.
     hidden: Any = PartitionSpec(*rows[:2])
     cache: Any = PartitionSpec(None, *rows[:1])
@@ -171,7 +171,7 @@ def output_specs(rows: PartitionSpec) -> Output:
 
 
 class Stack(nn.Module):
-    """Groups of layers and the final norm: a decoder if `causal`, and otherwise an encoder.
+    """Applies groups of layers and the final norm: a decoder if `causal`, else an encoder.
 
     The layers of a group repeat a period of one or more blocks. Parameters and sums are stacked
     over the repeats, whether these are looped over or unrolled.
@@ -181,7 +181,7 @@ class Stack(nn.Module):
     causal: bool = True
     cross_attention: bool = False
     capture: tuple[str, ...] = ()
-    first_layer: int = 0  # random draws of layers with other numbers are independent
+    first_layer: int = 0  # the number of the first layer, which its random draws depend on
 
     def setup(self) -> None:
         c = self.config

@@ -1,4 +1,4 @@
-"""What every layer of a model needs to know of a batch, built once and handed to all layers."""
+"""Collects what layers need to know of a batch, once for all layers of a model."""
 
 import dataclasses
 from typing import NamedTuple
@@ -14,14 +14,14 @@ Batch = dict[str, jax.Array]
 
 
 class Rotary(NamedTuple):
-    """The angles by which rotary positions turn queries and keys, H/2 for each token."""
+    """Holds the angles by which rotary positions turn queries and keys, H/2 for each token."""
 
     cos_BTH: jax.Array
     sin_BTH: jax.Array
 
 
 class Memory(NamedTuple):
-    """An encoder's output, which the cross-attention of a decoder reads."""
+    """Holds an encoder's output, which the cross-attention of a decoder reads."""
 
     hidden_BSD: jax.Array
     segment_ids_BS: jax.Array  # 0 is padding
@@ -31,7 +31,7 @@ class Memory(NamedTuple):
 class TokenInfo:
     """Holds what layers need to know of a batch's tokens beside their hidden states.
 
-    A sparse layer reads the first three fields, and attention the others. So whoever calls `MoE`
+    A sparse layer reads the first three fields, and attention the others. A caller of `MoE`
     alone gives `TokenInfo(ids_BT, mask_BT)`, and `row_keys_B` as well if the layer has jitter.
     """
 

@@ -1,4 +1,4 @@
-"""The Transformers: a decoder-only language model, an encoder, and an encoder with a decoder."""
+"""Defines the models: a decoder-only Transformer, an encoder, and an encoder with a decoder."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ from moe.parameters import parameter
 
 
 class Vocabulary(nn.Module):
-    """The tables that turn tokens into embeddings, and hidden states into logits."""
+    """Holds the tables that turn tokens into embeddings, and hidden states into logits."""
 
     config: ModelConfig
     makes_logits: bool = True
@@ -54,16 +54,17 @@ class Vocabulary(nn.Module):
 
 
 def _rows(rows: PartitionSpec) -> PartitionSpec:
-    """Returns how hidden states or logits lie, from how the first argument lies."""
+    """Returns the spec of hidden states or logits, given that of the first argument."""
     return PartitionSpec(*rows[:2])
 
 
 def _without_jitter(config: ModelConfig) -> ModelConfig:
+    """Returns the config of the same model with routers that add no noise."""
     return dataclasses.replace(config, moe=dataclasses.replace(config.moe, jitter=0.0))
 
 
 class Transformer(nn.Module):
-    """A decoder-only language model.
+    """Predicts each next token with a decoder alone.
 
     `apply(variables, batch, cache)` gives hidden states, and `unembed` makes logits of them.
     `batch` holds `tokens` [B, T], and may hold `segment_ids` (0 is padding) and `positions` [B, T]
@@ -71,9 +72,10 @@ class Transformer(nn.Module):
     random key for each row, and evaluation uses `without_jitter()`.
 
     A token outside [0, V) makes hidden states of its row NaN, unless it is padding. So does a
-    token that the cache cannot take (`cache.fits_cache`): a cache holds one document in each
-    row. `capture` names what else to return of each layer: "residual" [B, T, D], its output, and
-    "experts" [B, T, A], a sparse layer's choice.
+    token that has no room in the cache (`cache.fits_cache`), which holds one document in each row.
+
+    `capture` names the arrays of each layer to return as well: "residual" is the layer's output
+    [B, T, D], and "experts" are the experts that a sparse layer chose, [B, T, A].
     """
 
     config: ModelConfig
@@ -116,7 +118,7 @@ class Transformer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """A Transformer whose tokens see their whole segment, before and after them.
+    """Encodes tokens, each of which sees its whole segment, before and after it.
 
     `apply(variables, batch)` gives hidden states. The fields of `batch` and the names in `capture`
     are those of `Transformer`. Since no token is to be predicted from those before it, experts may
@@ -150,7 +152,7 @@ class Encoder(nn.Module):
 
 
 class EncoderDecoder(nn.Module):
-    """A decoder whose tokens also read the output of an encoder (Vaswani et al. 2017).
+    """Decodes tokens that also read the output of an encoder (Vaswani et al. 2017).
 
     `batch` holds the fields of `Transformer` for the decoder, and `encoder_tokens` [B, S] for the
     encoder, with `encoder_segment_ids` and `encoder_positions` where rows pack several documents:
@@ -197,8 +199,8 @@ class EncoderDecoder(nn.Module):
             x_BTD = jnp.where(fits_B[:, None, None], x_BTD, jnp.nan)
         tokens = dataclasses.replace(tokens, memory=Memory(encoded.hidden, segment_ids_BS))
         output = self.decoder(x_BTD, tokens, cache)
-        # In the order of the names of both parts, as the leaves of the parameter tree are: biases
-        # of routers find their statistics by it.
+        # The decoder comes first because its name does, in the parameter tree too. The update of
+        # the routers' biases relies on this order.
         return dataclasses.replace(
             output,
             stats=(*output.stats, *encoded.stats),
@@ -207,7 +209,7 @@ class EncoderDecoder(nn.Module):
 
     @on_auto_axes(output_specs)
     def encode(self, batch: Batch) -> Output:
-        """Returns the encoder's output alone. It reads the fields that start with `encoder_`."""
+        """Returns the encoder's output alone, from the fields that start with `encoder_`."""
         encoder_batch = _encoder_batch(batch)
         check_static("encoder_tokens", encoder_batch["tokens"].shape)
         tokens = TokenInfo.from_batch(encoder_batch, self.encoder_config)
@@ -282,5 +284,5 @@ def _encoder_batch(batch: Batch) -> Batch:
         for name, value in batch.items()
         if name.startswith(prefix) or name == "row_keys"
     }
-    ones_BS = jnp.ones(fields["tokens"].shape, jnp.int32)
-    return {"segment_ids": ones_BS} | fields
+    one_document_BS = jnp.ones(fields["tokens"].shape, jnp.int32)
+    return {"segment_ids": one_document_BS} | fields

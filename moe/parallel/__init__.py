@@ -1,1 +1,1 @@
-"""The mesh, and the collectives over its axes. Import the modules themselves."""
+"""Holds the mesh, and the collectives over its axes. Import the modules themselves."""

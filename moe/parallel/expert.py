@@ -1,8 +1,8 @@
-"""The collectives of sparse layers, which all run inside shard_map.
+"""Provides the collectives of sparse layers, which all run inside shard_map.
 
-Weights are gathered over the fsdp axis, and rows are exchanged over the expert axis. Outside of
-shard_map, and on a mesh without an axis, its size is 1 and nothing is sent. The letter P stands for
-the devices along the expert axis. Device p holds experts p E/P to (p + 1) E/P - 1.
+Weights are gathered over the fsdp axis, and rows are exchanged over the expert axis. An axis
+has size 1, and nothing is sent, outside of shard_map or on a mesh that lacks the axis. The letter P
+stands for the devices along the expert axis. Device p holds experts p E/P to (p + 1) E/P - 1.
 """
 
 import functools
@@ -82,7 +82,7 @@ def own_experts(experts_NA: jax.Array, num_own: int) -> jax.Array:
 
 
 def scatter_sums(y: jax.Array) -> jax.Array:
-    """Adds up what all devices have for each token, and leaves each device its own tokens."""
+    """Adds up the devices' values of each token, and gives each device its own tokens' sums."""
     return jax.lax.psum_scatter(y, "expert", tiled=True)
 
 
@@ -106,7 +106,7 @@ def all_to_all_back(rows_ECD: jax.Array) -> jax.Array:
 
 
 class ExchangePlan(NamedTuple):
-    """Which rows each device sends to each other one: int32 matrices [sender, receiver].
+    """Says which rows each device sends to each other one, by int32 [sender, receiver].
 
     A sender's rows are sorted by expert, so the rows for one receiver are next to one another. A
     receiver's buffer begins with the rows of device 0; then come those of device 1, and so on.
@@ -118,7 +118,10 @@ class ExchangePlan(NamedTuple):
 
 
 class RaggedExchange(NamedTuple):
-    """A plan as one device of the group sees it. The first dimension is the other device."""
+    """Holds a plan as one device of the group sees it.
+
+    The first dimension of each array but the last is the other device.
+    """
 
     starts_P: jax.Array  # the first row for that device, among this device's rows
     sizes_P: jax.Array  # the number of rows that this device sends there
@@ -159,7 +162,7 @@ def received_experts(loads_PE: jax.Array, device: jax.Array, room: int) -> jax.A
 
 
 def prepare_ragged(loads_E: jax.Array, room: int) -> RaggedExchange:
-    """Tells every device how many rows this one has for each expert, and plans the exchange."""
+    """Shares each device's loads with the whole group, and plans the exchange from them."""
     device = jax.lax.axis_index("expert")
     loads_PE = jax.lax.all_gather(loads_E, "expert")
     plan = plan_exchange(loads_PE, room)

@@ -1,4 +1,4 @@
-"""The mesh of a run, and how arrays lie on it by the table `moe.config.layout.RULES`."""
+"""Makes a run's mesh, and lays arrays out on it by the table `moe.config.layout.RULES`."""
 
 import functools
 import math
@@ -54,8 +54,8 @@ def spec(dims: str, shape: tuple[int, ...], mesh: AnyMesh) -> PartitionSpec:
 def _spec_over(dims: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> PartitionSpec:
     """Returns the spec of an array over the axes in `sizes` alone."""
     entries: list[tuple[str, ...]] = []
-    # The axes of a dimension that is copied do not fall to another: what B cannot use does not
-    # split an activation's D.
+    # If a dimension is copied, its axes stay unused. An axis that cannot split an activation's B
+    # must not split its D instead.
     for dim, size, axes in zip(dims, shape, split_axes(dims, sizes), strict=True):
         num_parts = math.prod(sizes[axis] for axis in axes)
         if size % num_parts and dim not in "BTK":
@@ -70,8 +70,8 @@ def _spec_over(dims: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> P
 def constrain(x: jax.Array, dims: str) -> jax.Array:
     """Lays `x` out by RULES inside a program whose mesh was set.
 
-    The Auto axes of the mesh are those that split `x`. So inside a shard_map over some axes the
-    others are still used, and inside one over all axes, or without a mesh, nothing is done.
+    Only the Auto axes of the mesh split `x`. A shard_map makes its axes Manual, so inside it the
+    remaining axes are used. Without an Auto axis, or without a mesh, nothing is done.
     """
     sizes = _auto_sizes(jax.sharding.get_abstract_mesh())
     if not sizes:
@@ -94,12 +94,13 @@ def per_shard(
 ) -> Any:
     """Calls `function` on each device's part of the arrays, laid out by RULES (jax.shard_map).
 
-    The Auto axes of the mesh split the arrays; inside a shard_map over other axes these parts are
-    parts of what a device has there. Without Auto axes `function` gets the whole arrays. It must
-    then make the whole of what its parts make: its results' shapes are taken from that.
+    `in_dims` and `out_dims` hold the dimension letters of each array and of each result. The Auto
+    axes of the mesh split the arrays, and without Auto axes `function` gets the whole arrays.
+    `function` is also traced on the whole arrays, to find the shapes of the whole results.
 
-    Raises ValueError if a shard_map around this has made an axis Manual that is to split a weight:
-    the collectives of `function` would take its devices for those that share the weight.
+    Raises ValueError if a surrounding shard_map has made an axis Manual by which RULES split a
+    weight. The collectives of `function` would run over that axis, although the weight is not
+    split there.
     """
     mesh = jax.sharding.get_abstract_mesh()
     _check_manual_axes(mesh, in_dims)
@@ -142,8 +143,8 @@ def on_auto_axes(
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Makes Explicit axes Auto within a function of arrays, or a method of a Flax module.
 
-    JAX checks the sharding of each operation on Explicit axes, which are the default of
-    jax.make_mesh, and asks for one that it cannot tell. Here that is left to the compiler.
+    Explicit axes are the default of jax.make_mesh. On these JAX checks the sharding of each
+    operation, and raises an error where it cannot infer one. On Auto axes the compiler decides.
     `out_specs` makes the specs of the results (a prefix of their tree) from the spec of the first
     argument that is split.
     """
@@ -172,14 +173,14 @@ def on_auto_axes(
 
 
 class _Placement(NamedTuple):
-    """The mesh with Explicit axes that arrays lie on, and the spec of the first that it splits."""
+    """Holds the mesh that arrays lie on, and the spec of the first array that it splits."""
 
     mesh: AnyMesh
     spec: PartitionSpec
 
 
 def _explicit_placement(*tree: Any) -> _Placement | None:
-    """Returns where the arrays of a tree lie, or None if no axis of their mesh is Explicit."""
+    """Returns the placement of a tree's arrays, or None if no axis of their mesh is Explicit."""
     shardings = [jax.typeof(x).sharding for x in jax.tree.leaves(tree) if _is_array(x)]
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:  # arrays bring their mesh along
@@ -193,6 +194,10 @@ def _explicit_placement(*tree: Any) -> _Placement | None:
 def _call_on_auto_axes(
     function: Callable[..., Any], mesh: Any, out_specs: Any, *args: Any, **kwargs: Any
 ) -> Any:
+    """Calls `function` with the Explicit axes of `mesh` made Auto.
+
+    Arguments that are not arrays reach `function` unchanged, outside of the traced arguments.
+    """
     leaves, structure = jax.tree.flatten((args, kwargs))
     arrays = [leaf for leaf in leaves if _is_array(leaf)]
 
@@ -231,7 +236,7 @@ def axis_size(axis: str) -> int:
 def chip(mesh: AnyMesh) -> str | None:
     """Returns the kind of a mesh's devices ("TPU v5p", "NVIDIA H200", "cpu").
 
-    They need not be on this machine. None is the answer for a mesh that does not know.
+    They need not be on this machine. The result is None for a mesh without devices.
     """
     device = mesh.abstract_mesh.abstract_device
     return None if device is None else device.device_kind
@@ -246,10 +251,10 @@ def _axes_of_type(mesh: AnyMesh, axis_type: AxisType) -> list[str]:
 
 
 def _auto_sizes(mesh: AnyMesh) -> dict[str, int]:
-    """Returns the sizes of the axes of ours whose layouts are left to the compiler.
+    """Returns the sizes of those of our axes whose layouts the compiler decides.
 
-    There are none beside Explicit axes: on these JAX checks each operation, and modules make them
-    Auto (`on_auto_axes`) before they get here.
+    On a mesh that still has Explicit axes there are none. Modules make these axes Auto
+    (`on_auto_axes`) before they lay out arrays.
     """
     if AxisType.Explicit in mesh.axis_types:
         return {}
@@ -283,9 +288,9 @@ def global_batch(
     """Joins every process's `host_rows` of a batch into global arrays.
 
     `dims` has the dimension letters of each field, the first of which is B. The mesh splits a
-    field by these letters.
+    field by these letters. Raises ValueError for a field that does not start with B.
     """
-    held = host_rows(mesh, batch_size)
+    local_rows = host_rows(mesh, batch_size)
 
     def join(name: str, local: np.ndarray) -> jax.Array:
         if dims[name][:1] != "B":
@@ -295,8 +300,9 @@ def global_batch(
 
         def read(index: Any) -> np.ndarray:
             """Returns a device's part, given by a slice for each dimension of the whole array."""
-            asked = np.arange(batch_size)[index[0]]
-            return local[np.searchsorted(held, asked)][:, *index[1:]]
+            device_rows = np.arange(batch_size)[index[0]]
+            places = np.searchsorted(local_rows, device_rows)  # in this process's part
+            return local[places][:, *index[1:]]
 
         return jax.make_array_from_callback(shape, sharding, read)
 

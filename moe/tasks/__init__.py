@@ -1,14 +1,17 @@
-"""What can be trained, each a `Task`."""
+"""Provides the tasks that a run can train, each as a `Task`."""
 
 from moe.config import ConfigError, RunConfig
 from moe.tasks.language_modelling import language_modelling
 from moe.tasks.task import Task
 
-__all__ = ["Task", "make_task", "task_of_run"]
+__all__ = ["Task", "choose_task", "make_task"]
 
 
 def make_task(config: RunConfig) -> Task:
-    """Returns the task that `config.task` names. Raises ConfigError for a custom one."""
+    """Returns the task that `config.task` names.
+
+    Raises ConfigError for a custom task, since only the program that trains it has one.
+    """
     match config.task:
         case "language_modelling":
             return language_modelling(config)
@@ -19,11 +22,11 @@ def make_task(config: RunConfig) -> Task:
             )
 
 
-def task_of_run(config: RunConfig, task: Task | None) -> Task:
+def choose_task(config: RunConfig, task: Task | None) -> Task:
     """Returns the caller's own task for a run of a custom one, and otherwise the config's.
 
-    Raises ConfigError where a task is missing, or where the config names another one. A run's
-    saved config then never names a task that the run was not trained on.
+    Raises ConfigError where a task is missing, or where the config names another one: a run's
+    saved config must name the task that it was trained on.
     """
     if task is None:
         return make_task(config)

@@ -1,4 +1,4 @@
-"""Language modelling: predict each token of a text from the tokens before it."""
+"""Defines language modelling, which predicts each token of a text from those before it."""
 
 import math
 from collections.abc import Callable
@@ -30,7 +30,7 @@ def language_modelling(config: RunConfig) -> Task:
         model=Transformer,
         dims=DIMS,
         init_batch={"tokens": np.zeros((1, 1), np.int32)},
-        rows=open_rows,
+        rows=prepare_rows,
         random_rows=random_rows,
         loss=next_token_loss(config.train.loss_chunk),
         counts=counts,
@@ -39,8 +39,8 @@ def language_modelling(config: RunConfig) -> Task:
     )
 
 
-def open_rows(config: RunConfig, split: str) -> Rows:
-    """Opens a split's packed rows, which are prepared first where nobody has done so before."""
+def prepare_rows(config: RunConfig, split: str) -> Rows:
+    """Opens a split's packed rows, and prepares them first if they do not exist yet."""
     # Preparing data needs the packages of the extra `run`. The loss alone needs none of them.
     from moe.data.prepare import prepare
 
@@ -67,7 +67,7 @@ def next_token_loss(chunk: int) -> Callable[[Any, Unembed, Batch], Sums]:
         total = losses.cross_entropy_sum(
             output.hidden, unembed, batch["targets"], batch["loss_mask"], chunk
         )
-        return {"loss": total, "router": losses.router_sums(output.stats), **counts(batch)}
+        return {"loss": total, "router": losses.in_layer_order(output.stats), **counts(batch)}
 
     return loss
 

@@ -1,4 +1,4 @@
-"""A task says what a run trains. It stands between the training loop and the model and data."""
+"""Defines what a task is: it connects the training loop with a model and its data."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -11,13 +11,13 @@ from moe.config import ModelConfig, RunConfig
 from moe.data.rows import Rows
 from moe.losses import Sums
 from moe.model.stack import Output
+from moe.model.tokens import Batch
 
-Batch = dict[str, jax.Array]
 Unembed = Callable[[jax.Array], jax.Array]  # hidden states [..., D] to logits [..., V]
 
 
 class Task(NamedTuple):
-    """The functions that make a run a run of this task. `fit` calls them and knows nothing else.
+    """Holds the functions that define what a run trains. `fit` calls only these.
 
     A batch is a dict of arrays whose first dimension is B, the rows. Sums and counts add up over
     microbatches, devices and evaluation batches, so they must be sums over rows, never means.
@@ -37,13 +37,13 @@ class Task(NamedTuple):
     # Opens a split of the run's data by its name. The loader makes all batches from the rows.
     rows: Callable[[RunConfig, str], Rows]
 
-    # Makes that many rows of random content, stacked, which cost as much as real ones. Benchmarks
-    # run on them, so that measuring a model needs no data.
+    # Makes a batch of a given number of rows of random content. A step on them costs as much as
+    # one on real rows, so benchmarks need no data.
     random_rows: Callable[[RunConfig, int], dict[str, np.ndarray]]
 
     # Returns float32 sums over a batch: `loss`, which training minimises; `router`, which is
-    # `losses.router_sums` of the output; everything that `counts` returns; and whatever `metrics`
-    # and `score` need besides.
+    # `losses.in_layer_order(output.stats)`; everything that `counts` returns; and whatever
+    # `metrics` and `score` need besides.
     loss: Callable[[Output, Unembed, Batch], Sums]
 
     # Returns what sums are divided by, from the batch alone: `targets`, the number of terms in
@@ -51,9 +51,9 @@ class Task(NamedTuple):
     counts: Callable[[Batch], Sums]
 
     # Returns means from sums: `loss`, `router` (both as `losses.metrics` makes them) and other
-    # scalars. They are logged for training steps and for evaluations. Runs inside jit.
+    # scalars. They are logged for training steps and for evaluations. It is called inside jit.
     metrics: Callable[[Sums], dict[str, Any]]
 
     # Returns further numbers of an evaluation, from its sums and the rows that it read, such as
-    # bits per byte. Runs on the host.
+    # bits per byte. It is called on the host.
     score: Callable[[Sums, Rows], dict[str, float]]

@@ -1,1 +1,1 @@
-"""The state of a run, its steps, and the loop over them."""
+"""Holds the state of a run, its steps, and the loop over them."""

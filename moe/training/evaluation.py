@@ -1,4 +1,4 @@
-"""Evaluation of a model on a split, and the statistics of its routers."""
+"""Evaluates a model on a split, and summarises the statistics of its routers."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,15 +15,16 @@ from moe.parallel.mesh import global_batch, host_rows
 from moe.training.train_step import Program
 from moe.workdir.tracking import read_metrics
 
-# The routers' statistics that an evaluation tells; a training step tells them all.
+# An evaluation reports these statistics of the routers. A training step reports all of them.
 _ROUTER_NAMES = ("max_vio", "load_entropy", "dropped_fraction")
 
 
 def evaluate(config: RunConfig, program: Program, variables: Any, rows: Rows) -> dict[str, float]:
     """Evaluates a model on the first `config.train.eval_batches` batches of a split (0: on all).
 
-    Returns the task's metrics and scores. A model with sparse layers has three means over these
-    layers as well, of the load over all batches: `max_vio`, `load_entropy`, `dropped_fraction`.
+    Returns the task's metrics and scores. For a model with sparse layers it also returns
+    `max_vio`, `load_entropy` and `dropped_fraction`: each is computed from a layer's sums over all
+    batches, and is the mean over these layers.
     """
     sums = _sum_over_batches(config, program, variables, rows)
     metrics = program.task.metrics(sums)
@@ -56,8 +57,8 @@ def _sum_over_batches(
 def router_summary(router: Mapping[str, Any]) -> dict[str, float]:
     """Returns one number for each of the routers' statistics [L]; none for a dense model.
 
-    It is the mean over the sparse layers, but for `dead_experts`, whose sum it is, and
-    `bias_range`, whose largest value it is. `worst_max_vio` is the largest `max_vio`.
+    `dead_experts` is summed over the sparse layers, and `bias_range` is the largest one. All other
+    statistics are means over these layers. `worst_max_vio` is the largest `max_vio`.
     """
     reductions = {"dead_experts": np.sum, "bias_range": np.max}
     values = {

@@ -1,4 +1,4 @@
-"""The metrics of training steps, as they are written to a run's files and shown."""
+"""Writes the metrics of training steps to a run's files, and shows them."""
 
 import time
 from collections.abc import Iterator, Mapping
@@ -74,6 +74,7 @@ class Log:
         self._started, self._steps, self._waited = now, 0, 0.0
 
     def _read(self) -> None:
+        """Waits for the pending step, if there is one, and takes its metrics."""
         if self._pending is None:
             return
         step, metrics = self._pending
@@ -89,6 +90,7 @@ class Log:
             self._write(step, metrics)
 
     def _write(self, step: int, metrics: Metrics) -> None:
+        """Writes a step's metrics, the routers' and the speeds, and shows them behind the bar."""
         values = {
             f"train/{name}": float(value)
             for name, value in metrics.items()
@@ -103,7 +105,7 @@ class Log:
     def _rates(self) -> dict[str, float]:
         """Returns the speeds since the clock was restarted, and restarts it.
 
-        There are none if no step has ended since.
+        The result is empty if no step has ended since then.
         """
         if self._started is None or not self._steps:
             return {}

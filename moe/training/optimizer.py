@@ -1,4 +1,4 @@
-"""The optimizer of a run: AdamW, its schedule, and which parameters decay."""
+"""Makes the optimizer of a run: AdamW, its schedule, and which parameters decay."""
 
 import functools
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import optax
 from moe.config import OptimizerConfig, RunConfig
 from moe.parameters import map_declared
 
-# Norms and embeddings keep their scale: only what multiplies activations decays.
+# Only matrices that multiply activations decay. Norms and embeddings keep their scale.
 DECAYED_KINDS = ("linear", "router", "unembedding")
 
 
@@ -55,7 +55,7 @@ def make_optimizer(
 def _with_standard_promotion(function: Callable[..., Any]) -> Callable[..., Any]:
     """Lets a function of optax mix integers and floats.
 
-    It does so, and would raise an error in a program with jax_numpy_dtype_promotion="strict".
+    Some of them do so, which is an error in a program with jax_numpy_dtype_promotion="strict".
     """
 
     @functools.wraps(function)

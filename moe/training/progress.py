@@ -1,8 +1,7 @@
-"""What a person in front of a run sees: one line that says where the run stands.
+"""Shows a run's progress in one line on stderr, with what the run is waiting for.
 
-The line also says what the run is waiting for. Showing it is never worth a run: if stderr is closed
-or its disk is full, nothing more is written to it, and training goes on. Commands load this file
-before they load JAX.
+A run must not fail because its progress cannot be shown. If stderr is closed or its disk is full,
+nothing more is written to it, and training goes on. Commands load this file before they load JAX.
 """
 
 import io
@@ -16,7 +15,7 @@ from tqdm import tqdm
 
 
 class Stream:
-    """A text stream that drops what cannot be written.
+    """Writes text to a stream, and drops what cannot be written.
 
     Nothing can be written to a pipe whose reader has left, as in `2>&1 | head -1`.
     """
@@ -53,12 +52,14 @@ class Stream:
 
 
 class _Nowhere(io.TextIOBase):
+    """Drops all text, in place of a stderr that was closed."""
+
     def write(self, text: str) -> int:
         return len(text)
 
 
 class Bar:
-    """The progress bar of a run: its steps, the time left, and the newest metrics.
+    """Shows the progress bar of a run: its steps, the time left, and the newest metrics.
 
     Text before the bar says what the run is doing while it takes no steps. The first step compiles
     the program, so until it is done there is only this text, without a bar and an estimate.

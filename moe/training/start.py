@@ -1,4 +1,4 @@
-"""What happens before the first step of a run, and before a saved run is used.
+"""Prepares a run for its first step, and a saved run for being used.
 
 A run is checked before anything is allocated. Then its lock is taken, and its state is made,
 restored, or started from another run's.
@@ -17,7 +17,7 @@ import numpy as np
 
 from moe.config import ConfigError, MeshConfig, RunConfig
 from moe.data.rows import Rows
-from moe.files import sole
+from moe.files import try_lock
 from moe.scaling.hardware import memory_bytes
 from moe.tasks import Task
 from moe.training.log import Record
@@ -34,7 +34,7 @@ from moe.workdir.tracking import MetricWriter, write_environment
 def check_memory(mesh: jax.sharding.Mesh, *trees: Any) -> None:
     """Raises ConfigError if arrays of these shapes and shardings exceed the devices' memory.
 
-    No array is made. What the memory of each device of `mesh` must hold is its shards.
+    No array is made. Each device of `mesh` must have room for its own shards.
     """
     devices = [
         device for device in mesh.devices.flat if device.process_index == jax.process_index()
@@ -55,7 +55,7 @@ def check_memory(mesh: jax.sharding.Mesh, *trees: Any) -> None:
 
 
 def check_finite(checkpoint_path: Path, variables: Any) -> None:
-    """Raises ConfigError naming the first of a checkpoint's variables with NaN or an infinity."""
+    """Raises ConfigError for the first variable of a checkpoint with NaN or an infinity."""
     for keys, leaf in jax.tree_util.tree_flatten_with_path(variables)[0]:
         if not jax.numpy.isfinite(leaf).all():
             name = jax.tree_util.keystr(keys, simple=True, separator="/")
@@ -69,13 +69,13 @@ def check_finite(checkpoint_path: Path, variables: Any) -> None:
 def lock_run(workdir: Path) -> Iterator[None]:
     """Makes this process the only one that writes the run.
 
-    Raises ConfigError if another process does. Of a run's own processes, only the first one holds
-    the lock.
+    Raises ConfigError if another process is writing it. Among a run's own processes, only the
+    first one holds the lock.
     """
     if jax.process_index() > 0:
         yield
         return
-    with sole(workdir / LOCK_FILE) as holder:
+    with try_lock(workdir / LOCK_FILE) as holder:
         if holder:
             raise ConfigError(
                 f"{workdir} is being written by {holder}: "
@@ -96,7 +96,7 @@ def first_state(
     """Returns the state of the run's latest checkpoint, or that of a new run.
 
     The checkpoint must have been trained on these rows. A new run takes its model's variables from
-    `origin`, if there is one, and saves them: after that the other run is not needed.
+    `origin`, if there is one. It saves them at once, so that the other run is not needed later.
     """
     latest = checkpoints.latest_step()
     if latest is not None:
@@ -115,7 +115,8 @@ def first_state(
 def start_from(origin: Origin, workdir: Path, program: Program, state: TrainState) -> TrainState:
     """Returns a new run's state with the model's variables of another run's checkpoint.
 
-    `workdir` notes down which checkpoint that is.
+    It also writes down in `workdir` which checkpoint that is. Raises ConfigError if the checkpoint
+    holds numbers that are not finite.
     """
     variables = read_variables(origin, program.abstract_state)
     check_finite(origin.run / "checkpoints" / str(origin.step), variables)
@@ -140,7 +141,7 @@ def report_new_schedule(workdir: Path, config: RunConfig, state: TrainState) -> 
 def open_records(workdir: Path, config: RunConfig, program: Program, step: int) -> Iterator[Record]:
     """Yields the function that writes a step's metrics.
 
-    Of a run's processes, only the first one writes.
+    Among a run's processes, only the first one writes.
     """
     if jax.process_index() > 0:
         yield lambda step, metrics, layers=None, /: None
@@ -158,8 +159,8 @@ def load_run(
     """Returns the config, program, model variables and step of a run's checkpoint.
 
     The checkpoint is the latest one if `step` is None. A run of a custom task needs its `task`.
-    Parameters are split over as many of this machine's devices as divide them, however the run
-    was laid out. Raises ConfigError if there is no such run or step.
+    The mesh of the run does not matter: parameters are split over as many devices here as divide
+    the model's width. Raises ConfigError if there is no such run or step.
     """
     config = read_config(workdir)
     devices = jax.device_count()

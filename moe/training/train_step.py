@@ -1,4 +1,4 @@
-"""The state of a run, and the pure functions that advance and evaluate it."""
+"""Defines the state of a run, and the pure functions that advance and evaluate it."""
 
 import dataclasses
 import functools
@@ -20,7 +20,7 @@ from moe.model.attention import choose_implementation
 from moe.model.routing import update_bias
 from moe.parallel.mesh import make_mesh, shardings
 from moe.parameters import declarations, unbox
-from moe.tasks import Task, task_of_run
+from moe.tasks import Task, choose_task
 from moe.tasks.task import Batch
 from moe.training.optimizer import all_finite, make_optimizer, make_schedule, tree_where
 
@@ -28,7 +28,7 @@ Metrics = dict[str, Any]  # scalars by name, and under "router" a dict of arrays
 
 
 class LargeCount(NamedTuple):
-    """A count of up to 2**64 - 1 in two words of 32 bits, since JAX has no larger ones by default.
+    """Counts up to 2**64 - 1 in two words of 32 bits, the largest that JAX has by default.
 
     The words are uint32 scalars, or arrays of several counts.
     """
@@ -47,7 +47,7 @@ class LargeCount(NamedTuple):
 
 
 class TrainState(struct.PyTreeNode):
-    """Everything that a checkpoint must hold for a run to go on as if it had never stopped."""
+    """Holds everything that a run needs to go on as if it had never stopped."""
 
     step: jax.Array  # steps taken, including those whose update was skipped
     examples: LargeCount  # rows consumed: the whole state of the data stream
@@ -61,7 +61,7 @@ class TrainState(struct.PyTreeNode):
 
     @property
     def variables(self) -> dict[str, Any]:
-        """The variables that the model is applied with."""
+        """Returns the variables that the model is applied with."""
         return {"params": self.params, "router_state": self.router_state}
 
 
@@ -81,12 +81,14 @@ def new_state(params: Any, opt_state: Any, router_state: Any) -> TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """The pieces of a run on its mesh: `fit` loops over them, and so may any other loop."""
+    """Holds the functions and the state of a run on its mesh, for `fit` or for another loop."""
 
     mesh: Mesh
     task: Task
     model: nn.Module
-    attention: str  # the implementation of attention that the config or the mesh's chip chose
+    # The implementation that computes causal attention on this mesh. The attention of an encoder,
+    # which is not causal, is chosen while its program is traced, and may be another one.
+    attention: str
     abstract_state: TrainState  # shapes, dtypes and shardings
     init_state: Callable[[], TrainState]
     # (state, batch) -> (state, metrics). The state is donated: its arrays are gone afterwards.
@@ -105,7 +107,7 @@ def make_program(
     `task` is the caller's own, where `config.task` is "custom". Nothing is compiled before it is
     called.
     """
-    task = task_of_run(config, task)
+    task = choose_task(config, task)
     mesh = make_mesh(config, devices)
     implementation = choose_implementation(config.model, mesh, config.data.sequence_length)
     assert implementation is not None  # the devices of a mesh say which chip they are
@@ -165,8 +167,8 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Makes the pure function (state, batch) -> (state, metrics) of one step.
 
-    The loss is the sum over all microbatches' targets, divided by the number of these targets, so
-    accumulation changes nothing but memory. An update is skipped and counted if its loss, its
+    The loss is a mean over the targets of all microbatches together, so accumulation changes only
+    how much memory a step needs. An update is skipped and counted if its loss, its
     gradient or the parameters that it makes are not finite.
     """
     schedule = make_schedule(config)
@@ -201,9 +203,10 @@ def _update(
     sums: losses.Sums,
     is_finite: jax.Array,
 ) -> TrainState:
-    """Returns the state after a step. `is_finite` says whether its loss and gradient are finite.
+    """Returns the state after a step, whose update is skipped if anything is not finite.
 
-    If they or the new parameters are not, the step is counted and changes nothing else.
+    `is_finite` says whether the loss and the gradient are finite; here the new parameters are
+    tested too. A skipped update is counted, and changes nothing else.
     """
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -241,9 +244,9 @@ def row_keys(config: RunConfig, examples: LargeCount) -> jax.Array:
 def _update_biases(
     config: RunConfig, router_state: Any, router_sums: losses.RouterStats | None
 ) -> Any:
-    """Moves the router's biases by the whole batch's load [L, E].
+    """Returns the router's biases, moved by the whole batch's load [L, E].
 
-    Each kind of sparse layer has its biases [repeats, E].
+    Each kind of sparse layer has its own array of biases [repeats, E].
     """
     biases, structure = jax.tree.flatten(router_state)
     if router_sums is None or not biases:
@@ -263,7 +266,7 @@ def _bias_ranges(router_state: Any) -> jax.Array:
 def make_eval_step(config: RunConfig, task: Task) -> Callable[[Any, Batch], losses.Sums]:
     """Makes the pure function (variables, batch) -> sums and counts.
 
-    They are added up over batches and divided once.
+    The caller adds these up over batches and divides once.
     """
     moe_without_jitter = dataclasses.replace(config.model.moe, jitter=0.0)
     model = task.model(dataclasses.replace(config.model, moe=moe_without_jitter))
@@ -275,6 +278,7 @@ def make_eval_step(config: RunConfig, task: Task) -> Callable[[Any, Batch], loss
 
 
 def _sums(model: nn.Module, task: Task, variables: Any, batch: Batch) -> losses.Sums:
+    """Returns the task's sums and counts for a batch, by applying the model to it."""
     output: Any = model.apply(variables, batch)
 
     def unembed(hidden: jax.Array) -> jax.Array:

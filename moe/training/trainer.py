@@ -1,4 +1,4 @@
-"""fit() trains one run, from a checked config to its last checkpoint. It is the loop alone."""
+"""Holds `fit`, the loop that trains a run from a checked config to its last checkpoint."""
 
 import contextlib
 import math
@@ -38,18 +38,18 @@ _ADVICE = "lower optimizer.learning_rate, or look at the data"
 
 
 class Interrupted(Exception):
-    """SIGINT or SIGTERM arrived. The state is saved, and the same call goes on from there."""
+    """Says that SIGINT or SIGTERM arrived. The state is saved, and the same call resumes."""
 
 
 class Diverged(Exception):
-    """Training has failed: updates in a row were skipped, or the last validation is not finite.
+    """Says that updates in a row were skipped, or that the last validation is not finite.
 
     An update is skipped if its loss, its gradient or the parameters that it makes are not finite.
     """
 
 
 class _Run(NamedTuple):
-    """The open parts of a run while it trains."""
+    """Holds the open parts of a run while it trains."""
 
     config: RunConfig
     program: Program
@@ -72,10 +72,10 @@ def fit(
 ) -> dict[str, float]:
     """Trains to `config.train.steps` and returns the last validation metrics.
 
-    The run goes on from its latest checkpoint, if `workdir` has one; the steps may be more than it
-    began with. A new run starts from the parameters of step `init_step` (by default, the latest)
-    of the run in `init_from`, if that is given; all else of its state is new. `task` is the
-    caller's own, where `config.task` is "custom".
+    If `workdir` has a checkpoint, the run goes on from the latest one, and may train to more steps
+    than it began with. Otherwise it is new. A new run takes its parameters and router biases from
+    step `init_step` (by default, the latest) of the run in `init_from`, if that is given. The rest
+    of its state is new. `task` is the caller's own, where `config.task` is "custom".
 
     Raises ConfigError if the workdir holds a run of another config or if another process writes
     it, OSError if a checkpoint cannot be saved, Interrupted on SIGINT or SIGTERM once the state is
@@ -94,7 +94,7 @@ def fit(
 def _fit(
     config: RunConfig, workdir: Path, program: Program, origin: Origin | None
 ) -> dict[str, float]:
-    """Does what fit() says, for the one process that holds the run's lock."""
+    """Trains as `fit` does, once this run's lock is held, and returns the last validation."""
     train_rows = program.task.rows(config, config.data.train_split)
     validation_rows = program.task.rows(config, config.data.validation_split)
     with contextlib.ExitStack() as stack:
@@ -110,8 +110,8 @@ def _fit(
         batches = stack.enter_context(_train_batches(run, int(state.examples)))
         stack.enter_context(jax.set_mesh(program.mesh))
         state = _train(run, state, batches)
-    # A signal may also come in the last step or while that is saved. The caller is told then too,
-    # so that it does not begin another run.
+    # A signal may also arrive in the last step, or while that step is saved. The caller must know
+    # of it, so that a sweep does not begin its next run.
     if interrupted():
         raise Interrupted(
             f"{workdir} stopped at step {int(state.step)} and saved: "
@@ -133,21 +133,21 @@ def _train(run: _Run, state: TrainState, batches: Iterator[Batch]) -> TrainState
         state, metrics = run.program.train_step(state, log.next_batch(batches))
         log.add(step, metrics)
         _check_skipped(log, train.max_skipped_steps)
-        last, stop = step == train.steps, run.interrupted()
-        evaluates = last or step % train.eval_every == 0
-        saves = last or stop or step % train.checkpoint_every == 0
-        if evaluates or saves:
+        is_last, must_stop = step == train.steps, run.interrupted()
+        must_evaluate = is_last or step % train.eval_every == 0
+        must_save = is_last or must_stop or step % train.checkpoint_every == 0
+        if must_evaluate or must_save:
             # A step's metrics are written before its checkpoint, so that resuming loses none.
             log.pause()
             _check_skipped(log, train.max_skipped_steps)
-        if evaluates:
+        if must_evaluate:
             run.bar.show(f"evaluating step {step}")
             values = evaluate(run.config, run.program, state.variables, run.validation_rows)
             run.record(step, {f"validation/{name}": value for name, value in values.items()})
-        if saves:
-            run.bar.show(f"{'stopping: ' if stop else ''}saving step {step}")
+        if must_save:
+            run.bar.show(f"{'stopping: ' if must_stop else ''}saving step {step}")
             checkpoint.save(run.checkpoints, run.config, run.train_rows.sha256, state)
-        if stop:
+        if must_stop:
             break
     return state
 

@@ -20,7 +20,7 @@ from moe.workdir.checksum import checksums
 from moe.workdir.identity import (
     ABOUT_FILE,
     checkpoint_steps,
-    damaged,
+    damage_error,
     differing_fields,
     read_about,
     read_config,
@@ -38,7 +38,8 @@ from moe.workdir.orbax_errors import (
 # Orbax measures a save by the wall clock and gives up after 20 minutes. A clock that is corrected
 # meanwhile would end the save, so the limit is out of reach.
 _SAVE_TIMEOUT = 10**9
-# How often a reader follows a live run that replaces its checkpoint faster than it can be read.
+# A live run may replace its latest checkpoint while it is read. A reader then tries the newer one,
+# at most this many times.
 _MAX_RETRIES = 10
 
 
@@ -120,7 +121,7 @@ class Checkpoints:
             self._delete_old_ones()
 
     def _delete_old_ones(self) -> None:
-        """Deletes checkpoints that are not to be kept, and the remains of killed processes."""
+        """Deletes checkpoints that the config does not keep, and unfinished ones."""
         train = self.config.train
         old = [
             step
@@ -176,7 +177,8 @@ def save(checkpoints: Checkpoints, config: RunConfig, rows_sha256: str, state: A
     """Starts writing a train state, which may be donated as soon as this returns.
 
     A state that is saved already is not written again. Raises ConfigError if the directory holds
-    another state of this step, or a later step, which a resumed run would take instead.
+    another state of this step, or a later step: a resumed run would take that one instead. Raises
+    OSError if this checkpoint or the one before it cannot be written.
     """
     checkpoints.wait()
     step, latest = int(state.step), checkpoints.latest_step()
@@ -291,14 +293,14 @@ def _restore(path: Path, arrays: dict[str, Any], abstract: Any) -> Any:
     state, found = call_orbax(read, lambda error: restore_error(path, error))
     for name, array in found.items():
         if array != arrays[name]:
-            raise damaged(path, f"{name} does not have the checksum that was saved")
+            raise damage_error(path, f"{name} does not have the checksum that was saved")
     return state
 
 
 def check_leaves(path: Path, saved: dict[str, Any], expected: Any) -> None:
     """Raises ConfigError for the first leaf that differs between a checkpoint and `expected`.
 
-    Leaves differ if only one side has them, or if their shape or dtype is another.
+    Leaves differ if only one side has them, or if their shapes or dtypes differ.
     """
     has = {name: f"{array['dtype']}{array['shape']}" for name, array in saved.items()}
     wants = {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in _named_leaves(expected)}

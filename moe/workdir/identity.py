@@ -71,7 +71,7 @@ def read_about(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
         whole = False
     if not whole:
-        raise damaged(path, f"{ABOUT_FILE} is not what was written")
+        raise damage_error(path, f"{ABOUT_FILE} is not what was written")
     if version != FORMAT_VERSION:
         raise ConfigError(
             f"{path} has format {version}, not {FORMAT_VERSION}: "
@@ -84,10 +84,10 @@ def read_about(path: Path) -> dict[str, Any]:
     return about
 
 
-def damaged(path: Path, reason: str) -> ConfigError:
+def damage_error(path: Path, reason: str) -> ConfigError:
     """Returns the error for a checkpoint whose bytes were read and are wrong.
 
-    It is never used for a file that the system refused to read, because deleting would not help.
+    For a file that the system refused to read, its advice would be wrong: deleting does not help.
     """
     earlier = [step for step in checkpoint_steps(path.parent) if step < int(path.name)]
     advice = (

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from moe.config import ConfigError
-from moe.workdir.identity import ABOUT_FILE, damaged
+from moe.workdir.identity import ABOUT_FILE, damage_error
 
 # Orbax raises plain Exceptions where an array cannot be read, so no narrower class is enough around
 # its calls.
@@ -47,7 +47,7 @@ class SilencedLog(logging.Filter):
             logging.getLogger(name).addFilter(self)
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Says whether a record is logged: it is not if Orbax wrote it or is its subject."""
+        """Says whether a record is logged. Records by Orbax or about Orbax are not."""
         return "orbax" not in record.pathname and "orbax" not in record.getMessage()
 
     def end(self) -> None:
@@ -91,7 +91,7 @@ def restore_error(path: Path, error: Exception) -> Exception:
         return error
     if reason := _system_reason(error):
         return OSError(f"{path} cannot be read: {reason}")
-    return damaged(path, _first_cause(error))
+    return damage_error(path, _first_cause(error))
 
 
 def _first_cause(error: BaseException) -> str:
@@ -111,8 +111,8 @@ def _system_reason(error: BaseException | None) -> str:
         if isinstance(error, OSError) and error.strerror and error.errno != errno.ENOENT:
             return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
         # TensorStore writes the number of the system's error into its message.
-        told = re.search(r"os_error_code='(\d+)'", str(error))
-        if told and int(told[1]) != errno.ENOENT:
-            return os.strerror(int(told[1]))
+        match = re.search(r"os_error_code='(\d+)'", str(error))
+        if match and int(match[1]) != errno.ENOENT:
+            return os.strerror(int(match[1]))
         error = error.__cause__ or error.__context__
     return ""

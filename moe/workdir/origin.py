@@ -40,8 +40,9 @@ def find_origin(
 ) -> Origin | None:
     """Returns the checkpoint from which the run in `workdir` starts, or None for new parameters.
 
-    A run that has begun says so itself, in origin.json, and `init_from` may repeat it. Raises
-    ConfigError if the two differ, if there is no such checkpoint, or if it is of another model.
+    If the run has begun already, its origin.json names the checkpoint, and `init_from` must name
+    the same one or none. Raises ConfigError if the two differ, if there is no such checkpoint, or
+    if the checkpoint holds another model.
     """
     if (workdir / ORIGIN_FILE).exists():
         origin = _read_origin(workdir / ORIGIN_FILE)

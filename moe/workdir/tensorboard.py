@@ -25,7 +25,7 @@ FLUSH_SECONDS = 10  # how long a reader may have to wait for new values
 
 
 class TensorBoard:
-    """Appends scalars to a new event file.
+    """Appends scalars to a new event file in `directory`, for a run that starts at `step`.
 
     The first error is logged as a warning. From then on nothing is written.
     """

@@ -90,11 +90,12 @@ def _check_steps(workdir: Path, before: int, after: int) -> None:
 
 
 class MetricWriter:
-    """Appends metrics to the files of a run directory. Only one process of a run opens it.
+    """Appends metrics to the files of a run directory.
 
-    `step` is the step from which the run starts or resumes. Lines of later steps, which an
-    interrupted run has written, are dropped, so the files of a resumed run read like those of an
-    uninterrupted one. This needs the metrics of a step to be written before its checkpoint.
+    Only one process of a run opens it. `step` is the step from which the run starts or resumes.
+    Lines of later steps, which an interrupted run has written, are dropped, so the files of a
+    resumed run read like those of an uninterrupted one. This needs the metrics of a step to be
+    written before its checkpoint.
     """
 
     def __init__(self, workdir: Path, config: TrackingConfig, step: int):
@@ -157,7 +158,7 @@ def read_router(workdir: Path, every: int = 1) -> Iterator[tuple[int, dict[str, 
 
 
 def write_environment(workdir: Path, attention: str) -> None:
-    """Appends a line to environment.jsonl: on what, and with which attention, this start runs."""
+    """Appends the machine, the packages and the attention of this start to environment.jsonl."""
     environment = {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": sys.argv,

@@ -173,8 +173,8 @@ def test_waiting_for_a_lock_says_who_holds_it(tmp_path: Path, capfd: pytest.Capt
     program = """
 import sys
 from pathlib import Path
-from moe.files import exclusive
-with exclusive(Path(sys.argv[1])):
+from moe.files import hold_lock
+with hold_lock(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -185,14 +185,14 @@ with exclusive(Path(sys.argv[1])):
         assert holder.stdout.readline() == "held\n"
         release = threading.Timer(1.5, holder.stdin.close)
         release.start()
-        with files.exclusive(path) as alone:
+        with files.hold_lock(path) as alone:
             assert alone
         release.join()
     assert (
         capfd.readouterr().err
         == f"waiting for {path}, which process {holder.pid} on {socket.gethostname()} holds\n"
     )
-    with files.exclusive(path):
+    with files.hold_lock(path):
         pass
     assert capfd.readouterr().err == ""
 
@@ -248,7 +248,7 @@ def test_commands_check_the_data_set_before_they_load_jax(
 
 def test_a_lock_is_free_again_when_it_is_left(tmp_path: Path):
     for _ in range(2):
-        with files.exclusive(tmp_path / "directory" / "lock") as alone:
+        with files.hold_lock(tmp_path / "directory" / "lock") as alone:
             assert alone
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from moe.config import ConfigError, ModelConfig, MoEConfig
-from moe.interop.upcycle import check_upcycle, layers_of, stack_layers, upcycle
+from moe.interop.upcycle import check_upcycle, stack_layers, unstack_layers, upcycle
 from moe.model.experts import MoE
 from moe.model.layers import FeedForward
 from moe.model.tokens import TokenInfo
@@ -168,8 +168,8 @@ def test_weights_that_are_not_normalised_are_right_at_equal_scores(router):
 def test_slices_are_right_on_average_over_choices():
     """A token of each id passes one slice of three; the mean over ids is the whole's output."""
     config = sparse(num_experts=6, expert_dim=8, router="hash", experts_per_token=1)
-    layer = layers_of(upcycled(config)["params"], config)[2]["moe"]
-    dense = layers_of(init(DENSE)["params"], DENSE)[2]["feed_forward"]
+    layer = unstack_layers(upcycled(config)["params"], config)[2]["moe"]
+    dense = unstack_layers(init(DENSE)["params"], DENSE)[2]["feed_forward"]
     ids_BT = jnp.array([[0], [12], [2], [1], [10], [4]])  # which the hash sends to experts 0 to 5
     x_BTD = jnp.broadcast_to(jax.random.normal(jax.random.key(3), (1, 1, 16)), (6, 1, 16))
     got_BTD, routed = MoE(config.moe).apply(
@@ -186,8 +186,8 @@ def test_experts_are_slices_and_all_else_is_copied():
         num_experts=6, expert_dim=6, num_shared_experts=1, experts_per_token=3, first_dense_layers=3
     )
     params, dense = upcycled(config)["params"], init(DENSE)["params"]
-    before = layers_of(dense, DENSE)[3]["feed_forward"]
-    moe = layers_of(params, config)[3]["moe"]
+    before = unstack_layers(dense, DENSE)[3]["feed_forward"]
+    moe = unstack_layers(params, config)[3]["moe"]
     for expert, columns in enumerate((slice(6, 12), slice(12, 18), slice(18, 24)) * 2):
         np.testing.assert_array_equal(moe["gate"][expert], before["gate"][:, columns])
         np.testing.assert_array_equal(moe["up"][expert], before["up"][:, columns])
@@ -195,15 +195,15 @@ def test_experts_are_slices_and_all_else_is_copied():
     for name in ("gate", "up"):
         np.testing.assert_array_equal(moe["shared"][name], before[name][:, :6])
     np.testing.assert_array_equal(moe["shared"]["down"], before["down"][:6])
-    drawn = layers_of(init(config, seed=1)["params"], config)[3]["moe"]["router"]
+    drawn = unstack_layers(init(config, seed=1)["params"], config)[3]["moe"]["router"]
     np.testing.assert_array_equal(moe["router"], drawn[:, [0, 0, 0, 3, 3, 3]])
     for name in ("embedding", "unembedding", "final_norm"):
         jax.tree.map(np.testing.assert_array_equal, params[name], dense[name])
     for number in range(3):
         jax.tree.map(
             np.testing.assert_array_equal,
-            layers_of(params, config)[number],
-            layers_of(dense, DENSE)[number],
+            unstack_layers(params, config)[number],
+            unstack_layers(dense, DENSE)[number],
         )
 
 
@@ -266,7 +266,7 @@ def test_layers_are_numbered_through_groups():
         "layers_2": {"block_0": {"number": [5]}},
     }
     plain = dataclasses.replace(grouped, moe=MoEConfig())
-    regrouped = stack_layers(layers_of(stacks, grouped), plain)
+    regrouped = stack_layers(unstack_layers(stacks, grouped), plain)
     assert regrouped["layers_0"]["block_0"]["number"][:, 0].tolist() == [0, 1, 2, 3, 4, 5]
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from moe.config import ModelConfig, MoEConfig
 from moe.model.layers import einsum, look_up, swiglu
@@ -236,6 +236,19 @@ def test_tied_embeddings_share_one_table():
     hidden = jnp.eye(16)[None]
     got = Transformer(config).apply(variables, hidden, method="unembed")[0]
     np.testing.assert_allclose(got, variables["params"]["embedding"].T, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "platform", "dtype"), [("cpu", "cpu", "float32"), ("TPU v5p", "tpu", "bfloat16")]
+)
+def test_cache_suits_the_chip_of_the_mesh(kind, platform, dtype):
+    """A program for a chip that is not here must not get the cache of the attached device."""
+    device = AbstractDevice(device_kind=kind, num_cores=None, platform=platform)
+    mesh = AbstractMesh((1,), ("data",), axis_types=(AxisType.Auto,), abstract_device=device)
+    model = Transformer(dataclasses.replace(SMALL, compute_dtype="bfloat16"))
+    with jax.sharding.use_abstract_mesh(mesh):
+        cache = jax.eval_shape(lambda: model.init_cache(batch_size=1, length=4))
+    assert {x.dtype.name for x in jax.tree.leaves(cache)} == {dtype}
 
 
 def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters():

@@ -122,7 +122,7 @@ def loss(output, unembed, batch):
     return {
         "loss": jnp.sum(jnp.where(has_label_B, losses_B, 0)),
         "right": jnp.sum(has_label_B & is_right_B, dtype=jnp.float32),
-        "router": losses.router_sums(output.stats),
+        "router": losses.in_layer_order(output.stats),
         **counts(batch),
     }
 

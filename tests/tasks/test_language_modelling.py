@@ -9,7 +9,7 @@ import pytest
 from moe import losses
 from moe.config import ConfigError, RunConfig
 from moe.model.stack import Output
-from moe.tasks import make_task, task_of_run
+from moe.tasks import choose_task, make_task
 from moe.tasks.language_modelling import bits_per_byte, next_token_loss
 
 
@@ -46,12 +46,12 @@ def test_random_rows_are_batches_of_the_task():
 
 def test_a_run_has_the_task_that_its_config_names_or_else_the_callers():
     task = make_task(RunConfig())
-    assert task_of_run(RunConfig(), None).dims == task.dims
-    assert task_of_run(CUSTOM, task) is task
+    assert choose_task(RunConfig(), None).dims == task.dims
+    assert choose_task(CUSTOM, task) is task
     with pytest.raises(ConfigError, match=r"config.task='custom' needs a Task .* as task=\.\.\."):
-        task_of_run(CUSTOM, None)
+        choose_task(CUSTOM, None)
     with pytest.raises(ConfigError, match=r"set config\.task to 'custom'"):
-        task_of_run(RunConfig(), task)
+        choose_task(RunConfig(), task)
 
 
 def test_a_custom_task_need_not_have_a_vocabulary_of_bytes():

@@ -39,7 +39,7 @@ from moe.config import (
     TrainConfig,
 )
 from moe.data import prepare
-from moe.files import sole
+from moe.files import try_lock
 from moe.interop.upcycle import SHARED_FIELDS
 from moe.scaling import hardware
 from moe.training import evaluation, log, signals, start, train_step, trainer
@@ -507,8 +507,8 @@ def test_a_second_start_on_a_run_is_refused_and_writes_nothing(config, tmp_path)
 def test_a_lock_ends_with_its_process(tmp_path):
     code = textwrap.dedent("""
         import pathlib, sys
-        from moe.files import sole
-        with sole(pathlib.Path(sys.argv[1])) as holder:
+        from moe.files import try_lock
+        with try_lock(pathlib.Path(sys.argv[1])) as holder:
             print(holder, flush=True)
             input()
     """)
@@ -517,11 +517,11 @@ def test_a_lock_ends_with_its_process(tmp_path):
         [sys.executable, "-c", code, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert process.stdout.readline() == "None\n"
-    with sole(path) as holder:
+    with try_lock(path) as holder:
         assert holder == f"process {process.pid} on {socket.gethostname()}"
     process.kill()
     process.communicate()
-    with sole(path) as holder:
+    with try_lock(path) as holder:
         assert holder is None
 
 
