@@ -7,7 +7,6 @@ tokens. docs/context.md draws both ways and says when to take which.
 
 import dataclasses
 import functools
-import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -34,6 +33,7 @@ from moe.kernels.attention.inputs import (
     make_options,
     make_request,
 )
+from moe.parallel.ring_steps import Order, RingStep, chunk_order, ring_steps
 
 
 def ring_attention(
@@ -112,23 +112,20 @@ def ulysses_attention(
 ) -> jax.Array:
     """Returns what `ring_attention` does, by giving each rank all tokens of N/P of the heads.
 
-    Shapes and gradients are those of `ring_attention` (Jacobs et al. 2023). Each rank is sent the
-    key/value heads that it reads: where K is no multiple of P, some go to several ranks. Raises
-    ValueError for arguments that do not agree, and where N is no multiple of P.
+    Shapes and gradients are those of `ring_attention` (Jacobs et al. 2023). Raises ValueError for
+    arguments that do not agree, and where N is no multiple of P.
     """
     check_inputs(Inputs(q_BTNH, k_BSKH, v_BSKH, sinks, segment_ids, segment_ids))
     make_options(q_BTNH.shape[3], causal, window, softcap, scale)
-    q, k, v = _scatter_heads(axis_name, q_BTNH, k_BSKH, v_BSKH)
+    qkv = _scatter_heads(axis_name, q_BTNH, k_BSKH, v_BSKH)
     if segment_ids is not None:
         segment_ids = jax.lax.all_gather(segment_ids, axis_name, axis=1, tiled=True)
     if sinks is not None:
-        heads = q.shape[2]
-        first = jax.lax.axis_index(axis_name) * heads
-        sinks = jax.lax.dynamic_slice_in_dim(sinks, first, heads)
+        num_heads = qkv[0].shape[2]
+        first_head = jax.lax.axis_index(axis_name) * num_heads
+        sinks = jax.lax.dynamic_slice_in_dim(sinks, first_head, num_heads)
     output = flash_attention(
-        q,
-        k,
-        v,
+        *qkv,
         causal=causal,
         window=window,
         q_segment_ids=segment_ids,
@@ -144,7 +141,10 @@ def ulysses_attention(
 def _scatter_heads(
     axis_name: str, q: jax.Array, k: jax.Array, v: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Sends all tokens of some heads to each rank; copies key/value heads where it must."""
+    """Sends all tokens of N/P query heads, and the key/value heads that they read, to each rank.
+
+    Where K is no multiple of P, several ranks read the same key/value head: it is copied.
+    """
     size, heads, kv_heads = jax.lax.axis_size(axis_name), q.shape[2], k.shape[2]
     if heads % size:
         raise ValueError(
@@ -166,81 +166,12 @@ def _copy_heads(x_BSKH: jax.Array, copies: int) -> jax.Array:
     return jnp.repeat(in_float32, copies, axis=2).astype(x_BSKH.dtype)
 
 
-Order = tuple[tuple[int, ...], ...]  # the chunks that each rank computes with
-
-
 class _ChunkPair(NamedTuple):
     """The chunks of one call of the kernel by one rank."""
 
     q_index: jax.Array  # of a rank's chunks of queries
     kv_index: jax.Array  # of its visitors' chunks of keys
     shift: jax.Array  # from the first key to the first query, in tokens
-
-
-class RingStep(NamedTuple):
-    """A stop of the travelling keys, where each rank attends to the keys of another rank."""
-
-    distance: int  # how many ranks the keys have come: rank r has those of rank r - distance
-    onward: int  # how many ranks it is to the next stop; 0 at the last
-    calls: np.ndarray  # int32 [calls, P, 3]: for each call of the kernel and each rank, its chunks
-
-
-def chunk_order(options: Options, size: int, length: int) -> Order:
-    """Returns the chunks of the sequence that each rank computes with.
-
-    They are one chunk, the tokens that the rank holds, or two in zig-zag: chunks r and 2P - 1 - r
-    for rank r. `length` is T/P. Under a causal mask the last tokens see the most keys: with the
-    tokens that it holds, the last rank would do twice the mean. Under a window of at most T/2 it
-    does as much in both orders, and keys travel less in the first. Raises ValueError for an odd
-    length in zig-zag.
-    """
-    is_causal = options.right == 0
-    is_narrow = options.left is not None and 2 * options.left <= size * length
-    if size == 1 or not is_causal or is_narrow:
-        return tuple((rank,) for rank in range(size))
-    if length % 2:
-        raise ValueError(
-            f"{length} tokens on each of {size} ranks: causal ring attention halves them, "
-            "so their number must be even"
-        )
-    # The even chunk comes first, since the first half of the tokens that a rank holds is one.
-    return tuple(
-        tuple(sorted((rank, 2 * size - 1 - rank), key=lambda chunk: chunk % 2))
-        for rank in range(size)
-    )
-
-
-def ring_steps(options: Options, order: Order, length: int) -> list[RingStep]:
-    """Returns the steps of a ring, without those that no rank's mask needs.
-
-    `length` is that of a chunk. Each step has as many calls as its busiest rank needs. A rank that
-    needs fewer also makes calls in which its queries see nothing: they compute no block.
-    """
-
-    def sees_nothing(call: tuple[int, int, int]) -> bool:
-        # The smallest distances of a query from a key before it, and after it.
-        _, _, shift = call
-        before, after = shift - (length - 1), -shift - (length - 1)
-        beyond_left = options.left is not None and before > options.left
-        return beyond_left or (options.right is not None and after > options.right)
-
-    def calls_of_rank(rank: int, distance: int) -> list[tuple[int, int, int]]:
-        """Returns the calls between a rank's queries and its visitors, those it needs first."""
-        queries, keys = enumerate(order[rank]), enumerate(order[rank - distance])
-        calls = [
-            (i, j, (q_chunk - kv_chunk) * length)
-            for (i, q_chunk), (j, kv_chunk) in itertools.product(queries, keys)
-        ]
-        return sorted(calls, key=sees_nothing)
-
-    stops = {}
-    for distance in range(len(order)):
-        ranks = [calls_of_rank(rank, distance) for rank in range(len(order))]
-        needed = max(sum(not sees_nothing(call) for call in calls) for calls in ranks)
-        if needed:
-            stops[distance] = np.array([calls[:needed] for calls in ranks], np.int32).swapaxes(0, 1)
-    onward = np.diff([*stops, max(stops)]).tolist()
-    return [RingStep(*step) for step in zip(stops, onward, stops.values(), strict=True)]
 
 
 def _deal(axis_name: str, order: Order, x: jax.Array) -> jax.Array:
