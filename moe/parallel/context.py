@@ -1,4 +1,4 @@
-"""Attention over a sequence that a mesh axis splits: around a ring, or by all-to-all over heads.
+"""Computes attention over a sequence that a mesh axis splits, by a ring or by all-to-all (Ulysses).
 
 All functions here are called inside shard_map. Rank r of the axis's P ranks holds tokens r T/P to
 (r + 1) T/P - 1 of each array, as in every other part of a model, and gets the output of these
@@ -81,7 +81,7 @@ def _make_ring(
     scale: float | None,
     implementation: str | Choice | None,
 ) -> "_Ring":
-    """Checks the arguments of a ring, and returns what is static in it."""
+    """Checks the arguments of a ring, and returns the static ones."""
     check_inputs(inputs)
     q, k = inputs.q_BTNH, inputs.k_BSKH
     options = make_options(q.shape[3], causal, window, softcap, scale)
@@ -167,17 +167,17 @@ def _copy_heads(x_BSKH: jax.Array, copies: int) -> jax.Array:
 
 
 class _ChunkPair(NamedTuple):
-    """The chunks of one call of the kernel by one rank."""
+    """The `ChunkCall` of the rank that runs the program, as traced int32."""
 
-    q_index: jax.Array  # of a rank's chunks of queries
-    kv_index: jax.Array  # of its visitors' chunks of keys
-    shift: jax.Array  # from the first key to the first query, in tokens
+    q_index: jax.Array
+    kv_index: jax.Array
+    shift: jax.Array
 
 
 def _deal(axis_name: str, order: Order, x: jax.Array) -> jax.Array:
-    """Exchanges [B, T/P, ...] for the chunks that this rank computes with.
+    """Exchanges the tokens that this rank holds for the chunks that it computes with.
 
-    They are [chunks, B, T/P/chunks, ...].
+    Tokens are [B, T/P, ...], and chunks [chunks, B, T/P/chunks, ...].
     """
     if len(order[0]) == 1:
         return x[None]
@@ -209,7 +209,7 @@ def _moves(order: Order) -> list[list[tuple[int, int]]]:
 
 
 class _Ring(NamedTuple):
-    """What is static in a ring."""
+    """The static arguments of a ring."""
 
     axis_name: str
     choice: Choice | None
@@ -239,17 +239,17 @@ class _Visitors(NamedTuple):
 
 
 class _Residuals(NamedTuple):
-    """What the backward pass needs: only what is this rank's own, whatever the number of ranks."""
+    """What the backward pass needs, all of it this rank's own: its size does not grow with P."""
 
     q: jax.Array
-    visitors: _Visitors  # as they set out
+    visitors: _Visitors  # this rank's own keys, before they are sent
     sinks_N: jax.Array | None
     output: jax.Array
     remainder: jax.Array | None  # what rounding took from the output
     lse: jax.Array
 
 
-# The gradient is written by hand, since autodiff would keep every visitor.
+# The gradient is written by hand, since autodiff would save the keys of every step.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _ring(
     ring: _Ring,
@@ -285,26 +285,26 @@ def _ring_forward(
             _attend(ring.choice, ring.options, _chunk_inputs(q, ids, visitors, call))
             for call in calls
         ]
-        following, total, parts = _shut_off(following, total, parts)
+        following, total, parts = _barrier(following, total, parts)
         for (i, _, _), part in zip(calls, parts, strict=True):
             merged = _merge(*(x[i] for x in total), *part)
             total = tuple(_put(x, i, value) for x, value in zip(total, merged, strict=True))
-        visitors, total = _shut_off(following, total)
+        visitors, total = _barrier(following, total)
     output, lse = total
     if sinks_N is not None:
-        # Once for each query: in every part they would be counted again.
+        # A sink counts once for each query, so it is merged after all parts.
         output, lse = _merge(output, lse, 0.0, jnp.broadcast_to(sinks_N.astype(dtype), lse.shape))
     output, remainder = round_output(output, q.dtype)
     return output, _Residuals(q, own, sinks_N, output, remainder, lse)
 
 
 def _ring_backward(ring: _Ring, residuals: _Residuals, dout: jax.Array) -> tuple[Any, ...]:
-    """Sends keys and values around again; their gradients travel with them and come home last."""
+    """Sends keys and values around the ring again, together with their gradients."""
     q, visitors, sinks_N, output, remainder, lse = residuals
     q_ids = visitors.ids
-    # Without a barrier the compiler would take the first ring's sends for these, and keep what
-    # they brought.
-    visitors, dout = _shut_off(visitors, dout)
+    # Without a barrier the compiler would merge these sends with those of the first ring, and keep
+    # all keys that the first ring received.
+    visitors, dout = _barrier(visitors, dout)
     delta = compute_delta(output, remainder, dout, lse.dtype)
     gradients = Gradients(*(jnp.zeros(x.shape, lse.dtype) for x in (q, visitors.k, visitors.v)))
     steps = ring_steps(ring.options, ring.order, q.shape[2])
@@ -316,13 +316,14 @@ def _ring_backward(ring: _Ring, residuals: _Residuals, dout: jax.Array) -> tuple
             rows = {"lse_BTN": lse[i], "dout_BTNH": dout[i], "delta_BTN": delta[i]}
             chunk = _chunk_inputs(q, q_ids, visitors, call)
             parts.append(_differentiate(ring.choice, ring.options, chunk, **rows))
-        following, gradients, parts = _shut_off(following, gradients, parts)
+        following, gradients, parts = _barrier(following, gradients, parts)
         for call, part in zip(calls, parts, strict=True):
             gradients = _add_chunk(gradients, part, call)
-        visitors, gradients = _shut_off(following, gradients)
+        visitors, gradients = _barrier(following, gradients)
         # dk and dv travel while the next calls are computed, whose gradients are added after that.
         dk, dv = ring.send(gradients[1:], step.onward)
         gradients = Gradients(gradients.dq, dk, dv)
+    # After the last step each rank's dk and dv go back to the rank that holds the keys.
     dk, dv = ring.send(gradients[1:], -steps[-1].distance)
     dq, dk, dv = gradients.dq.astype(q.dtype), dk.astype(q.dtype), dv.astype(q.dtype)
     return dq, dk, dv, sinks_gradient(sinks_N, lse, delta), None
@@ -334,7 +335,7 @@ _ring.defvjp(_ring_forward, _ring_backward)
 def _chunk_inputs(
     q: jax.Array, q_ids: jax.Array | None, visitors: _Visitors, call: _ChunkPair
 ) -> Inputs:
-    """Returns the inputs of one call; the sinks are left out, since no part may count them."""
+    """Returns the inputs of one call, without sinks, which are merged once at the end."""
     i, j, shift = call
     q_ids = None if q_ids is None else q_ids[i]
     kv_ids = None if visitors.ids is None else visitors.ids[j]
@@ -351,13 +352,13 @@ def _add_chunk(gradients: Gradients, part: Gradients, call: _ChunkPair) -> Gradi
     return Gradients(*added)
 
 
-def _shut_off(*trees: Any) -> Any:
+def _barrier(*trees: Any) -> Any:
     """Computes all of the trees before anything that follows.
 
-    Between two of these barriers stand a step's sends and calls, or its sums, and nothing else.
-    XLA's scheduler starts a send as late as it can, behind whatever takes long enough. Beside the
-    sums it would choose them, which by its own estimate take as long as a send; so it has only the
-    calls. It would also put off the sums, and hold what every visitor adds to them.
+    Between two of these barriers stand a step's sends and kernel calls, or its sums, and nothing
+    else. XLA's scheduler starts a send as late as it can, so that it overlaps with any work that by
+    its own estimate takes as long. It would choose the sums; with the barriers it has only the
+    kernel calls to choose. It would also put off the sums, and hold the parts of every step.
     """
     return jax.lax.optimization_barrier(trees)
 
