@@ -1,4 +1,4 @@
-"""JAX's settings and meshes that the kernels are written for.
+"""Guards the kernels against settings of JAX and meshes that they are not written for.
 
 A process that imports the kernels may have other settings for its own code.
 """
@@ -12,12 +12,12 @@ from jax.sharding import AxisType
 
 @contextlib.contextmanager
 def own_settings(dtype: jax.typing.DTypeLike) -> Iterator[None]:
-    """Sets what the kernels are written for while they are traced.
+    """Sets the JAX settings that the kernels are written for, while they are traced.
 
     Integers have 32 bits unless arrays of `dtype` have 64, and JAX may promote operands. With
     `jax_enable_x64` each number that Python gives to an index map would be an int64 beside the
-    kernel's int32. A process that wants its own promotions written out need not want this of the
-    kernels. A caller sees no difference: arrays keep their dtypes. Arrays that come in must have
+    kernel's int32. A process may forbid implicit promotion in its own code, but the kernels rely on
+    it. A caller sees no difference: arrays keep their dtypes. Arrays that come in must have
     dtypes that the kernels know.
     """
     with (

@@ -1,26 +1,13 @@
-"""Attention as plain functions of arrays, to be imported from here.
+"""Gives attention as plain functions of arrays.
 
     output = flash_attention(q, k, v, causal=True, q_segment_ids=ids, kv_segment_ids=ids)
 
 `attention_forward` and `attention_backward` are its two passes, for those that merge the attention
 of several ranges of keys themselves.
 
-The arguments of `flash_attention`:
-
-    causal: a query sees no key after itself. Positions count from the offsets.
-    window: (left, right), the most keys before and after itself that it sees; None is no limit.
-    q_segment_ids, kv_segment_ids: integers [B, T] and [B, S]; a query sees keys of its own id.
-    q_offset, kv_offset: the positions of the first query and the first key, perhaps traced.
-    softcap: c > 0 turns each score s into c tanh(s / c) (Gemma 2).
-    sinks: logits [N] that take part in the softmax and carry no value (gpt-oss).
-    scale: 1 / sqrt(H) where it is None.
-    return_lse: the result is (output, lse). lse [B, T, N] is the log-sum-exp of each query's
-        logits, sinks included, in float32, or float64 for float64 arrays. A query that sees nothing
-        has output 0 and lse of minus infinity, or its sink.
-    implementation: a name of the table, or what `choose` returned. None takes the TPU's kernels on
-        TPUs, and blockwise elsewhere.
-
-The output has the dtype of the arrays, and the head width of the values.
+The output of `flash_attention` has the dtype of the arrays, and the head width of the values. Its
+lse is the log-sum-exp of each query's logits, sinks included, in float32, or float64 for float64
+arrays. A query that sees nothing has output 0 and an lse of minus infinity, or of its sink.
 
 Implementations (`table.py`) are "blockwise", in plain JAX; "tpu", Pallas kernels for TPUs,
 interpreted on a CPU; "hopper" and "cudnn", on NVIDIA GPUs; "hopper_fused", which is "hopper" with
@@ -108,27 +95,40 @@ def flash_attention(
 ) -> Any:
     """Returns softmax(scale q kᵀ) v over the keys that each query sees: [B, T, N, H].
 
-    N is a multiple of K: query head n reads key/value head n // (N / K). The module's docstring
-    explains the arguments. Raises ValueError for arguments that do not agree, and
-    NotImplementedError for an implementation that cannot do the call.
+    N is a multiple of K: query head n reads key/value head n // (N / K). Raises ValueError for
+    arguments that do not agree, and NotImplementedError where `implementation` cannot do the call.
+
+    causal: a query sees no key after its own position.
+    window: (left, right), how many keys before and after itself a query sees; None is no limit.
+    q_segment_ids, kv_segment_ids: integers [B, T] and [B, S]; a query sees keys of its own id.
+    q_offset, kv_offset: the positions of the first query and the first key; they may be traced.
+    softcap: c > 0 turns each score s into c tanh(s / c) (Gemma 2).
+    sinks: logits [N] that take part in the softmax and carry no value (gpt-oss).
+    scale: what scores are multiplied with; None is 1 / sqrt(H).
+    return_lse: whether to return (output, lse), with each query's log-sum-exp [B, T, N].
+    implementation: a name or a `Choice`; None takes "tpu" on TPUs and "blockwise" elsewhere.
     """
     inputs = Inputs(q_BTNH, k_BSKH, v_BSKH, sinks, q_segment_ids, kv_segment_ids)
     check_inputs(inputs)
     options = make_options(q_BTNH.shape[3], causal, window, softcap, scale)
     request = make_request(inputs, options, (q_offset, kv_offset), return_lse)
     choice = able_choice(implementation, request)
-    if choice is not None and IMPLEMENTATIONS[choice.name].backward is None:
-        return IMPLEMENTATIONS[choice.name].forward(options, inputs)[0]
     shift = jnp.asarray(q_offset, jnp.int32) - jnp.asarray(kv_offset, jnp.int32)
-    results: Any = _attend(choice, options, inputs._replace(shift=shift))
-    output, lse = results
+    output, lse = _attend_or_forward(choice, options, inputs._replace(shift=shift))
     return (output, lse) if return_lse else output
+
+
+def _attend_or_forward(choice: Choice | None, options: Options, inputs: Inputs) -> Any:
+    """Returns output and lse; JAX differentiates the forward pass of a row without a backward."""
+    if choice is not None and IMPLEMENTATIONS[choice.name].backward is None:
+        return IMPLEMENTATIONS[choice.name].forward(options, inputs)
+    return _attend(choice, options, inputs)
 
 
 def able_choice(implementation: str | Choice | None, request: Request) -> Choice | None:
     """Returns the implementation that computes a request; None leaves it to the platform.
 
-    Raises NotImplementedError for one that cannot do it.
+    Raises NotImplementedError for an implementation that cannot compute the request.
     """
     if implementation is None and not obstacle("tpu", request):
         return None
@@ -165,9 +165,9 @@ def attention_backward(
 ) -> Gradients:
     """Returns the gradients of q, k and v, given the gradient `dout_BTNH` of the output.
 
-    `lse_BTN` may be of more keys than these: so a ring adds up what each range of keys contributes.
-    `delta_BTN` is each query's rowsum(dout * output), of all keys too, less the gradient of its
-    lse: see `compute_delta`.
+    `lse_BTN` may be the log-sum-exp over more keys than these: that is how a ring adds up what each
+    range of keys contributes. `delta_BTN` is each query's rowsum(dout * output) over the same keys
+    as `lse_BTN`, less the gradient of its lse: see `compute_delta`.
     """
     return _run("backward", implementation, options, (inputs, lse_BTN, dout_BTNH, delta_BTN))
 
@@ -176,8 +176,8 @@ def round_output(output: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Ar
     """Returns the output in `dtype`, and the remainder that rounding took from it, or None.
 
     The remainder has `dtype`, too; it is None where nothing is rounded. `compute_delta` needs both.
-    They take half of the memory that the float32 output would take beside the rounded one, which
-    the rest of a model keeps in any case.
+    The rest of a model saves the rounded output in any case. To save the remainder beside it takes
+    half of the memory that the float32 output would take.
     """
     if output.dtype == dtype:
         return output, None
@@ -195,8 +195,8 @@ def compute_delta(
     """Returns rowsum(dout * output) of each query: delta, or D, of the FlashAttention papers.
 
     The sum over H is taken in `dtype`, from what `round_output` returned. The backward pass
-    subtracts it from the products of `dout` and the values. With few keys these
-    differ little, and the sum of a rounded output would be off by as much as they differ.
+    computes dS = P * (dP - delta). Where a query sees few keys, dP and delta are nearly equal, and
+    the rounding of the output would be as large as their difference.
     """
     exact = output.astype(dtype)
     if remainder is not None:
@@ -207,7 +207,7 @@ def compute_delta(
 def sinks_gradient(sinks_N: jax.Array | None, lse: jax.Array, delta: jax.Array) -> jax.Array | None:
     """Returns the gradient of the sinks, given lse and delta [..., N].
 
-    A sink has no value, so dP is 0 and its logit's gradient is its probability times -delta.
+    A sink has no value, so its dP is 0 and dS = P * (dP - delta) becomes -P * delta.
     """
     if sinks_N is None:
         return None
@@ -232,9 +232,9 @@ def _run(
 
 
 def _canonical(inputs: Inputs) -> Inputs:
-    """Casts to the dtypes that all implementations know.
+    """Casts sinks, ids and shift to the dtypes that all implementations know.
 
-    In a process with 64-bit types, sinks, ids and shift may come in these.
+    In a process with 64-bit types a caller may pass them as float64 and int64.
     """
     sinks_dtype = np.promote_types(inputs.q_BTNH.dtype, np.float32)
     cast = lambda x, dtype: None if x is None else jnp.asarray(x, dtype)
@@ -252,9 +252,9 @@ def _run_on_platform(
     options: Options,
     arrays: tuple[Any, ...],
 ) -> Any:
-    """Runs one pass where the platform may decide, when the program is lowered.
+    """Runs one pass; without a choice the platform decides when the program is lowered.
 
-    It may be lowered for another platform than the one at hand, which is therefore never asked.
+    A program may be lowered for a platform that is not attached, so the attached one is not asked.
     """
     if choice is None:
         tpu, blockwise = (_pass(which, Choice(name), options) for name in ("tpu", "blockwise"))

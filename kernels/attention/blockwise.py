@@ -1,13 +1,13 @@
-"""Attention a block of queries and a block of keys at a time, on any platform.
+"""Computes attention by blocks of queries and blocks of keys, in plain JAX on any platform.
 
 The softmax is taken online (Milakov & Gimelshein 2018; FlashAttention, Dao et al. 2022, algorithm
 1): a block of scores lives for one step of a loop, and blocks that the mask rules out are never
 visited, so memory is linear in T and S. The backward pass makes the probabilities again from the
 log-sum-exp.
 
-The rows of the batch are computed one after the other, since each visits blocks of its own. A block
-of queries has a row R for each of its positions in each of the N/K heads that share a key: [K, R,
-H].
+The rows of the batch are computed one after the other, since each visits blocks of its own. The N/K
+query heads that share a key/value head are stacked: a block of queries is [K, R, H], where R counts
+the positions of the first head, then those of the next.
 """
 
 import functools
@@ -108,12 +108,12 @@ def _forward_row(
     def attend(block: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         i, queries, first, end = block
         # A sink is a logit like that of a key, but without a value: the online softmax starts with
-        # a maximum of the sink's logit, and with a denominator of exp(0) = 1.
+        # m = the sink's logit and l = exp(0) = 1. Without a sink it starts with m = -inf and l = 0.
         output = jnp.zeros((*queries.shape[:-1], v.shape[-1]), dtype)
         state = output, sinks_KR, jnp.isfinite(sinks_KR).astype(dtype)
         visit = functools.partial(_visit_forward, options, keys, values, i, queries)
         output, running_max, denominator = jax.lax.fori_loop(first, end, visit, state)
-        # A query that sees nothing has a denominator of 0.
+        # O = O / l and lse = m + log(l). A query that sees nothing has l = 0.
         safe_denominator = jnp.where(denominator > 0, denominator, 1.0)
         output = (output / safe_denominator[..., None]).astype(options.result_dtype(q.dtype))
         lse = jnp.where(denominator > 0, running_max + jnp.log(safe_denominator), -jnp.inf)
@@ -138,10 +138,10 @@ def _visit_forward(
     output, running_max, denominator = state
     logits, _ = _scores(options, keys, i, j, queries)
     new_max = jnp.maximum(running_max, jnp.max(logits, axis=-1))
-    # Where nothing is visible yet the maximum is minus infinity: with 0 in its place, all weights
-    # are exp(-inf) = 0 instead of NaN.
+    # m_new = max(m, rowmax(S)). Where nothing is visible yet it is minus infinity, and with 0 in
+    # its place all weights are exp(-inf) = 0 instead of NaN.
     base = jnp.where(jnp.isfinite(new_max), new_max, 0.0)
-    # What was summed relative to the old maximum is rescaled to the new one.
+    # P = exp(S - m_new); O and l, summed relative to m, are rescaled by exp(m - m_new).
     weights, rescale = jnp.exp(logits - base[..., None]), jnp.exp(running_max - base)
     product = matmul("krs,ksh->krh", weights.astype(values.dtype), values[j])
     output = output * rescale[..., None] + product

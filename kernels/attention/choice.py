@@ -1,4 +1,4 @@
-"""Which implementation computes an attention on a chip.
+"""Chooses which implementation computes an attention on a chip.
 
 These are pure functions of shapes, options and the name of a chip: nothing is run or asked of a
 device, so that programs can be compiled for chips that are not here.
@@ -61,8 +61,8 @@ def choose(chip: str, q: Shaped, k: Shaped, v: Shaped, **keywords: Any) -> Choic
     """
     request = describe(q, k, v, **keywords)
     # The Hopper kernels are not candidates, since they have not run on a device yet: they must be
-    # asked for by name. The fused one never will be: its sums have no order, so only those who
-    # know that should take it.
+    # asked for by name. The fused one never will be: its gradients differ in the last bits
+    # from run to run, so a caller has to want that.
     candidates = () if chip == "cpu" else ("tpu", "cudnn")
     able = (name for name in candidates if obstacle(name, request, chip) is None)
     name = next(able, "blockwise")
@@ -135,7 +135,7 @@ def describe(
     scale: float | None = None,
     return_lse: bool = False,
 ) -> Request:
-    """Returns what decides of a call of flash_attention.
+    """Returns the request that a call of flash_attention makes.
 
     Raises ValueError where the arguments do not agree.
     """

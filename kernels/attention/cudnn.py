@@ -1,6 +1,6 @@
-"""Attention by cuDNN, through jax.nn, for NVIDIA GPUs older or newer than Hopper.
+"""Calls cuDNN's attention, through jax.nn, on NVIDIA GPUs.
 
-`table.py` says what cuDNN cannot do. It has a backward pass of its own.
+`table.py` says what cuDNN cannot do. cuDNN has a backward pass of its own.
 """
 
 import jax

@@ -1,10 +1,10 @@
-"""Attention of one or a few queries to a key/value cache ("flash decoding", Dao et al. 2023).
+"""Computes attention of a few queries to a key/value cache ("flash decoding", Dao et al. 2023).
 
-A query alone has next to nothing to do for each key that is read, and the heads of one row are too
-few for a chip's cores. So the slots of the cache are cut into blocks, and a step of the loop takes
-several neighbouring blocks at once, one for each split. A split has an online softmax of its own,
-and the splits are merged at the end. Since they take turns along the sequence, none is idle while
-the prefix is short, and the loop ends with the longest row.
+One query does little arithmetic for each key that it reads, and one row has too few heads to occupy
+a chip's cores. So the slots of the cache are cut into blocks, and a step of the loop takes several
+neighbouring blocks at once, one for each split. Each split has an online softmax (O, m, l) of its
+own, and the splits are merged at the end. Since splits take turns along the sequence, none is idle
+while the prefix is short, and the loop ends with the longest row.
 """
 
 from typing import Any, NamedTuple, cast
@@ -18,11 +18,11 @@ from moe.kernels.attention.inputs import Inputs, Options, Window, check_inputs, 
 from moe.kernels.settings import own_settings
 
 BLOCK = 64  # the slots that one split takes in one step
-# At least so many splits, where there are slots for them: a smaller step would do too little for
-# what it costs to start one.
+# The least number of splits, where there are slots for them. With fewer, the cost of starting a
+# step would outweigh its work.
 SPLITS = 4
-# At most so many steps, or one more: a longer cache has more splits, and a step reads 1 / STEPS of
-# it.
+# About the most steps. A longer cache has more splits, so that a step reads 1 / STEPS
+# of it.
 STEPS = 16
 
 
@@ -165,8 +165,11 @@ def _take_step(
     logits = jnp.where(mask, logits, -jnp.inf)
     # A weight of 0 times NaN would be NaN, and slots that were not written yet may hold it.
     values = jnp.where(jnp.any(mask, axis=(2, 3))[..., None, None], values, 0)
+    # m_new = max(m, rowmax(S)). It is minus infinity where nothing is visible yet; with 0 in its
+    # place all weights are exp(-inf) = 0 instead of NaN.
     new_max = jnp.maximum(state.running_max, jnp.max(logits, axis=-1))
-    base = _finite(new_max)  # minus infinity where nothing is visible yet
+    base = _finite(new_max)
+    # P = exp(S - m_new); O and l, summed relative to m, are rescaled by exp(m - m_new).
     weights, rescale = jnp.exp(logits - base[..., None]), jnp.exp(state.running_max - base)
     product = matmul("bpkrs,bpskh->bpkrh", weights.astype(values.dtype), values)
     output = state.output * rescale[..., None] + product
@@ -181,6 +184,7 @@ def _steps(
     end = jnp.minimum(jnp.max(positions_BT), slots - 1) // stride + 1
     if left is None:
         return 0, end
+    # The window of the row that is the furthest behind.
     return jnp.maximum(jnp.min(positions_BT) - left, 0) // stride, end
 
 
@@ -204,6 +208,7 @@ def _slice(x_LBSKH: jax.Array, layer: jax.Array, start: jax.Array, size: int) ->
 
 def _merge(state: State, sinks: jax.Array) -> jax.Array:
     """Returns [B, K, R, H], merged from the splits P and the sinks [K, R], which have no value."""
+    # m of all splits and the sink. Each split's O and l are rescaled to it, and added up.
     base = _finite(jnp.maximum(jnp.max(state.running_max, axis=1), sinks))
     rescale = jnp.exp(state.running_max - base[:, None])
     denominator = jnp.sum(state.denominator * rescale, axis=1) + jnp.exp(sinks - base)

@@ -1,7 +1,7 @@
-"""The arguments of an attention, with the checks that they agree.
+"""Defines the arguments of an attention, and checks that they agree.
 
-Every implementation takes the same two things: `Inputs`, the arrays, and `Options`, what is
-static. `Request` is what of both decides which implementations can do the work.
+Every implementation takes `Inputs`, the arrays, and `Options`, which are static. A `Request` is the
+part of both that decides which implementations can compute the attention.
 """
 
 import dataclasses
@@ -90,7 +90,7 @@ class Request:
 def make_request(
     inputs: Inputs, options: Options, offsets: tuple[jax.Array | int, jax.Array | int], lse: bool
 ) -> Request:
-    """Returns what decides; `offsets` are the positions of the first query and the first key."""
+    """Returns the request; `offsets` are the positions of the first query and the first key."""
     q_offset, kv_offset = offsets
     static = isinstance(q_offset, int) and isinstance(kv_offset, int)
     return Request(

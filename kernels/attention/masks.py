@@ -1,4 +1,4 @@
-"""Which keys a query sees, and so which blocks of keys a block of queries must visit.
+"""Computes which keys a query sees, and which blocks of keys a block of queries must visit.
 
 This is the arithmetic that all implementations share. Query i has position q_offset + i, and key j
 kv_offset + j. The mask depends on q_offset - kv_offset alone, the `shift`: it may be a traced
@@ -58,13 +58,13 @@ def key_blocks(
 
     `lengths` are T and S, `blocks` the sizes of their blocks. Without ids all rows of the batch
     have the same range. If ids rise along a row, as those of packed documents do, no block in the
-    range is visited in vain.
+    range is masked as a whole.
     """
     (length, kv_length), (q_block, kv_block) = lengths, blocks
     # The positions of a block's first query, and one past its last.
     q_first = jnp.arange(0, length, q_block) + shift
     q_end = jnp.minimum(q_first + q_block, length + shift)
-    # The first key that some query of the block may see, and one past the last.
+    # The first key that any query of the block may see, and one past the last.
     k_first, k_end = jnp.zeros_like(q_first), jnp.full_like(q_end, kv_length)
     if options.left is not None:
         k_first = jnp.clip(q_first - options.left, 0, kv_length)

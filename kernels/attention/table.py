@@ -1,4 +1,4 @@
-"""The table of implementations: what computes an attention, and what each one cannot do.
+"""Lists the implementations of attention, and says what each one cannot do.
 
 Adding a kernel is a file and a row: docs/kernels.md shows an example. The files of kernels are
 imported when they are used, since Pallas takes a second to load.
@@ -36,7 +36,7 @@ class Implementation(NamedTuple):
 
 
 def differentiable_once(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes a kernel raise where somebody differentiates it: Pallas would fail without a word."""
+    """Makes a kernel raise where it is differentiated: Pallas would give no useful error."""
 
     # Not a custom_jvp of the kernel itself, which may write to references: custom_jvp has none.
     @jax.custom_jvp

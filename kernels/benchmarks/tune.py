@@ -97,12 +97,10 @@ def main() -> None:
             print(f"{mask}, {dtype}, H={width}, T={length}: {name} has no blocks to tune")
             continue
         blocks, ratio = fastest(name, request.options, arrays, keywords, arguments.repeats)
-        print(
-            f"{choice.tuning_key(name, request)}: {blocks}, {ratio:.2f} times the time of the rule's",
-            flush=True,
-        )
+        key = choice.tuning_key(name, request)
+        print(f"{key}: {blocks}, {ratio:.2f} times the time of the rule's", flush=True)
         table = json.loads(arguments.table.read_text(encoding="utf-8"))
-        table.setdefault(chip, {})[choice.tuning_key(name, request)] = blocks
+        table.setdefault(chip, {})[key] = blocks
         arguments.table.write_text(
             json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8"
         )

@@ -1,4 +1,4 @@
-"""The experts' SwiGLU in plain JAX, as a loop over the blocks that some expert uses.
+"""Computes the experts' SwiGLU in plain JAX, in a loop over the blocks that hold an expert's rows.
 
 jax.lax.ragged_dot does E times the needed work on CPUs, and on GPUs too. Here each block gathers
 its own rows (ScatterMoE, Tan et al. 2024) and goes through all matmuls of its expert while it is in

@@ -1,4 +1,4 @@
-"""The implementations of the grouped matmuls, and which one is the fastest on a chip.
+"""Lists the implementations of the grouped matmuls, and chooses the fastest on a chip.
 
 These are pure functions of a chip's name and of shapes: nothing is run or asked of a device.
 """

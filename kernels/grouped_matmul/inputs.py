@@ -1,4 +1,4 @@
-"""What the experts' grouped matmuls take and return.
+"""Defines what the experts' grouped matmuls take and return.
 
 Letters: N tokens, D model width, E experts, F feed-forward width, I rows, G blocks of rows. The
 rows are sorted by expert. Each expert's rows fill whole blocks, so every block has one expert.

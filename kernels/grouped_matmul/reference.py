@@ -1,4 +1,4 @@
-"""The experts' SwiGLU as its equations say it: every row by its own expert, with JAX's gradients.
+"""Computes the experts' SwiGLU by its equations, with JAX's gradients.
 
 The other implementations are tested against this one. It multiplies every row by every expert.
 """

@@ -1,4 +1,4 @@
-"""Attention over a sequence that a mesh axis splits: around a ring, or by all-to-all over heads.
+"""Computes attention over a sequence that a mesh axis splits, by a ring or by all-to-all (Ulysses).
 
 All functions here are called inside shard_map. Rank r of the axis's P ranks holds tokens r T/P to
 (r + 1) T/P - 1 of each array, as in every other part of a model, and gets the output of these
@@ -7,7 +7,6 @@ tokens. docs/context.md draws both ways and says when to take which.
 
 import dataclasses
 import functools
-import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -34,6 +33,7 @@ from moe.kernels.attention.inputs import (
     make_options,
     make_request,
 )
+from moe.parallel.ring_steps import Order, RingStep, chunk_order, ring_steps
 
 
 def ring_attention(
@@ -81,7 +81,7 @@ def _make_ring(
     scale: float | None,
     implementation: str | Choice | None,
 ) -> "_Ring":
-    """Checks the arguments of a ring, and returns what is static in it."""
+    """Checks the arguments of a ring, and returns the static ones."""
     check_inputs(inputs)
     q, k = inputs.q_BTNH, inputs.k_BSKH
     options = make_options(q.shape[3], causal, window, softcap, scale)
@@ -112,23 +112,20 @@ def ulysses_attention(
 ) -> jax.Array:
     """Returns what `ring_attention` does, by giving each rank all tokens of N/P of the heads.
 
-    Shapes and gradients are those of `ring_attention` (Jacobs et al. 2023). Each rank is sent the
-    key/value heads that it reads: where K is no multiple of P, some go to several ranks. Raises
-    ValueError for arguments that do not agree, and where N is no multiple of P.
+    Shapes and gradients are those of `ring_attention` (Jacobs et al. 2023). Raises ValueError for
+    arguments that do not agree, and where N is no multiple of P.
     """
     check_inputs(Inputs(q_BTNH, k_BSKH, v_BSKH, sinks, segment_ids, segment_ids))
     make_options(q_BTNH.shape[3], causal, window, softcap, scale)
-    q, k, v = _scatter_heads(axis_name, q_BTNH, k_BSKH, v_BSKH)
+    qkv = _scatter_heads(axis_name, q_BTNH, k_BSKH, v_BSKH)
     if segment_ids is not None:
         segment_ids = jax.lax.all_gather(segment_ids, axis_name, axis=1, tiled=True)
     if sinks is not None:
-        heads = q.shape[2]
-        first = jax.lax.axis_index(axis_name) * heads
-        sinks = jax.lax.dynamic_slice_in_dim(sinks, first, heads)
+        num_heads = qkv[0].shape[2]
+        first_head = jax.lax.axis_index(axis_name) * num_heads
+        sinks = jax.lax.dynamic_slice_in_dim(sinks, first_head, num_heads)
     output = flash_attention(
-        q,
-        k,
-        v,
+        *qkv,
         causal=causal,
         window=window,
         q_segment_ids=segment_ids,
@@ -144,7 +141,10 @@ def ulysses_attention(
 def _scatter_heads(
     axis_name: str, q: jax.Array, k: jax.Array, v: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Sends all tokens of some heads to each rank; copies key/value heads where it must."""
+    """Sends all tokens of N/P query heads, and the key/value heads that they read, to each rank.
+
+    Where K is no multiple of P, several ranks read the same key/value head: it is copied.
+    """
     size, heads, kv_heads = jax.lax.axis_size(axis_name), q.shape[2], k.shape[2]
     if heads % size:
         raise ValueError(
@@ -166,87 +166,18 @@ def _copy_heads(x_BSKH: jax.Array, copies: int) -> jax.Array:
     return jnp.repeat(in_float32, copies, axis=2).astype(x_BSKH.dtype)
 
 
-Order = tuple[tuple[int, ...], ...]  # the chunks that each rank computes with
-
-
 class _ChunkPair(NamedTuple):
-    """The chunks of one call of the kernel by one rank."""
+    """The `ChunkCall` of the rank that runs the program, as traced int32."""
 
-    q_index: jax.Array  # of a rank's chunks of queries
-    kv_index: jax.Array  # of its visitors' chunks of keys
-    shift: jax.Array  # from the first key to the first query, in tokens
-
-
-class RingStep(NamedTuple):
-    """A stop of the travelling keys, where each rank attends to the keys of another rank."""
-
-    distance: int  # how many ranks the keys have come: rank r has those of rank r - distance
-    onward: int  # how many ranks it is to the next stop; 0 at the last
-    calls: np.ndarray  # int32 [calls, P, 3]: for each call of the kernel and each rank, its chunks
-
-
-def chunk_order(options: Options, size: int, length: int) -> Order:
-    """Returns the chunks of the sequence that each rank computes with.
-
-    They are one chunk, the tokens that the rank holds, or two in zig-zag: chunks r and 2P - 1 - r
-    for rank r. `length` is T/P. Under a causal mask the last tokens see the most keys: with the
-    tokens that it holds, the last rank would do twice the mean. Under a window of at most T/2 it
-    does as much in both orders, and keys travel less in the first. Raises ValueError for an odd
-    length in zig-zag.
-    """
-    is_causal = options.right == 0
-    is_narrow = options.left is not None and 2 * options.left <= size * length
-    if size == 1 or not is_causal or is_narrow:
-        return tuple((rank,) for rank in range(size))
-    if length % 2:
-        raise ValueError(
-            f"{length} tokens on each of {size} ranks: causal ring attention halves them, "
-            "so their number must be even"
-        )
-    # The even chunk comes first, since the first half of the tokens that a rank holds is one.
-    return tuple(
-        tuple(sorted((rank, 2 * size - 1 - rank), key=lambda chunk: chunk % 2))
-        for rank in range(size)
-    )
-
-
-def ring_steps(options: Options, order: Order, length: int) -> list[RingStep]:
-    """Returns the steps of a ring, without those that no rank's mask needs.
-
-    `length` is that of a chunk. Each step has as many calls as its busiest rank needs. A rank that
-    needs fewer also makes calls in which its queries see nothing: they compute no block.
-    """
-
-    def sees_nothing(call: tuple[int, int, int]) -> bool:
-        # The smallest distances of a query from a key before it, and after it.
-        _, _, shift = call
-        before, after = shift - (length - 1), -shift - (length - 1)
-        beyond_left = options.left is not None and before > options.left
-        return beyond_left or (options.right is not None and after > options.right)
-
-    def calls_of_rank(rank: int, distance: int) -> list[tuple[int, int, int]]:
-        """Returns the calls between a rank's queries and its visitors, those it needs first."""
-        queries, keys = enumerate(order[rank]), enumerate(order[rank - distance])
-        calls = [
-            (i, j, (q_chunk - kv_chunk) * length)
-            for (i, q_chunk), (j, kv_chunk) in itertools.product(queries, keys)
-        ]
-        return sorted(calls, key=sees_nothing)
-
-    stops = {}
-    for distance in range(len(order)):
-        ranks = [calls_of_rank(rank, distance) for rank in range(len(order))]
-        needed = max(sum(not sees_nothing(call) for call in calls) for calls in ranks)
-        if needed:
-            stops[distance] = np.array([calls[:needed] for calls in ranks], np.int32).swapaxes(0, 1)
-    onward = np.diff([*stops, max(stops)]).tolist()
-    return [RingStep(*step) for step in zip(stops, onward, stops.values(), strict=True)]
+    q_index: jax.Array
+    kv_index: jax.Array
+    shift: jax.Array
 
 
 def _deal(axis_name: str, order: Order, x: jax.Array) -> jax.Array:
-    """Exchanges [B, T/P, ...] for the chunks that this rank computes with.
+    """Exchanges the tokens that this rank holds for the chunks that it computes with.
 
-    They are [chunks, B, T/P/chunks, ...].
+    Tokens are [B, T/P, ...], and chunks [chunks, B, T/P/chunks, ...].
     """
     if len(order[0]) == 1:
         return x[None]
@@ -278,7 +209,7 @@ def _moves(order: Order) -> list[list[tuple[int, int]]]:
 
 
 class _Ring(NamedTuple):
-    """What is static in a ring."""
+    """The static arguments of a ring."""
 
     axis_name: str
     choice: Choice | None
@@ -308,17 +239,17 @@ class _Visitors(NamedTuple):
 
 
 class _Residuals(NamedTuple):
-    """What the backward pass needs: only what is this rank's own, whatever the number of ranks."""
+    """What the backward pass needs, all of it this rank's own: its size does not grow with P."""
 
     q: jax.Array
-    visitors: _Visitors  # as they set out
+    visitors: _Visitors  # this rank's own keys, before they are sent
     sinks_N: jax.Array | None
     output: jax.Array
     remainder: jax.Array | None  # what rounding took from the output
     lse: jax.Array
 
 
-# The gradient is written by hand, since autodiff would keep every visitor.
+# The gradient is written by hand, since autodiff would save the keys of every step.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _ring(
     ring: _Ring,
@@ -354,26 +285,26 @@ def _ring_forward(
             _attend(ring.choice, ring.options, _chunk_inputs(q, ids, visitors, call))
             for call in calls
         ]
-        following, total, parts = _shut_off(following, total, parts)
+        following, total, parts = _barrier(following, total, parts)
         for (i, _, _), part in zip(calls, parts, strict=True):
             merged = _merge(*(x[i] for x in total), *part)
             total = tuple(_put(x, i, value) for x, value in zip(total, merged, strict=True))
-        visitors, total = _shut_off(following, total)
+        visitors, total = _barrier(following, total)
     output, lse = total
     if sinks_N is not None:
-        # Once for each query: in every part they would be counted again.
+        # A sink counts once for each query, so it is merged after all parts.
         output, lse = _merge(output, lse, 0.0, jnp.broadcast_to(sinks_N.astype(dtype), lse.shape))
     output, remainder = round_output(output, q.dtype)
     return output, _Residuals(q, own, sinks_N, output, remainder, lse)
 
 
 def _ring_backward(ring: _Ring, residuals: _Residuals, dout: jax.Array) -> tuple[Any, ...]:
-    """Sends keys and values around again; their gradients travel with them and come home last."""
+    """Sends keys and values around the ring again, together with their gradients."""
     q, visitors, sinks_N, output, remainder, lse = residuals
     q_ids = visitors.ids
-    # Without a barrier the compiler would take the first ring's sends for these, and keep what
-    # they brought.
-    visitors, dout = _shut_off(visitors, dout)
+    # Without a barrier the compiler would merge these sends with those of the first ring, and keep
+    # all keys that the first ring received.
+    visitors, dout = _barrier(visitors, dout)
     delta = compute_delta(output, remainder, dout, lse.dtype)
     gradients = Gradients(*(jnp.zeros(x.shape, lse.dtype) for x in (q, visitors.k, visitors.v)))
     steps = ring_steps(ring.options, ring.order, q.shape[2])
@@ -385,13 +316,14 @@ def _ring_backward(ring: _Ring, residuals: _Residuals, dout: jax.Array) -> tuple
             rows = {"lse_BTN": lse[i], "dout_BTNH": dout[i], "delta_BTN": delta[i]}
             chunk = _chunk_inputs(q, q_ids, visitors, call)
             parts.append(_differentiate(ring.choice, ring.options, chunk, **rows))
-        following, gradients, parts = _shut_off(following, gradients, parts)
+        following, gradients, parts = _barrier(following, gradients, parts)
         for call, part in zip(calls, parts, strict=True):
             gradients = _add_chunk(gradients, part, call)
-        visitors, gradients = _shut_off(following, gradients)
+        visitors, gradients = _barrier(following, gradients)
         # dk and dv travel while the next calls are computed, whose gradients are added after that.
         dk, dv = ring.send(gradients[1:], step.onward)
         gradients = Gradients(gradients.dq, dk, dv)
+    # After the last step each rank's dk and dv go back to the rank that holds the keys.
     dk, dv = ring.send(gradients[1:], -steps[-1].distance)
     dq, dk, dv = gradients.dq.astype(q.dtype), dk.astype(q.dtype), dv.astype(q.dtype)
     return dq, dk, dv, sinks_gradient(sinks_N, lse, delta), None
@@ -403,7 +335,7 @@ _ring.defvjp(_ring_forward, _ring_backward)
 def _chunk_inputs(
     q: jax.Array, q_ids: jax.Array | None, visitors: _Visitors, call: _ChunkPair
 ) -> Inputs:
-    """Returns the inputs of one call; the sinks are left out, since no part may count them."""
+    """Returns the inputs of one call, without sinks, which are merged once at the end."""
     i, j, shift = call
     q_ids = None if q_ids is None else q_ids[i]
     kv_ids = None if visitors.ids is None else visitors.ids[j]
@@ -420,13 +352,13 @@ def _add_chunk(gradients: Gradients, part: Gradients, call: _ChunkPair) -> Gradi
     return Gradients(*added)
 
 
-def _shut_off(*trees: Any) -> Any:
+def _barrier(*trees: Any) -> Any:
     """Computes all of the trees before anything that follows.
 
-    Between two of these barriers stand a step's sends and calls, or its sums, and nothing else.
-    XLA's scheduler starts a send as late as it can, behind whatever takes long enough. Beside the
-    sums it would choose them, which by its own estimate take as long as a send; so it has only the
-    calls. It would also put off the sums, and hold what every visitor adds to them.
+    Between two of these barriers stand a step's sends and kernel calls, or its sums, and nothing
+    else. XLA's scheduler starts a send as late as it can, so that it overlaps with any work that by
+    its own estimate takes as long. It would choose the sums; with the barriers it has only the
+    kernel calls to choose. It would also put off the sums, and hold the parts of every step.
     """
     return jax.lax.optimization_barrier(trees)
 

@@ -16,6 +16,7 @@ from moe.kernels.attention import Choice, flash_attention
 from moe.kernels.attention.inputs import Options, visible_span
 from moe.kernels.attention.masks import key_blocks, make_mask
 from moe.parallel import context
+from moe.parallel.ring_steps import chunk_order, ring_steps
 
 B, T, N, K, H = 2, 64, 8, 4, 8
 SEGMENTS = np.repeat(
@@ -300,14 +301,14 @@ def test_a_plan_meets_each_chunk_once(size, window, causal):
     between see nothing.
     """
     options, length = options_of(causal, window), 8
-    order = context.chunk_order(options, size, length)
+    order = chunk_order(options, size, length)
     slots = len(order[0])
     chunk = length // slots
     token = jnp.arange(size * length)
     seen = make_mask(options, token, token, None, None)
     seen = np.broadcast_to(True if seen is None else seen, (size * length,) * 2)
     met, at = np.zeros_like(seen, int), 0
-    for step in context.ring_steps(options, order, chunk):
+    for step in ring_steps(options, order, chunk):
         assert step.distance == at
         at += step.onward
         useful = np.zeros(len(step.calls))
@@ -383,9 +384,7 @@ def test_the_gradients_of_keys_travel_in_float32():
 
 def blocks_met(options, order, length, block):
     """Blocks of keys that each rank's queries meet in all calls."""
-    shifts = np.concatenate([step.calls for step in context.ring_steps(options, order, length)])[
-        :, :, 2
-    ]
+    shifts = np.concatenate([step.calls for step in ring_steps(options, order, length)])[:, :, 2]
     ranges = jax.jit(
         jax.vmap(
             jax.vmap(lambda shift: key_blocks(options, shift, (length, length), (block, block)))
@@ -400,7 +399,7 @@ def test_causal_work_is_balanced():
     one device.
     """
     options, size, block = options_of(True, None), 8, 4
-    work = blocks_met(options, context.chunk_order(options, size, 64), 32, block)
+    work = blocks_met(options, chunk_order(options, size, 64), 32, block)
     assert work.max() == work.min()
     whole = blocks_met(options, ((0,),), 512, block)
     assert work.sum() == whole.sum()
@@ -414,7 +413,7 @@ def test_under_a_window_of_half_the_sequence_zig_zag_saves_nothing():
     """
     options, size, block = options_of(True, (127, 0)), 4, 4
     as_they_come, zig_zag = (
-        context.chunk_order(options_of(True, window), size, 64) for window in ((127, 0), None)
+        chunk_order(options_of(True, window), size, 64) for window in ((127, 0), None)
     )
     assert len(as_they_come[0]) == 1 and len(zig_zag[0]) == 2
     assert (
@@ -444,7 +443,7 @@ def test_no_visitor_is_kept_for_the_backward_pass(size):
 
 @pytest.fixture(scope="module")
 def program_for_4_v5p():
-    """A ring's two passes, compiled for four TPU v5p that are not here. Their compiler is libtpu."""
+    """Returns both passes of a ring, compiled by libtpu for four TPU v5p that are not attached."""
     pytest.importorskip("libtpu", reason="needs pip install libtpu")
     from jax.experimental import topologies
 

@@ -1,4 +1,4 @@
-"""The gradients of attention on Hopper GPUs, in two kernels.
+"""Computes the gradients of attention on Hopper GPUs, in two kernels.
 
 No program adds to what another one wrote, so that sums have one order.
 """

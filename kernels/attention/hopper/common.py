@@ -1,4 +1,4 @@
-"""What the Hopper kernels share: operands in whole blocks, the blocks of a tile, masks, layouts."""
+"""Prepares what the Hopper kernels share: operands, the blocks of a tile, masks and layouts."""
 
 import dataclasses
 import functools
@@ -59,13 +59,14 @@ class StaticArgs:
     stages: int  # the buffers of a ring
     kv_length: int  # the keys that are no padding
     group: int  # query heads that share a key/value head
-    masked: bool  # whether some block may need a mask
+    masked: bool  # whether any block may need a mask
 
     @property
     def logit_factor(self) -> float:
         """Returns what `bounded` is multiplied with, inside the exponential, for base-2 logits.
 
-        It is above zero, so that a maximum can be taken before the multiplication.
+        It is positive, so the running maximum can be taken before the multiplication, and the
+        multiplication folded into the exponential (one multiply-add for each score).
         """
         if self.options.softcap is not None:
             return self.options.softcap * LOG2E
@@ -80,8 +81,8 @@ class StaticArgs:
     def slot(self, step: Index) -> Index:
         """Returns the buffer of the ring that a step uses.
 
-        With one stage it is 0, written so that the compiler does not see it: it would hold all
-        addresses of the buffer in registers.
+        With one stage it is always 0. It is computed from `step` all the same, since a compiler
+        that knew the constant would hold all addresses of the buffer in registers.
         """
         if self.stages > 1:
             return jax.lax.rem(step, jnp.int32(self.stages))
@@ -122,7 +123,7 @@ def stack_ranges(visited: BlockRange, full: BlockRange, batch: int) -> jax.Array
 
 
 def read_tile_blocks(ranges: Ref, b: Index, tile: Index, least: int = 0) -> TileBlocks:
-    """Reads the blocks of a tile; it takes at least so many steps."""
+    """Reads the blocks of a tile, which takes at least `least` steps."""
     first, full_first, full_end, end = (ranges[b, tile, i] for i in range(4))
     num_masked = end - first - (full_end - full_first)
     steps = jnp.maximum(end - first, least)
@@ -130,7 +131,7 @@ def read_tile_blocks(ranges: Ref, b: Index, tile: Index, least: int = 0) -> Tile
 
 
 def needs_mask(options: Options, kv_length: int, kv_block: int, ids: jax.Array | None) -> bool:
-    """Returns whether some block may need a mask."""
+    """Returns whether any block may need a mask."""
     limited = options.left is not None or options.right is not None
     return limited or ids is not None or bool(kv_length % kv_block)
 
@@ -170,7 +171,7 @@ def copy_keys_and_values(
 ) -> None:
     """Copies the blocks of keys and values that a tile of queries visits into their rings.
 
-    This is all that the warpgroup that copies does.
+    The third warpgroup, the producer, does nothing else.
     """
     head = jax.lax.div(n, jnp.int32(static.group))
 
@@ -187,6 +188,7 @@ def copy_keys_and_values(
         copy(operands.k.at[b, keys, head], smem.k, smem.k_full)
         if operands.kv_ids is not None:
             copy(operands.kv_ids.at[b, keys], smem.kv_ids, smem.k_full)
+        # Values have barriers of their own: S = Q Kᵀ can start before they have arrived.
         pl.when(is_reused)(lambda: plgpu.barrier_wait(smem.v_free.at[slot]))
         copy(operands.v.at[b, keys, head], smem.v, smem.v_full)
 
@@ -229,12 +231,14 @@ def mask_logits(
     """Sets logits to minus infinity where a row and a column do not see each other.
 
     A row sees columns up to the `limits` before and after it, below `length`, and of its own id.
-    `row` and `column` are the positions of the first ones, `ids` the references to theirs. Limits
-    are one number for each row, so that a limit costs each logit one comparison.
+    `row` and `column` are the positions of the first row and the first column; `ids` are references
+    to the ids of the rows and of the columns. A limit is computed once for each row, so that each
+    logit costs one comparison.
     """
     left, right = limits
     rows = plgpu.layout_cast(jax.lax.iota(jnp.int32, ROWS), BY_ROW) + (row - column)
     columns = plgpu.broadcasted_iota(jnp.int32, logits.shape, 1, layout=MATRIX)
+    # One past the last column that a row sees, by the limit and by the number of keys.
     end = None if right is None else rows + (right + 1)
     if length is not None:
         end = length - column if end is None else jnp.minimum(end, length - column)
@@ -252,7 +256,7 @@ def mask_logits(
 
 
 def fill_rows(value: Any) -> jax.Array:
-    """Returns the same number for each row."""
+    """Returns one number for each row, all of them `value`."""
     return plgpu.layout_cast(jnp.full((ROWS,), value, jnp.float32), BY_ROW)
 
 

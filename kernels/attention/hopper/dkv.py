@@ -1,6 +1,6 @@
-"""The gradients of k and v on Hopper GPUs: a program holds 128 keys and visits blocks of queries.
+"""Computes dk and dv on Hopper GPUs: a program holds 128 keys and visits blocks of queries.
 
-It visits the queries of all heads that share the keys, with four products a block: S = K Qᵀ,
+It visits the queries of all heads that share the keys, with four products for each block: S = K Qᵀ,
 dV += Pᵀ dO, dP = V dOᵀ, and dK += dSᵀ Q.
 """
 
@@ -94,7 +94,7 @@ def _dkv_kernel(static: StaticArgs, wanted: Wanted, operands: Operands, *refs: R
         start = tile * TILE + warpgroup * ROWS
         rows = pl.ds(start, ROWS)
         load_own_keys(operands, smem, b, n, warpgroup, rows)
-        # The place of the keys takes dk in the end, and that of the values dv.
+        # At the end dk takes the place of the keys in shared memory, and dv that of the values.
         places = [smem.k] * wanted.dk + [smem.v] * wanted.dv
         sums = [plgpu.ACC((ROWS, place.shape[-1]), jnp.float32) for place in places]
         visit_queries = functools.partial(
@@ -145,7 +145,8 @@ def _visit_queries(
             # dV += Pᵀ dO.
             plgpu.wgmma(accumulators[-1], rounded, smem.dout.at[slot])
             if masked or static.options.softcap is not None:
-                plgpu.wgmma_wait(0)  # the registers of the operand are needed
+                # The code below needs the registers of P, so the product must have read them.
+                plgpu.wgmma_wait(0)
         if wanted.dk:
             # dS = P * (dP - delta), and dK += dSᵀ Q.
             dprobs = pl.run_scoped(
@@ -153,6 +154,7 @@ def _visit_queries(
             )
             dscores = (probs * dprobs).astype(smem.q.dtype)
             plgpu.wgmma(accumulators[0], dscores, smem.q.at[slot])
+        # Both products have read their operands: the producer may fill these buffers again.
         plgpu.wgmma_wait(0)
         plgpu.barrier_arrive(smem.q_free.at[slot])
         plgpu.barrier_arrive(smem.dout_free.at[slot])

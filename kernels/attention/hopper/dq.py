@@ -1,6 +1,6 @@
-"""The gradient of q on Hopper GPUs: a program holds 128 queries and visits blocks of keys.
+"""Computes dq on Hopper GPUs: a program holds 128 queries and visits blocks of keys.
 
-Three products a block: S = Q Kᵀ, dP = dO Vᵀ, and dQ += dS K.
+It issues three products for each block: S = Q Kᵀ, dP = dO Vᵀ, and dQ += dS K.
 """
 
 import dataclasses
@@ -46,7 +46,10 @@ def prepare_over_keys(
 
 
 def _kv_block(width: int) -> int:
-    """Returns the keys of a block: registers hold S and dP of 64 x 32 beside sums of 64 x 256."""
+    """Returns the number of keys in a block.
+
+    Beside a sum of 64 x 256 for dQ, registers hold S and dP of 64 x 32 alone.
+    """
     return 64 if width <= 192 else 32
 
 
@@ -55,7 +58,7 @@ class Scratch(NamedTuple):
 
     q: Ref
     dout: Ref
-    rows: Ref  # log-sum-exps, and deltas
+    rows: Ref  # the log-sum-exp and the delta of each query
     k: Ref
     v: Ref
     q_ids: Ref
@@ -132,6 +135,8 @@ def _dq_kernel(static: StaticArgs, operands: Operands, output: Ref, *scratch: Re
         ]
         if operands.q_ids is not None:
             copies.append((operands.q_ids.at[b, rows], smem.q_ids.at[warpgroup]))
+        # All copies (TMA) arrive at one barrier; then lse and delta move to registers, one of each
+        # for each row.
         for source, target in copies:
             plgpu.copy_gmem_to_smem(source, target, smem.q_full.at[warpgroup])
         plgpu.barrier_wait(smem.q_full.at[warpgroup])
@@ -143,6 +148,7 @@ def _dq_kernel(static: StaticArgs, operands: Operands, output: Ref, *scratch: Re
             _visit_keys, static, smem, warpgroup, blocks, mask, lse, delta
         )
         dq = pl.run_scoped(visit_keys, plgpu.ACC((ROWS, output.shape[3]), jnp.float32))
+        # dq is rounded into the place of q in shared memory, and copied out from there (TMA).
         smem.q[warpgroup] = (dq * static.options.scale).astype(output.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(smem.q.at[warpgroup], output.at[b, rows, n])
@@ -190,6 +196,7 @@ def _visit_keys(
             return probs, plgpu.wgmma_accumulator_load(dprobs)
 
         probs, dprobs = pl.run_scoped(compute_probs_and_dprobs, products_type, products_type)
+        # Nothing reads the values of this block any more.
         plgpu.barrier_arrive(smem.v_free.at[slot])
         # dS = P * (dP - delta), and dQ += dS K.
         dscores = probs * (dprobs - to_columns(delta, dprobs.shape))
@@ -197,6 +204,7 @@ def _visit_keys(
         plgpu.wgmma_wait(0)
         plgpu.barrier_arrive(smem.k_free.at[slot])
 
+    # The blocks that need a mask come first, in a loop of their own.
     await_keys(0)
     if static.masked:
         jax.lax.fori_loop(0, blocks.num_masked, functools.partial(visit, True), None)

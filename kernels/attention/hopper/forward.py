@@ -1,4 +1,4 @@
-"""The output of attention on Hopper GPUs, by FlashAttention-3's schedule.
+"""Computes attention's output on Hopper GPUs by FlashAttention-3's schedule.
 
 A program takes 128 queries of one head, 64 to a warpgroup. In a step a warpgroup issues two
 products, S_j = Q K_jᵀ and O += P_(j-1) V_(j-1), and hands the tensor cores to the other warpgroup.
@@ -91,9 +91,9 @@ def _prepare(options: Options, inputs: Inputs) -> tuple[StaticArgs, Operands]:
 
 
 def _block_and_stages(width: int, value_width: int) -> tuple[int, int]:
-    """Returns the keys of a block and the stages of a ring.
+    """Returns the number of keys in a block and the number of stages in a ring.
 
-    They are what registers and 227 KiB of shared memory hold.
+    They are the most that registers and 227 KiB of shared memory hold.
     """
     widest = max(width, value_width)
     if widest <= 128:
@@ -116,7 +116,7 @@ class Scratch(NamedTuple):
     v_full: Ref
     k_free: Ref
     v_free: Ref
-    turn: Ref  # for each warpgroup: it is its turn to issue products
+    turn: Ref  # one for each warpgroup, which waits here for its turn to issue products
 
 
 def _scratch(
@@ -145,10 +145,10 @@ def _scratch(
 def _forward_kernel(
     static: StaticArgs, operands: Operands, output: Ref, lse: Ref, *refs: Ref
 ) -> None:
-    """`refs` begin with where to write the remainder of the output, if that is wanted."""
+    """Computes a tile of the output; with `partial`, `refs` begin with that of the remainder."""
     remainders, smem = refs[: static.options.partial], Scratch(*refs[static.options.partial :])
     b, n, warpgroup = (jax.lax.axis_index(name) for name in ("batch", "head", "warpgroup"))
-    # Under a causal mask the last tile visits the most blocks.
+    # Under a causal mask the last tile visits the most blocks, so it comes first.
     tile = operands.ranges.shape[1] - 1 - jax.lax.axis_index("tile")
     blocks = common.read_tile_blocks(operands.ranges, b, tile, least=1)
 
@@ -184,8 +184,8 @@ def _forward_kernel(
         accumulator = accumulator * to_columns(1 / safe_denominator, accumulator.shape)
         rounded = accumulator.astype(output.dtype)
         rest = rounded
-        # The remainder is computed before anything is stored, so that registers then hold two
-        # halves of the output, and not all of it and a half.
+        # The remainder is computed before anything is stored. From then on registers hold two
+        # 16-bit arrays, instead of the float32 output beside a 16-bit one.
         if remainders:
             rest = (accumulator - rounded.astype(jnp.float32)).astype(output.dtype)
             rounded, rest = jax.lax.optimization_barrier((rounded, rest))
@@ -196,10 +196,11 @@ def _forward_kernel(
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(staged, output.at[b, rows, n])
         plgpu.copy_smem_to_gmem(smem.lse.at[warpgroup], lse.at[b, n, rows])
-        # The other warpgroup has passed on the turn once more than this one has taken it.
+        # Warpgroup 1 has passed the turn on once more than warpgroup 0 has taken it. A barrier must
+        # not be left with a phase that nobody waited for.
         pl.when(warpgroup == 0)(lambda: plgpu.barrier_wait(smem.turn.at[0]))
         if remainders:
-            # The remainder goes through the same place when the output has left it.
+            # The remainder is staged in the same buffer, after the output has been copied from it.
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             staged[...] = rest
             plgpu.commit_smem()
@@ -279,7 +280,7 @@ def _attend(
     )
     carry = weights.astype(smem.v.dtype), running_max, denominator
     await_keys(1)
-    # The first turn is that of warpgroup 0.
+    # Warpgroup 0 has the first turn to issue products.
     pl.when(warpgroup == 1)(lambda: plgpu.barrier_arrive(smem.turn.at[0]))
     return _visit_blocks(static, smem, blocks, visit, carry, accumulator)
 
@@ -299,6 +300,7 @@ def _visit_blocks(
     weights, running_max, denominator = jax.lax.fori_loop(
         num_masked, blocks.steps, functools.partial(visit, False), carry
     )
+    # The values of the last block: O += P V.
     last_slot = static.slot(blocks.steps - 1)
     plgpu.barrier_wait(smem.v_full.at[last_slot])
     plgpu.wgmma(accumulator, weights, smem.v.at[last_slot])
@@ -315,9 +317,12 @@ def _online_softmax(
     masked: bool,
 ) -> tuple[jax.Array, ...]:
     """Returns P, exp(m_old - m_new), m_new and l_new of FlashAttention-2, in base 2."""
+    # m_new = max(m, rowmax(S)).
     new_max = jnp.maximum(running_max, jnp.max(logits, axis=1) * static.logit_factor)
-    # Where nothing is visible yet m is minus infinity: with 0 in its place all weights are 0.
+    # Where nothing is visible yet, it is minus infinity. With 0 in its place all weights are
+    # exp(-inf) = 0 instead of NaN.
     base = jnp.where(new_max > -jnp.inf, new_max, 0.0) if masked else new_max
+    # P = exp(S - m_new), and l_new = exp(m - m_new) l + rowsum(P).
     weights = jnp.exp2(logits * static.logit_factor - to_columns(base, logits.shape))
     rescale = jnp.exp2(running_max - base)
     return weights, rescale, new_max, denominator * rescale + jnp.sum(weights, axis=1)

@@ -1,4 +1,4 @@
-"""The gradients of attention on Hopper GPUs in one kernel, with 5 products a block instead of 7.
+"""Computes dq, dk and dv on Hopper GPUs in one kernel, with 5 products a block instead of 7.
 
 A program holds 128 keys and visits blocks of 64 queries, as dkv.py does. As FlashAttention-3 (Shah
 et al. 2024) does, it also computes what its keys contribute to dq, and adds that to float32 sums in
@@ -86,8 +86,8 @@ def _allocate_and_run(static: StaticArgs, operands: Operands, *refs: Ref) -> Non
     pl.run_scoped(
         functools.partial(_kernel, static, operands, *refs),
         key_tile_scratch(static, operands, columns=half),
-        # dS has a place for each stage, so that a warpgroup may fill the next one while the other
-        # warpgroup reads the last.
+        # dS has a buffer for each stage, so that a warpgroup may fill the next one while the other
+        # warpgroup still reads the last.
         matrices((static.stages, 2, ROWS, BLOCK), operands.k.dtype, columns=half),
         plgpu.SMEM(
             (2, BLOCK, half),
@@ -132,7 +132,8 @@ def _kernel(
         def add_to_dq(half_index: Index, head: Index, block: Index, dq: jax.Array) -> None:
             """Adds half of the columns to dq of a block of queries, in global memory."""
             half = dq.shape[1]
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # until the last copy has read them
+            # Wait until the last copy has read the staging buffer.
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             dq_staged[half_index] = dq
             plgpu.commit_smem()
             block_rows, columns = pl.ds(block * BLOCK, BLOCK), pl.ds(half_index * half, half)
@@ -193,7 +194,8 @@ def _visit_queries(
         plgpu.barrier_wait(smem.dout_full.at[slot])
         plgpu.wgmma(dv_accumulator, rounded, smem.dout.at[slot])
         if masked or static.options.softcap is not None:
-            plgpu.wgmma_wait(0)  # the registers of the operand are needed
+            # The code below needs the registers of P, so the product must have read them.
+            plgpu.wgmma_wait(0)
         # dS = P * (dP - delta), and dK += dSᵀ Q while the other warpgroup writes its dS.
         dprobs = pl.run_scoped(functools.partial(compute_dprobs, smem, keys, slot), products_type)
         dscores = (probs * dprobs).astype(smem.q.dtype)

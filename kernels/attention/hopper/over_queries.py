@@ -1,4 +1,4 @@
-"""What dkv.py and fused.py share: a program holds a tile of keys and visits blocks of queries.
+"""Holds a tile of keys and visits blocks of queries: what dkv.py and fused.py share.
 
 Scores are [keys, queries], so that S, P, dP and dS are the transposes of those in the papers.
 """
@@ -36,8 +36,8 @@ def prepare_backward(
     inputs: Inputs, lse_BTN: jax.Array, dout_BTNH: jax.Array, delta_BTN: jax.Array
 ) -> Operands:
     """Returns the operands in whole tiles, without the ranges of blocks to visit."""
-    # A query that sees nothing has a lse of minus infinity. Its scores are, too, so any finite
-    # number will do; and queries that are padding have no gradient.
+    # A query that sees nothing has an lse of minus infinity, and so are its scores: with any finite
+    # lse P = exp(S - lse) = 0. Queries that are padding have dO = delta = 0, so no gradient.
     lse_BTN = jnp.where(jnp.isfinite(lse_BTN), lse_BTN, 0.0) * LOG2E
     lse, delta = (
         common.pad(jnp.moveaxis(x.astype(jnp.float32), 2, 1), 2, TILE) for x in (lse_BTN, delta_BTN)
@@ -129,7 +129,7 @@ def key_tile_scratch(static: StaticArgs, operands: Operands, columns: int = 64) 
 def load_own_keys(
     operands: Operands, smem: KeyTileScratch, b: Index, n: Index, warpgroup: Index, rows: Index
 ) -> None:
-    """Copies the keys and values that a warpgroup holds, and waits for them."""
+    """Copies the keys and values that a warpgroup holds (by TMA), and waits for them."""
     copies = [(operands.k.at[b, rows, n], smem.k), (operands.v.at[b, rows, n], smem.v)]
     if operands.kv_ids is not None:
         copies.append((operands.kv_ids.at[b, rows], smem.kv_ids))
@@ -148,7 +148,7 @@ def copy_queries(
 ) -> None:
     """Copies the blocks of queries that a tile of keys visits into their rings.
 
-    This is all that the warpgroup that copies does.
+    The third warpgroup, the producer, does nothing else.
     """
 
     def copy_block(_: bool, head: Index, step: Index, count: Index) -> Index:
@@ -177,8 +177,9 @@ def copy_queries(
 def visit_heads(static: StaticArgs, blocks: TileBlocks, visit: Callable[..., Index]) -> None:
     """Calls visit(masked, head, step, count), which returns count + 1, for all heads of a group.
 
-    The steps that need a mask come first, of all heads, then the others. Queries that are padding
-    need no mask, since they have no gradient: so a block may be not full where nothing is masked.
+    The steps that need a mask come first, those of all heads, and then the others. Queries that are
+    padding need no mask, since they have no gradient. So where `static.masked` is false, blocks
+    that are not full are visited without a mask, too.
     """
 
     def visit_steps(masked: bool, first: Index, end: Index, count: Index) -> Index:
@@ -221,8 +222,8 @@ def compute_probs(
         logits = common.mask_logits(logits, distance, 0, limits, None, ids)
     slopes = common.softcap_slopes(static, logits)
     probs = jnp.exp2(logits * static.logit_factor - to_rows(smem.lse.at[slot], logits.shape))
-    # P is rounded before the next product starts, since no operand may change while one runs. It is
-    # multiplied with the slopes, which then need no registers any more.
+    # P is rounded before the next wgmma starts, since the registers of its operands must not change
+    # while it runs. Multiplying P with the slopes here frees the registers of the slopes.
     rounded = probs.astype(smem.dout.dtype)
     return jax.lax.optimization_barrier((common.multiply(probs, slopes), rounded))
 

@@ -1,4 +1,4 @@
-"""The gradients of attention on TPUs: FlashAttention-2's backward pass in two kernels.
+"""Computes attention's gradients on TPUs by FlashAttention-2's backward pass, in two kernels.
 
 Dao 2023, algorithm 2, computes all gradients in one loop and adds to dq from many programs. Here
 one kernel sums dq over the blocks of keys, and another dk and dv over the blocks of queries, so
@@ -61,7 +61,7 @@ def _one_for_each_query(x_BTN: jax.Array, block: int) -> jax.Array:
 
 
 def _q_kernel(static: StaticArgs, operands: Operands) -> Kernel:
-    """The grid is (B, N, blocks of queries, blocks of keys)."""
+    """Describes the kernel for dq, whose grid is (B, N, blocks of queries, blocks of keys)."""
     q, k, v = operands.q, operands.k, operands.v
     num_kv_blocks = k.shape[2] // static.kv_block
     steps = common.grid_steps(static, static.q_block, static.kv_block, num_kv_blocks)
@@ -92,6 +92,7 @@ def _dq_kernel(
     b, i, step = pl.program_id(0), pl.program_id(2), pl.program_id(3)
     block = first[b, i] + step
 
+    # The first step clears the sum of dq, which stays in VMEM until the last.
     @pl.when(step == 0)
     def _() -> None:
         accumulator[...] = jnp.zeros_like(accumulator)
@@ -110,9 +111,10 @@ def _dq_kernel(
 
 
 def _kv_kernel(static: StaticArgs, operands: Operands) -> Kernel:
-    """The grid is (B, K, blocks of keys, query heads of a group x blocks of queries).
+    """Describes the kernel for dk and dv.
 
-    So the last dimension walks over the blocks of queries of one head, then of the next.
+    Its grid is (B, K, blocks of keys, query heads of a group x blocks of queries): the last
+    dimension visits the blocks of queries of one head, then those of the next.
     """
     q, k, v = operands.q, operands.k, operands.v
     num_q_blocks = q.shape[2] // static.q_block
@@ -153,7 +155,7 @@ def _dkv_kernel(
 ) -> None:
     *ids, dout, lse, delta, dk, dv, dk_accumulator, dv_accumulator = refs
     b, j, step = pl.program_id(0), pl.program_id(2), pl.program_id(3)
-    # The steps of all heads of the group follow one another.
+    # All query heads of the group add to the same dk and dv: their steps follow one another.
     block = first[b, j] + jax.lax.rem(step, q_steps)
 
     @pl.when(step == 0)

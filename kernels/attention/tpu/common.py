@@ -1,4 +1,4 @@
-"""What the TPU kernels share: operands in whole blocks, the specs of blocks, and scores."""
+"""Prepares what the TPU kernels share: operands in whole blocks, specs of blocks, and scores."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""The output of attention on TPUs: FlashAttention-2's forward pass (Dao 2023, algorithm 1)."""
+"""Computes attention's output on TPUs by FlashAttention-2 (Dao 2023, algorithm 1)."""
 
 from typing import Any
 
@@ -35,7 +35,7 @@ def forward(
 
 
 def _kernel(static: StaticArgs, operands: Operands) -> Kernel:
-    """The grid is (B, N, blocks of queries, blocks of keys)."""
+    """Describes the kernel, whose grid is (B, N, blocks of queries, blocks of keys)."""
     (batch, heads, length, width), value_width = operands.q.shape, operands.v.shape[3]
     num_kv_blocks = operands.k.shape[2] // static.kv_block
     steps = common.grid_steps(static, static.q_block, static.kv_block, num_kv_blocks)

@@ -31,7 +31,9 @@ class Case:
     def __str__(self) -> str:
         q, k, v, sinks = self.arrays
         names = {name: value for name, value in self.keywords.items() if "ids" not in name}
-        return f"q {q.shape} k {k.shape} v {v.shape[-1]} sinks {sinks is not None} ids {'q_segment_ids' in self.keywords} {names}"
+        has_ids = "q_segment_ids" in self.keywords
+        shapes = f"q {q.shape} k {k.shape} v {v.shape[-1]}"
+        return f"{shapes} sinks {sinks is not None} ids {has_ids} {names}"
 
 
 def random_case(seed: int, longest: int = 700) -> Case:

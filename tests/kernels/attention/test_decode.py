@@ -111,7 +111,7 @@ def test_of_several_layers_one_is_read():
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_slots_that_a_row_does_not_see_may_hold_anything(value):
-    """Also those in the steps that are read: after each row's last position, and before its window."""
+    """So do slots that a step reads: after a row's last position, and before its window."""
     rng = np.random.default_rng(0)
     q, k, v = (rng.normal(size=shape) for shape in ((2, 1, 4, 8), (2, 50, 2, 8), (2, 50, 2, 8)))
     positions, window = np.array([[7], [31]]), (9, 0)

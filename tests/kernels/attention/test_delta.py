@@ -1,4 +1,4 @@
-"""Gradients of queries that see few keys, which the rounding of an output would spoil, in 16 bits."""
+"""Checks 16-bit gradients of queries that see few keys, which a rounded output would spoil."""
 
 import functools
 

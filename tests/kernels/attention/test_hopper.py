@@ -27,22 +27,27 @@ from moe.kernels.attention import Inputs, Options
 from moe.kernels.attention.hopper import backward, forward, fused
 
 target = pathlib.Path("tests/h200.textproto").read_text()
-devices = topologies.get_topology_desc(platform="cuda", target_config=target, topology="1x1x8").devices
-here = NamedSharding(Mesh(np.array(devices[:1]), ("x",), axis_types=(AxisType.Auto,)), PartitionSpec())
-array = lambda shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype, sharding=here)
+topology = topologies.get_topology_desc(
+    platform="cuda", target_config=target, topology="1x1x8"
+)
+mesh = Mesh(np.array(topology.devices[:1]), ("x",), axis_types=(AxisType.Auto,))
+one_gpu = NamedSharding(mesh, PartitionSpec())
+array = lambda shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype, sharding=one_gpu)
 width = int(sys.argv[1])
-q, k, rows = array((1, 4096, 16, width)), array((1, 4096, 2, width)), array((1, 4096, 16), jnp.float32)
+q, k = array((1, 4096, 16, width)), array((1, 4096, 2, width))
+rows = array((1, 4096, 16), jnp.float32)
 sinks, ids = array((16,), jnp.float32), array((1, 4096), jnp.int32)
 options, sinks, ids = MASK
 
-def every(q, k, v, sinks, ids, lse, dout, delta):
+def run_all_kernels(q, k, v, sinks, ids, lse, dout, delta):
     inputs = Inputs(q, k, v, sinks, ids, ids, jnp.int32(0))
     modules = (backward, fused) if width <= 128 else (backward,)
     both = [dataclasses.replace(options, partial=partial) for partial in (False, True)]
     outputs = [forward.forward(options, inputs) for options in both]
     return outputs, [x.backward(options, inputs, lse, dout, delta) for x in modules]
 
-jax.jit(every).trace(q, k, k, sinks, ids, rows, q, rows).lower(lowering_platforms=("cuda",)).compile()
+traced = jax.jit(run_all_kernels).trace(q, k, k, sinks, ids, rows, q, rows)
+traced.lower(lowering_platforms=("cuda",)).compile()
 """
 
 
@@ -105,35 +110,43 @@ from tests.kernels.attention.gpu_interpreter import interpreted
 rng = np.random.default_rng(0)
 array = lambda *shape: jax.numpy.asarray(rng.normal(size=shape), "bfloat16")
 which, kv_length = sys.argv[1], int(sys.argv[2])
-q, k, v, dout = array(1, 140, 2, 64), array(1, kv_length, 1, 64), array(1, kv_length, 1, 64), array(1, 140, 2, 64)
-ids = [jax.numpy.asarray(np.sort(rng.integers(0, 2, (1, size))), "int32") for size in (140, kv_length)]
+q_shape, kv_shape = (1, 140, 2, 64), (1, kv_length, 1, 64)
+q, k, v, dout = (array(*shape) for shape in (q_shape, kv_shape, kv_shape, q_shape))
+ids = [
+    jax.numpy.asarray(np.sort(rng.integers(0, 2, (1, length))), "int32")
+    for length in (140, kv_length)
+]
 sinks, delta = (jax.numpy.asarray(rng.normal(size=shape), "float32") for shape in (2, (1, 140, 2)))
 options, shift = Options(120, 40, 5.0, -0.1), jax.numpy.int32(30)
 if kv_length == 128:
     options, sinks, ids = Options(None, None, None, 0.1), None, (None, None)
 inputs = Inputs(q, k, v, sinks, *ids, shift)
 lse = reference.forward(options, inputs)[1]
+module = {"forward": forward, "backward": backward, "fused": fused}[which]
+arguments = (inputs,) if which == "forward" else (inputs, lse, dout, delta)
+
+def bind(module):
+    pass_ = module.forward if which == "forward" else module.backward
+    return lambda *arguments: pass_(options, *arguments)
+
+def relative_errors():
+    actual_results = interpreted(bind(module), *arguments)
+    expected_results = bind(reference)(*arguments)
+    for actual, expected in zip(actual_results, expected_results, strict=True):
+        actual, expected = (np.asarray(x, np.float64) for x in (actual, expected))
+        np.testing.assert_array_equal(np.isfinite(actual), np.isfinite(expected))
+        finite = np.isfinite(expected)
+        square = np.mean((actual - expected)[finite] ** 2)
+        yield np.sqrt(square / np.mean(expected[finite] ** 2))
+
+errors = list(relative_errors())
+assert max(errors) < 6e-3, errors
 if which == "forward":
-    call, arguments = (lambda module: lambda *x: module.forward(options, *x)), (inputs,)
-    pair = forward, reference
-else:
-    call, arguments = (lambda module: lambda *x: module.backward(options, *x)), (inputs, lse, dout, delta)
-    pair = (fused if which == "fused" else backward), reference
-
-def errors():
-    values, wanted = interpreted(call(pair[0]), *arguments), call(pair[1])(*arguments)
-    for value, right in zip(values, wanted, strict=True):
-        value, right = (np.asarray(x, np.float64) for x in (value, right))
-        np.testing.assert_array_equal(np.isfinite(value), np.isfinite(right))
-        finite = np.isfinite(right)
-        yield np.sqrt(np.mean((value - right)[finite] ** 2) / np.mean(right[finite] ** 2))
-
-found = list(errors())
-assert max(found) < 6e-3, found
-if which == "forward":  # what rounding takes from the output is given beside it: the weights' own rounding is left
+    # A partial output includes the remainder, which rounding would take from it. The error that is
+    # left comes from rounding the weights.
     options = dataclasses.replace(options, partial=True)
-    whole = list(errors())
-    assert whole[0] < 0.85 * found[0], (whole, found)
+    partial_errors = list(relative_errors())
+    assert partial_errors[0] < 0.85 * errors[0], (partial_errors, errors)
 print("checked")
 """
 

@@ -83,12 +83,14 @@ def test_a_program_for_symbolic_shapes(shape, implementation):
         (
             "b, t, 2, 8",
             None,
-            "'blockwise' cannot do this attention, for it takes lengths that are numbers, not t and t: 'reference' can",
+            "'blockwise' cannot do this attention, for it takes lengths that are numbers, "
+            "not t and t: 'reference' can",
         ),
         (
             "b, 8, 2, 8",
             "tpu",
-            "'tpu' cannot do this attention, for it takes a batch that is a number, not b: 'blockwise' can",
+            "'tpu' cannot do this attention, for it takes a batch that is a number, "
+            "not b: 'blockwise' can",
         ),
     ],
 )

@@ -97,18 +97,8 @@ def test_tuning_adds_the_fastest_blocks_to_the_table(tmp_path, monkeypatch, caps
         return {(blocks, which): times.get(blocks, 9.0) for blocks, which in calls}
 
     monkeypatch.setattr(tune, "median_seconds", median_seconds)
-    run(
-        monkeypatch,
-        tune,
-        *SMALL,
-        "--dtypes",
-        "float32",
-        "--widths",
-        "16",
-        "--lengths",
-        "32",
-        f"--table={table}",
-    )
+    options = ("--dtypes=float32", "--widths=16", "--lengths=32", f"--table={table}")
+    run(monkeypatch, tune, *SMALL, *options)
     assert json.loads(table.read_text()) == {
         "TPU v9": {},
         "cpu": {

@@ -1,0 +1,101 @@
+"""Plans a ring of attention: which rank computes with which tokens, and when keys travel.
+
+Everything here is known before a program is traced. Nothing is sent or computed; context.py does
+that.
+"""
+
+import itertools
+from typing import NamedTuple
+
+import numpy as np
+
+from moe.kernels.attention.inputs import Options
+
+Order = tuple[tuple[int, ...], ...]  # the chunks that each rank computes with
+
+
+class ChunkCall(NamedTuple):
+    """One call of the kernel by one rank: a chunk of its queries with a chunk of visiting keys."""
+
+    q_index: int  # the place of the chunk among the rank's chunks of queries
+    kv_index: int  # the place of the chunk among the visitors' chunks of keys
+    shift: int  # the position of the first query minus that of the first key, in tokens
+
+
+class RingStep(NamedTuple):
+    """One stop of the travelling keys, where each rank attends to the keys of another rank."""
+
+    distance: int  # how many ranks the keys have come: rank r has those of rank r - distance
+    onward: int  # how many ranks it is to the next stop; 0 at the last
+    calls: np.ndarray  # int32 [calls, P, 3]: the `ChunkCall` of each call and rank
+
+
+def chunk_order(options: Options, size: int, length: int) -> Order:
+    """Returns the chunks of the sequence that each rank computes with.
+
+    `size` is P, and `length` is T/P. Under a causal mask the last tokens see the most keys. If each
+    rank computed with the tokens that it holds, the last rank would do twice the mean work. So the
+    sequence is cut into 2P chunks, and rank r computes with chunks r and 2P - 1 - r (zig-zag).
+
+    Without a causal mask, each rank computes with one chunk: the tokens that it holds. So it does
+    under a window of at most T/2, where zig-zag balances no better and keys would travel further.
+    Raises ValueError for an odd length in zig-zag.
+    """
+    is_causal = options.right == 0
+    is_narrow = options.left is not None and 2 * options.left <= size * length
+    if size == 1 or not is_causal or is_narrow:
+        return tuple((rank,) for rank in range(size))
+    if length % 2:
+        raise ValueError(
+            f"{length} tokens on each of {size} ranks: causal ring attention halves them, "
+            "so their number must be even"
+        )
+    # The even chunk comes first, since the first half of the tokens that a rank holds is one.
+    return tuple(
+        tuple(sorted((rank, 2 * size - 1 - rank), key=lambda chunk: chunk % 2))
+        for rank in range(size)
+    )
+
+
+def ring_steps(options: Options, order: Order, length: int) -> list[RingStep]:
+    """Returns the steps of a ring, without those in which the mask hides all keys from all ranks.
+
+    `length` is that of a chunk. Each step has as many calls as its busiest rank needs. A rank that
+    needs fewer also makes calls in which its queries see nothing: they compute no block.
+    """
+    size = len(order)
+    stops = {}
+    for distance in range(size):
+        ranks = [_calls_of_rank(options, order, length, rank, distance) for rank in range(size)]
+        num_calls = max(
+            sum(not _sees_nothing(options, length, call) for call in calls) for calls in ranks
+        )
+        if num_calls:
+            calls = np.array([calls[:num_calls] for calls in ranks], np.int32)
+            stops[distance] = calls.swapaxes(0, 1)
+    onward = np.diff([*stops, max(stops)]).tolist()
+    return [RingStep(*step) for step in zip(stops, onward, stops.values(), strict=True)]
+
+
+def _calls_of_rank(
+    options: Options, order: Order, length: int, rank: int, distance: int
+) -> list[ChunkCall]:
+    """Returns the calls of a rank with keys that have come `distance` ranks.
+
+    The calls in which a query sees a key come first.
+    """
+    queries, keys = enumerate(order[rank]), enumerate(order[rank - distance])
+    calls = [
+        ChunkCall(i, j, (q_chunk - kv_chunk) * length)
+        for (i, q_chunk), (j, kv_chunk) in itertools.product(queries, keys)
+    ]
+    return sorted(calls, key=lambda call: _sees_nothing(options, length, call))
+
+
+def _sees_nothing(options: Options, length: int, call: ChunkCall) -> bool:
+    """Returns whether the mask hides every key of a call from every query of it."""
+    # The smallest distance from a query back to a key before it, and on to a key after it.
+    nearest_before, nearest_after = call.shift - (length - 1), -call.shift - (length - 1)
+    beyond_left = options.left is not None and nearest_before > options.left
+    beyond_right = options.right is not None and nearest_after > options.right
+    return beyond_left or beyond_right
