@@ -489,7 +489,7 @@ def sends_behind_kernels(program):
 def test_on_4_v5p_all_sends_to_the_next_rank_are_behind_kernels(program_for_4_v5p):
     """These are keys and values at 3 steps, twice, and dk and dv at 3 steps.
 
-    Chunks that are dealt or collected are not sent to the next rank; nor are the finished dk and dv.
+    They are not the chunks that are dealt or collected, nor the finished dk and dv.
     """
     assert sends_behind_kernels(program_for_4_v5p) == 2 * 6 + 6
 
