@@ -1,6 +1,4 @@
-"""The kernels and context parallelism in a process with settings of JAX that are not the usual
-ones, forward and backward.
-"""
+"""Runs the kernels and context parallelism in a process whose JAX settings are not the defaults."""
 
 import contextlib
 import functools
@@ -42,7 +40,7 @@ def settings(names):
 
 
 def random_arrays(dtype):
-    """q, k, v, g, sinks and ids; under 64 bits the last two come in these."""
+    """Returns q, k, v, g, sinks and ids; with 64-bit types the last two are float64 and int64."""
     rng = np.random.default_rng(0)
     arrays = [jnp.asarray(rng.normal(size=(2, 32, heads, 8)), dtype) for heads in (4, 2, 2, 4)]
     return (
@@ -53,7 +51,7 @@ def random_arrays(dtype):
 
 
 def flash(dtype, implementation=None):
-    """With all options, and traced offsets."""
+    """Returns flash_attention with all options and traced offsets, and its arguments."""
     q, k, v, g, sinks, ids = random_arrays(dtype)
 
     def call(q, k, v, sinks, ids, offset):
@@ -80,7 +78,7 @@ def flash(dtype, implementation=None):
 
 
 def passes(dtype):
-    """The two passes of an attention, whose results the caller may merge with others."""
+    """Returns both passes of an attention with partial results, and their arguments."""
     q, k, v, g, sinks, ids = random_arrays(dtype)
     options = Options(None, 0, None, 0.3, partial=True)
     inputs = Inputs(q, k, v, sinks, ids, ids, jnp.asarray(2))
@@ -97,7 +95,7 @@ def passes(dtype):
 def decode(dtype):
     q, k, v, _, sinks, _ = random_arrays(dtype)
     call = functools.partial(decode_attention, layer=1, window=(9, 0), softcap=5.0)
-    return lambda q, k, v, at, sinks: call(q, k, v, at, sinks=sinks), (
+    return lambda q, k, v, positions, sinks: call(q, k, v, positions, sinks=sinks), (
         q[:, :2],
         *(jnp.stack([x, x]) for x in (k, v)),
         jnp.asarray([[3, 4], [30, 31]]),
@@ -109,23 +107,23 @@ def experts(dtype):
     rng = np.random.default_rng(0)
     shapes = (11, 6), (3, 6, 4), (3, 6, 4), (3, 4, 6), (11, 6)
     *arrays, g = (jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes)
-    tokens, of_blocks, weights = (
+    tokens, experts_G, weights = (
         rng.integers(0, 11, 40),
         np.sort(rng.integers(0, 4, 20)),
         rng.normal(size=40),
     )
 
-    def run(g, tokens, of_blocks, weights, *arrays):
-        inputs = grouped_matmul.Inputs(*arrays, tokens, of_blocks)
+    def run(g, tokens, experts_G, weights, *arrays):
+        inputs = grouped_matmul.Inputs(*arrays, tokens, experts_G)
         rows, inner = grouped_swiglu(inputs)
         gradients = grouped_swiglu_backward(inputs, inner, weights, g)
-        return jnp.where((of_blocks < 3).repeat(2)[:, None], rows, jnp.zeros((), dtype)), gradients
+        return jnp.where((experts_G < 3).repeat(2)[:, None], rows, jnp.zeros((), dtype)), gradients
 
-    return run, (g, *(jnp.asarray(x) for x in (tokens, of_blocks, weights)), *arrays)
+    return run, (g, *(jnp.asarray(x) for x in (tokens, experts_G, weights)), *arrays)
 
 
-def across(dtype, attention, size):
-    """The result and the gradients of a ring, or of Ulysses, on so many ranks."""
+def context_parallel(dtype, attention, size):
+    """Returns a ring or Ulysses on `size` ranks, forward and backward, and its arguments."""
     q, k, v, g, sinks, ids = random_arrays(dtype)
     mesh = jax.make_mesh(
         (size,), ("context",), axis_types=(AxisType.Auto,), devices=jax.devices()[:size]
@@ -163,13 +161,15 @@ FUNCTIONS = {
     "passes": passes,
     "decode_attention": decode,
     "experts": experts,
-    "ring_attention": functools.partial(across, attention=context.ring_attention, size=2),
-    "ulysses_attention": functools.partial(across, attention=context.ulysses_attention, size=4),
+    "ring_attention": functools.partial(context_parallel, attention=context.ring_attention, size=2),
+    "ulysses_attention": functools.partial(
+        context_parallel, attention=context.ulysses_attention, size=4
+    ),
 }
 
 
 def check(name, dtype, names):
-    """The results are those without the settings, to the last digits of the dtype.
+    """Checks that the results are those without the settings, to the last digits of the dtype.
 
     Only the gradient of sinks that were float64 is float64.
     """
@@ -178,13 +178,13 @@ def check(name, dtype, names):
     with settings(names):
         run, arguments = FUNCTIONS[name](dtype)
         other = jax.tree.leaves(jax.jit(run)(*arguments))
-    for ours, theirs in zip(other, usual, strict=True):
-        assert ours.dtype == theirs.dtype or (ours.dtype, ours.shape) == ("float64", (4,))
-        ours, theirs = (np.asarray(x, np.float64) for x in (ours, theirs))
-        np.testing.assert_array_equal(np.isfinite(ours), np.isfinite(theirs))
-        size = np.abs(theirs[np.isfinite(theirs)]).max()
+    for value, usual_value in zip(other, usual, strict=True):
+        assert value.dtype == usual_value.dtype or (value.dtype, value.shape) == ("float64", (4,))
+        value, usual_value = (np.asarray(x, np.float64) for x in (value, usual_value))
+        np.testing.assert_array_equal(np.isfinite(value), np.isfinite(usual_value))
+        size = np.abs(usual_value[np.isfinite(usual_value)]).max()
         np.testing.assert_allclose(
-            ours, theirs, rtol=0, atol=8 * float(jnp.finfo(dtype).eps) * size
+            value, usual_value, rtol=0, atol=8 * float(jnp.finfo(dtype).eps) * size
         )
 
 
@@ -214,9 +214,7 @@ def test_programs_for_other_platforms_with_64_bits(name, platform):
 @pytest.mark.parametrize(("implementation", "kernels"), [("hopper", 3), ("hopper_fused", 2)])
 @pytest.mark.parametrize("names", [(), tuple(SETTINGS)])
 def test_programs_of_the_hopper_kernels(names, implementation, kernels):
-    """Lowered whole, with its gradient: other tests call the kernels by themselves, or need their
-    compiler.
-    """
+    """Lowers flash_attention with its gradient, while other tests use the kernels alone."""
     with settings(names):
         run, arguments = flash("bfloat16", implementation)
         program = jax.jit(run).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()

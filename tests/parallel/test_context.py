@@ -1,6 +1,4 @@
-"""Attention over a split sequence against one device's: results, gradients, what is sent, computed
-and kept.
-"""
+"""Checks attention over a split sequence: results, gradients, sends, calls, and residuals."""
 
 import itertools
 import re
@@ -38,7 +36,7 @@ def make_mesh(**sizes):
 
 
 def random_arrays(heads=N, kv_heads=K, width=H, length=T):
-    """q, k, v, sinks and g; v is narrower than q and k."""
+    """Returns q, k, v, sinks and g; v is narrower than q and k."""
     rng = np.random.default_rng(0)
     q, k, v, g = (
         (B, length, *rest)
@@ -48,8 +46,9 @@ def random_arrays(heads=N, kv_heads=K, width=H, length=T):
 
 
 def split(attention, mesh, ids, **keywords):
-    """`attention` as a function of whole q, k, v and sinks (or None), on a mesh with axis
-    `context`, and perhaps `data` and `tensor`.
+    """Returns `attention` as a function of whole q, k, v and sinks (or None).
+
+    The mesh has the axis `context`, and perhaps `data` and `tensor`.
     """
     axis = lambda name: name if name in mesh.shape else None
     part, rows, heads = (
@@ -68,7 +67,7 @@ def split(attention, mesh, ids, **keywords):
 
 
 def results(attention, q, k, v, sinks, g):
-    """The output and the gradients of all that is there."""
+    """Returns the output and the gradients of all arrays that are not None."""
 
     @jax.jit
     def run(*arrays):
@@ -79,7 +78,7 @@ def results(attention, q, k, v, sinks, g):
 
 
 def check(attention, mesh, *, ids=None, sinks=True, arrays=None, implementation=SMALL, **keywords):
-    """Output and gradients of q, k, v and sinks are those of one device."""
+    """Checks that output and gradients of q, k, v and sinks are those of one device."""
     q, k, v, logits, g = random_arrays() if arrays is None else arrays
     ids, logits = None if ids is None else jnp.asarray(ids, jnp.int32), logits if sinks else None
     whole = {"q_segment_ids": ids, "kv_segment_ids": ids, "implementation": "reference", **keywords}
@@ -134,10 +133,10 @@ def test_a_ring_is_one_device(name):
     [("reference", None), ("blockwise", None), ("tpu", None), ("reference", (2, 2))],
 )
 def test_a_ring_in_bfloat16_is_as_exact_as_one_device(implementation, window):
-    """What 8 ranks contribute is rounded once, when all of it is there: root mean square errors
-    from float64.
+    """The parts of 8 ranks are rounded once, after they are added up.
 
-    Values are alike, so that an output's rounding would show where a query sees few keys.
+    It compares root mean square errors from float64. Values are alike, so that the rounding of an
+    output would show where a query sees few keys.
     """
     q, k, v, _, g = random_arrays(length=128)
     q, k, v, g = (x.astype(jnp.bfloat16) for x in (q, k, v + 4, g))
@@ -177,9 +176,7 @@ def test_ulysses_is_one_device(name):
 
 
 def test_ulysses_copies_heads_where_neither_number_divides_the_other():
-    """12 query heads and 4 key/value heads on 6 ranks: rank 1's two queries read key/value heads 0
-    and 1.
-    """
+    """With 12 query heads and 4 key/value heads on 6 ranks, rank 1 reads heads 0 and 1."""
     check(
         context.ulysses_attention,
         make_mesh(context=6),
@@ -190,7 +187,7 @@ def test_ulysses_copies_heads_where_neither_number_divides_the_other():
 
 
 def test_ulysses_adds_up_the_gradients_of_copied_heads_in_float32():
-    """Not run: a sum of bfloat16 may be taken in float32 on one platform and not on another."""
+    """Reads the jaxpr, since a platform may sum bfloat16 in float32 of its own accord."""
     q, k, v, _, g = (x.astype(jnp.bfloat16) for x in random_arrays(8, 2))
     attention = split(
         context.ulysses_attention,
@@ -266,7 +263,7 @@ def test_without_an_implementation_any_dtype_will_do(attention):
             )
 
 
-def test_a_ring_refuses_who_cannot_do_it():
+def test_a_ring_refuses_an_implementation_without_lse():
     q = jnp.zeros((2, 16, 8, 8), jnp.bfloat16)
     with pytest.raises(
         NotImplementedError,
@@ -287,7 +284,7 @@ def test_a_ring_refuses_who_cannot_do_it():
         )
 
 
-def options_of(causal, window):
+def make_options(causal, window):
     return Options(*visible_span(causal, window), None, 1.0)
 
 
@@ -296,36 +293,32 @@ def options_of(causal, window):
     "window", [None, (0, 0), (1, 0), (7, 0), (8, 0), (9, 0), (30, 0), (5, 17), (20, 0)]
 )
 @pytest.mark.parametrize("causal", [False, True])
-def test_a_plan_meets_each_chunk_once(size, window, causal):
-    """Each pair of chunks of which one token sees another is met by one call of one rank; the calls
-    between see nothing.
-    """
-    options, length = options_of(causal, window), 8
+def test_each_visible_pair_of_chunks_has_one_call(size, window, causal):
+    """One rank computes each pair of chunks in which a query sees a key, in one call."""
+    options, length = make_options(causal, window), 8
     order = chunk_order(options, size, length)
     slots = len(order[0])
     chunk = length // slots
     token = jnp.arange(size * length)
     seen = make_mask(options, token, token, None, None)
     seen = np.broadcast_to(True if seen is None else seen, (size * length,) * 2)
-    met, at = np.zeros_like(seen, int), 0
+    num_calls, distance = np.zeros_like(seen, int), 0
     for step in ring_steps(options, order, chunk):
-        assert step.distance == at
-        at += step.onward
+        assert step.distance == distance
+        distance += step.onward
         useful = np.zeros(len(step.calls))
         for (number, calls), rank in itertools.product(enumerate(step.calls), range(size)):
             i, j, shift = calls[rank]
             q, kv = order[rank][i] * chunk, order[(rank - step.distance) % size][j] * chunk
             assert shift == q - kv
-            met[q : q + chunk, kv : kv + chunk] += 1
+            num_calls[q : q + chunk, kv : kv + chunk] += 1
             useful[number] += seen[q : q + chunk, kv : kv + chunk].any()
         assert useful.all()
-    assert (met[seen] == 1).all() and met.max() == 1
+    assert (num_calls[seen] == 1).all() and num_calls.max() == 1
 
 
 def trace(size, differentiate=False, dtype=jnp.float32, **keywords):
-    """The types of what the jaxpr's ppermutes send, and how many calls of `attention_forward` there
-    are.
-    """
+    """Returns the types that the jaxpr's ppermutes send, and its number of forward calls."""
     q, k, v, _, g = (x.astype(dtype) for x in random_arrays())
     attention = split(
         context.ring_attention,
@@ -374,16 +367,17 @@ def test_steps_and_calls_that_no_rank_needs_are_dropped(size, mask, sends, calls
 
 
 def test_the_gradients_of_keys_travel_in_float32():
-    """Dealt, collected and sent on at 3 steps, and all of it again; 2 gradients at 3 steps, and
-    home.
+    """Arrays travel in bfloat16, twice: dealt, collected, and sent on at 3 steps.
+
+    dk and dv travel in float32, at 3 steps and once more to the rank that holds the keys.
     """
     types, _ = trace(4, differentiate=True, dtype=jnp.bfloat16, causal=True)
     assert sum(kind.startswith("bf16") for kind in types) == 2 * (8 + 2 * 3)
     assert sum(kind.startswith("f32") for kind in types) == 2 * 4
 
 
-def blocks_met(options, order, length, block):
-    """Blocks of keys that each rank's queries meet in all calls."""
+def count_blocks(options, order, length, block):
+    """Returns how many blocks of keys each rank visits in all of its calls."""
     shifts = np.concatenate([step.calls for step in ring_steps(options, order, length)])[:, :, 2]
     ranges = jax.jit(
         jax.vmap(
@@ -395,38 +389,35 @@ def blocks_met(options, order, length, block):
 
 
 def test_causal_work_is_balanced():
-    """Eight ranks of 64 tokens in blocks of 4: ranks meet as many blocks, and all together those of
-    one device.
-    """
-    options, size, block = options_of(True, None), 8, 4
-    work = blocks_met(options, chunk_order(options, size, 64), 32, block)
+    """Eight ranks visit equally many blocks, and together as many as one device."""
+    options, size, block = make_options(True, None), 8, 4
+    work = count_blocks(options, chunk_order(options, size, 64), 32, block)
     assert work.max() == work.min()
-    whole = blocks_met(options, ((0,),), 512, block)
+    whole = count_blocks(options, ((0,),), 512, block)
     assert work.sum() == whole.sum()
-    as_they_come = blocks_met(options, tuple((rank,) for rank in range(size)), 64, block)
-    assert as_they_come.sum() == work.sum() and as_they_come.max() > 10 * as_they_come.min()
+    in_order = count_blocks(options, tuple((rank,) for rank in range(size)), 64, block)
+    assert in_order.sum() == work.sum() and in_order.max() > 10 * in_order.min()
 
 
 def test_under_a_window_of_half_the_sequence_zig_zag_saves_nothing():
-    """The last of four ranks does as much in both orders, to a tenth: a block that a window's edge
-    cuts is met whole.
+    """The busiest of four ranks visits as many blocks in both orders, to a tenth.
+
+    The tenth is for blocks that the edge of a window cuts, which are visited as a whole.
     """
-    options, size, block = options_of(True, (127, 0)), 4, 4
-    as_they_come, zig_zag = (
-        chunk_order(options_of(True, window), size, 64) for window in ((127, 0), None)
+    options, size, block = make_options(True, (127, 0)), 4, 4
+    in_order, zig_zag = (
+        chunk_order(make_options(True, window), size, 64) for window in ((127, 0), None)
     )
-    assert len(as_they_come[0]) == 1 and len(zig_zag[0]) == 2
+    assert len(in_order[0]) == 1 and len(zig_zag[0]) == 2
     assert (
-        blocks_met(options, as_they_come, 64, block).max()
-        < 1.1 * blocks_met(options, zig_zag, 32, block).max()
+        count_blocks(options, in_order, 64, block).max()
+        < 1.1 * count_blocks(options, zig_zag, 32, block).max()
     )
 
 
 @pytest.mark.parametrize("size", [2, 8])
-def test_no_visitor_is_kept_for_the_backward_pass(size):
-    """What is kept of q, k, v, the output and the log-sum-exp is their own size, however many ranks
-    there are.
-    """
+def test_residuals_do_not_grow_with_the_ranks(size):
+    """The backward pass is given q, k, v, the output and the lse, and no other rank's keys."""
     q, k, v, _, g = random_arrays()
     attention = split(
         context.ring_attention,
@@ -435,10 +426,13 @@ def test_no_visitor_is_kept_for_the_backward_pass(size):
         causal=True,
         implementation="reference",
     )
-    kept = jax.tree.leaves(
+    residuals = jax.tree.leaves(
         jax.eval_shape(lambda *x: jax.vjp(lambda *x: attention(*x, None), *x)[1], q, k, v)
     )
-    assert sum(x.size for x in kept if x.ndim > 1) == sum(x.size for x in (q, k, v, g)) + B * T * N
+    assert (
+        sum(x.size for x in residuals if x.ndim > 1)
+        == sum(x.size for x in (q, k, v, g)) + B * T * N
+    )
 
 
 @pytest.fixture(scope="module")
@@ -452,9 +446,9 @@ def program_for_4_v5p():
         patch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
         devices = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1").devices
     mesh = jax.sharding.Mesh(np.array(devices), ("context",), axis_types=(AxisType.Auto,))
-    here = NamedSharding(mesh, P(None, "context"))
+    sharding = NamedSharding(mesh, P(None, "context"))
     q, k = (
-        jax.ShapeDtypeStruct((1, 32768, heads, 128), jnp.bfloat16, sharding=here)
+        jax.ShapeDtypeStruct((1, 32768, heads, 128), jnp.bfloat16, sharding=sharding)
         for heads in (8, 2)
     )
     attention = split(context.ring_attention, mesh, None, causal=True, implementation="tpu")
@@ -469,9 +463,7 @@ def program_for_4_v5p():
 
 @pytest.mark.aot
 def test_on_4_v5p_the_second_ring_sends_the_keys_again(program_for_4_v5p):
-    """In one program with the first ring: had the compiler made their sends of the same keys one,
-    it would keep all that came.
-    """
+    """The compiler does not merge both rings' sends of the same keys: it would keep all of them."""
     # Halves of q, k and v are dealt, and of g, and those of three gradients collected; keys and
     # values sent on, twice; and their gradients.
     assert (
@@ -481,9 +473,7 @@ def test_on_4_v5p_the_second_ring_sends_the_keys_again(program_for_4_v5p):
 
 
 def sends_behind_kernels(program):
-    """How many sends have a kernel between their start and their end, in the order in which the
-    program runs.
-    """
+    """Returns how many sends of a scheduled program have a kernel between start and end."""
     travelling, behind = {}, 0
     for line in program[program.index("\nENTRY") :].splitlines():
         if start := re.search(r"%(\S+) = .* collective-permute-start\(", line):
@@ -497,8 +487,9 @@ def sends_behind_kernels(program):
 
 @pytest.mark.aot
 def test_on_4_v5p_all_sends_to_the_next_rank_are_behind_kernels(program_for_4_v5p):
-    """Keys and values at 3 steps, twice, and the gradients of both; not what is dealt and
-    collected, nor the gradients' way home.
+    """These are keys and values at 3 steps, twice, and dk and dv at 3 steps.
+
+    They are not the chunks that are dealt or collected, nor the finished dk and dv.
     """
     assert sends_behind_kernels(program_for_4_v5p) == 2 * 6 + 6
 

@@ -1,7 +1,7 @@
-"""The cases that every implementation of attention goes through, and how each is checked.
+"""Makes the cases that every implementation of attention is tested on, and checks them.
 
-They are random calls over all options and odd shapes. `expected` computes what a call should give
-in float64, and `xla` what the same formula gives in XLA.
+A case is a random call over all options and odd shapes. `expected` computes its results in float64,
+and `xla` computes the same formula in XLA, whose error is the yardstick.
 """
 
 import dataclasses
@@ -20,13 +20,11 @@ SMALL = (128, 128)  # so that short sequences have several blocks
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A call's arguments, float64: q, k, v and sinks (or None), g and g_lse of the results, and the
-    keywords.
-    """
+    """The arguments of a call in float64, and the gradients of its results."""
 
-    arrays: tuple[Any, ...]
-    gradients: tuple[np.ndarray, np.ndarray]
-    keywords: dict[str, Any]
+    arrays: tuple[Any, ...]  # q, k, v, and sinks or None
+    gradients: tuple[np.ndarray, np.ndarray]  # of the output and of the lse
+    keywords: dict[str, Any]  # of flash_attention
 
     def __str__(self) -> str:
         q, k, v, sinks = self.arrays
@@ -37,55 +35,58 @@ class Case:
 
 
 def random_case(seed: int, longest: int = 700) -> Case:
-    """One case: each option present or not, lengths that no block divides, empty rows, ids that
-    rise and ids that do not.
+    """Returns a random case, with each option present or absent.
+
+    No block divides its lengths. There are queries that see nothing, and ids that rise along a row
+    as well as ids that do not.
     """
     rng = np.random.default_rng(seed)
-    some = lambda: bool(rng.integers(2))
+    flip_coin = lambda: bool(rng.integers(2))
     batch, length, kv_heads, group = (int(rng.integers(1, top)) for top in (3, longest, 3, 4))
-    kv_length = length if some() else int(rng.integers(1, 2 * longest))
+    kv_length = length if flip_coin() else int(rng.integers(1, 2 * longest))
     width = int(rng.choice([64, 80, 96, 128, 192, 256]))
-    value_width = width if some() else 64
+    value_width = width if flip_coin() else 64
     shapes = (
         (batch, length, kv_heads * group, width),
         (batch, kv_length, kv_heads, width),
         (batch, kv_length, kv_heads, value_width),
     )
-    keywords: dict[str, Any] = {"causal": some()}
-    if some():
+    keywords: dict[str, Any] = {"causal": flip_coin()}
+    if flip_coin():
         keywords["window"] = tuple(int(x) for x in rng.integers(0, 300, 2))
-    if some():
+    if flip_coin():
         keywords["softcap"] = float(rng.choice([5.0, 30.0]))
-    if some():
+    if flip_coin():
         keywords["q_offset"], keywords["kv_offset"] = (int(x) for x in rng.integers(0, 400, 2))
-    if some():
+    if flip_coin():
         ids = [rng.integers(0, 4, (batch, size)).astype(np.int32) for size in (length, kv_length)]
-        if some():
+        if flip_coin():
             ids = [np.sort(x, axis=1) for x in ids]
         keywords["q_segment_ids"], keywords["kv_segment_ids"] = (
             (ids[0], ids[0]) if length == kv_length else ids
         )
     arrays = (
         *(rng.normal(size=shape) for shape in shapes),
-        rng.normal(size=shapes[0][2]) if some() else None,
+        rng.normal(size=shapes[0][2]) if flip_coin() else None,
     )
     gradients = rng.normal(size=(*shapes[0][:3], value_width)), rng.normal(size=shapes[0][:3])
     return Case(arrays, gradients, keywords)
 
 
 def evaluate(attention: Callable[..., Any], case: Case, dtype: str) -> list[np.ndarray]:
-    """Output, lse and the gradients of q, k, v and sinks, of `attention(q, k, v, sinks,
-    **keywords)` -> (output, lse).
+    """Returns output, lse and the gradients of q, k, v and sinks in `dtype`.
+
+    `attention(q, k, v, sinks, **keywords)` returns (output, lse).
     """
     float_type = "float64" if dtype == "float64" else "float32"
     arrays = [
         None if x is None else jnp.asarray(x, float_type if x.ndim == 1 else dtype)
         for x in case.arrays
     ]
-    # Nothing may come of the gradient of a lse of minus infinity: of a query that sees nothing, not
-    # even a sink.
+    # A query that sees nothing, not even a sink, has an lse of minus infinity. This lse has no
+    # gradient.
     finite = mask(case).any(axis=-1, keepdims=True) | (case.arrays[3] is not None)
-    g, g_lse = (
+    g, dlse = (
         jnp.asarray(case.gradients[0], dtype),
         np.where(finite, case.gradients[1], 0).astype(float_type),
     )
@@ -93,21 +94,21 @@ def evaluate(attention: Callable[..., Any], case: Case, dtype: str) -> list[np.n
     @jax.jit
     def values_and_gradients(*arrays: Any) -> tuple[Any, ...]:
         results, pull_back = jax.vjp(lambda *arrays: attention(*arrays, **case.keywords), *arrays)
-        return *results, *(x for x in pull_back((g, jnp.asarray(g_lse))) if x is not None)
+        return *results, *(x for x in pull_back((g, jnp.asarray(dlse))) if x is not None)
 
     return [np.asarray(x, np.float64) for x in values_and_gradients(*arrays)]
 
 
 def expected(case: Case) -> tuple[list[np.ndarray], list[float]]:
-    """What `evaluate` should return, by the equations of docs/kernels.md in float64, and to what
-    size the rounding of each is relative.
+    """Returns what `evaluate` should return, and the size to which each rounding error is relative.
 
-    That is its own root mean square, but for the gradients of sinks, each a sum over all queries of
-    terms that may cancel: the terms'.
+    The results follow the equations of docs/kernels.md in float64. A size is the root mean square
+    of a result. The gradient of a sink is a sum over all queries, whose terms may cancel, so its
+    size is that of the terms.
     """
     q, k, v, sinks = case.arrays
     (batch, length, heads, width), kv_heads = q.shape, k.shape[2]
-    g, g_lse = case.gradients
+    g, dlse = case.gradients
     k_N, v_N = (np.repeat(x, heads // kv_heads, axis=2) for x in (k, v))
     seen = np.broadcast_to(mask(case)[:, None], (batch, heads, length, k.shape[1]))
     scores = np.einsum("btnh,bsnh->bnts", q, k_N) * width**-0.5
@@ -122,26 +123,26 @@ def expected(case: Case) -> tuple[list[np.ndarray], list[float]]:
     base = np.where(np.isfinite(lse), lse, 0)[..., None]
     probs = np.exp(capped - base) * seen
     output = np.einsum("bnts,bsnh->btnh", probs, v_N)
-    g_lse = np.where(np.isfinite(lse), g_lse.swapaxes(1, 2), 0)[..., None]
-    row_sums = np.sum(output * g, axis=-1).swapaxes(1, 2)[..., None] - g_lse
-    g_scores = probs * (np.einsum("btnh,bsnh->bnts", g, v_N) - row_sums) * slope * width**-0.5
+    dlse = np.where(np.isfinite(lse), dlse.swapaxes(1, 2), 0)[..., None]
+    delta = np.sum(output * g, axis=-1).swapaxes(1, 2)[..., None] - dlse
+    dscores = probs * (np.einsum("btnh,bsnh->bnts", g, v_N) - delta) * slope * width**-0.5
     by_group = lambda x: x.reshape(*k.shape[:3], -1, x.shape[-1]).sum(axis=3)
     gradients = [
-        np.einsum("bnts,bsnh->btnh", g_scores, k_N),
-        by_group(np.einsum("bnts,btnh->bsnh", g_scores, q)),
+        np.einsum("bnts,bsnh->btnh", dscores, k_N),
+        by_group(np.einsum("bnts,btnh->bsnh", dscores, q)),
         by_group(np.einsum("bnts,btnh->bsnh", probs, g)),
     ]
     values = [output, lse.swapaxes(1, 2), *gradients]
     sizes = [float(np.sqrt(np.mean(np.where(np.isfinite(x), x, 0) ** 2))) for x in values]
     if sinks is not None:
-        terms = -np.exp(sinks[:, None, None] - base) * row_sums
+        terms = -np.exp(sinks[:, None, None] - base) * delta
         values.append(np.sum(terms, axis=(0, 2, 3)))
         sizes.append(float(np.sqrt(np.mean(np.sum(np.abs(terms), axis=(0, 2, 3)) ** 2))))
     return values, sizes
 
 
 def mask(case: Case) -> np.ndarray:
-    """[B, T, S]: whether each query sees each key."""
+    """Returns whether each query sees each key, [B, T, S]."""
     (batch, length), kv_length, keywords = (
         case.arrays[0].shape[:2],
         case.arrays[1].shape[1],
@@ -165,8 +166,9 @@ def mask(case: Case) -> np.ndarray:
 def xla(
     q: jax.Array, k: jax.Array, v: jax.Array, sinks: Any, seen: jax.Array, softcap: float | None
 ) -> tuple[jax.Array, jax.Array]:
-    """What jax.nn.dot_product_attention computes, in its precision, with softcap and sinks: float32
-    scores, probabilities rounded.
+    """Computes what jax.nn.dot_product_attention does, with softcap and sinks, in its precision.
+
+    Scores are float32, and probabilities are rounded to the dtype of the values.
     """
     grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])
     logits = (
@@ -208,14 +210,14 @@ def check_seed(name: str, seed: int, chip: str, *, blocks: Any = SMALL, longest:
     return bool(dtypes)
 
 
-def error(values: list[np.ndarray], wanted: list[np.ndarray]) -> list[float]:
+def error(values: list[np.ndarray], expected_values: list[np.ndarray]) -> list[float]:
     """Returns root mean square differences; both must be infinite at the same places."""
-    for value, right in zip(values, wanted, strict=True):
+    for value, right in zip(values, expected_values, strict=True):
         np.testing.assert_array_equal(np.isfinite(value), np.isfinite(right))
     finite = lambda x: np.where(np.isfinite(x), x, 0)
     return [
         float(np.sqrt(np.mean((finite(x) - finite(y)) ** 2)))
-        for x, y in zip(values, wanted, strict=True)
+        for x, y in zip(values, expected_values, strict=True)
     ]
 
 
@@ -233,13 +235,13 @@ def check_numerics(case: Case, implementation: Choice, dtype: str) -> None:
         seen = jax.lax.optimization_barrier(jnp.asarray(mask(case)))
         return xla(q, k, v, sinks, seen, keywords.get("softcap"))
 
-    wanted, sizes = expected(case)
-    ours, theirs = (
-        error(evaluate(attention, case, dtype), wanted)
+    expected_values, sizes = expected(case)
+    errors, xla_errors = (
+        error(evaluate(attention, case, dtype), expected_values)
         for attention in (functools.partial(flash, implementation), plain)
     )
     # The rounding of the results themselves is no error of either; nor, in float32, is that of a
     # log-sum-exp of up to 8.
     rounding = float(jnp.finfo(dtype).eps) * (8 if dtype == "float32" else 1)
-    for our, their, size in zip(ours, theirs, sizes, strict=True):
-        assert our <= 2 * max(their, rounding * size), (str(case), ours, theirs)
+    for error_of_ours, xla_error, size in zip(errors, xla_errors, sizes, strict=True):
+        assert error_of_ours <= 2 * max(xla_error, rounding * size), (str(case), errors, xla_errors)

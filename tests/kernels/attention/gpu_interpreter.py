@@ -1,9 +1,9 @@
-"""JAX's interpreter of Mosaic GPU kernels with what it lacks for attention: operands in registers,
-layouts, stores to accumulators.
+"""Extends JAX's interpreter of Mosaic GPU kernels by what the attention kernels need.
 
-It is private to JAX, and so is all that is added here; it may hang, so what needs it runs in a
-process of its own, under a time limit. Products are done at once and in float32: it shows that
-values and barriers are right, not that no product is overtaken.
+It lacks operands in registers, layouts, and stores to accumulators. The interpreter is private to
+JAX, and it may hang, so tests run it in a process of its own, under a time limit. It computes each
+product at once and in float32: it checks values and barriers, but not that a wgmma has ended before
+its operands are overwritten.
 """
 
 import functools
@@ -24,7 +24,7 @@ _copy_to_gmem = gpu_callbacks.copy_smem_to_gmem
 
 
 def _contents(key: Any, transforms: Any, thread: Any) -> np.ndarray:
-    """What a reference holds, seen through its transforms."""
+    """Returns the contents of a reference, seen through its transforms."""
     turned = sum(isinstance(x, TransposeTransform) for x in transforms)
     others = tuple(x for x in transforms if not isinstance(x, TransposeTransform))
     others = jax.tree.map(int, gpu_callbacks._remove_noop_transforms(others))
@@ -65,7 +65,7 @@ def _wgmma(
 
 
 def _copy(*, reduction_op: str | None, **keywords: Any) -> Any:
-    """To global memory; one that adds takes the sum for what it copies."""
+    """Copies to global memory; a copy that adds writes the sum of source and target."""
     if reduction_op is None:
         return _copy_to_gmem(reduction_op=None, **keywords)
     assert reduction_op == "add", reduction_op
@@ -91,9 +91,7 @@ def _copy(*, reduction_op: str | None, **keywords: Any) -> Any:
 
 class Interpreter(jaxpr_interpret.JaxprInterpreter):
     def interpret(self, jaxpr: Any, token: Any, *args: Any) -> Any:
-        """One equation after the other, so that those which the base class does not know are met
-        here.
-        """
+        """Interprets one equation after the other, those that the base class does not know, too."""
         values = dict(zip((*jaxpr.constvars, *jaxpr.invars), args, strict=True))
         read = lambda x: x.val if isinstance(x, jax.extend.core.Literal) else values[x]
         for eqn in jaxpr.eqns:
@@ -153,7 +151,7 @@ class Interpreter(jaxpr_interpret.JaxprInterpreter):
 
 
 def interpreted(function: Any, *args: Any) -> Any:
-    """The result of a function of arrays that calls Mosaic GPU kernels."""
+    """Returns the result of a function of arrays that calls Mosaic GPU kernels."""
     jaxpr_interpret.JaxprInterpreter = Interpreter
     gpu_callbacks.copy_smem_to_gmem = _copy
     with force_gpu_interpret_mode(InterpretGPUParams()):

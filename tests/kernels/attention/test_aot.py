@@ -1,6 +1,4 @@
-"""The attention kernels compiled ahead of time for chips that are not here: forward, and both
-kernels of the backward pass.
-"""
+"""Compiles the three TPU kernels of attention ahead of time for chips that are not attached."""
 
 import re
 
@@ -20,7 +18,7 @@ MASKS = {
 
 
 def on_one(topology, monkeypatch):
-    """A sharding on one chip that is not here."""
+    """Returns a sharding on one chip that is not attached."""
     pytest.importorskip("libtpu", reason="needs pip install libtpu")
     from jax.experimental import topologies
 
@@ -37,11 +35,11 @@ def on_one(topology, monkeypatch):
 @pytest.mark.parametrize("width", [64, 128, 256])
 @pytest.mark.parametrize("mask", MASKS)
 def test_compiles_for_tpus(topology, width, mask, monkeypatch):
-    here = on_one(topology, monkeypatch)
-    q = jax.ShapeDtypeStruct((1, 4096, 4, width), jnp.bfloat16, sharding=here)
-    k = jax.ShapeDtypeStruct((1, 4096, 2, width), jnp.bfloat16, sharding=here)
-    ids = jax.ShapeDtypeStruct((1, 4096), jnp.int32, sharding=here)
-    sinks = jax.ShapeDtypeStruct((4,), jnp.float32, sharding=here)
+    sharding = on_one(topology, monkeypatch)
+    q = jax.ShapeDtypeStruct((1, 4096, 4, width), jnp.bfloat16, sharding=sharding)
+    k = jax.ShapeDtypeStruct((1, 4096, 2, width), jnp.bfloat16, sharding=sharding)
+    ids = jax.ShapeDtypeStruct((1, 4096), jnp.int32, sharding=sharding)
+    sinks = jax.ShapeDtypeStruct((4,), jnp.float32, sharding=sharding)
     options = MASKS[mask]
 
     def loss(q, k, v, sinks, ids):
@@ -66,13 +64,13 @@ def test_compiles_for_tpus(topology, width, mask, monkeypatch):
 @pytest.mark.aot
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2"])
 def test_decoding_copies_no_cache(topology, monkeypatch):
-    here = on_one(topology, monkeypatch)
+    sharding = on_one(topology, monkeypatch)
     q, k = (
-        jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=here)
+        jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding)
         for shape in ((8, 1, 64, 128), (4, 8, 8192, 8, 128))
     )
     positions, layer = (
-        jax.ShapeDtypeStruct(shape, jnp.int32, sharding=here) for shape in ((8, 1), ())
+        jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding) for shape in ((8, 1), ())
     )
     traced = jax.jit(lambda *arrays, layer: decode_attention(*arrays, layer=layer)).trace(
         q, k, k, positions, layer=layer

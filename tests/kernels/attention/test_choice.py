@@ -1,4 +1,4 @@
-"""Who computes an attention: by chip, by what a call asks for, and what is told where it cannot."""
+"""Checks which implementation is chosen for a chip and a call, and the errors where none can."""
 
 import json
 import os
@@ -93,7 +93,7 @@ def test_an_unknown_name_is_told_with_those_that_are_known():
 
 
 def test_importing_attention_loads_no_pallas():
-    """Pallas takes a second, and many who import the kernels run none of those that need it."""
+    """Pallas takes a second to load, and many programs run no kernel that needs it."""
     program = "import sys, moe.kernels.attention; print('jax.experimental.pallas' in sys.modules)"
     root = Path(__file__).parents[3]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), *sys.path])}
@@ -150,7 +150,7 @@ def test_the_fused_gradients_on_hopper_are_of_narrow_heads():
     )
 
 
-def test_an_implementation_asked_for_by_name_that_cannot_says_who_can():
+def test_a_named_implementation_that_cannot_do_a_call_names_one_that_can():
     q = jnp.zeros((1, 8, 2, 16), jnp.float16)
     message = r"^'tpu' cannot do this attention, for it takes bfloat16 .*'blockwise' can$"
     with pytest.raises(NotImplementedError, match=message):

@@ -1,6 +1,4 @@
-"""Attention to a cache against float64; which slots it reads, and in how many steps; and what bad
-input gets.
-"""
+"""Checks attention to a cache: its numbers, the slots that it reads, its steps, and its errors."""
 
 import jax
 import jax.numpy as jnp
@@ -25,14 +23,15 @@ def expected(q, k, v, positions, window=None, softcap=None, sinks=None):
 
 
 def random_call(seed: int):
-    """A call's arrays, float64, and keywords: each option present or not, caches that no step
-    divides, rows that see nothing.
+    """Returns a random call's arrays in float64, its positions and its keywords.
+
+    Each option is present or absent, no step divides the cache, and some rows see nothing.
     """
     rng = np.random.default_rng(seed)
-    some = lambda: bool(rng.integers(2))
+    flip_coin = lambda: bool(rng.integers(2))
     batch, kv_heads, group, slots = (int(rng.integers(1, top)) for top in (4, 4, 4, 600))
     length, width = int(rng.choice([1, 3])), int(rng.choice([8, 64]))
-    value_width = width if some() else 16
+    value_width = width if flip_coin() else 16
     slots = max(slots, length)
     shapes = (
         (batch, length, kv_heads * group, width),
@@ -41,13 +40,13 @@ def random_call(seed: int):
     )
     positions = (
         rng.integers(-1, slots, (batch, length))
-        if some()
+        if flip_coin()
         else slots - length + np.tile(np.arange(length), (batch, 1))
     )
     positions = np.maximum(positions, -1)
-    keywords = {"window": (int(rng.integers(200)), 0)} if some() else {}
-    keywords |= {"softcap": float(rng.choice([5.0, 30.0]))} if some() else {}
-    keywords |= {"sinks": rng.normal(size=kv_heads * group)} if some() else {}
+    keywords = {"window": (int(rng.integers(200)), 0)} if flip_coin() else {}
+    keywords |= {"softcap": float(rng.choice([5.0, 30.0]))} if flip_coin() else {}
+    keywords |= {"sinks": rng.normal(size=kv_heads * group)} if flip_coin() else {}
     return tuple(rng.normal(size=shape) for shape in shapes), positions, keywords
 
 
@@ -126,8 +125,9 @@ def test_slots_that_a_row_does_not_see_may_hold_anything(value):
 
 
 def test_a_query_beyond_the_cache_gives_nan():
-    """Its own key has no slot: what the others give would be a wrong answer without a word. Other
-    queries are not changed.
+    """Such a query has no slot for its own key, so any number would be a wrong answer.
+
+    Other queries are not changed.
     """
     rng = np.random.default_rng(0)
     q, k, v = (
@@ -152,9 +152,7 @@ def test_a_query_beyond_the_cache_gives_nan():
     ],
 )
 def test_steps_beyond_the_rows_are_not_taken(slots, positions, window, steps, monkeypatch):
-    """Steps of 256 slots: NaN before the first that some query needs and after the last, and their
-    numbers.
-    """
+    """Puts NaN into all slots outside the steps of 256 that a query needs, and counts the steps."""
     taken = []
     loop = jax.lax.fori_loop
 
@@ -184,7 +182,7 @@ def test_steps_beyond_the_rows_are_not_taken(slots, positions, window, steps, mo
 
 
 def test_a_long_cache_has_more_splits_rather_than_more_steps():
-    """Not run: the loop's body has the logits of S / 16 slots, 16 of which fill the cache."""
+    """The jaxpr shows that a step computes the logits of S / 16 slots, so 16 steps suffice."""
     shapes = [
         jax.ShapeDtypeStruct(shape, jnp.bfloat16)
         for shape in ((1, 1, 8, 64), (1, 131_072, 2, 64), (1, 131_072, 2, 64))

@@ -12,7 +12,7 @@ from tests.kernels.attention.cases import Case, error, evaluate, expected, flash
 
 
 def few_keys(keys: int, sinks: bool, dtype: str) -> Case:
-    """Causal attention to the last keys, whose values are alike; in numbers that `dtype` holds."""
+    """Returns causal attention to the last keys, whose values are alike, in numbers of `dtype`."""
     rng = np.random.default_rng(0)
     rounded = lambda x: np.asarray(jnp.asarray(x, dtype), np.float64)
     q, k, v, g = (rounded(rng.normal(size=(1, 40, heads, 64))) for heads in (2, 1, 1, 2))
@@ -45,7 +45,7 @@ def test_gradients_of_few_keys_are_as_exact_as_xla_s(implementation, dtype, keys
         error(evaluate(attention, case, dtype), wanted)
         for attention in (functools.partial(flash, implementation), plain)
     )
-    # One key without a sink has no gradient: what is left is the rounding of its row sum, of 64
+    # With one key and no sink the gradient is 0. What is left is the rounding of delta, a sum of 64
     # terms in float32.
     least = 64 * float(jnp.finfo(jnp.float32).eps) * float(np.abs(case.arrays[2]).max())
     for name, our, their, size in zip(
@@ -59,24 +59,25 @@ def test_gradients_of_few_keys_are_as_exact_as_xla_s(implementation, dtype, keys
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_rounded_output_and_what_it_lost_have_the_digits_of_both(dtype):
-    """Compiled together: XLA may leave out a conversion and its inverse. Some of float16's numbers
-    are subnormal.
+def test_a_rounded_output_and_its_remainder_have_the_digits_of_both(dtype):
+    """It compiles both together, since XLA may leave out a conversion and its inverse.
+
+    Several numbers are subnormal in float16.
     """
     rng = np.random.default_rng(0)
     output = np.float32(rng.normal(size=(3, 64)) * [[1.0], [1e-3], [1e-6]])
-    rounded, lost = jax.jit(round_output, static_argnums=1)(output, jnp.dtype(dtype))
+    rounded, remainder = jax.jit(round_output, static_argnums=1)(output, jnp.dtype(dtype))
     np.testing.assert_array_equal(
         np.asarray(rounded), np.asarray(jnp.asarray(output).astype(dtype))
     )
-    whole = np.asarray(rounded, np.float64) + np.asarray(lost, np.float64)
+    whole = np.asarray(rounded, np.float64) + np.asarray(remainder, np.float64)
     digits = 2.0 ** -(2 * jnp.finfo(dtype).nmant + 2)
     np.testing.assert_allclose(
         whole, output, rtol=digits, atol=float(jnp.finfo(dtype).smallest_subnormal)
     )
     g = np.float32(rng.normal(size=output.shape))
     np.testing.assert_allclose(
-        compute_delta(rounded, lost, g, jnp.float32),
+        compute_delta(rounded, remainder, g, jnp.float32),
         np.sum(output * g, axis=-1),
         rtol=0,
         atol=64 * 4 * digits,

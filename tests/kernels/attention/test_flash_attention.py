@@ -1,4 +1,4 @@
-"""Attention by hand and in float64; the blocks it visits, its memory, and what bad input gets.
+"""Checks attention by hand and in float64, the blocks that it visits, its memory, and errors.
 
 test_implementations.py holds every implementation against float64.
 """
@@ -18,7 +18,7 @@ from tests.kernels.attention.cases import SMALL, evaluate, expected, flash, rand
 
 @pytest.mark.parametrize("seed", range(5))
 def test_the_reference_and_blockwise_in_float64(seed):
-    """Also the oracle that the other tests use, which is written in NumPy and another way."""
+    """This also checks `expected`, on which the other tests rely, against the reference."""
     case = random_case(seed, longest=200)
     for implementation in ("reference", Choice("blockwise", SMALL)):
         with jax.enable_x64(True):
@@ -28,8 +28,7 @@ def test_the_reference_and_blockwise_in_float64(seed):
 
 
 def test_two_queries_by_hand():
-    """Scores 0 and ln 3 for the second query, weights 1/4 and 3/4; a sink of ln 4 makes them 1/8
-    and 3/8.
+    """Scores of 0 and ln 3 give weights 1/4 and 3/4; with a sink of ln 4 they are 1/8 and 3/8.
 
     Tolerances are 8 units of rounding of the largest terms, 8 and ln 8.
     """
@@ -64,8 +63,8 @@ def test_a_query_that_sees_nothing_gives_nothing():
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_the_blocks_met_are_those_that_the_mask_leaves(seed):
-    """Of documents in a row, to the last block; counted against the mask itself."""
+def test_the_blocks_visited_are_those_that_the_mask_leaves(seed):
+    """It compares the range of blocks with the mask itself, for documents in a row."""
     rng = np.random.default_rng(seed)
     length, q_block, kv_block = (
         int(rng.integers(1, 400)),
@@ -96,17 +95,17 @@ def test_the_blocks_met_are_those_that_the_mask_leaves(seed):
         (q_block, kv_block),
         *((None, None) if ids is None else (jnp.array(ids),) * 2),
     )
-    met = np.arange(blocks.shape[-1])
+    block = np.arange(blocks.shape[-1])
     np.testing.assert_array_equal(
-        (met >= np.asarray(first)[..., None]) & (met < np.asarray(end)[..., None])
+        (block >= np.asarray(first)[..., None]) & (block < np.asarray(end)[..., None])
         | np.zeros_like(blocks),
         blocks,
     )
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_clear_blocks_are_whole_and_seen_by_every_query(seed):
-    """Those that a kernel may meet without a mask; under a causal mask alone, all such blocks."""
+def test_full_blocks_are_whole_and_seen_by_every_query(seed):
+    """A kernel visits them without a mask. Under a causal mask alone, they are all such blocks."""
     rng = np.random.default_rng(seed)
     length, (q_block, kv_block) = (
         int(rng.integers(64, 300)),
@@ -129,12 +128,12 @@ def test_clear_blocks_are_whole_and_seen_by_every_query(seed):
     padded = np.pad(padded, ((0, 0), (0, 0), (0, -length % kv_block)))
     whole = padded.reshape(2, padded.shape[1] // q_block, q_block, -1, kv_block).all(axis=(2, 4))
     block = np.arange(whole.shape[-1])
-    clear = (block >= np.asarray(begin)[..., None]) & (
+    full = (block >= np.asarray(begin)[..., None]) & (
         block < np.asarray(stop)[..., None]
     ) | np.zeros_like(whole)
-    assert not (clear & ~whole).any() and clear.any() == whole.any()
+    assert not (full & ~whole).any() and full.any() == whole.any()
     if seed % 3 == 0:
-        np.testing.assert_array_equal(clear, whole)
+        np.testing.assert_array_equal(full, whole)
 
 
 def test_memory_grows_linearly():

@@ -1,4 +1,4 @@
-"""The Hopper kernels, compiled ahead of time for H200 without spills, and run by JAX's interpreter.
+"""Compiles the Hopper kernels ahead of time for H200, and runs them in JAX's interpreter.
 
 test_implementations.py runs them where there is a GPU.
 """
@@ -52,8 +52,9 @@ traced.lower(lowering_platforms=("cuda",)).compile()
 
 
 def run(program: str, *args: str, timeout: int, **environment: str) -> str:
-    """What a Python program prints, in a process of its own: the interpreter may hang, and the
-    compiler reports when its process starts.
+    """Runs a Python program in a process of its own, and returns what it prints.
+
+    The interpreter may hang, and the compiler reads its settings when its process starts.
     """
     variables = {
         **os.environ,
@@ -77,7 +78,7 @@ def run(program: str, *args: str, timeout: int, **environment: str) -> str:
 @pytest.mark.parametrize("width", [64, 128, 192, 256])
 @pytest.mark.parametrize("mask", MASKS)
 def test_compiles_for_h200_without_spills(mask, width, tmp_path):
-    """And no product waits for the one before it, which ptxas would say, too ("serialized")."""
+    """Nor does a wgmma wait for the one before it, which ptxas would report as "serialized"."""
     pytest.importorskip(
         "jax_cuda13_plugin", reason="needs pip install jax-cuda13-plugin jax-cuda13-pjrt"
     )
@@ -159,9 +160,9 @@ print("checked")
 @pytest.mark.parametrize("which", ["forward", "backward", "fused"])
 @pytest.mark.parametrize("kv_length", [200, 128])
 def test_in_the_interpreter(which, kv_length):
-    """All options at once: a window on both sides, documents, softcap, sinks, a negative scale, a
-    shift, lengths of no whole block.
+    """With 200 keys it uses all options at once, and with 128 none.
 
-    Or none, and whole blocks of keys, so that only queries fill up one.
+    The options are a window on both sides, documents, softcap, sinks, a negative scale and a shift.
+    200 keys are no whole number of blocks; 128 are, so that only queries are padded.
     """
     assert "checked" in run(INTERPRET, which, str(kv_length), timeout=280)

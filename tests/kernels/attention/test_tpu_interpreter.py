@@ -1,8 +1,7 @@
-"""The TPU kernels in JAX's simulation of a TPU's memories, which begin as NaN, with races between
-its cores and copies looked for.
+"""Runs the TPU kernels in JAX's simulation of a TPU, which detects races and unwritten memory.
 
-The interpreter prints races, and nothing else of it is public; so the first tests see that it
-notices a race and uninitialised memory.
+Memory starts as NaN, and races between cores and copies are printed, which is all of the simulation
+that is public. So the first tests check that it notices a race and unwritten memory.
 """
 
 import functools
@@ -27,22 +26,20 @@ SIMULATION = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2, ra
 @pytest.fixture(autouse=True)
 def clean_simulation():
     yield
-    pltpu.reset_tpu_interpret_mode_state()  # what an exception left of it
+    pltpu.reset_tpu_interpret_mode_state()  # an exception leaves its state behind
 
 
 def copy_blocks(kernel, x, block_index):
-    """Runs `kernel(x, y, scratch)` over blocks of 8 rows, on two cores, and writes its block i at
-    `block_index(i)`.
-    """
-    here, there = (
+    """Runs `kernel(x, y, scratch)` on two cores; block i of 8 rows goes to `block_index(i)`."""
+    in_spec, out_spec = (
         pl.BlockSpec((8, 128), lambda i, index=index: (index(i), 0))
         for index in (lambda i: i, block_index)
     )
     return pl.pallas_call(
         kernel,
         grid=(len(x) // 8,),
-        in_specs=[here],
-        out_specs=there,
+        in_specs=[in_spec],
+        out_specs=out_spec,
         out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
         scratch_shapes=[pltpu.VMEM((8, 128), jnp.float32)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
@@ -82,9 +79,7 @@ def check(
     ids=False,
     **options,
 ):
-    """Forward and backward of the kernels, in blocks of 128, are those of blockwise; and there is
-    no race.
-    """
+    """Checks that both passes, in blocks of 128, equal blockwise, and that there is no race."""
     rng = np.random.default_rng(0)
     normal = lambda *shape: jnp.float32(rng.normal(size=shape))
     heads = group * kv_heads

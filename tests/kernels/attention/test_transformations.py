@@ -1,6 +1,4 @@
-"""Second derivatives, programs exported for shapes that are not known, and NaN where a mask hides
-it.
-"""
+"""Checks second derivatives, programs for symbolic shapes, and NaN that a mask hides."""
 
 import functools
 
@@ -64,7 +62,7 @@ def test_kernels_say_that_they_have_no_second_derivatives(outer, implementation)
     [("b, 8, 2, 8", None), ("b, 8, 2, 8", "blockwise"), ("b, t, 2, 8", "reference")],
 )
 def test_a_program_for_symbolic_shapes(shape, implementation):
-    """Exported once, with its gradient, and run for two shapes."""
+    """It exports the gradient once, and runs it for two shapes."""
     gradient = jax.jit(
         jax.grad(functools.partial(loss, functools.partial(flash, implementation=implementation)))
     )
@@ -102,9 +100,7 @@ def test_symbolic_shapes_that_none_can_take(shape, implementation, message):
 
 @pytest.mark.parametrize("implementation", [Choice("blockwise", (128, 128)), TPU, "reference"])
 def test_what_a_mask_hides_and_is_nan(implementation):
-    """A hidden key changes nothing; a hidden value spreads no further than the blocks that meet its
-    own.
-    """
+    """A hidden key changes nothing; a hidden value reaches only queries that visit its block."""
     rng = np.random.default_rng(0)
     q, k, v = (jnp.float32(rng.normal(size=(1, 256, 2, 8))) for _ in range(3))
     ids = jnp.arange(256)[None] // 200  # the last tokens are padding, of another id

@@ -1,6 +1,4 @@
-"""Windows of every kind, with limits of 0, beyond the sequence, or on one side alone, against
-float64.
-"""
+"""Checks windows against float64: limits of 0, beyond the sequence, and on one side alone."""
 
 import functools
 import itertools

@@ -1,6 +1,4 @@
-"""Calls of the grouped matmuls, their results in float64, and the test that every implementation
-has to pass.
-"""
+"""Makes calls of the grouped matmuls, and checks an implementation's results against float64."""
 
 import functools
 from typing import NamedTuple

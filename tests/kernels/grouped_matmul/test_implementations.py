@@ -1,6 +1,4 @@
-"""Every implementation over the same cases, forward and backward, against float64: empty experts
-and blocks, runs of blocks, blocks a row wide.
-"""
+"""Checks every implementation of the grouped matmuls against float64, over the same cases."""
 
 import jax.numpy as jnp
 import pytest
