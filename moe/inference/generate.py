@@ -37,11 +37,10 @@ def generate(
 ) -> list[np.ndarray]:
     """Continues each prompt until `end_id`, or for at most `max_new_tokens` tokens.
 
-    A prompt is an array of at least one token id. The result holds the new ids of each prompt,
-    without `end_id`. The continuation of a prompt depends on the variables, the prompt, the
-    sampling, the seed and its place in `prompts`. The other prompts change its logits only within
-    float tolerance. Raises ConfigError for options or prompts that make no sense, and for a cache
-    that does not fit in memory.
+    A prompt is an array of at least one token id. The result holds its new ids, without `end_id`.
+    It depends on the variables, the prompt, the sampling, the seed and the prompt's place in
+    `prompts`. The other prompts change its logits only within float tolerance. Raises ConfigError
+    for options or prompts that make no sense, and for a cache that does not fit in memory.
     """
     check_sampling(sampling, max_new_tokens)
     lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
