@@ -14,11 +14,11 @@ from jax.sharding import AxisType
 def own_settings(dtype: jax.typing.DTypeLike) -> Iterator[None]:
     """Sets the JAX settings that the kernels are written for, while they are traced.
 
-    Integers have 32 bits unless arrays of `dtype` have 64, and JAX may promote operands. With
-    `jax_enable_x64` each number that Python gives to an index map would be an int64 beside the
-    kernel's int32. A process may forbid implicit promotion in its own code, but the kernels rely on
-    it. A caller sees no difference: arrays keep their dtypes. Arrays that come in must have
-    dtypes that the kernels know.
+    64-bit types are on only if `dtype` is float64. Otherwise a process that sets `jax_enable_x64`
+    would turn each Python number in an index map into an int64, beside the kernel's int32. Implicit
+    promotion is on, since the kernels rely on it, even if the process forbids it in its own code.
+    A caller sees no difference: arrays keep their dtypes. Arrays that come in must have dtypes that
+    the kernels know.
     """
     with (
         jax.enable_x64(dtype == "float64"),
@@ -29,9 +29,10 @@ def own_settings(dtype: jax.typing.DTypeLike) -> Iterator[None]:
 
 
 def check_axes(name: str, x: object) -> None:
-    """Raises ValueError where JAX checks how each operation treats a mesh axis.
+    """Raises ValueError if `x` lies on mesh axes whose use JAX checks in each operation.
 
-    The kernels know of no mesh, so they cannot tell JAX.
+    These are Explicit axes, and the axes of a jax.shard_map with check_vma. The kernels know of no
+    mesh, so they cannot tell JAX how their results lie on it.
     """
     if not isinstance(x, jax.Array):
         return

@@ -19,9 +19,9 @@ All are differentiable once, in reverse mode, in q, k, v and sinks, by way of ou
 (jax.hessian). For jax.export the batch may be symbolic with "blockwise", and any dimension with
 "reference".
 
-A key that is masked for a query may be NaN or infinite: the outputs of queries that do not see it
-do not change. A value may not, nor any number in the backward pass: a weight of 0 times NaN is NaN,
-and reaches the queries of all blocks that visit the block of that value.
+In the forward pass a masked key may be NaN or infinite: the outputs of queries that do not see it
+do not change. A masked value must be finite, and in the backward pass every number must be: a
+weight of 0 times NaN is NaN, and reaches the queries of all blocks that visit the value's block.
 """
 
 import dataclasses
@@ -106,7 +106,7 @@ def flash_attention(
     sinks: logits [N] that take part in the softmax and carry no value (gpt-oss).
     scale: what scores are multiplied with; None is 1 / sqrt(H).
     return_lse: whether to return (output, lse), with each query's log-sum-exp [B, T, N].
-    implementation: a name or a `Choice`; None takes "tpu" on TPUs and "blockwise" elsewhere.
+    implementation: a name or a `Choice`; None is "tpu" on TPUs if it can, else "blockwise".
     """
     inputs = Inputs(q_BTNH, k_BSKH, v_BSKH, sinks, q_segment_ids, kv_segment_ids)
     check_inputs(inputs)
@@ -119,14 +119,17 @@ def flash_attention(
 
 
 def _attend_or_forward(choice: Choice | None, options: Options, inputs: Inputs) -> Any:
-    """Returns output and lse; JAX differentiates the forward pass of a row without a backward."""
+    """Returns output and lse.
+
+    If an implementation has no backward pass, JAX differentiates its forward pass.
+    """
     if choice is not None and IMPLEMENTATIONS[choice.name].backward is None:
         return IMPLEMENTATIONS[choice.name].forward(options, inputs)
     return _attend(choice, options, inputs)
 
 
 def able_choice(implementation: str | Choice | None, request: Request) -> Choice | None:
-    """Returns the implementation that computes a request; None leaves it to the platform.
+    """Returns the choice that computes a request, or None if the platform is to choose.
 
     Raises NotImplementedError for an implementation that cannot compute the request.
     """
@@ -146,10 +149,10 @@ def attention_forward(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns output [B, T, N, H] and log-sum-exp [B, T, N].
 
-    With `options.partial` the output is not rounded to the inputs' dtype, nor are the gradients of
-    `attention_backward`, which are to be merged with others: they are float32, or float64 for
-    float64. Only the Hopper kernels round these gradients, since shared memory holds no float32;
-    their output has twice the digits of its dtype.
+    With `options.partial` the caller merges the results with others, so they are not rounded to the
+    inputs' dtype: this output, and the gradients of `attention_backward`, are float32, or float64
+    for float64. The Hopper kernels have no shared memory left for float32. They round gradients all
+    the same, and return an output with twice the digits of the inputs' dtype.
     """
     return _run("forward", implementation, options, (inputs,))
 

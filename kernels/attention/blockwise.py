@@ -22,9 +22,9 @@ from moe.kernels.attention.masks import BlockRange, key_blocks, make_mask
 
 
 class Keys(NamedTuple):
-    """What the scores of one row of the batch need, beside a block of queries."""
+    """The keys of one row of the batch in blocks, and what else its scores need."""
 
-    keys: jax.Array  # [S / kv_block, K, kv_block, H]
+    blocks: jax.Array  # [S / kv_block, K, kv_block, H]
     q_ids: jax.Array | None  # [T / q_block, q_block]
     kv_ids: jax.Array | None  # [S / kv_block, kv_block]
     shift: jax.Array | int
@@ -35,8 +35,8 @@ class Keys(NamedTuple):
 def forward(
     options: Options, inputs: Inputs, *, blocks: tuple[int, int]
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns output [B, T, N, H] and lse [B, T, N], in float32, or float64 for float64 arrays."""
-    blocks = _at_most(blocks, inputs)
+    """Returns output [B, T, N, H], and lse [B, T, N] in float32, or float64 for float64 arrays."""
+    blocks = _limit_blocks(blocks, inputs)
     q, k, v, sinks_N = inputs[:4]
     visited = _visited_key_blocks(options, blocks, inputs)
 
@@ -58,7 +58,7 @@ def backward(
     blocks: tuple[int, int],
 ) -> Gradients:
     """Returns the gradients of q, k and v."""
-    blocks = _at_most(blocks, inputs)
+    blocks = _limit_blocks(blocks, inputs)
     q, k, v = inputs[:3]
     visited = _visited_key_blocks(options, blocks, inputs)
 
@@ -71,8 +71,8 @@ def backward(
     return jax.lax.map(differentiate, arrays)
 
 
-def _at_most(blocks: tuple[int, int], inputs: Inputs) -> tuple[int, int]:
-    """Returns sizes of blocks that are no larger than the arrays."""
+def _limit_blocks(blocks: tuple[int, int], inputs: Inputs) -> tuple[int, int]:
+    """Returns the sizes of blocks, each at most the length that it divides up."""
     q_block, kv_block = (min(pair) for pair in zip(blocks, inputs.lengths, strict=True))
     return q_block, kv_block
 
@@ -180,7 +180,7 @@ def _backward_row(
         for x in (q, dout, lse[..., None], delta[..., None])
     ]
     # dk and dv are summed as [K, H, S], transposed: see `_visit_backward`.
-    dk, dv = (jnp.zeros(jnp.swapaxes(x, 2, 3).shape, sum_dtype(q)) for x in (keys.keys, values))
+    dk, dv = (jnp.zeros(jnp.swapaxes(x, 2, 3).shape, sum_dtype(q)) for x in (keys.blocks, values))
     steps = (jnp.arange(len(visited.first)), *visited, *rows)
     (dk, dv), dq = jax.lax.scan(differentiate, (dk, dv), steps)
     dtype = options.result_dtype(q.dtype)
@@ -211,7 +211,7 @@ def _visit_backward(
     # dk and dv are summed as [K, H, S]: then dS and P, the largest operands, are multiplied without
     # being transposed.
     return Gradients(
-        dq + matmul("krs,ksh->krh", dscores, keys.keys[j]),
+        dq + matmul("krs,ksh->krh", dscores, keys.blocks[j]),
         dk.at[j].add(matmul("krh,krs->khs", queries, dscores)),
         dv.at[j].add(matmul("krh,krs->khs", dout, probs.astype(values.dtype))),
     )
@@ -225,11 +225,11 @@ def _scores(
     Logits are minus infinity where a key is masked. The slope is the derivative of a logit by its
     score.
     """
-    logits, slopes = matmul("krh,ksh->krs", queries, keys.keys[j]) * options.scale, 1.0
+    logits, slopes = matmul("krh,ksh->krs", queries, keys.blocks[j]) * options.scale, 1.0
     if options.softcap is not None:
         capped = jnp.tanh(logits / options.softcap)
         logits, slopes = options.softcap * capped, 1 - capped * capped
-    q_block, kv_block = keys.q_block, keys.keys.shape[2]
+    q_block, kv_block = keys.q_block, keys.blocks.shape[2]
     k_positions = j * kv_block + jnp.arange(kv_block)
     q_ids = None if keys.q_ids is None else keys.q_ids[i]
     kv_ids = None if keys.kv_ids is None else keys.kv_ids[j]

@@ -18,11 +18,11 @@ from moe.kernels.attention.inputs import Inputs, Options, Window, check_inputs, 
 from moe.kernels.settings import own_settings
 
 BLOCK = 64  # the slots that one split takes in one step
-# The least number of splits, where there are slots for them. With fewer, the cost of starting a
-# step would outweigh its work.
+# The least number of splits, if the cache is long enough. With fewer, the cost of starting a step
+# would outweigh its work.
 SPLITS = 4
-# About the most steps. A longer cache has more splits, so that a step reads 1 / STEPS
-# of it.
+# About how many steps read a full cache; a short cache takes fewer. So a longer cache has more
+# splits, not more steps.
 STEPS = 16
 
 
@@ -63,9 +63,9 @@ def decode_attention(
 
     A query at position -1 sees nothing, and gives zeros; one beyond the cache, at position S or
     more, gives NaN. Slots that no query of a row sees may hold anything, NaN too; where a row has
-    several queries, NaN in a value that one of them sees reaches the others. Sums are float32. It
-    is for inference alone: it has no gradient in reverse mode. Raises ValueError for shapes that do
-    not agree, and for more queries than slots.
+    several queries, NaN in a value that one of them sees reaches the others. Sums are float32.
+    There is no gradient in reverse mode: the function is for inference alone. Raises ValueError for
+    shapes that do not agree, and for more queries than slots.
     """
     k_LBSKH, v_LBSKH = (k_BSKH[None], v_BSKH[None]) if layer is None else (k_BSKH, v_BSKH)
     k, v = (jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in (k_LBSKH, v_LBSKH))
@@ -148,8 +148,8 @@ def _take_step(
     batch, slots = q_BKRH.shape[0], cache.k_LBSKH.shape[2]
     block = min(BLOCK, slots)
     stride = splits * block
-    # Where the stride does not divide the cache, the last step begins before its turn; the slots
-    # that an earlier step has taken are masked below.
+    # If the stride does not divide the cache, the last step begins at an earlier slot than
+    # step * stride. The slots that the step before has already taken are masked below.
     start = jnp.minimum(step * stride, slots - stride)
     keys, values = (
         _slice(x, cache.layer, start, stride).reshape(batch, splits, block, *x.shape[3:])
@@ -191,9 +191,9 @@ def _steps(
 def _slice(x_LBSKH: jax.Array, layer: jax.Array, start: jax.Array, size: int) -> jax.Array:
     """Returns `size` slots of a layer, without touching the others.
 
-    XLA moves out of the loop what a step does to the whole cache. On a CPU that would be a
-    conversion of all of bfloat16, unless a barrier ties the cache to the step; on a TPU the barrier
-    would cost a copy.
+    If a step does something to the whole cache, XLA does it once, before the loop. On a CPU it
+    would convert a whole bfloat16 cache there, so a barrier ties the cache to the step. On a TPU
+    the barrier would cost a copy.
     """
 
     def plain(x: jax.Array, layer: jax.Array, start: jax.Array) -> jax.Array:

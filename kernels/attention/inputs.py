@@ -16,7 +16,8 @@ from moe.kernels.settings import check_axes
 # How many keys before and after itself a query sees; None is no limit.
 Window = tuple[int | None, int | None]
 
-# int32 positions cannot be compared with a farther limit; no sequence is longer.
+# A window that reaches farther is no limit, since no sequence is longer. With a larger limit the
+# sums of a position and the limit would overflow int32.
 FARTHEST = 2**30
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 

@@ -122,7 +122,8 @@ def full_key_blocks(
 ) -> BlockRange:
     """Returns the first run of full blocks in `visited`, the result of `key_blocks`.
 
-    A block of keys is full if every query of the block sees all its keys: it needs no mask.
+    For a block of queries, a block of keys is full if each of the queries sees each of the keys.
+    Such a pair of blocks needs no mask.
     """
     (length, kv_length), (q_block, kv_block) = lengths, blocks
     q_first = (jnp.arange(0, length, q_block) + shift)[:, None]
@@ -149,7 +150,7 @@ def _have_one_id(q_ids_BT: jax.Array, kv_ids_BS: jax.Array, blocks: tuple[int, i
 
 
 def _first_run(full: jax.Array, otherwise: jax.Array) -> BlockRange:
-    """Returns the first run of full blocks; where there is none it is empty, at `otherwise`."""
+    """Returns the first run of full blocks, or an empty range at `otherwise` if none is full."""
     first = jnp.where(jnp.any(full, axis=-1), jnp.argmax(full, axis=-1), otherwise)
     after = ~full & (jnp.arange(full.shape[-1]) >= first[..., None])
     end = jnp.where(jnp.any(after, axis=-1), jnp.argmax(after, axis=-1), full.shape[-1])

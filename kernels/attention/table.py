@@ -25,10 +25,11 @@ class Implementation(NamedTuple):
     # backward(options, inputs, lse, dout, delta) -> Gradients. None: JAX differentiates `forward`,
     # which gives no lse.
     backward: Callable[..., Gradients] | None
-    # obstacle(request, chip) -> what keeps it from computing a request, as the end of a sentence
-    # that begins with its name, or None. Without a chip (None) any chip will do.
+    # obstacle(request, chip) -> why it cannot compute a request, or None if it can. The reason
+    # is a clause about "it", such as "it takes float32, not bfloat16"; errors put the name before
+    # it. If `chip` is None, the chip is no obstacle.
     obstacle: Callable[[Request, str | None], str | None]
-    # blocks(options) -> the sizes of blocks for what blocks.json does not have. Where there is
+    # blocks(options) -> the sizes of blocks for calls that blocks.json does not list. If there is
     # such a rule, both passes take `blocks=`.
     blocks: Callable[[Options], Blocks] | None = None
     # Whether both passes take `interpret=`, True to run on a CPU.
@@ -38,7 +39,8 @@ class Implementation(NamedTuple):
 def differentiable_once(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
     """Makes a kernel raise where it is differentiated: Pallas would give no useful error."""
 
-    # Not a custom_jvp of the kernel itself, which may write to references: custom_jvp has none.
+    # The kernel itself cannot be a custom_jvp, since it may write to references, which custom_jvp
+    # does not take. So its arrays pass through one.
     @jax.custom_jvp
     def guard(*arrays: Any) -> Any:
         return arrays

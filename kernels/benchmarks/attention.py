@@ -4,8 +4,8 @@
     python -m moe.kernels.benchmarks.attention --lengths 1024 2048 --heads=8 --kv_heads=8 \\
         --width=64 --dtype=float32
 
-TFLOP/s count the products that the mask leaves: for each pair of a query and a key that it sees, 4
-H forward and 10 H backward. Each number is the median of calls taken in turns with the others. Give
+TFLOP/s count only what the mask leaves: 4 H FLOPs forward and 10 H backward for each pair of a
+query and a key that it sees. Calls are timed in turns, and each number is a median. Give
 small lengths on a CPU.
 """
 
@@ -123,8 +123,8 @@ def passes(attention: Attention, arrays: tuple[jax.Array, ...]) -> dict[str, Cal
     """Returns the forward pass, and the backward pass alone, compiled and run once."""
     q, k, v, g = arrays
     forward = jax.jit(attention)
-    # The pullback is a pytree of what the forward pass keeps: jitted, it is the backward pass
-    # alone.
+    # JAX's pullback is a pytree of the arrays that the forward pass keeps. As an argument of a
+    # jitted function, it makes a program of the backward pass alone.
     pull_back = jax.jit(lambda q, k, v: jax.vjp(attention, q, k, v)[1])(q, k, v)
     backward = jax.jit(lambda pull_back, g: pull_back(g))
     calls = {"forward": lambda: forward(q, k, v), "backward": lambda: backward(pull_back, g)}
@@ -161,7 +161,7 @@ def measure(
         calls, refused = {}, {}
         others = competitors(chip, keywords)
         if "xla" in others and 4 * shape[0] * length**2 > 2**31:
-            refused["xla"] = "it would hold more than 2 GiB of scores, several times"
+            refused["xla"] = "it would hold several arrays of scores, each of more than 2 GiB"
             del others["xla"]
         for name, attention in {chosen.name: ours, **others}.items():
             try:
@@ -206,7 +206,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--implementation",
         choices=["blockwise", "tpu", "hopper", "hopper_fused"],
-        help="ours; by default `choose`'s",
+        help="which of ours to time; by default what `choose` returns",
     )
     parser.add_argument("--repeats", type=int, default=20, help="calls whose median is taken")
     parser.add_argument(

@@ -2,8 +2,8 @@
 
     python -m moe.kernels.benchmarks.decode
 
-For each fill it takes pairs of calls, one of each right after the other, and prints the median of
-the ratio of their times.
+It fills a part of the cache and times pairs of calls, one of each function right after the other.
+For each part it prints the median of the ratios of their times.
 """
 
 import statistics

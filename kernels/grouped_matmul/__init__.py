@@ -29,11 +29,11 @@ __all__ = [
 
 
 def grouped_swiglu(inputs: Inputs, implementation: Name = "blockwise") -> Outputs:
-    """Returns `(silu(x w_gate) * (x w_up)) w_down` of each row's token and its block's expert.
+    """Returns `(silu(x w_gate) * (x w_up)) w_down` for each row, and what the backward pass needs.
 
-    Results are in the dtype of `x_ND`, and sums are taken in float32 (float64 for float64). A block
-    without an expert gives zeros. What a row holds that only fills up its block is not defined: its
-    weight has to be 0.
+    x is the row's token, and the weights are those of its block's expert. Results are in the dtype
+    of `x_ND`, and sums are taken in float32 (float64 for float64). A block without an expert gives
+    zeros. A row that only fills up its block gives any numbers, so the caller gives it weight 0.
     """
     with own_settings(inputs.x_ND.dtype):
         return IMPLEMENTATIONS[implementation].forward(_check(inputs))
@@ -46,11 +46,12 @@ def grouped_swiglu_backward(
     grad_y_ND: jax.Array,
     implementation: Name = "blockwise",
 ) -> Gradients:
-    """Returns the gradients of y, each token's sum of its rows' outputs times `weights_I`.
+    """Returns the gradients of the inputs and of `weights_I`, given the gradient of y.
 
-    `gate_up` comes from the forward pass, and `grad_y_ND` is the gradient of y. The rows' gradient
-    is in the dtype of `x_ND`, all others are in float32 (float64 for float64). The gradient of the
-    weight of a row that only fills up its block is not defined.
+    y [N, D] is each token's sum of its rows' outputs times `weights_I`, and `grad_y_ND` its
+    gradient. `gate_up` comes from the forward pass. The rows' gradient is in the dtype of `x_ND`,
+    all others are in float32 (float64 for float64). If a row only fills up its block, the gradient
+    of its weight may be any number.
     """
     with own_settings(inputs.x_ND.dtype):
         weights_I = jnp.asarray(weights_I).astype(np.promote_types(inputs.x_ND.dtype, np.float32))

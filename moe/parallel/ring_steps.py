@@ -25,8 +25,8 @@ class ChunkCall(NamedTuple):
 class RingStep(NamedTuple):
     """One stop of the travelling keys, where each rank attends to the keys of another rank."""
 
-    distance: int  # how many ranks the keys have come: rank r has those of rank r - distance
-    onward: int  # how many ranks it is to the next stop; 0 at the last
+    distance: int  # how far the keys have come, in ranks: rank r has those of rank r - distance
+    onward: int  # how far the next stop is, in ranks; 0 at the last stop
     calls: np.ndarray  # int32 [calls, P, 3]: the `ChunkCall` of each call and rank
 
 
@@ -37,9 +37,9 @@ def chunk_order(options: Options, size: int, length: int) -> Order:
     rank computed with the tokens that it holds, the last rank would do twice the mean work. So the
     sequence is cut into 2P chunks, and rank r computes with chunks r and 2P - 1 - r (zig-zag).
 
-    Without a causal mask, each rank computes with one chunk: the tokens that it holds. So it does
-    under a window of at most T/2, where zig-zag balances no better and keys would travel further.
-    Raises ValueError for an odd length in zig-zag.
+    Without a causal mask, each rank computes with one chunk: the tokens that it holds. The same is
+    true under a causal window of at most T/2, for which zig-zag would not balance better and would
+    send keys further. Raises ValueError for an odd length in zig-zag.
     """
     is_causal = options.right == 0
     is_narrow = options.left is not None and 2 * options.left <= size * length

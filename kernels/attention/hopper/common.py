@@ -63,17 +63,17 @@ class StaticArgs:
 
     @property
     def logit_factor(self) -> float:
-        """Returns what `bounded` is multiplied with, inside the exponential, for base-2 logits.
+        """Returns the factor that makes logits in base 2 of the result of `unscaled_logits`.
 
-        It is positive, so the running maximum can be taken before the multiplication, and the
-        multiplication folded into the exponential (one multiply-add for each score).
+        The factor is positive, so the running maximum can be taken before the multiplication, and
+        the multiplication be a part of the exponential's multiply-add.
         """
         if self.options.softcap is not None:
             return self.options.softcap * LOG2E
         return self.options.scale * LOG2E if self.options.scale > 0 else LOG2E
 
-    def bounded(self, scores: jax.Array) -> jax.Array:
-        """Returns logits without `logit_factor`; with softcap they lie between -1 and 1."""
+    def unscaled_logits(self, scores: jax.Array) -> jax.Array:
+        """Returns logits before `logit_factor`; with softcap they lie between -1 and 1."""
         if self.options.softcap is not None:
             return jnp.tanh(scores * (self.options.scale / self.options.softcap))
         return scores if self.options.scale > 0 else scores * self.options.scale
@@ -109,7 +109,7 @@ class TileBlocks(NamedTuple):
         return jnp.where(step < self.num_masked, self.masked_block(step), full)
 
     def masked_block(self, step: Index) -> Index:
-        """Returns the block of a step that needs a mask: before the full ones, then after them."""
+        """Returns the block of a masked step: those before the full blocks come before the rest."""
         num_before = self.full_first - self.first
         return step + jnp.where(step < num_before, self.first, self.full_end - num_before)
 
@@ -265,14 +265,14 @@ def to_columns(rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jax.lax.broadcast_in_dim(rows, shape, [0])
 
 
-def softcap_slopes(static: StaticArgs, bounded: jax.Array) -> jax.Array | None:
-    """Returns the derivatives of softcap, given `bounded` logits, or None without softcap.
+def softcap_slopes(static: StaticArgs, unscaled_logits: jax.Array) -> jax.Array | None:
+    """Returns the derivatives of softcap at the unscaled logits, or None without softcap.
 
     The derivative is 0 where a mask has made the logit infinite.
     """
     if static.options.softcap is None:
         return None
-    return jnp.maximum(1.0 - bounded * bounded, 0.0)
+    return jnp.maximum(1.0 - unscaled_logits * unscaled_logits, 0.0)
 
 
 def multiply(probs: jax.Array, slopes: jax.Array | None) -> jax.Array:

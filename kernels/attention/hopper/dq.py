@@ -135,8 +135,8 @@ def _dq_kernel(static: StaticArgs, operands: Operands, output: Ref, *scratch: Re
         ]
         if operands.q_ids is not None:
             copies.append((operands.q_ids.at[b, rows], smem.q_ids.at[warpgroup]))
-        # All copies (TMA) arrive at one barrier; then lse and delta move to registers, one of each
-        # for each row.
+        # All copies (TMA) arrive at one barrier. Then lse and delta, two numbers for each query,
+        # move to registers.
         for source, target in copies:
             plgpu.copy_gmem_to_smem(source, target, smem.q_full.at[warpgroup])
         plgpu.barrier_wait(smem.q_full.at[warpgroup])
@@ -182,7 +182,7 @@ def _visit_keys(
             plgpu.wgmma(scores, smem.q.at[queries], smem.k.at[slot].T)
             plgpu.barrier_wait(smem.v_full.at[slot])
             plgpu.wgmma(dprobs, smem.dout.at[queries], smem.v.at[slot].T)
-            logits = static.bounded(plgpu.wgmma_accumulator_load(scores, wait_n=1))
+            logits = static.unscaled_logits(plgpu.wgmma_accumulator_load(scores, wait_n=1))
             if masked:
                 logits = mask(step, slot, logits)
             # P = exp(S - lse), times the derivative of softcap.

@@ -246,7 +246,7 @@ def _attend(
             # the product with the values, too.
             return plgpu.wgmma_accumulator_load(scores, wait_n=0 if masked else 1)
 
-        logits = static.bounded(pl.run_scoped(issue_products, scores_type))
+        logits = static.unscaled_logits(pl.run_scoped(issue_products, scores_type))
         if masked:
             logits = mask(step, slot, logits)
         plgpu.barrier_arrive(smem.k_free.at[slot])
@@ -268,7 +268,7 @@ def _attend(
 
     # Before the loop: S_0 and P_0.
     plgpu.barrier_wait(smem.k_full.at[0])
-    logits = static.bounded(pl.run_scoped(first_scores, scores_type))
+    logits = static.unscaled_logits(pl.run_scoped(first_scores, scores_type))
     if static.masked:
         logits = mask(0, 0, logits)
     plgpu.barrier_arrive(smem.k_free.at[0])

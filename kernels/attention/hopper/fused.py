@@ -155,8 +155,8 @@ def _kernel(
             visit_queries,
             *(plgpu.ACC((ROWS, x.shape[3]), jnp.float32) for x in (operands.k, operands.v)),
         )
-        # The other warpgroup reads these keys until it has done its last product; then dk takes
-        # their place.
+        # The other warpgroup also reads this warpgroup's keys, for its half of dq. So dk may take
+        # their place in shared memory only after the last product of both.
         plgpu.barrier_arrive(both_arrived)
         plgpu.barrier_wait(both_arrived)
         smem.k[warpgroup] = (dk * static.options.scale).astype(smem.k.dtype)
@@ -184,12 +184,14 @@ def _visit_queries(
     half = smem.k.shape[-1] // 2
 
     def visit(masked: bool, head: Index, step: Index, count: Index) -> Index:
-        slot, keys = static.slot(count), hide_index(warpgroup, count)
+        slot, own_index = static.slot(count), hide_index(warpgroup, count)
         dscores_of_both = dscores_smem.at[slot]
         # S = K Qᵀ and P = exp(S - lse).
-        scores = pl.run_scoped(functools.partial(compute_scores, smem, keys, slot), products_type)
+        scores = pl.run_scoped(
+            functools.partial(compute_scores, smem, own_index, slot), products_type
+        )
         distance = k_position - blocks.masked_block(step) * BLOCK if masked else None
-        probs, rounded = compute_probs(static, smem, keys, slot, distance, scores)
+        probs, rounded = compute_probs(static, smem, own_index, slot, distance, scores)
         # dV += Pᵀ dO.
         plgpu.barrier_wait(smem.dout_full.at[slot])
         plgpu.wgmma(dv_accumulator, rounded, smem.dout.at[slot])
@@ -197,9 +199,11 @@ def _visit_queries(
             # The code below needs the registers of P, so the product must have read them.
             plgpu.wgmma_wait(0)
         # dS = P * (dP - delta), and dK += dSᵀ Q while the other warpgroup writes its dS.
-        dprobs = pl.run_scoped(functools.partial(compute_dprobs, smem, keys, slot), products_type)
+        dprobs = pl.run_scoped(
+            functools.partial(compute_dprobs, smem, own_index, slot), products_type
+        )
         dscores = (probs * dprobs).astype(smem.q.dtype)
-        dscores_of_both[keys] = dscores
+        dscores_of_both[own_index] = dscores
         plgpu.commit_smem()
         plgpu.barrier_arrive(both_arrived)
         plgpu.wgmma(dk_accumulator, dscores, smem.q.at[slot])
@@ -207,7 +211,7 @@ def _visit_queries(
 
         def compute_half_of_dq(products: Ref) -> jax.Array:
             """Returns dQ = dS K over all 128 keys, in this warpgroup's half of the columns."""
-            columns = pl.ds(keys * half, half)
+            columns = pl.ds(own_index * half, half)
             for i in range(2):
                 plgpu.wgmma(products, dscores_of_both.at[i].T, smem.k.at[i, :, columns])
             return products[...]
@@ -215,7 +219,7 @@ def _visit_queries(
         dq = pl.run_scoped(compute_half_of_dq, plgpu.ACC((BLOCK, half), jnp.float32))
         plgpu.barrier_arrive(smem.q_free.at[slot])
         plgpu.barrier_arrive(smem.dout_free.at[slot])
-        add_to_dq(keys, head, blocks.masked_block(step) if masked else blocks.block(step), dq)
+        add_to_dq(own_index, head, blocks.masked_block(step) if masked else blocks.block(step), dq)
         return count + 1
 
     visit_heads(static, blocks, visit)

@@ -36,8 +36,9 @@ def prepare_backward(
     inputs: Inputs, lse_BTN: jax.Array, dout_BTNH: jax.Array, delta_BTN: jax.Array
 ) -> Operands:
     """Returns the operands in whole tiles, without the ranges of blocks to visit."""
-    # A query that sees nothing has an lse of minus infinity, and so are its scores: with any finite
-    # lse P = exp(S - lse) = 0. Queries that are padding have dO = delta = 0, so no gradient.
+    # A query that sees nothing has an lse of minus infinity. Its scores are, too, so that any
+    # finite number in place of the lse makes P = exp(S - lse) = 0. Queries that are padding have
+    # dO = delta = 0, so they add nothing to a gradient.
     lse_BTN = jnp.where(jnp.isfinite(lse_BTN), lse_BTN, 0.0) * LOG2E
     lse, delta = (
         common.pad(jnp.moveaxis(x.astype(jnp.float32), 2, 1), 2, TILE) for x in (lse_BTN, delta_BTN)
@@ -214,7 +215,7 @@ def compute_probs(
 
     `distance` is from the first query to the first key, None where no mask is needed.
     """
-    logits = static.bounded(scores)
+    logits = static.unscaled_logits(scores)
     if distance is not None:
         ids = None if smem.q_ids is None else (smem.kv_ids.at[warpgroup], smem.q_ids.at[slot])
         # Rows are keys here, so the limits before and after a query change places.
