@@ -126,7 +126,7 @@ def variables(sparse: bool, tied: bool) -> Any:
         jax.random.key(0)
     )
     return jax.device_get(
-        {"params": drawn["params"] | {"embedding": 8 * drawn["params"]["embedding"]}}
+        {"params": drawn["params"] | {"embedding": 32 * drawn["params"]["embedding"]}}
     )
 
 

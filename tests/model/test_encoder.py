@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -167,8 +168,23 @@ def test_an_encoder_decoder_equals_a_plain_one():
         np.testing.assert_allclose(logits, expected @ params["unembedding"], atol=1e-4)
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("change", [{"remat": "full"}, {"scan_layers": False}], ids=str)
+def slow(cases):
+    """Marks cases that plain tests need not run, since others have the same choices in pairs."""
+    return [pytest.param(*case, marks=pytest.mark.slow) for case in cases]
+
+
+CHANGES = [
+    ({"remat": "full"}, "encoder of experts"),
+    ({"scan_layers": False}, "encoder-decoder"),
+]
+OTHER_CHANGES = [
+    case
+    for case in itertools.product([change for change, _ in CHANGES], MODELS)
+    if case not in CHANGES
+]
+
+
+@pytest.mark.parametrize(("change", "model"), [*CHANGES, *slow(OTHER_CHANGES)], ids=str)
 def test_a_loop_and_recomputation_change_nothing(model, change):
     plainest, changed = MODELS[model](), MODELS[model](**change)
     expected = gradients(plainest, batch_of(plainest))
@@ -183,8 +199,20 @@ MESHES = [
 ]
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize(("parallelism", "sizes"), MESHES, ids=str)
+LAYOUTS = [
+    (*MESHES[0], "encoder"),
+    (*MESHES[1], "encoder-decoder of experts"),
+    (*MESHES[2], "encoder-decoder"),
+    (*MESHES[3], "encoder of experts"),
+]
+OTHER_LAYOUTS = [
+    (*mesh, model) for mesh in MESHES for model in MODELS if (*mesh, model) not in LAYOUTS
+]
+
+
+@pytest.mark.parametrize(
+    ("parallelism", "sizes", "model"), [*LAYOUTS, *slow(OTHER_LAYOUTS)], ids=str
+)
 def test_eight_devices_are_one(model, parallelism, sizes):
     attention = dataclasses.replace(SMALL.attention, context_parallelism=parallelism)
     model = MODELS[model](attention=attention)
@@ -200,7 +228,13 @@ def test_eight_devices_are_one(model, parallelism, sizes):
     assert_same(actual, expected)
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    "model",
+    [
+        "encoder of experts",
+        *slow([["encoder"], ["encoder-decoder"], ["encoder-decoder of experts"]]),
+    ],
+)
 def test_bfloat16_is_close_to_float32(model):
     wide, narrow = MODELS[model](), MODELS[model](compute_dtype="bfloat16")
     batch = batch_of(wide)

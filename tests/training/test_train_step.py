@@ -131,7 +131,7 @@ def test_golden_first_step():
     assert metrics["learning_rate"] == 0.0
 
 
-GOLDEN = {"loss": 6.006570, "gradient_norm": 1.842657, "targets": 194}
+GOLDEN = {"loss": 6.061288, "gradient_norm": 2.002362, "targets": 194}
 
 
 def test_parameters_and_moments_are_split_alike_and_never_whole():
