@@ -55,8 +55,8 @@ def ring_attention(
     This rank's part of q is [B, T/P, N, H], of k and v [B, T/P, K, H], of `segment_ids` (of queries
     and keys) [B, T/P]; `sinks` is [N]. The result is this rank's [B, T/P, N, H] (Liu et al. 2023).
     The mask counts tokens of the whole sequence; for the other arguments see `flash_attention`.
-    Gradients are those of this rank's inputs. That of the sinks is what this rank's queries add to
-    it, and shard_map adds up the ranks'.
+    Gradients are those of this rank's inputs. The gradient of the sinks is the part
+    that comes from this rank's queries, and shard_map adds up the parts of all ranks.
 
     No array of size T is held, in the backward pass either. Ranks get equal work under a causal
     mask (see `chunk_order`). Raises ValueError for arguments that do not agree, and for a T/P that
@@ -355,10 +355,10 @@ def _add_chunk(gradients: Gradients, part: Gradients, call: _ChunkPair) -> Gradi
 def _barrier(*trees: Any) -> Any:
     """Computes all of the trees before anything that follows.
 
-    Between two of these barriers stand a step's sends and kernel calls, or its sums, and nothing
-    else. XLA's scheduler starts a send as late as it can, so that it overlaps with any work that by
-    its own estimate takes as long. It would choose the sums; with the barriers it has only the
-    kernel calls to choose. It would also put off the sums, and hold the parts of every step.
+    Between two barriers lie either a step's sends and kernel calls, or its sums, and nothing else.
+    XLA's scheduler starts a send as late as it can. It hides the send behind any work that it
+    expects to take as long. Without the barriers it would choose the sums; with them only the
+    kernel calls are left. It would also put off the sums, and hold the parts of every step.
     """
     return jax.lax.optimization_barrier(trees)
 

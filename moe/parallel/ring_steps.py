@@ -37,9 +37,9 @@ def chunk_order(options: Options, size: int, length: int) -> Order:
     rank computed with the tokens that it holds, the last rank would do twice the mean work. So the
     sequence is cut into 2P chunks, and rank r computes with chunks r and 2P - 1 - r (zig-zag).
 
-    Without a causal mask, each rank computes with one chunk: the tokens that it holds. So it does
-    under a window of at most T/2, where zig-zag balances no better and keys would travel further.
-    Raises ValueError for an odd length in zig-zag.
+    Without a causal mask, each rank computes with one chunk: the tokens that it holds. The same
+    holds under a causal window of at most T/2, where zig-zag balances no better and keys would
+    travel further. Raises ValueError for an odd length in zig-zag.
     """
     is_causal = options.right == 0
     is_narrow = options.left is not None and 2 * options.left <= size * length
