@@ -6,11 +6,11 @@ Examples:
     python -m launch.benchmark --config=configs/dense_125m.py --json=dense_125m.json
     python -m launch.benchmark --config=configs/benchmark_moe.py:64x8 --layer
 
-MFU = tokens/s x training FLOPs per token / peak FLOP/s (Chowdhery et al. 2022, appendix B). Of
-attention's scores the causal half is counted, and recomputation is not. The peak is the bfloat16
-rate of all devices by their data sheet. A CPU has no such rate, and gets no MFU.
+MFU = tokens/s x training FLOPs per token / peak FLOP/s (Chowdhery et al. 2022, appendix B). Only
+the causal half of attention's scores is counted, and recomputation is not counted. The peak is the
+bfloat16 rate of all devices by their data sheet. A CPU has no such rate, and gets no MFU.
 
-ratio_to_matmul has the same numerator, over the rate of a 2048^3 matmul on all devices. Every trial
+ratio_to_matmul divides the same FLOP/s by those of a 2048^3 matmul on all devices. Every trial
 times the matmul right before the step, since a busy machine slows both, and the result is the
 median of the trials' ratios. It is not a share of a peak, and may exceed 1.
 
@@ -107,9 +107,9 @@ def _time_steps(
 
 
 def benchmark_layer(config: RunConfig, trials: int = 9) -> dict[str, Any]:
-    """Times a sparse layer against a dense one as wide as the experts that a token passes.
+    """Times a sparse layer against a dense one as wide as all experts of one token.
 
-    What is timed are the gradients of all weights and of the input.
+    Each run computes the gradients of all weights and of the input.
     """
     import jax
 

@@ -23,7 +23,7 @@ from moe.training.progress import Stream
 
 # Exit codes. 0 means done. 1 means a bug or a broken machine, with a traceback.
 BAD_INPUT = 2
-# Too many updates in a row were skipped since they were not finite, or the last validation was not.
+# Too many updates in a row were not finite and were skipped, or the last validation is not finite.
 DIVERGED = 3
 # EX_TEMPFAIL of sysexits.h: the state is saved, and the same command goes on.
 INTERRUPTED = 75
@@ -91,7 +91,7 @@ def run(main: Main, description: str | None) -> NoReturn:
     the command's file, the flags that the command defined, and the fields of --config if that is
     one of them.
     """
-    # A reader that leaves, as in `| head -1`, ends what is shown but not what is done.
+    # If the reader of a pipe leaves, as in `| head -1`, the output stops and the command goes on.
     sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
     parse = functools.partial(_parse, description or "")
     app.run(functools.partial(_call, main), flags_parser=parse)
@@ -117,15 +117,15 @@ def _parse(description: str, argv: list[str]) -> list[str]:
     """Returns the arguments that are no flags, or prints the help and exits."""
     # Libraries write every step that they take to absl's log; --verbosity=0 shows all of it.
     logging.set_verbosity(logging.WARNING)
-    # read_run_config says the same as an error.
-    is_new = lambda record: "get_config() returned None" not in str(record.msg)
-    logging.get_absl_logger().addFilter(is_new)
+    # absl only warns if get_config() returns None, and read_run_config then raises an error.
+    is_wanted = lambda record: "get_config() returned None" not in str(record.msg)
+    logging.get_absl_logger().addFilter(is_wanted)
     help_wanted = {"--help", "-help", "-h", "--helpshort", "--helpfull"}.intersection(argv)
     try:
         argv[1:] = _expand_config_path(argv[1:])
         path = _config_path(argv) if "config" in flags.FLAGS else None
         if help_wanted:
-            config = _config_of(argv, path) if path else RunConfig()
+            config = _read_named_config(argv, path) if path else RunConfig()
             print(help_text(description, config if "config" in flags.FLAGS else None, path))
             sys.exit(0)
         if "config" in flags.FLAGS:
@@ -134,7 +134,7 @@ def _parse(description: str, argv: list[str]) -> list[str]:
     except ConfigError as error:
         sys.exit(_fail(error))
     except flags.Error as error:
-        # Where a flag's own parser has refused the value, its words say more than absl's.
+        # If a flag's own parser refused the value, its message says more than absl's.
         cause = error.__context__
         sys.exit(_fail(cause if isinstance(cause, ConfigError) else _explain(str(error))))
     except KeyboardInterrupt:
@@ -150,7 +150,7 @@ def _fail(error: Exception | str) -> int:
 def _expand_config_path(arguments: list[str]) -> list[str]:
     """Returns the arguments with the ~ of --config expanded.
 
-    config_flags reads the arguments again, so it is they that change, not the flag's value.
+    config_flags reads the arguments again, so they are changed instead of the flag's value.
     """
     expand = lambda match: (match[1] or "") + os.path.expanduser(match[2])
     expanded = []
@@ -173,7 +173,7 @@ def _config_path(argv: list[str]) -> str | None:
     return values.config and values.config.split(":")[0]
 
 
-def _config_of(argv: list[str], path: str) -> RunConfig:
+def _read_named_config(argv: list[str], path: str) -> RunConfig:
     """Returns the config that the arguments name, whatever other flags are there or missing."""
     _check_config_flags(argv, path)
     values = flags.FlagValues()

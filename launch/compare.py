@@ -57,9 +57,9 @@ if TYPE_CHECKING:
 
 LAST = 10  # logged steps at the end of a run over which the router's statistics are averaged
 LEGEND = (
-    "Loss: mean ± standard error over the seeds that finished, and did not diverge. MaxVio, by how "
-    "much the fullest expert of the worst layer exceeds an even share, and dropped, the fraction "
-    f"of assignments: means over the last {LAST} logged steps. Tokens/s: median."
+    "Loss: mean ± standard error over the seeds that finished, and did not diverge. MaxVio (how "
+    "far the fullest expert of the worst layer exceeds an even share) and dropped (the fraction of "
+    f"assignments that found no room): means over the last {LAST} logged steps. Tokens/s: median."
 )
 
 
@@ -131,7 +131,7 @@ def _set(values: dict[str, Any], field: str, value: Any) -> dict[str, Any]:
 def plan_runs(variants: dict[str, RunConfig], seeds: Sequence[int], workdir: Path) -> list[Run]:
     """Returns the runs in the order of training.
 
-    They are trained seed by seed, so that one seed's share of the time gives a first comparison.
+    They are trained seed by seed, so that all variants can be compared after the first seed.
     Raises ConfigError for a seed that is invalid or repeated, and where a directory holds a run of
     another config.
     """
@@ -179,9 +179,9 @@ def _progress(total: int, left: int, trained: int, seconds: float, workdir: Path
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
-    """Returns the mean over seeds and its standard error, s / sqrt(n), where s has n - 1 below it.
+    """Returns the mean over seeds and its standard error, s / sqrt(n).
 
-    The standard error of one seed is not known: None.
+    s is the standard deviation with the divisor n - 1. With one seed the error is unknown: None.
     """
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
     return statistics.fmean(values), error
@@ -190,7 +190,7 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
 def result(runs: list[Run]) -> dict[str, Any]:
     """Returns what is known of one variant: counts, and statistics over its finished runs.
 
-    Runs that diverged are left out, and without a run a statistic is None. Losses are in nats per
+    Runs that diverged are left out. A statistic is None if no run remains. Losses are in nats per
     token. The router's statistics are means over each run's last logged steps, and tokens per
     second are a median over all logged steps.
     """
@@ -348,7 +348,7 @@ def _draw_curves(axes: "Axes", runs: list[Run], colours: dict[str, str]) -> None
 def compare(runs: list[Run], workdir: Path) -> str:
     """Writes comparison.json, comparison.md and comparison.png, and returns the table.
 
-    They have the runs that are there. Raises FileNotFoundError where none has begun.
+    They cover the runs that have begun. Raises FileNotFoundError where none has begun.
     """
     if not any((run.workdir / METRICS_FILE).exists() for run in runs):
         raise FileNotFoundError(

@@ -1,4 +1,4 @@
-"""Reports mistakes in a user's config file as the file's own: its path, the line and the message.
+"""Reports a mistake in a user's config file by the file's path, the line and the message.
 
 The frames of this project and of the libraries that read the file are left out.
 """
@@ -41,7 +41,7 @@ class ConfigFileErrors:
     """A context in which all that a config file raises becomes a ConfigError with path and line.
 
     A config file may raise anything, even SystemExit and KeyboardInterrupt, so no `except` could
-    list it. An error is taken for the file's if the file is among the frames of its traceback.
+    list it. An error counts as the file's if the file is among the frames of its traceback.
     Errors of absl's flags stay as they are, and so does an exit that the file did not ask for.
     """
 
@@ -91,6 +91,8 @@ class ConfigFileErrors:
 def _message(error: BaseException) -> str:
     """Returns the error's type and message, on one line."""
     if isinstance(error, SystemExit):
-        return f"SystemExit: {error.code}: a config file returns its config, and ends no program"
+        return (
+            f"SystemExit: {error.code}: a config file must return its config, not end the program"
+        )
     lines = traceback.format_exception_only(error)
     return " ".join((lines[-1] if isinstance(error, SyntaxError) else lines[0]).split("\n")).strip()

@@ -29,11 +29,7 @@ def help_text(description: str, config: RunConfig | None = None, path: str | Non
         default = f" (default: {flag.default})" if flag.default not in (None, "") else ""
         lines += [f"  --{flag.name}=...", flags.text_wrap(flag.help + default, indent="      ")]
     if config:
-        values = (
-            f"their values in {path}"
-            if path
-            else "the values they have where the file sets no other"
-        )
+        values = f"their values in {path}" if path else "their default values"
         lines += ["", f"Fields of --config, with {values}:", *_group(config, "config")]
     return "\n".join(lines)
 

@@ -1,7 +1,7 @@
 """How figures of a run are drawn: their themes, their files, and the parts that they share.
 
 Every figure exists twice, for light and for dark pages. Within a figure a family of lines or shares
-has one colour, and its shade says how much: the stronger, the larger. A legend stands above the
+has one colour, and a stronger shade is a larger value. A legend stands above the
 axes, where no line can pass under it.
 
 Functions import matplotlib when they are called. Its import takes a second, and a command has to
@@ -123,7 +123,7 @@ def file_name(drawing: Drawing, theme: str) -> str:
 
 
 def picture_html(drawing: Drawing) -> str:
-    """Returns the HTML of a written figure, whose file the reader's theme decides."""
+    """Returns the HTML that shows a written figure, in the file for the reader's theme."""
     dark, light = file_name(drawing, "dark"), file_name(drawing, "light")
     return (
         f'<picture><source srcset="{dark}" media="(prefers-color-scheme: dark)">'
@@ -138,9 +138,9 @@ def shorten(name: str, length: int = TITLE_LENGTH) -> str:
 
 
 def draw_series(axes: "Axes", series: Series, label: str, colour: str) -> None:
-    """Draws a metric over steps: a short one with a dot for each value.
+    """Draws a metric over steps: a short series as a line with a dot for each value.
 
-    A long one is a faint line of its values, with a line of medians over it.
+    A long series is drawn as a faint line, with a line of medians over it.
     """
     num_values = len(series.steps)
     if num_values <= 60:
@@ -233,7 +233,7 @@ def set_percentages(axes: "Axes", values: np.ndarray) -> None:
 
 
 def _plain(value: float, position: int | None) -> str:
-    """Writes the number of a tick, as matplotlib's formatters call a function."""
+    """Returns the text of a tick's number, with the arguments that FuncFormatter passes."""
     return f"{value:g}"
 
 

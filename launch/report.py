@@ -14,8 +14,8 @@ The page has, from top to bottom: the last values that a reader looks for first;
 metric, where a metric that is always 0 is only named; a table of all metrics; the config, with what
 differs from the defaults in bold; and the environment of each start.
 
-Of a model with experts the page also shows how even their load is: as curves, and as a heat map for
-each of at most 8 sparse layers. After launch.routing it shows what the routers have learnt, too:
+For a model with experts the page also shows how even their load is: as curves, and as a heat map
+for each of at most 8 sparse layers. After launch.routing it also shows what the routers learnt:
 which tokens chose which experts (specialisation), which experts are chosen together
 (co-activation), and how early the choices settled (saturation).
 """
@@ -118,7 +118,7 @@ def _load_note(every: int) -> str:
     )
     if every > 1:
         note += (
-            f" router.jsonl is large: of every {every} of its lines, one is shown here and in the "
+            f" router.jsonl is large: one of every {every} lines is shown here and in the "
             "worst layer's curves."
         )
     return note

@@ -24,9 +24,9 @@ from moe.workdir.tracking import ROUTER_FILE, read_router
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-MAX_LAYERS = 8  # that get a heat map
-MAX_COLUMNS = 400  # of a heat map: about as many as it has room for
-MAX_BYTES = 100_000_000  # of router.jsonl that are parsed, which takes seconds
+MAX_LAYERS = 8  # the most layers that get a heat map
+MAX_COLUMNS = 400  # the most columns of a heat map: about as many as fit
+MAX_BYTES = 100_000_000  # the most that is parsed of router.jsonl; it takes seconds
 
 
 class RouterLine(NamedTuple):
@@ -76,9 +76,9 @@ def read_router_lines(workdir: Path, model: ModelConfig) -> tuple[list[RouterLin
 def load_maps(lines: list[RouterLine], model: ModelConfig) -> list[LoadMap]:
     """Returns a heat map for each of at most MAX_LAYERS sparse layers.
 
-    Of more layers those at even distances are taken, with the first and the last one. Layers are
-    numbered from 0, dense ones counted. Where a run has more than MAX_COLUMNS lines, a column has
-    the mean load of neighbouring ones.
+    If there are more, it takes layers at even distances, the first and the last included. Layers
+    are numbered from 0, and dense layers count. Where a run has more than MAX_COLUMNS
+    lines, a column has the mean load of neighbouring ones.
     """
     if not lines:
         return []
@@ -114,7 +114,7 @@ def load_drawing(load_map: LoadMap) -> Drawing:
 
 
 def _paint(load_map: LoadMap, axes: "Axes", colours: Colours) -> None:
-    # The edges of the columns: a column reaches from the step before its first to its last.
+    # A column starts where the one before it ends, and ends at its own last step.
     steps = np.concatenate([[0], load_map.steps])
     experts = np.arange(load_map.load.shape[1] + 1) - 0.5
     # An even load, 1, has the page's colour; from twice that on, the second colour is full.

@@ -202,7 +202,7 @@ def group_plots(metrics: AllSeries) -> dict[str, list[MetricPlot]]:
 
 
 def is_always_zero(plot: MetricPlot, metrics: AllSeries) -> bool:
-    """Whether a plot would be an empty panel."""
+    """Returns whether all metrics of a plot are 0 at every step."""
     return not any(metrics[name].values.any() for name in plot.labels if name in metrics)
 
 

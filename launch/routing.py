@@ -10,16 +10,15 @@ Examples:
 Runs the first batches of the validation split through a checkpoint, and counts which tokens chose
 which experts, layer by layer:
     load            each expert's share of all assignments; an even load gives each 1/E of them
-    token classes   the same for letters, digits, spaces, ... alone: a class prefers an expert
-                    whose share is more than the even one
-    co-activation   of the tokens that chose one expert, the share that also chose another
-    vocabulary      of the tokens with one id, the share that chose its most frequent expert: 1
-                    where the id alone decides. Beside it stands the share of all tokens that chose
-                    the most loaded expert: the value that it has where ids decide nothing
-    saturation      of the experts chosen at an earlier checkpoint, the share that is also chosen
-                    at this one
+    token classes   the same share among letters alone, digits alone, and so on. A class prefers an
+                    expert whose share is more than the even one
+    co-activation   the share of an expert's tokens that also chose another expert
+    vocabulary      the share of an id's tokens that chose the id's most frequent expert. It is 1
+                    where the id alone decides. If ids decided nothing, it would be the share of all
+                    tokens that chose the most loaded expert, which is printed beside it
+    saturation      the share of an earlier checkpoint's choices that this checkpoint makes too
 Saturation is measured for each earlier checkpoint that the run has kept (train.keep_last,
-train.keep_every), and each is one more reading of the text, through both checkpoints. Layers and
+train.keep_every), and each of them reads the text once more, through both checkpoints. Layers and
 experts are numbered from 0, dense layers counted. An assignment that a full expert dropped does not
 count as a choice.
 
@@ -134,15 +133,15 @@ def earlier_checkpoints(saved: list[int], step: int | None, compare_step: int | 
     return earlier if compare_step is None else [compare_step]
 
 
-# From a title and the variables of models to, for each batch, the ids [N] of its tokens and each
-# model's choices [L, N, A].
+# Takes a title and the variables of several models. Yields for each batch the ids [N] of its tokens
+# and each model's choices [L, N, A].
 ChoiceReader = Callable[[str, Sequence[Any]], Iterator[tuple[np.ndarray, list[np.ndarray]]]]
 
 
 def choice_reader(
     config: RunConfig, program: "Program", rows: "PreparedRows", num_batches: int
 ) -> ChoiceReader:
-    """Returns a function that runs the text through models, behind a progress bar with a title.
+    """Returns a function that runs the text through models, and shows a progress bar.
 
     It leaves padding out. All models have the same shapes, so that they share one compiled program.
     """

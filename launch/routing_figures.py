@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 Results = Mapping[str, Any]  # what routing.json holds
 
-MAX_LAYERS = 4  # that are drawn, at even distances; the tables have all
-LARGEST_RATIO = 4  # times the even share, where colours end
+MAX_LAYERS = 4  # the most layers that are drawn, at even distances; the tables have all
+LARGEST_RATIO = 4  # the multiple of the even share at which the colours end
 
 
 def read_results(path: Path) -> dict[str, Any]:
@@ -54,8 +54,8 @@ def read_results(path: Path) -> dict[str, Any]:
 def _is_whole(results: Results) -> bool:
     """Whether the results have all that is drawn, in arrays of the right shapes.
 
-    Anything may be in the file, so this raises ValueError, TypeError, AttributeError and KeyError
-    too where it is something else.
+    The file may hold anything. For missing names or wrong types this raises ValueError, TypeError,
+    AttributeError or KeyError.
     """
     layers, experts = len(results["layers"]), results["num_experts"]
     arrays = [

@@ -44,7 +44,7 @@ def read_all_series(metrics: Metrics) -> dict[str, Series]:
 
 
 def block_medians(series: Series, num_blocks: int) -> Series:
-    """Returns the medians of so many blocks of neighbouring values, at the means of their steps.
+    """Returns the medians of `num_blocks` blocks of neighbours, at the means of their steps.
 
     A block without a finite value has the median NaN, which leaves a gap in a line.
     """

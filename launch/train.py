@@ -12,8 +12,8 @@ Examples:
 A run directory holds config.json, environment.jsonl, metrics.jsonl, tensorboard/, checkpoints/ and
 run.lock; that of a model with experts holds router.jsonl too. The same command on an existing run
 directory goes on from its latest checkpoint, to the same numbers bit for bit. With more
---config.train.steps a run goes on past its end, with the learning rates that the schedule of the
-new number of steps has from there on. Ctrl-C (SIGINT) and SIGTERM save before they stop; a second
+--config.train.steps a finished run goes on. From there it follows the learning rates of the
+schedule for the new number of steps. Ctrl-C (SIGINT) and SIGTERM save before they stop; a second
 one of either stops at once.
 
 --init_from starts a new run, at step 0 and with a new optimizer state, from the parameters of

@@ -70,8 +70,8 @@ def upcycle(
 def _read_dense_params(source: Path, config: RunConfig, step: int | None) -> Any:
     """Returns the parameters of a checkpoint of `source`, all of them finite.
 
-    `config` is that of the new run, but for the dense model. Its mesh lays the parameters out as
-    the new run needs them, so that no array has to move when it is converted.
+    `config` is the new run's, with the dense model in place of its own. Its mesh lays
+    the parameters out as the new run needs them, so that no array has to move when it is converted.
     """
     from moe.training.start import check_finite
     from moe.training.train_step import make_program

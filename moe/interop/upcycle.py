@@ -12,8 +12,8 @@ The new model computes exactly the dense one's function if all of these hold:
 - No assignment is dropped: `dispatch` is "dense" or "dropless", or no expert is full.
 - The sum of a token's weights is known: they are normalized, or the router is "hash", or a softmax
   chooses every expert.
-- Every token chooses whole copies: `experts_per_token` is a multiple of G, and with `num_groups` so
-  is the number of experts in a group. The G experts of a copy start with the same router column
+- Every token chooses whole copies: `experts_per_token` is a multiple of G. With `num_groups`, the
+  number of experts in a group is too. The G experts of a copy start with the same router column
   (virtual groups, He et al. 2024), so they have equal scores and are chosen together. The hash
   router chooses consecutive experts with equal weights, which hold each slice equally often. G = 1
   always fulfils this.
@@ -192,8 +192,9 @@ def _make_experts(
     if shared_dim:
         experts["shared"] = shared
     if "router" in new:
-        tied = slices if moe.experts_per_token % slices == 0 else 1
-        experts["router"] = jnp.repeat(new["router"][:, ::tied], tied, axis=1)
+        # This many experts start with the same column of the router.
+        same = slices if moe.experts_per_token % slices == 0 else 1
+        experts["router"] = jnp.repeat(new["router"][:, ::same], same, axis=1)
     return experts
 
 

@@ -51,8 +51,8 @@ def _cache_dtype(config: ModelConfig) -> str:
 
     To write to a part of a bfloat16 array on a CPU, XLA converts all of it to float32 and back.
     """
-    # The mesh that was set knows its chip, even if that is not here. Only without one does the
-    # program run on the attached device.
+    # A mesh that was set knows its chip, which need not be on this machine. Without a mesh the
+    # program runs on the attached device.
     platform = chip(jax.sharding.get_abstract_mesh()) or jax.default_backend()
     is_float32 = config.compute_dtype == "bfloat16" and platform == "cpu"
     return "float32" if is_float32 else config.compute_dtype

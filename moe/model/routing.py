@@ -312,8 +312,8 @@ def balance_sum(
     probability) (Switch Transformer, eq. 4-6; GShard's is the same with A assignments). It is 1 if
     the load is even.
 
-    `route` counts `load_BE`. With a softmax that is the choice that was made, biases and groups
-    included (DeepSeek-V2, eq. 24). With sigmoids it is each token's A largest scores, without
+    For a softmax router, `load_BE` counts the choices that were made, biases and groups included
+    (DeepSeek-V2, eq. 24). For a sigmoid router it counts each token's A largest scores, without
     biases and groups (DeepSeek-V3, eq. 17-20).
     """
     if config.balance_scope == "batch":

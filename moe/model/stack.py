@@ -41,7 +41,7 @@ class BlockCache(NamedTuple):
     cross_attention: MemoryCache | None  # None in stacks without cross-attention
 
 
-# The caches of a stack's groups, and in each group of a period's blocks.
+# One entry for each group of a stack, which holds one cache for each block of a period.
 StackCache = tuple[tuple[BlockCache, ...], ...]
 
 

@@ -53,7 +53,7 @@ class Vocabulary(nn.Module):
         return constrain(logits_BTV, "BTV")
 
 
-def _rows(rows: PartitionSpec) -> PartitionSpec:
+def _hidden_spec(rows: PartitionSpec) -> PartitionSpec:
     """Returns the spec of hidden states or logits, given that of the first argument."""
     return PartitionSpec(*rows[:2])
 
@@ -102,12 +102,12 @@ class Transformer(nn.Module):
         """Returns the same model for evaluation, in which nothing is random."""
         return self.clone(config=_without_jitter(self.config))
 
-    @on_auto_axes(_rows)
+    @on_auto_axes(_hidden_spec)
     def embed(self, batch: Batch) -> jax.Array:
         """Returns the embeddings of `tokens`, [B, T, D], in the compute dtype."""
         return self.vocabulary.embed(batch)
 
-    @on_auto_axes(_rows)
+    @on_auto_axes(_hidden_spec)
     def unembed(self, hidden_BTD: jax.Array) -> jax.Array:
         """Returns logits [B, T, V] in float32."""
         return self.vocabulary.unembed(hidden_BTD)
@@ -145,7 +145,7 @@ class Encoder(nn.Module):
         """Returns the same model for evaluation, in which nothing is random."""
         return self.clone(config=_without_jitter(self.config))
 
-    @on_auto_axes(_rows)
+    @on_auto_axes(_hidden_spec)
     def embed(self, batch: Batch) -> jax.Array:
         """Returns the embeddings of `tokens`, [B, T, D], in the compute dtype."""
         return self.vocabulary.embed(batch)
@@ -199,8 +199,8 @@ class EncoderDecoder(nn.Module):
             x_BTD = jnp.where(fits_B[:, None, None], x_BTD, jnp.nan)
         tokens = dataclasses.replace(tokens, memory=Memory(encoded.hidden, segment_ids_BS))
         output = self.decoder(x_BTD, tokens, cache)
-        # The decoder comes first because its name does, in the parameter tree too. The update of
-        # the routers' biases relies on this order.
+        # The decoder's statistics come first because its name sorts first in the parameter tree.
+        # The update of the routers' biases relies on this order.
         return dataclasses.replace(
             output,
             stats=(*output.stats, *encoded.stats),
@@ -222,12 +222,12 @@ class EncoderDecoder(nn.Module):
             encoder_config=_without_jitter(self.encoder_config),
         )
 
-    @on_auto_axes(_rows)
+    @on_auto_axes(_hidden_spec)
     def embed(self, batch: Batch) -> jax.Array:
         """Returns the embeddings of `tokens`, [B, T, D], in the compute dtype."""
         return self.vocabulary.embed(batch)
 
-    @on_auto_axes(_rows)
+    @on_auto_axes(_hidden_spec)
     def unembed(self, hidden_BTD: jax.Array) -> jax.Array:
         """Returns logits [B, T, V] in float32."""
         return self.vocabulary.unembed(hidden_BTD)
@@ -256,7 +256,7 @@ def _check_pair(decoder: ModelConfig, encoder: ModelConfig) -> None:
 
 
 def _check_fields(batch: Batch, cache: StackCache | None) -> None:
-    """Raises ValueError for a batch whose fields do not say what the decoder reads."""
+    """Raises ValueError for a batch that lacks what the decoder reads, or gives it twice."""
     if cache is None:
         if "encoder_tokens" not in batch:
             raise ValueError(

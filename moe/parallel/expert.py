@@ -106,7 +106,7 @@ def all_to_all_back(rows_ECD: jax.Array) -> jax.Array:
 
 
 class ExchangePlan(NamedTuple):
-    """Says which rows each device sends to each other one, by int32 [sender, receiver].
+    """Says which rows each device sends to each other one, as int32 [sender, receiver].
 
     A sender's rows are sorted by expert, so the rows for one receiver are next to one another. A
     receiver's buffer begins with the rows of device 0; then come those of device 1, and so on.
@@ -120,7 +120,7 @@ class ExchangePlan(NamedTuple):
 class RaggedExchange(NamedTuple):
     """Holds a plan as one device of the group sees it.
 
-    The first dimension of each array but the last is the other device.
+    Every array but `experts_R` has one entry for each device of the group: "that device" below.
     """
 
     starts_P: jax.Array  # the first row for that device, among this device's rows

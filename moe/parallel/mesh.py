@@ -43,10 +43,10 @@ def make_mesh(
 def spec(dims: str, shape: tuple[int, ...], mesh: AnyMesh) -> PartitionSpec:
     """Returns which axes of `mesh` split each dimension of an array, by RULES.
 
-    Three dimensions are copied where their size cannot be split: key/value heads (K) fewer than
-    the tensor axis, and a batch or a time (B, T) that is too small, as in the trace that makes the
-    parameters or in decoding. A run's own batch is checked by `check_layout`. Raises ValueError
-    where another dimension's size cannot be split.
+    Three dimensions stay whole where their size cannot be split: key/value heads (K), if they are
+    fewer than the tensor axis has devices, and a batch or a time (B, T) that is too small, as in
+    the trace that makes the parameters or in decoding. A run's own batch is checked by
+    `check_layout`. Raises ValueError where another dimension's size cannot be split.
     """
     return _spec_over(dims, shape, mesh.shape)
 
@@ -159,7 +159,7 @@ def on_auto_axes(
             if not hasattr(args[0], "unbind"):
                 return _call_on_auto_axes(function, mesh, specs, *args, **kwargs)
             module, arrays = args[0], args[1:]
-            if module.is_initializing():  # on copies of whole arrays no sharding is in doubt
+            if module.is_initializing():  # JAX can infer all shardings from whole copies
                 copy = functools.partial(_copy_everywhere, mesh)
                 arrays, kwargs = jax.tree.map(copy, (arrays, kwargs))
                 return function(module, *arrays, **kwargs)
@@ -210,7 +210,7 @@ def _call_on_auto_axes(
 
     axes = tuple(_axes_of_type(mesh, AxisType.Explicit))
 
-    @jax.jit  # outside of it shard_map takes no mesh of other axis types than the arrays'
+    @jax.jit  # outside of jit, shard_map needs a mesh with the arrays' own axis types
     def on_auto_axes(arrays: list[jax.Array]) -> Any:
         with jax.sharding.use_abstract_mesh(mesh):
             return jax.sharding.auto_axes(call, axes=axes, out_sharding=out_specs)(arrays)

@@ -23,7 +23,7 @@ def make_task(config: RunConfig) -> Task:
 
 
 def choose_task(config: RunConfig, task: Task | None) -> Task:
-    """Returns the caller's own task for a run of a custom one, and otherwise the config's.
+    """Returns the caller's own task if the config says "custom", and otherwise the config's task.
 
     Raises ConfigError where a task is missing, or where the config names another one: a run's
     saved config must name the task that it was trained on.

@@ -43,7 +43,7 @@ class Log:
         self._flops_per_token = training_flops_per_token(config.model, config.data.sequence_length)
         self._pending: tuple[int, Metrics] | None = None
         self.finished_step = 0  # the newest step whose metrics were read
-        self.skipped_in_row = 0  # updates skipped up to that step since the last one that was made
+        self.skipped_in_row = 0  # how many updates in a row were skipped up to that step
         self._restart_clock(None)
 
     def next_batch(self, batches: Iterator[Batch]) -> Batch:

@@ -80,7 +80,7 @@ def check_workdir(workdir: Path, config: RunConfig) -> None:
 
 
 def _check_steps(workdir: Path, before: int, after: int) -> None:
-    """Raises ConfigError if a run's number of steps changes to no more than it has trained."""
+    """Raises ConfigError if a run's number of steps changes to one that it has already reached."""
     trained = max(checkpoint_steps(workdir / "checkpoints"), default=0)
     if after != before and after <= trained:
         raise ConfigError(

@@ -172,7 +172,8 @@ WHOLE = ("--config=config.py", "--workdir=config.py")
         ),
         (
             ("--workdir=x", "--config=exit.py"),
-            "exit.py, line 3: SystemExit: 0: a config file returns its config, and ends no program",
+            "exit.py, line 3: SystemExit: 0: a config file must return its config, "
+            "not end the program",
         ),
         (
             ("--workdir=x", "--config=field.py"),
@@ -265,7 +266,7 @@ Flags:
   --samples=...
       How many. (default: 4)
 
-Fields of --config, with the values they have where the file sets no other:
+Fields of --config, with their default values:
   --config.task=language_modelling  (language_modelling or custom)
       What the model learns. "custom" means that the program which trains it
       passes a Task to `fit`.

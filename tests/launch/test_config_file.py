@@ -24,7 +24,7 @@ RAISED = {
         "line 2: subprocess.CalledProcessError: Command '['false']'"
     ),
     "import sys; sys.exit('done')": (
-        "line 2: SystemExit: done: a config file returns its config, and ends no program"
+        "line 2: SystemExit: done: a config file must return its config, not end the program"
     ),
     "import os; os.chdir('/'); raise OSError('gone')": "line 2: OSError: gone",
     "import json; json.loads('{')": "line 2: json.decoder.JSONDecodeError: Expecting property name",
@@ -44,7 +44,7 @@ def test_every_error_of_a_config_file_names_its_path_and_line(
     monkeypatch.chdir(tmp_path)
     Path("own.py").write_text(f"def get_config():\n    {statement}\n")
     with pytest.raises(ConfigError, match=re.escape(f"own.py, {RAISED[statement]}")) as caught:
-        command_line._config_of(["command", "--config=own.py"], "own.py")
+        command_line._read_named_config(["command", "--config=own.py"], "own.py")
     assert "\n" not in str(caught.value)
 
 
