@@ -2,8 +2,8 @@
 
     output = flash_attention(q, k, v, causal=True, q_segment_ids=ids, kv_segment_ids=ids)
 
-`attention_forward` and `attention_backward` are its two passes, for those that merge the attention
-of several ranges of keys themselves.
+`attention_forward` and `attention_backward` are its two passes, for callers that merge the
+attention of several ranges of keys themselves.
 
 The output of `flash_attention` has the dtype of the arrays, and the head width of the values. Its
 lse is the log-sum-exp of each query's logits, sinks included, in float32, or float64 for float64
@@ -14,10 +14,10 @@ interpreted on a CPU; "hopper" and "cudnn", on NVIDIA GPUs; "hopper_fused", whic
 gradients of q that are summed in no fixed order; and "reference". `choose` names the fastest on a
 chip, with its blocks.
 
-All are differentiable once, in reverse mode, in q, k, v and sinks, by way of output and lse.
-"reference" has second derivatives, too, and "blockwise" has them in forward over reverse mode
-(jax.hessian). For jax.export the batch may be symbolic with "blockwise", and any dimension with
-"reference".
+All can be differentiated once, in reverse mode, with respect to q, k, v and sinks. Gradients come
+from the output and from the lse. "reference" has second derivatives, too, and "blockwise" has them
+in forward over reverse mode (jax.hessian). For jax.export the batch may be symbolic with
+"blockwise", and any dimension with "reference".
 
 In the forward pass a masked key may be NaN or infinite: the outputs of queries that do not see it
 do not change. A masked value must be finite, and in the backward pass every number must be: a

@@ -2,8 +2,8 @@
 
 The softmax is taken online (Milakov & Gimelshein 2018; FlashAttention, Dao et al. 2022, algorithm
 1): a block of scores lives for one step of a loop, and blocks that the mask rules out are never
-visited, so memory is linear in T and S. The backward pass makes the probabilities again from the
-log-sum-exp.
+visited, so memory is linear in T and S. The backward pass computes the probabilities again, from
+the log-sum-exp.
 
 The rows of the batch are computed one after the other, since each visits blocks of its own. The N/K
 query heads that share a key/value head are stacked: a block of queries is [K, R, H], where R counts
@@ -72,7 +72,7 @@ def backward(
 
 
 def _limit_blocks(blocks: tuple[int, int], inputs: Inputs) -> tuple[int, int]:
-    """Returns the sizes of blocks, each at most the length that it divides up."""
+    """Returns the sizes of blocks, limited to the number of queries and of keys."""
     q_block, kv_block = (min(pair) for pair in zip(blocks, inputs.lengths, strict=True))
     return q_block, kv_block
 
@@ -85,7 +85,7 @@ def _visited_key_blocks(options: Options, blocks: tuple[int, int], inputs: Input
 
 
 def _split_row(blocks: tuple[int, int], inputs: Inputs) -> tuple[Keys, jax.Array]:
-    """Cuts the keys, values and ids of one row into blocks; returns the values beside the rest."""
+    """Cuts one row into blocks; returns its `Keys`, and its values, which are cut like the keys."""
     q_block, kv_block = blocks
     _, k, v, _, q_ids, kv_ids, shift = inputs
     keys, values = _split_keys(k, kv_block), _split_keys(v, kv_block)
@@ -165,8 +165,8 @@ def _backward_row(
         dkv: tuple[jax.Array, jax.Array], block: tuple[jax.Array, ...]
     ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         i, first, end, queries, dout, lse, delta = block
-        # A query that sees nothing has a lse of minus infinity. Its logits are, too, so that any
-        # finite number makes its probabilities 0.
+        # A query that sees nothing has an lse of minus infinity, and so are its logits. With any
+        # finite number in place of this lse, its probabilities become 0.
         lse = jnp.where(jnp.isfinite(lse), lse, 0.0)
         visit = functools.partial(
             _visit_backward, options, keys, values, i, queries, (dout, lse, delta)

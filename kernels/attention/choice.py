@@ -61,8 +61,8 @@ def choose(chip: str, q: Shaped, k: Shaped, v: Shaped, **keywords: Any) -> Choic
     """
     request = describe(q, k, v, **keywords)
     # The Hopper kernels are not candidates, since they have not run on a device yet: they must be
-    # asked for by name. The fused one never will be: its gradients differ in the last bits
-    # from run to run, so a caller has to want that.
+    # asked for by name. "hopper_fused" will never be a candidate: the last bits of its gradients
+    # differ from run to run, so a caller must ask for that.
     candidates = () if chip == "cpu" else ("tpu", "cudnn")
     able = (name for name in candidates if obstacle(name, request, chip) is None)
     name = next(able, "blockwise")
@@ -109,7 +109,7 @@ def why_not(
 ) -> str | None:
     """Returns what keeps an implementation from doing a call of flash_attention, or None.
 
-    With a `chip`, also whether it runs there.
+    If `chip` is given, this may be that the implementation does not run there.
     """
     return obstacle(name, describe(q, k, v, **keywords), chip)
 

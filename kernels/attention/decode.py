@@ -114,7 +114,7 @@ def _attend(
     (batch, length, heads, _), (slots, kv_heads) = q_BTNH.shape, cache.k_LBSKH.shape[2:4]
     block = min(BLOCK, slots)
     splits = min(max(SPLITS, slots // (BLOCK * STEPS)), slots // block)
-    # R is each position of each head that shares a key, so that one matmul takes them all.
+    # R counts the positions of all heads that share a key, so that one matmul takes them all.
     q_BKRH = _by_kv_head(q_BTNH, kv_heads)
     positions_B11R1 = jnp.repeat(positions_BT, heads // kv_heads, axis=1)[:, None, None, :, None]
 
@@ -184,7 +184,7 @@ def _steps(
     end = jnp.minimum(jnp.max(positions_BT), slots - 1) // stride + 1
     if left is None:
         return 0, end
-    # The window of the row that is the furthest behind.
+    # The query at the lowest position has the window that begins first.
     return jnp.maximum(jnp.min(positions_BT) - left, 0) // stride, end
 
 

@@ -155,8 +155,8 @@ def _is_distance(x: Any) -> bool:
 def _as_float32(x: Any) -> float:
     """Returns the number that a kernel would compute with.
 
-    It is NaN for what is no finite float32, such as a text, infinity or 1e39, and 0 for a number
-    below 2**-126.
+    It is NaN for anything that is not a finite float32, such as a text, infinity or 1e39, and 0 for
+    a number whose size is below 2**-126.
     """
     float32 = np.finfo(np.float32)
     if not isinstance(x, numbers.Real) or isinstance(x, bool):

@@ -1,8 +1,9 @@
 """Computes which keys a query sees, and which blocks of keys a block of queries must visit.
 
 This is the arithmetic that all implementations share. Query i has position q_offset + i, and key j
-kv_offset + j. The mask depends on q_offset - kv_offset alone, the `shift`: it may be a traced
-int32, so that one program serves every rank of a ring.
+kv_offset + j. The mask depends on the offsets only through their difference,
+`shift` = q_offset - kv_offset. It may be a traced int32, so that one program serves every rank of a
+ring.
 """
 
 import dataclasses
@@ -15,7 +16,10 @@ from moe.kernels.attention.inputs import Options
 
 
 class BlockRange(NamedTuple):
-    """A range of blocks for each block of the other kind: int32 [B, blocks], or [1, blocks]."""
+    """The blocks of keys that each block of queries visits, or the other way round.
+
+    Both arrays are int32 [B, blocks], or [1, blocks] if all rows of the batch visit the same.
+    """
 
     first: jax.Array
     end: jax.Array  # one past the last

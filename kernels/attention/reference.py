@@ -1,6 +1,6 @@
-"""Attention as its equations say it, all scores at once, in float32 or float64.
+"""Computes attention by its equations, with all scores at once, in float32 or float64.
 
-The other implementations are held against this one.
+The other implementations are tested against this one.
 """
 
 import jax

@@ -37,7 +37,7 @@ class Implementation(NamedTuple):
 
 
 def differentiable_once(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes a kernel raise where it is differentiated: Pallas would give no useful error."""
+    """Makes a kernel raise an error if it is differentiated; that of Pallas would not help."""
 
     # The kernel itself cannot be a custom_jvp, since it may write to references, which custom_jvp
     # does not take. So its arrays pass through one.

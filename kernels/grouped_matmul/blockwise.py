@@ -79,7 +79,8 @@ def backward(
         grad_x = _matmul("if,df->id", grad_gate_up, _concatenate_gate_up(inputs, expert))
         grad_w_gate, grad_w_up = jnp.split(_matmul("id,if->df", x, grad_gate_up), 2, axis=1)
 
-        # A row belongs to one run, and is written. An expert has several runs, which are summed.
+        # A row belongs to one run, so its gradients are written. An expert may have several runs,
+        # so its gradients are added up.
         return Gradients(
             _update(gradients.rows_ID, grad_x.astype(dtype), start, 0),
             gradients.w_gate_EDF.at[expert].add(grad_w_gate),

@@ -30,7 +30,8 @@ class Implementation(NamedTuple):
 
     forward: Callable[[Inputs], Outputs]
     backward: Callable[[Inputs, jax.Array, jax.Array, jax.Array], Gradients]
-    # What keeps it from computing a call, on a chip if that is known; None if nothing does.
+    # obstacle(shapes, chip) -> why it cannot compute a call, or None if it can. If `chip` is None,
+    # the chip is no obstacle.
     obstacle: Callable[[Shapes, str | None], str | None]
     blocks: Callable[[Shapes], int]  # the number of rows in a block that suits a call
 

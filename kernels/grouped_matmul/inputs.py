@@ -10,7 +10,7 @@ import jax
 
 
 class Inputs(NamedTuple):
-    """Tokens, the experts' weights, and which token each row holds and which expert each block."""
+    """The tokens, the experts' weights, the token of each row, and the expert of each block."""
 
     x_ND: jax.Array
     w_gate_EDF: jax.Array

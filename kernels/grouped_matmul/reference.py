@@ -62,7 +62,7 @@ def _gather_rows(x_ND: jax.Array, inputs: Inputs) -> jax.Array:
 
 
 def _one_hot_experts(inputs: Inputs, dtype: np.dtype) -> jax.Array:
-    """Returns [I, E]: 1 for the row's expert, and zeros only where the block has no expert."""
+    """Returns [I, E]: a 1 at each row's expert, or only zeros if its block has no expert."""
     experts_I = jnp.repeat(inputs.experts_G, inputs.block_rows)
     return jax.nn.one_hot(experts_I, inputs.num_experts, dtype=dtype)
 
