@@ -273,7 +273,7 @@ Fields of --config, with their default values:
   --config.seed=0
       the seed of the parameters, the row order and all other random numbers
 
-config.model: Describes a Transformer decoder"""
+config.model: Describes a Transformer"""
     )
     field = "  --config.model.compute_dtype=bfloat16  (float32 or bfloat16)\n"
     assert f"{field}      The type of activations. " in result.stdout
