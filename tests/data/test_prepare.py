@@ -88,7 +88,7 @@ def test_rows_can_be_pickled_and_shared_by_threads(rows: PreparedRows):
 
 def test_rows_are_reused(small: DataConfig, rows: PreparedRows, monkeypatch: pytest.MonkeyPatch):
     # The rows may lie where nothing can be written, so opening them must not take the lock.
-    monkeypatch.delattr(module, "exclusive")
+    monkeypatch.delattr(module, "hold_lock")
     assert prepare(small, "train") == rows
 
 

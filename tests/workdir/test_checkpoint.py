@@ -101,6 +101,7 @@ def test_a_state_comes_back_bit_for_bit(copy):
     assert (about["step"], about["config"]["seed"], about["rows_sha256"]) == (4, 0, ROWS)
 
 
+@pytest.mark.slow
 def test_each_flipped_bit_is_refused_or_changes_nothing(copy):
     """Flips some bits of every file. Either the flip is refused or the arrays are the same bits."""
     outcomes = {"refused": 0, "equal": 0}
@@ -140,6 +141,7 @@ def test_arrays_that_read_well_and_are_others_are_refused(copy, change):
     one_line(error)
 
 
+@pytest.mark.slow
 def test_each_missing_cut_or_extra_file_is_refused_or_changes_nothing(copy):
     for path in files(copy):
         original = path.read_bytes()
