@@ -133,6 +133,10 @@ class ModelConfig:
                     f"set them to a product of at most {limit}"
                 )
 
+    def without_jitter(self) -> "ModelConfig":
+        """Returns the same config for evaluation, in which nothing is random."""
+        return dataclasses.replace(self, moe=dataclasses.replace(self.moe, jitter=0.0))
+
     @property
     def layer_groups(self) -> tuple[tuple[tuple[str, ...], int], ...]:
         """Returns the groups of layers, each as (the kinds of the layers of one period, repeats).

@@ -25,6 +25,7 @@ were drawn for it, since with equal columns the last slices would never be chose
 
 import math
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import einops
@@ -62,14 +63,25 @@ def check_upcycle(dense: ModelConfig, config: ModelConfig) -> None:
             "model.moe.num_experts=0 leaves every layer dense: "
             "set model.moe.num_experts to 1 or more"
         )
-    for name in SHARED_FIELDS:
-        before, after = getattr(dense, name), getattr(config, name)
-        if before != after:
-            raise ConfigError(
-                f"model.{name}={after} is {before} in the run to start from: "
-                f"set model.{name} to {before}"
-            )
+    check_fields(dense, config, SHARED_FIELDS)
     _check_slices(config)
+
+
+def check_fields(before: ModelConfig, after: ModelConfig, names: Sequence[str]) -> None:
+    """Raises ConfigError for the first of these fields that differs from the run to start from.
+
+    A name that starts with "moe." is a field of the sparse layers.
+    """
+    for name in names:
+        old, new = (
+            getattr(model.moe if "." in name else model, name.removeprefix("moe."))
+            for model in (before, after)
+        )
+        if old != new:
+            raise ConfigError(
+                f"model.{name}={new!r} is {old!r} in the run to start from: "
+                f"set model.{name} to {old!r}"
+            )
 
 
 def _check_slices(config: ModelConfig) -> None:

@@ -35,6 +35,17 @@ def expert_loads(experts_NA: jax.Array, num_experts: int) -> jax.Array:
     return jnp.sum(chosen_NAE, axis=(0, 1), dtype=jnp.int32)
 
 
+def places_of_sorted(sorted_experts_R: jax.Array, num_experts: int) -> jax.Array:
+    """Returns each assignment's place among those of its expert, int32 [R], from 0.
+
+    `sorted_experts_R` ascends, from 0 to E. The place is the distance to the expert's first one.
+    """
+    index_R = jnp.arange(sorted_experts_R.size, dtype=jnp.int32)
+    every_expert = jnp.arange(num_experts + 1, dtype=sorted_experts_R.dtype)
+    firsts = jnp.searchsorted(sorted_experts_R, every_expert).astype(jnp.int32)
+    return index_R - firsts[sorted_experts_R]
+
+
 def arrange(experts_NA: jax.Array, first_slots_E: jax.Array, num_slots: int) -> Arrangement:
     """Gives each expert's assignments, in order, the slots up to the next expert's first one.
 
@@ -47,10 +58,7 @@ def arrange(experts_NA: jax.Array, first_slots_E: jax.Array, num_slots: int) -> 
     experts_R = jnp.where(is_expert_R, experts_R, num_experts)
     index = jnp.arange(experts_R.size, dtype=jnp.int32)
     sorted_experts, order = jax.lax.sort((experts_R, index), num_keys=1)
-    # The place of an assignment among those of its expert is its distance to the expert's first.
-    every_expert = jnp.arange(num_experts + 1, dtype=jnp.int32)
-    firsts = jnp.searchsorted(sorted_experts, every_expert).astype(jnp.int32)
-    places = index - firsts[sorted_experts]
+    places = places_of_sorted(sorted_experts, num_experts)
     # The number E, which is no expert, has the empty range of slots from I to I.
     end = jnp.array([num_slots, num_slots], first_slots_E.dtype)
     bounds = jnp.append(first_slots_E, end)

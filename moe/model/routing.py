@@ -14,6 +14,7 @@ import numpy as np
 
 from moe.config import ConfigError, MoEConfig
 from moe.losses import RouterStats
+from moe.model.arrangement import places_of_sorted
 
 
 class Routing(NamedTuple):
@@ -253,10 +254,7 @@ def _places(experts_TA: jax.Array, keys_T: jax.Array, num_experts: int) -> jax.A
     keys = jnp.broadcast_to(keys_T[:, None], experts_TA.shape).reshape(-1)
     # The sort is stable, so that positions decide between equal keys.
     sorted_ranks, _, order = jax.lax.sort((ranks, keys, index), num_keys=2)
-    sorted_experts = sorted_ranks // choices
-    every_expert = jnp.arange(num_experts + 1, dtype=ranks.dtype)
-    firsts = jnp.searchsorted(sorted_experts, every_expert).astype(jnp.int32)
-    places = index - firsts[sorted_experts]
+    places = places_of_sorted(sorted_ranks // choices, num_experts)
     return jnp.zeros_like(index).at[order].set(places).reshape(experts_TA.shape)
 
 

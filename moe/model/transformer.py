@@ -58,11 +58,6 @@ def _hidden_spec(rows: PartitionSpec) -> PartitionSpec:
     return PartitionSpec(*rows[:2])
 
 
-def _without_jitter(config: ModelConfig) -> ModelConfig:
-    """Returns the config of the same model with routers that add no noise."""
-    return dataclasses.replace(config, moe=dataclasses.replace(config.moe, jitter=0.0))
-
-
 class Transformer(nn.Module):
     """Predicts each next token with a decoder alone.
 
@@ -100,7 +95,7 @@ class Transformer(nn.Module):
 
     def without_jitter(self) -> "Transformer":
         """Returns the same model for evaluation, in which nothing is random."""
-        return self.clone(config=_without_jitter(self.config))
+        return self.clone(config=self.config.without_jitter())
 
     @on_auto_axes(_hidden_spec)
     def embed(self, batch: Batch) -> jax.Array:
@@ -143,7 +138,7 @@ class Encoder(nn.Module):
 
     def without_jitter(self) -> "Encoder":
         """Returns the same model for evaluation, in which nothing is random."""
-        return self.clone(config=_without_jitter(self.config))
+        return self.clone(config=self.config.without_jitter())
 
     @on_auto_axes(_hidden_spec)
     def embed(self, batch: Batch) -> jax.Array:
@@ -218,8 +213,8 @@ class EncoderDecoder(nn.Module):
     def without_jitter(self) -> "EncoderDecoder":
         """Returns the same model for evaluation, in which nothing is random."""
         return self.clone(
-            config=_without_jitter(self.config),
-            encoder_config=_without_jitter(self.encoder_config),
+            config=self.config.without_jitter(),
+            encoder_config=self.encoder_config.without_jitter(),
         )
 
     @on_auto_axes(_hidden_spec)

@@ -268,8 +268,7 @@ def make_eval_step(config: RunConfig, task: Task) -> Callable[[Any, Batch], loss
 
     The caller adds these up over batches and divides once.
     """
-    moe_without_jitter = dataclasses.replace(config.model.moe, jitter=0.0)
-    model = task.model(dataclasses.replace(config.model, moe=moe_without_jitter))
+    model = task.model(config.model.without_jitter())
 
     def eval_step(variables: Any, batch: Batch) -> losses.Sums:
         return _sums(model, task, variables, batch)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from moe.config import ConfigError, ModelConfig
 from moe.files import write_whole
-from moe.interop.upcycle import SHARED_FIELDS
+from moe.interop.upcycle import SHARED_FIELDS, check_fields
 from moe.workdir import checkpoint
 from moe.workdir.identity import CONFIG_FILE, read_config, read_saved_config
 
@@ -98,16 +98,7 @@ def check_model(before: ModelConfig, after: ModelConfig) -> None:
     names = [*SHARED_FIELDS]
     if before.moe.num_experts or after.moe.num_experts:
         names += [f"moe.{name}" for name in SHARED_MOE_FIELDS]
-    for name in names:
-        old, new = (
-            getattr(model.moe if "." in name else model, name.removeprefix("moe."))
-            for model in (before, after)
-        )
-        if old != new:
-            raise ConfigError(
-                f"model.{name}={new!r} is {old!r} in the run to start from: "
-                f"set model.{name} to {old!r}"
-            )
+    check_fields(before, after, names)
 
 
 def write_origin(workdir: Path, origin: Origin) -> None:

@@ -249,17 +249,18 @@ def test_padding_never_routes_and_never_counts():
 
 # Every token's first choice is expert 0.
 CROWD = jnp.log(jnp.array([[[0.6, 0.4], [0.7, 0.3], [0.9, 0.1], [0.8, 0.2]]]))
+# Each of the two experts has room for half of a row's tokens.
+HALF = MoEConfig(
+    num_experts=2,
+    experts_per_token=1,
+    dispatch="capacity",
+    capacity_factor=1.0,
+    normalize_weights=False,
+)
 
 
 def test_capacity_by_position():
-    config = MoEConfig(
-        num_experts=2,
-        experts_per_token=1,
-        dispatch="capacity",
-        capacity_factor=1.0,
-        normalize_weights=False,
-    )
-    limited = limit_to_capacity(route(CROWD, config), config)  # room for 4 * 1 / 2 = 2
+    limited = limit_to_capacity(route(CROWD, HALF), HALF)  # room for 4 * 1 / 2 = 2
     np.testing.assert_array_equal(limited.experts_BTA, [[[0], [0], [2], [2]]])
     close(limited.weights_BTA, [[[0.6], [0.7], [0], [0]]])
     assert limited.stats.dropped == 2
@@ -267,14 +268,7 @@ def test_capacity_by_position():
 
 
 def test_capacity_by_probability():
-    config = MoEConfig(
-        num_experts=2,
-        experts_per_token=1,
-        dispatch="capacity",
-        capacity_factor=1.0,
-        normalize_weights=False,
-        priority="probability",
-    )
+    config = dataclasses.replace(HALF, priority="probability")
     np.testing.assert_array_equal(
         limit_to_capacity(route(CROWD, config), config).experts_BTA, [[[2], [2], [0], [0]]]
     )
