@@ -55,7 +55,7 @@ def _end_if_interrupted(unraisable: "UnraisableHookArgs") -> None:
 def _leave() -> None:
     with contextlib.suppress(OSError):  # stderr may be closed
         os.write(2, b"interrupted: before there was anything to save\n")
-    os._exit(75)  # command_line.INTERRUPTED, which may not be imported yet
+    os._exit(75)  # exit_codes.INTERRUPTED, which may not be imported yet
 
 
 # While Python imports this package to run `python -m launch.COMMAND`, sys.argv[0] is "-m"; the

@@ -18,15 +18,9 @@ from launch.config_file import ConfigFileErrors, check_config_file
 from launch.help_text import config_fields, help_text
 from moe.config import ConfigError, RunConfig
 from moe.config.checks import expand_path, show
+from moe.exit_codes import BAD_INPUT, INTERRUPTED
 from moe.files import announce_wait
 from moe.training.progress import Stream
-
-# Exit codes. 0 means done. 1 means a bug or a broken machine, with a traceback.
-BAD_INPUT = 2
-# Too many updates in a row were not finite and were skipped, or the last validation is not finite.
-DIVERGED = 3
-# EX_TEMPFAIL of sysexits.h: the state is saved, and the same command goes on.
-INTERRUPTED = 75
 
 Main = Callable[[flags.FlagValues], int | None]
 

@@ -47,6 +47,7 @@ from launch.plotting import THEMES, style
 from launch.series import Metrics, block_medians, read_series
 from moe.config import ConfigError, RunConfig
 from moe.data.sources import check_dataset
+from moe.exit_codes import DIVERGED, INTERRUPTED
 from moe.files import write_whole
 from moe.scaling.flops import active_parameters, total_parameters, training_flops_per_token
 from moe.workdir.identity import CONFIG_FILE, checkpoint_steps
@@ -386,11 +387,11 @@ def main(values: flags.FlagValues) -> int:
             train(runs)
         except (Interrupted, KeyboardInterrupt) as error:
             print(f"interrupted: {error or 'run the same command again to go on'}", file=sys.stderr)
-            return command_line.INTERRUPTED
+            return INTERRUPTED
     print(compare(runs, workdir))
     if values.report_only or all(run.finished and not run.diverged for run in runs):
         return 0
-    return command_line.DIVERGED
+    return DIVERGED
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from absl import flags
 from launch import command_line
 from moe.config import ConfigError
 from moe.data.sources import check_dataset
+from moe.exit_codes import DIVERGED, INTERRUPTED
 
 
 def main(values: flags.FlagValues) -> int:
@@ -51,10 +52,10 @@ def main(values: flags.FlagValues) -> int:
         metrics = fit(config, workdir, init_from=init_from, init_step=values.init_step)
     except Diverged as error:
         print(f"diverged: {error}", file=sys.stderr)
-        return command_line.DIVERGED
+        return DIVERGED
     except Interrupted as error:
         print(f"interrupted: {error}", file=sys.stderr)
-        return command_line.INTERRUPTED
+        return INTERRUPTED
     for name, value in metrics.items():
         print(f"{name}: {value:.4f}")
     print(f"The run is in {workdir}; draw it with: python -m launch.report --workdir={workdir}")

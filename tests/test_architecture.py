@@ -22,7 +22,7 @@ ROOMS = ("configs", "kernels", "launch", "moe")
 # The folders and files of moe/, the lowest floor first. A file imports from its own folder, without
 # a cycle, and from floors below.
 FLOORS = (
-    ("kernels", "files"),
+    ("kernels", "files", "exit_codes"),
     ("config",),
     ("parameters", "data", "scaling"),
     ("parallel",),

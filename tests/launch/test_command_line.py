@@ -25,6 +25,7 @@ Example:
 import sys
 from absl import flags
 from launch import command_line
+from moe.exit_codes import DIVERGED
 
 def main(values):
     config = command_line.read_run_config(values.config)
@@ -37,7 +38,7 @@ def main(values):
     open(values.workdir).close()
     print(config.train.steps, config.optimizer.learning_rate, config.tracking.tensorboard)
     print("jax" in sys.modules)
-    return command_line.DIVERGED
+    return DIVERGED
 
 if __name__ == "__main__":
     command_line.define_config()
