@@ -7,6 +7,7 @@ device, as on a user's machine, unless the test gives it more (JAX_NUM_CPU_DEVIC
 import functools
 import os
 import shutil
+import signal
 import tempfile
 
 import jax
@@ -28,6 +29,9 @@ def xla_flags(given: str) -> str:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A background job of a script (`make test &`) ignores Ctrl-C. So would the processes that tests
+    # start and interrupt.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # XLA's CPU client has as many threads as devices, 8. A device that waits in two independent
     # collectives holds two of them. Another device is then left without a thread, all wait for
     # ever, and XLA ends the process. With NPROC=32 it has more threads.
