@@ -9,8 +9,9 @@ Time, result: not measured. The paper's 5.1T tokens need 4.0e22 FLOPs: 18 days a
           peak.
 
 Unlike OLMoE, the model has no norm on queries and keys (65,536 parameters), and the load is
-balanced over a microbatch on all devices rather than on each device. So far text is read as bytes;
-the vocabulary has the published size nevertheless, and its cost.
+balanced over a microbatch on all devices rather than on each device. So far text is read as bytes.
+The vocabulary has the published size all the same, so a step costs as much as with the published
+vocabulary.
 """
 
 from ml_collections import ConfigDict

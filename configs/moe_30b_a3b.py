@@ -10,8 +10,9 @@ Time, result: not measured. 1.05T tokens need 2.4e22 FLOPs: 11 days at 40 % of 6
 The load is balanced over a microbatch on all devices, the global batch of Qiu et al. 2025, with the
 weight of the published config. Unlike Qwen3, the model has no norm on queries and keys (12,288
 parameters). The paper does not give batch size and learning rate; usual ones stand here. A device
-has room for twice its mean load, and rows beyond that are dropped. So far text is read as bytes;
-the vocabulary has the published size nevertheless, and its cost.
+has room for twice its mean load, and rows beyond that are dropped. So far text is read as bytes.
+The vocabulary has the published size all the same, so a step costs as much as with the published
+vocabulary.
 """
 
 from ml_collections import ConfigDict

@@ -14,9 +14,9 @@ are 128 heads of 128 with 8 key/value heads, as in Llama 3.1 405B, which have a 
 parameters. The model does not predict a second token either. The paper multiplies a sum over the
 sparse layers by its balance factor of 1e-4; the config's factor belongs to a mean over 58 layers.
 In the paper the batch grows to 15,360, the biases stop moving near the end, the learning rate falls
-later, and the 14.8T tokens are more rows than an int32 counts. A device has room for twice its mean
-load, and rows beyond that are dropped; the paper drops nothing. So far text is read as bytes; the
-vocabulary has the published size nevertheless, and its cost.
+later, and training takes 14.8T tokens. A device has room for twice its mean load, and rows beyond
+that are dropped; the paper drops nothing. So far text is read as bytes. The vocabulary has the
+published size all the same, so a step costs as much as with the published vocabulary.
 """
 
 from ml_collections import ConfigDict

@@ -9,7 +9,8 @@ Time, result: not measured. 1.05T tokens need 8.4e22 FLOPs: 38 days at 40 % of 6
 
 The paper says nothing about training; batch size, learning rate and balance loss are usual ones. A
 device has room for twice its mean load, and rows beyond that are dropped. So far text is read as
-bytes; the vocabulary has the published size nevertheless, and its cost.
+bytes. The vocabulary has the published size all the same, so a step costs as much as with the
+published vocabulary.
 """
 
 from ml_collections import ConfigDict

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def _check_packages() -> None:
-    """Ends a command with one line if a package is missing, before an import shows its frames."""
+    """Ends a command with one line if a package is missing, before an import raises an error."""
     packages = ("absl", "ml_collections", "jax", "flax")
     missing = [name for name in packages if not importlib.util.find_spec(name)]
     if not missing:

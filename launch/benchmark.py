@@ -10,9 +10,10 @@ MFU = tokens/s x training FLOPs per token / peak FLOP/s (Chowdhery et al. 2022, 
 the causal half of attention's scores is counted, and recomputation is not counted. The peak is the
 bfloat16 rate of all devices by their data sheet. A CPU has no such rate, and gets no MFU.
 
-ratio_to_matmul divides the same FLOP/s by those of a 2048^3 matmul on all devices. Every trial
-times the matmul right before the step, since a busy machine slows both, and the result is the
-median of the trials' ratios. It is not a share of a peak, and may exceed 1.
+ratio_to_matmul divides the step's FLOP/s (tokens/s x training FLOPs per token) by those of a 2048^3
+matmul on all devices. Every trial times the matmul right before the step, since a busy machine
+slows both, and the result is the median of the trials' ratios. It is not a share of a peak, and may
+exceed 1.
 
 With --layer it measures one sparse layer instead, forward and backward. Beside it, in pairs, it
 measures a dense layer of the same active FLOPs.

@@ -261,8 +261,8 @@ def name_rows(axes: "Axes", names: Sequence[str], max_names: int = 16) -> None:
 def ratio_shades(colours: Colours) -> "Colormap":
     """Returns the colours of ratios to an even share.
 
-    The even share, in the middle, has the page's colour. Less of it fades to the first colour, and
-    more to the second.
+    The even share, in the middle, has the page's colour. Smaller shares have more of the first
+    colour, and larger ones more of the second.
     """
     from matplotlib.colors import LinearSegmentedColormap
 

@@ -21,7 +21,7 @@ class RouterStats(NamedTuple):
     """Says what a router did with a batch, as float32 sums over its tokens.
 
     A sparse layer returns scalars and `load` [E], which `in_layer_order` stacks to [L] and [L, E].
-    `metrics` reports the sums of losses and the means of properties under the same names.
+    The names of losses and properties stand for sums here, and for means in what `metrics` returns.
     """
 
     tokens: jax.Array  # the number of real tokens
@@ -41,9 +41,10 @@ MEANS = ("balance_loss", "z_loss", "logit_norm", "router_entropy", "top1_margin"
 def in_layer_order(groups: Any) -> Any:
     """Stacks the statistics or captured arrays of a model's layers to [L, ...], in layer order.
 
-    `groups[group][kind]` is a pytree of arrays [repeats, ...], as in `Output.stats` and
-    `Output.captured`. Layers that have nothing, as dense layers have no statistics, are left out.
-    The result is None if no layer has anything.
+    `groups[group][block]` is a pytree of arrays [repeats, ...], as in `Output.stats` and
+    `Output.captured`, where `block` is the place of a block in the group's period. Layers that have
+    nothing, as dense layers have no statistics, are left out. The result is None if no layer has
+    anything.
     """
     stacks = []
     for group in groups:

@@ -45,7 +45,7 @@ class Declared(struct.PyTreeNode, meta.AxisMetadata):
 
     @classmethod
     def from_nnx_metadata(cls, metadata: dict[str, Any]) -> "Declared":
-        """Rebuilds a box of its fields, which Flax's bridge to NNX stores beside its own."""
+        """Rebuilds a box from `metadata`, where Flax's bridge to NNX has put the box's fields."""
         return cls(**{name: metadata[name] for name in ("value", "dims", "kind", "fan_in")})
 
 

@@ -149,7 +149,7 @@ def check_path(name: str, path: str) -> None:
     # Bytes of a command line that are not UTF-8 arrive as surrogates, which encoding drops.
     if "\0" in path or path.encode(errors="ignore").decode() != path:
         raise ConfigError(
-            f"{name}={show(path)} is not UTF-8 text without NUL: set it to a path that is"
+            f"{name}={show(path)} is not UTF-8, or has a NUL: set it to a path in UTF-8 without NUL"
         )
     if re.match(r"[A-Za-z][\w+.-]*://", path):
         raise ConfigError(

@@ -39,8 +39,8 @@ class RunConfig:
             self._check_language_model()
         self._check_batch()
         self._check_capacity()
-        # An axis of size -1 is checked as one device. A run that does not fit that many fits no
-        # larger number either.
+        # An axis of size -1 is checked as an axis of one device. If the run cannot be split over
+        # the other axes then, it cannot be split over more devices either.
         check_layout(self, MeshConfig(*map(abs, self.mesh.sizes)))
 
     def _check_language_model(self) -> None:

@@ -47,8 +47,8 @@ class Documents(Sequence[str]):
         return self._prepared_builder.info.splits[self.split].num_examples
 
     def __getitem__(self, index: int) -> str:
-        # The range turns a negative index into a positive one. For an index outside it raises
-        # IndexError, before a split without records is opened.
+        # The range turns a negative index into a positive one. It raises IndexError for an index
+        # that does not exist, before a split without records is opened.
         index = range(len(self))[index]
         return self._records[index]["text"].decode(errors="replace")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import tensorflow_datasets as tfds
 
 _LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-_VALIDATION_HASHES = 13  # out of the 256 values of a hash's first byte, which is 5 %
+_VALIDATION_HASHES = 13  # of the 256 values of a hash's first byte: 5 % of the files
 
 
 class Stdlib(tfds.core.GeneratorBasedBuilder):

@@ -198,13 +198,12 @@ def _sample(
 
 
 def keep_likeliest(logits_BV: jax.Array, top_k: int, top_p: float) -> jax.Array:
-    """Returns the logits, with -inf for tokens that are not among the likeliest.
+    """Returns the logits, with -inf for tokens that must not be sampled.
 
-    The likeliest tokens are those that are among the `top_k` largest and in the nucleus.
-
-    The nucleus is the smallest set of likeliest tokens whose probabilities add up to `top_p`
-    (Holtzman et al. 2020, eq. 2-3). `top_k` = 0 allows all. Among tokens with equal logits, those
-    with lower ids come first.
+    First the `top_k` tokens with the largest logits are kept, or all if `top_k` is 0. Their softmax
+    gives their probabilities. Of these tokens the nucleus is kept: as few as possible, the most
+    probable ones, whose probabilities add up to `top_p` (Holtzman et al. 2020, eq. 2-3). Among
+    tokens with equal logits, those with lower ids come first.
     """
     if not top_k and top_p == 1:
         return logits_BV

@@ -4,8 +4,8 @@ These are pure functions of parameter trees. The dense feed-forward part is cut 
 of `expert_dim`. The shared experts take the first slices, and G slices are left for the routed
 experts: expert e starts as a copy of slice e % G. (Komatsuzaki et al. 2022 has G = 1: every expert
 is a copy of the whole.) Everything else is copied, and the router is drawn as for a new model. The
-down projections of routed experts are multiplied by G over the sum of a token's combine weights.
-Then equal weights over all slices add up to the output of the dense part.
+down projections of routed experts are multiplied by G and divided by the sum of a token's combine
+weights. Then equal weights over all slices add up to the output of the dense part.
 
 The new model computes exactly the dense one's function if all of these hold:
 - No noise is added.

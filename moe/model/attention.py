@@ -275,8 +275,8 @@ def choose_implementation(
 def decode_memory(q_BTNH: jax.Array, cache: MemoryCache, layer: jax.Array | int) -> jax.Array:
     """Returns the attention of queries to a layer's cached memory, [B, T, N, H]."""
     length, kv_heads = q_BTNH.shape[1], cache.key_LBSKH.shape[3]
-    # All queries of a row see the same keys, so they can become heads of a single query. There may
-    # be more of them than the cache has slots, which decode_attention refuses for queries.
+    # All queries of a row see the same keys, so they can become heads of a single query. As queries
+    # they might be more than the cache has slots, which decode_attention refuses.
     q_B1RH = einops.rearrange(q_BTNH, "b t (k g) h -> b 1 (k t g) h", k=kv_heads)
     mixed_B1RH = decode_attention(
         q_B1RH.astype(cache.key_LBSKH.dtype),

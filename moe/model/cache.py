@@ -90,7 +90,7 @@ def fits_cache(cache: Cache, batch: Batch) -> jax.Array:
 
 
 def fits_memory_cache(cache: MemoryCache, segment_ids_BS: jax.Array) -> jax.Array:
-    """Returns which tokens [B, S] of a memory a layer's cache has room for.
+    """Returns for each token [B, S] of a memory whether a layer's cache has room for it.
 
     Each row is one document from its start, with padding after it. Raises ValueError for more
     tokens than the cache has slots.
@@ -117,7 +117,7 @@ def update_cache(
     value_BTKH: jax.Array,
     positions_BT: jax.Array,
 ) -> Cache:
-    """Writes each key and value into a layer's slot of its position.
+    """Writes a layer's keys and values, each token's into the slot of the token's position.
 
     Padding after a prompt is written too. No earlier position sees its slots, and a later token
     overwrites a slot before it is seen. A position that has no slot is not written.

@@ -128,7 +128,7 @@ def run_experts(
 def choose_strategy(config: MoEConfig, capacity: int) -> Strategy:
     """Returns the strategy of a config on the devices of this shard_map.
 
-    `capacity` is the number of rows that an expert has room for among one device's tokens.
+    `capacity` is the number of one device's rows that an expert has room for.
     """
     devices = axis_size("expert")
     if devices > 1 and config.exchange == "all_to_all":

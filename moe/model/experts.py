@@ -33,8 +33,9 @@ def _output_specs(x_BTD: PartitionSpec) -> tuple[PartitionSpec, routing.Routing]
 class MoE(nn.Module):
     """Adds up the outputs of each token's experts, weighted by a router.
 
-    This is equation 1 of Shazeer et al. 2017, with SwiGLU experts and optional shared experts.
-    `output_scale` is a factor of the initial output: many layers' outputs need less than 1.
+    This is equation 1 of Shazeer et al. 2017, with SwiGLU experts and optional shared experts. The
+    initial output is multiplied by `output_scale`. A model of many layers adds up their outputs, so
+    it sets a factor below 1 (`layers.residual_scale`).
     """
 
     config: MoEConfig

@@ -197,9 +197,10 @@ def limit_to_capacity(
     """Drops the assignments that an expert has no room for, and counts them in `stats.dropped`.
 
     An expert takes ceil(capacity_factor * real tokens * A / E) assignments of each packed row. All
-    tokens' first choices come before all second choices. Tokens with the same choice come in order
-    of their position (GShard, algorithm 1), or of their largest gate (Batch Prioritized Routing,
-    Riquelme et al. 2021, algorithm 2). `capacities` is as in `route`.
+    tokens' first choices come before all second choices. Among first choices, and likewise among
+    second ones, tokens come in order of their position (GShard, algorithm 1), or of their largest
+    gate (Batch Prioritized Routing, Riquelme et al. 2021, algorithm 2). `capacities` is as in
+    `route`.
     """
     experts_BTA, num_experts = routing.experts_BTA, config.num_experts
     mask_BT = jnp.ones(experts_BTA.shape[:2], bool) if mask_BT is None else mask_BT
@@ -279,7 +280,6 @@ def _router_stats(
     mask_BT = mask_BT.astype(jnp.float32)
     over_tokens = lambda x_BT: jnp.sum(x_BT * mask_BT)
     probs_BE = jnp.einsum("bte,bt->be", probs_BTE, mask_BT, precision="highest")
-    tokens_B = jnp.sum(mask_BT, axis=1)
     # A hash router's logits are minus infinity for the experts that a token does not go to.
     finite_BTE = jnp.where(jnp.isfinite(logits_BTE), logits_BTE, 0.0)
     # Only the two losses have gradients.
@@ -291,7 +291,7 @@ def _router_stats(
         tokens=jnp.sum(mask_BT),
         load=jnp.sum(load_BE, axis=0),
         dropped=jnp.zeros((), jnp.float32),
-        balance_loss=balance_sum(balanced_BE, probs_BE, tokens_B, config),
+        balance_loss=balance_sum(balanced_BE, probs_BE, config),
         # ST-MoE, eq. 5.
         z_loss=over_tokens(jnp.square(jax.nn.logsumexp(logits_BTE, axis=-1))),
         logit_norm=over_tokens(norm_BT),
@@ -300,9 +300,7 @@ def _router_stats(
     )
 
 
-def balance_sum(
-    load_BE: jax.Array, probs_BE: jax.Array, tokens_B: jax.Array, config: MoEConfig
-) -> jax.Array:
+def balance_sum(load_BE: jax.Array, probs_BE: jax.Array, config: MoEConfig) -> jax.Array:
     """Returns the sum over scopes of the balance loss times the scope's number of tokens.
 
     Divided by the number of all tokens, it is the scopes' weighted mean. A scope is a packed row,
@@ -315,9 +313,7 @@ def balance_sum(
     biases and groups (DeepSeek-V3, eq. 17-20).
     """
     if config.balance_scope == "batch":
-        load_BE, probs_BE, tokens_B = (
-            jnp.sum(x, axis=0, keepdims=True) for x in (load_BE, probs_BE, tokens_B)
-        )
+        load_BE, probs_BE = (jnp.sum(x, axis=0, keepdims=True) for x in (load_BE, probs_BE))
     assignments_B = jnp.maximum(jnp.sum(load_BE, axis=-1), 1.0)
     products_B = jnp.einsum(
         "be,be->b", jax.lax.stop_gradient(load_BE), probs_BE, precision="highest"

@@ -23,9 +23,10 @@ from moe.parallel.mesh import constrain, on_auto_axes
 class Output:
     """Holds what a model returns.
 
-    `hidden` is [B, T, D], after the final norm. `stats[group][kind]` holds the sums and counts of
-    a sparse layer's router, stacked over the group's repeats, and is empty for dense layers.
-    `captured[group][kind]` holds the arrays that were asked for by name, stacked in the same way.
+    `hidden` is [B, T, D], after the final norm. `stats[group][block]` holds the sums and counts of
+    a sparse layer's router, stacked over the group's repeats, and is None for dense layers. `block`
+    is the place of a block in the group's period. `captured[group][block]` holds the arrays that
+    were asked for by name, stacked in the same way.
     """
 
     hidden: jax.Array
@@ -35,7 +36,7 @@ class Output:
 
 
 class BlockCache(NamedTuple):
-    """Holds the caches of all blocks of one kind in a group."""
+    """Holds the caches of the blocks at one place of a group's period, one for each repeat."""
 
     attention: Cache
     cross_attention: MemoryCache | None  # None in stacks without cross-attention

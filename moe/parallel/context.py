@@ -2,7 +2,7 @@
 
 All functions here are called inside shard_map. Rank r of the axis's P ranks holds tokens r T/P to
 (r + 1) T/P - 1 of each array, as in every other part of a model, and gets the output of these
-tokens. docs/context.md draws both ways and says when to take which.
+tokens. docs/context.md describes both ways and says when to take which.
 """
 
 import dataclasses
@@ -58,10 +58,10 @@ def ring_attention(
     Gradients are those of this rank's inputs. Each rank returns what its own queries contribute to
     the gradient of the sinks, and shard_map adds these contributions up.
 
-    No array of size T is held, in the backward pass either. Ranks get equal work under a causal
-    mask (see `chunk_order`). Raises ValueError for arguments that do not agree, and for a T/P that
-    cannot be halved where that order needs it, and NotImplementedError for an implementation that
-    cannot do a ring.
+    Neither pass holds an array of size T. Ranks get equal work under a causal mask (see
+    `chunk_order`). Raises ValueError for arguments that do not agree, and for a T/P that cannot be
+    halved where that order needs it. Raises NotImplementedError for an implementation that cannot
+    do a ring.
     """
     inputs = Inputs(q_BTNH, k_BSKH, v_BSKH, sinks, segment_ids, segment_ids)
     ring = _make_ring(inputs, axis_name, causal, window, softcap, scale, implementation)
@@ -166,7 +166,7 @@ def _copy_heads(x_BSKH: jax.Array, copies: int) -> jax.Array:
     return jnp.repeat(in_float32, copies, axis=2).astype(x_BSKH.dtype)
 
 
-class _ChunkPair(NamedTuple):
+class _TracedCall(NamedTuple):
     """The `ChunkCall` of the rank that runs the program, as traced int32."""
 
     q_index: jax.Array
@@ -224,10 +224,10 @@ class _Ring(NamedTuple):
         moves = [(rank, (rank + distance) % size) for rank in range(size)]
         return jax.lax.ppermute(tree, self.axis_name, moves)
 
-    def calls(self, step: RingStep) -> list[_ChunkPair]:
+    def calls(self, step: RingStep) -> list[_TracedCall]:
         """Returns the chunks of this rank's calls."""
         rank = jax.lax.axis_index(self.axis_name)
-        return [_ChunkPair(*jnp.asarray(calls)[rank]) for calls in step.calls]
+        return [_TracedCall(*jnp.asarray(calls)[rank]) for calls in step.calls]
 
 
 class _Visitors(NamedTuple):
@@ -333,7 +333,7 @@ _ring.defvjp(_ring_forward, _ring_backward)
 
 
 def _chunk_inputs(
-    q: jax.Array, q_ids: jax.Array | None, visitors: _Visitors, call: _ChunkPair
+    q: jax.Array, q_ids: jax.Array | None, visitors: _Visitors, call: _TracedCall
 ) -> Inputs:
     """Returns the inputs of one call, without sinks, which are merged once at the end."""
     i, j, shift = call
@@ -342,7 +342,7 @@ def _chunk_inputs(
     return Inputs(q[i], visitors.k[j], visitors.v[j], None, q_ids, kv_ids, shift)
 
 
-def _add_chunk(gradients: Gradients, part: Gradients, call: _ChunkPair) -> Gradients:
+def _add_chunk(gradients: Gradients, part: Gradients, call: _TracedCall) -> Gradients:
     """Adds the gradients of one call to those of its chunks."""
     i, j, _ = call
     added = (
@@ -356,9 +356,9 @@ def _barrier(*trees: Any) -> Any:
     """Computes all of the trees before anything that follows.
 
     These barriers separate a step's sends and kernel calls from its sums. XLA's scheduler starts a
-    send as late as it can: any work will do that, by its own estimate, takes as long as the send.
-    Without the barriers it would hide sends behind the sums instead of the kernel calls. It would
-    also put off the sums, and until then hold the parts of every step.
+    send as late as it can. It is content with any work that it estimates to take as long as the
+    send. Without the barriers it would hide sends behind the sums instead of the kernel calls. It
+    would also put off the sums, and until then hold the parts of every step.
     """
     return jax.lax.optimization_barrier(trees)
 

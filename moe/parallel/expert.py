@@ -1,8 +1,9 @@
 """Provides the collectives of sparse layers, which all run inside shard_map.
 
-Weights are gathered over the fsdp axis, and rows are exchanged over the expert axis. An axis
-has size 1, and nothing is sent, outside of shard_map or on a mesh that lacks the axis. The letter P
-stands for the devices along the expert axis. Device p holds experts p E/P to (p + 1) E/P - 1.
+Weights are gathered over the fsdp axis, and rows are exchanged over the expert axis. Outside of
+shard_map, or on a mesh that lacks an axis, that axis counts as one of size 1, and nothing is sent
+over it. The letter P stands for the devices along the expert axis. Device p holds experts p E/P to
+(p + 1) E/P - 1.
 """
 
 import functools
@@ -30,30 +31,30 @@ def scatter_gradient(gradient: jax.Array, dim: int) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def expert_matmul(rows_ECK: jax.Array, w_EKN: jax.Array, fsdp_dim: int) -> jax.Array:
-    """Multiplies each expert's C rows by its own weight, [E, C, N].
+def expert_matmul(rows_ECX: jax.Array, w_EXY: jax.Array, fsdp_dim: int) -> jax.Array:
+    """Multiplies each expert's C rows by its own weight, [E, C, Y].
 
-    All matmuls of experts on equally many rows go through here. The weight is this device's shard,
-    and fsdp splits it along `fsdp_dim`. It is gathered in the rows' dtype, and again in the
-    backward pass. Its gradient is summed in float32.
+    X is the width of a row, and Y that of a result. All matmuls of experts on equally many rows go
+    through here. The weight is this device's shard, and fsdp splits it along `fsdp_dim`. It is
+    gathered in the rows' dtype, and again in the backward pass. Its gradient is summed in float32.
     """
-    return jnp.einsum("eck,ekn->ecn", rows_ECK, gather_weight(w_EKN, rows_ECK.dtype, fsdp_dim))
+    return jnp.einsum("ecx,exy->ecy", rows_ECX, gather_weight(w_EXY, rows_ECX.dtype, fsdp_dim))
 
 
 def _expert_matmul_forward(
-    rows_ECK: jax.Array, w_EKN: jax.Array, fsdp_dim: int
+    rows_ECX: jax.Array, w_EXY: jax.Array, fsdp_dim: int
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return expert_matmul(rows_ECK, w_EKN, fsdp_dim), (rows_ECK, w_EKN)
+    return expert_matmul(rows_ECX, w_EXY, fsdp_dim), (rows_ECX, w_EXY)
 
 
 def _expert_matmul_backward(
-    fsdp_dim: int, residuals: tuple[jax.Array, jax.Array], g_ECN: jax.Array
+    fsdp_dim: int, residuals: tuple[jax.Array, jax.Array], grad_ECY: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    rows_ECK, w_EKN = residuals
-    whole_w_EKN = gather_weight(w_EKN, rows_ECK.dtype, fsdp_dim)
-    grad_rows = jnp.einsum("ecn,ekn->eck", g_ECN, whole_w_EKN)
-    grad_w = jnp.einsum("eck,ecn->ekn", rows_ECK, g_ECN, preferred_element_type=jnp.float32)
-    return grad_rows, scatter_gradient(grad_w, fsdp_dim).astype(w_EKN.dtype)
+    rows_ECX, w_EXY = residuals
+    whole_w_EXY = gather_weight(w_EXY, rows_ECX.dtype, fsdp_dim)
+    grad_rows = jnp.einsum("ecy,exy->ecx", grad_ECY, whole_w_EXY)
+    grad_w = jnp.einsum("ecx,ecy->exy", rows_ECX, grad_ECY, preferred_element_type=jnp.float32)
+    return grad_rows, scatter_gradient(grad_w, fsdp_dim).astype(w_EXY.dtype)
 
 
 expert_matmul.defvjp(_expert_matmul_forward, _expert_matmul_backward)
@@ -73,9 +74,9 @@ def gather_tokens(x: jax.Array) -> jax.Array:
 
 
 def own_experts(experts_NA: jax.Array, num_own: int) -> jax.Array:
-    """Renumbers experts from 0 for the first of this device's `num_own` experts.
+    """Renumbers experts, so that this device's `num_own` experts are 0, 1, and so on.
 
-    An expert of another device gets the number `num_own`, which is none.
+    An expert of another device gets the number `num_own`, which is no expert's.
     """
     own_NA = experts_NA - jax.lax.axis_index("expert") * num_own
     return jnp.where((own_NA >= 0) & (own_NA < num_own), own_NA, num_own)

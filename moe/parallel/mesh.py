@@ -54,8 +54,8 @@ def spec(dims: str, shape: tuple[int, ...], mesh: AnyMesh) -> PartitionSpec:
 def _spec_over(dims: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> PartitionSpec:
     """Returns the spec of an array over the axes in `sizes` alone."""
     entries: list[tuple[str, ...]] = []
-    # If a dimension is copied, its axes stay unused. An axis that cannot split an activation's B
-    # must not split its D instead.
+    # If a dimension has to stay whole, its axes split no other dimension either: an axis that
+    # cannot split an activation's B must not split its D instead.
     for dim, size, axes in zip(dims, shape, split_axes(dims, sizes), strict=True):
         num_parts = math.prod(sizes[axis] for axis in axes)
         if size % num_parts and dim not in "BTK":
@@ -76,8 +76,8 @@ def constrain(x: jax.Array, dims: str) -> jax.Array:
     sizes = _auto_sizes(jax.sharding.get_abstract_mesh())
     if not sizes:
         return x
-    # Where the mesh has none of a dimension's axes, as another project's mesh may, the compiler
-    # decides: an empty entry would ask for copies.
+    # The mesh of another project may have none of a dimension's axes. Then the compiler decides how
+    # to split this dimension: an empty entry would ask for copies.
     lacking = [dim in RULES and not sizes.keys() & set(RULES[dim]) for dim in dims]
     entries = [
         PartitionSpec.UNCONSTRAINED if is_lacking else entry
@@ -98,9 +98,9 @@ def per_shard(
     axes of the mesh split the arrays, and without Auto axes `function` gets the whole arrays.
     `function` is also traced on the whole arrays, to find the shapes of the whole results.
 
-    Raises ValueError if a surrounding shard_map has made an axis Manual by which RULES split a
-    weight. The collectives of `function` would run over that axis, although the weight is not
-    split there.
+    Raises ValueError if RULES split a weight over an axis that a surrounding shard_map has made
+    Manual. The collectives of `function` would run over that axis, although it does not split the
+    weight.
     """
     mesh = jax.sharding.get_abstract_mesh()
     _check_manual_axes(mesh, in_dims)
@@ -211,11 +211,11 @@ def _call_on_auto_axes(
     axes = tuple(_axes_of_type(mesh, AxisType.Explicit))
 
     @jax.jit  # outside of jit, shard_map needs a mesh with the arrays' own axis types
-    def on_auto_axes(arrays: list[jax.Array]) -> Any:
+    def run_jitted(arrays: list[jax.Array]) -> Any:
         with jax.sharding.use_abstract_mesh(mesh):
             return jax.sharding.auto_axes(call, axes=axes, out_sharding=out_specs)(arrays)
 
-    return on_auto_axes(arrays)
+    return run_jitted(arrays)
 
 
 def _copy_everywhere(mesh: Any, x: Any) -> Any:

@@ -66,8 +66,8 @@ class Bar:
     """
 
     def __init__(self, steps: int, *, shown: bool = True):
-        # With smoothing=0, the time left follows from all steps since the first one, with the
-        # evaluations between them in their proportion.
+        # With smoothing=0, the time left follows from the mean time of a step since the first one.
+        # That mean includes the evaluations between the steps.
         self._bar = tqdm(
             total=steps,
             unit="step",

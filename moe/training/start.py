@@ -158,9 +158,10 @@ def load_run(
 ) -> tuple[RunConfig, Program, Any, int]:
     """Returns the config, program, model variables and step of a run's checkpoint.
 
-    The checkpoint is the latest one if `step` is None. A run of a custom task needs its `task`.
-    The mesh of the run does not matter: parameters are split over as many devices here as divide
-    the model's width. Raises ConfigError if there is no such run or step.
+    The checkpoint is the latest one if `step` is None. A run of a custom task needs its `task`. The
+    mesh of the run does not matter. Here the size of the fsdp axis, which splits the parameters, is
+    the greatest common divisor of the number of devices and the model's width. Raises ConfigError
+    if there is no such run or step.
     """
     config = read_config(workdir)
     devices = jax.device_count()

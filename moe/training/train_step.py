@@ -104,8 +104,8 @@ def make_program(
 ) -> Program:
     """Makes model, optimizer, state and steps of a run on `devices` (by default, on all of them).
 
-    `task` is the caller's own, where `config.task` is "custom". Nothing is compiled before it is
-    called.
+    `task` is the caller's own, where `config.task` is "custom". Each function of the program is
+    compiled when it is first called.
     """
     task = choose_task(config, task)
     mesh = make_mesh(config, devices)

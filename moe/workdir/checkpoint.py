@@ -148,7 +148,8 @@ class Checkpoints:
 def open_checkpoints(workdir: Path, config: RunConfig) -> Checkpoints:
     """Opens a run's checkpoints for writing.
 
-    Old checkpoints are deleted, except the `keep_last` latest and the multiples of `keep_every`.
+    Each save then deletes the old ones, except the `keep_last` latest and the multiples of
+    `keep_every`. Opening deletes nothing.
     """
     checkpoints = Checkpoints(workdir, config)
     for step in unfinished_steps(checkpoints.directory):

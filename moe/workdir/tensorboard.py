@@ -82,7 +82,7 @@ class TensorBoard:
             error.strerror,
         )
         if self._writer is not None:
-            # Closing first writes what is left. It closes the file even if that fails.
+            # `close` writes what is left, and closes the file even if that fails.
             with contextlib.suppress(OSError):
                 self._writer.close()
         self._writer = None

@@ -174,10 +174,14 @@ def test_messages_stay_short_whatever_the_value_is() -> None:
     ("directory", "expected"),
     [
         ("", "directory='' is empty: set it to a path"),
-        ("a\0b", "directory='a\\x00b' is not UTF-8 text without NUL: set it to a path that is"),
+        (
+            "a\0b",
+            "directory='a\\x00b' is not UTF-8, or has a NUL: set it to a path in UTF-8 without NUL",
+        ),
         (
             "a\udcffb",
-            "directory='a\\udcffb' is not UTF-8 text without NUL: set it to a path that is",
+            "directory='a\\udcffb' is not UTF-8, or has a NUL: "
+            "set it to a path in UTF-8 without NUL",
         ),
         (
             "gs://bucket/x",

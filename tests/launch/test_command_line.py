@@ -359,7 +359,8 @@ def test_a_config_that_never_ends_is_named_and_can_be_interrupted(directory: Pat
         ),
         (
             "run\udcff",
-            "--workdir='run\\udcff' is not UTF-8 text without NUL: set it to a path that is",
+            "--workdir='run\\udcff' is not UTF-8, or has a NUL: "
+            "set it to a path in UTF-8 without NUL",
         ),
         ("~nobody_here/run", "--workdir='~nobody_here/run' names no user's home: set it to a path"),
     ],
