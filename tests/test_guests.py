@@ -81,7 +81,7 @@ def activations(batch=8, length=6, width=16, dtype="float32"):
 
 @functools.cache
 def variables(model, *shape_of_x):
-    """The model's, for a batch of tokens or, of a layer, for activations."""
+    """The variables of a model, for a batch of tokens, or of a layer, for activations."""
     example = activations(*shape_of_x) if shape_of_x else rows()
     return jax.jit(lambda key: unbox(model.init(key, example)))(jax.random.key(0))
 
@@ -278,7 +278,10 @@ def test_text_is_generated_with_all_settings(sampling):
 
 
 def layout(mesh, tree, *spec):
-    """Puts each array of a tree on the mesh, split so along its first dimension that can be."""
+    """Puts each array of a tree on the mesh, laid out by `spec`.
+
+    Without `spec`, all axes of the mesh split the first dimension whose size they divide.
+    """
 
     def put(x):
         axes = spec or (mesh.axis_names,)
@@ -568,7 +571,7 @@ def test_transformations_around_a_module_change_nothing(function):
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("dispatch", ["dense", "capacity", "dropless"])
 def test_a_sparse_layer_has_second_derivatives_in_reverse_mode_alone(dispatch):
-    """Of the plain formula in dense dispatch they are JAX's own."""
+    """In dense dispatch they agree with finite differences, and the others agree with dense."""
     x, params = activations(1, 4), variables(MoE(SPARSE), 8)
     apply = lambda dispatch, v: MoE(dataclasses.replace(SPARSE, dispatch=dispatch)).apply(v, x)[0]
     gradient = lambda dispatch, v: jax.grad(lambda v: sum_of_sines(apply(dispatch, v)))(v)

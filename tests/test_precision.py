@@ -206,8 +206,9 @@ def test_gradients_of_a_bfloat16_model(
 
 
 def every_case() -> list[tuple[Any, ...]]:
-    """All of the product that a mesh can run, but for microbatches on meshes, whose rows do not
-    suffice.
+    """Returns all combinations that can run. Several microbatches run on one device alone.
+
+    The meshes would need more rows than the tests have, to split each microbatch.
     """
     cases = itertools.product(KINDS, MESHES, (False, True), (True, False), (1, 4))
     return [case for case in cases if case[1] == "one device" or case[-1] == 1]

@@ -151,8 +151,8 @@ def attention_forward(
 
     With `options.partial` the caller merges the results with others, so they are not rounded to the
     inputs' dtype: this output, and the gradients of `attention_backward`, are float32, or float64
-    for float64. The Hopper kernels have no shared memory left for float32. They round gradients all
-    the same, and return an output with twice the digits of the inputs' dtype.
+    for float64. The Hopper kernels have no shared memory left for float32. They round gradients
+    even then, and return an output with twice the digits of the inputs' dtype.
     """
     return _run("forward", implementation, options, (inputs,))
 
@@ -195,7 +195,9 @@ def round_output(output: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Ar
 def compute_delta(
     output: jax.Array, remainder: jax.Array | None, dout: jax.Array, dtype: jnp.dtype
 ) -> jax.Array:
-    """Returns rowsum(dout * output) of each query: delta, or D, of the FlashAttention papers.
+    """Returns rowsum(dout * output) of each query: D of the FlashAttention papers.
+
+    This is delta if the lse has no gradient. Otherwise the caller subtracts that gradient from it.
 
     The sum over H is taken in `dtype`, from what `round_output` returned. The backward pass
     computes dS = P * (dP - delta). Where a query sees few keys, dP and delta are nearly equal, and

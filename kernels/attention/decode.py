@@ -3,8 +3,9 @@
 One query does little arithmetic for each key that it reads, and one row has too few heads to occupy
 a chip's cores. So the slots of the cache are cut into blocks, and a step of the loop takes several
 neighbouring blocks at once, one for each split. Each split has an online softmax (O, m, l) of its
-own, and the splits are merged at the end. Since splits take turns along the sequence, none is idle
-while the prefix is short, and the loop ends with the longest row.
+own, and the splits are merged at the end. Blocks that are neighbours in the cache belong to
+different splits, so no split is idle while the prefix is short, and the loop stops where the
+longest row ends.
 """
 
 from typing import Any, NamedTuple, cast
@@ -35,7 +36,10 @@ class Cache(NamedTuple):
 
 
 class State(NamedTuple):
-    """The online softmax of each split: [B, P, K, R], and H for the output."""
+    """The online softmax of each split: [B, P, K, R], and H for the output.
+
+    P counts the splits, and R the positions of all heads that share a key.
+    """
 
     output: jax.Array
     running_max: jax.Array
@@ -56,7 +60,7 @@ def decode_attention(
 ) -> jax.Array:
     """Returns softmax(scale q kᵀ) v over slots 0 to positions_BT[b, t] of a cache: [B, T, N, H].
 
-    A slot is a position. N is a multiple of K; dtype and H of the result are those of `q_BTNH` and
+    A slot is a position. N is a multiple of K. The result has the dtype of `q_BTNH`, and the H of
     `v_BSKH`. `window` (left, right), `softcap`, `sinks` [N] and `scale` are those of
     `flash_attention` with causal=True. With `layer` the caches are those of several layers, [L, B,
     S, K, H], of which one is read: a loop over layers can carry them all and copy none.

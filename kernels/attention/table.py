@@ -37,7 +37,7 @@ class Implementation(NamedTuple):
 
 
 def differentiable_once(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes a kernel raise an error if it is differentiated; that of Pallas would not help."""
+    """Makes a kernel raise an error of ours if it is differentiated: Pallas' own does not help."""
 
     # The kernel itself cannot be a custom_jvp, since it may write to references, which custom_jvp
     # does not take. So its arrays pass through one.
@@ -86,10 +86,10 @@ def _hopper_fused_backward(options: Options, inputs: Inputs, *rows: jax.Array) -
 
 
 def _blockwise_blocks(options: Options) -> Blocks:
-    """Returns 256 queries and 512 keys, or fewer keys for a window on both sides.
+    """Returns 256 queries and 512 keys, or fewer keys if `left` and `right` are both limits.
 
-    A block of keys then holds at most half of the window, so that little of what is computed lies
-    outside of it.
+    A causal mask is the limit 0 of `right`. A block of keys then holds at most half of the window,
+    so that little of what is computed lies outside of it, but never fewer than 128 keys.
     """
     if options.left is None or options.right is None:
         return 256, 512

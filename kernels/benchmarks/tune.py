@@ -77,7 +77,7 @@ def main() -> None:
         type=int,
         nargs="+",
         default=[1024, 4096, 16_384],
-        help="T = S; they stand for lengths down to half",
+        help="T = S; the blocks found are used for all lengths above T / 2, up to T",
     )
     parser.add_argument("--heads", type=int, default=8, help="N, query heads")
     parser.add_argument("--kv_heads", type=int, default=2, help="K, key/value heads")

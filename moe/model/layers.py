@@ -128,7 +128,7 @@ def check_static(name: str, shape: tuple[int, ...]) -> None:
     """
     if not all(isinstance(size, int) for size in shape):
         raise ValueError(
-            f"{name} {shape} has a symbolic size, which this cannot be traced for: "
+            f"{name} {shape} has a symbolic size, but a model is traced for given numbers alone: "
             "export a program for each shape"
         )
 

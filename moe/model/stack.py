@@ -123,7 +123,7 @@ class Block(nn.Module):
 
 
 class Period(nn.Module):
-    """Applies one period of a group of layers: a block of each kind, in order."""
+    """Applies one period of a group of layers: one block for each entry of `kinds`, in order."""
 
     config: ModelConfig
     kinds: tuple[str, ...]

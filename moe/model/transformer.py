@@ -261,8 +261,8 @@ def _check_fields(batch: Batch, cache: StackCache | None) -> None:
         return
     if "positions" in batch and "encoder_tokens" in batch:
         raise ValueError(
-            "the batch has positions and encoder_tokens, and a cache holds the encoder's output "
-            "from its prompt on: leave encoder_tokens out"
+            "the batch has positions and encoder_tokens, but the cache already holds the encoder's "
+            "output, which came with the prompt: leave encoder_tokens out"
         )
     if "positions" not in batch and "encoder_tokens" not in batch:
         raise ValueError(

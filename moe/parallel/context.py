@@ -151,8 +151,8 @@ def _scatter_heads(
             f"q {q.shape} has {heads} heads, which cannot be divided over {axis_name}={size}: "
             "use ring attention"
         )
-    # With the least number of copies that gives each rank equally many heads, query head n reads
-    # copy n // (N / copies), which is one of head n // (N / K).
+    # Each head is copied as few times as give each rank equally many heads. This makes K * copies
+    # heads. Query head n reads number n // (N / (K * copies)), which is a copy of n // (N / K).
     copies = math.lcm(kv_heads, size) // kv_heads
     if copies > 1:
         k, v = _copy_heads(k, copies), _copy_heads(v, copies)

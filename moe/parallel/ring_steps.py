@@ -50,7 +50,8 @@ def chunk_order(options: Options, size: int, length: int) -> Order:
             f"{length} tokens on each of {size} ranks: causal ring attention halves them, "
             "so their number must be even"
         )
-    # The even chunk comes first, since the first half of the tokens that a rank holds is one.
+    # The even chunk comes first, since the first half of the tokens that a rank holds is an even
+    # chunk.
     return tuple(
         tuple(sorted((rank, 2 * size - 1 - rank), key=lambda chunk: chunk % 2))
         for rank in range(size)

@@ -72,7 +72,7 @@ def upcycled(config, noise=0.0, key=2):
 
 
 def distance(config, variables):
-    """Returns the largest difference between a model's logits and the dense one's, of size 1."""
+    """Returns the largest difference from the dense model's logits, whose size is about 1."""
     return np.max(np.abs(logits(config, variables) - logits(DENSE, init(DENSE))))
 
 

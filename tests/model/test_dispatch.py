@@ -324,7 +324,7 @@ def test_an_exchange_equals_one_device(exchange, dispatch, monkeypatch):
 
 @pytest.mark.parametrize("exchange", ["all_gather", "all_to_all"])
 def test_what_overflows_an_experts_rows_is_counted_and_passes_by(exchange):
-    """An unlimited caller gives experts 2 or 3 of a row's 5 tokens; they have room for 1."""
+    """Without `limit_to_capacity`, experts get 2 or 3 of a row's 5 tokens, and have room for 1."""
     config = dataclasses.replace(
         CONFIG, exchange=exchange, dispatch="capacity", experts_per_token=1, normalize_weights=False
     )

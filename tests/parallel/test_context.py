@@ -357,7 +357,7 @@ def trace(size, differentiate=False, dtype=jnp.float32, **keywords):
             {"causal": False, "window": (9, 3)},
             2 * 3,
             4,
-        ),  # from 1 and 2 ranks before, and 7 before: the one after
+        ),  # keys come from 1, 2 and 7 ranks before; 7 of 8 ranks before is the next rank
         (2, {"causal": True, "window": (40, 0)}, 8 + 2, 5),
     ],
 )
@@ -464,8 +464,8 @@ def program_for_4_v5p():
 @pytest.mark.aot
 def test_on_4_v5p_the_second_ring_sends_the_keys_again(program_for_4_v5p):
     """The compiler does not merge both rings' sends of the same keys: it would keep all of them."""
-    # Halves of q, k and v are dealt, and of g, and those of three gradients collected; keys and
-    # values sent on, twice; and their gradients.
+    # 6 halves of q, k and v are dealt, and 2 of g. 6 halves of the three gradients are collected.
+    # Keys and values are sent on at 3 steps, in both rings; dk and dv at 3 steps, and once home.
     assert (
         len(re.findall(r"collective-permute(?:-start)?\(", program_for_4_v5p))
         == 6 + 2 + 6 + 2 * 6 + 2 * 4

@@ -34,7 +34,7 @@ def test_parameters_and_activations_follow_one_table():
     # B takes both, so an activation's D is whole on each device.
     assert spec("BTD", (16, 8, 64), mesh) == P(batch, "context", ())
     assert spec("BTNH", (16, 8, 8, 16), mesh) == P(batch, "context", "tensor", ())
-    # So it is where B is too small to be split: its axes are nobody else's.
+    # D is also whole where B is too small to be split: B's axes split no other dimension.
     assert spec("BTD", (1, 8, 64), mesh) == P((), "context", ())
 
 

@@ -806,7 +806,7 @@ def test_router_statistics_are_means_sums_and_largest_values():
 
 
 def test_an_mfu_is_only_of_a_peak_that_cannot_be_exceeded(config, uninterrupted):
-    """A rate measured on this machine can be: a run on CPUs has a speed and no MFU."""
+    """A peak measured on this machine can be exceeded, so a run on CPUs has a speed and no MFU."""
     timed = [line for line in read_metrics(uninterrupted) if "train/tokens_per_second" in line]
     assert timed and not [line for line in timed if "train/mfu" in line]
     h100 = types.SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3")

@@ -63,7 +63,7 @@ class StaticArgs:
 
     @property
     def logit_factor(self) -> float:
-        """Returns the factor that makes logits in base 2 of the result of `unscaled_logits`.
+        """Returns the factor that turns the result of `unscaled_logits` into logits in base 2.
 
         The factor is positive, so the running maximum can be taken before the multiplication, and
         the multiplication be a part of the exponential's multiply-add.

@@ -48,7 +48,8 @@ class Wanted(NamedTuple):
 def compute_dkv(static: StaticArgs, operands: Operands) -> tuple[jax.Array, jax.Array]:
     """Returns dk and dv, computed at once or one after the other.
 
-    Registers do not hold the sums of both for wide heads, nor beside the slopes of softcap.
+    Registers do not hold the sums of both for wide heads. With softcap, whose slopes
+    they also hold, the limit is lower.
     """
     widest = 256 if static.options.softcap is None else 192
     if operands.k.shape[3] + operands.v.shape[3] <= widest:

@@ -48,7 +48,7 @@ def prepare_over_keys(
 def _kv_block(width: int) -> int:
     """Returns the number of keys in a block.
 
-    Beside a sum of 64 x 256 for dQ, registers hold S and dP of 64 x 32 alone.
+    Beside a sum of 64 x 256 for dQ, registers have no room for S and dP larger than 64 x 32.
     """
     return 64 if width <= 192 else 32
 
@@ -99,7 +99,8 @@ def _scratch(static: StaticArgs, operands: Operands) -> Scratch:
         v=swizzled((*keys, value_width)),
         q_ids=plgpu.SMEM(queries, jnp.int32) if has_ids else None,
         kv_ids=plgpu.SMEM(keys, jnp.int32) if has_ids else None,
-        # A barrier is full after as many copies as share it, and free after both warpgroups.
+        # A barrier named "full" completes when all the copies that share it have arrived, and one
+        # named "free" when both warpgroups have.
         q_full=plgpu.Barrier(num_barriers=2, num_arrivals=4 + has_ids),
         k_full=plgpu.Barrier(num_barriers=stages, num_arrivals=1 + has_ids),
         v_full=plgpu.Barrier(num_barriers=stages),

@@ -131,7 +131,7 @@ def _scratch(
         lse=plgpu.SMEM(queries, jnp.float32),
         q_ids=plgpu.SMEM(queries, jnp.int32) if has_ids else None,
         kv_ids=plgpu.SMEM(keys, jnp.int32) if has_ids else None,
-        # A barrier is full after as many copies as share it.
+        # A barrier named "full" completes when all the copies that share it have arrived.
         q_full=plgpu.Barrier(num_barriers=2, num_arrivals=1 + has_ids),
         k_full=plgpu.Barrier(num_barriers=static.stages, num_arrivals=1 + has_ids),
         v_full=plgpu.Barrier(num_barriers=static.stages),
@@ -251,9 +251,9 @@ def _attend(
             logits = mask(step, slot, logits)
         plgpu.barrier_arrive(smem.k_free.at[slot])
         # P_j is to be computed while the product with the values runs. The compiler would sink the
-        # exponentials to where they are used, behind the wait for that product. This barrier for
-        # values keeps them in place in LLVM. The branch of `await_keys` keeps them in place in
-        # ptxas, which moves no instruction between blocks. The weights are rounded after the wait,
+        # exponentials to where they are used, behind the wait for that product. In LLVM,
+        # `optimization_barrier` keeps them in place. In ptxas, which moves no instruction between
+        # basic blocks, the branch of `await_keys` does. The weights are rounded after the wait,
         # since a product's operands must not change while it runs.
         weights, rescale, running_max, denominator = jax.lax.optimization_barrier(
             _online_softmax(static, logits, running_max, denominator, masked)

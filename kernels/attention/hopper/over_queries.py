@@ -118,7 +118,8 @@ def key_tile_scratch(static: StaticArgs, operands: Operands, columns: int = 64) 
         delta=plgpu.SMEM(queries, jnp.float32),
         q_ids=plgpu.SMEM(queries, jnp.int32) if has_ids else None,
         kv_ids=plgpu.SMEM(keys, jnp.int32) if has_ids else None,
-        # A barrier is full after as many copies as share it, and free after both warpgroups.
+        # A barrier named "full" completes when all the copies that share it have arrived, and one
+        # named "free" when both warpgroups have.
         kv_full=plgpu.Barrier(num_barriers=2, num_arrivals=2 + has_ids),
         q_full=plgpu.Barrier(num_barriers=stages, num_arrivals=2 + has_ids),
         dout_full=plgpu.Barrier(num_barriers=stages, num_arrivals=2),

@@ -140,8 +140,9 @@ def for_each_row(visited: BlockRange, batch: int) -> BlockRange:
 def grid_steps(static: StaticArgs, block: int, other_block: int, num_others: int) -> int:
     """Returns the size of a grid's last dimension.
 
-    It is the largest number of blocks of the other kind that a block may have to visit: as many as
-    a window on both sides spans, or all of them.
+    It is the largest number of blocks of the other kind that a block may have to visit. If the mask
+    limits both sides, as a causal window does, it is the number that the window spans. Otherwise it
+    is all of them.
     """
     left, right = static.options.left, static.options.right
     if left is None or right is None:

@@ -12,7 +12,10 @@ from tests.kernels.attention.cases import Case, error, evaluate, expected, flash
 
 
 def few_keys(keys: int, sinks: bool, dtype: str) -> Case:
-    """Returns causal attention to the last keys, whose values are alike, in numbers of `dtype`."""
+    """Returns a causal case in which a query sees only `keys` keys, whose values are alike.
+
+    `dtype` can hold all of its numbers exactly.
+    """
     rng = np.random.default_rng(0)
     rounded = lambda x: np.asarray(jnp.asarray(x, dtype), np.float64)
     q, k, v, g = (rounded(rng.normal(size=(1, 40, heads, 64))) for heads in (2, 1, 1, 2))
