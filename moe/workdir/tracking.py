@@ -6,6 +6,9 @@ gets a copy.
 
 router.jsonl has, instead of each number, a list with one entry for each sparse layer:
 `{"step": 10, "max_vio": [0.25, 0.5], "load": [[0.5, 0.5], [0.25, 0.75]], ...}`.
+
+hosts.jsonl has the seconds that a step took on each process of a job of several, and those in which
+the host itself worked: `{"step": 10, "step_seconds": [1.5, 1.5], "host_seconds": [0.25, 0.5]}`.
 """
 
 import datetime
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
 
 METRICS_FILE = "metrics.jsonl"
 ROUTER_FILE = "router.jsonl"
+HOSTS_FILE = "hosts.jsonl"
 ENVIRONMENT_FILE = "environment.jsonl"
 _PACKAGES = (
     "jax",
@@ -155,6 +159,17 @@ def read_router(workdir: Path, every: int = 1) -> Iterator[tuple[int, dict[str, 
     if not path.exists():
         return iter(())
     return _parse_lines(path, lambda value: np.array(_decode(value), np.float32), every)
+
+
+def read_hosts(workdir: Path) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    """Returns the step and the arrays [processes] of each line of hosts.jsonl, in order.
+
+    There are none for a run of one process. Raises ConfigError where the file is damaged.
+    """
+    path = workdir / HOSTS_FILE
+    if not path.exists():
+        return iter(())
+    return _parse_lines(path, lambda value: np.array(_decode(value), float))
 
 
 def write_environment(workdir: Path, attention: str) -> None:
