@@ -125,7 +125,7 @@ def define_flags() -> None:
         "save_s", 300, "Seconds before the time limit at which all processes save.", lower_bound=60
     )
     flags.DEFINE_integer(
-        "max_restarts",
+        "restarts",
         3,
         "Restarts in a row after failures, on the same nodes. A start that lasted ten minutes "
         "begins a new count.",

@@ -23,7 +23,7 @@ def job_text(values: flags.FlagValues, command: list[str]) -> str:
     settings = [
         f"command=({shlex.join(command)})",
         f"srun_options=({shlex.join(values.srun)})",
-        f"max_restarts={values.max_restarts} backoff_s={values.backoff_s}",
+        f"max_restarts={values.restarts} backoff_s={values.backoff_s}",
         f"at_time_limit={'end' if values.chain > 1 else 'requeue'}",
     ]
     options = [f"#SBATCH {option}" for option in _options(values)]

@@ -28,7 +28,7 @@ FLAGS = {
     "array": None,
     "chain": 1,
     "save_s": 300,
-    "max_restarts": 3,
+    "restarts": 3,
     "backoff_s": 0,
     "sbatch": [],
     "srun": [],
