@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from moe.exit_codes import may_restart
 from tests.launch.test_slurm import text
 
 FOLDER = Path(__file__).parents[2] / "launch"
@@ -30,3 +31,14 @@ def test_shellcheck_finds_nothing() -> None:
         pytest.skip("shellcheck is not installed: install the extra `test`")
     for script in [*(path.read_text() for path in SCRIPTS), text()]:
         check([shellcheck, "-"], script)
+
+
+@pytest.mark.parametrize("name", ["slurm/job.sbatch", "tpu/host.sh"])
+def test_scripts_restart_what_may_be_restarted(name: str) -> None:
+    lines = (FOLDER / name).read_text().splitlines()
+    (pattern,) = [line.split(")")[0] for line in lines if line.strip().startswith("1 | 69 |")]
+    loop = f"for n in {{1..255}}; do case $n in {pattern}) echo $n ;; esac; done"
+    done = subprocess.run(["bash", "-c", loop], capture_output=True, text=True, check=True)
+    assert [int(code) for code in done.stdout.split()] == [
+        code for code in range(1, 256) if may_restart(code)
+    ]
