@@ -8,7 +8,6 @@ import functools
 import os
 import re
 import sys
-import types
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -21,7 +20,7 @@ from moe.config import ConfigError, RunConfig
 from moe.config.checks import expand_path, show
 from moe.exit_codes import BAD_INPUT, INTERRUPTED, NOT_JOINED, PEER_STUCK
 from moe.files import announce_wait
-from moe.parallel import distributed
+from moe.parallel import distributed, watch
 from moe.training.progress import Stream
 
 Main = Callable[[flags.FlagValues], int | None]
@@ -116,7 +115,8 @@ def run(main: Main, description: str | None, *, devices: bool = False) -> NoRetu
 
 def _call(main: Main, devices: bool, _: list[str]) -> int:
     code = _exit_code(main, devices)
-    distributed.leave(code)
+    if code:
+        watch.leave(code)  # else JAX would wait minutes for the other processes of the job
     return code
 
 
@@ -158,18 +158,9 @@ def _join(values: flags.FlagValues) -> None:
         if note := distributed.why_alone(os.environ):
             print(note, file=sys.stderr)
         return
-    sys.excepthook = _end_with_traceback
     distributed.join(cluster, mesh)
     if cluster.process_id > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # it stays open to the end
-
-
-def _end_with_traceback(
-    kind: type[BaseException], error: BaseException, frames: types.TracebackType | None
-) -> None:
-    """Shows an error that nothing expected, and ends this process's part in the job."""
-    sys.__excepthook__(kind, error, frames)
-    distributed.leave(1)
 
 
 def _parse(description: str, argv: list[str]) -> list[str]:
