@@ -140,13 +140,13 @@ def test_a_preempted_job_is_queued_again_and_resumes(slurm: Cluster, run: Run) -
 
 
 def test_a_killed_process_starts_the_job_again(slurm: Cluster, run: Run) -> None:
-    job = run.submit("--config.train.checkpoint_every=20", steps=200)
+    job = run.submit("--config.train.checkpoint_every=20", steps=100)
     wait(lambda: max(run.saved(), default=0) >= 20, lambda: run.log(job))
     os.kill(process_id(job, rank=1), signal.SIGKILL)
     run.wait_for_log(job, "restart 1 of 3 in 1 s")
     slurm.wait_for(job, "COMPLETED", run.log)
     assert slurm.state(job)["Restarts"] == "0"  # SLURM has seen one start only
-    assert run.steps() == list(range(1, 201))
+    assert run.steps() == list(range(1, 101))
 
 
 def process_id(job: str, rank: int) -> int:
