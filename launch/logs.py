@@ -76,9 +76,9 @@ def start(path: Path, process_id: int, num_processes: int) -> None:
             os.dup2(write, number)
         os.close(read)
         os.close(write)
-    if sys.stdout is not None:
-        # A killed process loses what is in Python's own buffer.
-        sys.stdout.reconfigure(line_buffering=True)  # pyright: ignore[reportAttributeAccessIssue]
+    # A killed process loses what is in Python's own buffer. A stream that was closed has none.
+    if reconfigure := getattr(sys.stdout, "reconfigure", None):
+        reconfigure(line_buffering=True)
     atexit.register(_finish, writer, before)
 
 
