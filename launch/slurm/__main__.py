@@ -14,11 +14,12 @@ devices that the job has there. After -- a first word such as launch.evaluate me
 `python -m launch.evaluate`, and in an array %a is the number of the element. The job runs in the
 current directory with this Python, so all nodes must see both, and the run directory.
 
-The file that is submitted and the job's output are in WORKDIR/slurm/. Before the time limit, all
-processes save the same step and the job is queued again, under the same id and with the same run
-directory. A preempted job is queued again as well. If a process fails (exit codes 1, 69, 76, 77, or
-a signal), the command is started again on the same nodes; after bad input (2) and after divergence
-(3) it is not.
+The file that is submitted and the job's output are in WORKDIR/slurm/ (for a run at gs://, in
+slurm/NAME/ of the current directory). Before the time limit, all processes save the same step and
+the job is queued again, under the same id and with the same run directory. A preempted job is
+queued again as well. If a process fails (exit codes 1, 69, 76, 77, or a signal), the command is
+started again on the same nodes; after bad input (2) and after divergence (3) it is not.
+docs/launching/slurm.md says more.
 
 `scancel JOBID` ends a job and leaves it the cluster's KillWait, often 30 s, to save. With
 `scancel --batch --signal=TERM JOBID` the job takes the time that it needs.
@@ -34,7 +35,7 @@ from pathlib import Path
 from absl import flags
 
 from launch import command_line
-from launch.slurm.job import check_time, job_text
+from launch.slurm.job import check_time, job_folder, job_text
 from moe.config import ConfigError
 from moe.config.layout import check_layout
 from moe.files import write_whole
@@ -56,7 +57,7 @@ def main(values: flags.FlagValues) -> None:
             "sbatch is not installed on this machine: run this on a login node of the cluster, "
             "or add --dry_run to see the file"
         )
-    path = Path(values.workdir, "slurm", "job.sbatch")
+    path = job_folder(values.workdir) / "job.sbatch"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, text)
     _submit(path, values.chain)

@@ -33,18 +33,25 @@ def job_text(values: flags.FlagValues, command: list[str]) -> str:
     )
 
 
+def job_folder(workdir: str) -> Path:
+    """Returns where the file and the output of a job go, which is in the run directory.
+
+    SLURM cannot write to gs://, so for a run there it is a folder of the current directory.
+    """
+    path = Path(workdir)
+    return Path("slurm", path.name) if "://" in workdir else path / "slurm"
+
+
 def _options(values: flags.FlagValues) -> list[str]:
     """Returns the options of sbatch. If one is there twice, SLURM takes the last."""
-    name = Path(values.workdir).name
-    log = Path(values.workdir, "slurm", "%A_%a.log" if values.array else "%j.log")
     # In file names, SLURM replaces %j and the like; %% stands for a percent sign.
-    log_text = str(log.parent).replace("%", "%%") + f"/{log.name}"
+    folder = str(job_folder(values.workdir)).replace("%", "%%")
     options = [
-        f"--job-name={name}",
+        f"--job-name={Path(values.workdir).name}",
         f"--nodes={values.nodes}",
         "--ntasks-per-node=1",
         f"--chdir={os.getcwd()}",
-        f"--output={log_text}",
+        f"--output={folder}/{'%A_%a' if values.array else '%j'}.log",
         "--open-mode=append",  # a job that is queued again goes on in its file
         "--requeue",
         f"--signal=B:USR1@{values.save_s}",

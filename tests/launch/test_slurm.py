@@ -115,6 +115,7 @@ def test_options_that_share_nodes_and_the_users_own() -> None:
     assert {"--cpus-per-task=4", "--array=0-3", "--qos=high", '"--comment=two words"'} <= set(found)
     assert "--exclusive" not in found and "--output=runs/a/slurm/%A_%a.log" in found
     assert '"--output=a b/5%%/slurm/%j.log"' in options(workdir="a b/5%")
+    assert "--output=slurm/b/%j.log" in options(workdir="gs://bucket/a/b")
     with pytest.raises(ConfigError, match="cannot stand in a #SBATCH line"):
         options(workdir='a"b')
 
