@@ -8,7 +8,6 @@ import functools
 import os
 import re
 import sys
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,7 +22,7 @@ from moe.config import ConfigError, RunConfig
 from moe.config.checks import expand_path, show
 from moe.exit_codes import BAD_INPUT, INTERRUPTED, NOT_JOINED, PEER_STUCK
 from moe.files import announce_wait
-from moe.parallel import distributed
+from moe.parallel import distributed, watch
 from moe.training.progress import Stream
 
 Main = Callable[[flags.FlagValues], int | None]
@@ -118,7 +117,8 @@ def run(main: Main, description: str | None, *, devices: bool = False) -> NoRetu
 
 def _call(main: Main, devices: bool, _: list[str]) -> int:
     code = _exit_code(main, devices)
-    distributed.leave(code)
+    if code:
+        watch.leave(code)  # else JAX would wait minutes for the other processes of the job
     return code
 
 
@@ -160,7 +160,6 @@ def _join(values: flags.FlagValues) -> None:
         if note := distributed.why_alone(os.environ):
             print(note, file=sys.stderr)
         return
-    sys.excepthook = _end_with_traceback
     _start_log(values, cluster)
     distributed.join(cluster, mesh)
 
@@ -171,14 +170,6 @@ def _start_log(values: flags.FlagValues, cluster: distributed.Cluster) -> None:
     directory = logs.log_directory(Path(sys.argv[0]).stem, workdir)
     path = logs.log_path(directory, cluster.process_id)
     logs.start(path, cluster.process_id, cluster.num_processes)
-
-
-def _end_with_traceback(
-    kind: type[BaseException], error: BaseException, frames: types.TracebackType | None
-) -> None:
-    """Shows an error that nothing expected, and ends this process's part in the job."""
-    sys.__excepthook__(kind, error, frames)
-    distributed.leave(1)
 
 
 def _parse(description: str, argv: list[str]) -> list[str]:

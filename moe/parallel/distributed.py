@@ -9,14 +9,15 @@ import ctypes
 import json
 import math
 import os
+import signal
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from moe.config import ConfigError, MeshConfig
 from moe.files import announce_wait
+from moe.parallel import watch
 from moe.parallel.cluster import Cluster, find_cluster, process_name, why_alone
 from moe.parallel.rendezvous import Arrival, NotJoined, bind_host, listed, meet
 
@@ -28,7 +29,6 @@ __all__ = [
     "find_cluster",
     "from_first",
     "join",
-    "leave",
     "on_tpu",
     "why_alone",
 ]
@@ -36,8 +36,6 @@ __all__ = [
 ARRIVAL_SECONDS = 300.0  # how long all wait for the last process, whose container may be loading
 _CONNECT_SECONDS = 120  # for JAX, once all processes have come
 _POLL_MILLISECONDS = 60_000
-_LEAVE_SECONDS = 5.0
-_LEFT = "moe/left"
 _GOOGLE = "0x1ae0"  # the vendor of a TPU on the PCI bus
 
 # How often this process has used each name of a barrier or of a text. All processes use them in the
@@ -54,7 +52,8 @@ def join(
 ) -> None:
     """Starts JAX over all processes of the job, and checks what each of them sees.
 
-    `mesh` is the run's, where the command has a config. Raises NotJoined with one line that names
+    From then on the watch ends this process if another one dies or is stuck. `mesh` is the run's,
+    where the command has a config. Raises NotJoined with one line that names
     the processes that did not come within `timeout_s`, or that see the wrong devices.
     """
     arrivals = meet(cluster, visible_gpus(os.environ), timeout_s)
@@ -64,7 +63,8 @@ def join(
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # Its handler would swallow SIGTERM. Here the processes themselves agree on when to stop.
     jax.config.update("jax_enable_preemption_service", False)
-    host, port = bind_host(cluster), cluster.coordinator.rpartition(":")[2]
+    coordinator_host, _, port = cluster.coordinator.rpartition(":")
+    bound = bind_host(cluster)
     jax.distributed.initialize(
         cluster.coordinator,
         cluster.num_processes,
@@ -72,8 +72,10 @@ def join(
         # Otherwise JAX asks the scheduler too, and gives each task of SLURM a single GPU.
         cluster_detection_method="deactivate",
         initialization_timeout=_CONNECT_SECONDS,
-        coordinator_bind_address=f"{host}:{port}" if host else None,
+        coordinator_bind_address=f"{bound}:{port}" if bound else None,
     )
+    _delay_abort()
+    watch.start(cluster.process_id, cluster.num_processes, coordinator_host, from_first)
     _client().key_value_set(_host_key(cluster.process_id), arrivals[cluster.process_id].host)
     counts = collections.Counter(device.process_index for device in jax.devices())
     check_devices(arrivals, [counts[n] for n in range(cluster.num_processes)], mesh)
@@ -84,6 +86,18 @@ def join(
         file=sys.stderr,
         flush=True,
     )
+
+
+def _delay_abort() -> None:
+    """Lets an abort of this process take 6 seconds, in which the watch can end it with one line.
+
+    JAX aborts a process whose connection to process 0 breaks. That is the moment at which the watch
+    hears of it too, and only the watch names who died, with the exit code that says so. The handler
+    is C's own sleep(), as Python's handlers never run during an abort. It gets the number of the
+    signal, which is 6 for SIGABRT, and so sleeps as many seconds.
+    """
+    libc = ctypes.CDLL(None)
+    libc.signal(signal.SIGABRT, libc.sleep)
 
 
 def on_tpu(environment: Mapping[str, str]) -> bool:
@@ -255,30 +269,6 @@ def _wait_for(client: Any, key: str) -> str:
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise
-
-
-def leave(code: int) -> None:
-    """Ends this process's part in the job, with the exit code of its command.
-
-    After a failure the process ends here and at once, since JAX would wait minutes for the others.
-    Only process 0 lets the others leave first: JAX's service ends with it, and a process that loses
-    the service is aborted.
-    """
-    client = _client()
-    if not code or client is None:
-        return
-    sys.stdout.flush()
-    sys.stderr.flush()
-    process_id, num_processes = _place()
-    if process_id == 0:
-        deadline = time.monotonic() + _LEAVE_SECONDS
-        while len(client.key_value_dir_get(_LEFT)) < num_processes - 1:
-            if time.monotonic() > deadline:
-                break
-            time.sleep(0.05)
-    else:
-        client.key_value_set(f"{_LEFT}/{process_id}", str(code))
-    os._exit(code)
 
 
 def _key(kind: str, name: str) -> str:
