@@ -9,11 +9,13 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from launch import logs
 from launch.config_file import ConfigFileErrors, check_config_file
 from launch.help_text import config_fields, help_text
 from moe.config import ConfigError, RunConfig
@@ -103,7 +105,7 @@ def run(main: Main, description: str | None, *, devices: bool = False) -> NoRetu
     one of them.
 
     A command that uses `devices` first joins the other processes of its job, if there are any. Then
-    only process 0 prints the results.
+    each of them has a log file, and only process 0 prints.
     """
     # If the reader of a pipe leaves, as in `| head -1`, the output stops and the command goes on.
     sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
@@ -158,9 +160,16 @@ def _join(values: flags.FlagValues) -> None:
         if note := distributed.why_alone(os.environ):
             print(note, file=sys.stderr)
         return
+    _start_log(values, cluster)
     distributed.join(cluster, mesh)
-    if cluster.process_id > 0:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # it stays open to the end
+
+
+def _start_log(values: flags.FlagValues, cluster: distributed.Cluster) -> None:
+    """Gives this process of a job its own log file. From here on only process 0 is shown."""
+    workdir = Path(values.workdir) if "workdir" in values else None
+    directory = logs.log_directory(Path(sys.argv[0]).stem, workdir)
+    path = logs.log_path(directory, cluster.process_id)
+    logs.start(path, cluster.process_id, cluster.num_processes)
 
 
 def _parse(description: str, argv: list[str]) -> list[str]:

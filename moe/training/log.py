@@ -1,5 +1,6 @@
 """Writes the metrics of training steps to a run's files, and shows them."""
 
+import contextlib
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
@@ -7,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from moe.config import RunConfig
+from moe.parallel import watch
 from moe.scaling.flops import training_flops_per_token
 from moe.scaling.hardware import peak_flops
 from moe.tasks.task import Batch
@@ -53,6 +55,15 @@ class Log:
         self._waited += time.perf_counter() - begin
         return batch
 
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the time until the context ends as a wait for the devices."""
+        begin = time.perf_counter()
+        if self.finished_step:  # until then the run is still compiling
+            watch.report("waiting")
+        yield
+        self._waited_for_devices += time.perf_counter() - begin
+
     def add(self, step: int, metrics: Metrics) -> None:
         """Takes the metrics of a step just dispatched, and reads those of the step before it."""
         self._read()
@@ -71,7 +82,8 @@ class Log:
 
         If that is None, it begins at the end of the next step, since that step may compile.
         """
-        self._started, self._steps, self._waited = now, 0, 0.0
+        self._started, self._steps = now, 0
+        self._waited = self._waited_for_devices = 0.0
 
     def _read(self) -> None:
         """Waits for the pending step, if there is one, and takes its metrics."""
@@ -79,7 +91,8 @@ class Log:
             return
         step, metrics = self._pending
         self._pending = None
-        self.skipped_in_row = int(metrics["skipped_in_row"])  # this line waits for the step
+        with self.waiting():
+            self.skipped_in_row = int(metrics["skipped_in_row"])  # this line waits for the step
         self.finished_step = step
         self._bar.step(step)
         if self._started is None:
@@ -98,14 +111,15 @@ class Log:
         }
         layers = {name: np.asarray(value) for name, value in metrics.get("router", {}).items()}
         router = {f"router/{name}": value for name, value in router_summary(layers).items()}
-        values |= self._rates() | router
+        values |= self._rates(step) | router
         self._record(step, values, layers)
         self._bar.show_metrics(postfix(values))
 
-    def _rates(self) -> dict[str, float]:
-        """Returns the speeds since the clock was restarted, and restarts it.
+    def _rates(self, step: int) -> dict[str, float]:
+        """Returns the speeds up to a step since the clock was restarted, and restarts it.
 
-        The result is empty if no step has ended since then.
+        Process 0 gets the times of all hosts, to find one that is slower than the others. The
+        result is empty if no step has ended since then.
         """
         if self._started is None or not self._steps:
             return {}
@@ -115,6 +129,8 @@ class Log:
             "train/tokens_per_second": tokens / seconds,
             "train/data_wait_fraction": self._waited / seconds,
         }
+        host_seconds = max(0.0, seconds - self._waited_for_devices)
+        watch.send_times(step, seconds / self._steps, host_seconds / self._steps)
         if self._peak_flops:
             values["train/mfu"] = tokens / seconds * self._flops_per_token / self._peak_flops
         self._restart_clock(time.perf_counter())

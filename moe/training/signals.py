@@ -1,7 +1,9 @@
 """Catches SIGINT and SIGTERM while a run trains.
 
-The first signal asks the run to save and stop. The second one ends the process. Schedulers send one
-request as several SIGTERMs: SLURM signals a process both directly and through its srun.
+The first signal asks the run to save and stop. The second one ends the process. In a job of several
+processes, a signal before the first step is done ends all of them, since there is nothing to save.
+Schedulers send one request as several SIGTERMs: SLURM signals a process both directly and through
+its srun.
 """
 
 import contextlib
@@ -11,6 +13,8 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+
+from moe.parallel import watch
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SAME_REQUEST_S = 5.0  # SIGTERMs that follow a SIGTERM within this time are the same request
@@ -59,6 +63,8 @@ def _watch(reader: socket.socket) -> None:
         is_same = first == number == signal.SIGTERM and time.monotonic() < deadline
         if number not in SIGNALS or is_same:
             continue
+        if not first:
+            watch.stop_in_warm_up()
         with contextlib.suppress(OSError):  # stderr may be closed
             os.write(2, (_SECOND if first else _FIRST).encode())
         if first:

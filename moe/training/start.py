@@ -6,8 +6,10 @@ restored, or started from another run's.
 
 import contextlib
 import dataclasses
+import json
 import logging
 import math
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ import numpy as np
 from moe.config import ConfigError, MeshConfig, RunConfig
 from moe.data.rows import Rows
 from moe.files import try_lock
+from moe.parallel.distributed import from_first
 from moe.scaling.hardware import memory_bytes
 from moe.tasks import Task
 from moe.training.log import Record
@@ -27,8 +30,10 @@ from moe.training.train_step import Program, TrainState, make_program
 from moe.workdir import checkpoint
 from moe.workdir.checkpoint import Checkpoints
 from moe.workdir.identity import LOCK_FILE, read_config, read_saved_config, write_config
-from moe.workdir.origin import Origin, read_variables, write_origin
-from moe.workdir.tracking import MetricWriter, write_environment
+from moe.workdir.origin import Origin, find_origin, read_variables, write_origin
+from moe.workdir.tracking import MetricWriter, check_workdir, write_environment
+
+_VISIBLE_SECONDS = 60.0
 
 
 def check_memory(mesh: jax.sharding.Mesh, *trees: Any) -> None:
@@ -66,6 +71,26 @@ def check_finite(checkpoint_path: Path, variables: Any) -> None:
 
 
 @contextlib.contextmanager
+def claim_run(
+    workdir: Path, config: RunConfig, init_from: Path | None, init_step: int | None
+) -> Iterator[Origin | None]:
+    """Locks a run, checks that it is this one, and yields the checkpoint that it starts from.
+
+    Process 0 does so, and its answer holds for all. Another host may see the files later.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def claim() -> str:
+            stack.enter_context(lock_run(workdir))
+            check_workdir(workdir, config)
+            origin = find_origin(workdir, config.model, init_from, init_step)
+            return json.dumps(origin and [str(origin.run), origin.step])
+
+        origin = json.loads(from_first("the lock of the run", claim))
+        yield origin and Origin(Path(origin[0]), origin[1])
+
+
+@contextlib.contextmanager
 def lock_run(workdir: Path) -> Iterator[None]:
     """Makes this process the only one that writes the run.
 
@@ -98,11 +123,13 @@ def first_state(
     The checkpoint must have been trained on these rows. A new run takes its model's variables from
     `origin`, if there is one. It saves them at once, so that the other run is not needed later.
     """
-    latest = checkpoints.latest_step()
+    steps = from_first("the step to restore", lambda: json.dumps(checkpoints.all_steps()))
+    latest = max(json.loads(steps), default=None)
     if latest is not None:
         bar.show(f"restoring step {latest}")
+        wait_for_step(checkpoints, latest)
         checkpoint.check_rows(checkpoints, rows.sha256)
-        return checkpoint.restore(checkpoints, program.abstract_state)
+        return checkpoint.restore(checkpoints, program.abstract_state, latest)
     bar.show("initialising the parameters")
     state = program.init_state()
     if origin is not None:
@@ -110,6 +137,21 @@ def first_state(
         state = start_from(origin, workdir, program, state)
         checkpoint.save(checkpoints, config, rows.sha256, state)
     return state
+
+
+def wait_for_step(checkpoints: Checkpoints, step: int) -> None:
+    """Waits until this host sees the checkpoint that process 0 has chosen.
+
+    A shared file system may show files late. Raises ConfigError if it never shows this one.
+    """
+    deadline = time.monotonic() + _VISIBLE_SECONDS
+    while step not in checkpoints.all_steps():
+        if time.monotonic() > deadline:
+            raise ConfigError(
+                f"{checkpoints.directory} has no step {step} on this host, and process 0 sees it: "
+                "set --workdir to a directory that all hosts share"
+            )
+        time.sleep(0.1)
 
 
 def start_from(origin: Origin, workdir: Path, program: Program, state: TrainState) -> TrainState:

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from launch.local import (
+    COMMANDS,
     Job,
     find_cause,
     find_gpus,
@@ -285,6 +286,11 @@ def test_find_cause(codes: list[int], order: list[int], cause: int | None) -> No
 def test_codes_of_users_and_of_mistakes_are_not_restarted() -> None:
     codes = [0, 1, 2, 3, 69, 75, 76, 77, 129, 130, 131, 134, 137, 139, 143]
     assert [code for code in codes if may_restart(code)] == [1, 69, 76, 77, 134, 137, 139]
+
+
+def test_the_commands_are_those_that_use_devices() -> None:
+    files = sorted((ROOT / "launch").glob("*.py"))
+    assert [path.stem for path in files if "devices=True)" in path.read_text()] == list(COMMANDS)
 
 
 def test_each_process_gets_its_own_gpus() -> None:
