@@ -61,9 +61,12 @@ case $action in
     git archive --format=tar.gz --output="$archive" HEAD
     gcloud compute tpus queued-resources scp "$archive" "$NAME:moe.tar.gz" "--zone=$ZONE" \
       --node=all --worker=all
+    # The images of TPU VMs may have a Python older than 3.11, so uv brings one.
     on_all_hosts "rm -rf moe && mkdir moe && tar -xzf moe.tar.gz -C moe && cd moe &&
-      python3 -m venv .venv && .venv/bin/python -m pip install --quiet --requirement \
-      requirements.txt --constraint launch/kubernetes/constraints.txt 'jax[tpu]'"
+      python3 -m pip install --quiet --user uv && uv=\$HOME/.local/bin/uv &&
+      \$uv venv --quiet --python=3.11 .venv && \$uv pip install --quiet --python=.venv/bin/python \
+      --requirement=requirements.txt --constraint=launch/kubernetes/constraints.txt \
+      'jax[tpu]' gcsfs"
     ;;
   train)
     # %q quotes each word for the shell of the host.
