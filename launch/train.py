@@ -62,7 +62,8 @@ def main(values: flags.FlagValues) -> int:
     return 0
 
 
-if __name__ == "__main__":
+def define_flags() -> None:
+    """Defines the flags of this command, which launch.slurm takes too."""
     command_line.define_config()
     command_line.define_workdir("The run directory: a new one, or one to go on with.")
     command_line.define_directory(
@@ -71,4 +72,8 @@ if __name__ == "__main__":
     flags.DEFINE_integer(
         "init_step", None, "The step of the checkpoint of --init_from; the latest by default."
     )
+
+
+if __name__ == "__main__":
+    define_flags()
     command_line.run(main, __doc__, devices=True)

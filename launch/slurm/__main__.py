@@ -9,10 +9,11 @@ Examples:
     python -m launch.slurm --nodes=1 --array=0-4%2 --workdir=runs/seeds -- \\
         launch.train --config=configs/moe_tiny.py --workdir=runs/seeds/%a --config.seed=%a
 
-The job runs launch.train, or the command after --, as one process on each node, which uses all
-devices that the job has there. After -- a first word such as launch.evaluate means
-`python -m launch.evaluate`, and in an array %a is the number of the element. The job runs in the
-current directory with this Python, so all nodes must see both, and the run directory.
+The job runs launch.train, whose flags may all be given here, or the command after --. It is one
+process on each node, which uses all devices that the job has there. After -- a first word such as
+launch.evaluate means `python -m launch.evaluate`, and in an array %a is the number of the element.
+The job runs in the current directory with this Python, so all nodes must see both, and the run
+directory.
 
 The file that is submitted and the job's output are in WORKDIR/slurm/ (for a run at gs://, in
 slurm/NAME/ of the current directory). Before the time limit, all processes save the same step and
@@ -34,7 +35,7 @@ from pathlib import Path
 
 from absl import flags
 
-from launch import command_line
+from launch import command_line, train
 from launch.slurm.job import check_time, job_folder, job_text
 from moe.config import ConfigError
 from moe.config.layout import check_layout
@@ -77,8 +78,7 @@ def _check_run(values: flags.FlagValues) -> None:
 
 def _flags_of_train(arguments: list[str]) -> list[str]:
     """Returns the arguments that are not flags of this command: those for launch.train."""
-    names = {flag.name for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0])}
-    ours = names - {"config", "workdir"}
+    ours = {flag.name for flag in flags.FLAGS.flags_by_module_dict()[sys.argv[0]]}
     kept, words = [], iter(arguments)
     for word in words:
         name = word.lstrip("-").split("=")[0]
@@ -148,7 +148,9 @@ if __name__ == "__main__":
     COMMAND = sys.argv[separator + 1 :]
     del sys.argv[separator:]
     define_flags()
-    if not COMMAND:
-        command_line.define_config()
-    command_line.define_workdir("The run directory, which all nodes must see.")
+    if COMMAND:
+        command_line.define_workdir("Where the file and the output of the job go.")
+    else:
+        train.define_flags()
+        flags.adopt_module_key_flags(train)  # --help lists them
     command_line.run(main, __doc__)

@@ -281,12 +281,13 @@ def test_bad_input_is_answered_in_one_line(arguments: tuple[str, ...], message: 
 
 
 def test_a_dry_run_prints_the_job_with_the_flags_of_train() -> None:
-    done = run(*TINY, "--save_s", "60", "--config.train.steps", "5", "--dry_run")
+    words = ("--save_s", "60", "--init_from=runs/a", "--config.train.steps", "5", "--nodry_run")
+    done = run(*TINY, *words, "--dry_run")
     assert done.returncode == 0, done
     assert "\n#SBATCH --signal=B:USR1@60\n" in done.stdout
     assert (
-        "-m launch.train --workdir=runs/x --config=configs/moe_tiny.py --config.train.steps 5)\n"
-        in done.stdout
+        "-m launch.train --workdir=runs/x --config=configs/moe_tiny.py --init_from=runs/a "
+        "--config.train.steps 5)\n" in done.stdout
     )
 
 
@@ -296,4 +297,11 @@ def test_what_sbatch_refuses_is_told_in_one_line(tmp_path: Path) -> None:
     done = run("--nodes=1", f"--workdir={tmp_path}/run", "--", "x", path=str(tmp_path))
     assert done.stderr == (
         f"error: sbatch refused {tmp_path}/run/slurm/job.sbatch: no such partition\n"
+    )
+
+
+def test_help_lists_the_flags_of_both_commands() -> None:
+    done = run("--help")
+    assert done.returncode == 0 and {"  --nodes=...", "  --init_from=..."} <= set(
+        done.stdout.splitlines()
     )
