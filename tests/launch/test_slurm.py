@@ -183,7 +183,7 @@ def test_signals_save_and_then_queue_or_end(
     output, _ = job.communicate(timeout=30)
     assert (job.returncode, calls(tmp_path)) == (expected, ["srun", *called]), output
     name = "5_4" if element else "7"
-    assert f"scancel --quiet --signal=TERM {name}.0" in (tmp_path / "calls").read_text()
+    assert f"scancel --quiet --signal=TERM {name}\n" in (tmp_path / "calls").read_text()
 
 
 def test_a_saved_job_that_nobody_told_is_queued_again(start, tmp_path) -> None:

@@ -190,3 +190,23 @@ def test_a_chain_goes_on_after_any_end(slurm: Cluster, tmp_path: Path) -> None:
     submit(slurm, "--chain=2", f"--workdir={tmp_path}", "--", "bash", "-c", "exit 3")
     ended = lambda: [log.read_text() for log in (tmp_path / "slurm").glob("*.log")]
     wait(lambda: sum("ended with exit code 3" in log for log in ended()) == 2, ended, 60)
+
+
+def test_a_signal_reaches_one_element_of_an_array(slurm: Cluster, tmp_path: Path) -> None:
+    """The last element has the id of the whole array, so it is the one that could go wrong."""
+    # It ends at SIGTERM, or if it has been queued again, or else when the file `end` is there.
+    command = (
+        "trap 'exit 75' TERM; echo begun; [ $SLURM_RESTART_COUNT ] || "
+        "while [ ! -e end ]; do sleep 0.1; done"
+    )
+    arguments = ("--array=0-1", f"--workdir={tmp_path}", f"--sbatch=--chdir={tmp_path}")
+    job = submit(slurm, *arguments, "--", "bash", "-c", command, nodes=1)
+    logs = [tmp_path / "slurm" / f"{job}_{element}.log" for element in range(2)]
+    read = lambda: [log.read_text() if log.exists() else "" for log in logs]
+    wait(lambda: all("begun" in text for text in read()), read, 60)
+    slurm.run("scancel", "--batch", "--signal=USR1", f"{job}_1")
+    wait(lambda: "ended with exit code 0" in read()[1], read, 60)
+    assert "the job is queued again" in read()[1] and "ended" not in read()[0]
+    (tmp_path / "end").touch()
+    wait(lambda: "ended with exit code 0" in read()[0], read, 60)
+    assert "queued again" not in read()[0]
