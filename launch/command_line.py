@@ -17,9 +17,10 @@ from ml_collections import ConfigDict, config_flags
 from launch.config_file import ConfigFileErrors, check_config_file
 from launch.help_text import config_fields, help_text
 from moe.config import ConfigError, RunConfig
-from moe.config.checks import expand_path, show
+from moe.config.checks import expand_run_path, show
 from moe.exit_codes import BAD_INPUT, INTERRUPTED
 from moe.files import announce_wait
+from moe.storage.paths import cloud_errors, explain
 from moe.training.progress import Stream
 
 Main = Callable[[flags.FlagValues], int | None]
@@ -42,7 +43,7 @@ def define_workdir(description: str) -> None:
 
 
 class _DirectoryParser(flags.ArgumentParser):
-    """Checks a path and expands its ~, which shells do not do in --flag=~/x."""
+    """Checks the path of a run directory and expands its ~, as shells do not in --flag=~/x."""
 
     syntactic_help = "a directory"
 
@@ -50,11 +51,11 @@ class _DirectoryParser(flags.ArgumentParser):
         self._name = name
 
     def parse(self, argument: str) -> str:
-        return expand_path(f"--{self._name}", argument)
+        return expand_run_path(f"--{self._name}", argument)
 
 
 def define_directory(name: str, description: str, *, required: bool = False) -> None:
-    """Defines a flag whose value is a path, in which ~ stands for the home directory."""
+    """Defines a flag whose value is a run directory, in which ~ stands for the home directory."""
     flags.DEFINE(
         _DirectoryParser(name),
         name,
@@ -96,6 +97,8 @@ def _call(main: Main, _: list[str]) -> int | None:
         return main(flags.FLAGS)
     except (ConfigError, FileNotFoundError) as error:
         return _fail(error)
+    except cloud_errors() as error:
+        return _fail(explain(error))
     except OSError as error:
         # A full disk or a lost connection has an error number but no file name: no flag is to blame
         # for it. A bad path has both, and an OSError that this project raises has neither.
