@@ -5,7 +5,6 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -16,10 +15,12 @@ from moe.data.rows import Rows
 from moe.parallel import watch
 from moe.parallel.distributed import from_first
 from moe.parallel.mesh import global_batch, host_rows
+from moe.storage.owner import Check
+from moe.storage.paths import RunPath, run_path
 from moe.tasks import Task
 from moe.tasks.task import Batch
 from moe.training.evaluation import evaluate, is_validated, last_validation
-from moe.training.log import Log, Record
+from moe.training.log import Log, Records
 from moe.training.progress import Bar
 from moe.training.signals import catch_signals
 from moe.training.start import (
@@ -60,18 +61,18 @@ class _Run(NamedTuple):
     train_rows: Rows
     validation_rows: Rows
     checkpoints: Checkpoints
-    record: Record
+    records: Records
     bar: Bar
     vote: Vote  # whether a signal or the end of the job has asked the run to stop
 
 
 def fit(
     config: RunConfig,
-    workdir: Path,
+    workdir: str | os.PathLike[str],
     devices: list[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]  # a class
     *,
     task: Task | None = None,
-    init_from: Path | None = None,
+    init_from: str | os.PathLike[str] | None = None,
     init_step: int | None = None,
 ) -> dict[str, float]:
     """Trains to `config.train.steps` and returns the last validation metrics.
@@ -91,15 +92,17 @@ def fit(
         # A model that is too large is refused before the lock is taken, which makes the directory.
         # The parameters count twice, since the gradient is as large as they are.
         check_memory(program.mesh, program.abstract_state, program.abstract_state.params)
-        with claim_run(workdir, config, init_from, init_step) as origin:
-            return _fit(config, workdir, program, origin, interrupted)
+        workdir, source = run_path(workdir), run_path(init_from) if init_from else None
+        with claim_run(workdir, config, source, init_step) as (origin, check):
+            return _fit(config, workdir, program, origin, check, interrupted)
 
 
 def _fit(
     config: RunConfig,
-    workdir: Path,
+    workdir: RunPath,
     program: Program,
     origin: Origin | None,
+    check: Check,
     interrupted: Callable[[], bool],
 ) -> dict[str, float]:
     """Trains as `fit` does, once this run's lock is held, and returns the last validation."""
@@ -107,12 +110,14 @@ def _fit(
     validation_rows = program.task.rows(config, config.data.validation_split)
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(Bar(config.train.steps, shown=jax.process_index() == 0))
-        checkpoints = stack.enter_context(checkpoint.open_checkpoints(workdir, config))
+        checkpoints = stack.enter_context(checkpoint.open_checkpoints(workdir, config, check))
         state = first_state(config, workdir, program, checkpoints, train_rows, origin, bar)
         report_new_schedule(workdir, config, state)
-        record = stack.enter_context(open_records(workdir, config, program, int(state.step)))
+        records = open_records(workdir, config, program, int(state.step), check)
+        records = stack.enter_context(records)
         vote = Vote(program.mesh, asks_to_stop(interrupted, os.environ))
-        run = _Run(config, program, train_rows, validation_rows, checkpoints, record, bar, vote)
+        rows = train_rows, validation_rows
+        run = _Run(config, program, *rows, checkpoints, records, bar, vote)
         batches = stack.enter_context(_train_batches(run, int(state.examples)))
         stack.enter_context(jax.set_mesh(program.mesh))
         # The run may have been stopped in the evaluation of the step that it goes on from.
@@ -135,7 +140,7 @@ def _fit(
 def _train(run: _Run, state: TrainState, batches: Iterator[Batch]) -> TrainState:
     """Takes the run's steps, evaluates and saves on the way, and returns the last state."""
     train = run.config.train
-    log = Log(run.config, run.program, run.record, run.bar)
+    log = Log(run.config, run.program, run.records, run.bar)
     start = int(state.step)
     begin = f"resuming from step {start}" if start else "starting"
     run.bar.show(f"{begin}: compiling the training step")
@@ -157,6 +162,7 @@ def _train(run: _Run, state: TrainState, batches: Iterator[Batch]) -> TrainState
         if must_stop or step == train.steps or step % train.checkpoint_every == 0:
             run.bar.show(f"{'stopping: ' if must_stop else ''}saving step {step}")
             watch.report("saving")
+            run.records.flush()
             checkpoint.save(run.checkpoints, run.config, run.train_rows.sha256, state)
         if must_stop:
             break
@@ -171,7 +177,7 @@ def _evaluate(run: _Run, state: TrainState) -> bool:
     values = evaluate(run.config, run.program, variables, rows, run.vote.stops)
     if values:
         metrics = {f"validation/{name}": value for name, value in values.items()}
-        run.record(int(state.step), metrics)
+        run.records.metrics(int(state.step), metrics)
     return bool(values)
 
 
@@ -180,7 +186,7 @@ def _evaluates(train: TrainConfig, step: int) -> bool:
     return step == train.steps or step % train.eval_every == 0
 
 
-def _lacks_validation(workdir: Path, config: RunConfig, step: int) -> bool:
+def _lacks_validation(workdir: RunPath, config: RunConfig, step: int) -> bool:
     """Returns whether the evaluation of the step from which a run resumes was not finished."""
     if not step or not _evaluates(config.train, step):
         return False
