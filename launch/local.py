@@ -66,6 +66,7 @@ from moe.exit_codes import (
     PEER_STUCK,
     may_restart,
 )
+from moe.storage.paths import RunPath, run_path
 
 COMMANDS = ("benchmark", "compare", "evaluate", "generate", "routing", "train", "upcycle")
 # The others notice a process that failed, and leave by themselves. Those that have not done so
@@ -88,7 +89,7 @@ class Job(NamedTuple):
     platform: str
 
     @property
-    def logs(self) -> Path:
+    def logs(self) -> RunPath:
         """Returns the folder of the processes' log files."""
         values = flags.FlagValues()
         flags.DEFINE_string("workdir", None, "", flag_values=values)
@@ -96,7 +97,7 @@ class Job(NamedTuple):
             values(self.command, known_only=True)
         except flags.Error as error:
             raise ConfigError(str(error)) from None
-        workdir = Path(values.workdir).expanduser() if values.workdir else None
+        workdir = run_path(values.workdir) if values.workdir else None
         return log_directory(self.command[0].removeprefix("launch."), workdir)
 
 
@@ -305,7 +306,8 @@ def _pause(processes: Sequence[Process]) -> None:
 def find_cause(codes: Sequence[int], order: Sequence[int]) -> int | None:
     """Returns the process whose end is the cause of the job's, or None if none failed.
 
-    `order` has the processes in the order of their ends. A process that left because another one
+    `order` has the processes in the order of their ends, without those that had to be killed. A
+    process that left because another one
     failed, or because it was asked to, is the cause only if there is no other. Where process 0
     ended in the same way as the cause, it stands for it.
     """
@@ -314,7 +316,7 @@ def find_cause(codes: Sequence[int], order: Sequence[int]) -> int | None:
         return None
     excuse = lambda rank: 2 if codes[rank] == INTERRUPTED else codes[rank] in _LEFT
     cause = min(failed, key=excuse)
-    return 0 if codes[0] == codes[cause] else cause
+    return 0 if 0 in order and codes[0] == codes[cause] else cause
 
 
 def _ending(code: int) -> str:
@@ -331,15 +333,15 @@ def _shell_code(code: int) -> int:
     return 128 - code if code < 0 else code
 
 
-def _show_last_lines(process: Process, log: Path, begin: float) -> None:
+def _show_last_lines(process: Process, log: RunPath, begin: float) -> None:
     """Shows the last lines of a process: those before its log was open, and those of its log."""
     lines = []
     if process.output is not None:
         process.output.seek(0)
         lines += process.output.read().decode(errors="replace").splitlines()[-20:]
-    if log.exists() and log.stat().st_mtime >= begin:  # an older one is of another start
-        lines += last_lines(log)
+    if logged := last_lines(log, since=begin):  # older lines are of another start
         print(f"its last lines, all of which are in {log}:", file=sys.stderr)
+        lines += logged
     for line in lines:
         print(f"    {line}", file=sys.stderr)
 

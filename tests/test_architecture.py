@@ -24,7 +24,7 @@ ROOMS = ("configs", "kernels", "launch", "moe")
 FLOORS = (
     ("kernels", "files", "exit_codes"),
     ("config",),
-    ("parameters", "data", "scaling"),
+    ("parameters", "data", "scaling", "storage"),
     ("parallel",),
     ("losses",),
     ("model", "interop"),

@@ -8,8 +8,8 @@ import contextlib
 import dataclasses
 import logging
 import math
-from collections.abc import Iterator
-from pathlib import Path
+import os
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -17,8 +17,9 @@ import numpy as np
 
 from moe.config import ConfigError, MeshConfig, RunConfig
 from moe.data.rows import Rows
-from moe.files import try_lock
 from moe.scaling.hardware import memory_bytes
+from moe.storage.owner import Check, own_run, unchecked
+from moe.storage.paths import RunPath, run_path
 from moe.tasks import Task
 from moe.training.log import Record
 from moe.training.optimizer import make_schedule
@@ -26,7 +27,7 @@ from moe.training.progress import Bar
 from moe.training.train_step import Program, TrainState, make_program
 from moe.workdir import checkpoint
 from moe.workdir.checkpoint import Checkpoints
-from moe.workdir.identity import LOCK_FILE, read_config, read_saved_config, write_config
+from moe.workdir.identity import read_config, read_saved_config, write_config
 from moe.workdir.origin import Origin, read_variables, write_origin
 from moe.workdir.tracking import MetricWriter, write_environment
 
@@ -54,7 +55,7 @@ def check_memory(mesh: jax.sharding.Mesh, *trees: Any) -> None:
         )
 
 
-def check_finite(checkpoint_path: Path, variables: Any) -> None:
+def check_finite(checkpoint_path: RunPath, variables: Any) -> None:
     """Raises ConfigError for the first variable of a checkpoint with NaN or an infinity."""
     for keys, leaf in jax.tree_util.tree_flatten_with_path(variables)[0]:
         if not jax.numpy.isfinite(leaf).all():
@@ -66,27 +67,23 @@ def check_finite(checkpoint_path: Path, variables: Any) -> None:
 
 
 @contextlib.contextmanager
-def lock_run(workdir: Path) -> Iterator[None]:
+def lock_run(workdir: RunPath) -> Iterator[Check]:
     """Makes this process the only one that writes the run.
 
-    Raises ConfigError if another process is writing it. Among a run's own processes, only the
-    first one holds the lock.
+    It yields a function that must be called before each write, as `own_run` says. Raises
+    ConfigError if another process is writing the run. Among a run's own processes, only the first
+    one holds the lock.
     """
     if jax.process_index() > 0:
-        yield
+        yield unchecked
         return
-    with try_lock(workdir / LOCK_FILE) as holder:
-        if holder:
-            raise ConfigError(
-                f"{workdir} is being written by {holder}: "
-                "wait until it ends, or set another --workdir"
-            )
-        yield
+    with own_run(workdir) as check:
+        yield check
 
 
 def first_state(
     config: RunConfig,
-    workdir: Path,
+    workdir: RunPath,
     program: Program,
     checkpoints: Checkpoints,
     rows: Rows,
@@ -112,7 +109,7 @@ def first_state(
     return state
 
 
-def start_from(origin: Origin, workdir: Path, program: Program, state: TrainState) -> TrainState:
+def start_from(origin: Origin, workdir: RunPath, program: Program, state: TrainState) -> TrainState:
     """Returns a new run's state with the model's variables of another run's checkpoint.
 
     It also writes down in `workdir` which checkpoint that is. Raises ConfigError if the checkpoint
@@ -125,7 +122,7 @@ def start_from(origin: Origin, workdir: Path, program: Program, state: TrainStat
     return state.replace(**variables)
 
 
-def report_new_schedule(workdir: Path, config: RunConfig, state: TrainState) -> None:
+def report_new_schedule(workdir: RunPath, config: RunConfig, state: TrainState) -> None:
     """Logs how the learning rate changes if the run was begun with another number of steps."""
     before, update = read_saved_config(workdir), int(state.step) - int(state.skipped)
     if before and before.train.steps != config.train.steps:
@@ -138,23 +135,27 @@ def report_new_schedule(workdir: Path, config: RunConfig, state: TrainState) -> 
 
 
 @contextlib.contextmanager
-def open_records(workdir: Path, config: RunConfig, program: Program, step: int) -> Iterator[Record]:
-    """Yields the function that writes a step's metrics.
+def open_records(
+    workdir: RunPath, config: RunConfig, program: Program, step: int, check: Check = unchecked
+) -> Iterator[tuple[Record, Callable[[], None]]]:
+    """Yields the function that writes a step's metrics, and one that flushes what was written.
 
-    Among a run's processes, only the first one writes.
+    The latter must be called before a checkpoint is saved. Among a run's processes, only the first
+    one writes.
     """
     if jax.process_index() > 0:
-        yield lambda step, metrics, layers=None, /: None
+        yield lambda step, metrics, layers=None, /: None, lambda: None
         return
+    check()
     write_config(workdir, config)
     write_environment(workdir, program.attention)
     logging.info("attention: %s", program.attention)
-    with MetricWriter(workdir, config.tracking, step) as writer:
-        yield writer.write
+    with MetricWriter(workdir, config.tracking, step, check) as writer:
+        yield writer.write, writer.flush
 
 
 def load_run(
-    workdir: Path, step: int | None = None, *, task: Task | None = None
+    workdir: str | os.PathLike[str], step: int | None = None, *, task: Task | None = None
 ) -> tuple[RunConfig, Program, Any, int]:
     """Returns the config, program, model variables and step of a run's checkpoint.
 
@@ -162,6 +163,7 @@ def load_run(
     The mesh of the run does not matter: parameters are split over as many devices here as divide
     the model's width. Raises ConfigError if there is no such run or step.
     """
+    workdir = run_path(workdir)
     config = read_config(workdir)
     devices = jax.device_count()
     mesh = MeshConfig(data=-1, fsdp=math.gcd(config.model.model_dim, devices))

@@ -2,8 +2,8 @@
 
 import contextlib
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -12,6 +12,8 @@ from moe.config import RunConfig
 from moe.data.loader import make_loader
 from moe.data.rows import Rows
 from moe.parallel.mesh import global_batch, host_rows
+from moe.storage.owner import Check
+from moe.storage.paths import RunPath, run_path
 from moe.tasks import Task
 from moe.tasks.task import Batch
 from moe.training.evaluation import evaluate, last_validation
@@ -57,17 +59,18 @@ class _Run(NamedTuple):
     validation_rows: Rows
     checkpoints: Checkpoints
     record: Record
+    flush: Callable[[], None]  # writes what was recorded, before a checkpoint of it
     bar: Bar
     interrupted: Callable[[], bool]  # whether a signal has asked the run to stop
 
 
 def fit(
     config: RunConfig,
-    workdir: Path,
+    workdir: str | os.PathLike[str],
     devices: list[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]  # a class
     *,
     task: Task | None = None,
-    init_from: Path | None = None,
+    init_from: str | os.PathLike[str] | None = None,
     init_step: int | None = None,
 ) -> dict[str, float]:
     """Trains to `config.train.steps` and returns the last validation metrics.
@@ -85,14 +88,15 @@ def fit(
     # A model that is too large is refused before the lock is taken, which makes the directory. The
     # parameters count twice, since the gradient is as large as they are.
     check_memory(program.mesh, program.abstract_state, program.abstract_state.params)
-    with lock_run(workdir):
+    workdir, source = run_path(workdir), run_path(init_from) if init_from else None
+    with lock_run(workdir) as check:
         check_workdir(workdir, config)
-        origin = find_origin(workdir, config.model, init_from, init_step)
-        return _fit(config, workdir, program, origin)
+        origin = find_origin(workdir, config.model, source, init_step)
+        return _fit(config, workdir, program, origin, check)
 
 
 def _fit(
-    config: RunConfig, workdir: Path, program: Program, origin: Origin | None
+    config: RunConfig, workdir: RunPath, program: Program, origin: Origin | None, check: Check
 ) -> dict[str, float]:
     """Trains as `fit` does, once this run's lock is held, and returns the last validation."""
     train_rows = program.task.rows(config, config.data.train_split)
@@ -100,12 +104,21 @@ def _fit(
     with contextlib.ExitStack() as stack:
         interrupted = stack.enter_context(catch_signals())
         bar = stack.enter_context(Bar(config.train.steps, shown=jax.process_index() == 0))
-        checkpoints = stack.enter_context(checkpoint.open_checkpoints(workdir, config))
+        checkpoints = stack.enter_context(checkpoint.open_checkpoints(workdir, config, check))
         state = first_state(config, workdir, program, checkpoints, train_rows, origin, bar)
         report_new_schedule(workdir, config, state)
-        record = stack.enter_context(open_records(workdir, config, program, int(state.step)))
+        records = open_records(workdir, config, program, int(state.step), check)
+        record, flush = stack.enter_context(records)
         run = _Run(
-            config, program, train_rows, validation_rows, checkpoints, record, bar, interrupted
+            config,
+            program,
+            train_rows,
+            validation_rows,
+            checkpoints,
+            record,
+            flush,
+            bar,
+            interrupted,
         )
         batches = stack.enter_context(_train_batches(run, int(state.examples)))
         stack.enter_context(jax.set_mesh(program.mesh))
@@ -146,6 +159,7 @@ def _train(run: _Run, state: TrainState, batches: Iterator[Batch]) -> TrainState
             run.record(step, {f"validation/{name}": value for name, value in values.items()})
         if must_save:
             run.bar.show(f"{'stopping: ' if must_stop else ''}saving step {step}")
+            run.flush()
             checkpoint.save(run.checkpoints, run.config, run.train_rows.sha256, state)
         if must_stop:
             break

@@ -413,8 +413,9 @@ def test_other_rows_are_refused(config, uninterrupted, monkeypatch):
 
 def test_the_first_process_alone_writes(config, uninterrupted, tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    with start.open_records(tmp_path, config, make_program(config), 0) as record:
+    with start.open_records(tmp_path, config, make_program(config), 0) as (record, flush):
         record(1, {"train/loss": 1.0})
+        flush()
     assert list(tmp_path.iterdir()) == []
 
 
