@@ -112,11 +112,11 @@ def finish() -> None:
 def last_lines(path: "RunPath", count: int = 20, since: float = 0.0) -> list[str]:
     """Returns the last lines of a log file, at most back to the last start of its process.
 
-    Lines from before the time `since` are left out. There are none if there is no file.
+    Lines from before the time `since` are left out. There are none if the file cannot be read.
     """
     try:
         text = _read_end(path, count * 4096)
-    except FileNotFoundError:
+    except OSError:
         return []
     lines = text.decode(errors="replace").splitlines()
     for number, line in reversed(list(enumerate(lines))):
@@ -127,14 +127,18 @@ def last_lines(path: "RunPath", count: int = 20, since: float = 0.0) -> list[str
 
 
 def _read_end(path: "RunPath", size: int) -> bytes:
-    """Returns the last bytes of a log file. Raises FileNotFoundError."""
+    """Returns the last bytes of a log file. Raises OSError."""
     if isinstance(path, Path):
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - size))
             return file.read()
     from moe.storage.lines import line_parts
+    from moe.storage.paths import cloud_errors, explain
 
-    return b"".join(part.read_bytes() for part in line_parts(path)[-2:])
+    try:
+        return b"".join(part.read_bytes() for part in line_parts(path)[-2:])
+    except cloud_errors() as error:
+        raise OSError(explain(error)) from None
 
 
 def _open_closed_descriptors() -> None:
