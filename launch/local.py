@@ -32,8 +32,8 @@ killed it. With --restarts=N, the job is started again up to N times, after 1, 2
     75   stopped by Ctrl-C or SIGTERM, and saved                       no: you stopped it
     76   a process died                                                yes
     77   a process was stuck                                           yes
-    130, 143  stopped at once by a second Ctrl-C or SIGTERM            no: you stopped it
-    129 and more  killed by another signal: 137 by kill -9             yes
+    129, 130, 131, 143  ended at once by a signal that people send     no: you stopped it
+    others above 128    killed by another signal: 137 by kill -9       yes
 """
 
 import contextlib
