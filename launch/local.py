@@ -20,8 +20,8 @@ Ctrl-C and SIGTERM are passed on to the processes, which save and stop; a second
 once. If this command itself is killed, so are its processes.
 
 The exit code is that of the process that failed first, or 128 + the number of the signal that
-killed it. With --restarts=N, the job is started again up to N times, after 1, 2, 4, ... and at most
-60 seconds:
+killed it. With --restarts=N, the job is started again up to N times in a row, after 1, 2, 4, ...
+and at most 60 seconds. A start that has worked for 10 minutes begins a new count.
 
     code                                                               started again
     0    done                                                          no
@@ -39,10 +39,8 @@ killed it. With --restarts=N, the job is started again up to N times, after 1, 2
 import contextlib
 import ctypes
 import functools
-import itertools
 import math
 import os
-import select
 import signal
 import socket
 import subprocess
@@ -56,6 +54,7 @@ from typing import IO, Any, NamedTuple
 from absl import flags
 
 from launch import command_line
+from launch.local_signals import STOP_SIGNALS, Signals, catch_signals
 from launch.logs import last_lines, log_directory, log_path
 from moe.config import ConfigError
 from moe.exit_codes import (
@@ -73,9 +72,7 @@ COMMANDS = ("benchmark", "compare", "evaluate", "generate", "routing", "train", 
 # after this time hang.
 GRACE_SECONDS = 30.0
 FIRST_DELAY_SECONDS, MAX_DELAY_SECONDS = 1.0, 60.0  # before a restart
-# `timeout` sends a signal to its command, and then to the command's group: that is one signal.
-SAME_SIGNAL_SECONDS = 0.1
-STOP_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+LONG_START_SECONDS = 600.0  # a start that worked for this long begins a new count of restarts
 _LEFT = (PEER_DIED, PEER_STUCK)  # how a process ends because another one has failed
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
@@ -106,50 +103,6 @@ class Process(NamedTuple):
 
     popen: subprocess.Popen[bytes]
     output: IO[bytes] | None  # that of process 0 is shown instead
-
-
-class Signals:
-    """Waits for signals, and says which have come."""
-
-    def __init__(self, reader: socket.socket):
-        self._reader, self._last, self._time = reader, 0, 0.0
-
-    def wait(self, seconds: float | None) -> list[int]:
-        """Returns the signals that have come, after the first one or after some seconds.
-
-        A signal that comes twice within an instant counts once.
-        """
-        ready, _, _ = select.select([self._reader], [], [], seconds)
-        found = []
-        for number in self._reader.recv(256) if ready else b"":
-            now = time.monotonic()
-            if number != self._last or now - self._time > SAME_SIGNAL_SECONDS:
-                found.append(number)
-            if number != signal.SIGCHLD:
-                self._last, self._time = number, now
-        return found
-
-
-@contextlib.contextmanager
-def catch_signals() -> Iterator[Signals]:
-    """Yields the signals that arrive from here on, instead of letting them end this process."""
-    reader, writer = socket.socketpair()
-    writer.setblocking(False)
-    before = {
-        number: signal.signal(number, lambda *_: None)
-        for number in (*STOP_SIGNALS, signal.SIGCHLD, signal.SIGTSTP)
-        # Under nohup, SIGHUP is ignored, and stays so.
-        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN
-    }
-    descriptor_before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-    try:
-        yield Signals(reader)
-    finally:
-        signal.set_wakeup_fd(descriptor_before)
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        reader.close()
-        writer.close()
 
 
 @contextlib.contextmanager
@@ -348,16 +301,20 @@ def _show_last_lines(process: Process, log: RunPath, begin: float) -> None:
 
 def run_with_restarts(job: Job, gpus: Sequence[str], restarts: int) -> int:
     """Runs a job until it succeeds or is not to be started again, and returns its exit code."""
+    count = 0  # of restarts in a row
     with catch_signals() as signals:
-        for number in itertools.count(1):
+        while True:
+            begin = time.monotonic()
             code, was_stopped = run_job(job, gpus, signals)
-            if number > restarts or was_stopped or not may_restart(code):
-                break
-            delay = min(FIRST_DELAY_SECONDS * 2 ** (number - 1), MAX_DELAY_SECONDS)
-            print(f"restart {number} of {restarts} in {delay:g} s", file=sys.stderr)
+            if time.monotonic() - begin > LONG_START_SECONDS:
+                count = 0
+            if count == restarts or was_stopped or not may_restart(code):
+                return code
+            delay = min(FIRST_DELAY_SECONDS * 2**count, MAX_DELAY_SECONDS)
+            count += 1
+            print(f"restart {count} of {restarts} in {delay:g} s", file=sys.stderr)
             if not _sleep(delay, signals):
                 return INTERRUPTED
-    return code
 
 
 def _sleep(seconds: float, signals: Signals) -> bool:
@@ -393,11 +350,8 @@ def main(command: Sequence[str], values: flags.FlagValues) -> int:
         )
     job = Job(command, values.processes, values.devices, values.platform)
     gpus = find_gpus(job, os.environ)
-    print(
-        f"{job.processes} processes with {job.devices} {job.platform} devices each; "
-        f"the output of process 0 follows, and all have logs in {job.logs}",
-        file=sys.stderr,
-    )
+    where = f"; process 0 is shown, and all have logs in {job.logs}" if job.processes > 1 else ""
+    print(f"{job.processes} x {job.devices} {job.platform} devices{where}", file=sys.stderr)
     return run_with_restarts(job, gpus, values.restarts)
 
 
@@ -408,5 +362,5 @@ if __name__ == "__main__":
     flags.DEFINE_enum(
         "platform", "cpu", ["cpu", "cuda"], "Virtual devices of the CPU, or the machine's GPUs."
     )
-    flags.DEFINE_integer("restarts", 0, "How often to start the job again if it fails.")
+    flags.DEFINE_integer("restarts", 0, "How often in a row to start a job again that failed.")
     command_line.run(functools.partial(main, command), __doc__)

@@ -46,10 +46,13 @@ def log_directory(command: str, workdir: "RunPath | None") -> "RunPath":
     """Returns the folder of a command's logs: WORKDIR/logs if it trains, or else logs/COMMAND.
 
     The latter is in the current directory, since the run that a command reads may be somebody
-    else's.
+    else's. If that cannot be written, as in a container, it is in the directory for short-lived
+    files.
     """
-    trains = command in ("compare", "train")
-    return workdir / "logs" if trains and workdir else Path("logs", command)
+    if workdir and command in ("compare", "train"):
+        return workdir / "logs"
+    here = "" if os.access(os.curdir, os.W_OK) else os.environ.get("TMPDIR", "/tmp")
+    return Path(here, "logs", command)
 
 
 def log_path(directory: "RunPath", process_id: int) -> "RunPath":

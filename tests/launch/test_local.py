@@ -26,8 +26,10 @@ ROOT = Path(__file__).parents[2]
 LAUNCHER = """
 import sys
 from launch import local
-local.FIRST_DELAY_SECONDS, local.GRACE_SECONDS = map(float, sys.argv[3:5])
-job = local.Job(["worker", *sys.argv[5:]], int(sys.argv[1]), 2, "cpu")
+local.FIRST_DELAY_SECONDS, local.GRACE_SECONDS, local.LONG_START_SECONDS = (
+    float(text) for text in sys.argv[3:6]
+)
+job = local.Job(["worker", *sys.argv[6:]], int(sys.argv[1]), 2, "cpu")
 sys.exit(local.run_with_restarts(job, [], int(sys.argv[2])))
 """
 WORKER = """
@@ -43,14 +45,16 @@ def start(
     restarts: int = 0,
     delay: float = 0.1,
     grace: float = 30.0,
+    long_start: float = 600.0,
     **options,
 ) -> subprocess.Popen[str]:
     """Starts a job whose processes run a script."""
+    numbers = map(str, (processes, restarts, delay, grace, long_start))
     (directory / "worker.py").write_text(WORKER + body)
     paths = os.pathsep.join([str(ROOT), str(directory)])
     environment = {key: os.environ[key] for key in os.environ.keys() - {"PYTHONUNBUFFERED"}}
     return subprocess.Popen(
-        [sys.executable, "-c", LAUNCHER, str(processes), str(restarts), str(delay), str(grace)],
+        [sys.executable, "-c", LAUNCHER, *numbers],
         cwd=directory,
         env=environment | {"PYTHONPATH": paths},
         stdout=subprocess.PIPE,
@@ -255,6 +259,18 @@ starts = len(open(f"starts-{{rank}}").read())
     assert found == code
     assert [len((tmp_path / f"starts-{rank}").read_text()) for rank in range(2)] == [starts] * 2
     assert ("restart 1 of 1 in 0.1 s\n" in error) == (starts == 2)
+
+
+def test_a_start_that_worked_for_long_begins_a_new_count(tmp_path: Path) -> None:
+    body = """
+open("starts", "a").write("x")
+starts = len(open("starts").read())
+time.sleep(2 if starts == 2 else 0)
+sys.exit(1)
+"""
+    _, error, code = run(tmp_path, body, processes=1, restarts=1, long_start=2.0)
+    assert code == 1 and error.count("restart 1 of 1") == 2
+    assert (tmp_path / "starts").read_text() == "xxx"
 
 
 def test_a_signal_ends_the_wait_for_a_restart(tmp_path: Path) -> None:
