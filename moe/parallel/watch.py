@@ -173,9 +173,12 @@ def send_times(step: int, step_seconds: float, host_seconds: float) -> None:
         _watch.connection.send(times=[step, step_seconds, host_seconds])
 
 
-def take_times() -> list[HostTimes]:
-    """Returns, on process 0, the times that have come from all processes since the last call."""
-    return _watch.hub.take_times() if _watch is not None and _watch.hub is not None else []
+def take_times(last: int = 0) -> list[HostTimes]:
+    """Returns, on process 0, the times that have come from all processes since the last call.
+
+    It waits up to a second for those of the step `last`, if that is not 0.
+    """
+    return _watch.hub.take_times(last) if _watch is not None and _watch.hub is not None else []
 
 
 def finish_with(finish: Callable[[], None]) -> None:
@@ -196,11 +199,11 @@ def stop_in_warm_up() -> None:
     There is nothing to save yet. Returns if the process has no watch, or has finished a step.
     """
     if _watch is not None and _watch.phase in _WARM_UP:
-        leave(INTERRUPTED)
+        leave(INTERRUPTED, "stopped before the first step was done: nothing had to be saved")
 
 
-def leave(code: int) -> None:
-    """Says goodbye with the exit code and ends this process, which must have nothing left to do.
+def leave(code: int, text: str = "") -> None:
+    """Prints a text, says goodbye with the exit code and ends this process.
 
     The others come to the same end by themselves, or are told. Process 0 leaves last. Returns only
     without a watch.
@@ -210,7 +213,7 @@ def leave(code: int) -> None:
     if code not in COMMON_ENDS:
         time.sleep(_CAUSE_SECONDS)
     _watch.say_goodbye(code)
-    fatal(code, flush_seconds=5.0)
+    fatal(code, text, flush_seconds=5.0)
 
 
 def fatal(code: int, text: str = "", *, flush_seconds: float = 1.0) -> NoReturn:
@@ -220,7 +223,7 @@ def fatal(code: int, text: str = "", *, flush_seconds: float = 1.0) -> NoReturn:
     """
     if text:
         with contextlib.suppress(OSError):  # stderr may be closed
-            os.write(2, f"{text}\n".encode())
+            os.write(2, f"\n{text}\n".encode())  # a progress bar may be on this line
     flush = threading.Thread(target=_flush, daemon=True)
     flush.start()
     flush.join(flush_seconds)
