@@ -399,4 +399,4 @@ if __name__ == "__main__":
     flags.DEFINE_boolean(
         "report_only", False, "Compares the runs that are there, and trains nothing."
     )
-    command_line.run(main, __doc__)
+    command_line.run(main, __doc__, devices=True)

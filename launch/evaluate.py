@@ -60,4 +60,4 @@ if __name__ == "__main__":
     flags.DEFINE_string(
         "split", None, "The split to evaluate on; the config's validation split by default."
     )
-    command_line.run(main, __doc__)
+    command_line.run(main, __doc__, devices=True)

@@ -99,4 +99,4 @@ if __name__ == "__main__":
         "Draws among the likeliest tokens that together have this probability; 1 draws among all.",
     )
     flags.DEFINE_integer("seed", 0, "Seed of the draws.")
-    command_line.run(main, __doc__)
+    command_line.run(main, __doc__, devices=True)

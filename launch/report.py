@@ -14,6 +14,8 @@ The page has, from top to bottom: the last values that a reader looks for first;
 metric, where a metric that is always 0 is only named; a table of all metrics; the config, with what
 differs from the defaults in bold; and the environment of each start.
 
+A run over several processes has their step times, slowest and median, and the name of a straggler.
+
 For a model with experts the page also shows how even their load is: as curves, and as a heat map
 for each of at most 8 sparse layers. After launch.routing it also shows what the routers learnt:
 which tokens chose which experts (specialisation), which experts are chosen together
@@ -30,6 +32,7 @@ from tqdm import tqdm
 
 from launch import command_line, routing_figures
 from launch.plotting import write_drawing
+from launch.report_hosts import hosts_section
 from launch.report_load import load_drawing, load_maps, read_router_lines, worst_layers
 from launch.report_page import RunFacts, Section, page
 from launch.report_plots import group_plots, is_always_zero, plot_drawing
@@ -50,6 +53,8 @@ def report(workdir: RunPath) -> RunPath:
     router_lines, every = read_router_lines(workdir, config.model)
     metrics = read_all_series(worst_layers(router_lines) + lines)
     sections = metric_sections(metrics, last_step)
+    if hosts := hosts_section(workdir):
+        sections.append(hosts)
     if config.model.sparse_layers:
         drawings = [load_drawing(load_map) for load_map in load_maps(router_lines, config.model)]
         note = _load_note(every) if drawings else ""

@@ -326,4 +326,4 @@ if __name__ == "__main__":
         "The one earlier checkpoint to measure saturation at; by default all that the run kept.",
     )
     flags.DEFINE_integer("batches", 50, "Batches of the validation split to read; 0 reads all.")
-    command_line.run(main, __doc__)
+    command_line.run(main, __doc__, devices=True)

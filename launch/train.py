@@ -71,4 +71,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer(
         "init_step", None, "The step of the checkpoint of --init_from; the latest by default."
     )
-    command_line.run(main, __doc__)
+    command_line.run(main, __doc__, devices=True)

@@ -154,4 +154,4 @@ if __name__ == "__main__":
         "The standard deviation of the noise that is added to each expert's copy, as a multiple of "
         "the copied matrix's own standard deviation. Its seed is config.seed.",
     )
-    command_line.run(main, __doc__)
+    command_line.run(main, __doc__, devices=True)

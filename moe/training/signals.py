@@ -1,6 +1,7 @@
 """Catches SIGINT and SIGTERM while a run trains.
 
-The first signal asks the run to save and stop. The second one ends the process.
+The first signal asks the run to save and stop. The second one ends the process. In a job of several
+processes, a signal before the first step is done ends all of them, since there is nothing to save.
 """
 
 import contextlib
@@ -9,6 +10,8 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
+
+from moe.parallel import watch
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _FIRST = "\nstopping: this step is finished and saved first; a second signal stops at once\n"
@@ -54,6 +57,8 @@ def _watch(reader: socket.socket) -> None:
         if number[0] not in SIGNALS:
             continue
         count += 1
+        if count == 1:
+            watch.stop_in_warm_up()
         with contextlib.suppress(OSError):  # stderr may be closed
             os.write(2, (_FIRST if count == 1 else _SECOND).encode())
         if count > 1:

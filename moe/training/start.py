@@ -6,10 +6,12 @@ restored, or started from another run's.
 
 import contextlib
 import dataclasses
+import json
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -17,19 +19,22 @@ import numpy as np
 
 from moe.config import ConfigError, MeshConfig, RunConfig
 from moe.data.rows import Rows
+from moe.parallel.distributed import from_first
 from moe.scaling.hardware import memory_bytes
 from moe.storage.owner import Check, own_run, unchecked
 from moe.storage.paths import RunPath, run_path
 from moe.tasks import Task
-from moe.training.log import Record
+from moe.training.log import Records
 from moe.training.optimizer import make_schedule
 from moe.training.progress import Bar
 from moe.training.train_step import Program, TrainState, make_program
 from moe.workdir import checkpoint
 from moe.workdir.checkpoint import Checkpoints
 from moe.workdir.identity import read_config, read_saved_config, write_config
-from moe.workdir.origin import Origin, read_variables, write_origin
-from moe.workdir.tracking import MetricWriter, write_environment
+from moe.workdir.origin import Origin, find_origin, read_variables, write_origin
+from moe.workdir.tracking import MetricWriter, check_workdir, write_environment
+
+_VISIBLE_SECONDS = 60.0
 
 
 def check_memory(mesh: jax.sharding.Mesh, *trees: Any) -> None:
@@ -67,6 +72,29 @@ def check_finite(checkpoint_path: RunPath, variables: Any) -> None:
 
 
 @contextlib.contextmanager
+def claim_run(
+    workdir: RunPath, config: RunConfig, init_from: RunPath | None, init_step: int | None
+) -> Iterator[tuple[Origin | None, Check]]:
+    """Locks a run, checks that it is this one, and yields the checkpoint that it starts from.
+
+    It also yields the function of `lock_run`. Process 0 does so, and its answer holds for all:
+    another host may see the files later.
+    """
+    check = unchecked
+    with contextlib.ExitStack() as stack:
+
+        def claim() -> str:
+            nonlocal check
+            check = stack.enter_context(lock_run(workdir))
+            check_workdir(workdir, config)
+            origin = find_origin(workdir, config.model, init_from, init_step)
+            return json.dumps(origin and [str(origin.run), origin.step])
+
+        origin = json.loads(from_first("the lock of the run", claim))
+        yield origin and Origin(run_path(origin[0]), origin[1]), check
+
+
+@contextlib.contextmanager
 def lock_run(workdir: RunPath) -> Iterator[Check]:
     """Makes this process the only one that writes the run.
 
@@ -95,11 +123,13 @@ def first_state(
     The checkpoint must have been trained on these rows. A new run takes its model's variables from
     `origin`, if there is one. It saves them at once, so that the other run is not needed later.
     """
-    latest = checkpoints.latest_step()
+    steps = from_first("the step to restore", lambda: json.dumps(checkpoints.all_steps()))
+    latest = max(json.loads(steps), default=None)
     if latest is not None:
         bar.show(f"restoring step {latest}")
+        wait_for_step(checkpoints, latest)
         checkpoint.check_rows(checkpoints, rows.sha256)
-        return checkpoint.restore(checkpoints, program.abstract_state)
+        return checkpoint.restore(checkpoints, program.abstract_state, latest)
     bar.show("initialising the parameters")
     state = program.init_state()
     if origin is not None:
@@ -107,6 +137,21 @@ def first_state(
         state = start_from(origin, workdir, program, state)
         checkpoint.save(checkpoints, config, rows.sha256, state)
     return state
+
+
+def wait_for_step(checkpoints: Checkpoints, step: int) -> None:
+    """Waits until this host sees the checkpoint that process 0 has chosen.
+
+    A shared file system may show files late. Raises ConfigError if it never shows this one.
+    """
+    deadline = time.monotonic() + _VISIBLE_SECONDS
+    while step not in checkpoints.all_steps():
+        if time.monotonic() > deadline:
+            raise ConfigError(
+                f"{checkpoints.directory} has no step {step} on this host, and process 0 sees it: "
+                "set --workdir to a directory that all hosts share"
+            )
+        time.sleep(0.1)
 
 
 def start_from(origin: Origin, workdir: RunPath, program: Program, state: TrainState) -> TrainState:
@@ -137,21 +182,21 @@ def report_new_schedule(workdir: RunPath, config: RunConfig, state: TrainState) 
 @contextlib.contextmanager
 def open_records(
     workdir: RunPath, config: RunConfig, program: Program, step: int, check: Check = unchecked
-) -> Iterator[tuple[Record, Callable[[], None]]]:
-    """Yields the function that writes a step's metrics, and one that flushes what was written.
+) -> Iterator[Records]:
+    """Yields the functions that write to the run's files.
 
-    The latter must be called before a checkpoint is saved. Among a run's processes, only the first
-    one writes.
+    What was written must be flushed before a checkpoint is saved. Among a run's processes, only the
+    first one writes.
     """
     if jax.process_index() > 0:
-        yield lambda step, metrics, layers=None, /: None, lambda: None
+        yield Records(lambda step, metrics, layers=None, /: None, lambda times: None, lambda: None)
         return
     check()
     write_config(workdir, config)
     write_environment(workdir, program.attention)
     logging.info("attention: %s", program.attention)
     with MetricWriter(workdir, config.tracking, step, check) as writer:
-        yield writer.write, writer.flush
+        yield Records(writer.write, writer.write_hosts, writer.flush)
 
 
 def load_run(

@@ -6,6 +6,9 @@ gets a copy.
 
 router.jsonl has, instead of each number, a list with one entry for each sparse layer:
 `{"step": 10, "max_vio": [0.25, 0.5], "load": [[0.5, 0.5], [0.25, 0.75]], ...}`.
+
+hosts.jsonl, of a job of several processes, has lists with one entry for each process, in seconds a
+step: `{"step": 10, "step_seconds": [0.5, 0.5], "host_seconds": [0.125, 0.25]}`.
 """
 
 import datetime
@@ -25,6 +28,7 @@ from typing import TYPE_CHECKING, Any, SupportsFloat, TypeVar
 import numpy as np
 
 from moe.config import ConfigError, RunConfig, TrackingConfig
+from moe.parallel.hub import HostTimes
 from moe.storage.lines import LineWriter, line_parts, read_lines
 from moe.storage.owner import Check, unchecked
 from moe.storage.paths import RunPath, make_directory, open_whole, write_whole
@@ -40,6 +44,7 @@ if TYPE_CHECKING:
 
 METRICS_FILE = "metrics.jsonl"
 ROUTER_FILE = "router.jsonl"
+HOSTS_FILE = "hosts.jsonl"
 ENVIRONMENT_FILE = "environment.jsonl"
 _PACKAGES = (
     "jax",
@@ -106,13 +111,14 @@ class MetricWriter:
         self, workdir: RunPath, config: TrackingConfig, step: int, check: Check = unchecked
     ):
         check()
-        for path in (workdir / METRICS_FILE, workdir / ROUTER_FILE):
+        for path in (workdir / METRICS_FILE, workdir / ROUTER_FILE, workdir / HOSTS_FILE):
             _drop_later_lines(path, step)
         if not (workdir / METRICS_FILE).exists():
             # This marks a run that has not logged anything yet as a run.
             write_whole(workdir / METRICS_FILE, "")
         self._metrics = LineWriter(workdir / METRICS_FILE, check)
         self._router = LineWriter(workdir / ROUTER_FILE, check)
+        self._hosts = LineWriter(workdir / HOSTS_FILE, check)
         self._tensorboard = _open_tensorboard(workdir, step) if config.tensorboard else None
 
     def write(
@@ -135,10 +141,19 @@ class MetricWriter:
         if self._tensorboard:
             self._tensorboard.write(step, values)
 
+    def write_hosts(self, times: HostTimes) -> None:
+        """Writes how long the steps up to a logged one took on each host, to five digits."""
+        values = {
+            "step_seconds": _round_digits([*times.step_seconds]),
+            "host_seconds": _round_digits([*times.host_seconds]),
+        }
+        self._hosts.append(_format_line(times.step, values))
+
     def flush(self) -> None:
         """Writes the lines that were not written yet, as before a checkpoint of their step."""
         self._metrics.flush()
         self._router.flush()
+        self._hosts.flush()
 
     def close(self) -> None:
         """Writes what was not written yet."""
@@ -174,6 +189,15 @@ def read_router(workdir: RunPath, every: int = 1) -> Iterator[tuple[int, dict[st
     """
     parts = line_parts(workdir / ROUTER_FILE)
     return _parse_lines(parts, lambda value: np.array(_decode(value), np.float32), every)
+
+
+def read_hosts(workdir: RunPath) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    """Returns the step and the arrays [processes] of each line of hosts.jsonl, in order.
+
+    There are none for a run of one process. Raises ConfigError where the file is damaged.
+    """
+    parts = line_parts(workdir / HOSTS_FILE)
+    return _parse_lines(parts, lambda value: np.array(_decode(value), float))
 
 
 def write_environment(workdir: RunPath, attention: str) -> None:
