@@ -3,7 +3,7 @@
 It is the usual first rung of a scaling ladder.
 
 Command:  python -m launch.train --config=configs/dense_125m.py --workdir=runs/dense_125m
-Hardware: 1 accelerator of 40 GB or more.
+Hardware: 1 H200 (1 host), or any GPU of 40 GB.
 Time, result: not measured yet. 2.6B tokens (21 per parameter) need 2.1e18 FLOPs: an hour and a half
           at 40 % of an H100's peak.
 

@@ -3,7 +3,8 @@
 The number of parameters equals that of the published model (Touvron et al. 2023, section 2.2).
 
 Command:  python -m launch.train --config=configs/dense_7b.py --workdir=runs/dense_7b
-Hardware: 64 accelerators of 80 GB: 8 for tensor parallelism within a host, the rest over fsdp.
+Hardware: 64 H200 (8 hosts), or TPU v5p:4x4x4. Heads and widths are split over the 8 GPUs of a
+          host, or over 8 neighbouring chips; rows and parameters over the 8 groups.
 Time, result: not measured. 1.05T tokens need 4.5e22 FLOPs: three weeks at 40 % of 64 H100s' peak.
 """
 

@@ -3,8 +3,8 @@
 Each layer has 64 experts, 8 for each token (Muennighoff et al. 2024, table 1).
 
 Command:  python -m launch.train --config=configs/moe_1b_7b.py --workdir=runs/moe_1b_7b
-Hardware: 64 accelerators of 80 GB. Parameters are split over the 8 of a host, rows over all. No
-          token is dropped.
+Hardware: 64 H200 (8 hosts), or TPU v5p:4x4x4. Parameters are split over the 8 GPUs of a host,
+          or over 8 neighbouring chips, and rows over all. No token is dropped.
 Time, result: not measured. The paper's 5.1T tokens need 4.0e22 FLOPs: 18 days at 40 % of 64 H100s'
           peak.
 

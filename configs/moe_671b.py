@@ -3,9 +3,9 @@
 Experts and routing are those of DeepSeek-AI 2024, section 4.2. Attention is grouped-query.
 
 Command:  python -m launch.train --config=configs/moe_671b.py --workdir=runs/moe_671b
-Hardware: 1,024 accelerators of 80 GB, in 16 groups of 64. Each accelerator of a group has 4 experts
-          of each layer, whose parameters are split over the groups. All other parameters are split
-          over all accelerators. State and gradients are 10.5 GB on each.
+Hardware: 1,024 H200 (128 hosts), or TPU v5p:8x8x16, in 16 groups of 64. Each device of a group has
+          4 experts of each layer, whose parameters are split over the groups. All other parameters
+          are split over all devices. State and gradients are 10.5 GB on each.
 Time, result: not measured. 6.3T tokens need 1.7e24 FLOPs: 48 days at 40 % of the peak of as many
           H100s.
 

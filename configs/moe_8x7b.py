@@ -3,8 +3,8 @@
 Each layer has 8 experts, 2 for each token (Jiang et al. 2024, table 1).
 
 Command:  python -m launch.train --config=configs/moe_8x7b.py --workdir=runs/moe_8x7b
-Hardware: 64 accelerators of 80 GB. Each of a host's 8 has one expert of each layer, whose
-          parameters are split over the 8 hosts.
+Hardware: 64 H200 (8 hosts), or TPU v5p:4x4x4. Each of a host's 8 GPUs, or of 8 neighbouring
+          chips, has one expert of each layer, whose parameters are split over the 8 groups.
 Time, result: not measured. 1.05T tokens need 8.4e22 FLOPs: 38 days at 40 % of 64 H100s' peak.
 
 The paper says nothing about training; batch size, learning rate and balance loss are usual ones. A

@@ -191,4 +191,4 @@ if __name__ == "__main__":
         "layer", False, "Time one sparse layer against a dense one, instead of the training step."
     )
     flags.DEFINE_string("json", None, "A file to write the numbers to.")
-    command_line.run(main, __doc__)
+    command_line.run(main, __doc__, devices=True)

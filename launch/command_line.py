@@ -9,17 +9,21 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from launch import logs
 from launch.config_file import ConfigFileErrors, check_config_file
 from launch.help_text import config_fields, help_text
 from moe.config import ConfigError, RunConfig
-from moe.config.checks import expand_path, show
-from moe.exit_codes import BAD_INPUT, INTERRUPTED
+from moe.config.checks import expand_run_path, show
+from moe.exit_codes import BAD_INPUT, INTERRUPTED, NOT_JOINED, PEER_STUCK
 from moe.files import announce_wait
+from moe.parallel import distributed, watch
+from moe.storage.paths import RunPath, cloud_errors, explain, run_path
 from moe.training.progress import Stream
 
 Main = Callable[[flags.FlagValues], int | None]
@@ -42,7 +46,7 @@ def define_workdir(description: str) -> None:
 
 
 class _DirectoryParser(flags.ArgumentParser):
-    """Checks a path and expands its ~, which shells do not do in --flag=~/x."""
+    """Checks the path of a run directory and expands its ~, as shells do not in --flag=~/x."""
 
     syntactic_help = "a directory"
 
@@ -50,11 +54,11 @@ class _DirectoryParser(flags.ArgumentParser):
         self._name = name
 
     def parse(self, argument: str) -> str:
-        return expand_path(f"--{self._name}", argument)
+        return expand_run_path(f"--{self._name}", argument)
 
 
 def define_directory(name: str, description: str, *, required: bool = False) -> None:
-    """Defines a flag whose value is a path, in which ~ stands for the home directory."""
+    """Defines a flag whose value is a run directory, in which ~ stands for the home directory."""
     flags.DEFINE(
         _DirectoryParser(name),
         name,
@@ -77,25 +81,64 @@ def read_run_config(config: Any) -> RunConfig:
     return RunConfig.from_config_dict(values)
 
 
-def run(main: Main, description: str | None) -> NoReturn:
+def _define_cluster() -> None:
+    """Defines the flags that say which process of a job this one is."""
+    flags.DEFINE_string(
+        "coordinator_address",
+        None,
+        "HOST:PORT of process 0, in a job of several processes. SLURM, Kubernetes, TPUs and Open "
+        "MPI say it themselves, and so does launch.local; else JAX_COORDINATOR_ADDRESS may.",
+    )
+    flags.DEFINE_integer(
+        "num_processes", None, "How many processes the job has; else JAX_NUM_PROCESSES may say it."
+    )
+    flags.DEFINE_integer(
+        "process_id", None, "Which of them this one is, from 0; else JAX_PROCESS_ID may say it."
+    )
+
+
+def run(main: Main, description: str | None, *, devices: bool = False) -> NoReturn:
     """Parses this process's flags, calls `main` with them, and exits with the code that it returns.
 
     None stands for 0. Bad input (a flag, a config, a path) gets one line on stderr and exit code 2;
     any other error keeps its traceback. `--help` prints `description`, which is the docstring of
     the command's file, the flags that the command defined, and the fields of --config if that is
     one of them.
+
+    A command that uses `devices` first joins the other processes of its job, if there are any. Then
+    each of them has a log file, and only process 0 prints.
     """
     # If the reader of a pipe leaves, as in `| head -1`, the output stops and the command goes on.
     sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
+    if devices:
+        _define_cluster()
     parse = functools.partial(_parse, description or "")
-    app.run(functools.partial(_call, main), flags_parser=parse)
+    app.run(functools.partial(_call, main, devices), flags_parser=parse)
 
 
-def _call(main: Main, _: list[str]) -> int | None:
+def _call(main: Main, devices: bool, _: list[str]) -> int:
+    code = _exit_code(main, devices)
+    if code:
+        watch.leave(code)  # else JAX would wait minutes for the other processes of the job
+    return code
+
+
+def _exit_code(main: Main, devices: bool) -> int:
+    """Calls `main` in its place in the job, and returns the exit code of what comes of it."""
     try:
-        return main(flags.FLAGS)
+        if devices:
+            _join(flags.FLAGS)
+        return main(flags.FLAGS) or 0
+    except distributed.NotJoined as error:
+        print(f"not joined: {error}", file=sys.stderr)
+        return NOT_JOINED
+    except distributed.Late as error:
+        print(f"stuck: {error}", file=sys.stderr)
+        return PEER_STUCK
     except (ConfigError, FileNotFoundError) as error:
         return _fail(error)
+    except cloud_errors() as error:
+        return _fail(explain(error))
     except OSError as error:
         # A full disk or a lost connection has an error number but no file name: no flag is to blame
         # for it. A bad path has both, and an OSError that this project raises has neither.
@@ -105,6 +148,39 @@ def _call(main: Main, _: list[str]) -> int | None:
     except KeyboardInterrupt:
         print("interrupted: before there was anything to save", file=sys.stderr)
         return INTERRUPTED
+
+
+def _join(values: flags.FlagValues) -> None:
+    """Joins the other processes of this job, if a scheduler or a flag says that there are any."""
+    # A mistake in the config is told before anybody waits for anybody.
+    mesh = read_run_config(values.config).mesh if "config" in values else None
+    cluster = distributed.find_cluster(
+        os.environ, values.coordinator_address, values.num_processes, values.process_id
+    )
+    if cluster is None and distributed.on_tpu(os.environ):
+        cluster = distributed.find_tpu_cluster()
+    if cluster is None:
+        if note := distributed.why_alone(os.environ):
+            print(note, file=sys.stderr)
+        return
+    directory = _start_log(values, cluster)
+    distributed.join(cluster, mesh)
+    watch.show_last_lines(
+        lambda process_id: "\n".join(logs.last_lines(logs.log_path(directory, process_id)))
+    )
+
+
+def _start_log(values: flags.FlagValues, cluster: distributed.Cluster) -> RunPath:
+    """Gives this process of a job its own log file, and returns the folder of all of them.
+
+    From here on only process 0 is shown.
+    """
+    workdir = run_path(values.workdir) if "workdir" in values else None
+    directory = logs.log_directory(Path(sys.argv[0]).stem, workdir)
+    path = logs.log_path(directory, cluster.process_id)
+    logs.start(path, cluster.process_id, cluster.num_processes)
+    watch.finish_with(logs.finish)
+    return directory
 
 
 def _parse(description: str, argv: list[str]) -> list[str]:

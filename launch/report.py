@@ -14,6 +14,8 @@ The page has, from top to bottom: the last values that a reader looks for first;
 metric, where a metric that is always 0 is only named; a table of all metrics; the config, with what
 differs from the defaults in bold; and the environment of each start.
 
+A run over several processes has their step times, slowest and median, and the name of a straggler.
+
 For a model with experts the page also shows how even their load is: as curves, and as a heat map
 for each of at most 8 sparse layers. After launch.routing it also shows what the routers learnt:
 which tokens chose which experts (specialisation), which experts are chosen together
@@ -22,7 +24,6 @@ which tokens chose which experts (specialisation), which experts are chosen toge
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from shlex import quote
 from typing import Any
 
@@ -31,16 +32,18 @@ from tqdm import tqdm
 
 from launch import command_line, routing_figures
 from launch.plotting import write_drawing
+from launch.report_hosts import hosts_section
 from launch.report_load import load_drawing, load_maps, read_router_lines, worst_layers
 from launch.report_page import RunFacts, Section, page
 from launch.report_plots import group_plots, is_always_zero, plot_drawing
 from launch.series import AllSeries, Metrics, read_all_series
-from moe.files import write_whole
+from moe.storage.lines import line_parts, read_lines
+from moe.storage.paths import RunPath, make_directory, resolve, run_path, write_whole
 from moe.workdir.identity import read_config
 from moe.workdir.tracking import ENVIRONMENT_FILE, METRICS_FILE, read_metrics
 
 
-def report(workdir: Path) -> Path:
+def report(workdir: RunPath) -> RunPath:
     """Writes <workdir>/report/ and returns the path of its index.html.
 
     Raises FileNotFoundError where no metrics were written yet, and ConfigError for a damaged file.
@@ -50,23 +53,25 @@ def report(workdir: Path) -> Path:
     router_lines, every = read_router_lines(workdir, config.model)
     metrics = read_all_series(worst_layers(router_lines) + lines)
     sections = metric_sections(metrics, last_step)
+    if hosts := hosts_section(workdir):
+        sections.append(hosts)
     if config.model.sparse_layers:
         drawings = [load_drawing(load_map) for load_map in load_maps(router_lines, config.model)]
         note = _load_note(every) if drawings else ""
         sections += [Section("Load of the experts", drawings, note), routing_section(workdir)]
     directory = workdir / "report"
-    directory.mkdir(exist_ok=True)
+    make_directory(directory)
     drawings = [drawing for section in sections for drawing in section.drawings]
     for drawing in tqdm(drawings, desc="drawing", disable=None, leave=False):
         write_drawing(drawing, directory)
     environments = list(_read_environments(workdir))
-    facts = RunFacts(workdir.resolve().name, last_step, config.to_dict(), environments)
+    facts = RunFacts(resolve(workdir).name, last_step, config.to_dict(), environments)
     index = directory / "index.html"
     write_whole(index, page(facts, metrics, sections))
     return index
 
 
-def _read_metrics(workdir: Path) -> Metrics:
+def _read_metrics(workdir: RunPath) -> Metrics:
     """Returns the run's logged lines, of which there is at least one. Raises FileNotFoundError."""
     path = workdir / METRICS_FILE
     if not path.exists():
@@ -91,7 +96,7 @@ def metric_sections(metrics: AllSeries, last_step: int) -> list[Section]:
     return sections
 
 
-def routing_section(workdir: Path) -> Section:
+def routing_section(workdir: RunPath) -> Section:
     """Returns the figures of launch.routing, or says how to make them."""
     path, heading = workdir / "routing" / "routing.json", "What the routers have learnt"
     if not path.exists():
@@ -124,11 +129,10 @@ def _load_note(every: int) -> str:
     return note
 
 
-def _read_environments(workdir: Path) -> Iterator[dict[str, Any]]:
+def _read_environments(workdir: RunPath) -> Iterator[dict[str, Any]]:
     """Yields the environment of each start that has written its whole line."""
     path = workdir / ENVIRONMENT_FILE
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    for line in text.splitlines():
+    for line in (line for part in line_parts(path) for line in read_lines(part)):
         try:
             environment = json.loads(line)
         except ValueError:
@@ -138,7 +142,7 @@ def _read_environments(workdir: Path) -> Iterator[dict[str, Any]]:
 
 
 def main(values: flags.FlagValues) -> None:
-    print(f"wrote {report(Path(values.workdir))}, and its plots beside it")
+    print(f"wrote {report(run_path(values.workdir))}, and its plots beside it")
 
 
 if __name__ == "__main__":

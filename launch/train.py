@@ -26,7 +26,6 @@ SIGINT or SIGTERM.
 """
 
 import sys
-from pathlib import Path
 
 from absl import flags
 
@@ -34,12 +33,13 @@ from launch import command_line
 from moe.config import ConfigError
 from moe.data.sources import check_dataset
 from moe.exit_codes import DIVERGED, INTERRUPTED
+from moe.storage.paths import run_path
 
 
 def main(values: flags.FlagValues) -> int:
     config = command_line.read_run_config(values.config)
-    workdir = Path(values.workdir)
-    init_from = Path(values.init_from) if values.init_from else None
+    workdir = run_path(values.workdir)
+    init_from = run_path(values.init_from) if values.init_from else None
     if init_from is None and values.init_step is not None:
         raise ConfigError(
             f"--init_step={values.init_step} names a step, but no run: set --init_from to a run too"
@@ -62,7 +62,8 @@ def main(values: flags.FlagValues) -> int:
     return 0
 
 
-if __name__ == "__main__":
+def define_flags() -> None:
+    """Defines the flags of this command, which launch.slurm takes too."""
     command_line.define_config()
     command_line.define_workdir("The run directory: a new one, or one to go on with.")
     command_line.define_directory(
@@ -71,4 +72,8 @@ if __name__ == "__main__":
     flags.DEFINE_integer(
         "init_step", None, "The step of the checkpoint of --init_from; the latest by default."
     )
-    command_line.run(main, __doc__)
+
+
+if __name__ == "__main__":
+    define_flags()
+    command_line.run(main, __doc__, devices=True)

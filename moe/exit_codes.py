@@ -12,3 +12,17 @@ NOT_JOINED = 69  # EX_UNAVAILABLE of sysexits.h
 INTERRUPTED = 75  # EX_TEMPFAIL: the state is saved, and the same command goes on
 PEER_DIED = 76  # another process of the job ended early: the same command resumes
 PEER_STUCK = 77  # another process of the job stopped making progress: the same command resumes
+
+# 128 + the number of a signal that people and terminals send: SIGHUP, SIGINT, SIGQUIT and SIGTERM.
+_SENT_BY_USERS = (129, 130, 131, 143)
+
+
+def may_restart(code: int) -> bool:
+    """Returns whether a job that ended with this code by itself may be started again.
+
+    A bug, a broken machine and a process that was killed may be gone next time. A mistake in the
+    input and a run that diverged would be the same again. INTERRUPTED is not among these codes:
+    whoever stopped the job knows whether it is to go on.
+    """
+    is_killed = code > 128 and code not in _SENT_BY_USERS
+    return is_killed or code in (1, NOT_JOINED, PEER_DIED, PEER_STUCK)

@@ -52,7 +52,7 @@ def test_a_docstring_has_command_hardware_time_and_result(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_config_fits_the_accelerators_it_names(name):
     number = re.search(
-        r"^Hardware: ([\d,]+) accelerators?",
+        r"^Hardware: ([\d,]+) H200",
         importlib.import_module(f"configs.{name}").__doc__,
         re.MULTILINE,
     )

@@ -2,14 +2,15 @@
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from moe.config import AXES, RULES, ConfigError, RunConfig, check_layout, split_axes
+from moe.config import AXES, RULES, ConfigError, MeshConfig, RunConfig, check_layout, split_axes
 from moe.parameters import is_declared
 
 AnyMesh = Mesh | AbstractMesh
@@ -35,8 +36,35 @@ def make_mesh(
             "model.moe.exchange='ragged_all_to_all' does not exist on CPUs: "
             "set model.moe.exchange to 'all_gather'"
         )
-    return jax.make_mesh(
-        sizes.sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
+    return Mesh(arrange_devices(sizes, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def arrange_devices(sizes: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
+    """Returns the devices in the shape of the mesh, in an order that follows the network.
+
+    The later an axis, the more its devices send each other, so the last axes get the neighbours: of
+    a TPU's torus, or within a host of GPUs. Slices of TPUs have only a slow network between them,
+    and only the data axis spans it. Raises ConfigError if that axis cannot.
+    """
+    slice_of = lambda device: getattr(device, "slice_index", 0)
+    if devices[0].platform == "gpu":
+        # JAX numbers GPUs by their processes, which SLURM may deal out to the hosts in turn. The
+        # GPUs of a host, or of several hosts that NVLink connects, are a slice.
+        near = lambda device: (slice_of(device), device.process_index, device.id)
+        return np.array(sorted(devices, key=near)).reshape(sizes.sizes)
+    num_slices = len(set(map(slice_of, devices)))
+    if devices[0].platform != "tpu" or num_slices == 1:
+        # An axis of 8 on 4x4x4 chips takes one dimension of the torus and a half of another.
+        return mesh_utils.create_device_mesh(sizes.sizes, devices, allow_split_physical_axes=True)
+    if sizes.data % num_slices:
+        raise ConfigError(
+            f"mesh.data={sizes.data} cannot span the {num_slices} slices that there are: "
+            f"set mesh.data to a multiple of {num_slices}"
+        )
+    within = (sizes.data // num_slices, *sizes.sizes[1:])
+    across = (num_slices, *(1 for _ in sizes.sizes[1:]))
+    return mesh_utils.create_hybrid_device_mesh(
+        within, across, devices, allow_split_physical_axes=True
     )
 
 

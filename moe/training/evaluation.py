@@ -1,7 +1,6 @@
 """Evaluates a model on a split, and summarises the statistics of its routers."""
 
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -12,6 +11,7 @@ from moe.config import RunConfig
 from moe.data.loader import evaluation_batches
 from moe.data.rows import Rows
 from moe.parallel.mesh import global_batch, host_rows
+from moe.storage.paths import RunPath
 from moe.training.train_step import Program
 from moe.workdir.tracking import read_metrics
 
@@ -19,14 +19,23 @@ from moe.workdir.tracking import read_metrics
 _ROUTER_NAMES = ("max_vio", "load_entropy", "dropped_fraction")
 
 
-def evaluate(config: RunConfig, program: Program, variables: Any, rows: Rows) -> dict[str, float]:
+def evaluate(
+    config: RunConfig,
+    program: Program,
+    variables: Any,
+    rows: Rows,
+    stops: Callable[[Any], bool] = lambda sums: False,
+) -> dict[str, float]:
     """Evaluates a model on the first `config.train.eval_batches` batches of a split (0: on all).
 
     Returns the task's metrics and scores. For a model with sparse layers it also returns
     `max_vio`, `load_entropy` and `dropped_fraction`: each is computed from a layer's sums over all
-    batches, and is the mean over these layers.
+    batches, and is the mean over these layers. The result is empty if `stops`, which is asked after
+    each batch with the sums up to it, says that the evaluation must end early.
     """
-    sums = _sum_over_batches(config, program, variables, rows)
+    sums = _sum_over_batches(config, program, variables, rows, stops)
+    if not sums:
+        return {}
     metrics = program.task.metrics(sums)
     router = router_summary(metrics.pop("router", {}))
     values = {name: float(value) for name, value in metrics.items()}
@@ -35,9 +44,13 @@ def evaluate(config: RunConfig, program: Program, variables: Any, rows: Rows) ->
 
 
 def _sum_over_batches(
-    config: RunConfig, program: Program, variables: Any, rows: Rows
+    config: RunConfig,
+    program: Program,
+    variables: Any,
+    rows: Rows,
+    stops: Callable[[Any], bool],
 ) -> losses.Sums:
-    """Returns the task's sums and counts over an evaluation's batches."""
+    """Returns the task's sums and counts over an evaluation's batches, or {} if it ends early."""
     size = config.train.batch_size
     batches = evaluation_batches(
         rows,
@@ -51,6 +64,8 @@ def _sum_over_batches(
             batch = global_batch(fields, program.mesh, size, program.task.dims)
             sums = program.eval_step(variables, batch)
             totals = jax.tree.map(lambda a, b: a + b, totals, sums) if totals else sums
+            if stops(totals):
+                return {}
     return totals
 
 
@@ -71,7 +86,15 @@ def router_summary(router: Mapping[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in values.items()}
 
 
-def last_validation(workdir: Path) -> dict[str, float]:
+def is_validated(workdir: RunPath, step: int) -> bool:
+    """Returns whether a run's metrics.jsonl has validation metrics of a step."""
+    return any(
+        line["step"] == step and any(name.startswith("validation/") for name in line)
+        for line in read_metrics(workdir)
+    )
+
+
+def last_validation(workdir: RunPath) -> dict[str, float]:
     """Returns a run's newest validation metrics; none if its metrics.jsonl has none."""
     lines = [line for line in read_metrics(workdir) if "validation/loss" in line]
     return {

@@ -1,12 +1,15 @@
 """Writes the metrics of training steps to a run's files, and shows them."""
 
+import contextlib
 import time
-from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from moe.config import RunConfig
+from moe.parallel import watch
+from moe.parallel.hub import HostTimes
 from moe.scaling.flops import training_flops_per_token
 from moe.scaling.hardware import peak_flops
 from moe.tasks.task import Batch
@@ -30,6 +33,14 @@ class Record(Protocol):
     ) -> None: ...
 
 
+class Records(NamedTuple):
+    """Holds the functions that write to a run's files. On all processes but one they do nothing."""
+
+    metrics: Record
+    hosts: Callable[[HostTimes], None]  # writes how long a step took on each host
+    flush: Callable[[], None]  # writes what was recorded, before a checkpoint of it
+
+
 class Log:
     """Writes and shows the metrics of training steps.
 
@@ -37,12 +48,13 @@ class Log:
     wait for the host.
     """
 
-    def __init__(self, config: RunConfig, program: Program, record: Record, bar: Bar):
-        self._config, self._record, self._bar = config, record, bar
+    def __init__(self, config: RunConfig, program: Program, records: Records, bar: Bar):
+        self._config, self._records, self._bar = config, records, bar
         self._peak_flops = peak_flops(list(program.mesh.devices.flat))
         self._flops_per_token = training_flops_per_token(config.model, config.data.sequence_length)
         self._pending: tuple[int, Metrics] | None = None
         self.finished_step = 0  # the newest step whose metrics were read
+        self._timed_step = 0  # the newest step whose times were sent to process 0
         self.skipped_in_row = 0  # how many updates in a row were skipped up to that step
         self._restart_clock(None)
 
@@ -52,6 +64,15 @@ class Log:
         batch = next(batches)
         self._waited += time.perf_counter() - begin
         return batch
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the time until the context ends as a wait for the devices."""
+        begin = time.perf_counter()
+        if self.finished_step:  # until then the run is still compiling
+            watch.report("waiting")
+        yield
+        self._waited_for_devices += time.perf_counter() - begin
 
     def add(self, step: int, metrics: Metrics) -> None:
         """Takes the metrics of a step just dispatched, and reads those of the step before it."""
@@ -64,6 +85,7 @@ class Log:
         The time until the end of the next step is not counted as training.
         """
         self._read()
+        self._write_hosts(self._timed_step)
         self._restart_clock(None)
 
     def _restart_clock(self, now: float | None) -> None:
@@ -71,7 +93,8 @@ class Log:
 
         If that is None, it begins at the end of the next step, since that step may compile.
         """
-        self._started, self._steps, self._waited = now, 0, 0.0
+        self._started, self._steps = now, 0
+        self._waited = self._waited_for_devices = 0.0
 
     def _read(self) -> None:
         """Waits for the pending step, if there is one, and takes its metrics."""
@@ -79,7 +102,8 @@ class Log:
             return
         step, metrics = self._pending
         self._pending = None
-        self.skipped_in_row = int(metrics["skipped_in_row"])  # this line waits for the step
+        with self.waiting():
+            self.skipped_in_row = int(metrics["skipped_in_row"])  # this line waits for the step
         self.finished_step = step
         self._bar.step(step)
         if self._started is None:
@@ -98,14 +122,21 @@ class Log:
         }
         layers = {name: np.asarray(value) for name, value in metrics.get("router", {}).items()}
         router = {f"router/{name}": value for name, value in router_summary(layers).items()}
-        values |= self._rates() | router
-        self._record(step, values, layers)
+        values |= self._rates(step) | router
+        self._records.metrics(step, values, layers)
+        self._write_hosts()
         self._bar.show_metrics(postfix(values))
 
-    def _rates(self) -> dict[str, float]:
-        """Returns the speeds since the clock was restarted, and restarts it.
+    def _write_hosts(self, last: int = 0) -> None:
+        """Writes the times that have come from all hosts, and waits for those of a last step."""
+        for times in watch.take_times(last):
+            self._records.hosts(times)
 
-        The result is empty if no step has ended since then.
+    def _rates(self, step: int) -> dict[str, float]:
+        """Returns the speeds up to a step since the clock was restarted, and restarts it.
+
+        Process 0 gets the times of all hosts, to find one that is slower than the others. The
+        result is empty if no step has ended since then.
         """
         if self._started is None or not self._steps:
             return {}
@@ -115,6 +146,9 @@ class Log:
             "train/tokens_per_second": tokens / seconds,
             "train/data_wait_fraction": self._waited / seconds,
         }
+        host_seconds = max(0.0, seconds - self._waited_for_devices)
+        self._timed_step = step
+        watch.send_times(step, seconds / self._steps, host_seconds / self._steps)
         if self._peak_flops:
             values["train/mfu"] = tokens / seconds * self._flops_per_token / self._peak_flops
         self._restart_clock(time.perf_counter())

@@ -6,10 +6,12 @@ restored, or started from another run's.
 
 import contextlib
 import dataclasses
+import json
 import logging
 import math
+import os
+import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,18 +19,22 @@ import numpy as np
 
 from moe.config import ConfigError, MeshConfig, RunConfig
 from moe.data.rows import Rows
-from moe.files import try_lock
+from moe.parallel.distributed import from_first
 from moe.scaling.hardware import memory_bytes
+from moe.storage.owner import Check, own_run, unchecked
+from moe.storage.paths import RunPath, run_path
 from moe.tasks import Task
-from moe.training.log import Record
+from moe.training.log import Records
 from moe.training.optimizer import make_schedule
 from moe.training.progress import Bar
 from moe.training.train_step import Program, TrainState, make_program
 from moe.workdir import checkpoint
 from moe.workdir.checkpoint import Checkpoints
-from moe.workdir.identity import LOCK_FILE, read_config, read_saved_config, write_config
-from moe.workdir.origin import Origin, read_variables, write_origin
-from moe.workdir.tracking import MetricWriter, write_environment
+from moe.workdir.identity import read_config, read_saved_config, write_config
+from moe.workdir.origin import Origin, find_origin, read_variables, write_origin
+from moe.workdir.tracking import MetricWriter, check_workdir, write_environment
+
+_VISIBLE_SECONDS = 60.0
 
 
 def check_memory(mesh: jax.sharding.Mesh, *trees: Any) -> None:
@@ -54,7 +60,7 @@ def check_memory(mesh: jax.sharding.Mesh, *trees: Any) -> None:
         )
 
 
-def check_finite(checkpoint_path: Path, variables: Any) -> None:
+def check_finite(checkpoint_path: RunPath, variables: Any) -> None:
     """Raises ConfigError for the first variable of a checkpoint with NaN or an infinity."""
     for keys, leaf in jax.tree_util.tree_flatten_with_path(variables)[0]:
         if not jax.numpy.isfinite(leaf).all():
@@ -66,27 +72,46 @@ def check_finite(checkpoint_path: Path, variables: Any) -> None:
 
 
 @contextlib.contextmanager
-def lock_run(workdir: Path) -> Iterator[None]:
+def claim_run(
+    workdir: RunPath, config: RunConfig, init_from: RunPath | None, init_step: int | None
+) -> Iterator[tuple[Origin | None, Check]]:
+    """Locks a run, checks that it is this one, and yields the checkpoint that it starts from.
+
+    It also yields the function of `lock_run`. Process 0 does so, and its answer holds for all:
+    another host may see the files later.
+    """
+    check = unchecked
+    with contextlib.ExitStack() as stack:
+
+        def claim() -> str:
+            nonlocal check
+            check = stack.enter_context(lock_run(workdir))
+            check_workdir(workdir, config)
+            origin = find_origin(workdir, config.model, init_from, init_step)
+            return json.dumps(origin and [str(origin.run), origin.step])
+
+        origin = json.loads(from_first("the lock of the run", claim))
+        yield origin and Origin(run_path(origin[0]), origin[1]), check
+
+
+@contextlib.contextmanager
+def lock_run(workdir: RunPath) -> Iterator[Check]:
     """Makes this process the only one that writes the run.
 
-    Raises ConfigError if another process is writing it. Among a run's own processes, only the
-    first one holds the lock.
+    It yields a function that must be called before each write, as `own_run` says. Raises
+    ConfigError if another process is writing the run. Among a run's own processes, only the first
+    one holds the lock.
     """
     if jax.process_index() > 0:
-        yield
+        yield unchecked
         return
-    with try_lock(workdir / LOCK_FILE) as holder:
-        if holder:
-            raise ConfigError(
-                f"{workdir} is being written by {holder}: "
-                "wait until it ends, or set another --workdir"
-            )
-        yield
+    with own_run(workdir) as check:
+        yield check
 
 
 def first_state(
     config: RunConfig,
-    workdir: Path,
+    workdir: RunPath,
     program: Program,
     checkpoints: Checkpoints,
     rows: Rows,
@@ -98,11 +123,13 @@ def first_state(
     The checkpoint must have been trained on these rows. A new run takes its model's variables from
     `origin`, if there is one. It saves them at once, so that the other run is not needed later.
     """
-    latest = checkpoints.latest_step()
+    steps = from_first("the step to restore", lambda: json.dumps(checkpoints.all_steps()))
+    latest = max(json.loads(steps), default=None)
     if latest is not None:
         bar.show(f"restoring step {latest}")
+        wait_for_step(checkpoints, latest)
         checkpoint.check_rows(checkpoints, rows.sha256)
-        return checkpoint.restore(checkpoints, program.abstract_state)
+        return checkpoint.restore(checkpoints, program.abstract_state, latest)
     bar.show("initialising the parameters")
     state = program.init_state()
     if origin is not None:
@@ -112,7 +139,22 @@ def first_state(
     return state
 
 
-def start_from(origin: Origin, workdir: Path, program: Program, state: TrainState) -> TrainState:
+def wait_for_step(checkpoints: Checkpoints, step: int) -> None:
+    """Waits until this host sees the checkpoint that process 0 has chosen.
+
+    A shared file system may show files late. Raises ConfigError if it never shows this one.
+    """
+    deadline = time.monotonic() + _VISIBLE_SECONDS
+    while step not in checkpoints.all_steps():
+        if time.monotonic() > deadline:
+            raise ConfigError(
+                f"{checkpoints.directory} has no step {step} on this host, and process 0 sees it: "
+                "set --workdir to a directory that all hosts share"
+            )
+        time.sleep(0.1)
+
+
+def start_from(origin: Origin, workdir: RunPath, program: Program, state: TrainState) -> TrainState:
     """Returns a new run's state with the model's variables of another run's checkpoint.
 
     It also writes down in `workdir` which checkpoint that is. Raises ConfigError if the checkpoint
@@ -125,7 +167,7 @@ def start_from(origin: Origin, workdir: Path, program: Program, state: TrainStat
     return state.replace(**variables)
 
 
-def report_new_schedule(workdir: Path, config: RunConfig, state: TrainState) -> None:
+def report_new_schedule(workdir: RunPath, config: RunConfig, state: TrainState) -> None:
     """Logs how the learning rate changes if the run was begun with another number of steps."""
     before, update = read_saved_config(workdir), int(state.step) - int(state.skipped)
     if before and before.train.steps != config.train.steps:
@@ -138,23 +180,27 @@ def report_new_schedule(workdir: Path, config: RunConfig, state: TrainState) -> 
 
 
 @contextlib.contextmanager
-def open_records(workdir: Path, config: RunConfig, program: Program, step: int) -> Iterator[Record]:
-    """Yields the function that writes a step's metrics.
+def open_records(
+    workdir: RunPath, config: RunConfig, program: Program, step: int, check: Check = unchecked
+) -> Iterator[Records]:
+    """Yields the functions that write to the run's files.
 
-    Among a run's processes, only the first one writes.
+    What was written must be flushed before a checkpoint is saved. Among a run's processes, only the
+    first one writes.
     """
     if jax.process_index() > 0:
-        yield lambda step, metrics, layers=None, /: None
+        yield Records(lambda step, metrics, layers=None, /: None, lambda times: None, lambda: None)
         return
+    check()
     write_config(workdir, config)
     write_environment(workdir, program.attention)
     logging.info("attention: %s", program.attention)
-    with MetricWriter(workdir, config.tracking, step) as writer:
-        yield writer.write
+    with MetricWriter(workdir, config.tracking, step, check) as writer:
+        yield Records(writer.write, writer.write_hosts, writer.flush)
 
 
 def load_run(
-    workdir: Path, step: int | None = None, *, task: Task | None = None
+    workdir: str | os.PathLike[str], step: int | None = None, *, task: Task | None = None
 ) -> tuple[RunConfig, Program, Any, int]:
     """Returns the config, program, model variables and step of a run's checkpoint.
 
@@ -163,6 +209,7 @@ def load_run(
     the greatest common divisor of the number of devices and the model's width. Raises ConfigError
     if there is no such run or step.
     """
+    workdir = run_path(workdir)
     config = read_config(workdir)
     devices = jax.device_count()
     mesh = MeshConfig(data=-1, fsdp=math.gcd(config.model.model_dim, devices))

@@ -1,36 +1,41 @@
 """Holds `fit`, the loop that trains a run from a checked config to its last checkpoint."""
 
 import contextlib
+import json
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
 
-from moe.config import RunConfig
+from moe.config import RunConfig, TrainConfig
 from moe.data.loader import make_loader
 from moe.data.rows import Rows
+from moe.parallel import watch
+from moe.parallel.distributed import from_first
 from moe.parallel.mesh import global_batch, host_rows
+from moe.storage.owner import Check
+from moe.storage.paths import RunPath, run_path
 from moe.tasks import Task
 from moe.tasks.task import Batch
-from moe.training.evaluation import evaluate, last_validation
-from moe.training.log import Log, Record
+from moe.training.evaluation import evaluate, is_validated, last_validation
+from moe.training.log import Log, Records
 from moe.training.progress import Bar
 from moe.training.signals import catch_signals
 from moe.training.start import (
     check_memory,
+    claim_run,
     first_state,
     load_run,
-    lock_run,
     open_records,
     report_new_schedule,
 )
 from moe.training.train_step import Program, TrainState, make_program
+from moe.training.vote import Vote, asks_to_stop
 from moe.workdir import checkpoint
 from moe.workdir.checkpoint import Checkpoints
-from moe.workdir.origin import Origin, find_origin
-from moe.workdir.tracking import check_workdir
+from moe.workdir.origin import Origin
 
 __all__ = ["Diverged", "Interrupted", "fit", "load_run"]
 
@@ -56,18 +61,18 @@ class _Run(NamedTuple):
     train_rows: Rows
     validation_rows: Rows
     checkpoints: Checkpoints
-    record: Record
+    records: Records
     bar: Bar
-    interrupted: Callable[[], bool]  # whether a signal has asked the run to stop
+    vote: Vote  # whether a signal or the end of the job has asked the run to stop
 
 
 def fit(
     config: RunConfig,
-    workdir: Path,
+    workdir: str | os.PathLike[str],
     devices: list[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]  # a class
     *,
     task: Task | None = None,
-    init_from: Path | None = None,
+    init_from: str | os.PathLike[str] | None = None,
     init_step: int | None = None,
 ) -> dict[str, float]:
     """Trains to `config.train.steps` and returns the last validation metrics.
@@ -81,43 +86,53 @@ def fit(
     it, OSError if a checkpoint cannot be saved, Interrupted on SIGINT or SIGTERM once the state is
     saved, and Diverged.
     """
-    program = make_program(config, devices, task=task)
-    # A model that is too large is refused before the lock is taken, which makes the directory. The
-    # parameters count twice, since the gradient is as large as they are.
-    check_memory(program.mesh, program.abstract_state, program.abstract_state.params)
-    with lock_run(workdir):
-        check_workdir(workdir, config)
-        origin = find_origin(workdir, config.model, init_from, init_step)
-        return _fit(config, workdir, program, origin)
+    watch.report("preparing")
+    with catch_signals() as interrupted:
+        program = make_program(config, devices, task=task)
+        # A model that is too large is refused before the lock is taken, which makes the directory.
+        # The parameters count twice, since the gradient is as large as they are.
+        check_memory(program.mesh, program.abstract_state, program.abstract_state.params)
+        workdir, source = run_path(workdir), run_path(init_from) if init_from else None
+        with claim_run(workdir, config, source, init_step) as (origin, check):
+            return _fit(config, workdir, program, origin, check, interrupted)
 
 
 def _fit(
-    config: RunConfig, workdir: Path, program: Program, origin: Origin | None
+    config: RunConfig,
+    workdir: RunPath,
+    program: Program,
+    origin: Origin | None,
+    check: Check,
+    interrupted: Callable[[], bool],
 ) -> dict[str, float]:
     """Trains as `fit` does, once this run's lock is held, and returns the last validation."""
     train_rows = program.task.rows(config, config.data.train_split)
     validation_rows = program.task.rows(config, config.data.validation_split)
     with contextlib.ExitStack() as stack:
-        interrupted = stack.enter_context(catch_signals())
         bar = stack.enter_context(Bar(config.train.steps, shown=jax.process_index() == 0))
-        checkpoints = stack.enter_context(checkpoint.open_checkpoints(workdir, config))
+        checkpoints = stack.enter_context(checkpoint.open_checkpoints(workdir, config, check))
         state = first_state(config, workdir, program, checkpoints, train_rows, origin, bar)
         report_new_schedule(workdir, config, state)
-        record = stack.enter_context(open_records(workdir, config, program, int(state.step)))
-        run = _Run(
-            config, program, train_rows, validation_rows, checkpoints, record, bar, interrupted
-        )
+        records = open_records(workdir, config, program, int(state.step), check)
+        records = stack.enter_context(records)
+        vote = Vote(program.mesh, asks_to_stop(interrupted, os.environ))
+        rows = train_rows, validation_rows
+        run = _Run(config, program, *rows, checkpoints, records, bar, vote)
         batches = stack.enter_context(_train_batches(run, int(state.examples)))
         stack.enter_context(jax.set_mesh(program.mesh))
-        state = _train(run, state, batches)
+        # The run may have been stopped in the evaluation of the step that it goes on from.
+        if not _lacks_validation(workdir, config, int(state.step)) or _evaluate(run, state):
+            state = _train(run, state, batches)
     # A signal may also arrive in the last step, or while that step is saved. The caller must know
     # of it, so that a sweep does not begin its next run.
-    if interrupted():
+    if vote.has_stopped(state.step):
         raise Interrupted(
             f"{workdir} stopped at step {int(state.step)} and saved: "
             "run the same command again to go on"
         )
-    metrics = last_validation(workdir)
+    metrics = json.loads(
+        from_first("the last validation", lambda: json.dumps(last_validation(workdir)))
+    )
     check_outcome(int(state.step), int(state.skipped), metrics)
     return metrics
 
@@ -125,31 +140,58 @@ def _fit(
 def _train(run: _Run, state: TrainState, batches: Iterator[Batch]) -> TrainState:
     """Takes the run's steps, evaluates and saves on the way, and returns the last state."""
     train = run.config.train
-    log = Log(run.config, run.program, run.record, run.bar)
+    log = Log(run.config, run.program, run.records, run.bar)
     start = int(state.step)
     begin = f"resuming from step {start}" if start else "starting"
     run.bar.show(f"{begin}: compiling the training step")
     for step in range(start + 1, train.steps + 1):
+        watch.report("training" if log.finished_step else "compiling", step)
         state, metrics = run.program.train_step(state, log.next_batch(batches))
         log.add(step, metrics)
         _check_skipped(log, train.max_skipped_steps)
-        is_last, must_stop = step == train.steps, run.interrupted()
-        must_evaluate = is_last or step % train.eval_every == 0
-        must_save = is_last or must_stop or step % train.checkpoint_every == 0
-        if must_evaluate or must_save:
+        with log.waiting():
+            must_stop = run.vote.stops(metrics)
+        must_evaluate = _evaluates(train, step)
+        if must_evaluate or must_stop or step % train.checkpoint_every == 0:
             # A step's metrics are written before its checkpoint, so that resuming loses none.
             log.pause()
             _check_skipped(log, train.max_skipped_steps)
-        if must_evaluate:
-            run.bar.show(f"evaluating step {step}")
-            values = evaluate(run.config, run.program, state.variables, run.validation_rows)
-            run.record(step, {f"validation/{name}": value for name, value in values.items()})
-        if must_save:
+        # A run that stops leaves the evaluation to the run that goes on from here.
+        if must_evaluate and not must_stop:
+            must_stop = not _evaluate(run, state)
+        if must_stop or step == train.steps or step % train.checkpoint_every == 0:
             run.bar.show(f"{'stopping: ' if must_stop else ''}saving step {step}")
+            watch.report("saving")
+            run.records.flush()
             checkpoint.save(run.checkpoints, run.config, run.train_rows.sha256, state)
         if must_stop:
             break
     return state
+
+
+def _evaluate(run: _Run, state: TrainState) -> bool:
+    """Evaluates the model and records the result. Returns False if the run must stop instead."""
+    run.bar.show(f"evaluating step {int(state.step)}")
+    watch.report("evaluating")
+    variables, rows = state.variables, run.validation_rows
+    values = evaluate(run.config, run.program, variables, rows, run.vote.stops)
+    if values:
+        metrics = {f"validation/{name}": value for name, value in values.items()}
+        run.records.metrics(int(state.step), metrics)
+    return bool(values)
+
+
+def _evaluates(train: TrainConfig, step: int) -> bool:
+    """Returns whether the model is evaluated after a step."""
+    return step == train.steps or step % train.eval_every == 0
+
+
+def _lacks_validation(workdir: RunPath, config: RunConfig, step: int) -> bool:
+    """Returns whether the evaluation of the step from which a run resumes was not finished."""
+    if not step or not _evaluates(config.train, step):
+        return False
+    found = from_first("the validation", lambda: json.dumps(is_validated(workdir, step)))
+    return not json.loads(found)
 
 
 @contextlib.contextmanager

@@ -1,18 +1,32 @@
 """The RULES table, and the hosts' parts of a batch."""
 
+import dataclasses
+import importlib
+import itertools
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe.config import ConfigError, MeshConfig, ModelConfig, RunConfig, TrainConfig
 from moe.parallel import mesh as mesh_module
-from moe.parallel.mesh import axis_size, constrain, global_batch, host_rows, per_shard, spec
+from moe.parallel.mesh import (
+    arrange_devices,
+    axis_size,
+    constrain,
+    global_batch,
+    host_rows,
+    per_shard,
+    spec,
+)
 
+ROOT = Path(__file__).parents[2]
 DIMS = {"tokens": "BT", "loss_mask": "BT"}
 
 
@@ -136,6 +150,88 @@ def test_the_mesh_refuses_what_does_not_fit_the_devices():
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A device that is not here, with what the order of devices follows."""
+
+    id: int
+    process_index: int
+    slice_index: int
+    coords: tuple[int, int, int] = (0, 0, 0)
+    platform: str = "tpu"
+    device_kind: str = "TPU v5"
+    core_on_chip: int = 0
+
+
+def tpus(x, y, z, num_slices=1):
+    """Slices of TPU v5p, four chips to a host."""
+    places = list(itertools.product(range(num_slices), range(z), range(y), range(x)))
+    return [
+        Chip(number, number // 4, index, (x, y, z))
+        for number, (index, z, y, x) in enumerate(places)
+    ]
+
+
+def places(mesh_devices, name):
+    return np.vectorize(lambda device: getattr(device, name), otypes=[object])(mesh_devices)
+
+
+def distances(chips):
+    """How far apart the chips of each pair are, in links of a 4x4x4 torus."""
+    return [
+        sum(min(abs(a - b), 4 - abs(a - b)) for a, b in zip(one.coords, two.coords, strict=True))
+        for one, two in itertools.combinations(chips, 2)
+    ]
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"data": 1, "fsdp": 8, "tensor": 8},
+        {"data": 1, "fsdp": 8, "expert": 8},
+        {"data": 8, "fsdp": 8},
+        {"data": 1, "fsdp": 64},
+        {"data": 2, "fsdp": 4, "tensor": 8},
+    ],
+)
+def test_64_chips_of_a_torus_make_every_axis_of_8(sizes):
+    mesh = arrange_devices(MeshConfig(**sizes), tpus(4, 4, 4))
+    assert mesh.shape == MeshConfig(**sizes).sizes
+    assert {device.id for device in mesh.flat} == set(range(64))
+    # The last axis that splits anything has a compact part of the torus: half of a 4x4 plane.
+    last = mesh.reshape(-1, 8)
+    if mesh.shape[1] != 64:
+        assert max(max(distances(group)) for group in last) <= 3
+
+
+def test_the_data_axis_spans_the_slices_of_tpus():
+    mesh = arrange_devices(MeshConfig(data=4, fsdp=4), tpus(2, 2, 2, num_slices=2))
+    slices = places(mesh, "slice_index")
+    np.testing.assert_array_equal(slices[:, :, 0, 0, 0], [[0] * 4] * 2 + [[1] * 4] * 2)
+    assert {device.id for device in mesh.flat} == set(range(16))
+
+
+@pytest.mark.parametrize(("data", "fsdp", "num_slices"), [(1, 32, 4), (2, 16, 4), (8, 3, 3)])
+def test_a_data_axis_that_cannot_span_the_slices_is_refused(data, fsdp, num_slices):
+    message = f"mesh.data={data} cannot span the {num_slices} slices .*multiple of {num_slices}"
+    with pytest.raises(ConfigError, match=message):
+        arrange_devices(MeshConfig(data=data, fsdp=fsdp), tpus(2, 2, 2, num_slices))
+
+
+def test_the_last_axes_stay_within_a_host_of_gpus():
+    """Processes with one GPU each, dealt out to two hosts in turn."""
+    gpus = [
+        Chip(number, number, number % 2, platform="gpu", device_kind="NVIDIA H200")
+        for number in range(16)
+    ]
+    mesh = arrange_devices(MeshConfig(data=1, fsdp=4, tensor=4), gpus)
+    hosts = places(mesh, "slice_index")[0, :, 0, 0, :]
+    np.testing.assert_array_equal(hosts, [[0] * 4] * 2 + [[1] * 4] * 2)
+    # Slices of GPUs are hosts, and every axis may span them.
+    hosts = places(arrange_devices(MeshConfig(data=1, fsdp=16), gpus), "slice_index")
+    np.testing.assert_array_equal(hosts.ravel(), [0] * 8 + [1] * 8)
+
+
 @pytest.mark.parametrize(
     "sizes",
     [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"context": 2, "expert": 4, "data": 1}],
@@ -184,3 +280,67 @@ def test_every_process_places_its_own_rows(monkeypatch):
     monkeypatch.setattr(jax, "make_array_from_callback", record)
     global_batch({"tokens": held[:, None] * np.ones((1, 3), int)}, mesh, 16, DIMS)
     np.testing.assert_array_equal(asked[0], [[12] * 3, [13] * 3])
+
+
+def named_hardware(name):
+    """Returns the devices that a config's docstring names: hosts of 8 H200, and a TPU's slice."""
+    text = importlib.import_module(f"configs.{name}").__doc__
+    return re.search(
+        r"^Hardware: ([\d,]+) H200 \((\d+) hosts?\)(?:, or TPU (v\w+:[\dx]+))?", text, re.MULTILINE
+    )
+
+
+CONFIGS = [
+    path.stem for path in sorted((ROOT / "configs").glob("[!_]*.py")) if named_hardware(path.stem)
+]
+
+
+def check_mesh(name, devices):
+    config = RunConfig.from_config_dict(importlib.import_module(f"configs.{name}").get_config())
+    mesh = mesh_module.make_mesh(config, devices)
+    assert {device.id for device in mesh.devices.flat} == {device.id for device in devices}
+    return mesh
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_has_a_mesh_on_the_h200s_that_it_names(name):
+    pytest.importorskip("jax_cuda13_plugin", reason="needs jax-cuda13-plugin jax-cuda13-pjrt")
+    number, num_hosts = (int(text.replace(",", "")) for text in named_hardware(name).groups()[:2])
+    target = (ROOT / "tests" / "h200.textproto").read_text()
+    devices = topologies.get_topology_desc(
+        platform="cuda",
+        target_config=target,
+        topology=f"1x{num_hosts}x{number // num_hosts}",
+    ).devices
+    assert len(devices) == number
+    mesh = check_mesh(name, devices)
+    # What a row of 8 neighbours in the mesh sends each other stays within a host.
+    hosts = places(mesh.devices, "process_index").reshape(num_hosts, -1)
+    assert all(len(set(row)) == 1 for row in hosts)
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_has_a_mesh_on_the_tpus_that_it_names(name, monkeypatch):
+    pytest.importorskip("libtpu", reason="needs pip install libtpu")
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    topology = named_hardware(name)[3]
+    if topology is None:
+        pytest.skip(f"{name} names no TPU")
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    assert len(devices) == int(named_hardware(name)[1].replace(",", ""))
+    check_mesh(name, devices)
+
+
+@pytest.mark.aot
+def test_two_slices_of_tpus_have_a_mesh(monkeypatch):
+    pytest.importorskip("libtpu", reason="needs pip install libtpu")
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    devices = topologies.get_topology_desc(
+        platform="tpu", topology_name="v5p:2x2x2", num_slices=2
+    ).devices
+    mesh = arrange_devices(MeshConfig(data=2, fsdp=4, tensor=2), devices)
+    assert [set(places(half, "slice_index").flat) for half in mesh] == [{0}, {1}]

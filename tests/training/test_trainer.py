@@ -41,6 +41,7 @@ from moe.config import (
 from moe.data import prepare
 from moe.files import try_lock
 from moe.interop.upcycle import SHARED_FIELDS
+from moe.parallel.hub import HostTimes
 from moe.scaling import hardware
 from moe.training import evaluation, log, signals, start, train_step, trainer
 from moe.training.optimizer import make_schedule
@@ -131,11 +132,12 @@ def assert_same_run(config, workdir, expected):
 
 def stop_at(monkeypatch, step):
     """As if a signal came while the `step`-th step of this call was running."""
-    asked = []
+    begun, add = [], log.Log.add
+    monkeypatch.setattr(log.Log, "add", lambda *args: begun.append(None) or add(*args))
 
     @contextlib.contextmanager
     def catch():
-        yield lambda: asked.append(None) or len(asked) >= step
+        yield lambda: len(begun) >= step
 
     monkeypatch.setattr(trainer, "catch_signals", catch)
 
@@ -413,8 +415,10 @@ def test_other_rows_are_refused(config, uninterrupted, monkeypatch):
 
 def test_the_first_process_alone_writes(config, uninterrupted, tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    with start.open_records(tmp_path, config, make_program(config), 0) as record:
-        record(1, {"train/loss": 1.0})
+    with start.open_records(tmp_path, config, make_program(config), 0) as records:
+        records.metrics(1, {"train/loss": 1.0})
+        records.hosts(HostTimes(1, [1.0], [1.0]))
+        records.flush()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -561,8 +565,9 @@ def test_a_second_signal_of_either_kind_ends_a_process_that_runs_no_python(first
     """As while XLA compiles: the main thread waits in C, where Python calls no handlers."""
     program = textwrap.dedent("""
         import ctypes
-        from moe.training.signals import catch_signals
-        with catch_signals():
+        from moe.training import signals
+        signals.SAME_REQUEST_S = 0.0
+        with signals.catch_signals():
             print("ready", flush=True)
             ctypes.CDLL(None).select(0, None, None, None, ctypes.byref((ctypes.c_long * 2)(60, 0)))
             ctypes.CDLL(None).select(0, None, None, None, ctypes.byref((ctypes.c_long * 2)(60, 0)))
@@ -580,6 +585,14 @@ def test_a_second_signal_of_either_kind_ends_a_process_that_runs_no_python(first
             "stopped at once: what was trained since the last checkpoint is lost"
             in process.stderr.read()
         )
+
+
+def test_a_sigterm_that_slurm_sends_twice_is_one_request(capfd):
+    with signals.catch_signals() as interrupted:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interrupted()
+    assert capfd.readouterr().err.count("a second signal stops at once") == 1
 
 
 def test_a_short_run_whose_every_update_was_skipped_has_diverged(config, tmp_path, monkeypatch):
@@ -662,11 +675,50 @@ def test_every_command_that_makes_a_state_looks_at_the_memory_first(
 
 def test_a_signal_in_the_last_step_or_after_it_is_told_to_the_caller(config, tmp_path, monkeypatch):
     """A comparison would go on to its next run. The run itself is whole."""
-    stop_at(monkeypatch, config.train.steps + 1)
+    saved, save = [], checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda *args: (save(*args), saved.append(args[-1])))
+
+    @contextlib.contextmanager
+    def catch():
+        yield lambda: len(saved) == 3  # those of steps 3, 6 and 8
+
+    monkeypatch.setattr(trainer, "catch_signals", catch)
     with pytest.raises(trainer.Interrupted, match="stopped at step 8 and saved"):
         trainer.fit(config, tmp_path)
     monkeypatch.undo()
     assert trainer.fit(config, tmp_path)["validation/loss"] > 0
+
+
+def test_an_evaluation_that_a_signal_ended_is_made_by_the_run_that_goes_on(
+    config, uninterrupted, tmp_path, monkeypatch
+):
+    """It was to be made at step 4, and at step 8, the last one."""
+    evaluated, evaluate_batches = [], evaluation.evaluation_batches
+    monkeypatch.setattr(
+        evaluation,
+        "evaluation_batches",
+        lambda *args, **kwargs: evaluated.append(1) or evaluate_batches(*args, **kwargs),
+    )
+
+    @contextlib.contextmanager
+    def catch():
+        yield lambda: len(evaluated) > 0
+
+    monkeypatch.setattr(trainer, "catch_signals", catch)
+    with pytest.raises(trainer.Interrupted, match="stopped at step 4 and saved"):
+        trainer.fit(config, tmp_path)
+    assert not any("validation/loss" in line for line in lines(tmp_path))
+    stop_at(monkeypatch, 1)
+    with pytest.raises(trainer.Interrupted, match="stopped at step 5 and saved"):
+        trainer.fit(config, tmp_path)
+    assert any("validation/loss" in line for line in lines(tmp_path))
+    evaluated.clear()
+    monkeypatch.setattr(trainer, "catch_signals", catch)
+    with pytest.raises(trainer.Interrupted, match="stopped at step 8 and saved"):
+        trainer.fit(config, tmp_path)
+    monkeypatch.undo()
+    trainer.fit(config, tmp_path)
+    assert_same_run(config, tmp_path, uninterrupted)
 
 
 def test_fit_may_run_in_a_thread():

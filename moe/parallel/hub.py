@@ -1,0 +1,354 @@
+"""Decides, on process 0, whether a process of the job has died, ended or is stuck.
+
+The hub knows what the other processes say over one connection each. `moe.parallel.watch` starts it,
+and explains the whole. It imports no JAX.
+"""
+
+import dataclasses
+import hmac
+import json
+import secrets
+import selectors
+import socket
+import statistics
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Collection
+from typing import Any, Literal, NamedTuple
+
+from moe.exit_codes import BAD_INPUT, DIVERGED, INTERRUPTED, NOT_JOINED, PEER_DIED, PEER_STUCK
+
+# In "training" the host works on a step, and in "waiting" it waits for the step's devices. The
+# first step is "compiling" until it is done.
+Phase = Literal["starting", "preparing", "compiling", "training", "waiting", "evaluating", "saving"]
+IN_STEP = ("training", "waiting")
+
+TICK = 1.0  # seconds between two messages of a process that has nothing else to say
+PAUSE = 5.0  # a process that has said nothing for so many seconds does not run
+_GRACE = 2.0  # seconds in which the others may come to the same end as one that failed
+_FAREWELL = 2.0  # seconds that the hub gives the others to leave before its own process does
+_TIMES_SECONDS = 1.0  # how long process 0 waits for the times of a step that all have logged
+_STEPS = 10  # a step may take so many times the median of the latest ones
+
+# All processes reach these ends together, at their own pace.
+COMMON_ENDS = (0, DIVERGED, INTERRUPTED)
+# If one process ends with one of these, to start the job again would not help, so all say it.
+_SHARED_CODES = (BAD_INPUT, NOT_JOINED)
+
+
+class HostTimes(NamedTuple):
+    """Holds how long the steps up to a logged one took on each process, in seconds a step."""
+
+    step: int
+    step_seconds: list[float]
+    host_seconds: list[float]  # the part in which the host worked and did not wait for devices
+
+
+class Verdict(NamedTuple):
+    """Says why the processes that are left must end."""
+
+    code: int
+    text: str
+    process_id: int  # the process that failed first
+    speaker: int  # the process that shows the last lines of the one that failed
+
+
+@dataclasses.dataclass
+class Peer:
+    """Holds what the hub knows about one process."""
+
+    process_id: int
+    host: str
+    heard: float  # when its last message came
+    since: float  # when it began its step, or what it does between steps
+    phase: Phase = "starting"
+    step: int = 0
+    is_connected: bool = True
+    exit_code: int | None = None  # is set by its goodbye
+    ended: float = 0.0  # when it said goodbye
+
+
+class Connection:
+    """Sends and receives messages, each of them a line of JSON, and never waits."""
+
+    def __init__(self, connection: socket.socket):
+        connection.setblocking(False)
+        _find_dead_hosts(connection)
+        self.socket, self.is_open = connection, True
+        self._received, self._lock = b"", threading.Lock()
+
+    def fileno(self) -> int:
+        return self.socket.fileno()
+
+    def send(self, **message: Any) -> None:
+        """Sends a message. The other end counts as gone if it has not read for hours."""
+        data = json.dumps(message).encode() + b"\n"
+        with self._lock:
+            try:
+                self.is_open &= self.socket.send(data) == len(data)
+            except OSError:
+                self.is_open = False
+
+    def receive(self) -> list[dict[str, Any]]:
+        """Returns the messages that have come. Raises ValueError for any other bytes."""
+        try:
+            while data := self.socket.recv(1 << 16):
+                self._received += data
+            self.is_open = False
+        except BlockingIOError:
+            pass
+        except OSError:  # its process was killed, or its host does not answer
+            self.is_open = False
+        *lines, self._received = self._received.split(b"\n")
+        return [json.loads(line) for line in lines]
+
+
+def _find_dead_hosts(connection: socket.socket) -> None:
+    """Makes the system close the connection once the other host has been silent for 10 seconds."""
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (
+        ("TCP_KEEPIDLE", 4),  # seconds, as the next one
+        ("TCP_KEEPINTVL", 2),
+        ("TCP_KEEPCNT", 3),
+        ("TCP_USER_TIMEOUT", 10_000),  # milliseconds until sent data must be acknowledged
+    ):
+        if hasattr(socket, name):  # Linux has them all
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+class Hub:
+    """Listens to all processes of a job, and tells them when one has failed.
+
+    `end` ends this process, once the others have had the time to read the verdict.
+    """
+
+    def __init__(
+        self, host: str, num_processes: int, stuck_seconds: float, end: Callable[[Verdict], None]
+    ):
+        self._server = _listen()
+        token = secrets.token_hex(16)
+        # Only a process of the job knows the token, so nobody else can say that one is stuck.
+        self.address = json.dumps(
+            [host, self._server.getsockname()[1], token, socket.gethostname()]
+        )
+        self.all_said_goodbye = threading.Event()
+        self._token, self._end = token, end
+        self._judge = Judge(num_processes, stuck_seconds)
+        self._times: dict[int, dict[int, tuple[float, float]]] = {}
+        self._complete: deque[HostTimes] = deque()
+        self._connections: dict[int, Connection] = {}
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._server, selectors.EVENT_READ)
+        threading.Thread(target=self._run, name="hub", daemon=True).start()
+
+    def take_times(self, last: int) -> list[HostTimes]:
+        """Returns the times that have come from every process since the last call.
+
+        It waits up to a second for those of the step `last`, if there is one.
+        """
+        deadline = time.monotonic() + _TIMES_SECONDS
+        while last and not (self._complete and self._complete[-1].step >= last):
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.005)
+        return [self._complete.popleft() for _ in range(len(self._complete))]
+
+    def _run(self) -> None:
+        """Reads messages and judges by them until a process has failed."""
+        judge, ticked = self._judge, time.monotonic()
+        while True:
+            self._read_all(TICK / 2)
+            now = time.monotonic()
+            if verdict := judge.decide(now):
+                break
+            if now - ticked >= TICK:
+                ticked, limit = now, judge.limit(now)
+                for connection in self._connections.values():
+                    connection.send(limit=limit, step=judge.step(0))
+        for number, connection in self._connections.items():
+            if number:
+                connection.send(verdict=verdict)
+        deadline = time.monotonic() + _FAREWELL
+        while time.monotonic() < deadline and judge.others_are_connected():
+            self._read_all(0.05)
+        self._end(verdict)
+
+    def _read_all(self, timeout: float) -> None:
+        for key, _ in self._selector.select(timeout):
+            if key.fileobj is self._server:
+                connection = Connection(self._server.accept()[0])
+                self._selector.register(connection, selectors.EVENT_READ)
+            else:
+                self._read(key.fileobj)
+        if self._judge.all_said_goodbye():
+            self.all_said_goodbye.set()
+
+    def _read(self, connection: Any) -> None:
+        """Takes the messages of one connection, the first of which says which process it is."""
+        number = next((n for n, known in self._connections.items() if known is connection), None)
+        now = time.monotonic()
+        try:
+            for message in connection.receive():
+                if number is None:
+                    number = self._greet(connection, message, now)
+                elif "times" in message:
+                    self._add_times(number, *message["times"])
+                else:
+                    self._judge.hear(number, message, now)
+        except (ValueError, KeyError, TypeError):  # not one of ours
+            connection.is_open = False
+        if not connection.is_open:
+            self._selector.unregister(connection)
+            connection.socket.close()
+            if number is not None:
+                del self._connections[number]
+                self._judge.lose(number)
+
+    def _greet(self, connection: Connection, message: dict[str, Any], now: float) -> int:
+        if not hmac.compare_digest(message["token"], self._token):
+            raise ValueError("the token is wrong")
+        number = int(message["process_id"])
+        self._connections[number] = connection
+        self._judge.meet(number, str(message["host"]), now)
+        return number
+
+    def _add_times(self, number: int, step: int, step_seconds: float, host_seconds: float) -> None:
+        """Notes a process's times of a step, and completes the step with those of the last one."""
+        times = self._times.setdefault(step, {})
+        times[number] = step_seconds, host_seconds
+        if len(times) == self._judge.num_processes:
+            seconds = [times[number] for number in sorted(times)]
+            self._complete.append(HostTimes(step, *map(list, zip(*seconds, strict=True))))
+            del self._times[step]
+
+
+def _listen() -> socket.socket:
+    """Opens a port of this host's own choice, for IPv6 and IPv4 where the host has both."""
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(
+            ("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=4096
+        )
+    return socket.create_server(("", 0), backlog=4096)
+
+
+class Judge:
+    """Keeps what the hub has heard from each process, and decides whether one has failed."""
+
+    def __init__(self, num_processes: int, stuck_seconds: float):
+        self.num_processes, self._stuck_seconds = num_processes, stuck_seconds
+        self._peers: dict[int, Peer] = {}
+        self._order: Verdict | None = None  # a process asks all to end
+        # Until this time some process did something else than a step.
+        self._busy_until = self._decided = 0.0
+        self._durations: deque[float] = deque(maxlen=64)
+
+    def meet(self, number: int, host: str, now: float) -> None:
+        """Takes in a process that has connected."""
+        self._peers[number] = Peer(number, host, heard=now, since=now)
+
+    def hear(self, number: int, message: dict[str, Any], now: float) -> None:
+        """Takes in what a process says: its phase and step, or its goodbye."""
+        peer = self._peers[number]
+        peer.heard = now
+        if "exit_code" in message:
+            peer.exit_code, peer.ended = int(message["exit_code"]), now
+            if reason := message["reason"]:
+                text = f"{self._name(peer)} {reason}"
+                self._order = self._verdict(peer.exit_code, text, peer)
+            return
+        phase, step = message["phase"], int(message["step"])
+        if step > peer.step and phase in IN_STEP and peer.phase in (*IN_STEP, "compiling"):
+            self._durations.append((now - peer.since) / (step - peer.step))
+        if step != peer.step or (phase in IN_STEP) != (peer.phase in IN_STEP):
+            peer.since = now
+        peer.phase, peer.step = phase, step
+
+    def lose(self, number: int) -> None:
+        """Notes that the connection of a process is closed."""
+        self._peers[number].is_connected = False
+
+    def step(self, number: int) -> int:
+        """Returns the step that a process is in."""
+        return self._peers[number].step if number in self._peers else 0
+
+    def all_said_goodbye(self) -> bool:
+        return all(
+            number in self._peers and self._peers[number].exit_code is not None
+            for number in range(1, self.num_processes)
+        )
+
+    def others_are_connected(self) -> bool:
+        return any(peer.is_connected for peer in self._peers.values() if peer.process_id)
+
+    def limit(self, now: float) -> float | None:
+        """Returns how long a step may take, or None while any process does something else."""
+        staying = [peer for peer in self._peers.values() if peer.exit_code is None]
+        if len(self._peers) < self.num_processes or not staying or not self._durations:
+            return None
+        if any(peer.phase not in IN_STEP for peer in staying):
+            return None
+        return max(self._stuck_seconds, _STEPS * statistics.median(self._durations))
+
+    def decide(self, now: float) -> Verdict | None:
+        """Returns the verdict if a process has failed by the time `now`."""
+        limit = self.limit(now)
+        # After a pause of the hub's own process its clocks say nothing about the others.
+        if limit is None or now - self._decided > PAUSE:
+            self._busy_until = now
+        self._decided = now
+        if self._order:
+            return self._order
+        peers = [self._peers[number] for number in sorted(self._peers)]
+        for peer in peers:
+            if peer.exit_code is None and not peer.is_connected:
+                return self._verdict(PEER_DIED, f"{self._name(peer)} died", peer)
+        for peer in peers:
+            if peer.exit_code not in (None, *COMMON_ENDS) and now - peer.ended > _GRACE:
+                return self._ended(peer)
+        return None if limit is None else self._find_stuck(peers, now, limit)
+
+    def _find_stuck(self, peers: list[Peer], now: float, limit: float) -> Verdict | None:
+        """Returns the verdict if a process has been in its step for longer than `limit`.
+
+        The others wait for that process in the same step, or in the next one, and may be over the
+        limit too. A process that does not run, or whose host still works, is the first suspect.
+        """
+        staying = [peer for peer in peers if peer.exit_code is None]
+        late = [peer for peer in staying if now - max(peer.since, self._busy_until) > limit]
+        if not late:
+            return None
+        if len(staying) < len(peers):  # they wait for one that has left
+            return self._ended(next(peer for peer in peers if peer.exit_code is not None))
+        runs = lambda peer: now - peer.heard < min(PAUSE, limit / 2)
+        peer = min(late, key=lambda peer: (runs(peer), peer.phase == "waiting", peer.step))
+        text = f"{self._name(peer)} is stuck in step {peer.step}"
+        if not runs(peer):
+            text += ", and does not run"
+        elif peer.phase == "waiting":
+            text += ", in which all processes wait for their devices"
+        return self._verdict(PEER_STUCK, text, peer)
+
+    def _ended(self, peer: Peer) -> Verdict:
+        assert peer.exit_code is not None
+        code = peer.exit_code if peer.exit_code in _SHARED_CODES else PEER_DIED
+        return self._verdict(
+            code, f"{self._name(peer)} ended with exit code {peer.exit_code}", peer
+        )
+
+    def _verdict(self, code: int, text: str, failed: Peer) -> Verdict:
+        survivors: Collection[int] = [
+            peer.process_id
+            for peer in self._peers.values()
+            if peer is not failed and peer.exit_code is None and peer.is_connected
+        ]
+        return Verdict(code, text, failed.process_id, min(survivors, default=failed.process_id))
+
+    def _name(self, peer: Peer) -> str:
+        return name(peer.process_id, self.num_processes, peer.host)
+
+
+def name(process_id: int, num_processes: int, host: str) -> str:
+    """Returns how messages name a process."""
+    return f"process {process_id} of {num_processes} on {host}"

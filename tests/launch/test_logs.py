@@ -1,0 +1,224 @@
+"""Each process's log file: what real processes write into it, however they end."""
+
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launch.logs import Lines, last_lines, log_directory, log_path
+
+ROOT = Path(__file__).parents[2]
+START = """
+import os, signal, sys, time
+from pathlib import Path
+from launch import logs
+directory, process_id = Path(sys.argv[1]), int(sys.argv[2])
+logs.start(logs.log_path(directory, process_id), process_id, 4)
+"""
+PREFIX = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z \S+ (\d+) \| ")
+
+
+def start(body: str, directory: Path, process_id: int = 3, **options) -> subprocess.Popen[bytes]:
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+    # With this variable Python has no buffer whose text could be lost.
+    options["env"] = {key: os.environ[key] for key in os.environ.keys() - {"PYTHONUNBUFFERED"}}
+    return subprocess.Popen(
+        [sys.executable, "-c", START + body, str(directory), str(process_id)], cwd=ROOT, **options
+    )
+
+
+def run(body: str, directory: Path, process_id: int = 3) -> tuple[bytes, bytes, int]:
+    process = start(body, directory, process_id)
+    # Both pipes are open until the writer has ended too.
+    output, error = process.communicate(timeout=60)
+    return output, error, process.returncode
+
+
+def logged(directory: Path, process_id: int = 3) -> list[str]:
+    """Returns the lines of a log after their prefix, without the first line of a start."""
+    lines = log_path(directory, process_id).read_text().splitlines()
+    prefixes = [PREFIX.match(line) for line in lines]
+    assert all(prefixes), lines
+    assert {int(match[1]) for match in prefixes if match} == {process_id}
+    texts = [PREFIX.sub("", line, count=1) for line in lines]
+    assert re.match(rf"process {process_id} of 4 on \S+ starts: \S+python", texts[0])
+    return texts[1:]
+
+
+def test_a_run_has_its_logs_and_other_commands_have_them_in_the_current_directory() -> None:
+    assert log_directory("train", Path("runs/x")) == Path("runs/x/logs")
+    assert log_directory("evaluate", Path("runs/x")) == Path("logs/evaluate")
+    assert log_directory("benchmark", None) == Path("logs/benchmark")
+
+
+def test_a_process_writes_everything_into_its_own_log(tmp_path: Path) -> None:
+    body = "print('one'); os.write(2, b'native\\n'); print('two', file=sys.stderr); print('three')"
+    assert run(body, tmp_path / "logs") == (b"", b"", 0)
+    assert logged(tmp_path / "logs") == ["one", "native", "two", "three"]
+
+
+def test_process_0_also_writes_where_it_wrote_before(tmp_path: Path) -> None:
+    body = "print('one\\r\\ttwo'); print('\\x1b[1merror\\x1b[0m', file=sys.stderr)"
+    assert run(body, tmp_path, 0) == (b"one\r\ttwo\n", b"\x1b[1merror\x1b[0m\n", 0)
+    assert sorted(logged(tmp_path, 0)) == ["\ttwo", "error"]
+
+
+@pytest.mark.parametrize(
+    ("end", "code"),
+    [("os._exit(76)", 76), ("os.kill(os.getpid(), signal.SIGKILL)", -9), ("os.abort()", -6)],
+)
+def test_the_last_lines_survive(tmp_path: Path, end: str, code: int) -> None:
+    body = "print('line'); print('\\r5%', end='', file=sys.stderr); " + end
+    assert run(body, tmp_path)[2] == code
+    assert logged(tmp_path) == ["line", "5%"]
+    assert run(body, tmp_path, 0) == (b"line\n", b"\r5%", code)
+
+
+def test_signals_do_not_end_the_log_before_its_process(tmp_path: Path) -> None:
+    body = """
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+    signal.signal(number, signal.SIG_IGN)
+os.write(1, b'ready\\n')
+time.sleep(0.5)
+print('saved')
+"""
+    process = start(body, tmp_path, 0, process_group=0)
+    assert process.stdout and process.stdout.readline() == b"ready\n"
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        os.killpg(process.pid, number)
+    assert process.communicate(timeout=60)[0] == b"saved\n"
+    assert logged(tmp_path, 0) == ["ready", "saved"]
+
+
+def test_process_0_still_sees_a_terminal_and_its_width(tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    os.set_blocking(ours, False)
+    body = "print(sys.stdout.isatty(), sys.stderr.isatty(), os.get_terminal_size(2).columns)"
+    body += "\nfor i in range(100): print(end=f'\\r{i}', file=sys.stderr)"
+    subprocess.run(["stty", "-F", os.ttyname(theirs), "columns", "123", "-onlcr"], check=True)
+    assert start(body, tmp_path, 0, stdout=theirs, stderr=theirs).wait(60) == 0
+    shown = os.read(ours, 10_000)
+    assert shown == b"True True 123\n" + b"".join(b"\r%d" % i for i in range(100))
+    os.close(ours)
+    os.close(theirs)
+    assert logged(tmp_path, 0) == ["True True 123", "99"]
+
+
+def test_nothing_appears_after_the_end_of_a_process(tmp_path: Path) -> None:
+    with (tmp_path / "output").open("w") as file:
+        body = "for i in range(20_000): print(i)"
+        assert start(body, tmp_path, 0, stdout=file, stderr=file).wait(60) == 0
+        assert (tmp_path / "output").read_text().split() == [str(i) for i in range(20_000)]
+
+
+def test_a_reader_who_leaves_stops_neither_the_process_nor_its_log(tmp_path: Path) -> None:
+    body = "for i in range(50_000): print(i)"
+    process = start(body, tmp_path, 0)
+    assert process.stdout and process.stderr
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert process.wait(60) == 0
+    assert logged(tmp_path, 0) == [str(i) for i in range(50_000)]
+
+
+def test_closed_streams_are_no_obstacle(tmp_path: Path) -> None:
+    command = '"$0" -c "$1" "$2" 0 <&- >&- 2>&-'
+    body = START + "os.write(1, b'one\\n'); os.write(2, b'two\\n')"
+    done = subprocess.run(["sh", "-c", command, sys.executable, body, tmp_path], cwd=ROOT)
+    assert done.returncode == 0
+    assert logged(tmp_path, 0) == ["one", "two"]
+
+
+def test_a_full_disk_stops_neither_the_process_nor_its_output() -> None:
+    writer, write = start_writer(ROOT / "launch" / "logs.py", Path("/dev/full"), process_id=0)
+    os.write(write, b"one\n")
+    os.write(write, b"two\n")
+    os.close(write)
+    assert writer.communicate(timeout=60) == (
+        b"one\ntwo\n",
+        b"/dev/full cannot be written: No space left on device\n",
+    )
+
+
+def test_a_new_start_appends_and_its_last_lines_are_its_own(tmp_path: Path) -> None:
+    run("print('first')", tmp_path)
+    run("for i in range(30): print(i)", tmp_path)
+    path = log_path(tmp_path, 3)
+    assert [line.split(" | ")[1] for line in last_lines(path, 2)] == ["28", "29"]
+    assert [line.split(" | ")[1] for line in last_lines(path, 99)] == [str(i) for i in range(30)]
+    assert "first" in path.read_text()
+    assert last_lines(path, since=time.time()) == []
+    assert last_lines(log_path(tmp_path, 4)) == []
+
+
+def feed(*parts: bytes) -> tuple[list[bytes], list[bytes]]:
+    """Returns the lines of a text that arrives in parts, and what is unfinished in the end."""
+    lines = Lines()
+    ended = [line for part in parts for line in lines.feed(part)]
+    return ended, list(lines.unfinished())
+
+
+@pytest.mark.parametrize(
+    ("parts", "ended", "unfinished"),
+    [
+        ([b"one\ntwo\n"], [b"one", b"two"], []),
+        ([b"on", b"e\n\ntw"], [b"one", b""], [b"tw"]),
+        ([b"dos\r\nline\r", b"\n"], [b"dos", b"line"], []),
+        ([b"\r1%", b"\r2%\r3%"], [], [b"3%"]),
+        ([b"\r1", b"0%\r", b"2", b"0%\n"], [b"20%"], []),
+        ([b"\r50%|\r    \r", b"a message\n\r60%"], [b"a message"], [b"60%"]),
+        ([b"\r50%\r   \r"], [], [b"50%"]),
+        ([b"x" * 70_000, b"y\n"], [b"x" * 70_000, b"y"], []),
+    ],
+)
+def test_lines(parts: list[bytes], ended: list[bytes], unfinished: list[bytes]) -> None:
+    assert feed(*parts) == (ended, unfinished)
+
+
+def test_a_state_of_a_bar_is_returned_once() -> None:
+    lines = Lines()
+    assert list(lines.feed(b"\r1%")) == []
+    assert [list(lines.unfinished()) for _ in range(2)] == [[b"1%"], []]
+    assert list(lines.feed(b"\r2%")) == [] and list(lines.unfinished()) == [b"2%"]
+    assert list(lines.feed(b"\n")) == [b"2%"]
+
+
+def start_writer(script: Path, path: Path, process_id: int) -> tuple[subprocess.Popen[bytes], int]:
+    """Starts the process that writes a log, and returns it and a descriptor to write to."""
+    read, write = os.pipe()
+    arguments = [
+        sys.executable,
+        str(script),
+        str(path),
+        "host",
+        str(process_id),
+        "starts: x",
+        f"{read}:1",
+    ]
+    writer = subprocess.Popen(
+        arguments, pass_fds=[read], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    os.close(read)
+    return writer, write
+
+
+def test_the_log_has_the_state_of_a_bar_while_it_moves(tmp_path: Path) -> None:
+    script, path = tmp_path / "logs.py", tmp_path / "log"
+    text = (ROOT / "launch" / "logs.py").read_text()
+    script.write_text(text.replace("BAR_SECONDS = 30.0", "BAR_SECONDS = 0.1"))
+    writer, write = start_writer(script, path, process_id=3)
+    os.write(write, b"\r1%\r2%")
+    while not (path.exists() and path.read_text().endswith(" host 3 | 2%\n")):
+        time.sleep(0.01)
+    os.write(write, b"\r3%")
+    os.close(write)
+    assert writer.communicate(timeout=60) == (b"", b"")
+    assert [line.split(" | ")[1] for line in path.read_text().splitlines()[1:]] == ["2%", "3%"]

@@ -1,0 +1,326 @@
+"""Processes that watch each other: deaths, goodbyes and steps without an end, all without JAX."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from moe.config import ConfigError
+from moe.exit_codes import BAD_INPUT, DIVERGED, INTERRUPTED, PEER_DIED, PEER_STUCK
+from moe.parallel import hub, watch
+from moe.parallel.hub import Hub, Judge
+
+ROOT = Path(__file__).parents[2]
+HOST = socket.gethostname()
+
+
+def judge_of(num_processes):
+    """Returns a judge who has met all processes, on the hosts a, b, ..., and seen their step 1."""
+    judge = Judge(num_processes, 60.0)
+    for number in range(num_processes):
+        judge.meet(number, "abcdefgh"[number], 0.0)
+        say(judge, number, 0.0, "compiling", 1)
+    for number in range(num_processes):
+        say(judge, number, 1.0, "training", 2)
+    assert judge.decide(1.0) is None
+    return judge
+
+
+def say(judge, number, now, phase, step):
+    judge.hear(number, {"phase": phase, "step": step}, now)
+
+
+def leave(judge, number, now, code, reason=""):
+    judge.hear(number, {"exit_code": code, "reason": reason}, now)
+
+
+def decide(judge, times):
+    """Returns the first verdict of a judge who is asked each second, and when it comes."""
+    for now in times:
+        for number in (0, 1, 2):  # they run
+            say(judge, number, now, judge._peers[number].phase, judge._peers[number].step)
+        if verdict := judge.decide(now):
+            return now, verdict
+    return None
+
+
+def test_a_closed_connection_without_a_goodbye_is_a_death():
+    judge = judge_of(3)
+    judge.lose(2)
+    assert judge.decide(1.5) == (PEER_DIED, "process 2 of 3 on c died", 2, 0)
+    judge = judge_of(3)
+    leave(judge, 2, 1.2, 0)
+    judge.lose(2)
+    assert judge.decide(1.5) is None
+
+
+def test_the_lowest_process_that_is_left_speaks():
+    judge = judge_of(3)
+    judge.lose(0)
+    assert judge.decide(1.5) == (PEER_DIED, "process 0 of 3 on a died", 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("code", "told"), [(1, PEER_DIED), (143, PEER_DIED), (BAD_INPUT, BAD_INPUT)]
+)
+def test_an_exit_code_that_is_not_of_all_ends_the_others_after_a_grace(code, told):
+    judge = judge_of(3)
+    leave(judge, 1, 1.0, code)
+    judge.lose(1)
+    assert judge.decide(2.0) is None
+    assert judge.decide(3.5) == (told, f"process 1 of 3 on b ended with exit code {code}", 1, 0)
+
+
+@pytest.mark.parametrize("code", [0, DIVERGED, INTERRUPTED])
+def test_an_end_that_is_of_all_gives_the_others_time_but_not_for_ever(code):
+    judge = judge_of(3)
+    leave(judge, 1, 1.0, code)
+    say(judge, 0, 1.0, "saving", 2)
+    assert decide(judge, range(2, 200)) is None
+    say(judge, 0, 200.0, "training", 3)
+    now, verdict = decide(judge, range(200, 300))
+    assert now == 260 and verdict[:2] == (
+        PEER_DIED,
+        f"process 1 of 3 on b ended with exit code {code}",
+    )
+
+
+def test_a_goodbye_with_a_reason_ends_all_at_once():
+    judge = judge_of(3)
+    leave(judge, 1, 1.0, INTERRUPTED, "was asked to stop")
+    assert judge.decide(1.0) == (INTERRUPTED, "process 1 of 3 on b was asked to stop", 1, 0)
+
+
+def test_the_process_whose_host_works_is_stuck_and_not_those_that_wait():
+    judge = judge_of(3)
+    say(judge, 0, 2.0, "waiting", 2)
+    say(judge, 2, 2.0, "waiting", 2)
+    now, verdict = decide(judge, range(2, 100))
+    assert now == 62 and verdict[:3] == (PEER_STUCK, "process 1 of 3 on b is stuck in step 2", 1)
+
+
+def test_the_process_that_does_not_run_is_stuck():
+    judge = judge_of(3)
+    for now in range(2, 61):
+        for number in (0, 1):
+            say(judge, number, now, "waiting", 2)
+        assert judge.decide(now) is None
+    expected = "process 2 of 3 on c is stuck in step 2, and does not run"
+    assert judge.decide(61.5)[:2] == (PEER_STUCK, expected)
+
+
+def test_a_step_in_which_all_wait_is_said_to_be_one():
+    judge = judge_of(3)
+    for number in range(3):
+        say(judge, number, 2.0, "waiting", 2)
+    now, verdict = decide(judge, range(2, 100))
+    assert now == 62 and verdict.text == (
+        "process 0 of 3 on a is stuck in step 2, in which all processes wait for their devices"
+    )
+
+
+@pytest.mark.parametrize("phase", ["compiling", "evaluating", "saving", "preparing", "starting"])
+def test_nobody_is_stuck_while_anyone_does_something_else(phase):
+    judge = judge_of(3)
+    say(judge, 1, 2.0, phase, 2)
+    assert decide(judge, range(2, 1000)) is None
+    say(judge, 1, 1000.0, "training", 3)
+    now, _ = decide(judge, range(1000, 2000))
+    assert now == 1060
+
+
+def test_a_step_may_take_ten_times_the_median():
+    judge = judge_of(3)
+    for step in range(3, 9):
+        for number in range(3):
+            say(judge, number, 20.0 * step, "training", step)
+        assert judge.decide(20.0 * step) is None
+    now, _ = decide(judge, range(160, 1000))
+    assert now == 361  # step 8 began at 160, and the median is 20
+
+
+def test_a_first_step_that_takes_long_gives_the_second_one_time():
+    judge = Judge(2, 60.0)
+    for number in range(2):
+        judge.meet(number, "a", 0.0)
+        say(judge, number, 0.0, "compiling", 1)
+    for number in range(2):
+        say(judge, number, 100.0, "training", 2)
+    assert judge.limit(100.0) == 1000
+
+
+def test_a_pause_of_the_hub_counts_against_nobody():
+    judge = judge_of(3)
+    for number in range(3):
+        say(judge, number, 500.0, "training", 2)
+    assert judge.decide(500.0) is None
+
+
+def test_a_wrong_limit_is_refused_by_name():
+    assert watch._stuck_seconds(None) == 60 and watch._stuck_seconds("2.5") == 2.5
+    for text in ("", "x", "0", "-1", "nan", "inf"):
+        with pytest.raises(ConfigError, match=r"MOE_STUCK_SECONDS=.*: set it to a number"):
+            watch._stuck_seconds(text)
+
+
+def test_a_stranger_is_not_heard():
+    ended = []
+    watching = Hub("127.0.0.1", 2, 60.0, ended.append)
+    host, port, *_ = watch.json.loads(watching.address)
+    for text in (
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"\xff\n",
+        b"7\n",
+        b'{"process_id": 1, "host": "x"}\n',
+        b'{"process_id": 1, "host": "x", "token": "guess"}\n',
+        b'{"process_id": 1, "host": "x", "token": 7}\n',
+    ):
+        with socket.create_connection((host, port), 5) as stranger:
+            stranger.sendall(text)
+            assert stranger.recv(1) == b""  # the hub has hung up
+    assert not ended
+
+
+def test_without_a_watch_nothing_happens():
+    watch.report("training", 1)
+    watch.send_times(1, 1.0, 1.0)
+    assert watch.take_times() == []
+    watch.stop_in_warm_up()
+    watch.leave(1)
+
+
+PROGRAM = textwrap.dedent("""
+    import pathlib, sys, time
+    from moe.parallel import watch
+
+    def from_first(name, make):
+        path = pathlib.Path(sys.argv[3], name)
+        if sys.argv[1] == "0":
+            path.with_suffix(".new").write_text(make())
+            path.with_suffix(".new").rename(path)
+        while not path.exists():
+            time.sleep(0.01)
+        return path.read_text()
+
+    watch.start(int(sys.argv[1]), int(sys.argv[2]), "127.0.0.1", from_first)
+    watch.show_last_lines(lambda process_id: f"the last words of {process_id}")
+    phase, *rest = sys.argv[4].split()
+    watch.report("compiling", 1)
+    watch.report(phase, 2)
+    print("ready", flush=True)
+    if rest:
+        exec(" ".join(rest))
+    time.sleep(60)
+""")
+
+
+class Job:
+    """Starts processes that watch each other, and do what they are told."""
+
+    def __init__(self, directory, *programs, seconds="60"):
+        environment = os.environ | {"MOE_STUCK_SECONDS": seconds}
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, "-c", PROGRAM, str(i), str(len(programs)), str(directory), text],
+                cwd=ROOT,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for i, text in enumerate(programs)
+        ]
+        for process in self.processes:
+            assert process.stdout.readline() == "ready\n", process.communicate()
+        self.begin = time.monotonic()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        for process in self.processes:
+            process.kill()
+            process.communicate()
+
+    def end(self, *numbers):
+        """Returns the exit codes and the last texts of some processes, once they have ended."""
+        ended = [self.processes[number] for number in numbers]
+        texts = [process.communicate(timeout=30)[1] for process in ended]
+        return [process.returncode for process in ended], texts
+
+
+@pytest.mark.parametrize(
+    "victim",
+    [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow)],
+)
+def test_a_killed_process_is_named_at_once(tmp_path, victim):
+    with Job(tmp_path, "saving", "training", "compiling") as job:
+        job.processes[victim].kill()
+        left = [number for number in range(3) if number != victim]
+        codes, texts = job.end(*left)
+        assert time.monotonic() - job.begin < 5 and codes == [PEER_DIED] * 2
+    line = f"process {victim} of 3 on {HOST} died: this process ends too, with exit code 76\n"
+    assert texts == [f"{line}the last words of {victim}\n", line]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_stopped_process_is_named_and_the_stacks_are_shown(tmp_path, victim):
+    with Job(tmp_path, *("training", "waiting", "waiting"), seconds="5") as job:
+        time.sleep(1.5)  # the hub has heard all
+        job.processes[victim].send_signal(signal.SIGSTOP)
+        left = [number for number in range(3) if number != victim]
+        codes, texts = job.end(*left)
+        assert time.monotonic() - job.begin < 15 and codes == [PEER_STUCK] * 2
+        job.processes[victim].send_signal(signal.SIGCONT)
+        assert job.end(victim)[0][0] in (PEER_STUCK, PEER_DIED)  # it runs on, and leaves too
+    name = f"process {victim} of 3 on {HOST} is stuck in step 2, and does not run"
+    assert all(name in text and "Current thread" in text for text in texts)
+
+
+@pytest.mark.slow
+def test_an_error_has_its_traceback_and_its_exit_code(tmp_path):
+    with Job(tmp_path, "training", "training raise ValueError('seven')", "training") as job:
+        codes, texts = job.end(0, 1, 2)
+    assert codes == [PEER_DIED, 1, PEER_DIED]
+    assert "ValueError: seven" in texts[1]
+    for text in (texts[0], texts[2]):
+        assert text.startswith(f"process 1 of 3 on {HOST} ended with exit code 1: ")
+    assert texts[0].endswith("the last words of 1\n")
+
+
+def test_all_leave_together_and_process_0_last(tmp_path):
+    early = "training watch.leave(0)"
+    late = "saving time.sleep(1); watch.leave(0)"
+    with Job(tmp_path, early, late, early) as job:
+        assert job.end(0, 1, 2) == ([0, 0, 0], ["", "", ""])
+        assert time.monotonic() - job.begin > 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_signal_in_warm_up_ends_all_at_once(tmp_path, victim):
+    programs = ["compiling", "compiling", "training"]
+    programs[victim] += " time.sleep(0.5); watch.stop_in_warm_up()"
+    with Job(tmp_path, *programs) as job:
+        codes, texts = job.end(0, 1, 2)
+    assert codes == [INTERRUPTED] * 3
+    name = f"process {victim} of 3 on {HOST} was asked to stop before its first step was done"
+    assert all(name in text for number, text in enumerate(texts) if number != victim)
+
+
+@pytest.mark.slow
+def test_the_times_of_all_processes_come_together(tmp_path):
+    send = "training watch.send_times(5, 1.0, 0.25 + {}); time.sleep(1)"
+    gather = "; print(watch.take_times(), flush=True); watch.leave(0)"
+    with Job(tmp_path, send.format(0) + gather, send.format(1) + "; watch.leave(0)") as job:
+        assert job.processes[0].communicate(timeout=30)[0] == (
+            "[HostTimes(step=5, step_seconds=[1.0, 1.0], host_seconds=[0.25, 1.25])]\n"
+        )
+    assert hub.TICK == 1

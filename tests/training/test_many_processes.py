@@ -1,0 +1,440 @@
+"""Runs over several real processes: deaths, hangs and signals at any time, and how they go on."""
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from moe.config import (
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrackingConfig,
+    TrainConfig,
+)
+from moe.exit_codes import INTERRUPTED, PEER_DIED, PEER_STUCK
+from moe.workdir.identity import checkpoint_steps
+from moe.workdir.tracking import read_metrics
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+HOST = socket.gethostname()
+CONFIG = RunConfig(
+    model=ModelConfig(
+        num_layers=1,
+        model_dim=16,
+        feed_forward_dim=24,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=8,
+        compute_dtype="float32",
+    ),
+    data=DataConfig(sequence_length=64),
+    optimizer=OptimizerConfig(learning_rate=0.01, warmup_fraction=0.01),
+    mesh=MeshConfig(data=2, fsdp=2),
+    train=TrainConfig(
+        steps=6, batch_size=8, log_every=1, eval_every=100, eval_batches=1, checkpoint_every=100
+    ),
+    tracking=TrackingConfig(tensorboard=False),
+)
+# Joins a job and trains. The last argument is Python that runs before `fit`, in all processes.
+PROGRAM = textwrap.dedent("""
+    import json, os, sys, time
+    from pathlib import Path
+    from moe.parallel import distributed, watch
+
+    address, count, number, config, workdir, before = sys.argv[1:]
+    count, number = int(count), int(number)
+    if count > 1:
+        distributed.join(distributed.Cluster("a test", address, count, number))
+    from moe.config import RunConfig
+    from moe.training import evaluation, log, trainer
+    from moe.training.trainer import Interrupted, fit
+    from moe.workdir import checkpoint
+
+    def wait(name, seconds=100):
+        os.write(1, f"{name}\\n".encode())
+        time.sleep(seconds)
+
+    def wrap(module, name, first):
+        function = getattr(module, name)
+        setattr(module, name, lambda *args, **kwargs: (first(), function(*args, **kwargs))[1])
+
+    exec(before)
+    code = 0
+    try:
+        fit(RunConfig.from_config_dict(json.loads(config)), Path(workdir))
+    except Interrupted as error:
+        print(f"interrupted: {error}", file=sys.stderr)
+        code = 75
+    watch.leave(code)
+""")
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+class Job:
+    """Starts a run over processes that have four devices together, and ends them with the test."""
+
+    data_directory = ""
+
+    def __init__(self, workdir, *, count=2, before="", stuck_seconds="60", mesh=None, **train):
+        self.config = dataclasses.replace(
+            CONFIG,
+            mesh=mesh or CONFIG.mesh,
+            data=dataclasses.replace(CONFIG.data, directory=Job.data_directory),
+            train=dataclasses.replace(CONFIG.train, **train),
+        )
+        self.workdir, self.count = workdir, count
+        environment = os.environ | {
+            "JAX_NUM_CPU_DEVICES": str(4 // count),
+            "MOE_STUCK_SECONDS": stuck_seconds,
+        }
+        address, config = f"127.0.0.1:{free_port()}", json.dumps(self.config.to_dict())
+        self.processes = [
+            subprocess.Popen(
+                [
+                    *(sys.executable, "-c", PROGRAM, address, str(count), str(number)),
+                    *(config, str(workdir), textwrap.dedent(before)),
+                ],
+                cwd=ROOT,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for number in range(count)
+        ]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        for process in self.processes:
+            process.kill()
+            process.communicate()
+
+    def wait_for_step(self, step):
+        path, deadline = self.workdir / "metrics.jsonl", time.monotonic() + 200
+        while not (path.exists() and f'"step": {step},' in path.read_text()):
+            ended = [process for process in self.processes if process.poll() is not None]
+            assert not ended and time.monotonic() < deadline, [p.communicate() for p in ended]
+            time.sleep(0.02)
+
+    def wait_for(self, name, number):
+        """Waits until a process has come to the place of this name."""
+        for line in self.processes[number].stdout:  # Gloo prints there too
+            if line == f"{name}\n":
+                return
+        raise AssertionError(self.processes[number].communicate())
+
+    def end(self, *numbers, timeout=200):
+        """Returns the exit codes and the standard error of some processes, or of all."""
+        ended = [self.processes[number] for number in numbers or range(self.count)]
+        texts = [process.communicate(timeout=timeout)[1] for process in ended]
+        return [process.returncode for process in ended], texts
+
+
+@pytest.fixture(autouse=True, scope="module")
+def shared_rows(data_directory):
+    Job.data_directory = data_directory
+
+
+def arrays(workdir, step):
+    """Returns the dtype, shape and checksum of each array of a checkpoint."""
+    return json.loads((workdir / "checkpoints" / str(step) / "about.json").read_text())["arrays"]
+
+
+def losses(workdir):
+    return {
+        line["step"]: line["train/loss"] for line in read_metrics(workdir) if "train/loss" in line
+    }
+
+
+# Where a process waits while it is killed, in its first step and in its first save.
+PLACES = {
+    "training": "",
+    "compiling": """
+        make_program = trainer.make_program
+        def make(*args, **kwargs):
+            program = make_program(*args, **kwargs)
+            def train_step(*args):
+                wait("compiling")
+            import dataclasses
+            return dataclasses.replace(program, train_step=train_step)
+        if number == VICTIM:
+            trainer.make_program = make
+    """,
+    "saving": """
+        if number == VICTIM:
+            wrap(checkpoint, "save", lambda: wait("saving"))
+    """,
+}
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("place", PLACES)
+def test_after_a_kill_the_other_is_gone_within_15_seconds(tmp_path, place, victim):
+    before = PLACES[place].replace("VICTIM", str(victim))
+    with Job(tmp_path / "run", before=before, steps=100_000, checkpoint_every=3) as job:
+        if before:
+            job.wait_for(place, victim)
+            time.sleep(1)
+        else:
+            job.wait_for_step(5)
+        job.processes[victim].kill()
+        begin = time.monotonic()
+        codes, texts = job.end(1 - victim)
+        assert time.monotonic() - begin < 15
+    assert codes == [PEER_DIED], texts
+    line = f"process {victim} of 2 on {HOST} died: this process ends too, with exit code 76"
+    assert line in texts[0].splitlines()
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_is_stopped_is_stuck(tmp_path, victim):
+    with Job(tmp_path / "run", steps=100_000, stuck_seconds="6") as job:
+        job.wait_for_step(20)
+        job.processes[victim].send_signal(signal.SIGSTOP)
+        begin = time.monotonic()
+        codes, texts = job.end(1 - victim)
+        assert 4 < time.monotonic() - begin < 30
+    assert codes == [PEER_STUCK], texts
+    expected = rf"process {victim} of 2 on {HOST} is stuck in step \d+, and does not run: this "
+    assert re.match(expected, texts[0].splitlines()[-1])
+    assert "in _train" in texts[0]  # the stack
+
+
+def test_a_process_that_hangs_is_stuck_and_shows_its_stack(tmp_path):
+    before = """
+        def hang_in_step_9():
+            if number == 1 and watch._watch.step == 9:
+                time.sleep(1000)
+        wrap(log.Log, "next_batch", hang_in_step_9)
+    """
+    with Job(tmp_path / "run", before=before, steps=100, stuck_seconds="6") as job:
+        codes, texts = job.end()
+    assert codes == [PEER_STUCK] * 2, texts
+    assert all(f"process 1 of 2 on {HOST} is stuck in step 9" in text for text in texts)
+    assert "in hang_in_step_9" in texts[1] and "hang_in_step_9" not in texts[0]
+
+
+def test_nobody_is_stuck_while_one_prepares_compiles_evaluates_or_saves(tmp_path):
+    """Each takes three times as long as a step may take."""
+    before = """
+        if number == 1:
+            slow = lambda: time.sleep(6)
+            wrap(trainer, "first_state", slow)
+            wrap(trainer, "evaluate", slow)
+            wrap(checkpoint, "save", slow)
+            first = [slow]
+            wrap(log.Log, "next_batch", lambda: first and first.pop()())
+    """
+    with Job(tmp_path / "run", before=before, steps=8, eval_every=4, stuck_seconds="2") as job:
+        codes, texts = job.end()
+    assert codes == [0, 0], texts
+
+
+def test_an_error_of_one_process_has_its_traceback_and_ends_the_other(tmp_path):
+    before = """
+        def fail_in_step_5():
+            if number == 1 and watch._watch.step == 5:
+                raise ValueError("seven")
+        wrap(log.Log, "next_batch", fail_in_step_5)
+    """
+    with Job(tmp_path / "run", before=before, steps=100_000) as job:
+        codes, texts = job.end()
+    assert codes == [PEER_DIED, 1], texts
+    assert "ValueError: seven" in texts[1]
+    assert f"process 1 of 2 on {HOST} ended with exit code 1: this" in texts[0].splitlines()[-1]
+
+
+SLOW_STEPS = 'wrap(log.Log, "add", lambda: time.sleep(0.3))'
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Returns the directory of a run over two processes that nothing has interrupted."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    with Job(workdir, steps=12, eval_every=4) as job:
+        codes, texts = job.end()
+    assert codes == [0, 0], texts
+    return workdir
+
+
+@pytest.mark.parametrize(("number", "victim"), [(signal.SIGTERM, 0), (signal.SIGINT, 1)])
+def test_a_signal_to_one_process_saves_the_same_step_of_all(tmp_path, whole, number, victim):
+    workdir = tmp_path / "run"
+    with Job(workdir, before=SLOW_STEPS, steps=12, eval_every=4) as job:
+        job.wait_for_step(5)
+        job.processes[victim].send_signal(number)
+        codes, texts = job.end()
+    assert codes == [INTERRUPTED] * 2, texts
+    (step,) = checkpoint_steps(workdir / "checkpoints")
+    assert 5 < step < 12
+    assert all(f"stopped at step {step} and saved" in text for text in texts)
+    assert max(losses(workdir)) == step
+    with Job(workdir, steps=12, eval_every=4) as job:
+        codes, texts = job.end()
+    assert codes == [0, 0], texts
+    assert losses(workdir) == losses(whole)
+    assert arrays(workdir, 12) == arrays(whole, 12)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_signal_in_an_evaluation_ends_it_on_all(tmp_path, whole, victim):
+    workdir = tmp_path / "run"
+    before = """
+        sums = evaluation._sum_over_batches
+        def slow_sums(config, program, variables, rows, stops):
+            wait("evaluating", 0)
+            return sums(config, program, variables, rows, lambda x: (time.sleep(0.2), stops(x))[1])
+        evaluation._sum_over_batches = slow_sums
+    """
+    with Job(workdir, before=before, steps=12, eval_every=4, eval_batches=0) as job:
+        job.wait_for("evaluating", victim)
+        time.sleep(0.5)
+        job.processes[victim].send_signal(signal.SIGTERM)
+        begin = time.monotonic()
+        codes, texts = job.end()
+        assert time.monotonic() - begin < 20
+    assert codes == [INTERRUPTED] * 2, texts
+    assert checkpoint_steps(workdir / "checkpoints") == [4]
+    assert not any("validation/loss" in line for line in read_metrics(workdir))
+    with Job(workdir, steps=12, eval_every=4, eval_batches=0) as job:
+        codes, texts = job.end()
+    assert codes == [0, 0], texts
+    assert [line["step"] for line in read_metrics(workdir) if "validation/loss" in line] == [
+        4,
+        8,
+        12,
+    ]
+    assert arrays(workdir, 12) == arrays(whole, 12)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("place", ["preparing", "compiling"])
+def test_a_signal_in_warm_up_ends_all_at_once(tmp_path, place, victim):
+    before = {
+        "preparing": 'wrap(trainer, "first_state", lambda: wait("preparing"))',
+        "compiling": PLACES["compiling"].replace("number == VICTIM", "True"),
+    }[place]
+    with Job(tmp_path / "run", before=before) as job:
+        for number in range(2):
+            job.wait_for(place, number)
+        job.processes[victim].send_signal(signal.SIGTERM)
+        begin = time.monotonic()
+        codes, texts = job.end()
+        assert time.monotonic() - begin < 15
+    assert codes == [INTERRUPTED] * 2, texts
+    name = f"process {victim} of 2 on {HOST} was asked to stop before its first step was done"
+    assert name in texts[1 - victim]
+    assert checkpoint_steps(tmp_path / "run" / "checkpoints") == []
+
+
+def test_a_run_is_saved_before_slurm_ends_its_job(tmp_path):
+    """Process 1 alone believes that the job ends soon, as with clocks that differ."""
+    before = """
+        if number == 1:
+            os.environ["SLURM_JOB_START_TIME"] = str(int(time.time()))
+            os.environ["SLURM_JOB_END_TIME"] = str(int(time.time()) + 20)
+    """
+    with Job(tmp_path / "run", before=before, steps=100_000) as job:
+        codes, texts = job.end()
+    assert codes == [INTERRUPTED] * 2, texts
+    (step,) = checkpoint_steps(tmp_path / "run" / "checkpoints")
+    assert step > 1 and all(f"stopped at step {step} and saved" in text for text in texts)
+    assert "SLURM's time limit is near" in texts[1]
+
+
+# Writes the number and the content of each row that a process trains on.
+LOG_ROWS = """
+    import zlib
+    from moe.parallel.mesh import host_rows
+    steps, global_batch = [], trainer.global_batch
+    def logged(fields, mesh, size, dims):
+        rows = {str(n): zlib.crc32(b"".join(x[i].tobytes() for x in fields.values()))
+                for i, n in enumerate(host_rows(mesh, size))}
+        with open(Path(workdir).parent / f"rows-{number}.jsonl", "a") as file:
+            file.write(json.dumps(rows) + "\n")
+        return global_batch(fields, mesh, size, dims)
+    trainer.global_batch = logged
+    begun = []
+    wrap(log.Log, "add", lambda: begun.append(1))
+    trainer.asks_to_stop = lambda *_: lambda: len(begun) >= STEPS
+"""
+
+
+def rows_of(directory):
+    """Returns the rows of each step, over all processes, and removes what they wrote."""
+    steps = []
+    for path in sorted(directory.glob("rows-*.jsonl")):
+        for step, line in enumerate(path.read_text().splitlines()):
+            steps[step:] = steps[step:] or [{}]
+            steps[step] |= json.loads(line)
+        path.unlink()
+    return steps
+
+
+@pytest.mark.parametrize(
+    "layouts",
+    [
+        [(1, MeshConfig(data=2, fsdp=2)), (2, None), (4, None), (1, None)],
+        [(2, MeshConfig(data=4)), (2, MeshConfig(fsdp=4)), (2, MeshConfig(fsdp=2, tensor=2))],
+    ],
+)
+def test_other_processes_or_another_mesh_go_on_with_the_same_rows(tmp_path, layouts):
+    """A restored state is compared with the checksums of the saved one, bit for bit, by `fit`."""
+    parts, whole = tmp_path / "parts", tmp_path / "whole"
+    found, mesh = [], None
+    parts.mkdir()
+    for count, new_mesh in layouts:
+        mesh = new_mesh or mesh
+        before = LOG_ROWS.replace("STEPS", "3")
+        with Job(parts / "run", count=count, before=before, mesh=mesh, steps=12) as job:
+            codes, texts = job.end()
+        assert set(codes) <= {0, INTERRUPTED}, texts
+        found += rows_of(parts)
+    whole.mkdir()
+    before = LOG_ROWS.replace("STEPS", str(len(found) + 1))
+    with Job(whole / "run", count=1, before=before, mesh=layouts[0][1], steps=12) as job:
+        codes, texts = job.end()
+    assert set(codes) <= {0, INTERRUPTED}, texts
+    assert found == rows_of(whole)[: len(found)]
+    assert all(len(rows) == 8 for rows in found)
+    expected = losses(whole / "run")
+    assert losses(parts / "run") == pytest.approx(
+        {step: expected[step] for step in range(1, len(found) + 1)}, rel=1e-5
+    )
+
+
+def test_the_times_of_all_hosts_show_the_slow_one(tmp_path):
+    before = """
+        if number == 1:
+            wrap(log.Log, "next_batch", lambda: time.sleep(0.2))
+    """
+    with Job(tmp_path / "run", before=before, steps=6, log_every=2) as job:
+        codes, texts = job.end()
+    assert codes == [0, 0], texts
+    lines = (tmp_path / "run" / "hosts.jsonl").read_text().splitlines()
+    times = [json.loads(line) for line in lines]
+    assert [line["step"] for line in times] == [2, 4, 6]
+    for line in times:
+        assert min(line["step_seconds"]) > 0.15
+        assert line["host_seconds"][1] > 0.15 > line["host_seconds"][0]
