@@ -327,6 +327,7 @@ def test_a_stopped_worker_is_named(
     assert re.search(f"^waiting for {name % 0}; ", told) and re.search(name % 1, told)
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_workers_end_with_the_process_that_started_them(
     rows: PreparedRows, small: DataConfig, tmp_path: Path, number: signal.Signals

@@ -56,7 +56,7 @@ CONFIGS = {
     "empty.py": "",
     "file.py": "def get_config():\n    return open('nowhere.txt')\n",
     "exit.py": "import sys\ndef get_config():\n    sys.exit(0)\n",
-    "loop.py": "import sys\nprint('begun', flush=True)\nwhile True:\n    pass\n",
+    "loop.py": "import time\nprint('begun', flush=True)\nwhile True:\n    time.sleep(0.01)\n",
     "none.py": "def get_config():\n    pass\n",
     "dict.py": "def get_config():\n    return [1]\n",
     "few_steps.py": "from moe.config import RunConfig\ndef get_config():\n"
@@ -326,6 +326,7 @@ def test_a_reference_that_fails_late_gets_one_line() -> None:
         command_line.read_run_config(config)
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_a_config_that_never_ends_is_named_and_can_be_interrupted(directory: Path) -> None:
     command = [sys.executable, "command.py", "--workdir=x", "--config=loop.py"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
