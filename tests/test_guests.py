@@ -645,8 +645,8 @@ def test_symbolic_shapes_are_refused_in_one_line():
     ],
 )
 def test_numpy_arrays_are_arrays_too(model):
-    """As parameters, which a checkpoint may give as NumPy arrays, and as inputs. They are no
-    arguments of the jit, which would make them JAX's.
+    """As parameters, which a checkpoint may give as NumPy arrays, and as inputs; outside of jit,
+    which would make them JAX's.
     """
     arrays, x = (
         (variables(model), rows(2))
@@ -654,7 +654,6 @@ def test_numpy_arrays_are_arrays_too(model):
         else (variables(model, 2), activations(2))
     )
     expected = jax.tree.leaves(jax.jit(model.apply)(arrays, x))
-    as_numpy = jax.tree.map(np.asarray, (arrays, x))
-    actual = jax.tree.leaves(jax.jit(lambda: model.apply(*as_numpy))())
+    actual = jax.tree.leaves(model.apply(*jax.tree.map(np.asarray, (arrays, x))))
     for got, wanted in zip(actual, expected, strict=True):
         np.testing.assert_allclose(got, wanted, atol=1e-5)
