@@ -309,6 +309,16 @@ def sum_of_sines(tree):
     )
 
 
+def results_and_gradients(function, argnums):
+    """Returns a function of what `function` returns and of its gradients, which calls it once."""
+
+    def total(variables, x):
+        results = function(variables, x)
+        return sum_of_sines(results), results
+
+    return jax.value_and_grad(total, argnums, has_aux=True)
+
+
 def transformer_on(variables, batch):
     model = Transformer(dataclasses.replace(DENSE, moe=SPARSE), capture=("residual",))
     output = model.apply(variables, batch)
@@ -367,10 +377,7 @@ def test_explicit_axes_change_nothing(function, names):
     """
     function, make = ON_MESHES[function]
     arguments = make()
-    run = jax.value_and_grad(
-        lambda variables, x: (sum_of_sines(function(variables, x)), function(variables, x)),
-        has_aux=True,
-    )
+    run = results_and_gradients(function, argnums=0)
     (_, expected), expected_gradient = jax.jit(run)(*arguments)
     mesh = jax.make_mesh((4, 2), names)
     assert set(mesh.axis_types) == {AxisType.Explicit}
@@ -400,9 +407,7 @@ def test_a_batch_that_the_mesh_cannot_split_is_copied(sizes, batch):
     mesh = jax.make_mesh(sizes, ("data", "fsdp", "expert"), (AxisType.Auto,) * 3)
     function = moe_on("dropless")
     x, layer_variables = activations(batch), shared_moe_variables()
-    run = jax.value_and_grad(
-        lambda v, x: (sum_of_sines(function(v, x)), function(v, x)), argnums=(0, 1), has_aux=True
-    )
+    run = results_and_gradients(function, argnums=(0, 1))
     (_, expected), expected_gradient = jax.jit(run)(layer_variables, x)
     with jax.set_mesh(mesh):
         (_, found), gradient = jax.jit(run)(layer_variables, x)
