@@ -5,6 +5,7 @@ device, as on a user's machine, unless the test gives it more (JAX_NUM_CPU_DEVIC
 """
 
 import functools
+import gc
 import os
 import shutil
 import signal
@@ -32,6 +33,9 @@ def pytest_configure(config: pytest.Config) -> None:
     # A background job of a script (`make test &`) ignores Ctrl-C. So would the processes that tests
     # start and interrupt.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Tracing leaves millions of objects in JAX's caches. Python's garbage collector would look
+    # through them so often that it took a quarter of the whole time.
+    gc.set_threshold(100_000, 20, 10)
     # XLA's CPU client has as many threads as devices, 8. A device that waits in two independent
     # collectives holds two of them. Another device is then left without a thread, all wait for
     # ever, and XLA ends the process. With NPROC=32 it has more threads.

@@ -1,5 +1,7 @@
 """Cross-entropy in chunks against the plain formula, and the memory that it takes."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from moe import losses
 from moe.config import MoEConfig
 
 
+@jax.jit
 def plain_cross_entropy(hidden, weight_DV, targets, mask):
     log_probs = jax.nn.log_softmax((hidden @ weight_DV).astype(jnp.float64), axis=-1)
     picked = jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
@@ -23,6 +26,12 @@ def inputs(batch=3, length=13, width=8, vocab=11, dtype=np.float64):
     return hidden, weight, targets, rng.random((batch, length)) > 0.3
 
 
+@functools.cache
+def expected_loss_and_gradients():
+    with jax.enable_x64(True):
+        return jax.jit(jax.value_and_grad(plain_cross_entropy, argnums=(0, 1)))(*inputs())
+
+
 @pytest.mark.parametrize("chunk", [1, 4, 5, 13, 100])
 def test_chunks_equal_the_plain_formula(chunk):
     hidden, weight, targets, mask = inputs()
@@ -31,10 +40,8 @@ def test_chunks_equal_the_plain_formula(chunk):
         return losses.cross_entropy_sum(hidden, lambda h: h @ weight, targets, mask, chunk)
 
     with jax.enable_x64(True):
-        value, gradients = jax.value_and_grad(chunked, argnums=(0, 1))(hidden, weight)
-        expected, expected_gradients = jax.value_and_grad(plain_cross_entropy, argnums=(0, 1))(
-            hidden, weight, targets, mask
-        )
+        value, gradients = jax.jit(jax.value_and_grad(chunked, argnums=(0, 1)))(hidden, weight)
+    expected, expected_gradients = expected_loss_and_gradients()
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     for gradient, wanted in zip(gradients, expected_gradients, strict=True):
         np.testing.assert_allclose(
@@ -42,22 +49,24 @@ def test_chunks_equal_the_plain_formula(chunk):
         )  # sums of up to 39 terms of size 1
 
 
+@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.value_and_grad, argnums=(1, 2))
+def loss_and_gradients(chunk, hidden, weight, targets, mask):
+    return losses.cross_entropy_sum(hidden, lambda h: h @ weight, targets, mask, chunk)
+
+
 @pytest.mark.parametrize("chunk", [4, 100])
 @pytest.mark.parametrize("wrong", [-100, -1, 11, 300])
 def test_a_target_outside_the_vocabulary_is_nan_unless_it_is_masked(wrong, chunk):
     hidden, weight, targets, mask = inputs(dtype=np.float32)
     targets[1, 2], mask[1, 2] = wrong, True
-
-    def total(hidden, weight, mask):
-        return losses.cross_entropy_sum(hidden, lambda h: h @ weight, targets, mask, chunk)
-
-    for leaf in jax.tree.leaves(jax.value_and_grad(total, (0, 1))(hidden, weight, mask)):
+    for leaf in jax.tree.leaves(loss_and_gradients(chunk, hidden, weight, targets, mask)):
         assert np.isnan(leaf).any()
     mask[1, 2] = False
-    value, gradients = jax.value_and_grad(total, (0, 1))(hidden, weight, mask)
-    np.testing.assert_allclose(
-        value, plain_cross_entropy(hidden, weight, np.clip(targets, 0, 10), mask), rtol=1e-5
-    )
+    value, gradients = loss_and_gradients(chunk, hidden, weight, targets, mask)
+    with jax.enable_x64(True):
+        expected = plain_cross_entropy(hidden, weight, np.clip(targets, 0, 10), mask)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
     assert all(np.isfinite(gradient).all() for gradient in gradients) and not np.any(
         gradients[0][1, 2]
     )
@@ -67,14 +76,9 @@ def test_a_target_outside_the_vocabulary_is_nan_unless_it_is_masked(wrong, chunk
 @pytest.mark.parametrize("chunk", [4, 100])
 def test_what_a_masked_position_holds_changes_nothing(chunk, value):
     hidden, weight, targets, mask = inputs(dtype=np.float32)
-
-    def total(hidden, weight):
-        return losses.cross_entropy_sum(hidden, lambda h: h @ weight, targets, mask, chunk)
-
-    expected = jax.value_and_grad(total, (0, 1))(hidden, weight)
-    actual = jax.value_and_grad(total, (0, 1))(
-        np.where(mask[..., None], hidden, value).astype(np.float32), weight
-    )
+    spoilt = np.where(mask[..., None], hidden, value).astype(np.float32)
+    expected = loss_and_gradients(chunk, hidden, weight, targets, mask)
+    actual = loss_and_gradients(chunk, spoilt, weight, targets, mask)
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
@@ -131,7 +135,7 @@ def test_router_metrics_by_hand():
     stats = router_stats([6, 2], [8, 0])._replace(
         dropped=jnp.array([2.0, 0.0]), z_loss=jnp.array([4.0, 8.0])
     )
-    metrics = losses.router_metrics(stats)
+    metrics = jax.jit(losses.router_metrics)(stats)
     np.testing.assert_allclose(metrics["load"], [[3 / 4, 1 / 4], [1, 0]])
     np.testing.assert_allclose(metrics["max_vio"], [1 / 2, 1])
     np.testing.assert_allclose(metrics["load_variation"], [1 / 2, 1])

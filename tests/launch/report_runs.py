@@ -33,8 +33,9 @@ def images(workdir: Path) -> set[str]:
 
 def colours(path: Path) -> set[str]:
     """The colours of an image's pixels, as #rrggbb."""
-    pixels = np.unique(np.asarray(Image.open(path).convert("RGB")).reshape(-1, 3), axis=0)
-    return {"#" + bytes(pixel).hex() for pixel in pixels}
+    red, green, blue = np.moveaxis(np.asarray(Image.open(path).convert("RGB"), np.uint32), 2, 0)
+    # Numbers are sorted many times faster than rows of three bytes.
+    return {f"#{pixel:06x}" for pixel in np.unique(red << 16 | green << 8 | blue)}
 
 
 def text(page: Path) -> str:

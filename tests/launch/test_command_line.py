@@ -56,7 +56,7 @@ CONFIGS = {
     "empty.py": "",
     "file.py": "def get_config():\n    return open('nowhere.txt')\n",
     "exit.py": "import sys\ndef get_config():\n    sys.exit(0)\n",
-    "loop.py": "import sys\nprint('begun', flush=True)\nwhile True:\n    pass\n",
+    "loop.py": "import time\nprint('begun', flush=True)\nwhile True:\n    time.sleep(0.01)\n",
     "none.py": "def get_config():\n    pass\n",
     "dict.py": "def get_config():\n    return [1]\n",
     "few_steps.py": "from moe.config import RunConfig\ndef get_config():\n"

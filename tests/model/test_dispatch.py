@@ -38,9 +38,11 @@ CONFIG = MoEConfig(num_experts=E, experts_per_token=A, expert_dim=F)
 
 
 def as_function(strategy, **static):
-    """Returns y_ND of a strategy as a function of arrays alone."""
-    return lambda x, experts, combine, *weights: (
-        strategy(x, experts, combine, Weights(*weights), **static).y_ND
+    """Returns y_ND of a strategy as a function of arrays alone, compiled as a whole."""
+    return jax.jit(
+        lambda x, experts, combine, *weights: (
+            strategy(x, experts, combine, Weights(*weights), **static).y_ND
+        )
     )
 
 
@@ -111,34 +113,35 @@ def test_a_strategy_equals_a_loop_over_tokens(name):
     close(STRATEGIES[name](*arguments), plain(*map(np.asarray, arguments)))
 
 
-@pytest.mark.parametrize("name", list(STRATEGIES)[1:])
-def test_a_strategy_has_the_oracles_gradients(name):
+@functools.cache
+def gradients(name):
+    """Returns a strategy's gradients. An assignment to nowhere has a weight that nothing reads."""
     x, experts, combine = routed()
     target = jnp.float32(np.random.default_rng(1).normal(size=x.shape))
 
-    def loss(dispatch, x, combine, *weights):
-        return jnp.sum(dispatch(x, experts, combine, *weights) * target)
+    def loss(x, combine, *weights):
+        return jnp.sum(STRATEGIES[name](x, experts, combine, *weights) * target)
 
-    gradients = [
-        jax.grad(functools.partial(loss, STRATEGIES[which]), range(5))(x, combine, *weights())
-        for which in ("dense", name)
-    ]
-    assigned = np.asarray(experts < E)  # an assignment to nowhere has a weight that nothing reads
-    gradients = [(g[0], np.where(assigned, g[1], 0), *g[2:]) for g in gradients]
-    for expected, actual in zip(*gradients, strict=True):
+    by_x, by_combine, *by_weights = jax.jit(jax.grad(loss, range(5)))(x, combine, *weights())
+    return by_x, np.where(experts < E, by_combine, 0), *by_weights
+
+
+@pytest.mark.parametrize("name", list(STRATEGIES)[1:])
+def test_a_strategy_has_the_oracles_gradients(name):
+    for expected, actual in zip(gradients("dense"), gradients(name), strict=True):
         close(actual, expected)
 
 
 def test_dropless_takes_the_most_uneven_load():
     """There are enough blocks for all assignments to one expert, to all experts, and to none."""
     x = jnp.float32(np.random.default_rng(0).normal(size=(40, D)))
-    combine = jnp.ones((40, 1))
+    combine, in_blocks_of_8 = jnp.ones((40, 1)), as_function(dropless, block_rows=8)
     for experts in (
         jnp.zeros((40, 1), jnp.int32),
         jnp.arange(40, dtype=jnp.int32)[:, None] % E,
         jnp.full((40, 1), E),
     ):
-        y = dropless(x, experts, combine, Weights(*weights()), block_rows=8).y_ND
+        y = in_blocks_of_8(x, experts, combine, *weights())
         close(y, plain(*map(np.asarray, (x, experts, combine, *weights()))))
 
 
@@ -306,16 +309,17 @@ def test_an_exchange_equals_one_device(exchange, dispatch, monkeypatch):
     x, experts, combine = batch()
     target = jnp.float32(np.random.default_rng(1).normal(size=x.shape))
 
+    @functools.partial(jax.jit, static_argnums=0)
+    @functools.partial(jax.value_and_grad, argnums=range(1, 6), has_aux=True)
     def loss(run, x, combine, *weights):
-        return jnp.sum(run(config, 5, x, experts, combine, *weights)[0] * target)
+        y, dropped = run(config, 5, x, experts, combine, *weights)
+        return jnp.sum(y * target), (y, dropped)
 
-    y, dropped = over_mesh(config, 5, x, experts, combine, *weights())
-    close(y, run_experts(config, 5, x, experts, combine, *weights())[0])
+    arguments = (x, combine, *weights())
+    (_, (expected_y, _)), expected = loss(run_experts, *arguments)
+    (_, (y, dropped)), actual = loss(over_mesh, *arguments)
+    close(y, expected_y)
     assert not dropped.any()
-    expected, actual = (
-        jax.grad(functools.partial(loss, run), range(5))(x, combine, *weights())
-        for run in (run_experts, over_mesh)
-    )
     assigned = np.asarray(experts < E)
     close(np.where(assigned, actual[1], 0), np.where(assigned, expected[1], 0))
     for index in (0, 2, 3, 4):
@@ -359,4 +363,5 @@ def test_what_overflows_a_ragged_exchange_is_counted_and_passes_by(monkeypatch):
     has_room = np.array([True, False, False, False] * 2)
     np.testing.assert_array_equal(dropped, np.broadcast_to(~has_room[:, None], (8, 5)))
     np.testing.assert_array_equal(y[~has_room], 0)
-    close(y[has_room], run_experts(config, 5, x, experts, combine, *weights())[0][has_room])
+    on_one_device = jax.jit(functools.partial(run_experts, config, 5))
+    close(y[has_room], on_one_device(x, experts, combine, *weights())[0][has_room])

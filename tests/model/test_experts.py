@@ -24,11 +24,12 @@ CONFIG = MoEConfig(num_experts=E, experts_per_token=A, expert_dim=F)
 def test_the_layer_is_usable_alone_and_leaves_padding_out():
     layer = MoE(CONFIG)
     x = jax.random.normal(jax.random.key(0), (2, 5, D))
-    variables = unbox(layer.init(jax.random.key(1), x))
-    y, routing = layer.apply(variables, x)
+    variables = unbox(jax.jit(layer.init)(jax.random.key(1), x))
+    y, routing = jax.jit(layer.apply)(variables, x)
     assert y.shape == x.shape and routing.stats.tokens == 10 and routing.stats.dropped == 0
     mask = jnp.array([[True] * 5, [True] * 3 + [False] * 2])
-    padded, routing = layer.apply(variables, x, TokenInfo(jnp.zeros((2, 5), jnp.int32), mask))
+    tokens = TokenInfo(jnp.zeros((2, 5), jnp.int32), mask)
+    padded, routing = jax.jit(layer.apply)(variables, x, tokens)
     np.testing.assert_allclose(padded[mask], y[mask], atol=1e-6)
     np.testing.assert_array_equal(padded[1, 3:], 0)
     assert routing.stats.load.sum() == 8 * A
@@ -65,8 +66,8 @@ def test_what_float32_is_claimed_for_is_float32_on_every_chip(dispatch):
 def test_bfloat16_activations_are_routed_in_float32():
     layer = MoE(CONFIG)
     x = jax.random.normal(jax.random.key(0), (2, 5, D), jnp.bfloat16)
-    variables = unbox(layer.init(jax.random.key(1), x))
-    y, routing = layer.apply(variables, x)
+    variables = unbox(jax.jit(layer.init)(jax.random.key(1), x))
+    y, routing = jax.jit(layer.apply)(variables, x)
     assert y.dtype == jnp.bfloat16 and routing.weights_BTA.dtype == jnp.float32
     logits = x.astype(jnp.float32) @ variables["params"]["router"]
     np.testing.assert_array_equal(routing.experts_BTA, route(logits, CONFIG).experts_BTA)
@@ -252,17 +253,15 @@ def test_biases_steer_the_choice_whenever_they_are_given(scan_layers):
     biased = drawn | {
         "router_state": jax.tree.map(lambda bias: bias.at[..., 1].set(5.0), drawn["router_state"])
     }
+    moving, obeying = (jax.jit(Transformer(c).apply) for c in (config, still))
     cases = (
-        (config, biased),
-        (still, biased),
-        (still, drawn),
-        (config, drawn),
-        (still, {"params": drawn["params"]}),
+        (moving, biased),
+        (obeying, biased),
+        (obeying, drawn),
+        (moving, drawn),
+        (obeying, {"params": drawn["params"]}),
     )
-    hidden = [
-        jax.jit(Transformer(c).apply)(variables, batch).hidden.astype(jnp.float32)
-        for c, variables in cases
-    ]
+    hidden = [apply(variables, batch).hidden.astype(jnp.float32) for apply, variables in cases]
     np.testing.assert_allclose(hidden[0], hidden[1], atol=1e-6)
     np.testing.assert_allclose(hidden[2], hidden[3], atol=1e-6)
     np.testing.assert_allclose(hidden[2], hidden[4], atol=1e-6)

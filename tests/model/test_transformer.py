@@ -39,6 +39,12 @@ def tokens(batch=2, length=9, vocab=16, seed=1):
     return jnp.array(np.random.default_rng(seed).integers(0, vocab, (batch, length)))
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def hidden_states(config, variables, batch):
+    return Transformer(config).apply(variables, batch).hidden
+
+
+@functools.partial(jax.jit, static_argnums=0)
 def logits(config, variables, batch):
     model = Transformer(config)
     return model.apply(variables, model.apply(variables, batch).hidden, method="unembed")
@@ -84,21 +90,20 @@ def test_packed_documents_do_not_see_each_other():
     )
 
 
+@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.value_and_grad, argnums=1)
+def loss_and_gradient(config, variables, rows):
+    return jnp.sum(jnp.sin(logits(config, variables, {"tokens": rows})))
+
+
 @pytest.mark.parametrize(
     "change", [{"remat": "full"}, {"scan_layers": False}, {"remat": "full", "scan_layers": False}]
 )
 def test_layouts_give_the_same_loss_and_gradients(change):
     variables, rows = init(), tokens()
-
-    def loss(config, variables):
-        return jnp.sum(jnp.sin(logits(config, variables, {"tokens": rows})))
-
-    value, gradient = jax.jit(jax.value_and_grad(loss, argnums=1), static_argnums=0)(
-        SMALL, variables
-    )
-    other, other_gradient = jax.jit(jax.value_and_grad(loss, argnums=1), static_argnums=0)(
-        dataclasses.replace(SMALL, **change), variables
-    )
+    value, gradient = loss_and_gradient(SMALL, variables, rows)
+    changed = dataclasses.replace(SMALL, **change)
+    other, other_gradient = loss_and_gradient(changed, variables, rows)
     np.testing.assert_allclose(value, other, rtol=1e-5)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4),
@@ -144,7 +149,7 @@ def test_the_cache_changes_nothing():
 
 @pytest.mark.parametrize("wrong", [-1, -17, 16, 300])
 def test_a_token_outside_the_vocabulary_has_no_other_ones_value(wrong):
-    hidden = Transformer(SMALL).apply(init(), {"tokens": tokens().at[0, 4].set(wrong)}).hidden
+    hidden = hidden_states(SMALL, init(), {"tokens": tokens().at[0, 4].set(wrong)})
     assert np.isnan(hidden[0, 4:]).all() and np.isfinite(hidden[1]).all()
     gradient = jax.vjp(
         lambda table: look_up("float32", table, jnp.array([[wrong, 3]])), jnp.ones((16, 2))
@@ -165,7 +170,7 @@ def test_a_vocabulary_over_devices_has_rows_for_its_own_tokens_alone():
 def test_padding_may_hold_any_number():
     rows, segments = tokens(), jnp.array([[1] * 6 + [0] * 3] * 2)
     expected, got = (
-        Transformer(SMALL).apply(init(), {"tokens": x, "segment_ids": segments}).hidden
+        hidden_states(SMALL, init(), {"tokens": x, "segment_ids": segments})
         for x in (rows, rows.at[:, 6:].set(-100))
     )
     np.testing.assert_array_equal(got[:, :6], expected[:, :6])
@@ -255,7 +260,7 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters():
     config = dataclasses.replace(SMALL, compute_dtype="bfloat16")
     variables = init(config)
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
-    assert Transformer(config).apply(variables, {"tokens": tokens()}).hidden.dtype == jnp.bfloat16
+    assert hidden_states(config, variables, {"tokens": tokens()}).dtype == jnp.bfloat16
     got = logits(config, variables, {"tokens": tokens()})
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, logits(SMALL, variables, {"tokens": tokens()}), atol=0.15)

@@ -1,11 +1,15 @@
 """Checks attention to a cache: its numbers, the slots that it reads, its steps, and its errors."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from moe.kernels.attention import decode, decode_attention, flash_attention
+
+compiled_decode = jax.jit(decode_attention, static_argnames="window")
 
 
 def expected(q, k, v, positions, window=None, softcap=None, sinks=None):
@@ -58,9 +62,9 @@ def test_numerics(seed, dtype, monkeypatch):
     arrays = [
         np.asarray(jnp.asarray(x, dtype), np.float64) for x in arrays
     ]  # their own rounding is no error
-    output = decode_attention(
-        *(jnp.asarray(x, dtype) for x in arrays), jnp.asarray(positions), **keywords
-    )
+    # Compiled here, since a program that is shared would keep its block.
+    compiled = jax.jit(functools.partial(decode_attention, **keywords))
+    output = compiled(*(jnp.asarray(x, dtype) for x in arrays), jnp.asarray(positions))
     assert output.dtype == dtype
     right = expected(*arrays, positions, **keywords)
     np.testing.assert_allclose(
@@ -100,11 +104,11 @@ def test_of_several_layers_one_is_read():
     positions = jnp.array([[39], [7]])
     for layer in range(3):
         others = jnp.arange(3)[:, None, None, None, None] != layer
-        output = jax.jit(decode_attention)(
+        output = compiled_decode(
             q, *(jnp.where(others, jnp.nan, x) for x in (k, v)), positions, layer=layer
         )
         np.testing.assert_allclose(
-            output, decode_attention(q, k[layer], v[layer], positions), rtol=0, atol=1e-5
+            output, compiled_decode(q, k[layer], v[layer], positions), rtol=0, atol=1e-5
         )
 
 
@@ -118,9 +122,8 @@ def test_slots_that_a_row_does_not_see_may_hold_anything(value):
     slot = np.arange(50)[None, :, None, None]
     hidden = (slot > positions[..., None, None]) | (slot < positions[..., None, None] - window[0])
     k, v = (np.where(hidden, value, x) for x in (k, v))
-    output = decode_attention(
-        *(jnp.float32(x) for x in (q, k, v)), jnp.array(positions), window=window
-    )
+    arrays = (jnp.float32(x) for x in (q, k, v))
+    output = compiled_decode(*arrays, jnp.array(positions), window=window)
     np.testing.assert_allclose(output, right, rtol=0, atol=1e-5)
 
 
@@ -134,8 +137,8 @@ def test_a_query_beyond_the_cache_gives_nan():
         jnp.float32(rng.normal(size=shape))
         for shape in ((3, 1, 4, 8), (3, 20, 2, 8), (3, 20, 2, 8))
     )
-    inside = decode_attention(q, k, v, jnp.array([[3], [19], [19]]))
-    output = decode_attention(q, k, v, jnp.array([[3], [20], [10**6]]))
+    inside = compiled_decode(q, k, v, jnp.array([[3], [19], [19]]))
+    output = compiled_decode(q, k, v, jnp.array([[3], [20], [10**6]]))
     np.testing.assert_allclose(output[0], inside[0], rtol=0, atol=1e-5)
     assert np.isnan(output[1:]).all()
 
@@ -170,11 +173,8 @@ def test_steps_beyond_the_rows_are_not_taken(slots, positions, window, steps, mo
     first, end = (256 * step for step in steps)
     k[:, :first], k[:, end:], v[:, :first], v[:, end:] = np.nan, np.nan, np.nan, np.nan
     arrays = [jnp.float32(x) for x in (q, k, v)]
-    np.testing.assert_allclose(
-        jax.jit(decode_attention, static_argnames="window")(*arrays, positions, window=window),
-        right,
-        atol=1e-5,
-    )
+    output = compiled_decode(*arrays, positions, window=window)
+    np.testing.assert_allclose(output, right, atol=1e-5)
     monkeypatch.setattr(jax.lax, "fori_loop", counted)
     with jax.disable_jit():
         decode_attention(*arrays, jnp.array(positions), window=window)

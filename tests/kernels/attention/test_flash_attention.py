@@ -51,7 +51,7 @@ def test_a_query_that_sees_nothing_gives_nothing():
     call = lambda q, k, v: flash_attention(
         q, k, v, q_segment_ids=ids[0], kv_segment_ids=ids[1], return_lse=True
     )
-    (output, lse), pull_back = jax.vjp(call, q, k, v)
+    (output, lse), pull_back = jax.vjp(jax.jit(call), q, k, v)
     assert not output[0, 2].any() and np.isneginf(lse[0, 2]).all()
     gradients = pull_back((jnp.ones_like(output), jnp.ones_like(lse)))
     assert all(np.isfinite(x).all() for x in gradients)
@@ -79,22 +79,17 @@ def test_the_blocks_visited_are_those_that_the_mask_leaves(seed):
         1.0,
     )
     ids = np.sort(rng.integers(0, 5, (2, length)), axis=1) if rng.integers(2) else None
-    seen = make_mask(
-        options,
-        jnp.arange(length),
-        jnp.arange(length),
-        *((None, None) if ids is None else (jnp.array(ids),) * 2),
-    )
+    pair = (None, None) if ids is None else (jnp.array(ids),) * 2
+
+    @jax.jit
+    def mask_and_blocks(*pair):
+        seen = make_mask(options, jnp.arange(length), jnp.arange(length), *pair)
+        return seen, key_blocks(options, 0, (length, length), (q_block, kv_block), *pair)
+
+    seen, (first, end) = mask_and_blocks(*pair)
     seen = np.broadcast_to(True if seen is None else seen, (2, length, length))
     padded = np.pad(seen, ((0, 0), (0, -length % q_block), (0, -length % kv_block)))
     blocks = padded.reshape(2, padded.shape[1] // q_block, q_block, -1, kv_block).any(axis=(2, 4))
-    first, end = key_blocks(
-        options,
-        0,
-        (length, length),
-        (q_block, kv_block),
-        *((None, None) if ids is None else (jnp.array(ids),) * 2),
-    )
     block = np.arange(blocks.shape[-1])
     np.testing.assert_array_equal(
         (block >= np.asarray(first)[..., None]) & (block < np.asarray(end)[..., None])
@@ -119,10 +114,15 @@ def test_full_blocks_are_whole_and_seen_by_every_query(seed):
         ((length, length), (q_block, kv_block)),
         (None, None) if ids is None else (ids, ids),
     )
-    begin, stop = full_key_blocks(options, 0, *sizes, key_blocks(options, 0, *sizes, *pair), *pair)
-    seen = np.broadcast_to(
-        make_mask(options, jnp.arange(length), jnp.arange(length), *pair), (2, length, length)
-    )
+
+    @jax.jit
+    def mask_and_blocks(*pair):
+        seen = make_mask(options, jnp.arange(length), jnp.arange(length), *pair)
+        blocks = key_blocks(options, 0, *sizes, *pair)
+        return seen, full_key_blocks(options, 0, *sizes, blocks, *pair)
+
+    seen, (begin, stop) = mask_and_blocks(*pair)
+    seen = np.broadcast_to(seen, (2, length, length))
     # Queries that are only padding see what they like; keys that are padding must be masked.
     padded = np.pad(seen, ((0, 0), (0, -length % q_block), (0, 0)), constant_values=True)
     padded = np.pad(padded, ((0, 0), (0, 0), (0, -length % kv_block)))
