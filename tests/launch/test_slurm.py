@@ -193,6 +193,14 @@ def test_a_saved_job_that_nobody_told_is_queued_again(start, tmp_path) -> None:
     assert (job.returncode, calls(tmp_path)) == (0, ["srun", "scontrol requeue 7"])
 
 
+@pytest.mark.parametrize(("left_s", "code"), [(60, 75), (3600, 0)])
+def test_a_job_of_a_chain_ends_at_its_time_limit_alone(start, tmp_path, left_s, code) -> None:
+    """Training saw the limit itself, or else it was preempted."""
+    job = start(75, env={"SLURM_JOB_END_TIME": str(int(time.time()) + left_s)}, chain=2)
+    job.communicate(timeout=30)
+    assert job.returncode == code and ("scontrol requeue 7" in calls(tmp_path)) == (code == 0)
+
+
 def test_a_cancelled_job_is_not_queued_again(start, tmp_path) -> None:
     (tmp_path / "state").write_text("CANCELLED\n")
     job = start(75)
