@@ -155,6 +155,8 @@ def test_a_new_start_appends_and_its_last_lines_are_its_own(tmp_path: Path) -> N
     assert [line.split(" | ")[1] for line in last_lines(path, 2)] == ["28", "29"]
     assert [line.split(" | ")[1] for line in last_lines(path, 99)] == [str(i) for i in range(30)]
     assert "first" in path.read_text()
+    assert last_lines(path, since=time.time()) == []
+    assert last_lines(log_path(tmp_path, 4)) == []
 
 
 def feed(*parts: bytes) -> tuple[list[bytes], list[bytes]]:
@@ -192,7 +194,15 @@ def test_a_state_of_a_bar_is_returned_once() -> None:
 def start_writer(script: Path, path: Path, process_id: int) -> tuple[subprocess.Popen[bytes], int]:
     """Starts the process that writes a log, and returns it and a descriptor to write to."""
     read, write = os.pipe()
-    arguments = [sys.executable, str(script), str(path), "host", str(process_id), f"{read}:1"]
+    arguments = [
+        sys.executable,
+        str(script),
+        str(path),
+        "host",
+        str(process_id),
+        "starts: x",
+        f"{read}:1",
+    ]
     writer = subprocess.Popen(
         arguments, pass_fds=[read], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
@@ -206,10 +216,9 @@ def test_the_log_has_the_state_of_a_bar_while_it_moves(tmp_path: Path) -> None:
     script.write_text(text.replace("BAR_SECONDS = 30.0", "BAR_SECONDS = 0.1"))
     writer, write = start_writer(script, path, process_id=3)
     os.write(write, b"\r1%\r2%")
-    while not (path.exists() and path.read_text()):
+    while not (path.exists() and path.read_text().endswith(" host 3 | 2%\n")):
         time.sleep(0.01)
-    assert path.read_text().endswith(" host 3 | 2%\n")
     os.write(write, b"\r3%")
     os.close(write)
     assert writer.communicate(timeout=60) == (b"", b"")
-    assert [line.split(" | ")[1] for line in path.read_text().splitlines()] == ["2%", "3%"]
+    assert [line.split(" | ")[1] for line in path.read_text().splitlines()[1:]] == ["2%", "3%"]
