@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import yaml
-from moe.parallel.distributed import find_cluster
 
 from moe import exit_codes
 from moe.config import RunConfig
 from moe.config.layout import check_layout
+from moe.parallel.distributed import find_cluster
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "launch" / "kubernetes"
