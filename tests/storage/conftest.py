@@ -7,14 +7,43 @@ from collections.abc import Iterator
 
 import pytest
 
+# Google says the generation of what it sends, and writes only over the generation that a client
+# names. TensorStore and our leases need both, and the emulator alone does neither.
 EMULATOR = """
 import sys
-from gcp_storage_emulator.server import create_server
-server = create_server("127.0.0.1", 0, in_memory=True, default_bucket="bucket-one")
-server.start()
-print(server._api._httpd.server_address[1], flush=True)
+from http import HTTPStatus
+from gcp_storage_emulator import server
+from gcp_storage_emulator.exceptions import NotFound
+
+def find_generation(request, storage):
+    name = request.params.get("object_id") or request.query.get("name", [""])[0]
+    if request.query.get("uploadType") == ["multipart"]:
+        name = name or request.data["meta"]["name"]
+    try:
+        return storage.get_file_obj(request.params["bucket_name"], name)["generation"]
+    except NotFound:
+        return "0"
+
+def with_generations(handler):
+    def handle(request, response, storage, *arguments, **options):
+        if "bucket_name" in (request.params or {}):
+            generation = find_generation(request, storage)
+            if request.query.get("ifGenerationMatch", [generation])[0] != generation:
+                response.status = HTTPStatus.PRECONDITION_FAILED
+                return
+            response["X-Goog-Generation"] = generation
+        handler(request, response, storage, *arguments, **options)
+    return handle
+
+server.HANDLERS = tuple(
+    (regex, {method: with_generations(handler) for method, handler in handlers.items()})
+    for regex, handlers in server.HANDLERS
+)
+emulator = server.create_server("127.0.0.1", 0, in_memory=True, default_bucket="bucket-one")
+emulator.start()
+print(emulator._api._httpd.server_address[1], flush=True)
 sys.stdin.read()  # until the tests close it
-server.stop()
+emulator.stop()
 """
 # Orbax's arrays are written by TensorStore, and all else by gcsfs.
 VARIABLES = ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL")

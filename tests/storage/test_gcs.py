@@ -60,6 +60,12 @@ def test_a_listing_shows_what_other_processes_write(workdir: str) -> None:
     assert not directory.exists()
 
 
+def test_a_file_is_created_once(workdir: str) -> None:
+    path = run_path(workdir) / "lease"
+    assert (paths.create(path, "mine"), paths.create(path, "other")) == (True, False)
+    assert path.read_text() == "mine"
+
+
 def test_a_bucket_that_does_not_exist_is_named(bucket: str) -> None:
     with pytest.raises(
         ConfigError, match=r"^gs://no-such-bucket/run lies in a bucket that does not exist: create"
@@ -90,7 +96,7 @@ def test_lines_are_written_in_batches_and_parts(
     assert text == "first\nsecond\nthird\nfourth\nfifth\nsixth\n"
 
 
-@pytest.mark.parametrize("step", [0, 1, 4, 6, 9])
+@pytest.mark.parametrize("step", [0, 5])
 def test_a_resumed_run_drops_later_lines(
     workdir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
@@ -103,6 +109,7 @@ def test_a_resumed_run_drops_later_lines(
         with MetricWriter(directory, NO_COPIES, step) as writer:
             writer.write(step + 1, {"a": -1})
     assert read_metrics(run_path(workdir)) == read_metrics(tmp_path)
+    assert all(map(paths.size, line_parts(run_path(workdir) / "metrics.jsonl")))
     assert list(read_router(run_path(workdir))) == []
 
 
@@ -186,6 +193,7 @@ def test_a_missing_package_is_one_line() -> None:
     assert (done.stdout, done.returncode, done.stderr.count("\n")) == ("False False\n", 2, 1)
 
 
+@pytest.mark.slow  # Google's client looks for credentials in several places
 def test_missing_credentials_are_one_line(bucket: str) -> None:
     class Refuse(http.server.BaseHTTPRequestHandler):
         """Answers as Google does where nobody has signed in."""

@@ -179,6 +179,14 @@ def test_an_owner_that_was_paused_stops_at_its_next_write(mount: Path) -> None:
     assert leases(mount)["2"] == OTHER
 
 
+def test_an_owner_of_an_older_lease_stops_though_its_lease_is_still_there(mount: Path) -> None:
+    with own_run(mount) as check:
+        mine = leases(mount)["1"]
+        write_lease(mount, 2, token=mine["token"])  # as if the two had drawn the same number
+        with pytest.raises(LostRun):
+            check()
+
+
 def test_an_owner_whose_lease_was_deleted_stops(mount: Path) -> None:
     with own_run(mount) as check:
         (mount / "lease" / "1").unlink()
