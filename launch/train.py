@@ -99,7 +99,8 @@ def read_profile_steps(text: str | None, last_step: int) -> range | None:
     return steps
 
 
-if __name__ == "__main__":
+def define_flags() -> None:
+    """Defines the flags of this command, which launch.slurm takes too."""
     command_line.define_config()
     command_line.define_workdir("The run directory: a new one, or one to go on with.")
     command_line.define_directory(
@@ -114,4 +115,8 @@ if __name__ == "__main__":
         "Steps to trace, as in 10:13 for the steps 10, 11 and 12. Each process writes a file that "
         "https://ui.perfetto.dev opens to WORKDIR/profile.",
     )
+
+
+if __name__ == "__main__":
+    define_flags()
     command_line.run(main, __doc__, devices=True)
