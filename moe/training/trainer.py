@@ -19,6 +19,7 @@ from moe.parallel.mesh import global_batch, host_rows
 from moe.tasks import Task
 from moe.tasks.task import Batch
 from moe.training.evaluation import evaluate, is_validated, last_validation
+from moe.training.first_lines import show_first_lines
 from moe.training.log import Log, Record
 from moe.training.progress import Bar
 from moe.training.signals import catch_signals
@@ -103,6 +104,7 @@ def _fit(
     interrupted: Callable[[], bool],
 ) -> dict[str, float]:
     """Trains as `fit` does, once this run's lock is held, and returns the last validation."""
+    show_first_lines(config, workdir, program.mesh)
     train_rows = program.task.rows(config, config.data.train_split)
     validation_rows = program.task.rows(config, config.data.validation_split)
     with contextlib.ExitStack() as stack:
