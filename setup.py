@@ -16,6 +16,8 @@ setup(
     extras_require={
         "run": RUN,
         "cpu": [],
+        # Run directories at gs://, in Google Cloud Storage.
+        "gcs": ["gcsfs>=2026.10"],
         "cuda13": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
         # Compilers for chips that the machine need not have, for `pytest -m aot`.
@@ -24,6 +26,8 @@ setup(
             "basedpyright==1.40.*",
             "build>=1.2",
             "equinox>=0.13",
+            "gcp-storage-emulator>=2026.7",
+            "gcsfs>=2026.10",
             "hypothesis>=6.130",
             "pytest>=8.3",
             "pytest-timeout>=2.3",

@@ -20,10 +20,11 @@ from launch.compilation_cache import use_cache
 from launch.config_file import ConfigFileErrors, check_config_file
 from launch.help_text import config_fields, help_text
 from moe.config import ConfigError, RunConfig
-from moe.config.checks import expand_path, show
+from moe.config.checks import expand_run_path, show
 from moe.exit_codes import BAD_INPUT, INTERRUPTED, NOT_JOINED, PEER_STUCK
 from moe.files import announce_wait
 from moe.parallel import distributed, watch
+from moe.storage.paths import cloud_errors, explain
 from moe.training.progress import Stream
 
 Main = Callable[[flags.FlagValues], int | None]
@@ -46,7 +47,7 @@ def define_workdir(description: str) -> None:
 
 
 class _DirectoryParser(flags.ArgumentParser):
-    """Checks a path and expands its ~, which shells do not do in --flag=~/x."""
+    """Checks the path of a run directory and expands its ~, as shells do not in --flag=~/x."""
 
     syntactic_help = "a directory"
 
@@ -54,11 +55,11 @@ class _DirectoryParser(flags.ArgumentParser):
         self._name = name
 
     def parse(self, argument: str) -> str:
-        return expand_path(f"--{self._name}", argument)
+        return expand_run_path(f"--{self._name}", argument)
 
 
 def define_directory(name: str, description: str, *, required: bool = False) -> None:
-    """Defines a flag whose value is a path, in which ~ stands for the home directory."""
+    """Defines a flag whose value is a run directory, in which ~ stands for the home directory."""
     flags.DEFINE(
         _DirectoryParser(name),
         name,
@@ -138,6 +139,8 @@ def _exit_code(main: Main, devices: bool) -> int:
         return PEER_STUCK
     except (ConfigError, FileNotFoundError) as error:
         return _fail(error)
+    except cloud_errors() as error:
+        return _fail(explain(error))
     except OSError as error:
         # A full disk or a lost connection has an error number but no file name: no flag is to blame
         # for it. A bad path has both, and an OSError that this project raises has neither.
@@ -168,7 +171,9 @@ def _join(values: flags.FlagValues) -> None:
 
 def _start_log(values: flags.FlagValues, cluster: distributed.Cluster) -> None:
     """Gives this process of a job its own log file. From here on only process 0 is shown."""
-    workdir = Path(values.workdir) if "workdir" in values else None
+    # An object store has no log files: a line cannot be appended to an object.
+    is_local = "workdir" in values and "://" not in values.workdir
+    workdir = Path(values.workdir) if is_local else None
     directory = logs.log_directory(Path(sys.argv[0]).stem, workdir)
     path = logs.log_path(directory, cluster.process_id)
     logs.start(path, cluster.process_id, cluster.num_processes)

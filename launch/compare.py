@@ -36,7 +36,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
@@ -48,8 +47,8 @@ from launch.series import Metrics, block_medians, read_series
 from moe.config import ConfigError, RunConfig
 from moe.data.sources import check_dataset
 from moe.exit_codes import DIVERGED, INTERRUPTED
-from moe.files import write_whole
 from moe.scaling.flops import active_parameters, total_parameters, training_flops_per_token
+from moe.storage.paths import RunPath, run_path, write_whole
 from moe.workdir.identity import CONFIG_FILE, checkpoint_steps
 from moe.workdir.tracking import METRICS_FILE, check_workdir, read_metrics
 
@@ -70,7 +69,7 @@ class Run:
 
     variant: str
     config: RunConfig
-    workdir: Path
+    workdir: RunPath
 
     @property
     def finished(self) -> bool:
@@ -129,7 +128,7 @@ def _set(values: dict[str, Any], field: str, value: Any) -> dict[str, Any]:
     return values | {name: value}
 
 
-def plan_runs(variants: dict[str, RunConfig], seeds: Sequence[int], workdir: Path) -> list[Run]:
+def plan_runs(variants: dict[str, RunConfig], seeds: Sequence[int], workdir: RunPath) -> list[Run]:
     """Returns the runs in the order of training.
 
     They are trained seed by seed, so that all variants can be compared after the first seed.
@@ -169,7 +168,7 @@ def train(runs: list[Run]) -> None:
             print(f"diverged: {run.workdir}: {error}", file=sys.stderr)
 
 
-def _progress(total: int, left: int, trained: int, seconds: float, workdir: Path) -> str:
+def _progress(total: int, left: int, trained: int, seconds: float, workdir: RunPath) -> str:
     from tqdm import tqdm
 
     remaining = left - trained
@@ -275,7 +274,7 @@ def _written(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
 
 
-def write_plot(results: dict[str, dict[str, Any]], runs: list[Run], path: Path) -> None:
+def write_plot(results: dict[str, dict[str, Any]], runs: list[Run], path: RunPath) -> None:
     """Writes one figure of two panels.
 
     The left one has the finished runs' validation losses with error bars, the right one the
@@ -346,7 +345,7 @@ def _draw_curves(axes: "Axes", runs: list[Run], colours: dict[str, str]) -> None
         axes.legend()
 
 
-def compare(runs: list[Run], workdir: Path) -> str:
+def compare(runs: list[Run], workdir: RunPath) -> str:
     """Writes comparison.json, comparison.md and comparison.png, and returns the table.
 
     They cover the runs that have begun. Raises FileNotFoundError where none has begun.
@@ -372,7 +371,7 @@ def compare(runs: list[Run], workdir: Path) -> str:
 
 def main(values: flags.FlagValues) -> int:
     base = command_line.read_run_config(values.config)
-    workdir = Path(values.workdir)
+    workdir = run_path(values.workdir)
     path = config_flags.get_config_filename(values["config"])
     runs = plan_runs(*read_experiment(path, base), workdir)
     if not values.report_only:

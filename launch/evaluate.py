@@ -12,17 +12,19 @@ is, and dropped_fraction, all as means over the sparse layers.
 import dataclasses
 import json
 import math
-from pathlib import Path
 
 from absl import flags
 
 from launch import command_line
 from moe.config import ConfigError
 from moe.data.sources import check_dataset
+from moe.storage.paths import RunPath, run_path
 from moe.workdir.identity import read_config
 
 
-def evaluate(workdir: Path, step: int | None = None, split: str | None = None) -> dict[str, float]:
+def evaluate(
+    workdir: RunPath, step: int | None = None, split: str | None = None
+) -> dict[str, float]:
     """Returns `step`, `loss` and `bits_per_byte` of a checkpoint (the latest) on a whole split.
 
     The split is the validation split by default. A model with sparse layers adds the statistics of
@@ -48,7 +50,8 @@ def evaluate(workdir: Path, step: int | None = None, split: str | None = None) -
 
 
 def main(values: flags.FlagValues) -> None:
-    print(json.dumps(evaluate(Path(values.workdir), values.step, values.split), allow_nan=False))
+    result = evaluate(run_path(values.workdir), values.step, values.split)
+    print(json.dumps(result, allow_nan=False))
 
 
 if __name__ == "__main__":

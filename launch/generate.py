@@ -11,17 +11,17 @@ first token on. The same flags give the same text.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from absl import flags
 
 from launch import command_line
 from moe.config import ConfigError
+from moe.storage.paths import RunPath, run_path
 
 
 def generate(
-    workdir: Path,
+    workdir: RunPath,
     prompts: Sequence[str],
     *,
     step: int | None = None,
@@ -71,7 +71,7 @@ def _check_input(prompts: Sequence[str], seed: int) -> None:
 
 def main(values: flags.FlagValues) -> None:
     texts = generate(
-        Path(values.workdir),
+        run_path(values.workdir),
         values.prompt,
         step=values.step,
         max_new_tokens=values.max_new_tokens,

@@ -13,13 +13,12 @@ import html
 import io
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from launch.series import Series, block_medians, keep_extremes
-from moe.files import write_whole
+from moe.storage.paths import RunPath, write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -97,7 +96,7 @@ def style(colours: Colours) -> "dict[RcKeyType, Any]":
     }
 
 
-def write_drawing(drawing: Drawing, directory: Path) -> None:
+def write_drawing(drawing: Drawing, directory: RunPath) -> None:
     """Writes a figure as one PNG file for each theme."""
     import matplotlib
     from matplotlib.figure import Figure

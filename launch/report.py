@@ -24,7 +24,6 @@ which tokens chose which experts (specialisation), which experts are chosen toge
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from shlex import quote
 from typing import Any
 
@@ -38,12 +37,13 @@ from launch.report_load import load_drawing, load_maps, read_router_lines, worst
 from launch.report_page import RunFacts, Section, page
 from launch.report_plots import group_plots, is_always_zero, plot_drawing
 from launch.series import AllSeries, Metrics, read_all_series
-from moe.files import write_whole
+from moe.storage.lines import line_parts, read_lines
+from moe.storage.paths import RunPath, make_directory, resolve, run_path, write_whole
 from moe.workdir.identity import read_config
 from moe.workdir.tracking import ENVIRONMENT_FILE, METRICS_FILE, read_metrics
 
 
-def report(workdir: Path) -> Path:
+def report(workdir: RunPath) -> RunPath:
     """Writes <workdir>/report/ and returns the path of its index.html.
 
     Raises FileNotFoundError where no metrics were written yet, and ConfigError for a damaged file.
@@ -60,18 +60,18 @@ def report(workdir: Path) -> Path:
         note = _load_note(every) if drawings else ""
         sections += [Section("Load of the experts", drawings, note), routing_section(workdir)]
     directory = workdir / "report"
-    directory.mkdir(exist_ok=True)
+    make_directory(directory)
     drawings = [drawing for section in sections for drawing in section.drawings]
     for drawing in tqdm(drawings, desc="drawing", disable=None, leave=False):
         write_drawing(drawing, directory)
     environments = list(_read_environments(workdir))
-    facts = RunFacts(workdir.resolve().name, last_step, config.to_dict(), environments)
+    facts = RunFacts(resolve(workdir).name, last_step, config.to_dict(), environments)
     index = directory / "index.html"
     write_whole(index, page(facts, metrics, sections))
     return index
 
 
-def _read_metrics(workdir: Path) -> Metrics:
+def _read_metrics(workdir: RunPath) -> Metrics:
     """Returns the run's logged lines, of which there is at least one. Raises FileNotFoundError."""
     path = workdir / METRICS_FILE
     if not path.exists():
@@ -96,7 +96,7 @@ def metric_sections(metrics: AllSeries, last_step: int) -> list[Section]:
     return sections
 
 
-def routing_section(workdir: Path) -> Section:
+def routing_section(workdir: RunPath) -> Section:
     """Returns the figures of launch.routing, or says how to make them."""
     path, heading = workdir / "routing" / "routing.json", "What the routers have learnt"
     if not path.exists():
@@ -129,11 +129,10 @@ def _load_note(every: int) -> str:
     return note
 
 
-def _read_environments(workdir: Path) -> Iterator[dict[str, Any]]:
+def _read_environments(workdir: RunPath) -> Iterator[dict[str, Any]]:
     """Yields the environment of each start that has written its whole line."""
     path = workdir / ENVIRONMENT_FILE
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    for line in text.splitlines():
+    for line in (line for part in line_parts(path) for line in read_lines(part)):
         try:
             environment = json.loads(line)
         except ValueError:
@@ -143,7 +142,7 @@ def _read_environments(workdir: Path) -> Iterator[dict[str, Any]]:
 
 
 def main(values: flags.FlagValues) -> None:
-    print(f"wrote {report(Path(values.workdir))}, and its plots beside it")
+    print(f"wrote {report(run_path(values.workdir))}, and its plots beside it")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ They are made from hosts.jsonl, which process 0 writes. A run of one process has
 """
 
 import functools
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -21,6 +20,7 @@ from launch.report_page import Section
 from launch.report_plots import MetricPlot, plot_drawing
 from launch.series import Series
 from moe.config import ConfigError
+from moe.storage.paths import RunPath
 from moe.workdir.tracking import HOSTS_FILE, read_hosts
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class HostLine(NamedTuple):
     host_seconds: np.ndarray  # the part of a step in which the host did not wait for devices
 
 
-def hosts_section(workdir: Path) -> Section | None:
+def hosts_section(workdir: RunPath) -> Section | None:
     """Returns the figures of a run's processes, or None if it never had several.
 
     Raises ConfigError where hosts.jsonl is damaged.
@@ -73,7 +73,7 @@ def hosts_section(workdir: Path) -> Section | None:
     return Section("Processes", drawings, straggler_note(lines))
 
 
-def read_host_lines(workdir: Path) -> list[HostLine]:
+def read_host_lines(workdir: RunPath) -> list[HostLine]:
     """Returns the lines of hosts.jsonl in the order of their steps.
 
     Of two lines of a step, which a resumed run has written again, the last one counts.

@@ -5,7 +5,6 @@ Both are made from router.jsonl, which has an array over the sparse layers for e
 
 import dataclasses
 import functools
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -19,6 +18,8 @@ from launch.plotting import (
     set_whole_ticks,
 )
 from moe.config import ConfigError, ModelConfig
+from moe.storage.lines import line_parts
+from moe.storage.paths import RunPath, size
 from moe.workdir.tracking import ROUTER_FILE, read_router
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class LoadMap:
     load: np.ndarray  # [columns, E], each expert's load over the even share
 
 
-def read_router_lines(workdir: Path, model: ModelConfig) -> tuple[list[RouterLine], int]:
+def read_router_lines(workdir: RunPath, model: ModelConfig) -> tuple[list[RouterLine], int]:
     """Returns every n-th line of router.jsonl, and that n: 1, or more if the file is large.
 
     Raises ConfigError for a line whose arrays do not fit the model's layers and experts.
@@ -54,7 +55,7 @@ def read_router_lines(workdir: Path, model: ModelConfig) -> tuple[list[RouterLin
     path, layers = workdir / ROUTER_FILE, len(model.sparse_layers)
     if not layers or not path.exists():
         return [], 1
-    every = 1 + path.stat().st_size // MAX_BYTES
+    every = 1 + sum(map(size, line_parts(path))) // MAX_BYTES
     shapes = {
         "load": (layers, model.moe.num_experts),
         "load_entropy": (layers,),

@@ -30,7 +30,6 @@ layers, four at even distances are drawn; the tables have all.
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -41,8 +40,8 @@ from launch import command_line
 from launch.plotting import THEMES, Drawing, file_name, picture_html, write_drawing
 from launch.routing_figures import drawings
 from moe.config import ConfigError, RunConfig
-from moe.files import write_whole
 from moe.inference import routing_analysis
+from moe.storage.paths import RunPath, make_directory, run_path, write_whole
 from moe.workdir.identity import read_config
 
 if TYPE_CHECKING:
@@ -51,8 +50,8 @@ if TYPE_CHECKING:
 
 
 def routing(
-    workdir: Path, step: int | None = None, compare_step: int | None = None, batches: int = 50
-) -> Path:
+    workdir: RunPath, step: int | None = None, compare_step: int | None = None, batches: int = 50
+) -> RunPath:
     """Writes <workdir>/routing/ for a checkpoint (the latest), and returns its page, routing.md.
 
     With `compare_step` saturation is measured at that earlier checkpoint alone. With 0 `batches`
@@ -70,7 +69,7 @@ def routing(
         )
     results = measure(workdir, step, compare_step, batches)
     directory = workdir / "routing"
-    directory.mkdir(exist_ok=True)
+    make_directory(directory)
     write_whole(directory / "routing.json", json.dumps(results) + "\n")
     drawn = write_drawings(results, directory)
     page = directory / "routing.md"
@@ -80,7 +79,7 @@ def routing(
 
 
 def measure(
-    workdir: Path, step: int | None, compare_step: int | None, batches: int
+    workdir: RunPath, step: int | None, compare_step: int | None, batches: int
 ) -> dict[str, Any]:
     """Returns every statistic of a checkpoint, as routing.json holds it.
 
@@ -297,7 +296,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, ["---"] * len(head), *rows))
 
 
-def write_drawings(results: Mapping[str, Any], directory: Path) -> list[Drawing]:
+def write_drawings(results: Mapping[str, Any], directory: RunPath) -> list[Drawing]:
     """Writes the plots as PNG files, and returns what was drawn.
 
     The plots of an earlier call that are not drawn any more are removed.
@@ -313,7 +312,7 @@ def write_drawings(results: Mapping[str, Any], directory: Path) -> list[Drawing]
 
 
 def main(values: flags.FlagValues) -> None:
-    page = routing(Path(values.workdir), values.step, values.compare_step, values.batches)
+    page = routing(run_path(values.workdir), values.step, values.compare_step, values.batches)
     print(page.read_text(encoding="utf-8").split("\n<picture>")[0])
     print(f"wrote {page}, and beside it routing.json and the plots")
 

@@ -4,7 +4,6 @@ import functools
 import json
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from launch.plotting import (
     share_shades,
 )
 from moe.config import ConfigError
+from moe.storage.paths import RunPath
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,7 +34,7 @@ MAX_LAYERS = 4  # the most layers that are drawn, at even distances; the tables 
 LARGEST_RATIO = 4  # the multiple of the even share at which the colours end
 
 
-def read_results(path: Path) -> dict[str, Any]:
+def read_results(path: RunPath) -> dict[str, Any]:
     """Returns what a routing.json holds.
 
     Raises ConfigError where that is not what launch.routing writes.

@@ -22,22 +22,27 @@ of the dense run. --config.mesh.* has to fit this machine, and may differ when t
 import dataclasses
 import functools
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from launch import command_line
 from moe.config import ConfigError, RunConfig
-from moe.files import write_whole
-from moe.workdir.identity import LOCK_FILE, UNFINISHED_FILE, read_config, write_config
+from moe.storage.owner import LEASE_DIRECTORY, LOCK_FILE
+from moe.storage.paths import RunPath, run_path, write_whole
+from moe.workdir.identity import UNFINISHED_FILE, read_config, write_config
 
 if TYPE_CHECKING:
     from moe.training.train_step import Program, TrainState
 
 
 def upcycle(
-    source: Path, config: RunConfig, workdir: Path, *, step: int | None = None, noise: float = 0.0
+    source: RunPath,
+    config: RunConfig,
+    workdir: RunPath,
+    *,
+    step: int | None = None,
+    noise: float = 0.0,
 ) -> None:
     """Makes `workdir` a run of `config` at step 0, from a checkpoint of the dense run `source`.
 
@@ -67,7 +72,7 @@ def upcycle(
     _write_run(source, workdir, config, program, rows.sha256, state.replace(params=params))
 
 
-def _read_dense_params(source: Path, config: RunConfig, step: int | None) -> Any:
+def _read_dense_params(source: RunPath, config: RunConfig, step: int | None) -> Any:
     """Returns the parameters of a checkpoint of `source`, all of them finite.
 
     `config` is the new run's, with the dense model in place of its own. Its mesh lays
@@ -85,8 +90,8 @@ def _read_dense_params(source: Path, config: RunConfig, step: int | None) -> Any
 
 
 def _write_run(
-    source: Path,
-    workdir: Path,
+    source: RunPath,
+    workdir: RunPath,
     config: RunConfig,
     program: "Program",
     rows_sha256: str,
@@ -98,14 +103,14 @@ def _write_run(
     from moe.training.start import lock_run
     from moe.workdir import checkpoint, tracking
 
-    with lock_run(workdir):
+    with lock_run(workdir) as check:
         tracking.check_workdir(workdir, config)
         # Until everything is written, this file keeps launch.train from taking the directory for a
         # new run, which it would train from scratch.
         unfinished = workdir / UNFINISHED_FILE
         if jax.process_index() == 0:
             write_whole(unfinished, f"launch.upcycle from {source} did not finish\n")
-        with checkpoint.open_checkpoints(workdir, config) as checkpoints:
+        with checkpoint.open_checkpoints(workdir, config, check) as checkpoints:
             checkpoint.save(checkpoints, config, rows_sha256, state)
         if jax.process_index() == 0:
             write_config(workdir, config)
@@ -113,21 +118,22 @@ def _write_run(
             unfinished.unlink()
 
 
-def _check_paths(source: Path, workdir: Path, noise: float) -> None:
+def _check_paths(source: RunPath, workdir: RunPath, noise: float) -> None:
     if not (source / "checkpoints").is_dir():
         raise ConfigError(
             f"--from={source} holds no checkpoint: "
             "set --from to the directory of a dense run that has saved one"
         )
-    if workdir.exists() and any(path.name != LOCK_FILE for path in workdir.iterdir()):
+    names = {path.name for path in workdir.iterdir()} if workdir.exists() else set()
+    if names - {LOCK_FILE, LEASE_DIRECTORY}:
         raise ConfigError(f"--workdir={workdir} is not empty: set --workdir to a new directory")
     if not 0 <= noise < math.inf:
         raise ConfigError(f"--noise={noise} is no standard deviation: set --noise to 0.0 or more")
 
 
 def main(values: flags.FlagValues) -> None:
-    config, workdir = command_line.read_run_config(values.config), Path(values.workdir)
-    source = Path(getattr(values, "from"))
+    config, workdir = command_line.read_run_config(values.config), run_path(values.workdir)
+    source = run_path(getattr(values, "from"))
     upcycle(source, config, workdir, step=values.step, noise=values.noise)
     print(
         f"{workdir} is at step 0; train on with the same --config flags: "

@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import logging
 import os
 import socket
 import sys
@@ -71,8 +70,17 @@ def _write_holder(file: IO[str]) -> None:
     """Writes the name of this process into a file that it has locked."""
     with contextlib.suppress(OSError):  # the lock holds without the name, as on a full disk
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.write(f"{this_process()}\n")
         file.flush()
+
+
+def this_process() -> str:
+    """Returns the name of this process for people who look for it."""
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
+class NoLocks(OSError):
+    """Says that a file system has no locks."""
 
 
 @contextlib.contextmanager
@@ -80,7 +88,7 @@ def try_lock(path: Path) -> Iterator[str | None]:
     """Tries to hold the lock file `path`, and yields the name of another process that holds it.
 
     It yields None if this process now holds the lock, and does not wait. The lock ends with its
-    process, even if that is killed. On a file system without locks it yields None and warns.
+    process, even if that is killed. Raises NoLocks on a file system without locks.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as file:
@@ -90,11 +98,7 @@ def try_lock(path: Path) -> Iterator[str | None]:
         except BlockingIOError:
             holder = _read_holder(file)
         except OSError as error:
-            logging.warning(
-                "%s cannot be locked (%s): make sure that no other process writes there",
-                path,
-                error.strerror,
-            )
+            raise NoLocks(f"{path} cannot be locked ({error.strerror})") from None
         else:
             _write_holder(file)
         yield holder

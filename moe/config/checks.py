@@ -8,6 +8,10 @@ import types
 import typing
 from typing import Any, Literal
 
+_SCHEME = re.compile(r"[A-Za-z][\w+.-]*://")
+# A bucket and a name in it. Clients of Google Cloud Storage take #, ?, * and [ for more than text.
+_BUCKET_PATH = re.compile(r"gs://[a-z0-9][a-z0-9._-]+[a-z0-9](/[^/#?*\[\]]+)+/?")
+
 LARGEST_INT = 2**31 - 1  # JAX's integers have 32 bits unless a program asks for more
 LARGEST_FLOAT = float.fromhex("0x1.fffffep127")
 # float32 can hold numbers that are smaller than this one, but accelerators treat them as 0.
@@ -144,16 +148,22 @@ def check_range(config: object, low: float, high: float, *names: str) -> None:
 
 def check_path(name: str, path: str) -> None:
     """Raises ConfigError for a text that cannot be a path, before anything is created there."""
+    _check_text(name, path)
+    if _SCHEME.match(path):
+        raise ConfigError(
+            f"{name}={show(path)} is an address, and prepared rows lie in a file system: "
+            "set it to a local or mounted directory"
+        )
+
+
+def _check_text(name: str, path: str) -> None:
+    """Raises ConfigError for a text that no file can have as its name."""
     if not path:
         raise ConfigError(f"{name}='' is empty: set it to a path")
     # Bytes of a command line that are not UTF-8 arrive as surrogates, which encoding drops.
     if "\0" in path or path.encode(errors="ignore").decode() != path:
         raise ConfigError(
             f"{name}={show(path)} is not UTF-8 text without NUL: set it to a path that is"
-        )
-    if re.match(r"[A-Za-z][\w+.-]*://", path):
-        raise ConfigError(
-            f"{name}={show(path)} is a URL, and only file systems can be written: set it to a path"
         )
 
 
@@ -167,6 +177,27 @@ def expand_path(name: str, path: str) -> str:
     if expanded.startswith("~"):
         raise ConfigError(f"{name}={show(path)} names no user's home: set it to a path")
     return expanded
+
+
+def expand_run_path(name: str, path: str) -> str:
+    """Returns a checked path of a run directory, with its ~ expanded. It may lie at gs://.
+
+    Orbax, which writes the checkpoints, knows file systems and gs:// alone.
+    """
+    _check_text(name, path)
+    if not _SCHEME.match(path):
+        return expand_path(name, path)
+    if not path.startswith("gs://"):
+        raise ConfigError(
+            f"{name}={show(path)} is no place for a run, which is a directory or at gs://: "
+            "mount the store, and set it to the directory of the mount"
+        )
+    if not _BUCKET_PATH.fullmatch(path) or {".", ".."} & set(path.split("/")):
+        raise ConfigError(
+            f"{name}={show(path)} does not name a bucket and a directory in it: "
+            "set it to gs://BUCKET/NAME"
+        )
+    return path
 
 
 def nearest_divisors(number: int, value: int, at_most: int = 8) -> str:

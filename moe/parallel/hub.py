@@ -28,6 +28,7 @@ TICK = 1.0  # seconds between two messages of a process that has nothing else to
 PAUSE = 5.0  # a process that has said nothing for so many seconds does not run
 _GRACE = 2.0  # seconds in which the others may come to the same end as one that failed
 _FAREWELL = 2.0  # seconds that the hub gives the others to leave before its own process does
+_TIMES_SECONDS = 1.0  # how long process 0 waits for the times of a step that all have logged
 _STEPS = 10  # a step may take so many times the median of the latest ones
 
 # All processes reach these ends together, at their own pace.
@@ -142,8 +143,16 @@ class Hub:
         self._selector.register(self._server, selectors.EVENT_READ)
         threading.Thread(target=self._run, name="hub", daemon=True).start()
 
-    def take_times(self) -> list[HostTimes]:
-        """Returns the steps whose times have come from every process since the last call."""
+    def take_times(self, last: int) -> list[HostTimes]:
+        """Returns the times that have come from every process since the last call.
+
+        It waits up to a second for those of the step `last`, if there is one.
+        """
+        deadline = time.monotonic() + _TIMES_SECONDS
+        while last and not (self._complete and self._complete[-1].step >= last):
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.005)
         return [self._complete.popleft() for _ in range(len(self._complete))]
 
     def _run(self) -> None:

@@ -172,9 +172,12 @@ def send_times(step: int, step_seconds: float, host_seconds: float) -> None:
         _watch.connection.send(times=[step, step_seconds, host_seconds])
 
 
-def take_times() -> list[HostTimes]:
-    """Returns, on process 0, the times that have come from all processes since the last call."""
-    return _watch.hub.take_times() if _watch is not None and _watch.hub is not None else []
+def take_times(last: int = 0) -> list[HostTimes]:
+    """Returns, on process 0, the times that have come from all processes since the last call.
+
+    It waits up to a second for those of the step `last`, if that is not 0.
+    """
+    return _watch.hub.take_times(last) if _watch is not None and _watch.hub is not None else []
 
 
 def show_last_lines(read: Callable[[int], str]) -> None:

@@ -1,7 +1,6 @@
 """Evaluates a model on a split, and summarises the statistics of its routers."""
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,6 +11,7 @@ from moe.config import RunConfig
 from moe.data.loader import evaluation_batches
 from moe.data.rows import Rows
 from moe.parallel.mesh import global_batch, host_rows
+from moe.storage.paths import RunPath
 from moe.training.train_step import Program
 from moe.workdir.tracking import read_metrics
 
@@ -86,7 +86,7 @@ def router_summary(router: Mapping[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in values.items()}
 
 
-def is_validated(workdir: Path, step: int) -> bool:
+def is_validated(workdir: RunPath, step: int) -> bool:
     """Returns whether a run's metrics.jsonl has validation metrics of a step."""
     return any(
         line["step"] == step and any(name.startswith("validation/") for name in line)
@@ -94,7 +94,7 @@ def is_validated(workdir: Path, step: int) -> bool:
     )
 
 
-def last_validation(workdir: Path) -> dict[str, float]:
+def last_validation(workdir: RunPath) -> dict[str, float]:
     """Returns a run's newest validation metrics; none if its metrics.jsonl has none."""
     lines = [line for line in read_metrics(workdir) if "validation/loss" in line]
     return {

@@ -2,13 +2,14 @@
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from moe.config import RunConfig
 from moe.parallel import watch
+from moe.parallel.hub import HostTimes
 from moe.scaling.flops import training_flops_per_token
 from moe.scaling.hardware import peak_flops
 from moe.tasks.task import Batch
@@ -32,6 +33,14 @@ class Record(Protocol):
     ) -> None: ...
 
 
+class Records(NamedTuple):
+    """Holds the functions that write to a run's files. On all processes but one they do nothing."""
+
+    metrics: Record
+    hosts: Callable[[HostTimes], None]  # writes how long a step took on each host
+    flush: Callable[[], None]  # writes what was recorded, before a checkpoint of it
+
+
 class Log:
     """Writes and shows the metrics of training steps.
 
@@ -39,12 +48,13 @@ class Log:
     wait for the host.
     """
 
-    def __init__(self, config: RunConfig, program: Program, record: Record, bar: Bar):
-        self._config, self._record, self._bar = config, record, bar
+    def __init__(self, config: RunConfig, program: Program, records: Records, bar: Bar):
+        self._config, self._records, self._bar = config, records, bar
         self._peak_flops = peak_flops(list(program.mesh.devices.flat))
         self._flops_per_token = training_flops_per_token(config.model, config.data.sequence_length)
         self._pending: tuple[int, Metrics] | None = None
         self.finished_step = 0  # the newest step whose metrics were read
+        self._timed_step = 0  # the newest step whose times were sent to process 0
         self.skipped_in_row = 0  # how many updates in a row were skipped up to that step
         self._restart_clock(None)
 
@@ -75,6 +85,7 @@ class Log:
         The time until the end of the next step is not counted as training.
         """
         self._read()
+        self._write_hosts(self._timed_step)
         self._restart_clock(None)
 
     def _restart_clock(self, now: float | None) -> None:
@@ -112,8 +123,14 @@ class Log:
         layers = {name: np.asarray(value) for name, value in metrics.get("router", {}).items()}
         router = {f"router/{name}": value for name, value in router_summary(layers).items()}
         values |= self._rates(step) | router
-        self._record(step, values, layers)
+        self._records.metrics(step, values, layers)
+        self._write_hosts()
         self._bar.show_metrics(postfix(values))
+
+    def _write_hosts(self, last: int = 0) -> None:
+        """Writes the times that have come from all hosts, and waits for those of a last step."""
+        for times in watch.take_times(last):
+            self._records.hosts(times)
 
     def _rates(self, step: int) -> dict[str, float]:
         """Returns the speeds up to a step since the clock was restarted, and restarts it.
@@ -130,6 +147,7 @@ class Log:
             "train/data_wait_fraction": self._waited / seconds,
         }
         host_seconds = max(0.0, seconds - self._waited_for_devices)
+        self._timed_step = step
         watch.send_times(step, seconds / self._steps, host_seconds / self._steps)
         if self._peak_flops:
             values["train/mfu"] = tokens / seconds * self._flops_per_token / self._peak_flops

@@ -9,9 +9,10 @@ import dataclasses
 import json
 import logging
 import math
+import os
+import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,17 +20,19 @@ import numpy as np
 
 from moe.config import ConfigError, MeshConfig, RunConfig
 from moe.data.rows import Rows
-from moe.files import try_lock
 from moe.parallel.distributed import from_first
 from moe.scaling.hardware import memory_bytes
+from moe.storage.owner import Check, own_run, unchecked
+from moe.storage.paths import RunPath, run_path
 from moe.tasks import Task
-from moe.training.log import Record
+from moe.training.log import Records
 from moe.training.optimizer import make_schedule
-from moe.training.progress import Bar
+from moe.training.progress import Bar, Stream
 from moe.training.train_step import Program, TrainState, make_program
 from moe.workdir import checkpoint
 from moe.workdir.checkpoint import Checkpoints
-from moe.workdir.identity import LOCK_FILE, read_config, read_saved_config, write_config
+from moe.workdir.first_lines import first_lines
+from moe.workdir.identity import read_config, read_saved_config, write_config
 from moe.workdir.origin import Origin, find_origin, read_variables, write_origin
 from moe.workdir.tracking import MetricWriter, check_workdir, write_environment
 
@@ -59,7 +62,7 @@ def check_memory(mesh: jax.sharding.Mesh, *trees: Any) -> None:
         )
 
 
-def check_finite(checkpoint_path: Path, variables: Any) -> None:
+def check_finite(checkpoint_path: RunPath, variables: Any) -> None:
     """Raises ConfigError for the first variable of a checkpoint with NaN or an infinity."""
     for keys, leaf in jax.tree_util.tree_flatten_with_path(variables)[0]:
         if not jax.numpy.isfinite(leaf).all():
@@ -72,46 +75,45 @@ def check_finite(checkpoint_path: Path, variables: Any) -> None:
 
 @contextlib.contextmanager
 def claim_run(
-    workdir: Path, config: RunConfig, init_from: Path | None, init_step: int | None
-) -> Iterator[Origin | None]:
+    workdir: RunPath, config: RunConfig, init_from: RunPath | None, init_step: int | None
+) -> Iterator[tuple[Origin | None, Check]]:
     """Locks a run, checks that it is this one, and yields the checkpoint that it starts from.
 
-    Process 0 does so, and its answer holds for all. Another host may see the files later.
+    It also yields the function of `lock_run`. Process 0 does so, and its answer holds for all:
+    another host may see the files later.
     """
+    check = unchecked
     with contextlib.ExitStack() as stack:
 
         def claim() -> str:
-            stack.enter_context(lock_run(workdir))
+            nonlocal check
+            check = stack.enter_context(lock_run(workdir))
             check_workdir(workdir, config)
             origin = find_origin(workdir, config.model, init_from, init_step)
             return json.dumps(origin and [str(origin.run), origin.step])
 
         origin = json.loads(from_first("the lock of the run", claim))
-        yield origin and Origin(Path(origin[0]), origin[1])
+        yield origin and Origin(run_path(origin[0]), origin[1]), check
 
 
 @contextlib.contextmanager
-def lock_run(workdir: Path) -> Iterator[None]:
+def lock_run(workdir: RunPath) -> Iterator[Check]:
     """Makes this process the only one that writes the run.
 
-    Raises ConfigError if another process is writing it. Among a run's own processes, only the
-    first one holds the lock.
+    It yields a function that must be called before each write, as `own_run` says. Raises
+    ConfigError if another process is writing the run. Among a run's own processes, only the first
+    one holds the lock.
     """
     if jax.process_index() > 0:
-        yield
+        yield unchecked
         return
-    with try_lock(workdir / LOCK_FILE) as holder:
-        if holder:
-            raise ConfigError(
-                f"{workdir} is being written by {holder}: "
-                "wait until it ends, or set another --workdir"
-            )
-        yield
+    with own_run(workdir) as check:
+        yield check
 
 
 def first_state(
     config: RunConfig,
-    workdir: Path,
+    workdir: RunPath,
     program: Program,
     checkpoints: Checkpoints,
     rows: Rows,
@@ -154,7 +156,7 @@ def wait_for_step(checkpoints: Checkpoints, step: int) -> None:
         time.sleep(0.1)
 
 
-def start_from(origin: Origin, workdir: Path, program: Program, state: TrainState) -> TrainState:
+def start_from(origin: Origin, workdir: RunPath, program: Program, state: TrainState) -> TrainState:
     """Returns a new run's state with the model's variables of another run's checkpoint.
 
     It also writes down in `workdir` which checkpoint that is. Raises ConfigError if the checkpoint
@@ -167,7 +169,13 @@ def start_from(origin: Origin, workdir: Path, program: Program, state: TrainStat
     return state.replace(**variables)
 
 
-def report_new_schedule(workdir: Path, config: RunConfig, state: TrainState) -> None:
+def show_first_lines(config: RunConfig, workdir: RunPath, mesh: jax.sharding.Mesh) -> None:
+    """Prints, on process 0 alone, what the run runs on and where it writes."""
+    if jax.process_index() == 0:
+        print(first_lines(config, workdir, mesh), file=Stream(sys.stderr), flush=True)
+
+
+def report_new_schedule(workdir: RunPath, config: RunConfig, state: TrainState) -> None:
     """Logs how the learning rate changes if the run was begun with another number of steps."""
     before, update = read_saved_config(workdir), int(state.step) - int(state.skipped)
     if before and before.train.steps != config.train.steps:
@@ -180,23 +188,27 @@ def report_new_schedule(workdir: Path, config: RunConfig, state: TrainState) -> 
 
 
 @contextlib.contextmanager
-def open_records(workdir: Path, config: RunConfig, program: Program, step: int) -> Iterator[Record]:
-    """Yields the function that writes a step's metrics.
+def open_records(
+    workdir: RunPath, config: RunConfig, program: Program, step: int, check: Check = unchecked
+) -> Iterator[Records]:
+    """Yields the functions that write to the run's files.
 
-    Among a run's processes, only the first one writes.
+    What was written must be flushed before a checkpoint is saved. Among a run's processes, only the
+    first one writes.
     """
     if jax.process_index() > 0:
-        yield lambda step, metrics, layers=None, /: None
+        yield Records(lambda step, metrics, layers=None, /: None, lambda times: None, lambda: None)
         return
+    check()
     write_config(workdir, config)
     write_environment(workdir, program.attention)
     logging.info("attention: %s", program.attention)
-    with MetricWriter(workdir, config.tracking, step) as writer:
-        yield writer.write
+    with MetricWriter(workdir, config.tracking, step, check) as writer:
+        yield Records(writer.write, writer.write_hosts, writer.flush)
 
 
 def load_run(
-    workdir: Path, step: int | None = None, *, task: Task | None = None
+    workdir: str | os.PathLike[str], step: int | None = None, *, task: Task | None = None
 ) -> tuple[RunConfig, Program, Any, int]:
     """Returns the config, program, model variables and step of a run's checkpoint.
 
@@ -204,6 +216,7 @@ def load_run(
     The mesh of the run does not matter: parameters are split over as many devices here as divide
     the model's width. Raises ConfigError if there is no such run or step.
     """
+    workdir = run_path(workdir)
     config = read_config(workdir)
     devices = jax.device_count()
     mesh = MeshConfig(data=-1, fsdp=math.gcd(config.model.model_dim, devices))

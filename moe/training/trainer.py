@@ -5,7 +5,6 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -16,11 +15,13 @@ from moe.data.rows import Rows
 from moe.parallel import watch
 from moe.parallel.distributed import from_first
 from moe.parallel.mesh import global_batch, host_rows
+from moe.storage.owner import Check
+from moe.storage.paths import RunPath, run_path
 from moe.tasks import Task
 from moe.tasks.task import Batch
 from moe.training.evaluation import evaluate, is_validated, last_validation
-from moe.training.first_lines import show_first_lines
-from moe.training.log import Log, Record
+from moe.training.log import Log, Records
+from moe.training.profile import Profile, open_profile
 from moe.training.progress import Bar
 from moe.training.signals import catch_signals
 from moe.training.start import (
@@ -30,6 +31,7 @@ from moe.training.start import (
     load_run,
     open_records,
     report_new_schedule,
+    show_first_lines,
 )
 from moe.training.train_step import Program, TrainState, make_program
 from moe.training.vote import Vote, asks_to_stop
@@ -61,26 +63,29 @@ class _Run(NamedTuple):
     train_rows: Rows
     validation_rows: Rows
     checkpoints: Checkpoints
-    record: Record
+    records: Records
     bar: Bar
     vote: Vote  # whether a signal or the end of the job has asked the run to stop
+    profile: Profile | None
 
 
 def fit(
     config: RunConfig,
-    workdir: Path,
+    workdir: str | os.PathLike[str],
     devices: list[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]  # a class
     *,
     task: Task | None = None,
-    init_from: Path | None = None,
+    init_from: str | os.PathLike[str] | None = None,
     init_step: int | None = None,
+    profile_steps: range | None = None,
 ) -> dict[str, float]:
     """Trains to `config.train.steps` and returns the last validation metrics.
 
     If `workdir` has a checkpoint, the run goes on from the latest one, and may train to more steps
     than it began with. Otherwise it is new. A new run takes its parameters and router biases from
     step `init_step` (by default, the latest) of the run in `init_from`, if that is given. The rest
-    of its state is new. `task` is the caller's own, where `config.task` is "custom".
+    of its state is new. `task` is the caller's own, where `config.task` is "custom". Each process
+    writes a trace of `profile_steps`, if these are given, into the folder `profile`.
 
     Raises ConfigError if the workdir holds a run of another config or if another process writes
     it, OSError if a checkpoint cannot be saved, Interrupted on SIGINT or SIGTERM once the state is
@@ -92,16 +97,19 @@ def fit(
         # A model that is too large is refused before the lock is taken, which makes the directory.
         # The parameters count twice, since the gradient is as large as they are.
         check_memory(program.mesh, program.abstract_state, program.abstract_state.params)
-        with claim_run(workdir, config, init_from, init_step) as origin:
-            return _fit(config, workdir, program, origin, interrupted)
+        workdir, source = run_path(workdir), run_path(init_from) if init_from else None
+        with claim_run(workdir, config, source, init_step) as (origin, check):
+            return _fit(config, workdir, program, origin, check, interrupted, profile_steps)
 
 
 def _fit(
     config: RunConfig,
-    workdir: Path,
+    workdir: RunPath,
     program: Program,
     origin: Origin | None,
+    check: Check,
     interrupted: Callable[[], bool],
+    profile_steps: range | None,
 ) -> dict[str, float]:
     """Trains as `fit` does, once this run's lock is held, and returns the last validation."""
     show_first_lines(config, workdir, program.mesh)
@@ -109,12 +117,15 @@ def _fit(
     validation_rows = program.task.rows(config, config.data.validation_split)
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(Bar(config.train.steps, shown=jax.process_index() == 0))
-        checkpoints = stack.enter_context(checkpoint.open_checkpoints(workdir, config))
+        checkpoints = stack.enter_context(checkpoint.open_checkpoints(workdir, config, check))
         state = first_state(config, workdir, program, checkpoints, train_rows, origin, bar)
         report_new_schedule(workdir, config, state)
-        record = stack.enter_context(open_records(workdir, config, program, int(state.step)))
+        records = open_records(workdir, config, program, int(state.step), check)
+        records = stack.enter_context(records)
         vote = Vote(program.mesh, asks_to_stop(interrupted, os.environ))
-        run = _Run(config, program, train_rows, validation_rows, checkpoints, record, bar, vote)
+        rows = train_rows, validation_rows
+        profile = stack.enter_context(open_profile(workdir, profile_steps, int(state.step)))
+        run = _Run(config, program, *rows, checkpoints, records, bar, vote, profile)
         batches = stack.enter_context(_train_batches(run, int(state.examples)))
         stack.enter_context(jax.set_mesh(program.mesh))
         # The run may have been stopped in the evaluation of the step that it goes on from.
@@ -137,13 +148,17 @@ def _fit(
 def _train(run: _Run, state: TrainState, batches: Iterator[Batch]) -> TrainState:
     """Takes the run's steps, evaluates and saves on the way, and returns the last state."""
     train = run.config.train
-    log = Log(run.config, run.program, run.record, run.bar)
+    log = Log(run.config, run.program, run.records, run.bar)
     start = int(state.step)
     begin = f"resuming from step {start}" if start else "starting"
     run.bar.show(f"{begin}: compiling the training step")
     for step in range(start + 1, train.steps + 1):
         watch.report("training" if log.finished_step else "compiling", step)
+        if run.profile:
+            run.profile.begin(step)
         state, metrics = run.program.train_step(state, log.next_batch(batches))
+        if run.profile:
+            run.profile.end(step, metrics)
         log.add(step, metrics)
         _check_skipped(log, train.max_skipped_steps)
         with log.waiting():
@@ -159,6 +174,7 @@ def _train(run: _Run, state: TrainState, batches: Iterator[Batch]) -> TrainState
         if must_stop or step == train.steps or step % train.checkpoint_every == 0:
             run.bar.show(f"{'stopping: ' if must_stop else ''}saving step {step}")
             watch.report("saving")
+            run.records.flush()
             checkpoint.save(run.checkpoints, run.config, run.train_rows.sha256, state)
         if must_stop:
             break
@@ -173,7 +189,7 @@ def _evaluate(run: _Run, state: TrainState) -> bool:
     values = evaluate(run.config, run.program, variables, rows, run.vote.stops)
     if values:
         metrics = {f"validation/{name}": value for name, value in values.items()}
-        run.record(int(state.step), metrics)
+        run.records.metrics(int(state.step), metrics)
     return bool(values)
 
 
@@ -182,7 +198,7 @@ def _evaluates(train: TrainConfig, step: int) -> bool:
     return step == train.steps or step % train.eval_every == 0
 
 
-def _lacks_validation(workdir: Path, config: RunConfig, step: int) -> bool:
+def _lacks_validation(workdir: RunPath, config: RunConfig, step: int) -> bool:
     """Returns whether the evaluation of the step from which a run resumes was not finished."""
     if not step or not _evaluates(config.train, step):
         return False

@@ -7,15 +7,22 @@ checksum of the rows that it was trained on, and the dtype, shape and checksum o
 
 import concurrent.futures
 import logging
-import shutil
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
 from moe.config import ConfigError, RunConfig
+from moe.storage.owner import Check, unchecked
+from moe.storage.paths import (
+    RunPath,
+    absolute,
+    cloud_errors,
+    explain,
+    make_directory,
+    remove_tree,
+)
 from moe.workdir.checksum import checksums
 from moe.workdir.identity import (
     ABOUT_FILE,
@@ -46,11 +53,12 @@ _MAX_RETRIES = 10
 class Checkpoints:
     """Lists the complete checkpoints of a run, and writes new ones in the background.
 
-    It must be closed, which `with` does.
+    It must be closed, which `with` does. `check` raises an error if another process owns the run.
     """
 
-    def __init__(self, workdir: Path, config: RunConfig):
-        self.directory, self.config = (workdir / "checkpoints").absolute(), config
+    def __init__(self, workdir: RunPath, config: RunConfig, check: Check = unchecked):
+        self.directory, self.config = absolute(workdir / "checkpoints"), config
+        self._check = check
         # Hosts that wait for directories made in the background give up after 5 minutes.
         options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
         if jax.process_count() == 1:
@@ -77,11 +85,12 @@ class Checkpoints:
         Raises OSError if this checkpoint, or the one before it, cannot be written.
         """
         self.wait()
+        self._check()
         path = self.directory / str(about["step"])
 
         def start() -> None:
             if jax.process_index() == 0:
-                path.mkdir(parents=True, exist_ok=True)
+                make_directory(path)
             self._checkpointer.save(path / "state", args=ocp.args.PyTreeSave(state), force=True)
 
         call_orbax(start, lambda error: save_error(path, error))
@@ -108,15 +117,14 @@ class Checkpoints:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _finish(self, path: Path, about: dict[str, Any]) -> None:
+    def _finish(self, path: RunPath, about: dict[str, Any]) -> None:
         """Completes a checkpoint once its arrays are written, then deletes old checkpoints."""
 
-        def finish() -> None:
-            self._checkpointer.wait_until_finished()
-            if jax.process_index() == 0:
-                write_about(path, about)
-
-        call_orbax(finish, lambda error: save_error(path, error))
+        explain = lambda error: save_error(path, error)
+        call_orbax(self._checkpointer.wait_until_finished, explain)
+        self._check()
+        if jax.process_index() == 0:
+            call_orbax(lambda: write_about(path, about), explain)
         if jax.process_index() == 0:
             self._delete_old_ones()
 
@@ -134,23 +142,23 @@ class Checkpoints:
                 # about.json goes first, so that a reader can tell a checkpoint that is being
                 # deleted from one that is damaged.
                 (path / ABOUT_FILE).unlink(missing_ok=True)
-                shutil.rmtree(path)
-            except OSError as error:
+                remove_tree(path)
+            except (OSError, *cloud_errors()) as error:
                 if not self._has_warned:
                     logging.warning(
                         "%s cannot be deleted (%s): training goes on, and keeps it",
                         path,
-                        error.strerror,
+                        explain(error),
                     )
                 self._has_warned = True
 
 
-def open_checkpoints(workdir: Path, config: RunConfig) -> Checkpoints:
-    """Opens a run's checkpoints for writing.
+def open_checkpoints(workdir: RunPath, config: RunConfig, check: Check = unchecked) -> Checkpoints:
+    """Opens a run's checkpoints for writing, before each of which `check` is called.
 
     Old checkpoints are deleted, except the `keep_last` latest and the multiples of `keep_every`.
     """
-    checkpoints = Checkpoints(workdir, config)
+    checkpoints = Checkpoints(workdir, config, check)
     for step in unfinished_steps(checkpoints.directory):
         logging.warning(
             "%s/%s has no %s: it was not finished, and is ignored",
@@ -161,7 +169,7 @@ def open_checkpoints(workdir: Path, config: RunConfig) -> Checkpoints:
     return checkpoints
 
 
-def read_checkpoints(workdir: Path) -> Checkpoints:
+def read_checkpoints(workdir: RunPath) -> Checkpoints:
     """Opens a run's checkpoints for reading only: nothing is created or deleted.
 
     Raises ConfigError if there are none.
@@ -254,7 +262,7 @@ def restore_variables_and_step(
     raise AssertionError  # the last try returns or raises
 
 
-def _open_step(checkpoints: Checkpoints, step: int | None) -> tuple[Path, dict[str, Any]]:
+def _open_step(checkpoints: Checkpoints, step: int | None) -> tuple[RunPath, dict[str, Any]]:
     """Returns the directory of a checkpoint and its about.json, whose config must be the run's."""
     steps = checkpoints.all_steps()
     if not steps or step not in (None, *steps):
@@ -280,7 +288,7 @@ def _open_step(checkpoints: Checkpoints, step: int | None) -> tuple[Path, dict[s
     return path, about
 
 
-def _restore(path: Path, arrays: dict[str, Any], abstract: Any) -> Any:
+def _restore(path: RunPath, arrays: dict[str, Any], abstract: Any) -> Any:
     """Returns the arrays of `abstract` from a checkpoint, and compares their checksums."""
     arguments = ocp.checkpoint_utils.construct_restore_args(abstract)
     arguments = ocp.args.PyTreeRestore(abstract, restore_args=arguments, partial_restore=True)
@@ -297,7 +305,7 @@ def _restore(path: Path, arrays: dict[str, Any], abstract: Any) -> Any:
     return state
 
 
-def check_leaves(path: Path, saved: dict[str, Any], expected: Any) -> None:
+def check_leaves(path: RunPath, saved: dict[str, Any], expected: Any) -> None:
     """Raises ConfigError for the first leaf that differs between a checkpoint and `expected`.
 
     Leaves differ if only one side has them, or if their shapes or dtypes differ.

@@ -8,20 +8,18 @@ object store cannot rename a directory, but it can write one file whole.)
 import hashlib
 import json
 from collections.abc import Collection, Iterator
-from pathlib import Path
 from typing import Any
 
 from moe.config import ConfigError, RunConfig
-from moe.files import write_whole
+from moe.storage.paths import RunPath, write_whole
 
 FORMAT_VERSION = 3
 CONFIG_FILE = "config.json"
 ABOUT_FILE = "about.json"
-LOCK_FILE = "run.lock"  # is locked by the process that writes the run, and names it
 UNFINISHED_FILE = "unfinished.txt"  # exists while a command creates a directory that is no run yet
 
 
-def checkpoint_steps(directory: Path) -> list[int]:
+def checkpoint_steps(directory: RunPath) -> list[int]:
     """Returns the steps of the complete checkpoints in `directory`, in order.
 
     Raises ConfigError for a checkpoint of the older format.
@@ -29,7 +27,7 @@ def checkpoint_steps(directory: Path) -> list[int]:
     return [step for step in _numbered(directory) if (directory / str(step) / ABOUT_FILE).exists()]
 
 
-def unfinished_steps(directory: Path) -> list[int]:
+def unfinished_steps(directory: RunPath) -> list[int]:
     """Returns the steps of the checkpoints in `directory` that are not complete.
 
     They are being written or deleted, or the process that did so has ended.
@@ -39,7 +37,7 @@ def unfinished_steps(directory: Path) -> list[int]:
     ]
 
 
-def _numbered(directory: Path) -> list[int]:
+def _numbered(directory: RunPath) -> list[int]:
     """Returns the steps of all checkpoints in `directory`, in order."""
     names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
     steps = sorted(int(name) for name in names if name.isdecimal() and str(int(name)) == name)
@@ -52,13 +50,13 @@ def _numbered(directory: Path) -> list[int]:
     return steps
 
 
-def write_about(path: Path, about: dict[str, Any]) -> None:
+def write_about(path: RunPath, about: dict[str, Any]) -> None:
     """Writes a checkpoint's about.json, which makes the checkpoint complete."""
     about = {"format_version": FORMAT_VERSION} | about
     write_whole(path / ABOUT_FILE, json.dumps(about | {"sha256": _digest(about)}, indent=1) + "\n")
 
 
-def read_about(path: Path) -> dict[str, Any]:
+def read_about(path: RunPath) -> dict[str, Any]:
     """Returns what a checkpoint's about.json says.
 
     Raises FileNotFoundError, and ConfigError if the file is damaged or of another format or step.
@@ -84,7 +82,7 @@ def read_about(path: Path) -> dict[str, Any]:
     return about
 
 
-def damage_error(path: Path, reason: str) -> ConfigError:
+def damage_error(path: RunPath, reason: str) -> ConfigError:
     """Returns the error for a checkpoint whose bytes were read and are wrong.
 
     For a file that the system refused to read, its advice would be wrong: deleting does not help.
@@ -98,7 +96,7 @@ def damage_error(path: Path, reason: str) -> ConfigError:
     return ConfigError(f"{path} is damaged ({reason}): {advice}")
 
 
-def read_saved_config(workdir: Path) -> RunConfig | None:
+def read_saved_config(workdir: RunPath) -> RunConfig | None:
     """Returns the config of the run in `workdir`, or None if there is no run.
 
     It is read from config.json, or from the latest checkpoint if that file is missing.
@@ -112,7 +110,7 @@ def read_saved_config(workdir: Path) -> RunConfig | None:
     return RunConfig.from_config_dict(read_about(directory / str(steps[-1]))["config"])
 
 
-def read_config(workdir: Path) -> RunConfig:
+def read_config(workdir: RunPath) -> RunConfig:
     """Returns the config in a run's config.json. Raises ConfigError if it has none."""
     path = workdir / CONFIG_FILE
     try:
@@ -136,7 +134,7 @@ def read_config(workdir: Path) -> RunConfig:
         raise ConfigError(f"{path}: {error}") from None
 
 
-def write_config(workdir: Path, config: RunConfig) -> None:
+def write_config(workdir: RunPath, config: RunConfig) -> None:
     """Writes the run's config.json, whole or not at all."""
     write_whole(workdir / CONFIG_FILE, json.dumps(config.to_dict(), indent=2) + "\n")
 

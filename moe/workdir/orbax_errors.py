@@ -8,10 +8,10 @@ import re
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TypeVar
 
 from moe.config import ConfigError
+from moe.storage.paths import RunPath
 from moe.workdir.identity import ABOUT_FILE, damage_error
 
 # Orbax raises plain Exceptions where an array cannot be read, so no narrower class is enough around
@@ -24,7 +24,7 @@ T = TypeVar("T")
 class RemovedWhileRead(ConfigError):
     """Says that a checkpoint was deleted after its reading began, as a live run may do."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: RunPath):
         super().__init__(
             f"{path} was removed while it was read: choose another step, or set train.keep_last "
             "of the run to more"
@@ -78,12 +78,12 @@ def call_orbax(call: Callable[[], T], explain: Callable[[Exception], Exception])
     raise explained
 
 
-def save_error(path: Path, error: Exception) -> OSError:
+def save_error(path: RunPath, error: Exception) -> OSError:
     """Returns the error to raise for a checkpoint that could not be written."""
     return OSError(f"{path} cannot be saved: {_system_reason(error) or _first_cause(error)}")
 
 
-def restore_error(path: Path, error: Exception) -> Exception:
+def restore_error(path: RunPath, error: Exception) -> Exception:
     """Returns the error to raise for a checkpoint that could not be read."""
     if not (path / ABOUT_FILE).exists():
         return RemovedWhileRead(path)

@@ -1,12 +1,11 @@
 """Starts a new run from another run's parameters and router biases: `launch.train --init_from`."""
 
 import json
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from moe.config import ConfigError, ModelConfig
-from moe.files import write_whole
 from moe.interop.upcycle import SHARED_FIELDS, check_fields
+from moe.storage.paths import RunPath, resolve, run_path, write_whole
 from moe.workdir import checkpoint
 from moe.workdir.identity import CONFIG_FILE, read_config, read_saved_config
 
@@ -31,12 +30,12 @@ SHARED_MOE_FIELDS = (
 class Origin(NamedTuple):
     """Names a checkpoint of another run."""
 
-    run: Path
+    run: RunPath
     step: int
 
 
 def find_origin(
-    workdir: Path, model: ModelConfig, init_from: Path | None, init_step: int | None
+    workdir: RunPath, model: ModelConfig, init_from: RunPath | None, init_step: int | None
 ) -> Origin | None:
     """Returns the checkpoint from which the run in `workdir` starts, or None for new parameters.
 
@@ -47,7 +46,7 @@ def find_origin(
     if (workdir / ORIGIN_FILE).exists():
         origin = _read_origin(workdir / ORIGIN_FILE)
         step = origin.step if init_step is None else init_step
-        if init_from and (init_from.resolve(), step) != origin:
+        if init_from and (resolve(init_from), step) != origin:
             raise ConfigError(
                 f"{workdir} started from step {origin.step} of {origin.run}: "
                 "leave out --init_from, or set another --workdir"
@@ -66,21 +65,21 @@ def find_origin(
             "set --init_from to the directory of a run that has saved a checkpoint"
         )
     check_model(read_config(init_from).model, model)
-    return Origin(init_from.resolve(), _choose_step(init_from, init_step))
+    return Origin(resolve(init_from), _choose_step(init_from, init_step))
 
 
-def _read_origin(path: Path) -> Origin:
+def _read_origin(path: RunPath) -> Origin:
     """Returns the checkpoint that an origin.json names."""
     try:
         saved = json.loads(path.read_text())
-        return Origin(Path(saved["init_from"]), int(saved["step"]))
+        return Origin(run_path(saved["init_from"]), int(saved["step"]))
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{path} does not say a run and a step ({error}): restore it, or set another --workdir"
         ) from None
 
 
-def _choose_step(init_from: Path, init_step: int | None) -> int:
+def _choose_step(init_from: RunPath, init_step: int | None) -> int:
     """Returns `init_step`, or by default the step of the latest checkpoint of `init_from`."""
     with checkpoint.read_checkpoints(init_from) as checkpoints:
         steps = sorted(checkpoints.all_steps())
@@ -101,7 +100,7 @@ def check_model(before: ModelConfig, after: ModelConfig) -> None:
     check_fields(before, after, names)
 
 
-def write_origin(workdir: Path, origin: Origin) -> None:
+def write_origin(workdir: RunPath, origin: Origin) -> None:
     """Writes origin.json, whole or not at all.
 
     It must be written before config.json: a run without it counts as started from new parameters.

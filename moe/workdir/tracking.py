@@ -7,26 +7,31 @@ gets a copy.
 router.jsonl has, instead of each number, a list with one entry for each sparse layer:
 `{"step": 10, "max_vio": [0.25, 0.5], "load": [[0.5, 0.5], [0.25, 0.75]], ...}`.
 
-hosts.jsonl has the seconds that a step took on each process of a job of several, and those in which
-the host itself worked: `{"step": 10, "step_seconds": [1.5, 1.5], "host_seconds": [0.25, 0.5]}`.
+hosts.jsonl, of a job of several processes, has lists with one entry for each process, in seconds a
+step: `{"step": 10, "step_seconds": [0.5, 0.5], "host_seconds": [0.125, 0.25]}`.
 """
 
 import datetime
+import errno
 import importlib.metadata
 import json
 import math
 import operator
+import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsFloat, TypeVar
 
 import numpy as np
 
 from moe.config import ConfigError, RunConfig, TrackingConfig
-from moe.files import open_whole
+from moe.parallel.hub import HostTimes
+from moe.storage.lines import LineWriter, line_parts, read_lines
+from moe.storage.owner import Check, unchecked
+from moe.storage.paths import RunPath, make_directory, open_whole, write_whole
 from moe.workdir.identity import (
     UNFINISHED_FILE,
     checkpoint_steps,
@@ -57,7 +62,7 @@ Numbers = float | list["Numbers"]  # a number, or lists of numbers nested to any
 T = TypeVar("T")
 
 
-def check_workdir(workdir: Path, config: RunConfig) -> None:
+def check_workdir(workdir: RunPath, config: RunConfig) -> None:
     """Creates a new run directory, or checks that the run in it has the same config.
 
     `mesh` and `data.directory` may differ: they say where a run is computed, and are no part of the
@@ -66,7 +71,7 @@ def check_workdir(workdir: Path, config: RunConfig) -> None:
     missing, the latest checkpoint says which run this is. Raises ConfigError that names all other
     differences.
     """
-    workdir.mkdir(parents=True, exist_ok=True)
+    make_directory(workdir)
     unfinished = workdir / UNFINISHED_FILE
     if unfinished.exists():
         reason = unfinished.read_text().strip()
@@ -83,7 +88,7 @@ def check_workdir(workdir: Path, config: RunConfig) -> None:
     _check_steps(workdir, saved.train.steps, config.train.steps)
 
 
-def _check_steps(workdir: Path, before: int, after: int) -> None:
+def _check_steps(workdir: RunPath, before: int, after: int) -> None:
     """Raises ConfigError if a run's number of steps changes to one that it has already reached."""
     trained = max(checkpoint_steps(workdir / "checkpoints"), default=0)
     if after != before and after <= trained:
@@ -99,14 +104,21 @@ class MetricWriter:
     Only one process of a run opens it. `step` is the step from which the run starts or resumes.
     Lines of later steps, which an interrupted run has written, are dropped, so the files of a
     resumed run read like those of an uninterrupted one. This needs the metrics of a step to be
-    written before its checkpoint.
+    written before its checkpoint. `check` raises an error if another process owns the run now.
     """
 
-    def __init__(self, workdir: Path, config: TrackingConfig, step: int):
-        self._metrics, self._router = workdir / METRICS_FILE, workdir / ROUTER_FILE
-        for path in (self._metrics, self._router):
+    def __init__(
+        self, workdir: RunPath, config: TrackingConfig, step: int, check: Check = unchecked
+    ):
+        check()
+        for path in (workdir / METRICS_FILE, workdir / ROUTER_FILE, workdir / HOSTS_FILE):
             _drop_later_lines(path, step)
-        self._metrics.touch()  # marks a run that has not logged anything yet as a run
+        if not (workdir / METRICS_FILE).exists():
+            # This marks a run that has not logged anything yet as a run.
+            write_whole(workdir / METRICS_FILE, "")
+        self._metrics = LineWriter(workdir / METRICS_FILE, check)
+        self._router = LineWriter(workdir / ROUTER_FILE, check)
+        self._hosts = LineWriter(workdir / HOSTS_FILE, check)
         self._tensorboard = _open_tensorboard(workdir, step) if config.tensorboard else None
 
     def write(
@@ -115,21 +127,37 @@ class MetricWriter:
         metrics: Mapping[str, SupportsFloat],
         layers: Mapping[str, np.ndarray] | None = None,
     ) -> None:
-        """Writes the scalars of one step; metrics.jsonl holds them when this returns.
+        """Writes the scalars of one step.
 
-        `layers` are arrays [L, ...] over the sparse layers of a model. They go to router.jsonl,
-        rounded to five significant digits.
+        In a file system metrics.jsonl holds them when this returns. In an object store it holds
+        them when `flush` returns, which is called every ten seconds. `layers` are arrays [L, ...]
+        over the sparse layers of a model. They go to router.jsonl, rounded to five digits.
         """
         values = {name: float(value) for name, value in metrics.items()}
-        _append_line(self._metrics, step, values)
+        self._metrics.append(_format_line(step, values))
         if layers:
             rounded = {name: _round_digits(value.tolist()) for name, value in layers.items()}
-            _append_line(self._router, step, rounded)
+            self._router.append(_format_line(step, rounded))
         if self._tensorboard:
             self._tensorboard.write(step, values)
 
+    def write_hosts(self, times: HostTimes) -> None:
+        """Writes how long the steps up to a logged one took on each host, to five digits."""
+        values = {
+            "step_seconds": _round_digits([*times.step_seconds]),
+            "host_seconds": _round_digits([*times.host_seconds]),
+        }
+        self._hosts.append(_format_line(times.step, values))
+
+    def flush(self) -> None:
+        """Writes the lines that were not written yet, as before a checkpoint of their step."""
+        self._metrics.flush()
+        self._router.flush()
+        self._hosts.flush()
+
     def close(self) -> None:
-        """Writes what TensorBoard has not written yet."""
+        """Writes what was not written yet."""
+        self.flush()
         if self._tensorboard:
             self._tensorboard.close()
 
@@ -140,39 +168,39 @@ class MetricWriter:
         self.close()
 
 
-def read_metrics(workdir: Path) -> list[dict[str, Any]]:
+def read_metrics(workdir: RunPath) -> list[dict[str, Any]]:
     """Returns the lines of metrics.jsonl in order: `step` is an int, every other value a float.
 
     A last line that is still being written is left out. Raises FileNotFoundError, and ConfigError
     where the file is damaged.
     """
-    return [{"step": step} | values for step, values in _parse_lines(workdir / METRICS_FILE, float)]
+    path = workdir / METRICS_FILE
+    parts = line_parts(path)
+    if not parts:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    return [{"step": step} | values for step, values in _parse_lines(parts, float)]
 
 
-def read_router(workdir: Path, every: int = 1) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+def read_router(workdir: RunPath, every: int = 1) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
     """Returns the step and the arrays [L, ...] of each line of router.jsonl, in order.
 
     There are none for a run without sparse layers. If `every` is more than 1, only the first of
     each `every` lines is parsed. Raises ConfigError where the file is damaged.
     """
-    path = workdir / ROUTER_FILE
-    if not path.exists():
-        return iter(())
-    return _parse_lines(path, lambda value: np.array(_decode(value), np.float32), every)
+    parts = line_parts(workdir / ROUTER_FILE)
+    return _parse_lines(parts, lambda value: np.array(_decode(value), np.float32), every)
 
 
-def read_hosts(workdir: Path) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+def read_hosts(workdir: RunPath) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
     """Returns the step and the arrays [processes] of each line of hosts.jsonl, in order.
 
     There are none for a run of one process. Raises ConfigError where the file is damaged.
     """
-    path = workdir / HOSTS_FILE
-    if not path.exists():
-        return iter(())
-    return _parse_lines(path, lambda value: np.array(_decode(value), float))
+    parts = line_parts(workdir / HOSTS_FILE)
+    return _parse_lines(parts, lambda value: np.array(_decode(value), float))
 
 
-def write_environment(workdir: Path, attention: str) -> None:
+def write_environment(workdir: RunPath, attention: str) -> None:
     """Appends the machine, the packages and the attention of this start to environment.jsonl."""
     environment = {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -187,14 +215,9 @@ def write_environment(workdir: Path, attention: str) -> None:
     path = workdir / ENVIRONMENT_FILE
     # A killed process may have left half a line. The new line must not become its second half.
     has_half_line = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
-    with path.open("a", encoding="utf-8") as file:
-        file.write(("\n" if has_half_line else "") + json.dumps(environment) + "\n")
-
-
-def _append_line(path: Path, step: int, values: Mapping[str, Numbers]) -> None:
-    """Appends the line of one step to a file."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(_format_line(step, values))
+    lines = LineWriter(path)
+    lines.append(("\n" if has_half_line else "") + json.dumps(environment) + "\n")
+    lines.flush()
 
 
 def _format_line(step: int, values: Mapping[str, Numbers]) -> str:
@@ -223,11 +246,11 @@ def _round_digits(value: Numbers) -> Numbers:
 
 
 def _parse_lines(
-    path: Path, decode: Callable[[Any], T], every: int = 1
+    parts: Sequence[RunPath], decode: Callable[[Any], T], every: int = 1
 ) -> Iterator[tuple[int, dict[str, T]]]:
     """Yields the step and the values of each line, or of the first of each `every` lines."""
-    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
-        for number, line in enumerate(file):
+    for path in parts:
+        for number, line in enumerate(read_lines(path)):
             if number % every:
                 continue
             try:
@@ -244,20 +267,26 @@ def _parse_lines(
                     ) from None
 
 
-def _drop_later_lines(path: Path, step: int) -> None:
+def _drop_later_lines(path: RunPath, step: int) -> None:
     """Removes the lines of steps after `step` from a file, if there is one.
 
-    A kill leaves the old file or the new one, never half of either.
+    A kill leaves the old file or the new one, never half of either. Of several parts, the last ones
+    are removed first, so that it leaves no gap.
     """
-    if not path.exists():
-        return
-    with open_whole(path) as file:
-        for line_step, values in _parse_lines(path, _decode):
-            if line_step <= step:
-                file.write(_format_line(line_step, values).encode())
+    for part in reversed(line_parts(path)):
+        is_empty = True
+        with open_whole(part) as file:
+            for line_step, values in _parse_lines([part], _decode):
+                if line_step <= step:
+                    file.write(_format_line(line_step, values).encode())
+                    is_empty = False
+        if not is_empty:
+            return
+        if part != path:
+            part.unlink()
 
 
-def _open_tensorboard(workdir: Path, step: int) -> "TensorBoard":
+def _open_tensorboard(workdir: RunPath, step: int) -> "TensorBoard":
     """Opens TensorBoard's copy of the metrics."""
     # TensorBoard is imported only here because importing it takes half a second, and reading
     # metrics does not need it.

@@ -181,13 +181,13 @@ def test_messages_stay_short_whatever_the_value_is() -> None:
         ),
         (
             "gs://bucket/x",
-            "directory='gs://bucket/x' is a URL, and only file systems can be written: "
-            "set it to a path",
+            "directory='gs://bucket/x' is an address, and prepared rows lie in a file system: "
+            "set it to a local or mounted directory",
         ),
         (
             "file:///x",
-            "directory='file:///x' is a URL, and only file systems can be written: "
-            "set it to a path",
+            "directory='file:///x' is an address, and prepared rows lie in a file system: "
+            "set it to a local or mounted directory",
         ),
     ],
 )

@@ -353,9 +353,24 @@ def test_a_config_that_never_ends_is_named_and_can_be_interrupted(directory: Pat
     [
         ("", "--workdir='' is empty: set it to a path"),
         (
-            "gs://bucket/run",
-            "--workdir='gs://bucket/run' is a URL, and only file systems can be written: "
-            "set it to a path",
+            "s3://bucket/run",
+            "--workdir='s3://bucket/run' is no place for a run, which is a directory or at gs://: "
+            "mount the store, and set it to the directory of the mount",
+        ),
+        (
+            "hdfs://name/run",
+            "--workdir='hdfs://name/run' is no place for a run, which is a directory or at gs://: "
+            "mount the store, and set it to the directory of the mount",
+        ),
+        (
+            "gs://bucket",
+            "--workdir='gs://bucket' does not name a bucket and a directory in it: "
+            "set it to gs://BUCKET/NAME",
+        ),
+        (
+            "gs://bucket/../run",
+            "--workdir='gs://bucket/../run' does not name a bucket and a directory in it: "
+            "set it to gs://BUCKET/NAME",
         ),
         (
             "run\udcff",

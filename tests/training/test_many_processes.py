@@ -53,16 +53,12 @@ CONFIG = RunConfig(
 PROGRAM = textwrap.dedent("""
     import json, os, sys, time
     from pathlib import Path
-    import jax
     from moe.parallel import distributed, watch
 
     address, count, number, config, workdir, before = sys.argv[1:]
     count, number = int(count), int(number)
     if count > 1:
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.config.update("jax_enable_preemption_service", False)
-        jax.distributed.initialize(address, count, number)
-        watch.start(number, count, "127.0.0.1", distributed.from_first)
+        distributed.join(distributed.Cluster("a test", address, count, number))
     from moe.config import RunConfig
     from moe.training import evaluation, log, trainer
     from moe.training.trainer import Interrupted, fit

@@ -41,6 +41,7 @@ from moe.config import (
 from moe.data import prepare
 from moe.files import try_lock
 from moe.interop.upcycle import SHARED_FIELDS
+from moe.parallel.hub import HostTimes
 from moe.scaling import hardware
 from moe.training import evaluation, log, signals, start, train_step, trainer
 from moe.training.optimizer import make_schedule
@@ -414,8 +415,10 @@ def test_other_rows_are_refused(config, uninterrupted, monkeypatch):
 
 def test_the_first_process_alone_writes(config, uninterrupted, tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    with start.open_records(tmp_path, config, make_program(config), 0) as record:
-        record(1, {"train/loss": 1.0})
+    with start.open_records(tmp_path, config, make_program(config), 0) as records:
+        records.metrics(1, {"train/loss": 1.0})
+        records.hosts(HostTimes(1, [1.0], [1.0]))
+        records.flush()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -326,7 +326,7 @@ def test_a_checkpoint_that_cannot_be_deleted_ends_nothing(tmp_path, monkeypatch,
     def refuse(path):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    monkeypatch.setattr(checkpoint.shutil, "rmtree", refuse)
+    monkeypatch.setattr(checkpoint, "remove_tree", refuse)
     with caplog.at_level(logging.WARNING):
         save(tmp_path, 1, 2, 3, 4)
     assert len(re.findall(r"cannot be deleted \(Permission denied", caplog.text)) == 1

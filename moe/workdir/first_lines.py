@@ -1,28 +1,20 @@
-"""Shows at a run's start what it runs on, and where it writes."""
+"""Says what a run runs on and where it writes, for the first lines of its output."""
 
 import importlib.metadata
 import platform
-import sys
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import jax
 
 from moe.config import RunConfig
-from moe.training.progress import Stream
+from moe.storage.paths import RunPath, is_local
 
 _PACKAGES = ("jax", "jaxlib", "flax", "orbax-checkpoint")
 
 
-def show_first_lines(config: RunConfig, workdir: Path, mesh: jax.sharding.Mesh) -> None:
-    """Prints the versions, the devices, the mesh and the places of a run, on process 0 alone."""
-    if jax.process_index() == 0:
-        print(first_lines(config, workdir, mesh), file=Stream(sys.stderr), flush=True)
-
-
-def first_lines(config: RunConfig, workdir: Path, mesh: jax.sharding.Mesh) -> str:
-    """Returns the text that `show_first_lines` prints."""
+def first_lines(config: RunConfig, workdir: RunPath, mesh: jax.sharding.Mesh) -> str:
+    """Returns the versions, the devices, the mesh and the places of a run, one a line."""
     versions = [f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES]
     devices = list(mesh.devices.flat)
     kinds = Counter(device.device_kind for device in devices)
@@ -37,7 +29,7 @@ def first_lines(config: RunConfig, workdir: Path, mesh: jax.sharding.Mesh) -> st
         [
             f"versions: {', '.join([*versions, f'Python {platform.python_version()}'])}",
             f"devices:  {counted}{where}; mesh {sizes}",
-            f"run:      {workdir if '://' in str(workdir) else workdir.absolute()}",
+            f"run:      {workdir.absolute() if is_local(workdir) else workdir}",
             f"rows:     {config.data.path}",
             f"compiled programs: {cache if is_cached else 'not cached'}",
         ]

@@ -1,0 +1,1 @@
+"""Says where a run directory lies, how its files are written there, and which process owns it."""

@@ -1,0 +1,237 @@
+"""Keeps a run directory to one writer, its owner.
+
+On a local disk the owner holds a lock of the operating system, which ends with its process. On a
+mount or in an object store the hosts share no such lock. There the owner holds a lease: the file
+`lease/N`, for the N-th owner, which it renews. A lease that was not renewed for a minute is free.
+The next owner creates `lease/N+1`, which succeeds for one process alone, and deletes the older one.
+An owner that was paused meanwhile finds that out before its next write, and stops. The clocks of
+hosts differ, so a lease counts as renewed if its content is seen to change.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import re
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from moe.config import ConfigError
+from moe.files import NoLocks, announce_wait, this_process, try_lock
+from moe.storage.paths import RunPath, cloud_errors, create, make_directory, write_whole
+
+LOCK_FILE = "run.lock"  # is locked by the process that writes the run, and names it
+LEASE_DIRECTORY = "lease"
+
+RENEW_SECONDS = 15.0  # how often an owner renews its lease
+LEASE_SECONDS = 60.0  # a lease that was not renewed for so long is free
+POLL_SECONDS = 1.0  # how often a process that waits for a lease looks at it
+
+Check = Callable[[], None]
+# The file systems whose locks hold for all processes that see them, since one host alone does.
+_LOCAL_FILE_SYSTEMS = (
+    *("apfs", "bcachefs", "btrfs", "exfat", "ext2", "ext3", "ext4", "f2fs", "hfs", "jfs", "msdos"),
+    *("ntfs3", "overlay", "ramfs", "reiserfs", "rootfs", "tmpfs", "ufs", "vfat", "xfs", "zfs"),
+)
+
+
+def unchecked() -> None:
+    """Is the check of a writer that no other process can replace."""
+
+
+class LostRun(ConfigError):
+    """Says that another process took the run over, because this one did not renew its lease."""
+
+
+@contextlib.contextmanager
+def own_run(workdir: RunPath) -> Iterator[Check]:
+    """Makes this process the only one that writes the run.
+
+    It yields a function that raises LostRun if another process has taken the run over, and that
+    must be called before each write. Raises ConfigError if another process is writing the run.
+    """
+    with contextlib.ExitStack() as stack:
+        if isinstance(workdir, Path) and file_system(workdir) in (None, *_LOCAL_FILE_SYSTEMS):
+            try:
+                holder = stack.enter_context(try_lock(workdir / LOCK_FILE))
+            except NoLocks:
+                check = stack.enter_context(_hold_lease(workdir))
+            else:
+                if holder:
+                    raise _owned_error(workdir, holder)
+                check = unchecked
+        else:
+            check = stack.enter_context(_hold_lease(workdir))
+        yield check
+
+
+def file_system(path: Path, mounts: Path = Path("/proc/self/mountinfo")) -> str | None:
+    """Returns the type of the file system in which a path lies, or None if the system hides it."""
+    try:
+        lines = mounts.read_text(errors="replace").splitlines()
+    except OSError:
+        return None
+    found, longest = None, -1
+    for line in lines:
+        # See https://docs.kernel.org/filesystems/proc.html. The fifth field is where it is mounted,
+        # with spaces as \040, and the first one behind the dash is the type.
+        mount, _, rest = line.partition(" - ")
+        point = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), mount.split(" ")[4])
+        # Of two at one place, the later one hides the former.
+        if len(point) >= longest and Path(os.path.realpath(path)).is_relative_to(point):
+            found, longest = rest.split(" ")[0], len(point)
+    return found
+
+
+@contextlib.contextmanager
+def _hold_lease(workdir: RunPath) -> Iterator[Check]:
+    """Holds and renews the lease of a run, as `own_run` says."""
+    lease = _take_lease(workdir)
+    is_over = threading.Event()
+    renewer = threading.Thread(target=lease.renew_until, args=(is_over,), daemon=True)
+    renewer.start()
+    try:
+        yield lease.check
+    finally:
+        is_over.set()
+        renewer.join()
+        lease.release()
+
+
+class _Seen(NamedTuple):
+    """Holds the number and the content of the newest lease, at one time. Number 0 is none."""
+
+    number: int
+    text: str
+
+    def field(self, name: str) -> Any:
+        """Returns a field of the content, or None if it is not there, or only half written."""
+        with contextlib.suppress(ValueError, AttributeError):
+            return json.loads(self.text).get(name)
+        return None
+
+    @property
+    def holder(self) -> str:
+        return self.field("holder") or "another process"
+
+    @property
+    def is_free(self) -> bool:
+        return not self.number or self.field("is_released") is True
+
+
+class _Lease:
+    """Is the right of this process to write a run, until another process takes it."""
+
+    def __init__(self, workdir: RunPath, number: int):
+        self.number = number
+        self._workdir, self._path = workdir, workdir / LEASE_DIRECTORY / str(number)
+        self._token, self._renewals = uuid.uuid4().hex, 0
+        self._lock = threading.Lock()  # keeps this process from reading what it has half written
+
+    def create(self) -> bool:
+        """Writes the new lease, or returns False if another process was faster."""
+        if not create(self._path, self._content()) or not self._is_held():
+            return False
+        for name in _numbers(self._path.parent):
+            if name < self.number:
+                with contextlib.suppress(FileNotFoundError):
+                    self._path.with_name(str(name)).unlink()
+        return True
+
+    def check(self) -> None:
+        """Raises LostRun if another process has taken the lease."""
+        if not self._is_held():
+            raise LostRun(
+                f"{self._workdir} was taken over by {_look(self._path.parent).holder}, since this "
+                f"process did not renew its lease for {LEASE_SECONDS:.0f} s, as if it was paused: "
+                "this process ends, and has written nothing since"
+            )
+
+    def renew_until(self, is_over: threading.Event) -> None:
+        """Renews the lease again and again. An error is left to the next time, or to `check`."""
+        while not is_over.wait(RENEW_SECONDS):
+            with contextlib.suppress(OSError, *cloud_errors()):
+                if not self._is_held():
+                    return
+                self._renewals += 1
+                self._write(self._content())
+
+    def release(self) -> None:
+        """Lets another process take the lease at once. After an error, it must wait."""
+        with contextlib.suppress(OSError, *cloud_errors()):
+            if self._is_held():
+                self._write(self._content(is_released=True))
+
+    def _is_held(self) -> bool:
+        with self._lock:
+            seen = _look(self._path.parent)
+        return seen.number == self.number and seen.field("token") == self._token
+
+    def _content(self, is_released: bool = False) -> str:
+        content = {"holder": this_process(), "token": self._token, "renewals": self._renewals}
+        return json.dumps(content | {"is_released": is_released}) + "\n"
+
+    def _write(self, content: str) -> None:
+        """Writes the lease, if it still exists: another owner deletes it."""
+        with self._lock:
+            if isinstance(self._path, Path):
+                with self._path.open("r+", encoding="utf-8") as file:
+                    file.write(content)
+                    file.truncate()
+            else:
+                write_whole(self._path, content)
+
+
+def _take_lease(workdir: RunPath) -> _Lease:
+    """Returns a new lease, once the last one is free. Raises ConfigError if it is renewed."""
+    make_directory(workdir / LEASE_DIRECTORY)
+    while True:
+        lease = _Lease(workdir, _wait_until_free(workdir) + 1)
+        if lease.create():
+            return lease
+
+
+def _wait_until_free(workdir: RunPath) -> int:
+    """Returns the last lease's number, once it is free. Raises ConfigError if it is renewed."""
+    seen, since = _look(workdir / LEASE_DIRECTORY), time.monotonic()
+    text = (
+        f"waiting up to {LEASE_SECONDS:.0f} s to see whether {seen.holder} still writes {workdir}"
+    )
+    with announce_wait(text):
+        while not seen.is_free and time.monotonic() - since < LEASE_SECONDS:
+            time.sleep(POLL_SECONDS)
+            now = _look(workdir / LEASE_DIRECTORY)
+            if now != seen and not now.is_free:
+                raise _owned_error(workdir, now.holder if now.text else seen.holder)
+            seen = now
+    return seen.number
+
+
+def _owned_error(workdir: RunPath, holder: str) -> ConfigError:
+    return ConfigError(
+        f"{workdir} is being written by {holder}: wait until it ends, or set another --workdir"
+    )
+
+
+def _look(directory: RunPath) -> _Seen:
+    """Returns the newest lease."""
+    number = max(_numbers(directory), default=0)
+    try:
+        return _Seen(number, (directory / str(number)).read_text() if number else "")
+    except OSError as error:
+        # ESTALE is NFS's word for a file that was deleted by another host.
+        if isinstance(error, FileNotFoundError) or error.errno == errno.ESTALE:
+            return _Seen(number, "")
+        raise
+
+
+def _numbers(directory: RunPath) -> list[int]:
+    """Returns the numbers of the leases that are there."""
+    try:
+        return [int(path.name) for path in directory.iterdir() if path.name.isdecimal()]
+    except FileNotFoundError:
+        return []
