@@ -24,7 +24,7 @@ from moe.config.checks import expand_run_path, show
 from moe.exit_codes import BAD_INPUT, INTERRUPTED, NOT_JOINED, PEER_STUCK
 from moe.files import announce_wait
 from moe.parallel import distributed, watch
-from moe.storage.paths import cloud_errors, explain
+from moe.storage.paths import RunPath, cloud_errors, explain, run_path
 from moe.training.progress import Stream
 
 Main = Callable[[flags.FlagValues], int | None]
@@ -58,13 +58,20 @@ class _DirectoryParser(flags.ArgumentParser):
         return expand_run_path(f"--{self._name}", argument)
 
 
-def define_directory(name: str, description: str, *, required: bool = False) -> None:
+def define_directory(
+    name: str,
+    description: str,
+    *,
+    required: bool = False,
+    flag_values: flags.FlagValues = flags.FLAGS,
+) -> None:
     """Defines a flag whose value is a run directory, in which ~ stands for the home directory."""
     flags.DEFINE(
         _DirectoryParser(name),
         name,
         None,
         description,
+        flag_values,
         serializer=flags.ArgumentSerializer(),
         required=required,
     )
@@ -165,18 +172,29 @@ def _join(values: flags.FlagValues) -> None:
         if note := distributed.why_alone(os.environ):
             print(note, file=sys.stderr)
         return
-    _start_log(values, cluster)
-    distributed.join(cluster, mesh)
+    directory = _start_log(values, cluster)
+    try:
+        distributed.join(cluster, mesh)
+    except distributed.NotJoined as error:
+        if cluster.process_id == 1:  # process 0, which is shown, may not be there
+            logs.show(f"not joined: {error}")
+        raise
+    watch.show_last_lines(
+        lambda process_id: "\n".join(logs.last_lines(logs.log_path(directory, process_id)))
+    )
 
 
-def _start_log(values: flags.FlagValues, cluster: distributed.Cluster) -> None:
-    """Gives this process of a job its own log file. From here on only process 0 is shown."""
-    # An object store has no log files: a line cannot be appended to an object.
-    is_local = "workdir" in values and "://" not in values.workdir
-    workdir = Path(values.workdir) if is_local else None
+def _start_log(values: flags.FlagValues, cluster: distributed.Cluster) -> RunPath:
+    """Gives this process of a job its own log file, and returns the folder of all of them.
+
+    From here on only process 0 is shown.
+    """
+    workdir = run_path(values.workdir) if "workdir" in values else None
     directory = logs.log_directory(Path(sys.argv[0]).stem, workdir)
     path = logs.log_path(directory, cluster.process_id)
     logs.start(path, cluster.process_id, cluster.num_processes)
+    watch.use_log(logs.show, logs.finish)
+    return directory
 
 
 def _parse(description: str, argv: list[str]) -> list[str]:

@@ -20,8 +20,8 @@ Ctrl-C and SIGTERM are passed on to the processes, which save and stop; a second
 once. If this command itself is killed, so are its processes.
 
 The exit code is that of the process that failed first, or 128 + the number of the signal that
-killed it. With --restarts=N, the job is started again up to N times, after 1, 2, 4, ... and at most
-60 seconds:
+killed it. With --restarts=N, the job is started again up to N times in a row, after 1, 2, 4, ...
+and at most 60 seconds. A start that has worked for 10 minutes begins a new count.
 
     code                                                               started again
     0    done                                                          no
@@ -32,17 +32,15 @@ killed it. With --restarts=N, the job is started again up to N times, after 1, 2
     75   stopped by Ctrl-C or SIGTERM, and saved                       no: you stopped it
     76   a process died                                                yes
     77   a process was stuck                                           yes
-    130, 143  stopped at once by a second Ctrl-C or SIGTERM            no: you stopped it
-    129 and more  killed by another signal: 137 by kill -9             yes
+    129, 130, 131, 143  ended at once by a signal that people send     no: you stopped it
+    others above 128    killed by another signal: 137 by kill -9       yes
 """
 
 import contextlib
 import ctypes
 import functools
-import itertools
 import math
 import os
-import select
 import signal
 import socket
 import subprocess
@@ -56,6 +54,7 @@ from typing import IO, Any, NamedTuple
 from absl import flags
 
 from launch import command_line
+from launch.local_signals import STOP_SIGNALS, Signals, catch_signals
 from launch.logs import last_lines, log_directory, log_path
 from moe.config import ConfigError
 from moe.exit_codes import (
@@ -66,6 +65,7 @@ from moe.exit_codes import (
     PEER_STUCK,
     may_restart,
 )
+from moe.storage.paths import RunPath, run_path
 
 COMMANDS = tuple(
     ["benchmark", "compare", "evaluate", "generate", "preflight", "routing", "train", "upcycle"]
@@ -73,10 +73,9 @@ COMMANDS = tuple(
 # The others notice a process that failed, and leave by themselves. Those that have not done so
 # after this time hang.
 GRACE_SECONDS = 30.0
+LOG_SECONDS = 5.0  # how long the launcher waits for the log of a process that failed
 FIRST_DELAY_SECONDS, MAX_DELAY_SECONDS = 1.0, 60.0  # before a restart
-# `timeout` sends a signal to its command, and then to the command's group: that is one signal.
-SAME_SIGNAL_SECONDS = 0.1
-STOP_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+LONG_START_SECONDS = 600.0  # a start that worked for this long begins a new count of restarts
 _LEFT = (PEER_DIED, PEER_STUCK)  # how a process ends because another one has failed
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
@@ -90,15 +89,15 @@ class Job(NamedTuple):
     platform: str
 
     @property
-    def logs(self) -> Path:
+    def logs(self) -> RunPath:
         """Returns the folder of the processes' log files."""
         values = flags.FlagValues()
-        flags.DEFINE_string("workdir", None, "", flag_values=values)
+        command_line.define_directory("workdir", "", flag_values=values)
         try:
             values(self.command, known_only=True)
         except flags.Error as error:
             raise ConfigError(str(error)) from None
-        workdir = Path(values.workdir).expanduser() if values.workdir else None
+        workdir = run_path(values.workdir) if values.workdir else None
         return log_directory(self.command[0].removeprefix("launch."), workdir)
 
 
@@ -107,50 +106,6 @@ class Process(NamedTuple):
 
     popen: subprocess.Popen[bytes]
     output: IO[bytes] | None  # that of process 0 is shown instead
-
-
-class Signals:
-    """Waits for signals, and says which have come."""
-
-    def __init__(self, reader: socket.socket):
-        self._reader, self._last, self._time = reader, 0, 0.0
-
-    def wait(self, seconds: float | None) -> list[int]:
-        """Returns the signals that have come, after the first one or after some seconds.
-
-        A signal that comes twice within an instant counts once.
-        """
-        ready, _, _ = select.select([self._reader], [], [], seconds)
-        found = []
-        for number in self._reader.recv(256) if ready else b"":
-            now = time.monotonic()
-            if number != self._last or now - self._time > SAME_SIGNAL_SECONDS:
-                found.append(number)
-            if number != signal.SIGCHLD:
-                self._last, self._time = number, now
-        return found
-
-
-@contextlib.contextmanager
-def catch_signals() -> Iterator[Signals]:
-    """Yields the signals that arrive from here on, instead of letting them end this process."""
-    reader, writer = socket.socketpair()
-    writer.setblocking(False)
-    before = {
-        number: signal.signal(number, lambda *_: None)
-        for number in (*STOP_SIGNALS, signal.SIGCHLD, signal.SIGTSTP)
-        # Under nohup, SIGHUP is ignored, and stays so.
-        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN
-    }
-    descriptor_before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-    try:
-        yield Signals(reader)
-    finally:
-        signal.set_wakeup_fd(descriptor_before)
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        reader.close()
-        writer.close()
 
 
 @contextlib.contextmanager
@@ -307,7 +262,8 @@ def _pause(processes: Sequence[Process]) -> None:
 def find_cause(codes: Sequence[int], order: Sequence[int]) -> int | None:
     """Returns the process whose end is the cause of the job's, or None if none failed.
 
-    `order` has the processes in the order of their ends. A process that left because another one
+    `order` has the processes in the order of their ends, without those that had to be killed. A
+    process that left because another one
     failed, or because it was asked to, is the cause only if there is no other. Where process 0
     ended in the same way as the cause, it stands for it.
     """
@@ -316,7 +272,7 @@ def find_cause(codes: Sequence[int], order: Sequence[int]) -> int | None:
         return None
     excuse = lambda rank: 2 if codes[rank] == INTERRUPTED else codes[rank] in _LEFT
     cause = min(failed, key=excuse)
-    return 0 if codes[0] == codes[cause] else cause
+    return 0 if 0 in order and codes[0] == codes[cause] else cause
 
 
 def _ending(code: int) -> str:
@@ -333,31 +289,40 @@ def _shell_code(code: int) -> int:
     return 128 - code if code < 0 else code
 
 
-def _show_last_lines(process: Process, log: Path, begin: float) -> None:
+def _show_last_lines(process: Process, log: RunPath, begin: float) -> None:
     """Shows the last lines of a process: those before its log was open, and those of its log."""
     lines = []
     if process.output is not None:
         process.output.seek(0)
         lines += process.output.read().decode(errors="replace").splitlines()[-20:]
-    if log.exists() and log.stat().st_mtime >= begin:  # an older one is of another start
-        lines += last_lines(log)
+    # The log of a process that has just ended may still be written. Older lines are of another
+    # start.
+    end = time.monotonic() + LOG_SECONDS
+    while not (logged := last_lines(log, since=begin)) and not lines and time.monotonic() < end:
+        time.sleep(0.05)
+    if logged:
         print(f"its last lines, all of which are in {log}:", file=sys.stderr)
+        lines += logged
     for line in lines:
         print(f"    {line}", file=sys.stderr)
 
 
 def run_with_restarts(job: Job, gpus: Sequence[str], restarts: int) -> int:
     """Runs a job until it succeeds or is not to be started again, and returns its exit code."""
+    count = 0  # of restarts in a row
     with catch_signals() as signals:
-        for number in itertools.count(1):
+        while True:
+            begin = time.monotonic()
             code, was_stopped = run_job(job, gpus, signals)
-            if number > restarts or was_stopped or not may_restart(code):
-                break
-            delay = min(FIRST_DELAY_SECONDS * 2 ** (number - 1), MAX_DELAY_SECONDS)
-            print(f"restart {number} of {restarts} in {delay:g} s", file=sys.stderr)
+            if time.monotonic() - begin > LONG_START_SECONDS:
+                count = 0
+            if count == restarts or was_stopped or not may_restart(code):
+                return code
+            delay = min(FIRST_DELAY_SECONDS * 2**count, MAX_DELAY_SECONDS)
+            count += 1
+            print(f"restart {count} of {restarts} in {delay:g} s", file=sys.stderr)
             if not _sleep(delay, signals):
                 return INTERRUPTED
-    return code
 
 
 def _sleep(seconds: float, signals: Signals) -> bool:
@@ -393,11 +358,8 @@ def main(command: Sequence[str], values: flags.FlagValues) -> int:
         )
     job = Job(command, values.processes, values.devices, values.platform)
     gpus = find_gpus(job, os.environ)
-    print(
-        f"{job.processes} processes with {job.devices} {job.platform} devices each; "
-        f"the output of process 0 follows, and all have logs in {job.logs}",
-        file=sys.stderr,
-    )
+    where = f"; process 0 is shown, and all have logs in {job.logs}" if job.processes > 1 else ""
+    print(f"{job.processes} x {job.devices} {job.platform} devices{where}", file=sys.stderr)
     return run_with_restarts(job, gpus, values.restarts)
 
 
@@ -408,5 +370,5 @@ if __name__ == "__main__":
     flags.DEFINE_enum(
         "platform", "cpu", ["cpu", "cuda"], "Virtual devices of the CPU, or the machine's GPUs."
     )
-    flags.DEFINE_integer("restarts", 0, "How often to start the job again if it fails.")
+    flags.DEFINE_integer("restarts", 0, "How often in a row to start a job again that failed.")
     command_line.run(functools.partial(main, command), __doc__)

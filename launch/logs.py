@@ -3,7 +3,7 @@
 `start` sends the standard output and error of this process through a small second process, which
 writes the log. It lives until nobody can write any more, so the log also has the last lines of a
 process that was killed, and what native libraries wrote. It is this very file, run as a script, so
-nothing but the standard library is imported here.
+only the standard library is imported here before a log in an object store needs more.
 
 A progress bar overwrites its line again and again. The log has its state every 30 seconds, and the
 last one.
@@ -22,45 +22,63 @@ import sys
 import termios
 import time
 import tty
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from moe.storage.lines import LineWriter
+    from moe.storage.paths import RunPath
 
 BAR_SECONDS = 30.0  # how often the log gets the state of a line that has not ended
 MAX_LINE = 65536  # bytes after which a line is broken
-FINISH_SECONDS = 5.0  # how long a process waits for its writer at its end
+OBJECT_SECONDS = 10.0  # how often a log in an object store is written
+FINISH_SECONDS = 10.0  # how long a process waits for its writer at its end
 _STARTS = "starts: "  # in the first line of each start
 _ESCAPES = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")  # colours and moves of the cursor
 # These would end the writer with its process, before the last lines are written.
 _BLOCKED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
-def log_directory(command: str, workdir: Path | None) -> Path:
+class _Running(NamedTuple):
+    """The log of this process while it is open."""
+
+    process_id: int
+    writer: subprocess.Popen[bytes]
+    before: dict[int, int]  # copies of the standard output and error from before the log
+
+
+_running: _Running | None = None
+
+
+def log_directory(command: str, workdir: "RunPath | None") -> "RunPath":
     """Returns the folder of a command's logs: WORKDIR/logs if it trains, or else logs/COMMAND.
 
     The latter is in the current directory, since the run that a command reads may be somebody
-    else's.
+    else's. If that cannot be written, as in a container, it is in the directory for short-lived
+    files.
     """
-    trains = command in ("compare", "train")
-    return workdir / "logs" if trains and workdir else Path("logs", command)
+    if workdir and command in ("compare", "train"):
+        return workdir / "logs"
+    here = "" if os.access(os.curdir, os.W_OK) else os.environ.get("TMPDIR", "/tmp")
+    return Path(here, "logs", command)
 
 
-def log_path(directory: Path, process_id: int) -> Path:
+def log_path(directory: "RunPath", process_id: int) -> "RunPath":
     """Returns the path of a process's log file."""
     return directory / f"process-{process_id:05d}.log"
 
 
-def start(path: Path, process_id: int, num_processes: int) -> None:
+def start(path: "RunPath", process_id: int, num_processes: int) -> None:
     """Sends all output of this process to its log file, and that of process 0 to both.
 
     Process 0 still writes to a terminal if it did so before, so a progress bar looks the same.
     Lines are appended. Raises OSError if the file cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    host = socket.gethostname()
-    command = shlex.join(sys.orig_argv).replace("\n", " ")
-    text = f"process {process_id} of {num_processes} on {host} {_STARTS}{command}"
-    with path.open("ab") as file:
-        file.write(_prefix(host, process_id) + text.encode(errors="replace") + b"\n")
+    global _running
+    if isinstance(path, Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("ab").close()
     _open_closed_descriptors()
     before = {number: os.dup(number) for number in (1, 2)}
     is_one_file = os.path.sameopenfile(1, 2)
@@ -68,8 +86,11 @@ def start(path: Path, process_id: int, num_processes: int) -> None:
     joined = [(1, 2)] if process_id or is_one_file else [(1,), (2,)]
     channels = {numbers: _open_channel(numbers[0], process_id == 0) for numbers in joined}
     sources = [f"{read}:{numbers[0]}" for numbers, (read, _) in channels.items()]
-    arguments = [str(path), host, str(process_id), *(sources)]
-    writer = _start_writer(arguments, [read for read, _ in channels.values()])
+    host = socket.gethostname()
+    command = shlex.join(sys.orig_argv).replace("\n", " ")
+    text = f"process {process_id} of {num_processes} on {host} {_STARTS}{command}"
+    arguments = [str(path), host, str(process_id), text, *sources]
+    writer = _start_writer(path, arguments, [read for read, _ in channels.values()])
     _flush_streams()
     for numbers, (read, write) in channels.items():
         for number in numbers:
@@ -79,19 +100,63 @@ def start(path: Path, process_id: int, num_processes: int) -> None:
     # A killed process loses what is in Python's own buffer. A stream that was closed has none.
     if reconfigure := getattr(sys.stdout, "reconfigure", None):
         reconfigure(line_buffering=True)
-    atexit.register(_finish, writer, before)
+    _running = _Running(process_id, writer, before)
+    atexit.register(finish)
 
 
-def last_lines(path: Path, count: int = 20) -> list[str]:
-    """Returns the last lines of a log file, at most back to the last start of its process."""
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - count * 4096))
-        lines = file.read().decode(errors="replace").splitlines()
+def show(text: str) -> None:
+    """Shows a text where this process wrote before it had a log. All of process 0's is shown."""
+    if _running is not None and _running.process_id:
+        _pass_on(_running.before[2], f"{text}\n".encode(errors="replace"))
+
+
+def finish() -> None:
+    """Waits until everything is written, so that nothing appears after this process has ended.
+
+    What it prints from here on is not in the log. Does nothing without a log.
+    """
+    global _running
+    if _running is None:
+        return
+    running, _running = _running, None
+    _flush_streams()
+    for number, descriptor in running.before.items():
+        os.dup2(descriptor, number)
+    # A process that this one has started may still write.
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        running.writer.wait(FINISH_SECONDS)
+
+
+def last_lines(path: "RunPath", count: int = 20, since: float = 0.0) -> list[str]:
+    """Returns the last lines of a log file, at most back to the last start of its process.
+
+    Lines from before the time `since` are left out. There are none if the file cannot be read.
+    """
+    try:
+        text = _read_end(path, count * 4096)
+    except OSError:
+        return []
+    lines = text.decode(errors="replace").splitlines()
     for number, line in reversed(list(enumerate(lines))):
         if re.match(rf"\S+ \S+ \d+ \| process \d+ of \d+ on \S+ {_STARTS}", line):
             lines = lines[number + 1 :]
             break
-    return lines[-count:]
+    return [line for line in lines if line >= _time_text(since)][-count:]
+
+
+def _read_end(path: "RunPath", size: int) -> bytes:
+    """Returns the last bytes of a log file. Raises OSError."""
+    if isinstance(path, Path):
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - size))
+            return file.read()
+    from moe.storage.lines import line_parts
+    from moe.storage.paths import cloud_errors, explain
+
+    try:
+        return b"".join(part.read_bytes() for part in line_parts(path)[-2:])
+    except cloud_errors() as error:
+        raise OSError(explain(error)) from None
 
 
 def _open_closed_descriptors() -> None:
@@ -117,14 +182,17 @@ def _open_channel(number: int, is_passed_on: bool) -> tuple[int, int]:
     return read, write
 
 
-def _start_writer(arguments: list[str], descriptors: list[int]) -> subprocess.Popen[bytes]:
+def _start_writer(
+    path: "RunPath", arguments: list[str], descriptors: list[int]
+) -> subprocess.Popen[bytes]:
     """Starts the process that writes the log. Its standard streams are still the old ones."""
+    # With -I and -S it starts within milliseconds, but finds no packages.
+    script = ["-I", "-S", __file__] if isinstance(path, Path) else ["-m", "launch.logs"]
     # A process inherits the signals that are blocked.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _BLOCKED)
     try:
-        # -I and -S: the writer starts within milliseconds, whatever is installed.
         return subprocess.Popen(
-            [sys.executable, "-I", "-S", __file__, *arguments],
+            [sys.executable, *script, *arguments],
             stdin=subprocess.DEVNULL,
             pass_fds=descriptors,
         )
@@ -136,16 +204,6 @@ def _flush_streams() -> None:
     for stream in filter(None, (sys.stdout, sys.stderr)):
         with contextlib.suppress(OSError):
             stream.flush()
-
-
-def _finish(writer: subprocess.Popen[bytes], before: dict[int, int]) -> None:
-    """Waits until everything is written, so that nothing appears after this process has ended."""
-    _flush_streams()
-    for number, descriptor in before.items():
-        os.dup2(descriptor, number)
-    # A process that this one has started may still write.
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        writer.wait(FINISH_SECONDS)
 
 
 class Lines:
@@ -186,28 +244,59 @@ def _last_state(line: bytes) -> tuple[bytes, bytes]:
     return states[last], b"".join(b"\r" + blank for blank in states[last + 1 :])
 
 
-def _prefix(host: str, process_id: str | int) -> bytes:
-    now = time.time()
-    seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now))
-    return f"{seconds}.{int(now % 1 * 1000):03d}Z {host} {process_id} | ".encode()
+def _time_text(seconds: float) -> str:
+    """Returns a time as the log has it. Later times are larger texts."""
+    whole = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
+    return f"{whole}.{int(seconds % 1 * 1000):03d}Z"
 
 
-class _Writer:
-    """Appends lines to the log, and says once if that fails."""
+class _File:
+    """Appends to a log in a file system, and says once if that fails."""
 
-    def __init__(self, path: str, host: str, process_id: str):
-        self._path, self._host, self._process_id = path, host, process_id
+    def __init__(self, path: str):
+        self._path, self._failed = path, False
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-        self._failed = False
 
-    def write(self, lines: Iterator[bytes]) -> None:
-        prefix = _prefix(self._host, self._process_id)
-        text = b"".join(prefix + _ESCAPES.sub(b"", line) + b"\n" for line in lines)
+    def write(self, text: bytes) -> None:
         try:
             os.write(self._file, text)
         except OSError as error:
             if not self._failed:
                 _pass_on(2, f"{self._path} cannot be written: {error.strerror}\n".encode())
+            self._failed = True
+
+    def flush(self) -> None:
+        """Has nothing to do, since nothing is held back."""
+
+
+class _Object:
+    """Appends to a log in an object store from time to time, and says once if that fails."""
+
+    def __init__(self, path: str):
+        self._path, self._failed = path, False
+        self._pending: list[bytes] = []
+        self._writer: LineWriter | None = None
+
+    def write(self, text: bytes) -> None:
+        self._pending.append(text)
+
+    def flush(self) -> None:
+        """Writes what came since the last call."""
+        from moe.config import ConfigError
+        from moe.storage.lines import LineWriter
+        from moe.storage.owner import unchecked
+        from moe.storage.paths import cloud_errors, explain, run_path
+
+        if not any(self._pending):
+            return
+        try:
+            self._writer = self._writer or LineWriter(run_path(self._path), unchecked)
+            self._writer.append(b"".join(self._pending).decode(errors="replace"))
+            self._pending = []
+            self._writer.flush()
+        except (ConfigError, OSError, *cloud_errors()) as error:
+            if not self._failed:
+                _pass_on(2, f"{self._path} cannot be written: {explain(error)}\n".encode())
             self._failed = True
 
 
@@ -223,17 +312,23 @@ def _pass_on(descriptor: int, data: bytes) -> bool:
     return True
 
 
-def _write_log(path: str, host: str, process_id: str, *sources: str) -> None:
+def _write_log(path: str, host: str, process_id: str, first_line: str, *sources: str) -> None:
     """Writes what can be read from `sources` until all of them end.
 
     Each source is a descriptor to read from and, after a colon, the one that gets the same text if
     this is process 0.
     """
-    writer = _Writer(path, host, process_id)
+    log, period = (_Object(path), OBJECT_SECONDS) if "://" in path else (_File(path), BAR_SECONDS)
+
+    def write(texts: Iterable[bytes]) -> None:
+        prefix = f"{_time_text(time.time())} {host} {process_id} | ".encode()
+        log.write(b"".join(prefix + _ESCAPES.sub(b"", text) + b"\n" for text in texts))
+
+    write([first_line.encode(errors="replace")])
     targets = {int(read): int(write) for read, write in (pair.split(":") for pair in sources)}
     lines = {source: Lines() for source in targets}
     readers = set() if int(process_id) else set(targets)  # sources whose text is passed on
-    due = time.monotonic() + BAR_SECONDS
+    due = time.monotonic() + period
     while lines:
         ready, _, _ = select.select(list(lines), [], [], max(0.0, due - time.monotonic()))
         for source in ready:
@@ -243,11 +338,13 @@ def _write_log(path: str, host: str, process_id: str, *sources: str) -> None:
                 data = b""
             if source in readers and not _pass_on(targets[source], data):
                 readers.remove(source)
-            writer.write(lines[source].feed(data) if data else lines.pop(source).unfinished())
+            write(lines[source].feed(data) if data else lines.pop(source).unfinished())
         if time.monotonic() >= due:
-            due = time.monotonic() + BAR_SECONDS
+            due = time.monotonic() + period
             for unfinished in lines.values():
-                writer.write(unfinished.unfinished())
+                write(unfinished.unfinished())
+            log.flush()
+    log.flush()
 
 
 if __name__ == "__main__":

@@ -92,6 +92,7 @@ class _Watch:
             text = verdict.text
         if self.process_id == verdict.speaker != verdict.process_id:
             text = f"{text}\n{self.last_lines(verdict.process_id)}".rstrip()
+            _show(text)
         fatal(code, text)
 
     def _run(self) -> None:
@@ -122,6 +123,8 @@ class _Watch:
 
 
 _watch: _Watch | None = None
+_show: Callable[[str], None] = lambda text: None
+_finish: Callable[[], None] = lambda: None
 
 
 def start(
@@ -180,6 +183,15 @@ def take_times(last: int = 0) -> list[HostTimes]:
     return _watch.hub.take_times(last) if _watch is not None and _watch.hub is not None else []
 
 
+def use_log(show: Callable[[str], None], finish: Callable[[], None]) -> None:
+    """Sets what is called if this process has a log instead of printing.
+
+    `show` prints a text in spite of that. `finish` waits at the end until the log is written.
+    """
+    global _show, _finish
+    _show, _finish = show, finish
+
+
 def show_last_lines(read: Callable[[int], str]) -> None:
     """Sets the function that returns the last lines of a process, which are shown if it fails."""
     if _watch is not None:
@@ -209,7 +221,7 @@ def leave(code: int, text: str = "") -> None:
     fatal(code, text, flush_seconds=5.0)
 
 
-def fatal(code: int, text: str = "", *, flush_seconds: float = 0.2) -> NoReturn:
+def fatal(code: int, text: str = "", *, flush_seconds: float = 1.0) -> NoReturn:
     """Prints a text and ends this process at once, from any thread.
 
     Nothing is waited for: neither JAX's other processes nor a thread that holds a stream.
@@ -227,6 +239,7 @@ def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or None
             stream.flush()
+    _finish()
 
 
 def _end_job(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

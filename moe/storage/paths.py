@@ -155,7 +155,8 @@ def _open_bucket(text: str) -> "epath.Path":
     # other kinds, warns at each file of a bucket whose kind it may not ask for.
     os.environ.setdefault("EPATH_USE_TF", "false")
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
-    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs the errors that it raises
+    for name in ("gcsfs", "google.auth"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # they log the errors that they raise
     bucket = text.removeprefix("gs://").split("/")[0]
     try:
         with announce_wait(f"waiting for gs://{bucket} to answer"):

@@ -26,8 +26,10 @@ ROOT = Path(__file__).parents[2]
 LAUNCHER = """
 import sys
 from launch import local
-local.GRACE_SECONDS, local.FIRST_DELAY_SECONDS = 0.5, float(sys.argv[3])
-job = local.Job(["worker", *sys.argv[4:]], int(sys.argv[1]), 2, "cpu")
+local.FIRST_DELAY_SECONDS, local.GRACE_SECONDS, local.LONG_START_SECONDS = (
+    float(text) for text in sys.argv[3:6]
+)
+job = local.Job(["worker", *sys.argv[6:]], int(sys.argv[1]), 2, "cpu")
 sys.exit(local.run_with_restarts(job, [], int(sys.argv[2])))
 """
 WORKER = """
@@ -42,14 +44,17 @@ def start(
     processes: int = 3,
     restarts: int = 0,
     delay: float = 0.1,
+    grace: float = 30.0,
+    long_start: float = 600.0,
     **options,
 ) -> subprocess.Popen[str]:
     """Starts a job whose processes run a script."""
+    numbers = map(str, (processes, restarts, delay, grace, long_start))
     (directory / "worker.py").write_text(WORKER + body)
     paths = os.pathsep.join([str(ROOT), str(directory)])
     environment = {key: os.environ[key] for key in os.environ.keys() - {"PYTHONUNBUFFERED"}}
     return subprocess.Popen(
-        [sys.executable, "-c", LAUNCHER, str(processes), str(restarts), str(delay)],
+        [sys.executable, "-c", LAUNCHER, *numbers],
         cwd=directory,
         env=environment | {"PYTHONPATH": paths},
         stdout=subprocess.PIPE,
@@ -59,8 +64,8 @@ def start(
     )
 
 
-def run(directory: Path, body: str, processes: int = 3, restarts: int = 0) -> tuple[str, str, int]:
-    process = start(directory, body, processes, restarts)
+def run(directory: Path, body: str, processes: int = 3, **options) -> tuple[str, str, int]:
+    process = start(directory, body, processes, **options)
     output, error = process.communicate(timeout=60)
     return output, error, process.returncode
 
@@ -139,7 +144,7 @@ if rank == 0:
     sys.exit(77)
 os.kill(os.getpid(), signal.SIGSTOP)
 """
-    _, error, code = run(tmp_path, body, processes=2)
+    _, error, code = run(tmp_path, body, processes=2, grace=0.5)
     assert code == 77
     assert error == (
         "process 1 of 2 did not end by itself within 0.5 s, and is killed\n"
@@ -256,6 +261,18 @@ starts = len(open(f"starts-{{rank}}").read())
     assert ("restart 1 of 1 in 0.1 s\n" in error) == (starts == 2)
 
 
+def test_a_start_that_worked_for_long_begins_a_new_count(tmp_path: Path) -> None:
+    body = """
+open("starts", "a").write("x")
+starts = len(open("starts").read())
+time.sleep(2 if starts == 2 else 0)
+sys.exit(1)
+"""
+    _, error, code = run(tmp_path, body, processes=1, restarts=1, long_start=2.0)
+    assert code == 1 and error.count("restart 1 of 1") == 2
+    assert (tmp_path / "starts").read_text() == "xxx"
+
+
 def test_a_signal_ends_the_wait_for_a_restart(tmp_path: Path) -> None:
     process = start(tmp_path, "sys.exit(1)", processes=1, restarts=9, delay=60.0)
     assert process.stderr
@@ -277,6 +294,7 @@ def test_a_signal_ends_the_wait_for_a_restart(tmp_path: Path) -> None:
         ([75, 75], [1, 0], 0),
         ([2, 2, 2], [1, 2, 0], 0),
         ([0, -9, 1], [1, 2, 0], 1),
+        ([-9, -9, 76], [1, 2], 1),  # process 0 hung, and was killed
     ],
 )
 def test_find_cause(codes: list[int], order: list[int], cause: int | None) -> None:

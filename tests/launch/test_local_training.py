@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.report_hosts import read_host_lines
 from moe.workdir.tracking import read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -35,7 +36,7 @@ FLAGS = {
 TIMED = {"train/tokens_per_second", "train/data_wait_fraction"}
 PREFIX = re.compile(r"[\dT:.-]+Z \S+ (\d+) \| ")
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 def train_command(workdir: Path, data_directory: str, **changed) -> list[str]:
@@ -69,10 +70,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory, data_directory: str) -> Path
     """Returns the directory of a run over two processes, which nothing has interrupted."""
     workdir = tmp_path_factory.mktemp("local") / "whole"
     process = start_local(train_command(workdir, data_directory))
-    output, error = process.communicate(timeout=280)
+    output, error = process.communicate(timeout=600)
     assert process.returncode == 0, error
     assert output.count("loss: ") == 1  # process 0 alone prints the result
-    assert error.startswith("2 processes with 2 cpu devices each; the output of process 0 follows")
+    assert error.startswith("2 x 2 cpu devices; process 0 is shown, and all have logs in ")
     return workdir
 
 
@@ -85,7 +86,7 @@ def test_two_processes_with_two_devices_are_one_with_four(
         env=os.environ | {"JAX_NUM_CPU_DEVICES": "4"},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     for got, expected in zip(losses(whole), losses(tmp_path / "one"), strict=True):
@@ -103,6 +104,12 @@ def test_a_run_has_one_environment_and_a_log_of_each_process(whole: Path) -> Non
         assert f"process {rank} of 2 on " in lines[0]
         assert any(", 2 devices, coordinator 127.0.0.1:" in line for line in lines[1:])
         assert len(lines) < 50  # a bar is not hundreds of lines
+
+
+def test_a_run_has_the_step_times_of_its_processes(whole: Path) -> None:
+    lines = read_host_lines(whole)
+    assert lines and {len(line.step_seconds) for line in lines} == {2}
+    assert all((line.host_seconds <= line.step_seconds).all() for line in lines)
 
 
 def wait_for_step(workdir: Path, step: int, process: subprocess.Popen[str]) -> None:
@@ -134,10 +141,12 @@ def test_a_killed_process_restarts_the_job_which_resumes(
     process = start_local(train_command(tmp_path, data_directory), "--restarts=1")
     wait_for_step(tmp_path, 25, process)
     os.kill(find_process(tmp_path, rank), signal.SIGKILL)
-    _, error = process.communicate(timeout=280)
+    _, error = process.communicate(timeout=600)
     assert process.returncode == 0, error
     assert f"process {rank} of 2 was killed by SIGKILL\n" in error
     assert "restart 1 of 1 in 1 s\n" in error
+    log = (tmp_path / "logs" / f"process-{1 - rank:05d}.log").read_text()
+    assert re.search(rf"\| process {rank} of 2 on \S+ died: this process ends too", log)
     assert losses(tmp_path) == losses(whole)
     assert len((tmp_path / "environment.jsonl").read_text().splitlines()) == 2
 
@@ -149,11 +158,11 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(
     process = start_local(command, "--restarts=1")
     wait_for_step(tmp_path, 25, process)
     process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=280)
+    _, error = process.communicate(timeout=600)
     assert process.returncode == 75, error
     assert "stopping: this step is finished and saved first" in error
     again = start_local(command)
-    _, error = again.communicate(timeout=280)
+    _, error = again.communicate(timeout=600)
     assert again.returncode == 0, error
     assert losses(tmp_path) == losses(whole)
 
@@ -161,5 +170,5 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(
 def test_bad_input_of_the_command_is_told_once(tmp_path: Path, data_directory: str) -> None:
     command = train_command(tmp_path, data_directory, **{"mesh.fsdp": 3})
     process = start_local(command, "--restarts=1")
-    output, error = process.communicate(timeout=280)
+    output, error = process.communicate(timeout=600)
     assert output == "" and error.count("error: ") == 1, error

@@ -1,0 +1,79 @@
+"""Starts an emulator of Google Cloud Storage, on this machine, for the tests that ask for it."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+# Google says the generation of what it sends, and writes only over the generation that a client
+# names. TensorStore and our leases need both, and the emulator alone does neither.
+EMULATOR = """
+import sys
+from http import HTTPStatus
+from gcp_storage_emulator import server
+from gcp_storage_emulator.exceptions import NotFound
+
+def find_generation(request, storage):
+    name = request.params.get("object_id") or request.query.get("name", [""])[0]
+    if request.query.get("uploadType") == ["multipart"]:
+        name = name or request.data["meta"]["name"]
+    try:
+        return storage.get_file_obj(request.params["bucket_name"], name)["generation"]
+    except NotFound:
+        return "0"
+
+def with_generations(handler):
+    def handle(request, response, storage, *arguments, **options):
+        if "bucket_name" in (request.params or {}):
+            generation = find_generation(request, storage)
+            if request.query.get("ifGenerationMatch", [generation])[0] != generation:
+                response.status = HTTPStatus.PRECONDITION_FAILED
+                return
+            response["X-Goog-Generation"] = generation
+        handler(request, response, storage, *arguments, **options)
+    return handle
+
+server.HANDLERS = tuple(
+    (regex, {method: with_generations(handler) for method, handler in handlers.items()})
+    for regex, handlers in server.HANDLERS
+)
+emulator = server.create_server("127.0.0.1", 0, in_memory=True, default_bucket="bucket-one")
+emulator.start()
+print(emulator._api._httpd.server_address[1], flush=True)
+sys.stdin.read()  # until the tests close it
+emulator.stop()
+"""
+# Orbax's arrays are written by TensorStore, and all else by gcsfs.
+VARIABLES = ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL")
+
+
+@pytest.fixture(scope="session")
+def bucket() -> Iterator[str]:
+    """Yields the address of an empty bucket, which this process and those it starts can use."""
+    pytest.importorskip("gcsfs")
+    pytest.importorskip("gcp_storage_emulator")
+    process = subprocess.Popen(
+        [sys.executable, "-c", EMULATOR],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    with process:
+        assert process.stdout
+        address = f"http://127.0.0.1:{process.stdout.readline().strip()}"
+        with pytest.MonkeyPatch.context() as patch:
+            for name in VARIABLES:
+                patch.setenv(name, address)
+            # gcsfs would ask for credentials, and wait for a machine of Google Cloud to give them.
+            patch.setenv("NO_GCE_CHECK", "true")
+            yield "gs://bucket-one"
+        process.communicate()
+
+
+@pytest.fixture
+def workdir(bucket: str, request: pytest.FixtureRequest) -> str:
+    """Returns the address of a directory that no other test uses."""
+    return f"{bucket}/{os.getpid()}/{request.node.name.replace('[', '-').replace(']', '')}"
