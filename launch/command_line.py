@@ -16,6 +16,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from launch import logs
+from launch.compilation_cache import use_cache
 from launch.config_file import ConfigFileErrors, check_config_file
 from launch.help_text import config_fields, help_text
 from moe.config import ConfigError, RunConfig
@@ -134,6 +135,7 @@ def _exit_code(main: Main, devices: bool) -> int:
     """Calls `main` in its place in the job, and returns the exit code of what comes of it."""
     try:
         if devices:
+            use_cache(os.environ)
             _join(flags.FLAGS)
         return main(flags.FLAGS) or 0
     except distributed.NotJoined as error:

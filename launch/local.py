@@ -67,7 +67,9 @@ from moe.exit_codes import (
 )
 from moe.storage.paths import RunPath, run_path
 
-COMMANDS = ("benchmark", "compare", "evaluate", "generate", "routing", "train", "upcycle")
+COMMANDS = tuple(
+    ["benchmark", "compare", "evaluate", "generate", "preflight", "routing", "train", "upcycle"]
+)
 # The others notice a process that failed, and leave by themselves. Those that have not done so
 # after this time hang.
 GRACE_SECONDS = 30.0
