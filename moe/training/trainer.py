@@ -31,6 +31,7 @@ from moe.training.start import (
     load_run,
     open_records,
     report_new_schedule,
+    show_first_lines,
 )
 from moe.training.train_step import Program, TrainState, make_program
 from moe.training.vote import Vote, asks_to_stop
@@ -111,6 +112,7 @@ def _fit(
     profile_steps: range | None,
 ) -> dict[str, float]:
     """Trains as `fit` does, once this run's lock is held, and returns the last validation."""
+    show_first_lines(config, workdir, program.mesh)
     train_rows = program.task.rows(config, config.data.train_split)
     validation_rows = program.task.rows(config, config.data.validation_split)
     with contextlib.ExitStack() as stack:
