@@ -67,8 +67,15 @@ from moe.exit_codes import (
 )
 from moe.storage.paths import RunPath, run_path
 
-COMMANDS = tuple(
-    ["benchmark", "compare", "evaluate", "generate", "preflight", "routing", "train", "upcycle"]
+COMMANDS = (
+    "benchmark",
+    "compare",
+    "evaluate",
+    "generate",
+    "preflight",
+    "routing",
+    "train",
+    "upcycle",
 )
 # The others notice a process that failed, and leave by themselves. Those that have not done so
 # after this time hang.
