@@ -132,7 +132,7 @@ def _call(main: Main, devices: bool, _: list[str]) -> int:
 
 
 def _exit_code(main: Main, devices: bool) -> int:
-    """Calls `main` in its place in the job, and returns the exit code of what comes of it."""
+    """Joins the job if `devices` is set, calls `main`, and returns the exit code of the command."""
     try:
         if devices:
             use_cache(os.environ)

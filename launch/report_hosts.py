@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 MAX_COLUMNS = 400  # the most columns of the heat map: about as many as fit
 RECENT_LINES = 20  # a straggler is looked for in so many of the last lines
-# A straggler's host works this many times as long as the median of the others, and longer than that
-# by this part of a step. Less delays nobody.
+# A straggler's host works more than STRAGGLER_RATIO times as long as the median of the others, and
+# exceeds that median by more than STRAGGLER_SHARE of a step. A smaller excess delays nobody.
 STRAGGLER_RATIO, STRAGGLER_SHARE = 1.5, 0.05
 NAMES = ("step_seconds", "host_seconds")
 PLOTS = (
@@ -83,7 +83,7 @@ def read_host_lines(workdir: RunPath) -> list[HostLine]:
         shapes = {arrays[name].shape for name in NAMES if name in arrays}
         if len(shapes) != 1 or set(NAMES) - arrays.keys() or len(*shapes) != 1:
             raise ConfigError(
-                f"{workdir / HOSTS_FILE}: step {step} has no two lists of as many seconds: "
+                f"{workdir / HOSTS_FILE}: step {step} lacks two lists of seconds of equal length: "
                 "delete that line"
             )
         lines[step] = HostLine(step, *(arrays[name] for name in NAMES))
@@ -126,7 +126,7 @@ def _paint(lines: list[HostLine], axes: "Axes", colours: Colours) -> None:
     columns = np.array_split(np.array([line.host_seconds for line in lines]), _num_columns(lines))
     seconds = np.array([np.mean(column, axis=0) for column in columns])  # [columns, processes]
     ends = np.array([part[-1] for part in np.array_split([x.step for x in lines], len(columns))])
-    # A host that never works, to the clock\'s precision, is as long as the others.
+    # The median can be 0, where hosts work for less than the clock's precision.
     ratios = seconds / np.maximum(np.median(seconds, axis=1, keepdims=True), 1e-9)
     processes = np.arange(seconds.shape[1] + 1) - 0.5
     steps = np.concatenate([[0], ends])

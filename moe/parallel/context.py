@@ -151,8 +151,9 @@ def _scatter_heads(
             f"q {q.shape} has {heads} heads, which cannot be divided over {axis_name}={size}: "
             "use ring attention"
         )
-    # Each head is copied as few times as give each rank equally many heads. This makes K * copies
-    # heads. Query head n reads number n // (N / (K * copies)), which is a copy of n // (N / K).
+    # `copies` is the smallest number of copies of each head with which all ranks get equally many.
+    # This makes K * copies heads. Query head n reads number n // (N / (K * copies)), which is a
+    # copy of n // (N / K).
     copies = math.lcm(kv_heads, size) // kv_heads
     if copies > 1:
         k, v = _copy_heads(k, copies), _copy_heads(v, copies)

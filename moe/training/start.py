@@ -79,8 +79,9 @@ def claim_run(
 ) -> Iterator[tuple[Origin | None, Check]]:
     """Locks a run, checks that it is this one, and yields the checkpoint that it starts from.
 
-    It also yields the function of `lock_run`. Process 0 does so, and its answer holds for all:
-    another host may see the files later.
+    It also yields the function to call before each write, as `lock_run` does. Only process 0 takes
+    the lock and looks at the files. It tells the other processes which checkpoint it found, since
+    their hosts may see the files later.
     """
     check = unchecked
     with contextlib.ExitStack() as stack:

@@ -130,8 +130,9 @@ class MetricWriter:
         """Writes the scalars of one step.
 
         In a file system metrics.jsonl holds them when this returns. In an object store it holds
-        them when `flush` returns, which is called every ten seconds. `layers` are arrays [L, ...]
-        over the sparse layers of a model. They go to router.jsonl, rounded to five digits.
+        them after `flush`, or after a call of this that comes ten seconds or more after the last
+        writing. `layers` are arrays [L, ...] over the sparse layers of a model. They go to
+        router.jsonl, rounded to five digits.
         """
         values = {name: float(value) for name, value in metrics.items()}
         self._metrics.append(_format_line(step, values))
@@ -270,8 +271,9 @@ def _parse_lines(
 def _drop_later_lines(path: RunPath, step: int) -> None:
     """Removes the lines of steps after `step` from a file, if there is one.
 
-    A kill leaves the old file or the new one, never half of either. Of several parts, the last ones
-    are removed first, so that it leaves no gap.
+    A kill leaves the old file or the new one, never half of either. In an object store a file may
+    consist of several parts. The last part is removed first, so that a kill leaves no gap between
+    the parts.
     """
     for part in reversed(line_parts(path)):
         is_empty = True
