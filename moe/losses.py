@@ -21,7 +21,8 @@ class RouterStats(NamedTuple):
     """Says what a router did with a batch, as float32 sums over its tokens.
 
     A sparse layer returns scalars and `load` [E], which `in_layer_order` stacks to [L] and [L, E].
-    The names of losses and properties stand for sums here, and for means in what `metrics` returns.
+    The fields in `MEANS`, from `balance_loss` on, are sums here. `metrics` returns their means
+    under the same names.
     """
 
     tokens: jax.Array  # the number of real tokens

@@ -1,4 +1,4 @@
-"""Checks attention's numbers on the device at hand, and times it beside what else runs there.
+"""Checks attention's numbers on the device at hand, and times it beside other libraries' attention.
 
     python -m moe.kernels.benchmarks.attention --json=attention.json
     python -m moe.kernels.benchmarks.attention --lengths 1024 2048 --heads=8 --kv_heads=8 \\

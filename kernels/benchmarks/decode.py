@@ -56,7 +56,7 @@ def benchmark(fill: float, dtype: str) -> str:
 if __name__ == "__main__":
     print(
         f"B={BATCH} S={SLOTS} N={HEADS} K={KV_HEADS} H={WIDTH}: "
-        "time of a call, and how many times as fast it is as with a mask"
+        "time of a call, and how many times as fast it is as XLA's attention with a mask"
     )
     for dtype in ("float32", "bfloat16"):
         for fill in (0.05, 0.5, 1.0):

@@ -12,8 +12,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moe.config import ConfigError
 
-# A run stops so long before the end of its job, or earlier where saving takes long. A short job
-# cannot spare that much, so it is at most a tenth of the job's time.
+# A run stops this many seconds before the end of its job. A short job cannot spare that much, so
+# there it is this fraction of the job's time.
 _SPARE_SECONDS = 120.0
 _SPARE_FRACTION = 0.1
 
@@ -87,8 +87,8 @@ def asks_to_stop(
 def time_to_stop(environment: Mapping[str, str]) -> float | None:
     """Returns when a run must stop so that it is saved before SLURM ends its job.
 
-    The result is in seconds since 1970, and does not count the time of a save. It is None where the
-    job has no end.
+    The result is in seconds since 1970. How long a save takes is not known here: it must fit into
+    the time that is left. The result is None where the job has no end.
     """
     times = []
     for name in ("SLURM_JOB_START_TIME", "SLURM_JOB_END_TIME"):
