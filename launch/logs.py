@@ -334,7 +334,8 @@ def _write_log(path: str, host: str, process_id: str, first_line: str, *sources:
     due, is_ending = time.monotonic() + period, False
     while lines:
         left = 0.0 if is_ending else max(0.0, due - time.monotonic())
-        ready, _, _ = select.select([*lines, *([] if is_ending else [0])], [], [], left)
+        waited_for = list(lines) if is_ending else [0, *lines]
+        ready, _, _ = select.select(waited_for, [], [], left)
         if is_ending and not ready:
             break
         is_ending |= 0 in ready
