@@ -99,6 +99,7 @@ def fit(
         check_memory(program.mesh, program.abstract_state, program.abstract_state.params)
         workdir, source = run_path(workdir), run_path(init_from) if init_from else None
         with claim_run(workdir, config, source, init_step) as (origin, check):
+            show_first_lines(config, workdir, program.mesh)
             return _fit(config, workdir, program, origin, check, interrupted, profile_steps)
 
 
@@ -112,7 +113,6 @@ def _fit(
     profile_steps: range | None,
 ) -> dict[str, float]:
     """Trains as `fit` does, once this run's lock is held, and returns the last validation."""
-    show_first_lines(config, workdir, program.mesh)
     train_rows = program.task.rows(config, config.data.train_split)
     validation_rows = program.task.rows(config, config.data.validation_split)
     with contextlib.ExitStack() as stack:

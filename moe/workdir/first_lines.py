@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from moe.config import RunConfig
-from moe.storage.paths import RunPath, is_local
+from moe.storage.paths import RunPath, absolute
 
 _PACKAGES = ("jax", "jaxlib", "flax", "orbax-checkpoint")
 
@@ -29,7 +29,7 @@ def first_lines(config: RunConfig, workdir: RunPath, mesh: jax.sharding.Mesh) ->
         [
             f"versions: {', '.join([*versions, f'Python {platform.python_version()}'])}",
             f"devices:  {counted}{where}; mesh {sizes}",
-            f"run:      {workdir.absolute() if is_local(workdir) else workdir}",
+            f"run:      {absolute(workdir)}",
             f"rows:     {config.data.path}",
             f"compiled programs: {cache if is_cached else 'not cached'}",
         ]
