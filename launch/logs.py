@@ -36,8 +36,9 @@ OBJECT_SECONDS = 10.0  # how often a log in an object store is written
 FINISH_SECONDS = 10.0  # how long a process waits for its writer at its end
 _STARTS = "starts: "  # in the first line of each start
 _ESCAPES = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")  # colours and moves of the cursor
-# These would end the writer with its process, before the last lines are written.
-_BLOCKED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+# These would end the writer with its process, before the last lines are written. SIGUSR1 asks a
+# process for its stacks, and SLURM sends it to the writer too.
+_BLOCKED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 
 
 class _Running(NamedTuple):

@@ -28,6 +28,7 @@ docs/launching/slurm.md says more.
 Exit codes: 0 submitted; 2 bad input, or refused by SLURM, told in one line.
 """
 
+import functools
 import shutil
 import subprocess
 import sys
@@ -42,10 +43,9 @@ from moe.config.layout import check_layout
 from moe.files import write_whole
 
 
-def main(values: flags.FlagValues) -> None:
-    """Submits the command after --, or launch.train with its flags."""
+def main(command: list[str], values: flags.FlagValues) -> None:
+    """Submits a command, or launch.train with its flags where the command is empty."""
     check_time(values.time, values.save_s)
-    command = COMMAND
     if not command:
         _check_run(values)
         command = ["launch.train", *_flags_of_train(sys.argv[1:])]
@@ -61,7 +61,7 @@ def main(values: flags.FlagValues) -> None:
     path = job_folder(values.workdir) / "job.sbatch"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, text)
-    _submit(path, values.chain)
+    _submit(path, values.chain, "{}_*.log" if values.array else "{}.log")
 
 
 def _check_run(values: flags.FlagValues) -> None:
@@ -89,8 +89,11 @@ def _flags_of_train(arguments: list[str]) -> list[str]:
     return kept
 
 
-def _submit(path: Path, chain: int) -> None:
-    """Submits the file `chain` times; each job waits for the end of the one before."""
+def _submit(path: Path, chain: int, log: str) -> None:
+    """Submits the file `chain` times; each job waits for the end of the one before.
+
+    `log` is the name of a job's output, with {} for its id.
+    """
     previous = None
     for _ in range(chain):
         dependency = [f"--dependency=afterany:{previous}"] if previous else []
@@ -102,7 +105,7 @@ def _submit(path: Path, chain: int) -> None:
             raise ConfigError(f"sbatch refused {path}: {reason}")
         previous = done.stdout.strip().split(";")[0]  # a cluster's name may follow the id
         after = " after the one before" if dependency else ""
-        print(f"submitted job {previous}{after}; its output: {path.parent}/{previous}.log")
+        print(f"submitted job {previous}{after}; its output: {path.parent / log.format(previous)}")
 
 
 def define_flags() -> None:
@@ -145,12 +148,12 @@ def define_flags() -> None:
 if __name__ == "__main__":
     # What follows -- is not for this command.
     separator = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
-    COMMAND = sys.argv[separator + 1 :]
+    words_behind = sys.argv[separator + 1 :]
     del sys.argv[separator:]
     define_flags()
-    if COMMAND:
+    if words_behind:
         command_line.define_workdir("Where the file and the output of the job go.")
     else:
         train.define_flags()
         flags.adopt_module_key_flags(train)  # --help lists them
-    command_line.run(main, __doc__)
+    command_line.run(functools.partial(main, words_behind), __doc__)

@@ -109,7 +109,7 @@ def test_the_writer_ends_with_its_process_though_another_one_holds_its_output(
 
 def test_signals_do_not_end_the_log_before_its_process(tmp_path: Path) -> None:
     body = """
-for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1):
     signal.signal(number, signal.SIG_IGN)
 os.write(1, b'ready\\n')
 time.sleep(0.5)
@@ -117,7 +117,7 @@ print('saved')
 """
     process = start(body, tmp_path, 0, process_group=0)
     assert process.stdout and process.stdout.readline() == b"ready\n"
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1):
         os.killpg(process.pid, number)
     assert process.communicate(timeout=60)[0] == b"saved\n"
     assert logged(tmp_path, 0) == ["ready", "saved"]

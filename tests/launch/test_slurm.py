@@ -218,6 +218,12 @@ def test_a_signal_between_two_starts_queues_the_job_again(start, tmp_path) -> No
     assert job.returncode == 0 and calls(tmp_path)[-1] == "scontrol requeue 7"
 
 
+def test_all_cores_that_a_job_asked_for_are_those_of_its_process(start, tmp_path) -> None:
+    """Since SLURM 22.05, srun does not take this number from the job."""
+    start(0, env={"SLURM_CPUS_PER_TASK": "4"}).communicate(timeout=30)
+    assert "srun --ntasks-per-node=1 --cpus-per-task=4 --cpu" in (tmp_path / "calls").read_text()
+
+
 def test_an_array_puts_its_number_into_the_command(start, tmp_path) -> None:
     env = {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "4"}
     job = start(0, env=env, command=["train", "--seed=%a", "runs/%a b"])
@@ -297,6 +303,27 @@ def test_a_dry_run_prints_the_job_with_the_flags_of_train() -> None:
         "-m launch.train --workdir=runs/x --config=configs/moe_tiny.py --init_from=runs/a "
         "--config.train.steps 5)\n" in done.stdout
     )
+
+
+@pytest.mark.parametrize(
+    ("flag", "lines"),
+    [
+        ("--nodry_run", ["submitted job 7; its output: {}/7.log"]),
+        ("--array=0-3", ["submitted job 7; its output: {}/7_*.log"]),
+        (
+            "--chain=2",
+            [
+                "submitted job 7; its output: {}/7.log",
+                "submitted job 7 after the one before; its output: {}/7.log",
+            ],
+        ),
+    ],
+)
+def test_a_submission_says_where_its_output_is(tmp_path: Path, flag: str, lines: list[str]) -> None:
+    (tmp_path / "sbatch").write_text("#!/bin/sh\necho '7;cluster'\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    done = run("--nodes=1", flag, f"--workdir={tmp_path}/run", "--", "x", path=str(tmp_path))
+    assert done.stdout.splitlines() == [line.format(f"{tmp_path}/run/slurm") for line in lines]
 
 
 def test_what_sbatch_refuses_is_told_in_one_line(tmp_path: Path) -> None:
