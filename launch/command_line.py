@@ -16,6 +16,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from launch import logs
+from launch.compilation_cache import use_cache
 from launch.config_file import ConfigFileErrors, check_config_file
 from launch.help_text import config_fields, help_text
 from moe.config import ConfigError, RunConfig
@@ -57,13 +58,20 @@ class _DirectoryParser(flags.ArgumentParser):
         return expand_run_path(f"--{self._name}", argument)
 
 
-def define_directory(name: str, description: str, *, required: bool = False) -> None:
+def define_directory(
+    name: str,
+    description: str,
+    *,
+    required: bool = False,
+    flag_values: flags.FlagValues = flags.FLAGS,
+) -> None:
     """Defines a flag whose value is a run directory, in which ~ stands for the home directory."""
     flags.DEFINE(
         _DirectoryParser(name),
         name,
         None,
         description,
+        flag_values,
         serializer=flags.ArgumentSerializer(),
         required=required,
     )
@@ -127,6 +135,7 @@ def _exit_code(main: Main, devices: bool) -> int:
     """Calls `main` in its place in the job, and returns the exit code of what comes of it."""
     try:
         if devices:
+            use_cache(os.environ)
             _join(flags.FLAGS)
         return main(flags.FLAGS) or 0
     except distributed.NotJoined as error:
@@ -164,7 +173,12 @@ def _join(values: flags.FlagValues) -> None:
             print(note, file=sys.stderr)
         return
     directory = _start_log(values, cluster)
-    distributed.join(cluster, mesh)
+    try:
+        distributed.join(cluster, mesh)
+    except distributed.NotJoined as error:
+        if cluster.process_id == 1:  # process 0, which is shown, may not be there
+            logs.show(f"not joined: {error}")
+        raise
     watch.show_last_lines(
         lambda process_id: "\n".join(logs.last_lines(logs.log_path(directory, process_id)))
     )
@@ -179,7 +193,7 @@ def _start_log(values: flags.FlagValues, cluster: distributed.Cluster) -> RunPat
     directory = logs.log_directory(Path(sys.argv[0]).stem, workdir)
     path = logs.log_path(directory, cluster.process_id)
     logs.start(path, cluster.process_id, cluster.num_processes)
-    watch.finish_with(logs.finish)
+    watch.use_log(logs.show, logs.finish)
     return directory
 
 

@@ -67,10 +67,20 @@ from moe.exit_codes import (
 )
 from moe.storage.paths import RunPath, run_path
 
-COMMANDS = ("benchmark", "compare", "evaluate", "generate", "routing", "train", "upcycle")
+COMMANDS = (
+    "benchmark",
+    "compare",
+    "evaluate",
+    "generate",
+    "preflight",
+    "routing",
+    "train",
+    "upcycle",
+)
 # The others notice a process that failed, and leave by themselves. Those that have not done so
 # after this time hang.
 GRACE_SECONDS = 30.0
+LOG_SECONDS = 5.0  # how long the launcher waits for the log of a process that failed
 FIRST_DELAY_SECONDS, MAX_DELAY_SECONDS = 1.0, 60.0  # before a restart
 LONG_START_SECONDS = 600.0  # a start that worked for this long begins a new count of restarts
 _LEFT = (PEER_DIED, PEER_STUCK)  # how a process ends because another one has failed
@@ -89,7 +99,7 @@ class Job(NamedTuple):
     def logs(self) -> RunPath:
         """Returns the folder of the processes' log files."""
         values = flags.FlagValues()
-        flags.DEFINE_string("workdir", None, "", flag_values=values)
+        command_line.define_directory("workdir", "", flag_values=values)
         try:
             values(self.command, known_only=True)
         except flags.Error as error:
@@ -292,7 +302,12 @@ def _show_last_lines(process: Process, log: RunPath, begin: float) -> None:
     if process.output is not None:
         process.output.seek(0)
         lines += process.output.read().decode(errors="replace").splitlines()[-20:]
-    if logged := last_lines(log, since=begin):  # older lines are of another start
+    # The log of a process that has just ended may still be written. Older lines are of another
+    # start.
+    end = time.monotonic() + LOG_SECONDS
+    while not (logged := last_lines(log, since=begin)) and not lines and time.monotonic() < end:
+        time.sleep(0.05)
+    if logged:
         print(f"its last lines, all of which are in {log}:", file=sys.stderr)
         lines += logged
     for line in lines:

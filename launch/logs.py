@@ -24,7 +24,7 @@ import time
 import tty
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from moe.storage.lines import LineWriter
@@ -36,10 +36,19 @@ OBJECT_SECONDS = 10.0  # how often a log in an object store is written
 FINISH_SECONDS = 10.0  # how long a process waits for its writer at its end
 _STARTS = "starts: "  # in the first line of each start
 _ESCAPES = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")  # colours and moves of the cursor
-# The process that writes the log, and the standard output and error from before it.
-_writer: tuple[subprocess.Popen[bytes], dict[int, int]] | None = None
 # These would end the writer with its process, before the last lines are written.
 _BLOCKED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+
+
+class _Running(NamedTuple):
+    """The log of this process while it is open."""
+
+    process_id: int
+    writer: subprocess.Popen[bytes]
+    before: dict[int, int]  # copies of the standard output and error from before the log
+
+
+_running: _Running | None = None
 
 
 def log_directory(command: str, workdir: "RunPath | None") -> "RunPath":
@@ -66,7 +75,7 @@ def start(path: "RunPath", process_id: int, num_processes: int) -> None:
     Process 0 still writes to a terminal if it did so before, so a progress bar looks the same.
     Lines are appended. Raises OSError if the file cannot be written.
     """
-    global _writer
+    global _running
     if isinstance(path, Path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.open("ab").close()
@@ -81,7 +90,7 @@ def start(path: "RunPath", process_id: int, num_processes: int) -> None:
     command = shlex.join(sys.orig_argv).replace("\n", " ")
     text = f"process {process_id} of {num_processes} on {host} {_STARTS}{command}"
     arguments = [str(path), host, str(process_id), text, *sources]
-    process = _start_writer(path, arguments, [read for read, _ in channels.values()])
+    writer = _start_writer(path, arguments, [read for read, _ in channels.values()])
     _flush_streams()
     for numbers, (read, write) in channels.items():
         for number in numbers:
@@ -91,8 +100,14 @@ def start(path: "RunPath", process_id: int, num_processes: int) -> None:
     # A killed process loses what is in Python's own buffer. A stream that was closed has none.
     if reconfigure := getattr(sys.stdout, "reconfigure", None):
         reconfigure(line_buffering=True)
-    _writer = process, before
+    _running = _Running(process_id, writer, before)
     atexit.register(finish)
+
+
+def show(text: str) -> None:
+    """Shows a text where this process wrote before it had a log. All of process 0's is shown."""
+    if _running is not None and _running.process_id:
+        _pass_on(_running.before[2], f"{text}\n".encode(errors="replace"))
 
 
 def finish() -> None:
@@ -100,16 +115,16 @@ def finish() -> None:
 
     What it prints from here on is not in the log. Does nothing without a log.
     """
-    global _writer
-    if _writer is None:
+    global _running
+    if _running is None:
         return
-    (process, before), _writer = _writer, None
+    running, _running = _running, None
     _flush_streams()
-    for number, descriptor in before.items():
+    for number, descriptor in running.before.items():
         os.dup2(descriptor, number)
     # A process that this one has started may still write.
     with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(FINISH_SECONDS)
+        running.writer.wait(FINISH_SECONDS)
 
 
 def last_lines(path: "RunPath", count: int = 20, since: float = 0.0) -> list[str]:

@@ -10,13 +10,14 @@ Examples:
         --init_from=runs/dense_tiny --init_step=400
 
 A run directory holds config.json, environment.jsonl, metrics.jsonl, tensorboard/, checkpoints/ and
-run.lock; that of a model with experts holds router.jsonl too. The same command on an existing run
-directory goes on from its latest checkpoint, to the same numbers bit for bit. With more
---config.train.steps a finished run goes on. From there it follows the learning rates of the
-schedule for the new number of steps. Ctrl-C (SIGINT) and SIGTERM save before they stop; a second
-one of either stops at once. Each process of a job of several stops at the same step, whichever of
-them got the signal; a signal before the first step is done ends all of them, with nothing to save.
-Under SLURM a run also saves and stops shortly before the time limit of its job.
+run.lock (lease/, on a mount or at gs://); that of a model with experts holds router.jsonl too. The
+same command on an existing run directory goes on from its latest checkpoint, to the same numbers
+bit for bit. With more --config.train.steps a finished run goes on. From there it follows the
+learning rates of the schedule for the new number of steps. Ctrl-C (SIGINT) and SIGTERM save before
+they stop; a second one of either stops at once. Each process of a job of several stops at the same
+step, whichever of them got the signal; a signal before the first step is done ends all of them,
+with nothing to save. Under SLURM a run also saves and stops shortly before the time limit of its
+job.
 
 --init_from starts a new run, at step 0 and with a new optimizer state, from the parameters of
 another run whose model is the same.

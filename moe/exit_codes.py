@@ -7,6 +7,7 @@ or a broken machine, with a traceback.
 BAD_INPUT = 2  # told in one line
 # Too many updates in a row were not finite and were skipped, or the last validation is not finite.
 DIVERGED = 3
+SLOW = 4  # launch.preflight found a device or a process that is much slower than the others
 # Not all processes of the job arrived, or they do not see the devices that they should.
 NOT_JOINED = 69  # EX_UNAVAILABLE of sysexits.h
 INTERRUPTED = 75  # EX_TEMPFAIL: the state is saved, and the same command goes on

@@ -5,12 +5,14 @@ one process, `barrier` and `from_first` have nothing to wait for.
 """
 
 import collections
+import contextlib
 import ctypes
 import json
-import math
 import os
 import signal
+import socket
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,8 @@ from moe.config import ConfigError, MeshConfig
 from moe.files import announce_wait
 from moe.parallel import watch
 from moe.parallel.cluster import Cluster, find_cluster, process_name, why_alone
-from moe.parallel.rendezvous import Arrival, NotJoined, bind_host, listed, meet
+from moe.parallel.devices import check_devices, check_gpus, counted, visible_gpus
+from moe.parallel.rendezvous import Arrival, NotJoined, bind_host, meet
 
 __all__ = [
     "Cluster",
@@ -28,6 +31,7 @@ __all__ = [
     "barrier",
     "find_cluster",
     "from_first",
+    "gather",
     "join",
     "on_tpu",
     "why_alone",
@@ -36,6 +40,7 @@ __all__ = [
 ARRIVAL_SECONDS = 300.0  # how long all wait for the last process, whose container may be loading
 _CONNECT_SECONDS = 120  # for JAX, once all processes have come
 _POLL_MILLISECONDS = 60_000
+_CACHE_SECONDS = 120.0
 _GOOGLE = "0x1ae0"  # the vendor of a TPU on the PCI bus
 
 # How often this process has used each name of a barrier or of a text. All processes use them in the
@@ -79,10 +84,11 @@ def join(
     _client().key_value_set(_host_key(cluster.process_id), arrivals[cluster.process_id].host)
     counts = collections.Counter(device.process_index for device in jax.devices())
     check_devices(arrivals, [counts[n] for n in range(cluster.num_processes)], mesh)
+    share_cache(arrivals)
     own = arrivals[cluster.process_id]
     print(
-        f"{own.name}, {jax.local_device_count()} devices, coordinator {cluster.coordinator}, "
-        f"found by {cluster.found_by}",
+        f"{own.name}, {counted(jax.local_device_count(), 'device')}, "
+        f"coordinator {cluster.coordinator}, found by {cluster.found_by}",
         file=sys.stderr,
         flush=True,
     )
@@ -128,84 +134,43 @@ def find_tpu_cluster() -> Cluster | None:
     return None
 
 
-def visible_gpus(environment: Mapping[str, str]) -> list[str]:
-    """Returns the unique identifiers of the NVIDIA GPUs that this process sees, without JAX.
+def share_cache(arrivals: Sequence[Arrival]) -> None:
+    """Switches the compilation cache off if not all processes see the same directory.
 
-    There are none where JAX is told to use another platform.
+    JAX writes it in process 0 alone. From a directory of its own, process 0 would load a program at
+    the next start, while the others compile it and wait for what they do together with process 0.
     """
-    platforms = environment.get("JAX_PLATFORMS", "")
-    if platforms and platforms.split(",")[0] not in ("cuda", "gpu"):
-        return []
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return []
-    count = ctypes.c_int()
-    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
-        return []
-    chosen = environment.get("JAX_LOCAL_DEVICE_IDS")
-    numbers = map(int, chosen.split(",")) if chosen else range(count.value)
-    identifiers = []
-    for number in numbers:
-        device, identifier = ctypes.c_int(), (ctypes.c_ubyte * 16)()
-        if driver.cuDeviceGet(ctypes.byref(device), number) or driver.cuDeviceGetUuid_v2(
-            identifier, device
-        ):
-            raise ConfigError(
-                f"JAX_LOCAL_DEVICE_IDS={chosen} names GPU {number}, and there are {count.value}: "
-                "set it to numbers below that"
-            )
-        identifiers.append(bytes(identifier).hex())
-    return identifiers
+    import jax
 
-
-def check_gpus(arrivals: Sequence[Arrival]) -> None:
-    """Raises NotJoined if a process sees another number of GPUs, or a GPU that another one holds.
-
-    Under SLURM the usual accidents are that a task sees only the first GPU of its node, and that
-    all tasks of a node see all of its GPUs.
-    """
-    _check_equal(arrivals, [len(arrival.gpus) for arrival in arrivals], "GPUs")
-    holders: dict[str, Arrival] = {}
-    for arrival in arrivals:
-        for gpu in arrival.gpus:
-            if gpu in holders:
-                raise NotJoined(
-                    f"{holders[gpu].name} and {arrival.name} hold the same GPU, {gpu}: start one "
-                    "process for each host, or give each its own GPUs (srun --gpus-per-task=1)"
-                )
-            holders[gpu] = arrival
-
-
-def check_devices(
-    arrivals: Sequence[Arrival], counts: Sequence[int], mesh: MeshConfig | None
-) -> None:
-    """Raises NotJoined if processes see different numbers of devices, or not those of the mesh.
-
-    `counts` has the number of devices of each process.
-    """
-    _check_equal(arrivals, counts, "devices")
-    if mesh is None or -1 in mesh.sizes:
-        return
-    wanted = math.prod(mesh.sizes)
-    if wanted != sum(counts):
-        raise NotJoined(
-            f"each of the {len(counts)} processes sees {counts[0]} devices, which are "
-            f"{sum(counts)}, and config.mesh wants {wanted}: start as many processes as make them, "
-            "show each process all devices of its host, or set config.mesh"
+    settings: Any = jax.config
+    directory = settings.jax_compilation_cache_dir
+    is_local = directory and "://" not in directory  # a bucket is the same everywhere
+    folder = Path(directory) if is_local else None
+    name = from_first("the cache's marker", lambda: _write_marker(folder) if folder else "")
+    is_seen = not name or (folder is not None and (folder / name).exists())
+    seen = gather("the compilation cache", "yes" if is_seen else "no", _CACHE_SECONDS)
+    is_first = _place()[0] == 0
+    if is_first and folder and name:
+        (folder / name).unlink(missing_ok=True)
+    if "no" in seen:
+        jax.config.update("jax_enable_compilation_cache", False)
+    if "no" in seen and is_first:
+        print(
+            f"{arrivals[seen.index('no')].name} does not see the compilation cache {directory} of "
+            "process 0, so nothing is cached: "
+            "set JAX_COMPILATION_CACHE_DIR to a directory that all share",
+            file=sys.stderr,
+            flush=True,
         )
 
 
-def _check_equal(arrivals: Sequence[Arrival], counts: Sequence[int], things: str) -> None:
-    expected = max(set(counts), key=lambda count: (list(counts).count(count), count))
-    wrong = [number for number, count in enumerate(counts) if count != expected]
-    if wrong:
-        first = wrong[0]
-        rest = f" (and {listed(wrong[1:])} too)" if wrong[1:] else ""
-        raise NotJoined(
-            f"{arrivals[first].name} sees {counts[first]} {things}{rest}, and most processes see "
-            f"{expected}: give all processes equally many"
-        )
+def _write_marker(folder: Path) -> str:
+    """Writes a file into process 0's cache, and returns its name, which no other job's has."""
+    name = f".seen-{socket.gethostname()}-{os.getpid()}-{time.time_ns()}"
+    with contextlib.suppress(OSError):  # then no process sees it
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    return name
 
 
 def barrier(name: str, timeout_s: float) -> None:
@@ -257,6 +222,21 @@ def from_first(name: str, make: Callable[[], str]) -> str:
     if "error" in answer:
         raise ConfigError(answer["error"])
     return answer["text"]
+
+
+def gather(name: str, text: str, timeout_s: float) -> list[str]:
+    """Returns the texts of all processes, in the order of their numbers, in every process.
+
+    Raises Late, as `barrier` does.
+    """
+    client = _client()
+    if client is None:
+        return [text]
+    process_id, num_processes = _place()
+    key = _key("texts", name)
+    client.key_value_set(f"{key}/{process_id}", text)
+    barrier(name, timeout_s)
+    return [client.key_value_try_get(f"{key}/{number}") for number in range(num_processes)]
 
 
 def _wait_for(client: Any, key: str) -> str:

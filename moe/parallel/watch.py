@@ -92,6 +92,7 @@ class _Watch:
             text = verdict.text
         if self.process_id == verdict.speaker != verdict.process_id:
             text = f"{text}\n{self.last_lines(verdict.process_id)}".rstrip()
+            _show(text)
         fatal(code, text)
 
     def _run(self) -> None:
@@ -122,6 +123,7 @@ class _Watch:
 
 
 _watch: _Watch | None = None
+_show: Callable[[str], None] = lambda text: None
 _finish: Callable[[], None] = lambda: None
 
 
@@ -181,10 +183,13 @@ def take_times(last: int = 0) -> list[HostTimes]:
     return _watch.hub.take_times(last) if _watch is not None and _watch.hub is not None else []
 
 
-def finish_with(finish: Callable[[], None]) -> None:
-    """Sets the function that waits at the end until all that this process printed is written."""
-    global _finish
-    _finish = finish
+def use_log(show: Callable[[str], None], finish: Callable[[], None]) -> None:
+    """Sets what is called if this process has a log instead of printing.
+
+    `show` prints a text in spite of that. `finish` waits at the end until the log is written.
+    """
+    global _show, _finish
+    _show, _finish = show, finish
 
 
 def show_last_lines(read: Callable[[int], str]) -> None:

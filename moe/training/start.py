@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import os
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -26,10 +27,11 @@ from moe.storage.paths import RunPath, run_path
 from moe.tasks import Task
 from moe.training.log import Records
 from moe.training.optimizer import make_schedule
-from moe.training.progress import Bar
+from moe.training.progress import Bar, Stream
 from moe.training.train_step import Program, TrainState, make_program
 from moe.workdir import checkpoint
 from moe.workdir.checkpoint import Checkpoints
+from moe.workdir.first_lines import first_lines
 from moe.workdir.identity import read_config, read_saved_config, write_config
 from moe.workdir.origin import Origin, find_origin, read_variables, write_origin
 from moe.workdir.tracking import MetricWriter, check_workdir, write_environment
@@ -165,6 +167,12 @@ def start_from(origin: Origin, workdir: RunPath, program: Program, state: TrainS
     if jax.process_index() == 0:
         write_origin(workdir, origin)
     return state.replace(**variables)
+
+
+def show_first_lines(config: RunConfig, workdir: RunPath, mesh: jax.sharding.Mesh) -> None:
+    """Prints, on process 0 alone, what the run runs on and where it writes."""
+    if jax.process_index() == 0:
+        print(first_lines(config, workdir, mesh), file=Stream(sys.stderr), flush=True)
 
 
 def report_new_schedule(workdir: RunPath, config: RunConfig, state: TrainState) -> None:

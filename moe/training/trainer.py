@@ -31,6 +31,7 @@ from moe.training.start import (
     load_run,
     open_records,
     report_new_schedule,
+    show_first_lines,
 )
 from moe.training.train_step import Program, TrainState, make_program
 from moe.training.vote import Vote, asks_to_stop
@@ -98,6 +99,7 @@ def fit(
         check_memory(program.mesh, program.abstract_state, program.abstract_state.params)
         workdir, source = run_path(workdir), run_path(init_from) if init_from else None
         with claim_run(workdir, config, source, init_step) as (origin, check):
+            show_first_lines(config, workdir, program.mesh)
             return _fit(config, workdir, program, origin, check, interrupted, profile_steps)
 
 

@@ -80,6 +80,13 @@ def test_the_last_lines_survive(tmp_path: Path, end: str, code: int) -> None:
     assert run(body, tmp_path, 0) == (b"line\n", b"\r5%", code)
 
 
+def test_a_process_with_a_log_can_still_show_a_text(tmp_path: Path) -> None:
+    body = "print('log'); logs.show('process 0 died')"
+    assert run(body, tmp_path, 1) == (b"", b"process 0 died\n", 0)
+    assert logged(tmp_path, 1) == ["log"]
+    assert run(body, tmp_path, 0) == (b"log\n", b"", 0)  # it prints such a text itself
+
+
 def test_signals_do_not_end_the_log_before_its_process(tmp_path: Path) -> None:
     body = """
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
@@ -157,6 +164,42 @@ def test_a_new_start_appends_and_its_last_lines_are_its_own(tmp_path: Path) -> N
     assert "first" in path.read_text()
     assert last_lines(path, since=time.time()) == []
     assert last_lines(log_path(tmp_path, 4)) == []
+
+
+WATCHED = """
+from moe.parallel import watch
+def from_first(name, make):
+    path = directory / name
+    if process_id == 0:
+        path.with_suffix(".new").write_text(make())
+        path.with_suffix(".new").rename(path)
+    while not path.exists():
+        time.sleep(0.01)
+    return path.read_text()
+watch.use_log(logs.show, logs.finish)
+watch.start(process_id, 3, "127.0.0.1", from_first)
+watch.show_last_lines(lambda n: "\\n".join(logs.last_lines(logs.log_path(directory, n))))
+print("last line of", process_id)
+(directory / f"ready-{process_id}").touch()
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_the_lowest_process_that_is_left_shows_the_last_lines(tmp_path: Path, victim: int) -> None:
+    """Also where that is not process 0, whose output alone is shown otherwise."""
+    processes = [start(WATCHED, tmp_path, number) for number in range(3)]
+    while not all((tmp_path / f"ready-{number}").exists() for number in range(3)):
+        time.sleep(0.01)
+    processes[victim].kill()
+    shown = [process.communicate(timeout=60)[1].decode() for process in processes]
+    speaker = 1 if victim == 0 else 0
+    text = rf"\n?process {victim} of 3( on \S+)? died: this process ends too, with exit code 76\n"
+    line = rf"\S+Z \S+ {victim} \| last line of {victim}\n"
+    assert re.fullmatch(text + line, shown[speaker])
+    assert [shown[number] for number in range(3) if number != speaker] == ["", ""]
+    for number in {0, 1, 2} - {victim}:
+        assert re.search(text, log_path(tmp_path, number).read_text())
 
 
 def feed(*parts: bytes) -> tuple[list[bytes], list[bytes]]:

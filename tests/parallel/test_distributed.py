@@ -15,7 +15,8 @@ import pytest
 from moe.config import ConfigError, MeshConfig
 from moe.exit_codes import BAD_INPUT, PEER_STUCK
 from moe.parallel.cluster import Cluster, expand_hosts, find_cluster, why_alone
-from moe.parallel.distributed import barrier, check_devices, check_gpus, from_first
+from moe.parallel.devices import check_devices, check_gpus
+from moe.parallel.distributed import barrier, from_first
 from moe.parallel.rendezvous import Arrival, NotJoined, listed, meet
 
 ROOT = Path(__file__).parents[2]
@@ -259,9 +260,9 @@ def test_processes_that_hold_the_same_gpu_are_named():
 
 
 def test_a_process_that_sees_another_number_of_devices_is_named():
-    with pytest.raises(NotJoined, match=r"process 3 of 4 on node-1 sees 1 GPUs, and most .* see"):
+    with pytest.raises(NotJoined, match=r"process 3 of 4 on node-1 sees 1 GPU, and most .* see"):
         check_gpus(arrivals("ab", "cd", "ef", "g"))
-    with pytest.raises(NotJoined, match=r"sees 1 GPUs \(and process 3 too\)"):
+    with pytest.raises(NotJoined, match=r"sees 1 GPU \(and process 3 too\)"):
         check_gpus(arrivals("ab", "cd", "e", "g"))
     with pytest.raises(NotJoined, match="process 1 of 3 on node-0 sees 4 devices"):
         check_devices(arrivals("", "", ""), [8, 4, 8], None)
@@ -270,7 +271,7 @@ def test_a_process_that_sees_another_number_of_devices_is_named():
 def test_devices_that_are_not_those_of_the_mesh_are_refused():
     check_devices(arrivals("", ""), [8, 8], MeshConfig(data=2, fsdp=8))
     check_devices(arrivals("", ""), [8, 8], MeshConfig(data=-1, fsdp=3))  # make_mesh refuses it
-    with pytest.raises(NotJoined, match=r"each of the 2 processes sees 1 devices, .* wants 16"):
+    with pytest.raises(NotJoined, match=r"each of the 2 processes sees 1 device, .* wants 16"):
         check_devices(arrivals("", ""), [1, 1], MeshConfig(data=2, fsdp=8))
 
 
@@ -284,12 +285,13 @@ def test_one_process_has_nobody_to_wait_for():
     assert from_first("name", lambda: "text") == "text"
 
 
-def run_processes(program, num_processes=2, devices=1, waited_for=None):
+def run_processes(program, directory, num_processes=2, devices=1, waited_for=None):
     """Runs a program in joined processes, and returns the codes, outputs and errors of some.
 
     The others are killed. By default it waits for all.
     """
     variables = {
+        "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(devices),
         "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}",
@@ -298,7 +300,7 @@ def run_processes(program, num_processes=2, devices=1, waited_for=None):
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", program],
-            cwd=ROOT,
+            cwd=directory,
             env=os.environ | variables | {"JAX_PROCESS_ID": str(number)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -318,7 +320,7 @@ def run_processes(program, num_processes=2, devices=1, waited_for=None):
 
 
 @pytest.mark.slow
-def test_joined_processes_agree_and_a_late_one_is_named():
+def test_joined_processes_agree_and_a_late_one_is_named(tmp_path):
     program = """
 import json, os, time
 from moe.config import ConfigError
@@ -343,13 +345,37 @@ except distributed.Late as error:
 distributed.barrier("here", 60)
 print(json.dumps([jax.process_count(), jax.device_count(), *texts]))
 """
-    codes, outputs, errors = run_processes(program, devices=2)
+    codes, outputs, errors = run_processes(program, tmp_path, devices=2)
     assert codes == [0, 0], errors
     first, second = (json.loads(output) for output in outputs)
     assert first == second
     late = f"process 1 of 2 on {socket.gethostname()} did not come to late within 0.5 s"
     assert first[:2] == [2, 4] and first[3:] == ["again", "x=1 is wrong", late]
     assert f"process 1 of 2 on {socket.gethostname()}, 2 devices, coordinator 127" in errors[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", ["shared", "own"])
+def test_a_compilation_cache_that_is_not_shared_is_not_used(folder, tmp_path):
+    program = f"""
+import os
+from moe.parallel import distributed
+cluster = distributed.find_cluster(os.environ)
+name = "shared" if "{folder}" == "shared" else str(cluster.process_id)
+os.environ["JAX_COMPILATION_CACHE_DIR"] = "{tmp_path}/" + name
+distributed.join(cluster)
+import jax
+print(jax.config.jax_enable_compilation_cache, distributed.gather("x", name * 2, 60))
+"""
+    codes, outputs, errors = run_processes(program, tmp_path)
+    assert codes == [0, 0], errors
+    line = f"process 1 of 2 on {socket.gethostname()} does not see the compilation cache"
+    if folder == "shared":
+        assert outputs == ["True ['sharedshared', 'sharedshared']\n"] * 2
+        assert line not in errors[0] and not list(tmp_path.glob("*/.seen*"))
+    else:
+        assert outputs == ["False ['00', '11']\n"] * 2
+        assert line in errors[0] and line not in errors[1]
 
 
 # Process PROCESS_ID runs FAILURE, and all others end well.
@@ -367,9 +393,9 @@ command_line.run(main, "A command.", devices=True)
 
 
 @pytest.mark.slow
-def test_only_process_0_of_a_command_prints():
+def test_only_process_0_of_a_command_prints(tmp_path):
     program = COMMAND.replace("PROCESS_ID", "0").replace("FAILURE", "pass")
-    codes, outputs, errors = run_processes(program)
+    codes, outputs, errors = run_processes(program, tmp_path)
     assert (codes, outputs) == ([0, 0], ["done 0\n", ""]), errors
 
 
@@ -383,8 +409,8 @@ def test_only_process_0_of_a_command_prints():
         ("distributed.barrier('never', 0.3)", PEER_STUCK, "stuck: process"),
     ],
 )
-def test_a_failing_process_leaves_at_once(failure, code, line, process_id):
+def test_a_failing_process_leaves_at_once(failure, code, line, process_id, tmp_path):
     """JAX alone would wait in it for the others, and they wait for it."""
     program = COMMAND.replace("PROCESS_ID", str(process_id)).replace("FAILURE", failure)
-    codes, _, errors = run_processes(program, waited_for=process_id)
+    codes, _, errors = run_processes(program, tmp_path, waited_for=process_id)
     assert codes == [code] and line in errors[0]

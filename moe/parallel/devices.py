@@ -1,0 +1,96 @@
+"""Finds out which devices each process of a job sees, and whether they fit together.
+
+Nothing here imports JAX: GPUs are asked for before it starts.
+"""
+
+import ctypes
+import math
+from collections.abc import Mapping, Sequence
+
+from moe.config import ConfigError, MeshConfig
+from moe.parallel.rendezvous import Arrival, NotJoined, listed
+
+
+def visible_gpus(environment: Mapping[str, str]) -> list[str]:
+    """Returns the unique identifiers of the NVIDIA GPUs that this process sees, without JAX.
+
+    There are none where JAX is told to use another platform.
+    """
+    platforms = environment.get("JAX_PLATFORMS", "")
+    if platforms and platforms.split(",")[0] not in ("cuda", "gpu"):
+        return []
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return []
+    count = ctypes.c_int()
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
+        return []
+    chosen = environment.get("JAX_LOCAL_DEVICE_IDS")
+    numbers = map(int, chosen.split(",")) if chosen else range(count.value)
+    identifiers = []
+    for number in numbers:
+        device, identifier = ctypes.c_int(), (ctypes.c_ubyte * 16)()
+        if driver.cuDeviceGet(ctypes.byref(device), number) or driver.cuDeviceGetUuid_v2(
+            identifier, device
+        ):
+            raise ConfigError(
+                f"JAX_LOCAL_DEVICE_IDS={chosen} names GPU {number}, and there are {count.value}: "
+                "set it to numbers below that"
+            )
+        identifiers.append(bytes(identifier).hex())
+    return identifiers
+
+
+def check_gpus(arrivals: Sequence[Arrival]) -> None:
+    """Raises NotJoined if a process sees another number of GPUs, or a GPU that another one holds.
+
+    Under SLURM the usual accidents are that a task sees only the first GPU of its node, and that
+    all tasks of a node see all of its GPUs.
+    """
+    _check_equal(arrivals, [len(arrival.gpus) for arrival in arrivals], "GPU")
+    holders: dict[str, Arrival] = {}
+    for arrival in arrivals:
+        for gpu in arrival.gpus:
+            if gpu in holders:
+                raise NotJoined(
+                    f"{holders[gpu].name} and {arrival.name} hold the same GPU, {gpu}: start one "
+                    "process for each host, or give each its own GPUs (srun --gpus-per-task=1)"
+                )
+            holders[gpu] = arrival
+
+
+def check_devices(
+    arrivals: Sequence[Arrival], counts: Sequence[int], mesh: MeshConfig | None
+) -> None:
+    """Raises NotJoined if processes see different numbers of devices, or not those of the mesh.
+
+    `counts` has the number of devices of each process.
+    """
+    _check_equal(arrivals, counts, "device")
+    if mesh is None or -1 in mesh.sizes:
+        return
+    wanted = math.prod(mesh.sizes)
+    if wanted != sum(counts):
+        raise NotJoined(
+            f"each of the {len(counts)} processes sees {counted(counts[0], 'device')}, which "
+            f"makes {sum(counts)}, and config.mesh wants {wanted}: show each process all devices "
+            "of its host, start as many processes as are needed, or set config.mesh"
+        )
+
+
+def _check_equal(arrivals: Sequence[Arrival], counts: Sequence[int], thing: str) -> None:
+    expected = max(set(counts), key=lambda count: (list(counts).count(count), count))
+    wrong = [number for number, count in enumerate(counts) if count != expected]
+    if wrong:
+        first = wrong[0]
+        rest = f" (and {listed(wrong[1:])} too)" if wrong[1:] else ""
+        raise NotJoined(
+            f"{arrivals[first].name} sees {counted(counts[first], thing)}{rest}, and most "
+            f"processes see {expected}: give all processes equally many"
+        )
+
+
+def counted(number: int, thing: str) -> str:
+    """Returns a number with its noun, such as "8 devices"."""
+    return f"{number} {thing}{'' if number == 1 else 's'}"
