@@ -1,9 +1,9 @@
 """Gives each process of a job its own log file, with time, host and rank in front of each line.
 
 `start` sends the standard output and error of this process through a small second process, which
-writes the log. It lives until nobody can write any more, so the log also has the last lines of a
-process that was killed, and what native libraries wrote. It is this very file, run as a script, so
-only the standard library is imported here before a log in an object store needs more.
+writes the log. It ends after its process, so the log also has the last lines of a process that was
+killed, and what native libraries wrote. It is this very file, run as a script, so only the standard
+library is imported here before a log in an object store needs more.
 
 A progress bar overwrites its line again and again. The log has its state every 30 seconds, and the
 last one.
@@ -123,8 +123,9 @@ def finish() -> None:
     _flush_streams()
     for number, descriptor in running.before.items():
         os.dup2(descriptor, number)
-    # A process that this one has started may still write.
-    with contextlib.suppress(subprocess.TimeoutExpired):
+    assert running.writer.stdin is not None
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        running.writer.stdin.write(b"\n")
         running.writer.wait(FINISH_SECONDS)
 
 
@@ -194,8 +195,9 @@ def _start_writer(
     try:
         return subprocess.Popen(
             [sys.executable, *script, *arguments],
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             pass_fds=descriptors,
+            bufsize=0,
         )
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -314,10 +316,11 @@ def _pass_on(descriptor: int, data: bytes) -> bool:
 
 
 def _write_log(path: str, host: str, process_id: str, first_line: str, *sources: str) -> None:
-    """Writes what can be read from `sources` until all of them end.
+    """Writes what can be read from `sources` until all of them end, or the process that is logged.
 
     Each source is a descriptor to read from and, after a colon, the one that gets the same text if
-    this is process 0.
+    this is process 0. Standard input says that the process ends: it gets a byte, or is closed by a
+    kill. The sources alone would not do, since other processes that it started may hold them.
     """
     log, period = (_Object(path), OBJECT_SECONDS) if "://" in path else (_File(path), BAR_SECONDS)
 
@@ -329,10 +332,15 @@ def _write_log(path: str, host: str, process_id: str, first_line: str, *sources:
     targets = {int(read): int(write) for read, write in (pair.split(":") for pair in sources)}
     lines = {source: Lines() for source in targets}
     readers = set() if int(process_id) else set(targets)  # sources whose text is passed on
-    due = time.monotonic() + period
+    due, is_ending = time.monotonic() + period, False
     while lines:
-        ready, _, _ = select.select(list(lines), [], [], max(0.0, due - time.monotonic()))
-        for source in ready:
+        left = 0.0 if is_ending else max(0.0, due - time.monotonic())
+        waited_for = list(lines) if is_ending else [0, *lines]
+        ready, _, _ = select.select(waited_for, [], [], left)
+        if is_ending and not ready:
+            break
+        is_ending |= 0 in ready
+        for source in (number for number in ready if number):
             try:
                 data = os.read(source, MAX_LINE)
             except OSError:  # so a terminal says that nobody can write to it any more
@@ -345,6 +353,8 @@ def _write_log(path: str, host: str, process_id: str, first_line: str, *sources:
             for unfinished in lines.values():
                 write(unfinished.unfinished())
             log.flush()
+    for unfinished in lines.values():
+        write(unfinished.unfinished())
     log.flush()
 
 

@@ -87,6 +87,26 @@ def test_a_process_with_a_log_can_still_show_a_text(tmp_path: Path) -> None:
     assert run(body, tmp_path, 0) == (b"log\n", b"", 0)  # it prints such a text itself
 
 
+HELD = """
+import subprocess
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3)"])
+print("end")
+begin = time.monotonic()
+"""
+
+
+@pytest.mark.parametrize("end", ["logs.finish(); print(time.monotonic() - begin)", "os.abort()"])
+def test_the_writer_ends_with_its_process_though_another_one_holds_its_output(
+    tmp_path: Path, end: str
+) -> None:
+    process = start(HELD + end, tmp_path, 0)
+    assert process.stdout and process.stdout.readline() == b"end\n"
+    process.wait(60)
+    rest = process.communicate(timeout=60)[0].decode()
+    assert logged(tmp_path, 0) == ["end"]
+    assert float(rest or 0) < 2
+
+
 def test_signals_do_not_end_the_log_before_its_process(tmp_path: Path) -> None:
     body = """
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1):
@@ -247,7 +267,11 @@ def start_writer(script: Path, path: Path, process_id: int) -> tuple[subprocess.
         f"{read}:1",
     ]
     writer = subprocess.Popen(
-        arguments, pass_fds=[read], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        arguments,
+        pass_fds=[read],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
     os.close(read)
     return writer, write

@@ -35,7 +35,7 @@ FIELDS = {
     "data.sequence_length": 32,
     "train.batch_size": 4,
     "train.log_every": 1,
-    "train.checkpoint_every": 7,
+    "train.checkpoint_every": 20,
     "train.eval_every": 1000,
     "train.eval_batches": 1,
 }
@@ -105,14 +105,14 @@ def test_a_run_is_killed_resumed_and_read(
     commands: Commands, workdir: str, tmp_path: Path, data_directory: str
 ) -> None:
     local = tmp_path / "run"
-    commands.train(local, data_directory, 100).result()
-    first = commands.train(workdir, data_directory, 100)
+    commands.train(local, data_directory, 300).result()
+    first = commands.train(workdir, data_directory, 300)
     directory, holder = run_path(workdir), f"process {first.process.pid} on "
-    wait_for_step(directory, 7, first)
-    _, error = commands.train(workdir, data_directory, 100).result(code=2)
+    wait_for_step(directory, 20, first)
+    _, error = commands.train(workdir, data_directory, 300).result(code=2)
     assert re.search(rf"is being written by {holder}.*: wait until it ends", error)
     first.process.kill()
-    _, error = commands.train(workdir, data_directory, 100).result()
+    _, error = commands.train(workdir, data_directory, 300).result()
     assert f"to see whether {holder}" in error
     # The run reads as one that was never interrupted.
     assert losses(directory) == losses(local)
@@ -124,7 +124,7 @@ def test_a_run_is_killed_resumed_and_read(
     evaluated = [
         commands.start("launch.evaluate", f"--workdir={place}").result()[0] for place in places
     ]
-    assert evaluated[0] == evaluated[1] and json.loads(evaluated[0])["step"] == 100
+    assert evaluated[0] == evaluated[1] and json.loads(evaluated[0])["step"] == 300
     flags = ("--prompt=def ", "--max_new_tokens=5")
     assert "def " in commands.start("launch.generate", f"--workdir={workdir}", *flags).result()[0]
     commands.start("launch.report", f"--workdir={workdir}").result()
@@ -136,11 +136,11 @@ def test_an_owner_that_wakes_after_its_run_was_taken_stops(
 ) -> None:
     paused = commands.train(workdir, data_directory, 10_000)
     directory = run_path(workdir)
-    wait_for_step(directory, 7, paused)
+    wait_for_step(directory, 20, paused)
     paused.process.send_signal(signal.SIGSTOP)
     before = max(checkpoint_steps(directory / "checkpoints"))
     taker = commands.train(workdir, data_directory, 10_000)
-    wait_for_step(directory, before + 7, taker)
+    wait_for_step(directory, before + 1, taker)
     paused.process.send_signal(signal.SIGCONT)
     _, error = paused.result(code=2)
     assert re.search(rf"error: .* was taken over by process {taker.process.pid} on .*\n$", error)
