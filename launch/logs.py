@@ -315,6 +315,14 @@ def _pass_on(descriptor: int, data: bytes) -> bool:
     return True
 
 
+def _read(source: int) -> bytes:
+    """Returns what can be read, which is nothing if nobody can write any more."""
+    try:
+        return os.read(source, MAX_LINE)
+    except OSError:  # a terminal says so by an error
+        return b""
+
+
 def _write_log(path: str, host: str, process_id: str, first_line: str, *sources: str) -> None:
     """Writes what can be read from `sources` until all of them end, or the process that is logged.
 
@@ -341,10 +349,7 @@ def _write_log(path: str, host: str, process_id: str, first_line: str, *sources:
             break
         is_ending |= 0 in ready
         for source in (number for number in ready if number):
-            try:
-                data = os.read(source, MAX_LINE)
-            except OSError:  # so a terminal says that nobody can write to it any more
-                data = b""
+            data = _read(source)
             if source in readers and not _pass_on(targets[source], data):
                 readers.remove(source)
             write(lines[source].feed(data) if data else lines.pop(source).unfinished())
