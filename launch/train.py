@@ -14,17 +14,26 @@ run.lock (lease/, on a mount or at gs://); that of a model with experts holds ro
 same command on an existing run directory goes on from its latest checkpoint, to the same numbers
 bit for bit. With more --config.train.steps a finished run goes on. From there it follows the
 learning rates of the schedule for the new number of steps. Ctrl-C (SIGINT) and SIGTERM save before
-they stop; a second one of either stops at once.
+they stop; a second one of either stops at once. Each process of a job of several stops at the same
+step, whichever of them got the signal; a signal before the first step is done ends all of them,
+with nothing to save. Under SLURM a run also saves and stops shortly before the time limit of its
+job.
 
 --init_from starts a new run, at step 0 and with a new optimizer state, from the parameters of
 another run whose model is the same.
 
+SIGUSR1 makes a process write the stacks of all its threads to stderr and go on.
+
 Exit codes: 0 trained to the end; 2 bad input, told in one line; 3 diverged: too many updates in a
 row were not finite, or the run came to its end without a finite result; 75 interrupted, with all
 that was trained saved, so that the same command goes on; 130 and 143 stopped at once by a second
-SIGINT or SIGTERM.
+SIGINT or SIGTERM. In a job of several processes: 69 not all have joined it; 76 another process died
+or ended early, and 77 another one is stuck, each told in one line that names process and host.
 """
 
+import faulthandler
+import re
+import signal
 import sys
 
 from absl import flags
@@ -44,12 +53,21 @@ def main(values: flags.FlagValues) -> int:
         raise ConfigError(
             f"--init_step={values.init_step} names a step, but no run: set --init_from to a run too"
         )
+    steps = read_profile_steps(values.profile_steps, config.train.steps)
     check_dataset(config.data)
+    # `kill -USR1` shows what each thread of a process does, which goes on.
+    faulthandler.register(signal.SIGUSR1, file=2, all_threads=True)
     # This loads JAX, which bad input need not wait for.
     from moe.training.trainer import Diverged, Interrupted, fit
 
     try:
-        metrics = fit(config, workdir, init_from=init_from, init_step=values.init_step)
+        metrics = fit(
+            config,
+            workdir,
+            init_from=init_from,
+            init_step=values.init_step,
+            profile_steps=steps,
+        )
     except Diverged as error:
         print(f"diverged: {error}", file=sys.stderr)
         return DIVERGED
@@ -62,7 +80,27 @@ def main(values: flags.FlagValues) -> int:
     return 0
 
 
-if __name__ == "__main__":
+def read_profile_steps(text: str | None, last_step: int) -> range | None:
+    """Returns the steps that --profile_steps=FIRST:END names, as a slice does: END is not in it."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+):(\d+)", text)
+    steps = range(int(found[1]), int(found[2])) if found else range(0)
+    if not steps or steps[0] < 1:
+        raise ConfigError(
+            f"--profile_steps={text} names no steps: "
+            "write FIRST:END, as in 10:13 for the steps 10, 11 and 12"
+        )
+    if steps[-1] > last_step:
+        raise ConfigError(
+            f"--profile_steps={text} goes beyond the last step: "
+            f"set its end to at most {last_step + 1}, or train.steps to more than {last_step}"
+        )
+    return steps
+
+
+def define_flags() -> None:
+    """Defines the flags of this command, which launch.slurm takes too."""
     command_line.define_config()
     command_line.define_workdir("The run directory: a new one, or one to go on with.")
     command_line.define_directory(
@@ -71,4 +109,14 @@ if __name__ == "__main__":
     flags.DEFINE_integer(
         "init_step", None, "The step of the checkpoint of --init_from; the latest by default."
     )
+    flags.DEFINE_string(
+        "profile_steps",
+        None,
+        "Steps to trace, as in 10:13 for the steps 10, 11 and 12. Each process writes a file that "
+        "https://ui.perfetto.dev opens to WORKDIR/profile.",
+    )
+
+
+if __name__ == "__main__":
+    define_flags()
     command_line.run(main, __doc__, devices=True)

@@ -25,6 +25,7 @@ Phase = Literal["starting", "preparing", "compiling", "training", "waiting", "ev
 IN_STEP = ("training", "waiting")
 
 TICK = 1.0  # seconds between two messages of a process that has nothing else to say
+_JUDGE = 0.1  # seconds between two judgements
 PAUSE = 5.0  # a process that has said nothing for so many seconds does not run
 _GRACE = 2.0  # seconds in which the others may come to the same end as one that failed
 _FAREWELL = 2.0  # seconds that the hub gives the others to leave before its own process does
@@ -157,10 +158,13 @@ class Hub:
 
     def _run(self) -> None:
         """Reads messages and judges by them until a process has failed."""
-        judge, ticked = self._judge, time.monotonic()
+        judge, ticked, judged = self._judge, time.monotonic(), 0.0
         while True:
-            self._read_all(TICK / 2)
+            self._read_all(_JUDGE)
             now = time.monotonic()
+            if now - judged < _JUDGE:  # messages of a thousand processes come one by one
+                continue
+            judged = now
             if verdict := judge.decide(now):
                 break
             if now - ticked >= TICK:
@@ -181,13 +185,12 @@ class Hub:
                 connection = Connection(self._server.accept()[0])
                 self._selector.register(connection, selectors.EVENT_READ)
             else:
-                self._read(key.fileobj)
+                self._read(key.fileobj, key.data)
         if self._judge.all_said_goodbye():
             self.all_said_goodbye.set()
 
-    def _read(self, connection: Any) -> None:
+    def _read(self, connection: Any, number: int | None) -> None:
         """Takes the messages of one connection, the first of which says which process it is."""
-        number = next((n for n, known in self._connections.items() if known is connection), None)
         now = time.monotonic()
         try:
             for message in connection.receive():
@@ -211,6 +214,7 @@ class Hub:
             raise ValueError("the token is wrong")
         number = int(message["process_id"])
         self._connections[number] = connection
+        self._selector.modify(connection, selectors.EVENT_READ, number)
         self._judge.meet(number, str(message["host"]), now)
         return number
 

@@ -2,6 +2,8 @@
 
 The first signal asks the run to save and stop. The second one ends the process. In a job of several
 processes, a signal before the first step is done ends all of them, since there is nothing to save.
+Schedulers send one request as several SIGTERMs: SLURM signals a process both directly and through
+its srun.
 """
 
 import contextlib
@@ -9,11 +11,13 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 from moe.parallel import watch
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SAME_REQUEST_S = 5.0  # SIGTERMs that follow a SIGTERM within this time are the same request
 _FIRST = "\nstopping: this step is finished and saved first; a second signal stops at once\n"
 _SECOND = "\nstopped at once: what was trained since the last checkpoint is lost\n"
 
@@ -22,9 +26,10 @@ _SECOND = "\nstopped at once: what was trained since the last checkpoint is lost
 def catch_signals() -> Iterator[Callable[[], bool]]:
     """Yields a function that tells whether SIGINT or SIGTERM has arrived.
 
-    A second signal, of either kind, ends the process with exit code 128 + its number. A thread of
-    its own watches for signals: Python calls handlers only between two of its own instructions,
-    and the main thread can spend minutes in a compilation or in a wait for a device.
+    A second signal, of either kind, ends the process with exit code 128 + its number, unless both
+    are SIGTERM and the second follows within SAME_REQUEST_S. A thread of its own watches for
+    signals: Python calls handlers only between two of its own instructions, and the main thread can
+    spend minutes in a compilation or in a wait for a device.
     """
     arrived = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -52,14 +57,16 @@ def _watch(reader: socket.socket) -> None:
 
     Each byte from the socket is the number of a signal. Returns when the other end is closed.
     """
-    count = 0
-    while number := reader.recv(1):
-        if number[0] not in SIGNALS:
+    first, deadline = None, 0.0
+    while received := reader.recv(1):
+        number = received[0]
+        is_same = first == number == signal.SIGTERM and time.monotonic() < deadline
+        if number not in SIGNALS or is_same:
             continue
-        count += 1
-        if count == 1:
+        if not first:
             watch.stop_in_warm_up()
         with contextlib.suppress(OSError):  # stderr may be closed
-            os.write(2, (_FIRST if count == 1 else _SECOND).encode())
-        if count > 1:
-            os._exit(128 + number[0])
+            os.write(2, (_SECOND if first else _FIRST).encode())
+        if first:
+            os._exit(128 + number)
+        first, deadline = number, time.monotonic() + SAME_REQUEST_S

@@ -21,6 +21,7 @@ from moe.tasks import Task
 from moe.tasks.task import Batch
 from moe.training.evaluation import evaluate, is_validated, last_validation
 from moe.training.log import Log, Records
+from moe.training.profile import Profile, open_profile
 from moe.training.progress import Bar
 from moe.training.signals import catch_signals
 from moe.training.start import (
@@ -64,6 +65,7 @@ class _Run(NamedTuple):
     records: Records
     bar: Bar
     vote: Vote  # whether a signal or the end of the job has asked the run to stop
+    profile: Profile | None
 
 
 def fit(
@@ -74,13 +76,15 @@ def fit(
     task: Task | None = None,
     init_from: str | os.PathLike[str] | None = None,
     init_step: int | None = None,
+    profile_steps: range | None = None,
 ) -> dict[str, float]:
     """Trains to `config.train.steps` and returns the last validation metrics.
 
     If `workdir` has a checkpoint, the run goes on from the latest one, and may train to more steps
     than it began with. Otherwise it is new. A new run takes its parameters and router biases from
     step `init_step` (by default, the latest) of the run in `init_from`, if that is given. The rest
-    of its state is new. `task` is the caller's own, where `config.task` is "custom".
+    of its state is new. `task` is the caller's own, where `config.task` is "custom". Each process
+    writes a trace of `profile_steps`, if these are given, into the folder `profile`.
 
     Raises ConfigError if the workdir holds a run of another config or if another process writes
     it, OSError if a checkpoint cannot be saved, Interrupted on SIGINT or SIGTERM once the state is
@@ -94,7 +98,7 @@ def fit(
         check_memory(program.mesh, program.abstract_state, program.abstract_state.params)
         workdir, source = run_path(workdir), run_path(init_from) if init_from else None
         with claim_run(workdir, config, source, init_step) as (origin, check):
-            return _fit(config, workdir, program, origin, check, interrupted)
+            return _fit(config, workdir, program, origin, check, interrupted, profile_steps)
 
 
 def _fit(
@@ -104,6 +108,7 @@ def _fit(
     origin: Origin | None,
     check: Check,
     interrupted: Callable[[], bool],
+    profile_steps: range | None,
 ) -> dict[str, float]:
     """Trains as `fit` does, once this run's lock is held, and returns the last validation."""
     train_rows = program.task.rows(config, config.data.train_split)
@@ -117,7 +122,8 @@ def _fit(
         records = stack.enter_context(records)
         vote = Vote(program.mesh, asks_to_stop(interrupted, os.environ))
         rows = train_rows, validation_rows
-        run = _Run(config, program, *rows, checkpoints, records, bar, vote)
+        profile = stack.enter_context(open_profile(workdir, profile_steps, int(state.step)))
+        run = _Run(config, program, *rows, checkpoints, records, bar, vote, profile)
         batches = stack.enter_context(_train_batches(run, int(state.examples)))
         stack.enter_context(jax.set_mesh(program.mesh))
         # The run may have been stopped in the evaluation of the step that it goes on from.
@@ -146,7 +152,11 @@ def _train(run: _Run, state: TrainState, batches: Iterator[Batch]) -> TrainState
     run.bar.show(f"{begin}: compiling the training step")
     for step in range(start + 1, train.steps + 1):
         watch.report("training" if log.finished_step else "compiling", step)
+        if run.profile:
+            run.profile.begin(step)
         state, metrics = run.program.train_step(state, log.next_batch(batches))
+        if run.profile:
+            run.profile.end(step, metrics)
         log.add(step, metrics)
         _check_skipped(log, train.max_skipped_steps)
         with log.waiting():

@@ -266,7 +266,7 @@ def test_a_killed_process_is_named_at_once(tmp_path, victim):
         codes, texts = job.end(*left)
         assert time.monotonic() - job.begin < 5 and codes == [PEER_DIED] * 2
     line = f"process {victim} of 3 on {HOST} died: this process ends too, with exit code 76\n"
-    assert texts == [f"{line}the last words of {victim}\n", line]
+    assert [text.lstrip("\n") for text in texts] == [f"{line}the last words of {victim}\n", line]
 
 
 @pytest.mark.slow
@@ -291,7 +291,7 @@ def test_an_error_has_its_traceback_and_its_exit_code(tmp_path):
     assert codes == [PEER_DIED, 1, PEER_DIED]
     assert "ValueError: seven" in texts[1]
     for text in (texts[0], texts[2]):
-        assert text.startswith(f"process 1 of 3 on {HOST} ended with exit code 1: ")
+        assert text.lstrip().startswith(f"process 1 of 3 on {HOST} ended with exit code 1: ")
     assert texts[0].endswith("the last words of 1\n")
 
 

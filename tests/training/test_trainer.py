@@ -565,8 +565,9 @@ def test_a_second_signal_of_either_kind_ends_a_process_that_runs_no_python(first
     """As while XLA compiles: the main thread waits in C, where Python calls no handlers."""
     program = textwrap.dedent("""
         import ctypes
-        from moe.training.signals import catch_signals
-        with catch_signals():
+        from moe.training import signals
+        signals.SAME_REQUEST_S = 0.0
+        with signals.catch_signals():
             print("ready", flush=True)
             ctypes.CDLL(None).select(0, None, None, None, ctypes.byref((ctypes.c_long * 2)(60, 0)))
             ctypes.CDLL(None).select(0, None, None, None, ctypes.byref((ctypes.c_long * 2)(60, 0)))
@@ -584,6 +585,14 @@ def test_a_second_signal_of_either_kind_ends_a_process_that_runs_no_python(first
             "stopped at once: what was trained since the last checkpoint is lost"
             in process.stderr.read()
         )
+
+
+def test_a_sigterm_that_slurm_sends_twice_is_one_request(capfd):
+    with signals.catch_signals() as interrupted:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interrupted()
+    assert capfd.readouterr().err.count("a second signal stops at once") == 1
 
 
 def test_a_short_run_whose_every_update_was_skipped_has_diverged(config, tmp_path, monkeypatch):

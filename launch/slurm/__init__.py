@@ -1,0 +1,1 @@
+"""Writes and submits SLURM jobs: python -m launch.slurm --help."""
