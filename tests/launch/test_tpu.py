@@ -105,6 +105,8 @@ def test_a_host_starts_again_what_a_restart_can_help(tmp_path, codes, expected) 
     ("command", "backoff", "code"),
     [
         ("trap 'exit 75' TERM; echo ready; while :; do sleep 0.05; done", "60", 75),
+        # It could not save, and is not started again all the same.
+        ("trap 'exit 76' TERM; echo ready; while :; do sleep 0.05; done", "0", 76),
         ("echo ready; exit 1", "60", 75),  # between two starts
     ],
 )
