@@ -76,7 +76,7 @@ def why_alone(environment: Mapping[str, str]) -> str | None:
     if (nodes, tasks) == ("1", "1"):
         return None
     return (
-        f"SLURM job {environment['SLURM_JOB_ID']} has {nodes} nodes and {tasks} tasks, but srun "
+        f"SLURM job {environment['SLURM_JOB_ID']} has {tasks} tasks on {nodes} hosts, but srun "
         "did not start this process: it runs alone; put srun before the command to use all of them"
     )
 

@@ -7,6 +7,7 @@ one process, `barrier` and `from_first` have nothing to wait for.
 import collections
 import contextlib
 import ctypes
+import importlib.util
 import json
 import os
 import signal
@@ -41,7 +42,8 @@ ARRIVAL_SECONDS = 300.0  # how long all wait for the last process, whose contain
 _CONNECT_SECONDS = 120  # for JAX, once all processes have come
 _POLL_MILLISECONDS = 60_000
 _CACHE_SECONDS = 120.0
-_GOOGLE = "0x1ae0"  # the vendor of a TPU on the PCI bus
+_PCI = Path("/sys/bus/pci/devices")
+_GOOGLE = "0x1ae0"  # the vendor of TPUs on the PCI bus, and of network cards too
 
 # How often this process has used each name of a barrier or of a text. All processes use them in the
 # same order, so the number tells the second use of a name from the first.
@@ -107,10 +109,11 @@ def _delay_abort() -> None:
 
 
 def on_tpu(environment: Mapping[str, str]) -> bool:
-    """Returns whether this machine has TPUs that JAX may use. Imports no JAX."""
-    if environment.get("JAX_PLATFORMS", "tpu").split(",")[0] != "tpu":
+    """Returns whether this machine may have TPUs that JAX is to use. Imports no JAX."""
+    platforms = environment.get("JAX_PLATFORMS") or "tpu"
+    if platforms.split(",")[0] != "tpu" or not importlib.util.find_spec("libtpu"):
         return False
-    vendors = Path("/sys/bus/pci/devices").glob("*/vendor")
+    vendors = _PCI.glob("*/vendor")
     return any(vendor.read_text().strip() == _GOOGLE for vendor in vendors)
 
 

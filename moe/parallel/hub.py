@@ -17,7 +17,15 @@ from collections import deque
 from collections.abc import Callable, Collection
 from typing import Any, Literal, NamedTuple
 
-from moe.exit_codes import BAD_INPUT, DIVERGED, INTERRUPTED, NOT_JOINED, PEER_DIED, PEER_STUCK
+from moe.exit_codes import (
+    BAD_INPUT,
+    DIVERGED,
+    INTERRUPTED,
+    NOT_JOINED,
+    PEER_DIED,
+    PEER_STUCK,
+    SLOW,
+)
 
 # In "training" the host works on a step, and in "waiting" it waits for the step's devices. The
 # first step is "compiling" until it is done.
@@ -33,7 +41,7 @@ _TIMES_SECONDS = 1.0  # how long process 0 waits for the times of a step that al
 _STEPS = 10  # a step may take so many times the median of the latest ones
 
 # All processes reach these ends together, at their own pace.
-COMMON_ENDS = (0, DIVERGED, INTERRUPTED)
+COMMON_ENDS = (0, DIVERGED, SLOW, INTERRUPTED)
 # If one process ends with one of these, to start the job again would not help, so all say it.
 _SHARED_CODES = (BAD_INPUT, NOT_JOINED)
 

@@ -21,6 +21,7 @@ _RETRY_SECONDS = 0.2
 _ANNOUNCE_SECONDS = 20.0
 _BIND_SECONDS = 10.0  # a process of an earlier attempt may still be ending
 _GRACE_SECONDS = 30.0  # for an answer after process 0 stopped waiting
+_ANSWER_SECONDS = 5.0  # for one process to take the answer
 _MESSAGE_BYTES = 2**16
 
 
@@ -99,8 +100,7 @@ def _receive(cluster: Cluster, own: Arrival, timeout_s: float) -> list[Arrival]:
                 print(f"waiting for {_missing(arrivals)}", file=sys.stderr, flush=True)
         for visitor in visitors:
             with contextlib.suppress(OSError):  # it ended in this moment
-                visitor.connection.setblocking(True)
-                visitor.connection.settimeout(_RETRY_SECONDS)
+                visitor.connection.settimeout(_ANSWER_SECONDS)
                 visitor.connection.sendall(f"{json.dumps(answer)}\n".encode())
             visitor.connection.close()
     return _unpack(answer)

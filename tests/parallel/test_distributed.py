@@ -1,6 +1,8 @@
 """Finding a process's place in its job, and joining the job with real processes."""
 
 import contextlib
+import ctypes
+import importlib.util
 import json
 import os
 import socket
@@ -15,8 +17,8 @@ import pytest
 from moe.config import ConfigError, MeshConfig
 from moe.exit_codes import BAD_INPUT, PEER_STUCK
 from moe.parallel.cluster import Cluster, expand_hosts, find_cluster, why_alone
-from moe.parallel.devices import check_devices, check_gpus
-from moe.parallel.distributed import barrier, from_first
+from moe.parallel.devices import check_devices, check_gpus, visible_gpus
+from moe.parallel.distributed import barrier, from_first, on_tpu
 from moe.parallel.rendezvous import Arrival, NotJoined, listed, meet
 
 ROOT = Path(__file__).parents[2]
@@ -126,7 +128,7 @@ def test_a_contradiction_is_refused_in_one_line(environment, message):
 
 def test_a_command_without_srun_is_told_that_it_runs_alone():
     batch = {"SLURM_JOB_ID": "17", "SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS": "16"}
-    assert why_alone(batch).startswith("SLURM job 17 has 2 nodes and 16 tasks, but srun did not")
+    assert why_alone(batch).startswith("SLURM job 17 has 16 tasks on 2 hosts, but srun did not")
     assert why_alone({"SLURM_JOB_ID": "17", "SLURM_JOB_NUM_NODES": "1"}) is None
     assert why_alone(SLURM) is why_alone({}) is None
 
@@ -275,6 +277,58 @@ def test_devices_that_are_not_those_of_the_mesh_are_refused():
         check_devices(arrivals("", ""), [1, 1], MeshConfig(data=2, fsdp=8))
 
 
+class Driver:
+    """Stands for NVIDIA's driver, with three GPUs."""
+
+    def cuInit(self, flags):
+        return 0
+
+    def cuDeviceGetCount(self, count):
+        count._obj.value = 3
+        return 0
+
+    def cuDeviceGet(self, device, number):
+        device._obj.value = number
+        return 0 if number < 3 else 101  # CUDA_ERROR_INVALID_DEVICE
+
+    def cuDeviceGetUuid_v2(self, identifier, device):
+        identifier[0] = 10 + device.value
+        return 0
+
+
+def test_gpus_are_told_by_their_identifiers(monkeypatch):
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver())
+    rest = "00" * 15
+    assert visible_gpus({}) == [f"0a{rest}", f"0b{rest}", f"0c{rest}"]
+    assert visible_gpus({"JAX_PLATFORMS": "cuda,cpu", "JAX_LOCAL_DEVICE_IDS": "2"}) == [f"0c{rest}"]
+    assert visible_gpus({"JAX_PLATFORMS": "cpu"}) == []
+    with pytest.raises(ConfigError, match="names GPU 3, and there are 3"):
+        visible_gpus({"JAX_LOCAL_DEVICE_IDS": "3"})
+
+
+def test_a_machine_without_the_driver_has_no_gpus(monkeypatch):
+    def refuse(name):
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(ctypes, "CDLL", refuse)
+    assert visible_gpus({}) == []
+
+
+@pytest.mark.parametrize(
+    ("platforms", "libtpu", "expected"),
+    [("", True, True), ("tpu,cpu", True, True), ("cpu", True, False), ("", False, False)],
+)
+def test_tpus_are_looked_for_without_jax(platforms, libtpu, expected, tmp_path, monkeypatch):
+    device = tmp_path / "0000:00:05.0"
+    device.mkdir()
+    (device / "vendor").write_text("0x1ae0\n")
+    monkeypatch.setattr("moe.parallel.distributed._PCI", tmp_path)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: libtpu or None)
+    assert on_tpu({"JAX_PLATFORMS": platforms}) == expected
+    (device / "vendor").write_text("0x8086\n")
+    assert not on_tpu({"JAX_PLATFORMS": platforms})
+
+
 def test_long_lists_of_processes_are_cut():
     assert listed([3]) == "process 3"
     assert listed(list(range(12))) == "processes 0, 1, 2, 3, 4, 5, 6, 7 and 4 more"
@@ -412,5 +466,6 @@ def test_only_process_0_of_a_command_prints(tmp_path):
 def test_a_failing_process_leaves_at_once(failure, code, line, process_id, tmp_path):
     """JAX alone would wait in it for the others, and they wait for it."""
     program = COMMAND.replace("PROCESS_ID", str(process_id)).replace("FAILURE", failure)
-    codes, _, errors = run_processes(program, tmp_path, waited_for=process_id)
-    assert codes == [code] and line in errors[0]
+    codes, _, _ = run_processes(program, tmp_path, waited_for=process_id)
+    [log] = tmp_path.glob(f"logs/*/process-0000{process_id}.log")
+    assert codes == [code] and line in log.read_text()
