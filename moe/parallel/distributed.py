@@ -67,22 +67,10 @@ def join(
     check_gpus(arrivals)
     import jax
 
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    # Its handler would swallow SIGTERM. Here the processes themselves agree on when to stop.
-    jax.config.update("jax_enable_preemption_service", False)
-    coordinator_host, _, port = cluster.coordinator.rpartition(":")
-    bound = bind_host(cluster)
-    jax.distributed.initialize(
-        cluster.coordinator,
-        cluster.num_processes,
-        cluster.process_id,
-        # Otherwise JAX asks the scheduler too, and gives each task of SLURM a single GPU.
-        cluster_detection_method="deactivate",
-        initialization_timeout=_CONNECT_SECONDS,
-        coordinator_bind_address=f"{bound}:{port}" if bound else None,
-    )
+    _start_jax(cluster)
     _delay_abort()
-    watch.start(cluster.process_id, cluster.num_processes, coordinator_host, from_first)
+    host = cluster.coordinator.rpartition(":")[0]
+    watch.start(cluster.process_id, cluster.num_processes, host, from_first)
     _client().key_value_set(_host_key(cluster.process_id), arrivals[cluster.process_id].host)
     counts = collections.Counter(device.process_index for device in jax.devices())
     check_devices(arrivals, [counts[n] for n in range(cluster.num_processes)], mesh)
@@ -94,6 +82,32 @@ def join(
         file=sys.stderr,
         flush=True,
     )
+
+
+def _start_jax(cluster: Cluster) -> None:
+    """Starts JAX over all processes. Raises NotJoined if it cannot listen at the address."""
+    import jax
+
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # Its handler would swallow SIGTERM. Here the processes themselves agree on when to stop.
+    jax.config.update("jax_enable_preemption_service", False)
+    port = cluster.coordinator.rpartition(":")[2]
+    bound = bind_host(cluster)
+    try:
+        jax.distributed.initialize(
+            cluster.coordinator,
+            cluster.num_processes,
+            cluster.process_id,
+            # Otherwise JAX asks the scheduler too, and gives each task of SLURM a single GPU.
+            cluster_detection_method="deactivate",
+            initialization_timeout=_CONNECT_SECONDS,
+            coordinator_bind_address=f"{bound}:{port}" if bound else None,
+        )
+    except jax.errors.JaxRuntimeError as error:
+        raise NotJoined(
+            f"JAX did not start at {cluster.coordinator} ({' '.join(str(error).split())}): "
+            "set --coordinator_address to another port"
+        ) from None
 
 
 def _delay_abort() -> None:
