@@ -39,6 +39,8 @@ server.HANDLERS = tuple(
     (regex, {method: with_generations(handler) for method, handler in handlers.items()})
     for regex, handlers in server.HANDLERS
 )
+# With one thread, a client that is connected and silent would keep all others waiting.
+server.server.HTTPServer = server.server.ThreadingHTTPServer
 emulator = server.create_server("127.0.0.1", 0, in_memory=True, default_bucket="bucket-one")
 emulator.start()
 print(emulator._api._httpd.server_address[1], flush=True)
