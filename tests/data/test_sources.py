@@ -237,7 +237,10 @@ def test_commands_check_the_data_set_before_they_load_jax(
     config = RunConfig.config_dict()
     config.data.update(dataset="nonesuch", directory=empty.directory)
     flags = unittest.mock.MagicMock(
-        config=config, workdir=f"{empty.directory}/run", report_only=False
+        config=config,
+        workdir=f"{empty.directory}/run",
+        report_only=False,
+        profile_steps=None,
     )
     with pytest.raises(
         ConfigError, match=r"^data\.dataset='nonesuch': Dataset nonesuch not found: "
