@@ -14,7 +14,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from moe.config import ConfigError, RunConfig
-from moe.storage.owner import Check, unchecked
+from moe.storage.owner import Check, LostRun, unchecked
 from moe.storage.paths import (
     RunPath,
     absolute,
@@ -93,7 +93,7 @@ class Checkpoints:
                 make_directory(path)
             self._checkpointer.save(path / "state", args=ocp.args.PyTreeSave(state), force=True)
 
-        call_orbax(start, lambda error: save_error(path, error))
+        call_orbax(start, lambda error: self._save_error(path, error))
         self._saving = self._background.submit(self._finish, path, about)
 
     def wait(self) -> None:
@@ -120,13 +120,25 @@ class Checkpoints:
     def _finish(self, path: RunPath, about: dict[str, Any]) -> None:
         """Completes a checkpoint once its arrays are written, then deletes old checkpoints."""
 
-        explain = lambda error: save_error(path, error)
+        explain = lambda error: self._save_error(path, error)
         call_orbax(self._checkpointer.wait_until_finished, explain)
         self._check()
         if jax.process_index() == 0:
             call_orbax(lambda: write_about(path, about), explain)
-        if jax.process_index() == 0:
             self._delete_old_ones()
+
+    def _save_error(self, path: RunPath, error: Exception) -> Exception:
+        """Returns the error to raise for a checkpoint that could not be written.
+
+        A process that has taken the run over may have deleted what this one was writing.
+        """
+        try:
+            self._check()
+        except LostRun as lost:
+            return lost
+        except (OSError, *cloud_errors()):
+            pass  # a store that cannot be reached does not say who owns the run
+        return save_error(path, error)
 
     def _delete_old_ones(self) -> None:
         """Deletes checkpoints that the config does not keep, and unfinished ones."""

@@ -22,6 +22,7 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moe.config import ConfigError, RunConfig, TrainConfig
+from moe.storage.owner import LostRun
 from moe.workdir import checkpoint, identity
 from moe.workdir.checksum import checksum, checksums
 
@@ -320,6 +321,21 @@ def test_a_directory_that_cannot_be_written_ends_a_save_in_one_line(tmp_path, ca
     one_line(error)
     assert time.monotonic() - begin < 60
     assert capfd.readouterr().err.count("\n") < 3
+
+
+def test_a_save_that_fails_since_the_run_was_taken_over_says_so(tmp_path):
+    (tmp_path / "checkpoints").write_text("a file where the directory belongs")
+    first = iter([True])
+
+    def check():
+        if not next(first, False):
+            raise LostRun("taken over")
+
+    with (
+        checkpoint.open_checkpoints(tmp_path, CONFIG, check) as checkpoints,
+        pytest.raises(LostRun, match="taken over"),
+    ):
+        checkpoint.save(checkpoints, CONFIG, ROWS, make_state(4))
 
 
 def test_a_checkpoint_that_cannot_be_deleted_ends_nothing(tmp_path, monkeypatch, caplog):
