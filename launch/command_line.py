@@ -4,9 +4,11 @@ JAX is not imported here, so that a mistyped flag is answered within a second.
 """
 
 import difflib
+import faulthandler
 import functools
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -135,6 +137,11 @@ def _exit_code(main: Main, devices: bool) -> int:
     """Joins the job if `devices` is set, calls `main`, and returns the exit code of the command."""
     try:
         if devices:
+            # `kill -USR1` shows what each thread of a process does, which goes on.
+            faulthandler.register(signal.SIGUSR1, file=2, all_threads=True)
+            # Before a run has anything to save, SIGTERM ends it as Ctrl-C does.
+            interrupt = signal.getsignal(signal.SIGINT)
+            signal.signal(signal.SIGTERM, interrupt or signal.default_int_handler)
             use_cache(os.environ)
             _join(flags.FLAGS)
         return main(flags.FLAGS) or 0

@@ -30,7 +30,9 @@ def use_cache(environment: MutableMapping[str, str]) -> None:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError:
         return
-    if folder.is_absolute() and os.access(folder, os.W_OK):
+    status = folder.stat()
+    is_own = status.st_uid == os.getuid() and not status.st_mode & 0o022
+    if is_own and folder.is_absolute() and os.access(folder, os.W_OK):
         environment[VARIABLE] = str(folder)
 
 

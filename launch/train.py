@@ -31,9 +31,7 @@ SIGINT or SIGTERM. In a job of several processes: 69 not all have joined it; 76 
 or ended early, and 77 another one is stuck, each told in one line that names process and host.
 """
 
-import faulthandler
 import re
-import signal
 import sys
 
 from absl import flags
@@ -55,8 +53,6 @@ def main(values: flags.FlagValues) -> int:
         )
     steps = read_profile_steps(values.profile_steps, config.train.steps)
     check_dataset(config.data)
-    # `kill -USR1` shows what each thread of a process does, which goes on.
-    faulthandler.register(signal.SIGUSR1, file=2, all_threads=True)
     # This loads JAX, which bad input need not wait for.
     from moe.training.trainer import Diverged, Interrupted, fit
 

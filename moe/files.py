@@ -127,8 +127,10 @@ def open_whole(path: Path) -> Iterator[IO[bytes]]:
         with path.open("wb") as file:
             yield file
         return
-    # The number of this process keeps two commands that write the same file apart.
-    partial = path.with_name(f".{path.name[:200]}.{os.getpid()}.partial")
+    # Host and process keep two commands apart that write the same file. In containers every process
+    # may have the number 1.
+    writer = f"{socket.gethostname()}.{os.getpid()}"
+    partial = path.with_name(f".{path.name[:150]}.{writer}.partial")
     try:
         with partial.open("wb") as file:
             yield file

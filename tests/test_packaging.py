@@ -140,7 +140,8 @@ def test_the_wheel_requires_what_requirements_txt_lists(wheel: Path) -> None:
             re.match(r"[\w.-]+", line)[0] for line in text.splitlines() if line[0] != "#"
         }
     assert {"jax", "flax", "optax", "einops", "ml-collections", "numpy"} == required[""]
-    assert set(metadata.get_all("Provides-Extra")) == {"aot", "cpu", "cuda13", "run", "test", "tpu"}
+    extras = {"aot", "cpu", "cuda13", "gcs", "run", "test", "tpu"}
+    assert set(metadata.get_all("Provides-Extra")) == extras
 
 
 @pytest.mark.slow

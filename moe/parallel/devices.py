@@ -27,7 +27,7 @@ def visible_gpus(environment: Mapping[str, str]) -> list[str]:
     if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
         return []
     chosen = environment.get("JAX_LOCAL_DEVICE_IDS")
-    numbers = map(int, chosen.split(",")) if chosen else range(count.value)
+    numbers = _parse_ids(chosen) if chosen else range(count.value)
     identifiers = []
     for number in numbers:
         device, identifier = ctypes.c_int(), (ctypes.c_ubyte * 16)()
@@ -40,6 +40,16 @@ def visible_gpus(environment: Mapping[str, str]) -> list[str]:
             )
         identifiers.append(bytes(identifier).hex())
     return identifiers
+
+
+def _parse_ids(chosen: str) -> list[int]:
+    """Returns the numbers of the devices that JAX_LOCAL_DEVICE_IDS names."""
+    try:
+        return [int(number) for number in chosen.split(",")]
+    except ValueError:
+        raise ConfigError(
+            f"JAX_LOCAL_DEVICE_IDS={chosen} is no list of numbers: set it to one such as 0,1"
+        ) from None
 
 
 def check_gpus(arrivals: Sequence[Arrival]) -> None:

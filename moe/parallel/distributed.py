@@ -69,13 +69,19 @@ def join(
 
     _start_jax(cluster)
     _delay_abort()
-    host = cluster.coordinator.rpartition(":")[0]
-    watch.start(cluster.process_id, cluster.num_processes, host, from_first)
+    own = arrivals[cluster.process_id]
+    host = cluster.coordinator.rpartition(":")[0].strip("[]")
+    try:
+        watch.start(cluster.process_id, cluster.num_processes, host, from_first)
+    except OSError as error:
+        raise NotJoined(
+            f"{own.name} does not reach the watch of process 0 on {host} ({error}): "
+            "open the ports between the hosts"
+        ) from None
     _client().key_value_set(_host_key(cluster.process_id), arrivals[cluster.process_id].host)
     counts = collections.Counter(device.process_index for device in jax.devices())
     check_devices(arrivals, [counts[n] for n in range(cluster.num_processes)], mesh)
     share_cache(arrivals)
-    own = arrivals[cluster.process_id]
     print(
         f"{own.name}, {counted(jax.local_device_count(), 'device')}, "
         f"coordinator {cluster.coordinator}, found by {cluster.found_by}",

@@ -4,6 +4,7 @@ The hub knows what the other processes say over one connection each. `moe.parall
 and explains the whole. It imports no JAX.
 """
 
+import contextlib
 import dataclasses
 import hmac
 import json
@@ -38,6 +39,7 @@ PAUSE = 5.0  # a process that has said nothing for so many seconds does not run
 _GRACE = 2.0  # seconds in which the others may come to the same end as one that failed
 _FAREWELL = 2.0  # seconds that the hub gives the others to leave before its own process does
 _TIMES_SECONDS = 1.0  # how long process 0 waits for the times of a step that all have logged
+_MESSAGE_BYTES = 1 << 16  # a message is far shorter
 _STEPS = 10  # a step may take so many times the median of the latest ones
 
 # All processes reach these ends together, at their own pace.
@@ -100,7 +102,10 @@ class Connection:
                 self.is_open = False
 
     def receive(self) -> list[dict[str, Any]]:
-        """Returns the messages that have come. Raises ValueError for any other bytes."""
+        """Returns the messages that have come. Raises ValueError for any other bytes.
+
+        It raises RecursionError for JSON that is nested too deeply.
+        """
         try:
             while data := self.socket.recv(1 << 16):
                 self._received += data
@@ -110,6 +115,8 @@ class Connection:
         except OSError:  # its process was killed, or its host does not answer
             self.is_open = False
         *lines, self._received = self._received.split(b"\n")
+        if len(self._received) > _MESSAGE_BYTES:
+            raise ValueError("a line that does not end")
         return [json.loads(line) for line in lines]
 
 
@@ -136,9 +143,10 @@ class Hub:
     def __init__(
         self, host: str, num_processes: int, stuck_seconds: float, end: Callable[[Verdict], None]
     ):
-        self._server = _listen()
+        self._server = _listen(host)
         token = secrets.token_hex(16)
-        # Only a process of the job knows the token, so nobody else can say that one is stuck.
+        # The token keeps out whatever else connects by mistake. It is no secret to somebody who can
+        # reach JAX's own port, which has no authentication.
         self.address = json.dumps(
             [host, self._server.getsockname()[1], token, socket.gethostname()]
         )
@@ -190,8 +198,9 @@ class Hub:
     def _read_all(self, timeout: float) -> None:
         for key, _ in self._selector.select(timeout):
             if key.fileobj is self._server:
-                connection = Connection(self._server.accept()[0])
-                self._selector.register(connection, selectors.EVENT_READ)
+                with contextlib.suppress(OSError):  # the other end has left already
+                    connection = Connection(self._server.accept()[0])
+                    self._selector.register(connection, selectors.EVENT_READ)
             else:
                 self._read(key.fileobj, key.data)
         if self._judge.all_said_goodbye():
@@ -208,7 +217,7 @@ class Hub:
                     self._add_times(number, *message["times"])
                 else:
                     self._judge.hear(number, message, now)
-        except (ValueError, KeyError, TypeError):  # not one of ours
+        except (ValueError, KeyError, TypeError, RecursionError):  # not one of ours
             connection.is_open = False
         if not connection.is_open:
             self._selector.unregister(connection)
@@ -236,8 +245,13 @@ class Hub:
             del self._times[step]
 
 
-def _listen() -> socket.socket:
-    """Opens a port of this host's own choice, for IPv6 and IPv4 where the host has both."""
+def _listen(host: str) -> socket.socket:
+    """Opens a port of this host's own choice, which other hosts reach unless `host` is this one.
+
+    It is for IPv6 and IPv4 where the host has both.
+    """
+    if host == "localhost" or host.startswith("127."):
+        return socket.create_server((host, 0), backlog=4096)
     if socket.has_dualstack_ipv6():
         return socket.create_server(
             ("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=4096

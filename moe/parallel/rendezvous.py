@@ -160,7 +160,7 @@ def _parse_arrival(text: bytes) -> Arrival | None:
     try:
         process_id, num_processes, host, gpus = json.loads(text)
         return Arrival(int(process_id), int(num_processes), str(host), tuple(map(str, gpus)))
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return None
 
 

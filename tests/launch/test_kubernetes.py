@@ -122,7 +122,7 @@ def test_restarts_follow_the_exit_codes(name: str) -> None:
         (rule["action"], *rule["onExitCodes"]["values"]) for rule in rules if "onExitCodes" in rule
     }
     assert by_action == {
-        ("FailJob", exit_codes.BAD_INPUT, exit_codes.DIVERGED),
+        ("FailJob", exit_codes.BAD_INPUT, exit_codes.DIVERGED, exit_codes.SLOW),
         ("Ignore", exit_codes.INTERRUPTED),
     }
     assert all(

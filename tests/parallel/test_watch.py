@@ -177,6 +177,7 @@ def test_a_stranger_is_not_heard():
         b"GET / HTTP/1.1\r\n\r\n",
         b"\xff\n",
         b"7\n",
+        b"[" * 60_000 + b"\n",
         b'{"process_id": 1, "host": "x"}\n',
         b'{"process_id": 1, "host": "x", "token": "guess"}\n',
         b'{"process_id": 1, "host": "x", "token": 7}\n',
