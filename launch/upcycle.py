@@ -109,10 +109,9 @@ def _write_run(
         # new run, which it would train from scratch.
         unfinished = workdir / UNFINISHED_FILE
 
-        def begin() -> str:
+        def begin() -> None:
             tracking.check_workdir(workdir, config)
             write_whole(unfinished, f"launch.upcycle from {source} did not finish\n")
-            return ""
 
         # Another process must not find the file that process 0 has just written.
         from_first("the run directory", begin)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +20,7 @@ from moe.config import (
 )
 from moe.training.trainer import fit, load_run
 from moe.workdir.tracking import read_metrics
+from tests.jobs import free_port
 
 ROOT = Path(__file__).parents[1]
 CONFIG = RunConfig(
@@ -52,12 +52,6 @@ from moe.config import RunConfig
 from moe.training.trainer import fit
 fit(RunConfig.from_config_dict(json.loads(sys.argv[3])), Path(sys.argv[4]))
 """
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 @pytest.mark.slow

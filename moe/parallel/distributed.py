@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from moe.config import ConfigError, MeshConfig
 from moe.files import announce_wait
@@ -43,10 +43,11 @@ _CONNECT_SECONDS = 120  # for JAX, once all processes have come
 _POLL_MILLISECONDS = 60_000
 _CACHE_SECONDS = 120.0
 _PCI = Path("/sys/bus/pci/devices")
+T = TypeVar("T")
 _GOOGLE = "0x1ae0"  # the vendor of TPUs on the PCI bus, and of network cards too
 
-# How often this process has used each name of a barrier or of a text. All processes use them in the
-# same order, so the number tells the second use of a name from the first.
+# How often this process has used each name of a barrier or of a value. All processes use them in
+# the same order, so the number tells the second use of a name from the first.
 _uses: collections.Counter[str] = collections.Counter()
 
 
@@ -98,7 +99,7 @@ def _start_jax(cluster: Cluster) -> None:
     # Its handler would swallow SIGTERM. Here the processes themselves agree on when to stop.
     jax.config.update("jax_enable_preemption_service", False)
     port = cluster.coordinator.rpartition(":")[2]
-    bound = bind_host(cluster)
+    bound = bind_host(cluster.coordinator.rpartition(":")[0])
     try:
         jax.distributed.initialize(
             cluster.coordinator,
@@ -222,8 +223,8 @@ def barrier(name: str, timeout_s: float) -> None:
         raise Late(f"{names}{more} did not come to {name} within {timeout_s:g} s") from None
 
 
-def from_first(name: str, make: Callable[[], str]) -> str:
-    """Returns in every process the text that `make` returns in process 0.
+def from_first(name: str, make: Callable[[], T]) -> T:
+    """Returns in every process what `make` returns in process 0, a value that JSON can hold.
 
     So what process 0 decides holds everywhere. If `make` raises ConfigError there, it is raised in
     every process. Other errors end process 0, and the watch ends the others.
@@ -231,20 +232,20 @@ def from_first(name: str, make: Callable[[], str]) -> str:
     client = _client()
     if client is None:
         return make()
-    key = _key("text", name)
+    key = _key("value", name)
     if _place()[0] == 0:
         try:
-            text = make()
+            value = make()
         except ConfigError as error:
             client.key_value_set(key, json.dumps({"error": str(error)}))
             raise
-        client.key_value_set(key, json.dumps({"text": text}))
-        return text
+        client.key_value_set(key, json.dumps({"value": value}))
+        return value
     with announce_wait(f"waiting for process 0: {name}"):
         answer = json.loads(_wait_for(client, key))
     if "error" in answer:
         raise ConfigError(answer["error"])
-    return answer["text"]
+    return answer["value"]
 
 
 def gather(name: str, text: str, timeout_s: float) -> list[str]:

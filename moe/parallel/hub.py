@@ -27,6 +27,8 @@ from moe.exit_codes import (
     PEER_STUCK,
     SLOW,
 )
+from moe.parallel.cluster import process_name
+from moe.parallel.rendezvous import open_server
 
 # In "training" the host works on a step, and in "waiting" it waits for the step's devices. The
 # first step is "compiling" until it is done.
@@ -143,7 +145,7 @@ class Hub:
     def __init__(
         self, host: str, num_processes: int, stuck_seconds: float, end: Callable[[Verdict], None]
     ):
-        self._server = _listen(host)
+        self._server = open_server(host, port=0, backlog=4096)
         token = secrets.token_hex(16)
         # The token keeps out whatever else connects by mistake. It is no secret to somebody who can
         # reach JAX's own port, which has no authentication.
@@ -243,20 +245,6 @@ class Hub:
             seconds = [times[number] for number in sorted(times)]
             self._complete.append(HostTimes(step, *map(list, zip(*seconds, strict=True))))
             del self._times[step]
-
-
-def _listen(host: str) -> socket.socket:
-    """Opens a port of this host's own choice, which other hosts reach unless `host` is this one.
-
-    It is for IPv6 and IPv4 where the host has both.
-    """
-    if host == "localhost" or host.startswith("127."):
-        return socket.create_server((host, 0), backlog=4096)
-    if socket.has_dualstack_ipv6():
-        return socket.create_server(
-            ("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=4096
-        )
-    return socket.create_server(("", 0), backlog=4096)
 
 
 class Judge:
@@ -372,9 +360,4 @@ class Judge:
         return Verdict(code, text, failed.process_id, min(survivors, default=failed.process_id))
 
     def _name(self, peer: Peer) -> str:
-        return name(peer.process_id, self.num_processes, peer.host)
-
-
-def name(process_id: int, num_processes: int, host: str) -> str:
-    """Returns how messages name a process."""
-    return f"process {process_id} of {num_processes} on {host}"
+        return process_name(peer.process_id, self.num_processes, peer.host)

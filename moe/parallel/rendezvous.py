@@ -62,10 +62,24 @@ def listed(numbers: Sequence[int]) -> str:
     return f"process{'es' if len(numbers) > 1 else ''} {shown}{rest}"
 
 
-def bind_host(cluster: Cluster) -> str:
-    """Returns the address at which process 0 listens: all of its addresses, or this host's own."""
-    host = cluster.coordinator.rpartition(":")[0]
+def bind_host(host: str) -> str:
+    """Returns where process 0 listens if the others reach it at `host`.
+
+    That is only the host's own address if they are all on this host, and otherwise "", which stands
+    for all of its addresses.
+    """
     return host if host == "localhost" or host.startswith("127.") else ""
+
+
+def open_server(host: str, port: int, backlog: int) -> socket.socket:
+    """Returns a socket that listens where others reach this process as `host`.
+
+    It is for IPv6 and IPv4 where this machine has both. Port 0 is one that the system chooses.
+    """
+    bound = bind_host(host)
+    both = not bound and socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    return socket.create_server((bound, port), family=family, backlog=backlog, dualstack_ipv6=both)
 
 
 class _Visitor:
@@ -108,15 +122,11 @@ def _receive(cluster: Cluster, own: Arrival, timeout_s: float) -> list[Arrival]:
 
 def _listen(cluster: Cluster) -> socket.socket:
     """Returns a socket at the coordinator's port. Raises NotJoined if another program holds it."""
-    host, port = bind_host(cluster), int(cluster.coordinator.rpartition(":")[2])
-    both = not host and socket.has_dualstack_ipv6()
+    host, _, port = cluster.coordinator.rpartition(":")
     deadline = time.monotonic() + _BIND_SECONDS
     while True:
         try:
-            family = socket.AF_INET6 if both else socket.AF_INET
-            listener = socket.create_server(
-                (host, port), family=family, backlog=1024, dualstack_ipv6=both
-            )
+            listener = open_server(host, int(port), backlog=1024)
             listener.setblocking(False)
             return listener
         except OSError as error:

@@ -28,6 +28,7 @@ from typing import NoReturn
 
 from moe.config import ConfigError
 from moe.exit_codes import INTERRUPTED, PEER_DIED, PEER_STUCK
+from moe.parallel.cluster import process_name
 from moe.parallel.hub import (
     COMMON_ENDS,
     IN_STEP,
@@ -38,7 +39,6 @@ from moe.parallel.hub import (
     Hub,
     Phase,
     Verdict,
-    name,
 )
 
 # Until its first step is done, a process has nothing to save.
@@ -99,7 +99,7 @@ class _Watch:
         """Talks with the hub until this process ends."""
         heard = before = said = time.monotonic()
         limit = None
-        hub, hub_step = name(0, self.num_processes, self.hub_host), 0
+        hub, hub_step = process_name(0, self.num_processes, self.hub_host), 0
         selector = selectors.DefaultSelector()
         selector.register(self.connection, selectors.EVENT_READ)
         while self.exit_code is None:

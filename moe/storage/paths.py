@@ -44,11 +44,6 @@ def run_path(path: str | os.PathLike[str]) -> RunPath:
     return _open_bucket(text) if text.startswith("gs://") else Path(text)
 
 
-def is_local(path: RunPath) -> bool:
-    """Returns whether a path is one of a file system, and not of an object store."""
-    return isinstance(path, Path)
-
-
 def absolute(path: P) -> P:
     """Returns a path that does not depend on the working directory."""
     return path.absolute() if isinstance(path, Path) else path

@@ -6,7 +6,6 @@ restored, or started from another run's.
 
 import contextlib
 import dataclasses
-import json
 import logging
 import math
 import os
@@ -86,14 +85,14 @@ def claim_run(
     check = unchecked
     with contextlib.ExitStack() as stack:
 
-        def claim() -> str:
+        def claim() -> tuple[str, int] | None:
             nonlocal check
             check = stack.enter_context(lock_run(workdir))
             check_workdir(workdir, config)
             origin = find_origin(workdir, config.model, init_from, init_step)
-            return json.dumps(origin and [str(origin.run), origin.step])
+            return origin and (str(origin.run), origin.step)
 
-        origin = json.loads(from_first("the lock of the run", claim))
+        origin = from_first("the lock of the run", claim)
         yield origin and Origin(run_path(origin[0]), origin[1]), check
 
 
@@ -126,8 +125,7 @@ def first_state(
     The checkpoint must have been trained on these rows. A new run takes its model's variables from
     `origin`, if there is one. It saves them at once, so that the other run is not needed later.
     """
-    steps = from_first("the step to restore", lambda: json.dumps(checkpoints.all_steps()))
-    latest = max(json.loads(steps), default=None)
+    latest = from_first("the step to restore", checkpoints.latest_step)
     if latest is not None:
         bar.show(f"restoring step {latest}")
         wait_for_step(checkpoints, latest)

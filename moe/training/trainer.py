@@ -1,11 +1,10 @@
 """Holds `fit`, the loop that trains a run from a checked config to its last checkpoint."""
 
 import contextlib
-import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import jax
 
@@ -41,7 +40,6 @@ from moe.workdir.origin import Origin
 
 __all__ = ["Diverged", "Interrupted", "fit", "load_run"]
 
-T = TypeVar("T")
 _ADVICE = "lower optimizer.learning_rate, or look at the data"
 
 
@@ -139,7 +137,7 @@ def _fit(
             f"{workdir} stopped at step {int(state.step)} and saved: "
             "run the same command again to go on"
         )
-    metrics = _value_from_first("the last validation", lambda: last_validation(workdir))
+    metrics = from_first("the last validation", lambda: last_validation(workdir))
     check_outcome(int(state.step), int(state.skipped), metrics)
     return metrics
 
@@ -201,15 +199,8 @@ def _lacks_validation(workdir: RunPath, config: RunConfig, step: int) -> bool:
     """Returns whether the evaluation of the step from which a run resumes was not finished."""
     if not step or not _evaluates(config.train, step):
         return False
-    return not _value_from_first("the validation", lambda: is_validated(workdir, step))
-
-
-def _value_from_first(name: str, make: Callable[[], T]) -> T:
-    """Returns what `make` returns on process 0, a value that JSON can hold.
-
-    Other hosts may see the files of a run later than process 0 does.
-    """
-    return json.loads(from_first(name, lambda: json.dumps(make())))
+    # Other hosts may see the files of a run later than process 0 does.
+    return not from_first("the validation", lambda: is_validated(workdir, step))
 
 
 @contextlib.contextmanager

@@ -13,16 +13,12 @@ import pytest
 
 from launch.report_hosts import read_host_lines
 from moe.workdir.tracking import read_metrics
+from tests.jobs import SMALL_MODEL
 
 ROOT = Path(__file__).parents[2]
 STEPS = 60
 FLAGS = {
-    "model.num_layers": 1,
-    "model.model_dim": 16,
-    "model.feed_forward_dim": 24,
-    "model.num_heads": 2,
-    "model.num_kv_heads": 1,
-    "model.head_dim": 8,
+    **SMALL_MODEL,
     "data.sequence_length": 64,
     "mesh.fsdp": 4,
     "train.batch_size": 8,

@@ -26,15 +26,11 @@ from moe.config import (
 )
 from moe.training.trainer import fit
 from moe.workdir.tracking import read_metrics
+from tests.jobs import SMALL_MODEL
 
 ROOT = Path(__file__).parents[2]
 SMALL = {
-    "model.num_layers": 1,
-    "model.model_dim": 16,
-    "model.feed_forward_dim": 24,
-    "model.num_heads": 2,
-    "model.num_kv_heads": 1,
-    "model.head_dim": 8,
+    **SMALL_MODEL,
     "data.sequence_length": 64,
     "train.batch_size": 8,
     "train.log_every": 1,

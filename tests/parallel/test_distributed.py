@@ -20,6 +20,7 @@ from moe.parallel.cluster import Cluster, expand_hosts, find_cluster, why_alone
 from moe.parallel.devices import check_devices, check_gpus, visible_gpus
 from moe.parallel.distributed import barrier, from_first, on_tpu
 from moe.parallel.rendezvous import Arrival, NotJoined, listed, meet
+from tests.jobs import free_port
 
 ROOT = Path(__file__).parents[2]
 SLURM = {
@@ -153,12 +154,6 @@ def test_node_lists_are_expanded(text, hosts):
 def test_other_text_is_no_node_list(text):
     with pytest.raises(ConfigError, match="is no SLURM node list"):
         expand_hosts(text)
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def visit(clusters, gpus=(), timeout_s=20.0):

@@ -14,6 +14,7 @@ import pytest
 from moe.storage.paths import RunPath, run_path
 from moe.workdir.identity import checkpoint_steps
 from moe.workdir.tracking import read_metrics
+from tests.jobs import SMALL_MODEL
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -26,12 +27,7 @@ owner.RENEW_SECONDS, owner.LEASE_SECONDS, owner.POLL_SECONDS = 1, 8, 0.2
 runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
 """
 FIELDS = {
-    "model.num_layers": 1,
-    "model.model_dim": 16,
-    "model.feed_forward_dim": 24,
-    "model.num_heads": 2,
-    "model.num_kv_heads": 1,
-    "model.head_dim": 8,
+    **SMALL_MODEL,
     "data.sequence_length": 32,
     "train.batch_size": 4,
     "train.log_every": 1,

@@ -27,6 +27,7 @@ from moe.config import (
 from moe.exit_codes import INTERRUPTED, PEER_DIED, PEER_STUCK
 from moe.workdir.identity import checkpoint_steps
 from moe.workdir.tracking import read_metrics
+from tests.jobs import free_port
 
 pytestmark = pytest.mark.slow
 
@@ -83,12 +84,6 @@ PROGRAM = textwrap.dedent("""
         code = 75
     watch.leave(code)
 """)
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 class Job:
