@@ -327,8 +327,8 @@ def test_folders_of_moe_and_kernels_have_at_most_10_files() -> None:
     assert {folder: count for folder, count in counts.items() if count > 10} == {}
 
 
-def test_moe_without_kernels_has_less_than_10000_lines() -> None:
-    assert sum(line_counts("moe").values()) < 10_000
+def test_moe_without_kernels_has_less_than_13000_lines() -> None:
+    assert sum(line_counts("moe").values()) < 13_000
 
 
 def config_fields() -> list[tuple[type, str]]:
