@@ -1,6 +1,11 @@
 """What tests share that start commands, or jobs of several processes."""
 
+import resource
 import socket
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
 
 # The fields of a model whose training takes a command seconds.
 SMALL_MODEL = {
@@ -17,3 +22,37 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
+
+
+def wait_until(is_true: Callable[[], object], *processes: subprocess.Popen) -> None:
+    """Waits until something is true. Fails if one of these processes ends before.
+
+    Nothing limits the time but that of the test, which a busy machine may need.
+    """
+    while True:
+        ended = [process for process in processes if process.poll() is not None]
+        if is_true():  # also where a process has come so far, and ended
+            return
+        assert not ended, [process.communicate() for process in ended]
+        time.sleep(0.01)
+
+
+def wait_for_step(workdir: Path, step: int, *processes: subprocess.Popen) -> None:
+    """Waits until a run that logs each step has logged this one."""
+    path = workdir / "metrics.jsonl"
+    wait_until(lambda: path.exists() and f'"step": {step},' in path.read_text(), *processes)
+
+
+def answers_within(seconds: float, command: Callable[[], object]) -> bool:
+    """Returns whether one of three calls keeps the processes that it runs busy for less time.
+
+    What counts is the processors' time, since a clock's would be that of a busy machine.
+    """
+
+    def busy_seconds() -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        command()
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    return any(busy_seconds() < seconds for _ in range(3))

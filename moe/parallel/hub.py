@@ -30,10 +30,21 @@ from moe.exit_codes import (
 from moe.parallel.cluster import process_name
 from moe.parallel.rendezvous import open_server
 
-# In "training" the host works on a step, and in "waiting" it waits for the step's devices. The
-# first step is "compiling" until it is done.
-Phase = Literal["starting", "preparing", "compiling", "training", "waiting", "evaluating", "saving"]
-IN_STEP = ("training", "waiting")
+# In "training" the host works on a step, in "scoring" on a batch of an evaluation, and in "waiting"
+# it waits for the devices of either. The first step is "compiling" until it is done. Most of an
+# evaluation's first batch may be a compilation too, so it is still "evaluating", and so is what
+# follows the last batch.
+Phase = Literal[
+    "starting",
+    "preparing",
+    "compiling",
+    "training",
+    "waiting",
+    "evaluating",
+    "scoring",
+    "saving",
+]
+IN_STEP = ("training", "scoring", "waiting")
 
 TICK = 1.0  # seconds between two messages of a process that has nothing else to say
 _JUDGE = 0.1  # seconds between two judgements
@@ -42,12 +53,24 @@ _GRACE = 2.0  # seconds in which the others may come to the same end as one that
 _FAREWELL = 2.0  # seconds that the hub gives the others to leave before its own process does
 _TIMES_SECONDS = 1.0  # how long process 0 waits for the times of a step that all have logged
 _MESSAGE_BYTES = 1 << 16  # a message is far shorter
-_STEPS = 10  # a step may take so many times the median of the latest ones
+_STEPS = 10  # a step, or a batch, may take so many times the median of the latest ones
 
 # All processes reach these ends together, at their own pace.
 COMMON_ENDS = (0, DIVERGED, SLOW, INTERRUPTED)
 # If one process ends with one of these, to start the job again would not help, so all say it.
 _SHARED_CODES = (BAD_INPUT, NOT_JOINED)
+
+
+class Place(NamedTuple):
+    """Says what a process does: its phase, its step, and its batch in an evaluation, or 0."""
+
+    phase: Phase
+    step: int = 0
+    batch: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"batch {self.batch} of an evaluation" if self.batch else f"step {self.step}"
 
 
 class HostTimes(NamedTuple):
@@ -74,9 +97,8 @@ class Peer:
     process_id: int
     host: str
     heard: float  # when its last message came
-    since: float  # when it began its step, or what it does between steps
-    phase: Phase = "starting"
-    step: int = 0
+    since: float  # when it began its step or batch, or what it does between them
+    place: Place
     is_connected: bool = True
     exit_code: int | None = None  # is set by its goodbye
     ended: float = 0.0  # when it said goodbye
@@ -188,7 +210,7 @@ class Hub:
             if now - ticked >= TICK:
                 ticked, limit = now, judge.limit(now)
                 for connection in self._connections.values():
-                    connection.send(limit=limit, step=judge.step(0))
+                    connection.send(limit=limit, place=judge.place_name(0))
         for number, connection in self._connections.items():
             if number:
                 connection.send(verdict=verdict)
@@ -256,14 +278,16 @@ class Judge:
         self._order: Verdict | None = None  # a process asks all to end
         # Until this time some process did something else than a step.
         self._busy_until = self._decided = 0.0
-        self._durations: deque[float] = deque(maxlen=64)
+        # How long the latest steps took, and the latest batches of evaluations.
+        self._steps: deque[float] = deque(maxlen=64)
+        self._batches: deque[float] = deque(maxlen=64)
 
     def meet(self, number: int, host: str, now: float) -> None:
         """Takes in a process that has connected."""
-        self._peers[number] = Peer(number, host, heard=now, since=now)
+        self._peers[number] = Peer(number, host, now, now, Place("starting"))
 
     def hear(self, number: int, message: dict[str, Any], now: float) -> None:
-        """Takes in what a process says: its phase and step, or its goodbye."""
+        """Takes in what a process says: what it does, or its goodbye."""
         peer = self._peers[number]
         peer.heard = now
         if "exit_code" in message:
@@ -272,20 +296,30 @@ class Judge:
                 text = f"{self._name(peer)} {reason}"
                 self._order = self._verdict(peer.exit_code, text, peer)
             return
-        phase, step = message["phase"], int(message["step"])
-        if step > peer.step and phase in IN_STEP and peer.phase in (*IN_STEP, "compiling"):
-            self._durations.append((now - peer.since) / (step - peer.step))
-        if step != peer.step or (phase in IN_STEP) != (peer.phase in IN_STEP):
+        place = Place(message["phase"], int(message["step"]), int(message["batch"]))
+        self._note_duration(peer.place, place, now - peer.since)
+        is_same = place[1:] == peer.place[1:]
+        if not is_same or (place.phase in IN_STEP) != (peer.place.phase in IN_STEP):
             peer.since = now
-        peer.phase, peer.step = phase, step
+        peer.place = place
+
+    def _note_duration(self, before: Place, place: Place, seconds: float) -> None:
+        """Notes how long a step or a batch took, if a process has come to a later one."""
+        if place.phase not in IN_STEP:
+            return
+        if before.batch and before.step == place.step and place.batch > before.batch:
+            self._batches.append(seconds / (place.batch - before.batch))
+        is_step = before.phase in (*IN_STEP, "compiling") and not before.batch
+        if is_step and place.step > before.step:
+            self._steps.append(seconds / (place.step - before.step))
 
     def lose(self, number: int) -> None:
         """Notes that the connection of a process is closed."""
         self._peers[number].is_connected = False
 
-    def step(self, number: int) -> int:
-        """Returns the step that a process is in."""
-        return self._peers[number].step if number in self._peers else 0
+    def place_name(self, number: int) -> str:
+        """Returns the name of the step or batch that a process is in."""
+        return self._peers[number].place.name if number in self._peers else ""
 
     def all_said_goodbye(self) -> bool:
         return all(
@@ -297,13 +331,19 @@ class Judge:
         return any(peer.is_connected for peer in self._peers.values() if peer.process_id)
 
     def limit(self, now: float) -> float | None:
-        """Returns how long a step may take, or None while any process does something else."""
-        staying = [peer for peer in self._peers.values() if peer.exit_code is None]
-        if len(self._peers) < self.num_processes or not staying or not self._durations:
+        """Returns how long a step or a batch may take, whichever of them the processes are in.
+
+        It is None while any process does something else.
+        """
+        places = [peer.place for peer in self._peers.values() if peer.exit_code is None]
+        if len(self._peers) < self.num_processes or not places:
             return None
-        if any(peer.phase not in IN_STEP for peer in staying):
+        if any(place.phase not in IN_STEP for place in places):
             return None
-        return max(self._stuck_seconds, _STEPS * statistics.median(self._durations))
+        kinds = [self._batches if place.batch else self._steps for place in places]
+        if not all(kinds):
+            return None
+        return max(self._stuck_seconds, *(_STEPS * statistics.median(kind) for kind in kinds))
 
     def decide(self, now: float) -> Verdict | None:
         """Returns the verdict if a process has failed by the time `now`."""
@@ -324,9 +364,9 @@ class Judge:
         return None if limit is None else self._find_stuck(peers, now, limit)
 
     def _find_stuck(self, peers: list[Peer], now: float, limit: float) -> Verdict | None:
-        """Returns the verdict if a process has been in its step for longer than `limit`.
+        """Returns the verdict if a process is in its step or batch for longer than `limit`.
 
-        The others wait for that process in the same step, or in the next one, and may be over the
+        The others wait for that process in the same one, or in the next one, and may be over the
         limit too. A process that does not run, or whose host still works, is the first suspect.
         """
         staying = [peer for peer in peers if peer.exit_code is None]
@@ -336,11 +376,12 @@ class Judge:
         if len(staying) < len(peers):  # they wait for one that has left
             return self._ended(next(peer for peer in peers if peer.exit_code is not None))
         runs = lambda peer: now - peer.heard < min(PAUSE, limit / 2)
-        peer = min(late, key=lambda peer: (runs(peer), peer.phase == "waiting", peer.step))
-        text = f"{self._name(peer)} is stuck in step {peer.step}"
+        waits = lambda peer: peer.place.phase == "waiting"
+        peer = min(late, key=lambda peer: (runs(peer), waits(peer), peer.place[1:]))
+        text = f"{self._name(peer)} is stuck in {peer.place.name}"
         if not runs(peer):
             text += ", and does not run"
-        elif peer.phase == "waiting":
+        elif waits(peer):
             text += ", in which all processes wait for their devices"
         return self._verdict(PEER_STUCK, text, peer)
 

@@ -3,9 +3,10 @@
 Process 0 is the hub. Every process, process 0 too, holds one TCP connection to it, on which it says
 each second what it does. The system closes a connection when its process ends, even after kill -9,
 so a connection that closes without a goodbye means that the process has died. TCP itself finds a
-host that is gone. A process is stuck if it stays in one training step for too long, while no other
-process compiles, evaluates, saves or prepares. The hub tells the processes that are left. Each
-prints one line and leaves by `fatal`, because JAX's own exit would wait for the lost process.
+host that is gone. A process is stuck if it stays for too long in one training step, or in one batch
+of an evaluation, while no other process compiles, saves or prepares. The hub tells the processes
+that are left. Each prints one line and leaves by `fatal`, because JAX's own exit would wait for the
+lost process.
 
 A run of one process has no watch. Then `fatal` alone does anything. This file imports no JAX.
 """
@@ -38,6 +39,7 @@ from moe.parallel.hub import (
     HostTimes,
     Hub,
     Phase,
+    Place,
     Verdict,
 )
 
@@ -57,8 +59,7 @@ class _Watch:
 
     def __init__(self, process_id: int, num_processes: int, address: str):
         self.process_id, self.num_processes = process_id, num_processes
-        self.phase: Phase = "starting"
-        self.step = 0
+        self.place = Place("starting")
         self.exit_code: int | None = None
         self.hub: Hub | None = None
         self.last_lines: Callable[[int], str] = lambda process_id: ""
@@ -69,14 +70,16 @@ class _Watch:
 
     def say(self) -> None:
         """Tells the hub what this process does."""
-        self.connection.send(phase=self.phase, step=self.step)
+        self.connection.send(**self.place._asdict())
 
     def say_goodbye(self, code: int) -> None:
         """Tells the others how this process ends. Process 0, the hub, waits for their goodbyes."""
         if self.exit_code is not None:
             return
         self.exit_code = code
-        is_early = code == INTERRUPTED and self.phase in _WARM_UP
+        # A command that only evaluates has no steps, and nothing to save either.
+        is_early = self.place.phase in _WARM_UP or not self.place.step
+        is_early &= code == INTERRUPTED
         reason = "was asked to stop before its first step was done" if is_early else ""
         self.connection.send(exit_code=code, reason=reason)
         if self.hub is not None:
@@ -99,7 +102,7 @@ class _Watch:
         """Talks with the hub until this process ends."""
         heard = before = said = time.monotonic()
         limit = None
-        hub, hub_step = process_name(0, self.num_processes, self.hub_host), 0
+        hub, hub_place = process_name(0, self.num_processes, self.hub_host), ""
         selector = selectors.DefaultSelector()
         selector.register(self.connection, selectors.EVENT_READ)
         while self.exit_code is None:
@@ -108,13 +111,13 @@ class _Watch:
             for message in messages:
                 if "verdict" in message:
                     self.end(Verdict(*message["verdict"]))
-                limit, hub_step = message["limit"], message["step"]
+                limit, hub_place = message["limit"], message["place"]
             if messages or now - before > PAUSE:  # this process itself may have been stopped
                 heard = now
             if not self.connection.is_open and self.exit_code is None:
                 self.end(Verdict(PEER_DIED, f"{hub} died", 0, 1))
             if limit is not None and now - heard > limit:
-                text = f"{hub} is stuck in step {hub_step}, and does not run"
+                text = f"{hub} is stuck in {hub_place}, and does not run"
                 self.end(Verdict(PEER_STUCK, text, 0, 1))
             before = now
             if now - said >= TICK:
@@ -158,13 +161,19 @@ def start(
         signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
-def report(phase: Phase, step: int = 0) -> None:
-    """Says what this process does now. The step of a phase that has none is that of the last."""
+def report(phase: Phase, step: int = 0, batch: int = 0) -> None:
+    """Says what this process does now. The step of a phase that has none is that of the last.
+
+    In an evaluation it also says the number of the batch, from 1. "waiting" belongs to that batch
+    too.
+    """
     watch = _watch
     if watch is None:
         return
-    is_new = phase != watch.phase and not {phase, watch.phase} <= set(IN_STEP)
-    watch.phase, watch.step = phase, step or watch.step
+    before = watch.place
+    is_new = phase != before.phase and not {phase, before.phase} <= set(IN_STEP)
+    batch = before.batch if phase == "waiting" else batch
+    watch.place = Place(phase, step or before.step, batch)
     if is_new:
         watch.say()
 
@@ -203,7 +212,7 @@ def stop_in_warm_up() -> None:
 
     There is nothing to save yet. Returns if the process has no watch, or has finished a step.
     """
-    if _watch is not None and _watch.phase in _WARM_UP:
+    if _watch is not None and _watch.place.phase in _WARM_UP:
         leave(INTERRUPTED, "stopped before the first step was done: nothing had to be saved")
 
 

@@ -1,6 +1,6 @@
 """Evaluates a model on a split, and summarises the statistics of its routers."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -10,6 +10,7 @@ from moe import losses
 from moe.config import RunConfig
 from moe.data.loader import evaluation_batches
 from moe.data.rows import Rows
+from moe.parallel import watch
 from moe.parallel.mesh import global_batch, host_rows
 from moe.storage.paths import RunPath
 from moe.training.train_step import Program
@@ -17,6 +18,7 @@ from moe.workdir.tracking import read_metrics
 
 # An evaluation reports these statistics of the routers. A training step reports all of them.
 _ROUTER_NAMES = ("max_vio", "load_entropy", "dropped_fraction")
+Fields = Mapping[str, np.ndarray]  # this host's part of a batch
 
 
 def evaluate(
@@ -60,13 +62,31 @@ def _sum_over_batches(
     )
     totals: losses.Sums = {}
     with jax.set_mesh(program.mesh):
-        for fields in batches:
+        for number, fields in _watched(batches):
             batch = global_batch(fields, program.mesh, size, program.task.dims)
-            sums = program.eval_step(variables, batch)
+            sums, before = program.eval_step(variables, batch), totals
             totals = jax.tree.map(lambda a, b: a + b, totals, sums) if totals else sums
+            if number > 1:
+                watch.report("waiting")
+            # The devices have one more batch to work on, and the watch knows how far they are.
+            jax.block_until_ready(before)
             if stops(totals):
                 return {}
+        watch.report("waiting")
+        jax.block_until_ready(totals)
+        watch.report("evaluating")  # what follows is no batch, and may take any time
     return totals
+
+
+def _watched(batches: Iterator[Fields]) -> Iterator[tuple[int, Fields]]:
+    """Yields the batches of an evaluation with their numbers, and tells the watch of each.
+
+    The first one may have to be compiled, and so may take any time.
+    """
+    watch.report("evaluating", batch=1)
+    for number, fields in enumerate(batches, 1):
+        yield number, fields
+        watch.report("scoring", batch=number + 1)
 
 
 def router_summary(router: Mapping[str, Any]) -> dict[str, float]:

@@ -27,9 +27,9 @@ from moe.config import (
 from moe.exit_codes import INTERRUPTED, PEER_DIED, PEER_STUCK
 from moe.workdir.identity import checkpoint_steps
 from moe.workdir.tracking import read_metrics
-from tests.jobs import free_port
+from tests.jobs import free_port, wait_for_step
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 ROOT = Path(__file__).parents[2]
 HOST = socket.gethostname()
@@ -69,6 +69,11 @@ PROGRAM = textwrap.dedent("""
     def wait(name, seconds=100):
         os.write(1, f"{name}\\n".encode())
         time.sleep(seconds)
+
+    def gate(name):
+        os.write(1, f"{name}\\n".encode())
+        while not Path(workdir).with_name("open").exists():
+            time.sleep(0.01)
 
     def wrap(module, name, first):
         function = getattr(module, name)
@@ -128,11 +133,7 @@ class Job:
             process.communicate()
 
     def wait_for_step(self, step):
-        path, deadline = self.workdir / "metrics.jsonl", time.monotonic() + 200
-        while not (path.exists() and f'"step": {step},' in path.read_text()):
-            ended = [process for process in self.processes if process.poll() is not None]
-            assert not ended and time.monotonic() < deadline, [p.communicate() for p in ended]
-            time.sleep(0.02)
+        wait_for_step(self.workdir, step, *self.processes)
 
     def wait_for(self, name, number):
         """Waits until a process has come to the place of this name."""
@@ -141,7 +142,11 @@ class Job:
                 return
         raise AssertionError(self.processes[number].communicate())
 
-    def end(self, *numbers, timeout=200):
+    def open_gate(self):
+        """Lets the processes go on that wait in `gate`."""
+        self.workdir.with_name("open").touch()
+
+    def end(self, *numbers, timeout=600):
         """Returns the exit codes and the standard error of some processes, or of all."""
         ended = [self.processes[number] for number in numbers or range(self.count)]
         texts = [process.communicate(timeout=timeout)[1] for process in ended]
@@ -204,14 +209,17 @@ def test_after_a_kill_the_other_is_gone_within_15_seconds(tmp_path, place, victi
     assert line in texts[0].splitlines()
 
 
+SLOW_STEPS = 'wrap(log.Log, "add", lambda: time.sleep(0.3))'
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_process_that_is_stopped_is_stuck(tmp_path, victim):
-    with Job(tmp_path / "run", steps=100_000, stuck_seconds="6") as job:
+    # A process that is stopped while it evaluates or saves is not stuck, so it only trains.
+    train = {"steps": 100_000, "eval_every": 100_000, "checkpoint_every": 100_000}
+    with Job(tmp_path / "run", before=SLOW_STEPS, stuck_seconds="6", **train) as job:
         job.wait_for_step(20)
         job.processes[victim].send_signal(signal.SIGSTOP)
-        begin = time.monotonic()
         codes, texts = job.end(1 - victim)
-        assert 4 < time.monotonic() - begin < 30
     assert codes == [PEER_STUCK], texts
     expected = rf"process {victim} of 2 on {HOST} is stuck in step \d+, and does not run: this "
     assert re.match(expected, texts[0].splitlines()[-1])
@@ -220,30 +228,51 @@ def test_a_process_that_is_stopped_is_stuck(tmp_path, victim):
 
 def test_a_process_that_hangs_is_stuck_and_shows_its_stack(tmp_path):
     before = """
-        def hang_in_step_9():
-            if number == 1 and watch._watch.step == 9:
+        def hang_in_step_20():
+            time.sleep(0.3)
+            if number == 1 and watch._watch.place.step == 20:
                 time.sleep(1000)
-        wrap(log.Log, "next_batch", hang_in_step_9)
+        wrap(log.Log, "next_batch", hang_in_step_20)
     """
+    # The median of the steps is known by then: the first one took as long as the compiler.
     with Job(tmp_path / "run", before=before, steps=100, stuck_seconds="6") as job:
         codes, texts = job.end()
     assert codes == [PEER_STUCK] * 2, texts
-    assert all(f"process 1 of 2 on {HOST} is stuck in step 9" in text for text in texts)
-    assert "in hang_in_step_9" in texts[1] and "hang_in_step_9" not in texts[0]
+    assert all(f"process 1 of 2 on {HOST} is stuck in step 20" in text for text in texts)
+    assert "in hang_in_step_20" in texts[1] and "hang_in_step_20" not in texts[0]
 
 
-def test_nobody_is_stuck_while_one_prepares_compiles_evaluates_or_saves(tmp_path):
-    """Each takes three times as long as a step may take."""
+def test_a_process_that_hangs_in_an_evaluation_is_stuck(tmp_path):
+    before = """
+        def hang_in_batch_20():
+            time.sleep(0.3)
+            if number == 1 and watch._watch.place.batch == 20:
+                time.sleep(1000)
+        wrap(evaluation, "global_batch", hang_in_batch_20)
+    """
+    train = {"steps": 4, "eval_every": 2, "eval_batches": 30}
+    with Job(tmp_path / "run", before=before, stuck_seconds="6", **train) as job:
+        codes, texts = job.end()
+    assert codes == [PEER_STUCK] * 2, texts
+    line = f"process 1 of 2 on {HOST} is stuck in batch 20 of an evaluation"
+    assert all(line in text for text in texts)
+    assert "in hang_in_batch_20" in texts[1] and "hang_in_batch_20" not in texts[0]
+
+
+def test_nobody_is_stuck_while_one_prepares_compiles_or_saves(tmp_path):
+    """Each takes longer than a step may take, and so does the first batch of an evaluation."""
     before = """
         if number == 1:
-            slow = lambda: time.sleep(6)
+            slow = lambda: time.sleep(14)
             wrap(trainer, "first_state", slow)
-            wrap(trainer, "evaluate", slow)
             wrap(checkpoint, "save", slow)
-            first = [slow]
-            wrap(log.Log, "next_batch", lambda: first and first.pop()())
+            wrap(evaluation, "router_summary", slow)
+            for module, name in ((log.Log, "next_batch"), (evaluation, "global_batch")):
+                wrap(module, name, lambda first=[slow]: first and first.pop()())
     """
-    with Job(tmp_path / "run", before=before, steps=8, eval_every=4, stuck_seconds="2") as job:
+    train = {"steps": 4, "eval_every": 4, "eval_batches": 3}
+    # Not less, since the steps of a busy machine may take seconds.
+    with Job(tmp_path / "run", before=before, stuck_seconds="10", **train) as job:
         codes, texts = job.end()
     assert codes == [0, 0], texts
 
@@ -251,7 +280,7 @@ def test_nobody_is_stuck_while_one_prepares_compiles_evaluates_or_saves(tmp_path
 def test_an_error_of_one_process_has_its_traceback_and_ends_the_other(tmp_path):
     before = """
         def fail_in_step_5():
-            if number == 1 and watch._watch.step == 5:
+            if number == 1 and watch._watch.place.step == 5:
                 raise ValueError("seven")
         wrap(log.Log, "next_batch", fail_in_step_5)
     """
@@ -260,9 +289,6 @@ def test_an_error_of_one_process_has_its_traceback_and_ends_the_other(tmp_path):
     assert codes == [PEER_DIED, 1], texts
     assert "ValueError: seven" in texts[1]
     assert f"process 1 of 2 on {HOST} ended with exit code 1: this" in texts[0].splitlines()[-1]
-
-
-SLOW_STEPS = 'wrap(log.Log, "add", lambda: time.sleep(0.3))'
 
 
 @pytest.fixture(scope="module")
@@ -278,13 +304,22 @@ def whole(tmp_path_factory):
 @pytest.mark.parametrize(("number", "victim"), [(signal.SIGTERM, 0), (signal.SIGINT, 1)])
 def test_a_signal_to_one_process_saves_the_same_step_of_all(tmp_path, whole, number, victim):
     workdir = tmp_path / "run"
-    with Job(workdir, before=SLOW_STEPS, steps=12, eval_every=4) as job:
-        job.wait_for_step(5)
+    before = """
+        added = []
+        def wait_in_step_7():
+            added.append(1)
+            if len(added) == 7:
+                gate("step 7")
+        wrap(log.Log, "add", wait_in_step_7)
+    """
+    with Job(workdir, before=before, steps=12, eval_every=4) as job:
+        job.wait_for("step 7", victim)
         job.processes[victim].send_signal(number)
+        job.open_gate()
         codes, texts = job.end()
     assert codes == [INTERRUPTED] * 2, texts
     (step,) = checkpoint_steps(workdir / "checkpoints")
-    assert 5 < step < 12
+    assert 7 <= step < 12
     assert all(f"stopped at step {step} and saved" in text for text in texts)
     assert max(losses(workdir)) == step
     with Job(workdir, steps=12, eval_every=4) as job:
@@ -298,23 +333,26 @@ def test_a_signal_to_one_process_saves_the_same_step_of_all(tmp_path, whole, num
 def test_a_signal_in_an_evaluation_ends_it_on_all(tmp_path, whole, victim):
     workdir = tmp_path / "run"
     before = """
-        sums = evaluation._sum_over_batches
-        def slow_sums(config, program, variables, rows, stops):
-            wait("evaluating", 0)
-            return sums(config, program, variables, rows, lambda x: (time.sleep(0.2), stops(x))[1])
-        evaluation._sum_over_batches = slow_sums
+        batches = []
+        def wait_in_batch_3():
+            batches.append(1)
+            Path(workdir).with_name(f"batches-{number}").write_text(str(len(batches)))
+            if len(batches) == 3:
+                gate("batch 3")
+        wrap(evaluation, "global_batch", wait_in_batch_3)
     """
-    with Job(workdir, before=before, steps=12, eval_every=4, eval_batches=0) as job:
-        job.wait_for("evaluating", victim)
-        time.sleep(0.5)
+    train = {"steps": 12, "eval_every": 4, "eval_batches": 30}
+    with Job(workdir, before=before, **train) as job:
+        job.wait_for("batch 3", victim)
         job.processes[victim].send_signal(signal.SIGTERM)
-        begin = time.monotonic()
+        job.open_gate()
         codes, texts = job.end()
-        assert time.monotonic() - begin < 20
     assert codes == [INTERRUPTED] * 2, texts
+    # A vote is read one batch later.
+    assert all(3 <= int((tmp_path / f"batches-{n}").read_text()) <= 5 for n in range(2))
     assert checkpoint_steps(workdir / "checkpoints") == [4]
     assert not any("validation/loss" in line for line in read_metrics(workdir))
-    with Job(workdir, steps=12, eval_every=4, eval_batches=0) as job:
+    with Job(workdir, **train) as job:
         codes, texts = job.end()
     assert codes == [0, 0], texts
     assert [line["step"] for line in read_metrics(workdir) if "validation/loss" in line] == [
@@ -338,7 +376,7 @@ def test_a_signal_in_warm_up_ends_all_at_once(tmp_path, place, victim):
         job.processes[victim].send_signal(signal.SIGTERM)
         begin = time.monotonic()
         codes, texts = job.end()
-        assert time.monotonic() - begin < 15
+        assert time.monotonic() - begin < 50  # they would wait for 100
     assert codes == [INTERRUPTED] * 2, texts
     name = f"process {victim} of 2 on {HOST} was asked to stop before its first step was done"
     assert name in texts[1 - victim]
@@ -425,8 +463,10 @@ def test_other_processes_or_another_mesh_go_on_with_the_same_rows(tmp_path, layo
 
 def test_the_times_of_all_hosts_show_the_slow_one(tmp_path):
     before = """
+        from moe.parallel import hub
+        hub._TIMES_SECONDS = 100.0
         if number == 1:
-            wrap(log.Log, "next_batch", lambda: time.sleep(1))
+            wrap(log.Log, "next_batch", lambda: time.sleep(3))
     """
     with Job(tmp_path / "run", before=before, steps=6, log_every=2) as job:
         codes, texts = job.end()
@@ -436,10 +476,8 @@ def test_the_times_of_all_hosts_show_the_slow_one(tmp_path):
     assert [line["step"] for line in times] == [2, 4, 6]
     for line in times:
         # Of two steps, one may have got its batch before the step before them was done.
-        assert min(line["step_seconds"]) >= 0.5
-        assert (
-            line["host_seconds"][1] >= 0.5 and line["host_seconds"][1] > 2 * line["host_seconds"][0]
-        )
+        assert min(line["step_seconds"]) >= 1.5
+        assert line["host_seconds"][1] >= max(1.5, 2 * line["host_seconds"][0])
 
 
 def test_each_process_traces_its_steps(tmp_path):
