@@ -46,6 +46,7 @@ class _Running(NamedTuple):
 
     process_id: int
     writer: subprocess.Popen[bytes]
+    output: int  # the descriptor of Python's standard output
     before: dict[int, int]  # copies of the standard output and error from before the log
 
 
@@ -74,7 +75,9 @@ def start(path: "RunPath", process_id: int, num_processes: int) -> None:
     """Sends all output of this process to its log file, and that of process 0 to both.
 
     Process 0 still writes to a terminal if it did so before, so a progress bar looks the same.
-    Lines are appended. Raises OSError if the file cannot be written.
+    Lines are appended. What native libraries write to the standard output goes to the standard
+    error: Gloo prints there whenever it connects processes, and a command's result would no longer
+    be JSON alone. Raises OSError if the file cannot be written.
     """
     global _running
     if isinstance(path, Path):
@@ -98,10 +101,13 @@ def start(path: "RunPath", process_id: int, num_processes: int) -> None:
             os.dup2(write, number)
         os.close(read)
         os.close(write)
-    # A killed process loses what is in Python's own buffer. A stream that was closed has none.
-    if reconfigure := getattr(sys.stdout, "reconfigure", None):
-        reconfigure(line_buffering=True)
-    _running = _Running(process_id, writer, before)
+    output = os.dup(1)
+    os.dup2(2, 1)
+    if sys.stdout is not None:  # it is None if it was closed
+        # A killed process loses what is in Python's own buffer, which therefore has one line.
+        names = {"encoding": sys.stdout.encoding, "errors": sys.stdout.errors}
+        sys.stdout = open(output, "w", buffering=1, **names)  # noqa: SIM115  # to the end
+    _running = _Running(process_id, writer, output, before)
     atexit.register(finish)
 
 
@@ -121,8 +127,8 @@ def finish() -> None:
         return
     running, _running = _running, None
     _flush_streams()
-    for number, descriptor in running.before.items():
-        os.dup2(descriptor, number)
+    for number, descriptor in ((running.output, 1), (1, 2), (2, 2)):
+        os.dup2(running.before[descriptor], number)
     assert running.writer.stdin is not None
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
         running.writer.stdin.write(b"\n")

@@ -21,15 +21,21 @@ from launch.local import (
 )
 from moe.config import ConfigError
 from moe.exit_codes import may_restart
+from tests.jobs import wait_until
 
 ROOT = Path(__file__).parents[2]
 LAUNCHER = """
-import sys
-from launch import local
-local.FIRST_DELAY_SECONDS, local.GRACE_SECONDS, local.LONG_START_SECONDS = (
-    float(text) for text in sys.argv[3:6]
-)
-job = local.Job(["worker", *sys.argv[6:]], int(sys.argv[1]), 2, "cpu")
+import os, sys, time
+from launch import local, local_signals
+local_signals.SAME_SIGNAL_SECONDS = 20.0
+local.FIRST_DELAY_SECONDS, local.GRACE_SECONDS = map(float, sys.argv[3:5])
+class Clock:
+    # A worker can add an hour.
+    sleep, time = time.sleep, time.time
+    def monotonic():
+        return time.monotonic() + (3600 if os.path.exists("an hour later") else 0)
+local.time = Clock
+job = local.Job(["worker", *sys.argv[5:]], int(sys.argv[1]), 2, "cpu")
 sys.exit(local.run_with_restarts(job, [], int(sys.argv[2])))
 """
 WORKER = """
@@ -45,11 +51,10 @@ def start(
     restarts: int = 0,
     delay: float = 0.1,
     grace: float = 30.0,
-    long_start: float = 600.0,
     **options,
 ) -> subprocess.Popen[str]:
     """Starts a job whose processes run a script."""
-    numbers = map(str, (processes, restarts, delay, grace, long_start))
+    numbers = map(str, (processes, restarts, delay, grace))
     (directory / "worker.py").write_text(WORKER + body)
     paths = os.pathsep.join([str(ROOT), str(directory)])
     environment = {key: os.environ[key] for key in os.environ.keys() - {"PYTHONUNBUFFERED"}}
@@ -119,8 +124,11 @@ from launch import logs
 logs.start(logs.log_path(Path("logs/worker"), rank), rank, 3)
 print("a line in the log of", rank)
 if rank == 1:
+    open("pid.part", "w").write(str(os.getpid()))
+    os.rename("pid.part", "pid")
     os.kill(os.getpid(), signal.SIGKILL)
-time.sleep(0.2)
+while not os.path.exists("pid") or os.path.exists("/proc/" + open("pid").read()):
+    time.sleep(0.01)  # until the launcher has collected it
 sys.exit(1)
 """
     output, error, code = run(tmp_path, body)
@@ -169,8 +177,7 @@ sys.exit(75)
 
 
 def wait_for(directory: Path, names: list[str]) -> None:
-    while not all((directory / name).exists() for name in names):
-        time.sleep(0.01)
+    wait_until(lambda: all((directory / name).exists() for name in names))
 
 
 @pytest.mark.parametrize(
@@ -190,18 +197,23 @@ def test_a_signal_reaches_each_process_once_and_is_waited_for(
     assert [(tmp_path / f"stopped-{rank}").read_text() for rank in range(3)] == [received] * 3
 
 
-def is_alive(pid: int) -> bool:
+def state(pid: int) -> str:
+    """Returns the system's letter for the state of a process: Z has ended, and T is stopped."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
-    except FileNotFoundError:
-        return False
+        return Path(f"/proc/{pid}/stat").read_text().split()[2]
+    except (FileNotFoundError, ProcessLookupError):
+        return "Z"
+
+
+def is_alive(pid: int) -> bool:
+    return state(pid) != "Z"
 
 
 def test_a_launcher_that_is_killed_leaves_no_process(tmp_path: Path) -> None:
     body = """
 open(f"pid-{rank}.part", "w").write(str(os.getpid()))
 os.rename(f"pid-{rank}.part", f"pid-{rank}")
-time.sleep(100)
+time.sleep(600)
 """
     process = start(tmp_path, body)
     names = [f"pid-{rank}" for rank in range(3)]
@@ -209,16 +221,13 @@ time.sleep(100)
     process.kill()
     process.communicate(timeout=60)
     pids = [int((tmp_path / name).read_text()) for name in names]
-    end = time.monotonic() + 10
-    while any(map(is_alive, pids)) and time.monotonic() < end:
-        time.sleep(0.01)
-    assert not any(map(is_alive, pids))
+    wait_until(lambda: not any(map(is_alive, pids)))
 
 
 def test_ctrl_z_stops_the_whole_job(tmp_path: Path) -> None:
     body = """
 while not os.path.exists("end"):
-    open(f"time-{rank}.part", "w").write(str(time.time()))
+    open(f"time-{rank}.part", "w").write(f"{os.getpid()} {time.time()}")
     os.rename(f"time-{rank}.part", f"time-{rank}")
     time.sleep(0.01)
 """
@@ -227,6 +236,8 @@ while not os.path.exists("end"):
     wait_for(tmp_path, names)
     process.send_signal(signal.SIGTSTP)
     os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
+    pids = [int((tmp_path / name).read_text().split()[0]) for name in names]
+    wait_until(lambda: {state(pid) for pid in pids} == {"T"})
     before = [(tmp_path / name).read_text() for name in names]
     time.sleep(0.1)
     assert [(tmp_path / name).read_text() for name in names] == before
@@ -265,10 +276,11 @@ def test_a_start_that_worked_for_long_begins_a_new_count(tmp_path: Path) -> None
     body = """
 open("starts", "a").write("x")
 starts = len(open("starts").read())
-time.sleep(2 if starts == 2 else 0)
+if starts == 2:
+    open("an hour later", "w").close()
 sys.exit(1)
 """
-    _, error, code = run(tmp_path, body, processes=1, restarts=1, long_start=2.0)
+    _, error, code = run(tmp_path, body, processes=1, restarts=1)
     assert code == 1 and error.count("restart 1 of 1") == 2
     assert (tmp_path / "starts").read_text() == "xxx"
 
@@ -308,7 +320,7 @@ def test_codes_of_users_and_of_mistakes_are_not_restarted() -> None:
 
 def test_the_commands_are_those_that_use_devices() -> None:
     files = sorted((ROOT / "launch").glob("*.py"))
-    assert [path.stem for path in files if "devices=True)" in path.read_text()] == list(COMMANDS)
+    assert [path.stem for path in files if "devices=True" in path.read_text()] == list(COMMANDS)
 
 
 def test_each_process_gets_its_own_gpus() -> None:

@@ -6,14 +6,13 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from launch.report_hosts import read_host_lines
 from moe.workdir.tracking import read_metrics
-from tests.jobs import SMALL_MODEL
+from tests.jobs import SMALL_MODEL, wait_for_step, wait_until
 
 ROOT = Path(__file__).parents[2]
 STEPS = 60
@@ -30,26 +29,34 @@ FLAGS = {
     "tracking.tensorboard": False,
 }
 TIMED = {"train/tokens_per_second", "train/data_wait_fraction"}
+GATED = "tests/launch/gated.py"
 PREFIX = re.compile(r"[\dT:.-]+Z \S+ (\d+) \| ")
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
-def train_command(workdir: Path, data_directory: str, **changed) -> list[str]:
+def train_command(
+    workdir: Path, data_directory: str, config: str = "configs/dense_tiny.py", **changed
+) -> list[str]:
     flags = FLAGS | {"data.directory": data_directory} | changed
     return [
         "launch.train",
-        "--config=configs/dense_tiny.py",
+        f"--config={config}",
         f"--workdir={workdir}",
         *(f"--config.{name}={value}" for name, value in flags.items()),
     ]
 
 
-def start_local(command: list[str], *options: str) -> subprocess.Popen[str]:
+def start_local(
+    command: list[str], *options: str, gate: Path | None = None, cwd: Path = ROOT
+) -> subprocess.Popen[str]:
+    """Starts a job of two processes, which wait in step 30 until the file `gate` is there."""
     launcher = [sys.executable, "-m", "launch.local", "--processes=2", "--devices=2", *options]
     return subprocess.Popen(
         [*launcher, "--", *command],
-        cwd=ROOT,
+        cwd=cwd,
+        env=os.environ
+        | {"GATE": f"30:{gate}", "MOE_STUCK_SECONDS": "600", "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -108,14 +115,6 @@ def test_a_run_has_the_step_times_of_its_processes(whole: Path) -> None:
     assert all((line.host_seconds <= line.step_seconds).all() for line in lines)
 
 
-def wait_for_step(workdir: Path, step: int, process: subprocess.Popen[str]) -> None:
-    """Waits until a run has logged a step."""
-    path = workdir / "metrics.jsonl"
-    while not path.exists() or not any(line["step"] >= step for line in read_metrics(workdir)):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
-
-
 def find_process(workdir: Path, rank: int) -> int:
     """Returns the number of the system for a process of a job, by its environment."""
     for path in Path("/proc").glob("[0-9]*"):
@@ -134,9 +133,11 @@ def find_process(workdir: Path, rank: int) -> int:
 def test_a_killed_process_restarts_the_job_which_resumes(
     whole: Path, tmp_path: Path, data_directory: str, rank: int
 ) -> None:
-    process = start_local(train_command(tmp_path, data_directory), "--restarts=1")
+    command, gate = train_command(tmp_path, data_directory, GATED), tmp_path / "open"
+    process = start_local(command, "--restarts=1", gate=gate)
     wait_for_step(tmp_path, 25, process)
     os.kill(find_process(tmp_path, rank), signal.SIGKILL)
+    gate.touch()
     _, error = process.communicate(timeout=600)
     assert process.returncode == 0, error
     assert f"process {rank} of 2 was killed by SIGKILL\n" in error
@@ -150,17 +151,41 @@ def test_a_killed_process_restarts_the_job_which_resumes(
 def test_ctrl_c_saves_and_the_same_command_goes_on(
     whole: Path, tmp_path: Path, data_directory: str
 ) -> None:
-    command = train_command(tmp_path, data_directory)
-    process = start_local(command, "--restarts=1")
+    command, gate = train_command(tmp_path, data_directory, GATED), tmp_path / "open"
+    process = start_local(command, "--restarts=1", gate=gate)
     wait_for_step(tmp_path, 25, process)
     process.send_signal(signal.SIGINT)
+    said = "stopping: this step is finished and saved first"
+    log = tmp_path / "logs" / "process-00000.log"
+    wait_until(lambda: said in log.read_text(), process)
+    gate.touch()
     _, error = process.communicate(timeout=600)
-    assert process.returncode == 75, error
-    assert "stopping: this step is finished and saved first" in error
-    again = start_local(command)
+    assert process.returncode == 75 and said in error, error
+    again = start_local(command, gate=gate)
     _, error = again.communicate(timeout=600)
     assert again.returncode == 0, error
     assert losses(tmp_path) == losses(whole)
+
+
+def test_an_evaluation_prints_json_alone(whole: Path, tmp_path: Path) -> None:
+    """Gloo prints to the standard output when it connects the processes."""
+    process = start_local(["launch.evaluate", f"--workdir={whole}"], cwd=tmp_path)
+    output, error = process.communicate(timeout=600)
+    assert process.returncode == 0, error
+    assert json.loads(output)["step"] == STEPS, output
+
+
+def test_a_comparison_joins_with_the_meshes_of_its_variants(tmp_path: Path) -> None:
+    (tmp_path / "experiment.py").write_text(
+        "from configs.dense_tiny import get_config as get_config\n"
+        "VARIANTS = {'here': {}, 'there': {'mesh.data': 1, 'mesh.fsdp': 8}}\nSEEDS = (0,)\n"
+    )
+    flags = [f"--config={tmp_path}/experiment.py", f"--workdir={tmp_path}/runs"]
+    process = start_local(["launch.compare", *flags])
+    _, error = process.communicate(timeout=600)
+    assert process.returncode == 69, error
+    assert "which makes 4, and config.mesh wants 8: " in error
+    assert not (tmp_path / "runs" / "here").exists()
 
 
 def test_bad_input_of_the_command_is_told_once(tmp_path: Path, data_directory: str) -> None:

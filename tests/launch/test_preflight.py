@@ -1,7 +1,6 @@
 """Naming what is slow before a run begins."""
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -66,9 +65,7 @@ def test_it_measures_a_real_job(tmp_path: Path) -> None:
         timeout=250,
     )
     assert done.returncode in (0, 4), done  # a busy machine may be slow
-    # Threads of Gloo print at once with which processes they are connected.
-    printed = done.stdout[done.stdout.index("process ") :]
-    lines = [line for line in printed.splitlines() if not re.search("Gloo|peer ranks", line)]
+    lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines[:4]] == ["process", "0", "1", "2"]
-    assert "\nsum over all 6 devices: " in printed
+    assert "\nsum over all 6 devices: " in done.stdout
     assert "slow" in done.stderr
