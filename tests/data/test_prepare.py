@@ -314,7 +314,7 @@ def test_a_stopped_worker_is_named(
 ):
     worker_script(
         tmp_path,
-        f'(sleep 1.5; kill -CONT $$) & kill -STOP $$; exec {sys.executable} "$@"',
+        f'(sleep 3; kill -CONT $$) & kill -STOP $$; exec {sys.executable} "$@"',
         monkeypatch,
     )
     monkeypatch.setattr(module, "_PATIENCE", 0.5)
@@ -357,7 +357,7 @@ for _ in prepare._in_processes(job, 2):
         process.send_signal(number)
         process.stdout.read()
     assert len(workers) == 2 and process.returncode != 0
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 100
     # A process that has ended has no exe, even before its parent collects it.
     while alive := [worker for worker in workers if Path(f"/proc/{worker}/exe").exists()]:
         assert time.monotonic() < deadline, f"{alive} are left"

@@ -39,7 +39,7 @@ SelectTypeParameters=CR_CPU
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0
 SlurmdParameters=config_overrides
 ReturnToService=2
-KillWait=30
+KillWait=200
 CompleteWait=0
 MailProg=/bin/true
 CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
@@ -80,7 +80,7 @@ class Cluster:
 
     def wait_for(self, job: str, state: str, log: Callable[[str], str]) -> None:
         """Waits until a job is in a state; if it is not in time, shows its log."""
-        deadline = time.monotonic() + 180
+        deadline = time.monotonic() + 400
         while (found := self.state(job)["JobState"]) != state:
             assert time.monotonic() < deadline, f"{found}\n{log(job)}"
             time.sleep(0.2)
@@ -108,7 +108,7 @@ class Cluster:
         self.run("slurmctld", "-i")
         for node in NODES:
             self.run("slurmd", "-N", node)
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 200
         while self.run("sinfo", "--noheader", "--Node", "--format=%t").split() != ["idle"] * 4:
             assert time.monotonic() < deadline, self.run("sinfo")
             time.sleep(0.1)
@@ -117,7 +117,7 @@ class Cluster:
         """Cancels all jobs, and ends the daemons."""
         with contextlib.suppress(AssertionError, subprocess.TimeoutExpired):
             self.run("scancel", "--user=root", "--full")
-            deadline = time.monotonic() + 40
+            deadline = time.monotonic() + 100
             while self.run("squeue", "--noheader") and time.monotonic() < deadline:
                 time.sleep(0.2)
             self.run("scontrol", "shutdown")

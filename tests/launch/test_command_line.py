@@ -5,7 +5,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from ml_collections.config_dict import placeholder
 
 from launch import command_line
 from moe.config import ConfigError, RunConfig
+from tests.jobs import answers_within
 
 ROOT = Path(__file__).parents[2]
 COMMAND = '''"""Trains nothing.
@@ -207,12 +207,7 @@ def test_bad_input_gets_one_line_and_exit_code_2(
 
 
 def test_bad_input_is_answered_in_two_seconds(directory: Path) -> None:
-    seconds = []
-    for _ in range(3):  # the quickest, for other tests may run beside this one
-        start = time.perf_counter()
-        assert run(directory, *WHOLE, "--config.model.num_heads=3").returncode == 2
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 2
+    assert answers_within(2.0, lambda: run(directory, *WHOLE, "--config.model.num_heads=3"))
 
 
 def test_main_gets_the_flags_and_its_exit_code_is_that_of_the_command(directory: Path) -> None:

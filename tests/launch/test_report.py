@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from PIL import Image
 from launch.plotting import THEMES
 from launch.report import report
 from moe.config import ConfigError, MoEConfig, RunConfig
+from tests.jobs import answers_within
 from tests.launch.report_runs import colours, images, make_run, text
 
 ROOT = Path(__file__).parents[2]
@@ -291,12 +291,8 @@ def test_a_directory_that_is_no_run_gets_one_line(
 
 
 def test_a_mistyped_directory_is_answered_in_two_seconds(tmp_path: Path) -> None:
-    seconds = []
-    for _ in range(3):  # the quickest, for other tests may run beside this one
-        start = time.perf_counter()
-        assert run(f"--workdir={tmp_path / 'nowhere'}").returncode == 2
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 2
+    assert run(f"--workdir={tmp_path / 'nowhere'}").returncode == 2
+    assert answers_within(2.0, lambda: run(f"--workdir={tmp_path / 'nowhere'}"))
 
 
 def test_help_says_what_the_page_has() -> None:

@@ -3,10 +3,10 @@
 Training is killed, interrupted and resumed.
 """
 
+import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -26,7 +26,7 @@ from moe.config import (
 )
 from moe.training.trainer import fit
 from moe.workdir.tracking import read_metrics
-from tests.jobs import SMALL_MODEL
+from tests.jobs import SMALL_MODEL, answers_within, wait_for_step
 
 ROOT = Path(__file__).parents[2]
 SMALL = {
@@ -130,7 +130,7 @@ def test_benchmark_reports_rates_that_agree():
     assert result["devices"] == "8 x cpu" and result["temporary_bytes_per_device"] > 0
 
 
-def train(workdir, data_directory, **popen):
+def train(workdir, data_directory, config="configs/dense_tiny.py", **popen):
     flags = SMALL | {
         "train.steps": 30,
         "train.checkpoint_every": 7,
@@ -141,20 +141,13 @@ def train(workdir, data_directory, **popen):
         sys.executable,
         "-m",
         "launch.train",
-        "--config=configs/dense_tiny.py",
+        f"--config={config}",
         f"--workdir={workdir}",
     ]
     command += [f"--config.{name}={value}" for name, value in flags.items()]
     return subprocess.Popen(
         command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **popen
     )
-
-
-def wait_for_step(process, workdir, step):
-    path, deadline = workdir / "metrics.jsonl", time.monotonic() + 120
-    while not (path.exists() and f'"step": {step},' in path.read_text()):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.01)
 
 
 def deterministic(workdir):
@@ -166,16 +159,17 @@ def deterministic(workdir):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_killed_run_resumes_bit_for_bit(tmp_path, data_directory):
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     for step in (3, 11, 20):
         process = train(killed, data_directory)
-        wait_for_step(process, killed, step)
+        wait_for_step(killed, step, process)
         process.send_signal(signal.SIGKILL)
         process.communicate()
     for workdir in (killed, whole):
         process = train(workdir, data_directory)
-        _, errors = process.communicate(timeout=200)
+        _, errors = process.communicate()
         assert process.returncode == 0, errors
     assert deterministic(killed) == deterministic(whole)
     assert evaluate(killed) == evaluate(whole)
@@ -184,14 +178,17 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path, data_directory):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_exits_with_its_code(tmp_path, data_directory, number):
-    process = train(tmp_path, data_directory)
-    wait_for_step(process, tmp_path, 3)
+    gate = tmp_path / "open"
+    environment = os.environ | {"GATE": f"10:{gate}"}
+    process = train(tmp_path / "run", data_directory, "tests/launch/gated.py", env=environment)
+    wait_for_step(tmp_path / "run", 3, process)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
+    gate.touch()
+    _, errors = process.communicate()
     assert process.returncode == 75, errors
     assert "run the same command again to go on" in errors.splitlines()[-1]
-    saved = [int(path.name) for path in (tmp_path / "checkpoints").iterdir()]
-    assert max(saved) == read_metrics(tmp_path)[-1]["step"] >= 3
+    saved = [int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert max(saved) == read_metrics(tmp_path / "run")[-1]["step"] >= 3
 
 
 @pytest.mark.slow
@@ -202,7 +199,7 @@ def test_a_run_whose_reader_has_left_trains_to_its_end(tmp_path, data_directory)
     process.stderr.read(1)
     process.stderr.close()
     process.stdout.close()
-    assert process.wait(200) == 0
+    assert process.wait() == 0
     assert read_metrics(tmp_path)[-1]["step"] == 30 and (tmp_path / "checkpoints" / "30").is_dir()
 
 
@@ -237,7 +234,7 @@ def test_ctrl_c_during_imports_is_answered_in_one_line(tmp_path, command, module
         assert any(line.split("|")[-1].strip() == module for line in imported)
         process.send_signal(signal.SIGINT)
         errors = [line for line in imported if not line.startswith("import time:")]
-        assert process.wait(20) == 75 and errors == [
+        assert process.wait() == 75 and errors == [
             "interrupted: before there was anything to save\n"
         ]
 
@@ -270,11 +267,11 @@ DENSE = "--config=configs/dense_tiny.py"
     ],
 )
 def test_bad_input_is_answered_in_one_line_and_two_seconds(tmp_path, command, arguments, words):
-    begin = time.monotonic()
-    done = run(command, *(argument.format(empty=tmp_path) for argument in arguments))
-    assert time.monotonic() - begin < 2
+    arguments = [argument.format(empty=tmp_path) for argument in arguments]
+    done = run(command, *arguments)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done
     assert words in done.stderr
+    assert answers_within(2.0, lambda: run(command, *arguments))
 
 
 @pytest.mark.slow
@@ -317,7 +314,6 @@ def test_bad_input_that_needs_jax_or_a_data_set_is_answered_in_one_line(
     ],
 )
 def test_help_teaches_and_is_quick(command):
-    begin = time.monotonic()
     done = run(command, "--help")
-    assert time.monotonic() - begin < 2
+    assert answers_within(2.0, lambda: run(command, "--help"))
     assert done.returncode == 0 and f"python -m launch.{command} --" in done.stdout

@@ -17,7 +17,7 @@ from tests.launch.test_runs import SMALL
 ROOT = Path(__file__).parents[2]
 pytestmark = [
     pytest.mark.slurm,
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(1200),
     pytest.mark.skipif(bool(why_not()), reason=str(why_not())),
 ]
 
@@ -40,14 +40,14 @@ class Run:
         fields = SMALL | {
             "train.steps": steps,
             "train.eval_every": steps,
-            "train.checkpoint_every": 1000,
+            "train.checkpoint_every": steps,
             "data.directory": self._data_directory,
             "tracking.tensorboard": False,
         }
         return submit(
             self._slurm,
             f"--workdir={self.directory}",
-            "--config=configs/dense_tiny.py",
+            "--config=tests/launch/gated.py",
             *(f"--config.{name}={value}" for name, value in fields.items()),
             *arguments,
         )
@@ -69,15 +69,15 @@ class Run:
     def wait_for_step(self, job: str, step: int) -> None:
         wait(lambda: max(self.steps(), default=0) >= step, lambda: self.log(job))
 
-    def wait_for_log(self, job: str, words: str) -> None:
-        wait(lambda: words in self.log(job), lambda: self.log(job))
+    def wait_for_log(self, job: str, words: str, times: int = 1) -> None:
+        wait(lambda: self.log(job).count(words) >= times, lambda: self.log(job))
 
 
 def submit(slurm: Cluster, *arguments: str, nodes: int = 2) -> str:
     done = subprocess.run(
         [sys.executable, "-m", "launch.slurm", f"--nodes={nodes}", "--backoff_s=1", *arguments],
         cwd=ROOT,
-        env=slurm.environment,
+        env={"GATE": ""} | slurm.environment,
         capture_output=True,
         text=True,
     )
@@ -85,7 +85,7 @@ def submit(slurm: Cluster, *arguments: str, nodes: int = 2) -> str:
     return done.stdout.split()[2].rstrip(";")
 
 
-def wait(is_true, describe, timeout_s: float = 180) -> None:
+def wait(is_true, describe, timeout_s: float = 400) -> None:
     deadline = time.monotonic() + timeout_s
     while not is_true():
         assert time.monotonic() < deadline, describe()
@@ -128,8 +128,9 @@ def test_a_preempted_job_is_queued_again_and_resumes(slurm: Cluster, run: Run) -
     saved = max(run.saved())
     run.wait_for_step(job, saved + 3)
     assert slurm.state(job)["Restarts"] == "1"
+    told = run.log(job).count("the job is queued again")
     slurm.run("scancel", "--batch", "--signal=USR1", job)
-    run.wait_for_log(job, "the job is queued again")
+    run.wait_for_log(job, "the job is queued again", told + 1)
     saved = max(run.saved())
     run.wait_for_step(job, saved + 3)
     assert slurm.state(job)["Restarts"] == "2"
@@ -139,10 +140,15 @@ def test_a_preempted_job_is_queued_again_and_resumes(slurm: Cluster, run: Run) -
     assert run.steps() == list(range(1, max(run.saved()) + 1))
 
 
-def test_a_killed_process_starts_the_job_again(slurm: Cluster, run: Run) -> None:
+def test_a_killed_process_starts_the_job_again(
+    slurm: Cluster, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = run.directory.with_name("open")
+    monkeypatch.setitem(slurm.environment, "GATE", f"50:{gate}")
     job = run.submit("--config.train.checkpoint_every=20", steps=100)
     wait(lambda: max(run.saved(), default=0) >= 20, lambda: run.log(job))
     os.kill(process_id(job, rank=1), signal.SIGKILL)
+    gate.touch()
     run.wait_for_log(job, "restart 1 of 3 in 1 s")
     slurm.wait_for(job, "COMPLETED", run.log)
     assert slurm.state(job)["Restarts"] == "0"  # SLURM has seen one start only
@@ -180,7 +186,7 @@ def test_an_array_runs_a_command_of_the_user(slurm: Cluster, tmp_path: Path) -> 
     )
     logs = [tmp_path / "slurm" / f"{job}_{element}.log" for element in range(3)]
     ended = lambda: all(log.exists() and "exit code 0" in log.read_text() for log in logs)
-    wait(ended, lambda: [log.read_text() for log in logs if log.exists()], 60)
+    wait(ended, lambda: [log.read_text() for log in logs if log.exists()])
     for element, log in enumerate(logs):
         assert f"\n{element} of 3\n" in log.read_text()
         assert ("restart 1 of 3" in log.read_text()) == (element == 1)
@@ -189,7 +195,7 @@ def test_an_array_runs_a_command_of_the_user(slurm: Cluster, tmp_path: Path) -> 
 def test_a_chain_goes_on_after_any_end(slurm: Cluster, tmp_path: Path) -> None:
     submit(slurm, "--chain=2", f"--workdir={tmp_path}", "--", "bash", "-c", "exit 3")
     ended = lambda: [log.read_text() for log in (tmp_path / "slurm").glob("*.log")]
-    wait(lambda: sum("ended with exit code 3" in log for log in ended()) == 2, ended, 60)
+    wait(lambda: sum("ended with exit code 3" in log for log in ended()) == 2, ended)
 
 
 def test_a_signal_reaches_one_element_of_an_array(slurm: Cluster, tmp_path: Path) -> None:
@@ -203,10 +209,10 @@ def test_a_signal_reaches_one_element_of_an_array(slurm: Cluster, tmp_path: Path
     job = submit(slurm, *arguments, "--", "bash", "-c", command, nodes=1)
     logs = [tmp_path / "slurm" / f"{job}_{element}.log" for element in range(2)]
     read = lambda: [log.read_text() if log.exists() else "" for log in logs]
-    wait(lambda: all("begun" in text for text in read()), read, 60)
+    wait(lambda: all("begun" in text for text in read()), read)
     slurm.run("scancel", "--batch", "--signal=USR1", f"{job}_1")
-    wait(lambda: "ended with exit code 0" in read()[1], read, 60)
+    wait(lambda: "ended with exit code 0" in read()[1], read)
     assert "the job is queued again" in read()[1] and "ended" not in read()[0]
     (tmp_path / "end").touch()
-    wait(lambda: "ended with exit code 0" in read()[0], read, 60)
+    wait(lambda: "ended with exit code 0" in read()[0], read)
     assert "queued again" not in read()[0]

@@ -121,4 +121,4 @@ def test_sigterm_saves_and_ends(command, backoff, code) -> None:
         if "exit 1" in command:
             assert "restart 1 of 10 in 60 s" in process.stdout.readline()
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == code
+        assert process.wait(100) == code

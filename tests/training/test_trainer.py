@@ -580,7 +580,7 @@ def test_a_second_signal_of_either_kind_ends_a_process_that_runs_no_python(first
         while "stopping: this step is finished and saved first" not in process.stderr.readline():
             pass
         process.send_signal(second)
-        assert process.wait(20) == 128 + second
+        assert process.wait(50) == 128 + second
         assert (
             "stopped at once: what was trained since the last checkpoint is lost"
             in process.stderr.read()
