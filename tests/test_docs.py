@@ -1,9 +1,13 @@
-"""Every link between the pages of this repository leads to a file, and to a heading of it."""
+"""What the pages of this repository link to and name exists: pages, files, commands and flags."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from launch.help_text import config_fields
+from moe.config import RunConfig
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
@@ -35,3 +39,57 @@ def test_every_page_of_docs_can_be_reached() -> None:
         links = re.findall(r"\]\((?!\w+:)([^)#\s]+\.md)", page.read_text())
         new += {(page.parent / link).resolve() for link in links} - reached
     assert {page for page in PAGES if page.parent != ROOT} <= reached
+
+
+# Commands that a page shows, in code of either kind. A \ continues a line.
+CODE = re.compile(r"^```.*?\n(.*?)^```|`([^`\n]+)`", re.MULTILINE | re.DOTALL)
+FILES = re.compile(r"(?<![\w/$])(?:configs|docs|kernels|launch|moe|tests)/[\w./-]*\.\w+")
+# What stands for a file of the reader.
+EXAMPLES = {"configs/NAME.py", "configs/x.py", "kernels/grouped_matmul/NAME.py"}
+
+
+def code_of(page: Path) -> Iterator[str]:
+    """Yields the lines of code of a page, and its code between words."""
+    for match in CODE.finditer(page.read_text()):
+        yield from (match[1] or match[2]).replace("\\\n", " ").splitlines()
+
+
+def flags_of(command: str) -> set[str]:
+    """Returns the flags that a command defines, but those of config fields, as its source says."""
+    path = ROOT / "launch" / f"{command}.py"
+    path = path if path.exists() else ROOT / "launch" / command / "__main__.py"
+    text = path.read_text()
+    names = set(re.findall(r"(?:DEFINE_\w+|define_directory)\(\s*\"(\w+)\"", text))
+    names |= {name for name in ("config", "workdir") if f"define_{name}(" in text}
+    if "devices=True" in text:
+        names |= {"coordinator_address", "num_processes", "process_id"}
+    if "train.define_flags()" in text:
+        names |= flags_of("train")
+    return names | {"help"}
+
+
+def commands_in(line: str) -> Iterator[tuple[str, list[str]]]:
+    """Yields each launch.NAME of a line of code, and the names of the flags behind it."""
+    for part in re.split(r" -- |[;&|]", line):
+        if match := re.search(r"(?:^|\s)launch\.(\w+)(?: (.*))?$", part.strip()):
+            words = (match[2] or "").split(" #")[0]
+            yield match[1], re.findall(r"(?:^|\s)\"?--([\w.-]+)", words)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_commands_and_their_flags_exist(page: Path) -> None:
+    fields = {name for name, _ in config_fields(RunConfig())}
+    for line in code_of(page):
+        for command, flags in commands_in(line):
+            if command == "COMMAND":
+                continue
+            unknown = [flag for flag in flags if flag not in flags_of(command) | fields]
+            assert not unknown, f"{page.name}: {line}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_files_that_are_named_exist(page: Path) -> None:
+    for line in code_of(page):
+        named = set(FILES.findall(line)) - EXAMPLES
+        missing = [path for path in named if not (ROOT / path).exists()]
+        assert not missing, f"{page.name}: {line}"
