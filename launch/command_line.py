@@ -10,7 +10,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,7 +30,6 @@ from moe.storage.paths import RunPath, cloud_errors, explain, run_path
 from moe.training.progress import Stream
 
 Main = Callable[[flags.FlagValues], int | None]
-Configs = Callable[[flags.FlagValues], Iterable[RunConfig]]
 
 # The flags that functions of this file define are listed in the help of the calling command, as if
 # the command had defined them itself.
@@ -108,13 +107,7 @@ def _define_cluster() -> None:
     )
 
 
-def run(
-    main: Main,
-    description: str | None,
-    *,
-    devices: bool = False,
-    configs: Configs = lambda values: [read_run_config(values.config)],
-) -> NoReturn:
+def run(main: Main, description: str | None, *, devices: bool = False) -> NoReturn:
     """Parses this process's flags, calls `main` with them, and exits with the code that it returns.
 
     None stands for 0. Bad input (a flag, a config, a path) gets one line on stderr and exit code 2;
@@ -123,35 +116,34 @@ def run(
     one of them.
 
     A command that uses `devices` first joins the other processes of its job, if there are any. Then
-    each of them has a log file, and only process 0 prints. The devices must be those that all
-    `configs` want, which are by default the one of --config.
+    each of them has a log file, and only process 0 prints.
     """
     # If the reader of a pipe leaves, as in `| head -1`, the output stops and the command goes on.
     sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
     if devices:
         _define_cluster()
     parse = functools.partial(_parse, description or "")
-    app.run(functools.partial(_call, main, configs if devices else None), flags_parser=parse)
+    app.run(functools.partial(_call, main, devices), flags_parser=parse)
 
 
-def _call(main: Main, configs: Configs | None, _: list[str]) -> int:
-    code = _exit_code(main, configs)
+def _call(main: Main, devices: bool, _: list[str]) -> int:
+    code = _exit_code(main, devices)
     if code:
         watch.leave(code)  # else JAX would wait minutes for the other processes of the job
     return code
 
 
-def _exit_code(main: Main, configs: Configs | None) -> int:
-    """Joins the job if there are `configs`, calls `main`, and returns the command's exit code."""
+def _exit_code(main: Main, devices: bool) -> int:
+    """Joins the job if `devices` is set, calls `main`, and returns the exit code of the command."""
     try:
-        if configs:
+        if devices:
             # `kill -USR1` shows what each thread of a process does, which goes on.
             faulthandler.register(signal.SIGUSR1, file=2, all_threads=True)
             # Before a run has anything to save, SIGTERM ends it as Ctrl-C does.
             interrupt = signal.getsignal(signal.SIGINT)
             signal.signal(signal.SIGTERM, interrupt or signal.default_int_handler)
             use_cache(os.environ)
-            _join(flags.FLAGS, configs)
+            _join(flags.FLAGS)
         return main(flags.FLAGS) or 0
     except distributed.NotJoined as error:
         print(f"not joined: {error}", file=sys.stderr)
@@ -174,10 +166,10 @@ def _exit_code(main: Main, configs: Configs | None) -> int:
         return INTERRUPTED
 
 
-def _join(values: flags.FlagValues, configs: Configs) -> None:
+def _join(values: flags.FlagValues) -> None:
     """Joins the other processes of this job, if a scheduler or a flag says that there are any."""
     # A mistake in the config is told before anybody waits for anybody.
-    meshes = [config.mesh for config in configs(values)] if "config" in values else []
+    mesh = read_run_config(values.config).mesh if "config" in values else None
     cluster = distributed.find_cluster(
         os.environ, values.coordinator_address, values.num_processes, values.process_id
     )
@@ -189,7 +181,7 @@ def _join(values: flags.FlagValues, configs: Configs) -> None:
         return
     directory = _start_log(values, cluster)
     try:
-        distributed.join(cluster, meshes)
+        distributed.join(cluster, mesh)
     except distributed.NotJoined as error:
         if cluster.process_id == 1:  # process 0, which is shown, may not be there
             logs.show(f"not joined: {error}")

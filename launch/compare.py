@@ -369,15 +369,11 @@ def compare(runs: list[Run], workdir: RunPath) -> str:
     return text
 
 
-def read_flags(values: flags.FlagValues) -> tuple[dict[str, RunConfig], tuple[int, ...]]:
-    """Returns the variants and seeds that --config names. Raises ConfigError."""
-    base = command_line.read_run_config(values.config)
-    return read_experiment(config_flags.get_config_filename(values["config"]), base)
-
-
 def main(values: flags.FlagValues) -> int:
+    base = command_line.read_run_config(values.config)
     workdir = run_path(values.workdir)
-    runs = plan_runs(*read_flags(values), workdir)
+    path = config_flags.get_config_filename(values["config"])
+    runs = plan_runs(*read_experiment(path, base), workdir)
     if not values.report_only:
         # fit() has signal handlers of its own. Between two runs everything is saved, so that
         # SIGTERM may end the command at once, as Ctrl-C does.
@@ -403,5 +399,4 @@ if __name__ == "__main__":
     flags.DEFINE_boolean(
         "report_only", False, "Compares the runs that are there, and trains nothing."
     )
-    configs = lambda values: read_flags(values)[0].values()
-    command_line.run(main, __doc__, devices=True, configs=configs)
+    command_line.run(main, __doc__, devices=True)

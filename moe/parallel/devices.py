@@ -71,20 +71,22 @@ def check_gpus(arrivals: Sequence[Arrival]) -> None:
 
 
 def check_devices(
-    arrivals: Sequence[Arrival], counts: Sequence[int], meshes: Sequence[MeshConfig]
+    arrivals: Sequence[Arrival], counts: Sequence[int], mesh: MeshConfig | None
 ) -> None:
-    """Raises NotJoined if processes see different numbers of devices, or not those of all meshes.
+    """Raises NotJoined if processes see different numbers of devices, or not those of the mesh.
 
     `counts` has the number of devices of each process.
     """
     _check_equal(arrivals, counts, "device")
-    for wanted in (math.prod(mesh.sizes) for mesh in meshes if -1 not in mesh.sizes):
-        if wanted != sum(counts):
-            raise NotJoined(
-                f"each of the {len(counts)} processes sees {counted(counts[0], 'device')}, which "
-                f"makes {sum(counts)}, and config.mesh wants {wanted}: show each process all "
-                "devices of its host, start as many processes as are needed, or set config.mesh"
-            )
+    if mesh is None or -1 in mesh.sizes:
+        return
+    wanted = math.prod(mesh.sizes)
+    if wanted != sum(counts):
+        raise NotJoined(
+            f"each of the {len(counts)} processes sees {counted(counts[0], 'device')}, which "
+            f"makes {sum(counts)}, and config.mesh wants {wanted}: show each process all devices "
+            "of its host, start as many processes as are needed, or set config.mesh"
+        )
 
 
 def _check_equal(arrivals: Sequence[Arrival], counts: Sequence[int], thing: str) -> None:

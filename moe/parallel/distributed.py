@@ -56,13 +56,13 @@ class Late(RuntimeError):
 
 
 def join(
-    cluster: Cluster, meshes: Sequence[MeshConfig] = (), timeout_s: float = ARRIVAL_SECONDS
+    cluster: Cluster, mesh: MeshConfig | None = None, timeout_s: float = ARRIVAL_SECONDS
 ) -> None:
     """Starts JAX over all processes of the job, and checks what each of them sees.
 
-    From then on the watch ends this process if another one dies or is stuck. `meshes` are those of
-    the command's runs, where it has any. Raises NotJoined with one line that names the processes
-    that did not come within `timeout_s`, or that see the wrong devices.
+    From then on the watch ends this process if another one dies or is stuck. `mesh` is the run's,
+    where the command has a config. Raises NotJoined with one line that names
+    the processes that did not come within `timeout_s`, or that see the wrong devices.
     """
     arrivals = meet(cluster, visible_gpus(os.environ), timeout_s)
     check_gpus(arrivals)
@@ -81,7 +81,7 @@ def join(
         ) from None
     _client().key_value_set(_host_key(cluster.process_id), arrivals[cluster.process_id].host)
     counts = collections.Counter(device.process_index for device in jax.devices())
-    check_devices(arrivals, [counts[n] for n in range(cluster.num_processes)], meshes)
+    check_devices(arrivals, [counts[n] for n in range(cluster.num_processes)], mesh)
     share_cache(arrivals)
     print(
         f"{own.name}, {counted(jax.local_device_count(), 'device')}, "

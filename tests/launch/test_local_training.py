@@ -175,19 +175,6 @@ def test_an_evaluation_prints_json_alone(whole: Path, tmp_path: Path) -> None:
     assert json.loads(output)["step"] == STEPS, output
 
 
-def test_a_comparison_joins_with_the_meshes_of_its_variants(tmp_path: Path) -> None:
-    (tmp_path / "experiment.py").write_text(
-        "from configs.dense_tiny import get_config as get_config\n"
-        "VARIANTS = {'here': {}, 'there': {'mesh.data': 1, 'mesh.fsdp': 8}}\nSEEDS = (0,)\n"
-    )
-    flags = [f"--config={tmp_path}/experiment.py", f"--workdir={tmp_path}/runs"]
-    process = start_local(["launch.compare", *flags])
-    _, error = process.communicate(timeout=600)
-    assert process.returncode == 69, error
-    assert "which makes 4, and config.mesh wants 8: " in error
-    assert not (tmp_path / "runs" / "here").exists()
-
-
 def test_bad_input_of_the_command_is_told_once(tmp_path: Path, data_directory: str) -> None:
     command = train_command(tmp_path, data_directory, **{"mesh.fsdp": 3})
     process = start_local(command, "--restarts=1")
