@@ -26,7 +26,7 @@ from moe.config.checks import expand_run_path, show
 from moe.exit_codes import BAD_INPUT, INTERRUPTED, NOT_JOINED, PEER_STUCK
 from moe.files import announce_wait
 from moe.parallel import distributed, watch
-from moe.storage.paths import RunPath, cloud_errors, explain, run_path
+from moe.storage.paths import cloud_errors, explain, run_path
 from moe.training.progress import Stream
 
 Main = Callable[[flags.FlagValues], int | None]
@@ -179,29 +179,28 @@ def _join(values: flags.FlagValues) -> None:
         if note := distributed.why_alone(os.environ):
             print(note, file=sys.stderr)
         return
-    directory = _start_log(values, cluster)
+    places = _start_log(values, cluster)
     try:
         distributed.join(cluster, mesh)
     except distributed.NotJoined as error:
         if cluster.process_id == 1:  # process 0, which is shown, may not be there
             logs.show(f"not joined: {error}")
         raise
-    watch.show_last_lines(
-        lambda process_id: "\n".join(logs.last_lines(logs.log_path(directory, process_id)))
-    )
+    watch.show_last_lines(lambda process_id: "\n".join(logs.last_lines(places.path(process_id))))
 
 
-def _start_log(values: flags.FlagValues, cluster: distributed.Cluster) -> RunPath:
-    """Gives this process of a job its own log file, and returns the folder of all of them.
+def _start_log(values: flags.FlagValues, cluster: distributed.Cluster) -> logs.Places:
+    """Gives this process of a job its own log file, and returns where those of all are.
 
     From here on only process 0 is shown.
     """
     workdir = run_path(values.workdir) if "workdir" in values else None
-    directory = logs.log_directory(Path(sys.argv[0]).stem, workdir)
-    path = logs.log_path(directory, cluster.process_id)
-    logs.start(path, cluster.process_id, cluster.num_processes)
-    watch.use_log(logs.show, logs.finish)
-    return directory
+    places = logs.find_places(Path(sys.argv[0]).stem, workdir, cluster.coordinator)
+    rank = cluster.process_id
+    run_log = logs.log_path(places.run, rank) if places.run is not None else None
+    logs.start(logs.log_path(places.first, rank), rank, cluster.num_processes, run_log)
+    watch.use_log(logs.show, logs.finish, logs.own)
+    return places
 
 
 def _parse(description: str, argv: list[str]) -> list[str]:

@@ -48,4 +48,5 @@ while :; do
   run sleep $((backoff_s << restarts))
   [ -z "$stopping" ] || exit 75
   restarts=$((restarts + 1))
+  export MOE_RESTART_COUNT=$restarts # the command then waits until the last start has ended
 done

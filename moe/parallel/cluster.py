@@ -81,6 +81,16 @@ def why_alone(environment: Mapping[str, str]) -> str | None:
     )
 
 
+def is_restarted(environment: Mapping[str, str]) -> bool:
+    """Returns whether a scheduler, and no person, has started this job again.
+
+    SLURM and JobSet count their restarts. launch.local, the batch script of launch.slurm and
+    launch/tpu/host.sh count their own in MOE_RESTART_COUNT.
+    """
+    counts = ("SLURM_RESTART_COUNT", "JOBSET_RESTART_ATTEMPT", "MOE_RESTART_COUNT")
+    return any(_optional_int(environment, name) for name in counts)
+
+
 def expand_hosts(text: str) -> list[str]:
     """Returns the hosts of a SLURM node list: "a[08-10,12],b" is a08, a09, a10, a12, b.
 

@@ -122,9 +122,8 @@ class Checkpoints:
 
         explain = lambda error: self._save_error(path, error)
         call_orbax(self._checkpointer.wait_until_finished, explain)
-        self._check()
         if jax.process_index() == 0:
-            call_orbax(lambda: write_about(path, about), explain)
+            call_orbax(lambda: write_about(path, about, self._check), explain)
             self._delete_old_ones()
 
     def _save_error(self, path: RunPath, error: Exception) -> Exception:
@@ -150,6 +149,7 @@ class Checkpoints:
         ]
         for step in old + unfinished_steps(self.directory):
             path = self.directory / str(step)
+            self._check()
             try:
                 # about.json goes first, so that a reader can tell a checkpoint that is being
                 # deleted from one that is damaged.

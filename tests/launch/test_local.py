@@ -263,14 +263,15 @@ starts = len(open(f"starts-{{rank}}").read())
 
 def test_a_start_that_worked_for_long_begins_a_new_count(tmp_path: Path) -> None:
     body = """
-open("starts", "a").write("x")
+open("starts", "a").write(os.environ.get("MOE_RESTART_COUNT", "0"))
 starts = len(open("starts").read())
 time.sleep(2 if starts == 2 else 0)
 sys.exit(1)
 """
     _, error, code = run(tmp_path, body, processes=1, restarts=1, long_start=2.0)
     assert code == 1 and error.count("restart 1 of 1") == 2
-    assert (tmp_path / "starts").read_text() == "xxx"
+    # Each start knows which one it is, so that it waits for the lock of its run.
+    assert (tmp_path / "starts").read_text() == "012"
 
 
 def test_a_signal_ends_the_wait_for_a_restart(tmp_path: Path) -> None:

@@ -36,7 +36,8 @@ FLAGS = {
 }
 # Each notes its arguments. srun ends with the next code of the file `codes`, or at SIGTERM with 75.
 TOOLS = {
-    "srun": 'echo "srun $*" >>calls; read -r code <codes; sed -i 1d codes\n'
+    "srun": 'echo "srun $*" >>calls; echo "${MOE_RESTART_COUNT-0}" >>counts\n'
+    "read -r code <codes; sed -i 1d codes\n"
     '[ "$code" = wait ] || exit "$code"\n'
     "trap 'exit 75' TERM; echo $$ >pid; while :; do /bin/sleep 0.05; done",
     "scancel": 'echo "scancel $*" >>calls; [ ! -f pid ] || kill -TERM "$(cat pid)"',
@@ -157,6 +158,8 @@ def test_restarts_wait_longer_each_time(start, tmp_path) -> None:
     start(1, 1, 1, 1, backoff_s=10).communicate(timeout=30)
     waits = [call for call in calls(tmp_path) if call != "srun"]
     assert waits == ["sleep 10", "sleep 20", "sleep 40"]
+    # A start that is counted waits for the lock of its run.
+    assert (tmp_path / "counts").read_text().split() == ["0", "1", "2", "3"]
 
 
 @pytest.mark.parametrize(

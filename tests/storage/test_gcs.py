@@ -152,11 +152,11 @@ def test_a_lease_is_held_renewed_lost_and_given_back(
     monkeypatch.setattr(owner, "LEASE_SECONDS", 0.5)
     monkeypatch.setattr(owner, "POLL_SECONDS", 0.05)
     directory = run_path(workdir)
-    with own_run(directory) as check:
+    with own_run(directory) as (check, _):
         check()
         with pytest.raises(ConfigError, match="is being written by process"), own_run(directory):
             pass
-    with own_run(directory) as check:
+    with own_run(directory) as (check, _):
         assert names(directory / "lease") == ["2"]
         (directory / "lease" / "3").write_text('{"holder": "process 7 on node-1"}')
         with pytest.raises(LostRun, match="taken over by process 7 on node-1"):
