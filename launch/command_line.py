@@ -23,10 +23,10 @@ from launch.config_file import ConfigFileErrors, check_config_file
 from launch.help_text import config_fields, help_text
 from moe.config import ConfigError, RunConfig
 from moe.config.checks import expand_run_path, show
-from moe.exit_codes import BAD_INPUT, INTERRUPTED, NOT_JOINED, PEER_STUCK
+from moe.exit_codes import BAD_INPUT, INTERRUPTED, NOT_JOINED, PEER_STUCK, UNREACHABLE
 from moe.files import announce_wait
 from moe.parallel import distributed, watch
-from moe.storage.paths import cloud_errors, explain, run_path
+from moe.storage.paths import Unreachable, cloud_errors, explain, is_unreachable, run_path
 from moe.training.progress import Stream
 
 Main = Callable[[flags.FlagValues], int | None]
@@ -128,6 +128,9 @@ def run(main: Main, description: str | None, *, devices: bool = False) -> NoRetu
 
 def _call(main: Main, devices: bool, _: list[str]) -> int:
     code = _exit_code(main, devices)
+    if code == UNREACHABLE:
+        watch.leave(code)
+        watch.fatal(code)  # threads of the store's client would still try for minutes
     if code:
         watch.leave(code)  # else JAX would wait minutes for the other processes of the job
     return code
@@ -153,8 +156,11 @@ def _exit_code(main: Main, devices: bool) -> int:
         return PEER_STUCK
     except (ConfigError, FileNotFoundError) as error:
         return _fail(error)
-    except cloud_errors() as error:
-        return _fail(explain(error))
+    except (Unreachable, *cloud_errors()) as error:
+        if not is_unreachable(error):
+            return _fail(explain(error))
+        print(f"unreachable: {explain(error)}", file=sys.stderr)
+        return UNREACHABLE
     except OSError as error:
         # A full disk or a lost connection has an error number but no file name: no flag is to blame
         # for it. A bad path has both, and an OSError that this project raises has neither.

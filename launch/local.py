@@ -29,6 +29,7 @@ and at most 60 seconds. A start that has worked for 10 minutes begins a new coun
     2    bad input                                                     no: it would be the same
     3    diverged                                                      no: it would be the same
     69   not all processes came, or they see the wrong devices         yes
+    74   the object store of the run did not answer                    yes
     75   stopped by Ctrl-C or SIGTERM, and saved                       no: you stopped it
     76   a process died                                                yes
     77   a process was stuck                                           yes

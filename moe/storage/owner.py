@@ -25,7 +25,14 @@ from typing import Any, NamedTuple
 
 from moe.config import ConfigError
 from moe.files import NoLocks, announce_wait, this_process, try_lock
-from moe.storage.paths import RunPath, cloud_errors, create, make_directory, write_whole
+from moe.storage.paths import (
+    RunPath,
+    cloud_errors,
+    create,
+    is_lost,
+    make_directory,
+    write_whole,
+)
 
 LOCK_FILE = "run.lock"  # is locked by the process that writes the run, and names it
 LEASE_DIRECTORY = "lease"
@@ -159,12 +166,17 @@ def _hold_lease(wait: _Wait) -> Iterator[Ownership]:
     is_over = threading.Event()
     renewer = threading.Thread(target=lease.renew_until, args=(is_over,), daemon=True)
     renewer.start()
+    is_reachable = True
     try:
         yield Ownership(lease.check, lease.number)
+    except (OSError, *cloud_errors()) as error:
+        is_reachable = not is_lost(wait.workdir, error)
+        raise
     finally:
         is_over.set()
-        renewer.join()
-        lease.release()
+        if is_reachable:
+            renewer.join()
+            lease.release()
 
 
 class _Seen(NamedTuple):

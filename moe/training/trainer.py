@@ -121,7 +121,8 @@ def _fit(
         report_new_schedule(workdir, config, state)
         records = open_records(workdir, config, program, int(state.step), check)
         records = stack.enter_context(records)
-        vote = Vote(program.mesh, asks_to_stop(interrupted, os.environ))
+        save_seconds = lambda: checkpoints.longest_save_seconds
+        vote = Vote(program.mesh, asks_to_stop(interrupted, os.environ, save_seconds))
         rows = train_rows, validation_rows
         profile = stack.enter_context(open_profile(workdir, profile_steps, int(state.step), check))
         run = _Run(config, program, *rows, checkpoints, records, bar, vote, profile)

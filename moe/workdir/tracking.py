@@ -31,7 +31,7 @@ from moe.config import ConfigError, RunConfig, TrackingConfig
 from moe.parallel.hub import HostTimes
 from moe.storage.lines import LineWriter, line_parts, read_lines
 from moe.storage.owner import Check, unchecked
-from moe.storage.paths import RunPath, make_directory, open_whole, write_whole
+from moe.storage.paths import RunPath, is_lost, make_directory, open_whole, write_whole
 from moe.workdir.identity import (
     UNFINISHED_FILE,
     checkpoint_steps,
@@ -110,6 +110,7 @@ class MetricWriter:
     def __init__(
         self, workdir: RunPath, config: TrackingConfig, step: int, check: Check = unchecked
     ):
+        self._workdir = workdir
         for path in (workdir / METRICS_FILE, workdir / ROUTER_FILE, workdir / HOSTS_FILE):
             _drop_later_lines(path, step, check)
         if not (workdir / METRICS_FILE).exists():
@@ -165,8 +166,10 @@ class MetricWriter:
     def __enter__(self) -> "MetricWriter":
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        # Each try takes half a minute where the store does not answer.
+        if not is_lost(self._workdir, error):
+            self.close()
 
 
 def read_metrics(workdir: RunPath) -> list[dict[str, Any]]:

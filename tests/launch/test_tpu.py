@@ -86,7 +86,7 @@ def test_mistakes_are_told(queue, arguments, changed, message) -> None:
 
 @pytest.mark.parametrize(
     ("codes", "expected"),
-    [([0], 0), ([76, 1, 137, 0], 0), ([77, 75], 75), ([69, 2], 2), ([3], 3)],
+    [([0], 0), ([76, 1, 137, 74, 0], 0), ([77, 75], 75), ([69, 2], 2), ([3], 3)],
 )
 def test_a_host_starts_again_what_a_restart_can_help(tmp_path, codes, expected) -> None:
     (tmp_path / "codes").write_text("".join(f"{code}\n" for code in codes))
