@@ -3,6 +3,7 @@
 JAX is not imported here, so that a mistyped flag is answered within a second.
 """
 
+import contextlib
 import difflib
 import faulthandler
 import functools
@@ -26,6 +27,7 @@ from moe.config.checks import expand_run_path, show
 from moe.exit_codes import BAD_INPUT, INTERRUPTED, NOT_JOINED, PEER_STUCK, UNREACHABLE
 from moe.files import announce_wait
 from moe.parallel import distributed, watch
+from moe.parallel.cluster import hidden_rank
 from moe.storage.paths import Unreachable, cloud_errors, explain, is_unreachable, run_path
 from moe.training.progress import Stream
 
@@ -239,7 +241,17 @@ def _parse(description: str, argv: list[str]) -> list[str]:
 
 
 def _fail(error: Exception | str) -> int:
-    print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
+    """Tells a mistake in one line. Of many processes that make the same one, process 0 prints it.
+
+    The others write it into their logs, since a host may also have a mistake of its own.
+    """
+    text = " ".join(["error:", *str(error).splitlines()])
+    rank = hidden_rank(os.environ)
+    if rank is not None and not logs.has_started():
+        with contextlib.suppress(OSError):
+            logs.write_line(Path(sys.argv[0]).stem, rank, text)
+            return BAD_INPUT
+    print(text, file=sys.stderr)
     return BAD_INPUT
 
 

@@ -22,6 +22,7 @@ import socket
 import subprocess
 import sys
 import termios
+import time
 import tty
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -130,6 +131,22 @@ def start(
         reconfigure(line_buffering=True)
     _running = _Running(process_id, writer, before, run_log)
     atexit.register(finish)
+
+
+def has_started() -> bool:
+    """Returns whether what this process prints goes to its log."""
+    return _running is not None
+
+
+def write_line(command: str, process_id: int, text: str) -> None:
+    """Appends a line to the log of a process that ends before its log has started.
+
+    It is among those of commands that own no run. Raises OSError if it cannot be written.
+    """
+    path = Path(log_path(log_directory(command, None), process_id))
+    _try(path)
+    with path.open("a", encoding="utf-8", errors="replace") as file:
+        file.write(f"{time_text(time.time())} {socket.gethostname()} {process_id} | {text}\n")
 
 
 def own(run: "RunPath", lease: int | None) -> None:

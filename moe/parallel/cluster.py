@@ -91,6 +91,16 @@ def is_restarted(environment: Mapping[str, str]) -> bool:
     return any(_optional_int(environment, name) for name in counts)
 
 
+def hidden_rank(environment: Mapping[str, str]) -> int | None:
+    """Returns the number of a process that leaves it to process 0 to print a common mistake.
+
+    srun and mpirun print what all their processes write, each of which makes the same mistake. It
+    is None for process 0, and where each process has an output of its own.
+    """
+    text = environment.get("OMPI_COMM_WORLD_RANK") or environment.get("SLURM_PROCID") or "0"
+    return int(text) if text.isdecimal() and int(text) else None
+
+
 def expand_hosts(text: str) -> list[str]:
     """Returns the hosts of a SLURM node list: "a[08-10,12],b" is a08, a09, a10, a12, b.
 

@@ -215,6 +215,16 @@ def test_a_job_with_a_short_default_time_is_refused(slurm: Cluster, tmp_path: Pa
     slurm.wait_for(job, "COMPLETED", read)
 
 
+def test_a_mistake_is_told_once(slurm: Cluster, tmp_path: Path) -> None:
+    command = ("launch.train", "--config=configs/dense_tiny.py", "--workdir=x", "--stpes=3")
+    job = submit(slurm, f"--workdir={tmp_path}", "--", *command)
+    log = tmp_path / "slurm" / f"{job}.log"
+    slurm.wait_for(job, "FAILED", lambda _: log.read_text() if log.exists() else "no log")
+    assert log.read_text().count("error: Unknown command line flag 'stpes'") == 1
+    assert log.read_text().count("Exited with exit code 2") == 2
+    (ROOT / "logs" / "train" / "process-00001.log").unlink()
+
+
 def test_a_signal_reaches_one_element_of_an_array(slurm: Cluster, tmp_path: Path) -> None:
     """The last element has the id of the whole array, so it is the one that could go wrong."""
     # It ends at SIGTERM, or if it has been queued again, or else when the file `end` is there.
