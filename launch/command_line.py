@@ -3,6 +3,7 @@
 JAX is not imported here, so that a mistyped flag is answered within a second.
 """
 
+import contextlib
 import difflib
 import faulthandler
 import functools
@@ -23,10 +24,11 @@ from launch.config_file import ConfigFileErrors, check_config_file
 from launch.help_text import config_fields, help_text
 from moe.config import ConfigError, RunConfig
 from moe.config.checks import expand_run_path, show
-from moe.exit_codes import BAD_INPUT, INTERRUPTED, NOT_JOINED, PEER_STUCK
+from moe.exit_codes import BAD_INPUT, INTERRUPTED, NOT_JOINED, PEER_STUCK, UNREACHABLE
 from moe.files import announce_wait
 from moe.parallel import distributed, watch
-from moe.storage.paths import RunPath, cloud_errors, explain, run_path
+from moe.parallel.cluster import hidden_rank
+from moe.storage.paths import Unreachable, cloud_errors, explain, is_unreachable, run_path
 from moe.training.progress import Stream
 
 Main = Callable[[flags.FlagValues], int | None]
@@ -128,6 +130,9 @@ def run(main: Main, description: str | None, *, devices: bool = False) -> NoRetu
 
 def _call(main: Main, devices: bool, _: list[str]) -> int:
     code = _exit_code(main, devices)
+    if code == UNREACHABLE:
+        watch.leave(code)
+        watch.fatal(code)  # threads of the store's client would still try for minutes
     if code:
         watch.leave(code)  # else JAX would wait minutes for the other processes of the job
     return code
@@ -153,8 +158,11 @@ def _exit_code(main: Main, devices: bool) -> int:
         return PEER_STUCK
     except (ConfigError, FileNotFoundError) as error:
         return _fail(error)
-    except cloud_errors() as error:
-        return _fail(explain(error))
+    except (Unreachable, *cloud_errors()) as error:
+        if not is_unreachable(error):
+            return _fail(explain(error))
+        print(f"unreachable: {explain(error)}", file=sys.stderr)
+        return UNREACHABLE
     except OSError as error:
         # A full disk or a lost connection has an error number but no file name: no flag is to blame
         # for it. A bad path has both, and an OSError that this project raises has neither.
@@ -179,30 +187,29 @@ def _join(values: flags.FlagValues) -> None:
         if note := distributed.why_alone(os.environ):
             print(note, file=sys.stderr)
         return
-    directory = _start_log(values, cluster)
+    places = _start_log(values, cluster)
     try:
         distributed.join(cluster, mesh)
     except distributed.NotJoined as error:
         if cluster.process_id == 1:  # process 0, which is shown, may not be there
             logs.show(f"not joined: {error}")
         raise
-    watch.show_last_lines(
-        lambda process_id: "\n".join(logs.last_lines(logs.log_path(directory, process_id)))
-    )
+    watch.show_last_lines(lambda process_id: "\n".join(logs.last_lines(places.path(process_id))))
 
 
-def _start_log(values: flags.FlagValues, cluster: distributed.Cluster) -> RunPath:
-    """Gives this process of a job its own log file, and returns the folder of all of them.
+def _start_log(values: flags.FlagValues, cluster: distributed.Cluster) -> logs.Places:
+    """Gives this process of a job its own log file, and returns where those of all are.
 
     From here on only process 0 is shown.
     """
     workdir = run_path(values.workdir) if "workdir" in values else None
-    directory = logs.log_directory(Path(sys.argv[0]).stem, workdir)
-    path = logs.log_path(directory, cluster.process_id)
-    logs.start(path, cluster.process_id, cluster.num_processes)
+    places = logs.find_places(Path(sys.argv[0]).stem, workdir, cluster.coordinator)
+    rank = cluster.process_id
+    run_log = logs.log_path(places.run, rank) if places.run is not None else None
+    logs.start(logs.log_path(places.first, rank), rank, cluster.num_processes, run_log)
     sys.stdout = Stream(sys.stdout)
-    watch.use_log(logs.show, logs.finish)
-    return directory
+    watch.use_log(logs.show, logs.finish, logs.own)
+    return places
 
 
 def _parse(description: str, argv: list[str]) -> list[str]:
@@ -235,7 +242,17 @@ def _parse(description: str, argv: list[str]) -> list[str]:
 
 
 def _fail(error: Exception | str) -> int:
-    print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
+    """Tells a mistake in one line. Of many processes that make the same one, process 0 prints it.
+
+    The others write it into their logs, since a host may also have a mistake of its own.
+    """
+    text = " ".join(["error:", *str(error).splitlines()])
+    rank = hidden_rank(os.environ)
+    if rank is not None and not logs.has_started():
+        with contextlib.suppress(OSError):
+            logs.write_line(Path(sys.argv[0]).stem, rank, text)
+            return BAD_INPUT
+    print(text, file=sys.stderr)
     return BAD_INPUT
 
 

@@ -29,6 +29,7 @@ and at most 60 seconds. A start that has worked for 10 minutes begins a new coun
     2    bad input                                                     no: it would be the same
     3    diverged                                                      no: it would be the same
     69   not all processes came, or they see the wrong devices         yes
+    74   the object store of the run did not answer                    yes
     75   stopped by Ctrl-C or SIGTERM, and saved                       no: you stopped it
     76   a process died                                                yes
     77   a process was stuck                                           yes
@@ -47,7 +48,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -55,7 +56,7 @@ from absl import flags
 
 from launch import command_line
 from launch.local_signals import STOP_SIGNALS, Signals, catch_signals
-from launch.logs import last_lines, log_directory, log_path
+from launch.logs import Places, find_places, last_lines
 from moe.config import ConfigError
 from moe.exit_codes import (
     BAD_INPUT,
@@ -94,10 +95,10 @@ class Job(NamedTuple):
     processes: int
     devices: int  # of each process
     platform: str
+    restarts: int = 0  # how often the job was started before
 
-    @property
-    def logs(self) -> RunPath:
-        """Returns the folder of the processes' log files."""
+    def logs(self, port: int) -> Places:
+        """Returns the folders of the processes' log files, if process 0 listens at this port."""
         values = flags.FlagValues()
         command_line.define_directory("workdir", "", flag_values=values)
         try:
@@ -105,7 +106,11 @@ class Job(NamedTuple):
         except flags.Error as error:
             raise ConfigError(str(error)) from None
         workdir = run_path(values.workdir) if values.workdir else None
-        return log_directory(self.command[0].removeprefix("launch."), workdir)
+        return find_places(self.command[0].removeprefix("launch."), workdir, address(port))
+
+
+def address(port: int) -> str:
+    return f"127.0.0.1:{port}"
 
 
 class Process(NamedTuple):
@@ -131,13 +136,15 @@ def reserve_port() -> Iterator[int]:
 def process_environment(
     job: Job, rank: int, port: int, gpus: Sequence[str], environment: Mapping[str, str]
 ) -> dict[str, str]:
-    """Returns the variables of one process: its place in the job, and its devices."""
+    """Returns the variables of one process: its place in the job, its devices, and its restarts."""
     variables = dict(environment) | {
-        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+        "JAX_COORDINATOR_ADDRESS": address(port),
         "JAX_NUM_PROCESSES": str(job.processes),
         "JAX_PROCESS_ID": str(rank),
         "JAX_PLATFORMS": job.platform,
     }
+    if job.restarts:
+        variables["MOE_RESTART_COUNT"] = str(job.restarts)
     if job.platform == "cpu":
         variables["JAX_NUM_CPU_DEVICES"] = str(job.devices)
     else:
@@ -220,7 +227,7 @@ def run_job(job: Job, gpus: Sequence[str], signals: Signals) -> Outcome:
     # Process 0 has shown its own lines. If it left because another process failed, it has shown
     # those of that process, too.
     if cause and codes[0] not in _LEFT:
-        _show_last_lines(processes[cause], log_path(job.logs, cause), begin)
+        _show_last_lines(processes[cause], lambda: job.logs(port).path(cause), begin)
     return Outcome(_shell_code(codes[cause]), was_stopped)
 
 
@@ -296,7 +303,7 @@ def _shell_code(code: int) -> int:
     return 128 - code if code < 0 else code
 
 
-def _show_last_lines(process: Process, log: RunPath, begin: float) -> None:
+def _show_last_lines(process: Process, find_log: Callable[[], RunPath], begin: float) -> None:
     """Shows the last lines of a process: those before its log was open, and those of its log."""
     lines = []
     if process.output is not None:
@@ -305,7 +312,9 @@ def _show_last_lines(process: Process, log: RunPath, begin: float) -> None:
     # The log of a process that has just ended may still be written. Older lines are of another
     # start.
     end = time.monotonic() + LOG_SECONDS
-    while not (logged := last_lines(log, since=begin)) and not lines and time.monotonic() < end:
+    while not (logged := last_lines(log := find_log(), since=begin)) and not lines:
+        if time.monotonic() > end:
+            break
         time.sleep(0.05)
     if logged:
         print(f"its last lines, all of which are in {log}:", file=sys.stderr)
@@ -321,6 +330,7 @@ def run_with_restarts(job: Job, gpus: Sequence[str], restarts: int) -> int:
         while True:
             begin = time.monotonic()
             code, was_stopped = run_job(job, gpus, signals)
+            job = job._replace(restarts=job.restarts + 1)
             if time.monotonic() - begin > LONG_START_SECONDS:
                 count = 0
             if count == restarts or was_stopped or not may_restart(code):
@@ -365,7 +375,9 @@ def main(command: Sequence[str], values: flags.FlagValues) -> int:
         )
     job = Job(command, values.processes, values.devices, values.platform)
     gpus = find_gpus(job, os.environ)
-    where = f"; process 0 is shown, and all have logs in {job.logs}" if job.processes > 1 else ""
+    places = job.logs(0)
+    folder = places.first if places.run is None else places.run
+    where = f"; process 0 is shown, and all have logs in {folder}" if job.processes > 1 else ""
     print(f"{job.processes} x {job.devices} {job.platform} devices{where}", file=sys.stderr)
     return run_with_restarts(job, gpus, values.restarts)
 

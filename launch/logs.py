@@ -1,9 +1,11 @@
 """Gives each process of a job its own log file, with time, host and rank in front of each line.
 
-`start` sends the standard output and error of this process through a small second process, which
-writes the log. It ends after its process, so the log also has the last lines of a process that was
-killed, and what native libraries wrote. It is this very file, run as a script, so only the standard
-library is imported here before a log in an object store needs more.
+`start` sends the standard output and error of this process through a small second process,
+launch/log_writer.py, which writes the log. It ends after its process, so the log also has the last
+lines of a process that was killed, and what native libraries wrote.
+
+A start of a command that writes a run has a log file of its own first. The lines move to the log of
+the run once the job owns it, so a start that is refused leaves nothing in the run's directory.
 
 A progress bar overwrites its line again and again. The log has its state every 30 seconds, and the
 last one.
@@ -11,9 +13,9 @@ last one.
 
 import atexit
 import contextlib
+import json
 import os
 import re
-import select
 import shlex
 import signal
 import socket
@@ -22,20 +24,17 @@ import sys
 import termios
 import time
 import tty
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from launch.log_writer import pass_on, time_text
+
 if TYPE_CHECKING:
-    from moe.storage.lines import LineWriter
     from moe.storage.paths import RunPath
 
-BAR_SECONDS = 30.0  # how often the log gets the state of a line that has not ended
-MAX_LINE = 65536  # bytes after which a line is broken
-OBJECT_SECONDS = 10.0  # how often a log in an object store is written
+_WRITER = Path(__file__).with_name("log_writer.py")
 FINISH_SECONDS = 10.0  # how long a process waits for its writer at its end
 _STARTS = "starts: "  # in the first line of each start
-_ESCAPES = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")  # colours and moves of the cursor
 # These would end the writer with its process, before the last lines are written. SIGUSR1 asks a
 # process for its stacks, and SLURM sends it to the writer too.
 _BLOCKED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
@@ -48,6 +47,7 @@ class _Running(NamedTuple):
     writer: subprocess.Popen[bytes]
     output: int  # the descriptor of Python's standard output
     before: dict[int, int]  # copies of the standard output and error from before the log
+    run_log: "RunPath | None"  # where the log goes on once the job owns its run
 
 
 _running: _Running | None = None
@@ -66,23 +66,48 @@ def log_directory(command: str, workdir: "RunPath | None") -> "RunPath":
     return Path(here, "logs", command)
 
 
+class Places(NamedTuple):
+    """Says in which folder the processes of a job have their logs."""
+
+    first: "RunPath"
+    run: "RunPath | None" = None  # from when the job owns its run
+
+    def path(self, process_id: int) -> "RunPath":
+        """Returns the log file of a process. That in the first folder is gone once it has moved."""
+        first = log_path(self.first, process_id)
+        if self.run is None or first.exists():
+            return first
+        return log_path(self.run, process_id)
+
+
+def find_places(command: str, workdir: "RunPath | None", coordinator: str) -> Places:
+    """Returns where the logs of a job are, whose process 0 has the address `coordinator`.
+
+    The address tells this start of a command from others in the same directory.
+    """
+    directory, first = log_directory(command, workdir), log_directory(command, None)
+    if directory == first:
+        return Places(first)
+    return Places(first / re.sub(r"[^\w.-]+", "-", coordinator), directory)
+
+
 def log_path(directory: "RunPath", process_id: int) -> "RunPath":
     """Returns the path of a process's log file."""
     return directory / f"process-{process_id:05d}.log"
 
 
-def start(path: "RunPath", process_id: int, num_processes: int) -> None:
+def start(
+    path: "RunPath", process_id: int, num_processes: int, run_log: "RunPath | None" = None
+) -> None:
     """Sends all output of this process to its log file, and that of process 0 to both.
 
     Process 0 still writes to a terminal if it did so before, so a progress bar looks the same.
-    Lines are appended. What native libraries write to the standard output goes to the standard
-    error: Gloo prints there whenever it connects processes, and a command's result would no longer
-    be JSON alone. Raises OSError if the file cannot be written.
+    Lines are appended. If there is a `run_log`, the log goes on there when `own` is called. What
+    native libraries write to the standard output goes to the standard error. Raises OSError if the
+    file cannot be written.
     """
     global _running
-    if isinstance(path, Path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.open("ab").close()
+    _try(path)
     _open_closed_descriptors()
     before = {number: os.dup(number) for number in (1, 2)}
     is_one_file = os.path.sameopenfile(1, 2)
@@ -94,27 +119,67 @@ def start(path: "RunPath", process_id: int, num_processes: int) -> None:
     command = shlex.join(sys.orig_argv).replace("\n", " ")
     text = f"process {process_id} of {num_processes} on {host} {_STARTS}{command}"
     arguments = [str(path), host, str(process_id), text, *sources]
-    writer = _start_writer(path, arguments, [read for read, _ in channels.values()])
+    needs_packages = any("://" in str(place) for place in (path, run_log))
+    descriptors = [read for read, _ in channels.values()]
+    writer = _start_writer(arguments, descriptors, needs_packages)
     _flush_streams()
     for numbers, (read, write) in channels.items():
         for number in numbers:
             os.dup2(write, number)
         os.close(read)
         os.close(write)
+    _running = _Running(process_id, writer, _separate_output(), before, run_log)
+    atexit.register(finish)
+
+
+def _separate_output() -> int:
+    """Returns a descriptor for what Python prints, and sends all native text to descriptor 2.
+
+    Gloo prints to descriptor 1 whenever it connects processes, and the result of a command would no
+    longer be JSON alone.
+    """
     output = os.dup(1)
     os.dup2(2, 1)
     if sys.stdout is not None:  # it is None if it was closed
         # A killed process loses what is in Python's own buffer, which therefore has one line.
         names = {"encoding": sys.stdout.encoding, "errors": sys.stdout.errors}
         sys.stdout = open(output, "w", buffering=1, **names)  # noqa: SIM115  # to the end
-    _running = _Running(process_id, writer, output, before)
-    atexit.register(finish)
+    return output
+
+
+def has_started() -> bool:
+    """Returns whether what this process prints goes to its log."""
+    return _running is not None
+
+
+def write_line(command: str, process_id: int, text: str) -> None:
+    """Appends a line to the log of a process that ends before its log has started.
+
+    It is among those of commands that own no run. Raises OSError if it cannot be written.
+    """
+    path = Path(log_path(log_directory(command, None), process_id))
+    _try(path)
+    with path.open("a", encoding="utf-8", errors="replace") as file:
+        file.write(f"{time_text(time.time())} {socket.gethostname()} {process_id} | {text}\n")
+
+
+def own(run: "RunPath", lease: int | None) -> None:
+    """Lets the log go on in the directory of the run, which the job of this process owns now.
+
+    `lease` is the number of the lease by which it does, if there is one: the log leaves the run if
+    there is a newer one. Does nothing for a command without a run. Raises OSError if the file
+    cannot be written.
+    """
+    if _running is None or _running.run_log is None:
+        return
+    _try(_running.run_log)
+    _say(_running, json.dumps([str(_running.run_log), str(run), lease]))
 
 
 def show(text: str) -> None:
     """Shows a text where this process wrote before it had a log. All of process 0's is shown."""
     if _running is not None and _running.process_id:
-        _pass_on(_running.before[2], f"{text}\n".encode(errors="replace"))
+        pass_on(_running.before[2], f"{text}\n".encode(errors="replace"))
 
 
 def finish() -> None:
@@ -129,10 +194,23 @@ def finish() -> None:
     _flush_streams()
     for number, descriptor in ((running.output, 1), (1, 2), (2, 2)):
         os.dup2(running.before[descriptor], number)
-    assert running.writer.stdin is not None
-    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-        running.writer.stdin.write(b"\n")
+    _say(running, "")
+    with contextlib.suppress(subprocess.TimeoutExpired):
         running.writer.wait(FINISH_SECONDS)
+
+
+def _say(running: _Running, text: str) -> None:
+    """Sends the writer a line, if it is still there."""
+    assert running.writer.stdin is not None
+    with contextlib.suppress(OSError):
+        running.writer.stdin.write(f"{text}\n".encode())
+
+
+def _try(path: "RunPath") -> None:
+    """Makes a log file, or raises OSError. An object store says only later whether it can."""
+    if isinstance(path, Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("ab").close()
 
 
 def last_lines(path: "RunPath", count: int = 20, since: float = 0.0) -> list[str]:
@@ -149,7 +227,7 @@ def last_lines(path: "RunPath", count: int = 20, since: float = 0.0) -> list[str
         if re.match(rf"\S+ \S+ \d+ \| process \d+ of \d+ on \S+ {_STARTS}", line):
             lines = lines[number + 1 :]
             break
-    return [line for line in lines if line >= _time_text(since)][-count:]
+    return [line for line in lines if line >= time_text(since)][-count:]
 
 
 def _read_end(path: "RunPath", size: int) -> bytes:
@@ -191,11 +269,11 @@ def _open_channel(number: int, is_passed_on: bool) -> tuple[int, int]:
 
 
 def _start_writer(
-    path: "RunPath", arguments: list[str], descriptors: list[int]
+    arguments: list[str], descriptors: list[int], needs_packages: bool
 ) -> subprocess.Popen[bytes]:
     """Starts the process that writes the log. Its standard streams are still the old ones."""
     # With -I and -S it starts within milliseconds, but finds no packages.
-    script = ["-I", "-S", __file__] if isinstance(path, Path) else ["-m", "launch.logs"]
+    script = ["-m", "launch.log_writer"] if needs_packages else ["-I", "-S", str(_WRITER)]
     # A process inherits the signals that are blocked.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _BLOCKED)
     try:
@@ -213,161 +291,3 @@ def _flush_streams() -> None:
     for stream in filter(None, (sys.stdout, sys.stderr)):
         with contextlib.suppress(OSError):
             stream.flush()
-
-
-class Lines:
-    """Splits what a process writes into lines, and keeps only the last state of a progress bar."""
-
-    def __init__(self) -> None:
-        self._unfinished, self._returned = b"", b""
-
-    def feed(self, data: bytes) -> Iterator[bytes]:
-        """Yields the lines that `data` ends."""
-        *ended, rest = (self._unfinished + data).split(b"\n")
-        if ended:
-            self._returned = b""
-        for line in ended:
-            yield _last_state(line)[0]
-        self._unfinished = b"".join(_last_state(rest))
-        if len(self._unfinished) > MAX_LINE:
-            yield self._unfinished
-            self._unfinished = b""
-
-    def unfinished(self) -> Iterator[bytes]:
-        """Yields the state of the line that has not ended, unless it was returned before."""
-        state, _ = _last_state(self._unfinished)
-        if state not in (b"", self._returned):
-            self._returned = state
-            yield state
-
-
-def _last_state(line: bytes) -> tuple[bytes, bytes]:
-    """Returns what was last seen in a line, and what came after it: returns and blanks.
-
-    Each carriage return lets the text after it overwrite the text before it.
-    """
-    states = line.split(b"\r")
-    last = len(states) - 1
-    while last > 0 and not states[last].strip():
-        last -= 1
-    return states[last], b"".join(b"\r" + blank for blank in states[last + 1 :])
-
-
-def _time_text(seconds: float) -> str:
-    """Returns a time as the log has it. Later times are larger texts."""
-    whole = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
-    return f"{whole}.{int(seconds % 1 * 1000):03d}Z"
-
-
-class _File:
-    """Appends to a log in a file system, and says once if that fails."""
-
-    def __init__(self, path: str):
-        self._path, self._failed = path, False
-        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-
-    def write(self, text: bytes) -> None:
-        try:
-            os.write(self._file, text)
-        except OSError as error:
-            if not self._failed:
-                _pass_on(2, f"{self._path} cannot be written: {error.strerror}\n".encode())
-            self._failed = True
-
-    def flush(self) -> None:
-        """Has nothing to do, since nothing is held back."""
-
-
-class _Object:
-    """Appends to a log in an object store from time to time, and says once if that fails."""
-
-    def __init__(self, path: str):
-        self._path, self._failed = path, False
-        self._pending: list[bytes] = []
-        self._writer: LineWriter | None = None
-
-    def write(self, text: bytes) -> None:
-        self._pending.append(text)
-
-    def flush(self) -> None:
-        """Writes what came since the last call."""
-        from moe.config import ConfigError
-        from moe.storage.lines import LineWriter
-        from moe.storage.owner import unchecked
-        from moe.storage.paths import cloud_errors, explain, run_path
-
-        if not any(self._pending):
-            return
-        try:
-            self._writer = self._writer or LineWriter(run_path(self._path), unchecked)
-            self._writer.append(b"".join(self._pending).decode(errors="replace"))
-            self._pending = []
-            self._writer.flush()
-        except (ConfigError, OSError, *cloud_errors()) as error:
-            if not self._failed:
-                _pass_on(2, f"{self._path} cannot be written: {explain(error)}\n".encode())
-            self._failed = True
-
-
-def _pass_on(descriptor: int, data: bytes) -> bool:
-    """Writes all of `data`, and returns whether somebody can still read it."""
-    while data:
-        try:
-            data = data[os.write(descriptor, data) :]
-        except BlockingIOError:
-            select.select([], [descriptor], [])
-        except OSError:
-            return False
-    return True
-
-
-def _read(source: int) -> bytes:
-    """Returns what can be read, which is nothing if nobody can write any more."""
-    try:
-        return os.read(source, MAX_LINE)
-    except OSError:  # a terminal says so by an error
-        return b""
-
-
-def _write_log(path: str, host: str, process_id: str, first_line: str, *sources: str) -> None:
-    """Writes what can be read from `sources` until all of them end, or the process that is logged.
-
-    Each source is a descriptor to read from and, after a colon, the one that gets the same text if
-    this is process 0. Standard input says that the process ends: it gets a byte, or is closed by a
-    kill. The sources alone would not do, since other processes that it started may hold them.
-    """
-    log, period = (_Object(path), OBJECT_SECONDS) if "://" in path else (_File(path), BAR_SECONDS)
-
-    def write(texts: Iterable[bytes]) -> None:
-        prefix = f"{_time_text(time.time())} {host} {process_id} | ".encode()
-        log.write(b"".join(prefix + _ESCAPES.sub(b"", text) + b"\n" for text in texts))
-
-    write([first_line.encode(errors="replace")])
-    targets = {int(read): int(write) for read, write in (pair.split(":") for pair in sources)}
-    lines = {source: Lines() for source in targets}
-    readers = set() if int(process_id) else set(targets)  # sources whose text is passed on
-    due, is_ending = time.monotonic() + period, False
-    while lines:
-        left = 0.0 if is_ending else max(0.0, due - time.monotonic())
-        waited_for = list(lines) if is_ending else [0, *lines]
-        ready, _, _ = select.select(waited_for, [], [], left)
-        if is_ending and not ready:
-            break
-        is_ending |= 0 in ready
-        for source in (number for number in ready if number):
-            data = _read(source)
-            if source in readers and not _pass_on(targets[source], data):
-                readers.remove(source)
-            write(lines[source].feed(data) if data else lines.pop(source).unfinished())
-        if time.monotonic() >= due:
-            due = time.monotonic() + period
-            for unfinished in lines.values():
-                write(unfinished.unfinished())
-            log.flush()
-    for unfinished in lines.values():
-        write(unfinished.unfinished())
-    log.flush()
-
-
-if __name__ == "__main__":
-    _write_log(*sys.argv[1:])

@@ -25,10 +25,11 @@ another run whose model is the same.
 SIGUSR1 makes a process write the stacks of all its threads to stderr and go on.
 
 Exit codes: 0 trained to the end; 2 bad input, told in one line; 3 diverged: too many updates in a
-row were not finite, or the run came to its end without a finite result; 75 interrupted, with all
-that was trained saved, so that the same command goes on; 130 and 143 stopped at once by a second
-SIGINT or SIGTERM. In a job of several processes: 69 not all have joined it; 76 another process died
-or ended early, and 77 another one is stuck, each told in one line that names process and host.
+row were not finite, or the run came to its end without a finite result; 74 the object store of the
+run did not answer, so that the same command may go on later; 75 interrupted, with all that was
+trained saved, so that the same command goes on; 130 and 143 stopped at once by a second SIGINT or
+SIGTERM. In a job of several processes: 69 not all have joined it; 76 another process died or ended
+early, and 77 another one is stuck, each told in one line that names process and host.
 """
 
 import re

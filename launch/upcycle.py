@@ -100,26 +100,24 @@ def _write_run(
     """Writes a new run directory whose only checkpoint is `state`, at step 0."""
     import jax
 
-    from moe.parallel.distributed import from_first
     from moe.training.start import lock_run
     from moe.workdir import checkpoint, tracking
 
-    with lock_run(workdir) as check:
-        # Until everything is written, this file keeps launch.train from taking the directory for a
-        # new run, which it would train from scratch.
-        unfinished = workdir / UNFINISHED_FILE
+    # Until everything is written, this file keeps launch.train from taking the directory for a new
+    # run, which it would train from scratch.
+    unfinished = workdir / UNFINISHED_FILE
 
-        def begin() -> None:
-            tracking.check_workdir(workdir, config)
-            write_whole(unfinished, f"launch.upcycle from {source} did not finish\n")
+    def begin() -> None:
+        tracking.check_workdir(workdir, config)
+        write_whole(unfinished, f"launch.upcycle from {source} did not finish\n")
 
-        # Another process must not find the file that process 0 has just written.
-        from_first("the run directory", begin)
+    with lock_run(workdir, begin) as (_, check):
         with checkpoint.open_checkpoints(workdir, config, check) as checkpoints:
             checkpoint.save(checkpoints, config, rows_sha256, state)
         if jax.process_index() == 0:
-            write_config(workdir, config)
-            tracking.write_environment(workdir, program.attention)
+            write_config(workdir, config, check)
+            tracking.write_environment(workdir, program.attention, check)
+            check()
             unfinished.unlink()
 
 

@@ -18,7 +18,7 @@ directory.
 The file that is submitted and the job's output are in WORKDIR/slurm/ (for a run at gs://, in
 slurm/NAME/ of the current directory). Before the time limit, all processes save the same step and
 the job is queued again, under the same id and with the same run directory. A preempted job is
-queued again as well. If a process fails (exit codes 1, 69, 76, 77, or a signal), the command is
+queued again as well. If a process fails (exit codes 1, 69, 74, 76, 77, or a signal), the command is
 started again on the same nodes; after bad input (2) and after divergence (3) it is not.
 docs/launching/slurm.md says more.
 
@@ -37,7 +37,7 @@ from pathlib import Path
 from absl import flags
 
 from launch import command_line, train
-from launch.slurm.job import check_time, job_folder, job_text
+from launch.slurm.job import check_default_time, check_time, job_folder, job_text
 from moe.config import ConfigError
 from moe.config.layout import check_layout
 from moe.files import write_whole
@@ -61,7 +61,7 @@ def main(command: list[str], values: flags.FlagValues) -> None:
     path = job_folder(values.workdir) / "job.sbatch"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, text)
-    _submit(path, values.chain, "{}_*.log" if values.array else "{}.log")
+    _submit(path, values.chain, values.save_s, "{}_*.log" if values.array else "{}.log")
 
 
 def _check_run(values: flags.FlagValues) -> None:
@@ -89,10 +89,11 @@ def _flags_of_train(arguments: list[str]) -> list[str]:
     return kept
 
 
-def _submit(path: Path, chain: int, log: str) -> None:
+def _submit(path: Path, chain: int, save_s: int, log: str) -> None:
     """Submits the file `chain` times; each job waits for the end of the one before.
 
-    `log` is the name of a job's output, with {} for its id.
+    `log` is the name of a job's output, with {} for its id. Raises ConfigError if SLURM refuses the
+    job, or gives it too little time to train.
     """
     previous = None
     for _ in range(chain):
@@ -104,8 +105,25 @@ def _submit(path: Path, chain: int, log: str) -> None:
             reason = " ".join(done.stderr.split()).removeprefix("sbatch: error: ")
             raise ConfigError(f"sbatch refused {path}: {reason}")
         previous = done.stdout.strip().split(";")[0]  # a cluster's name may follow the id
+        _cancel_if_too_short(previous, save_s)
         after = " after the one before" if dependency else ""
         print(f"submitted job {previous}{after}; its output: {path.parent / log.format(previous)}")
+
+
+def _cancel_if_too_short(job: str, save_s: int) -> None:
+    """Cancels a job whose time limit, which SLURM knows now, is too short, and raises ConfigError.
+
+    The partition may have set it. The job itself would find that out only when it starts.
+    """
+    if not shutil.which("squeue"):
+        return
+    command = ["squeue", "--noheader", f"--jobs={job}", "--format=%l"]
+    answer = subprocess.run(command, capture_output=True, text=True).stdout
+    try:
+        check_default_time(answer, save_s)
+    except ConfigError:
+        subprocess.run(["scancel", job], capture_output=True)
+        raise
 
 
 def define_flags() -> None:

@@ -25,6 +25,7 @@ def job_text(values: flags.FlagValues, command: list[str]) -> str:
         f"srun_options=({shlex.join(values.srun)})",
         f"max_restarts={values.restarts} backoff_s={values.backoff_s}",
         f"at_time_limit={'end' if values.chain > 1 else 'requeue'}",
+        f"least_time_s={values.save_s + MARGIN_S}",
     ]
     options = [f"#SBATCH {option}" for option in _options(values)]
     text = TEMPLATE.read_text(encoding="utf-8")
@@ -92,8 +93,26 @@ def check_time(time: str | None, save_s: int) -> None:
     if seconds < save_s + MARGIN_S:
         raise ConfigError(
             f"--time={time} is {seconds} s, and --save_s={save_s} of them are for saving: "
-            f"set --time to at least {math.ceil((save_s + MARGIN_S) / 60)} minutes"
+            f"set --time to at least {_least_minutes(save_s)} minutes"
         )
+
+
+def check_default_time(answer: str, save_s: int) -> None:
+    """Raises ConfigError if a job without --time has a limit that leaves no time to train.
+
+    `answer` is what squeue says of the limit, on a line for each job: the partition's default.
+    """
+    limit = answer.split("\n")[0].strip()
+    if re.fullmatch(r"[\d:-]+", limit) and time_limit_s(limit) < save_s + MARGIN_S:
+        raise ConfigError(
+            f"--time is not set, and the partition's default is {limit}, of which "
+            f"--save_s={save_s} seconds are for saving: "
+            f"set --time to at least {_least_minutes(save_s)} minutes"
+        )
+
+
+def _least_minutes(save_s: int) -> int:
+    return math.ceil((save_s + MARGIN_S) / 60)
 
 
 def time_limit_s(time: str) -> int:

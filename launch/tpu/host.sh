@@ -39,7 +39,7 @@ while :; do
   run "$@"
   [ -z "$stopping" ] || exit "$code"
   case $code in
-    1 | 69 | 76 | 77 | 13[2-9] | 14[0-24-9] | 1[5-9]? | 2??) ;;
+    1 | 69 | 74 | 76 | 77 | 13[2-9] | 14[0-24-9] | 1[5-9]? | 2??) ;;
     *) exit "$code" ;; # done, saved after a signal, bad input, or diverged
   esac
   [ $((SECONDS - began)) -lt "$long_start_s" ] || restarts=0
@@ -48,4 +48,5 @@ while :; do
   run sleep $((backoff_s << restarts))
   [ -z "$stopping" ] || exit 75
   restarts=$((restarts + 1))
+  export MOE_RESTART_COUNT=$restarts # the command then waits until the last start has ended
 done

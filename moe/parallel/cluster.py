@@ -81,6 +81,26 @@ def why_alone(environment: Mapping[str, str]) -> str | None:
     )
 
 
+def is_restarted(environment: Mapping[str, str]) -> bool:
+    """Returns whether a scheduler, and no person, has started this job again.
+
+    SLURM and JobSet count their restarts. launch.local, the batch script of launch.slurm and
+    launch/tpu/host.sh count their own in MOE_RESTART_COUNT.
+    """
+    counts = ("SLURM_RESTART_COUNT", "JOBSET_RESTART_ATTEMPT", "MOE_RESTART_COUNT")
+    return any(_optional_int(environment, name) for name in counts)
+
+
+def hidden_rank(environment: Mapping[str, str]) -> int | None:
+    """Returns the number of a process that leaves it to process 0 to print a common mistake.
+
+    srun and mpirun print what all their processes write, each of which makes the same mistake. It
+    is None for process 0, and where each process has an output of its own.
+    """
+    text = environment.get("OMPI_COMM_WORLD_RANK") or environment.get("SLURM_PROCID") or "0"
+    return int(text) if text.isdecimal() and int(text) else None
+
+
 def expand_hosts(text: str) -> list[str]:
     """Returns the hosts of a SLURM node list: "a[08-10,12],b" is a08, a09, a10, a12, b.
 

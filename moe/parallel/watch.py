@@ -42,6 +42,7 @@ from moe.parallel.hub import (
     Place,
     Verdict,
 )
+from moe.storage.paths import RunPath
 
 # Until its first step is done, a process has nothing to save.
 _WARM_UP = ("starting", "preparing", "compiling")
@@ -128,6 +129,7 @@ class _Watch:
 _watch: _Watch | None = None
 _show: Callable[[str], None] = lambda text: None
 _finish: Callable[[], None] = lambda: None
+_own: Callable[[RunPath, int | None], None] = lambda run, lease: None
 
 
 def start(
@@ -192,13 +194,26 @@ def take_times(last: int = 0) -> list[HostTimes]:
     return _watch.hub.take_times(last) if _watch is not None and _watch.hub is not None else []
 
 
-def use_log(show: Callable[[str], None], finish: Callable[[], None]) -> None:
+def use_log(
+    show: Callable[[str], None],
+    finish: Callable[[], None],
+    own: Callable[[RunPath, int | None], None] = _own,
+) -> None:
     """Sets what is called if this process has a log instead of printing.
 
-    `show` prints a text in spite of that. `finish` waits at the end until the log is written.
+    `show` prints a text in spite of that. `finish` waits at the end until the log is written. `own`
+    lets the log go on in the directory of a run.
     """
-    global _show, _finish
-    _show, _finish = show, finish
+    global _show, _finish, _own
+    _show, _finish, _own = show, finish, own
+
+
+def log_into(run: RunPath, lease: int | None) -> None:
+    """Lets the log of this process go on in the directory of a run that its job owns now.
+
+    `lease` is the number of the lease by which the job owns it, if there is one.
+    """
+    _own(run, lease)
 
 
 def show_last_lines(read: Callable[[int], str]) -> None:

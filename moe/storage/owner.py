@@ -6,6 +6,9 @@ mount or in an object store the hosts share no such lock. There the owner holds 
 The next owner creates `lease/N+1`, which succeeds for one process alone, and deletes the older one.
 An owner that was paused meanwhile finds that out before its next write, and stops. The clocks of
 hosts differ, so a lease counts as renewed if its content is seen to change.
+
+A start by a person is refused at once if another process writes the run. A start that a scheduler
+has repeated waits some minutes first: the host of the start before may be slow to end its process.
 """
 
 import contextlib
@@ -22,7 +25,14 @@ from typing import Any, NamedTuple
 
 from moe.config import ConfigError
 from moe.files import NoLocks, announce_wait, this_process, try_lock
-from moe.storage.paths import RunPath, cloud_errors, create, make_directory, write_whole
+from moe.storage.paths import (
+    RunPath,
+    cloud_errors,
+    create,
+    is_lost,
+    make_directory,
+    write_whole,
+)
 
 LOCK_FILE = "run.lock"  # is locked by the process that writes the run, and names it
 LEASE_DIRECTORY = "lease"
@@ -47,26 +57,88 @@ class LostRun(ConfigError):
     """Says that another process took the run over, because this one did not renew its lease."""
 
 
+class Ownership(NamedTuple):
+    """Says how the owner of a run finds out that it still is the owner."""
+
+    check: Check  # raises LostRun if another process has taken the run: to call before each write
+    lease: int | None = None  # the number of the lease, or None where a lock holds until the end
+
+
 @contextlib.contextmanager
-def own_run(workdir: RunPath) -> Iterator[Check]:
+def own_run(
+    workdir: RunPath, wait_seconds: float = 0.0, sleep: Callable[[float], None] | None = None
+) -> Iterator[Ownership]:
     """Makes this process the only one that writes the run.
 
-    It yields a function that raises LostRun if another process has taken the run over, and that
-    must be called before each write. Raises ConfigError if another process is writing the run.
+    If another process writes it, that one is given `wait_seconds` to end, and then this raises
+    ConfigError. `sleep` is what waits between two looks, and may raise an error of its own.
     """
+    wait = _Wait(workdir, wait_seconds, sleep or time.sleep)
     with contextlib.ExitStack() as stack:
         if isinstance(workdir, Path) and file_system(workdir) in (None, *_LOCAL_FILE_SYSTEMS):
             try:
-                holder = stack.enter_context(try_lock(workdir / LOCK_FILE))
+                stack.push(_lock_file(wait, workdir / LOCK_FILE))
+                owned = Ownership(unchecked)
             except NoLocks:
-                check = stack.enter_context(_hold_lease(workdir))
-            else:
-                if holder:
-                    raise _owned_error(workdir, holder)
-                check = unchecked
+                owned = stack.enter_context(_hold_lease(wait))
         else:
-            check = stack.enter_context(_hold_lease(workdir))
-        yield check
+            owned = stack.enter_context(_hold_lease(wait))
+        yield owned
+
+
+def check_lease(workdir: RunPath, number: int) -> None:
+    """Raises LostRun if there is a newer lease than that of this number.
+
+    The processes of a job that do not hold its lease themselves check it so. Their hosts may see
+    the lease later than its owner does, so a lease that is not there says nothing.
+    """
+    seen = _look(workdir / LEASE_DIRECTORY)
+    if seen.number > number:
+        raise _lost_error(workdir, seen)
+
+
+class _Wait:
+    """Lets this process wait, for some time, until another one no longer writes the run."""
+
+    def __init__(self, workdir: RunPath, seconds: float, sleep: Callable[[float], None]):
+        self.workdir, self._seconds, self._sleep = workdir, seconds, sleep
+        self._end = time.monotonic() + seconds
+
+    def refuse_if_over(self, holder: str) -> None:
+        """Raises ConfigError if this process has waited for long enough."""
+        if time.monotonic() >= self._end:
+            raise ConfigError(
+                f"{self.workdir} is being written by {holder}: "
+                "wait until it ends, or set another --workdir"
+            )
+
+    def sleep(self) -> None:
+        """Waits until it is time to look again."""
+        self._sleep(POLL_SECONDS)
+
+    def announce(self, holder: str) -> contextlib.AbstractContextManager[None]:
+        """Says for whom this process waits, if that takes more than a second."""
+        if self._seconds:
+            text = f"waiting up to {self._seconds:.0f} s until {holder} no longer writes"
+        else:
+            text = f"waiting up to {LEASE_SECONDS:.0f} s to see whether {holder} still writes"
+        return announce_wait(f"{text} {self.workdir}")
+
+
+def _lock_file(wait: _Wait, path: Path) -> contextlib.ExitStack:
+    """Returns what holds the lock file. Raises ConfigError if another process holds it for long."""
+    with contextlib.ExitStack() as announced:
+        is_announced = False
+        while True:
+            with contextlib.ExitStack() as attempt:
+                holder = attempt.enter_context(try_lock(path))
+                if holder is None:
+                    return attempt.pop_all()
+            wait.refuse_if_over(holder)
+            if not is_announced:
+                announced.enter_context(wait.announce(holder))
+                is_announced = True
+            wait.sleep()
 
 
 def file_system(path: Path, mounts: Path = Path("/proc/self/mountinfo")) -> str | None:
@@ -88,18 +160,23 @@ def file_system(path: Path, mounts: Path = Path("/proc/self/mountinfo")) -> str 
 
 
 @contextlib.contextmanager
-def _hold_lease(workdir: RunPath) -> Iterator[Check]:
+def _hold_lease(wait: _Wait) -> Iterator[Ownership]:
     """Holds and renews the lease of a run, as `own_run` says."""
-    lease = _take_lease(workdir)
+    lease = _take_lease(wait)
     is_over = threading.Event()
     renewer = threading.Thread(target=lease.renew_until, args=(is_over,), daemon=True)
     renewer.start()
+    is_reachable = True
     try:
-        yield lease.check
+        yield Ownership(lease.check, lease.number)
+    except (OSError, *cloud_errors()) as error:
+        is_reachable = not is_lost(wait.workdir, error)
+        raise
     finally:
         is_over.set()
-        renewer.join()
-        lease.release()
+        if is_reachable:
+            renewer.join()
+            lease.release()
 
 
 class _Seen(NamedTuple):
@@ -145,11 +222,7 @@ class _Lease:
     def check(self) -> None:
         """Raises LostRun if another process has taken the lease."""
         if not self._is_held():
-            raise LostRun(
-                f"{self._workdir} was taken over by {_look(self._path.parent).holder}, since this "
-                f"process did not renew its lease for {LEASE_SECONDS:.0f} s, as if it was paused: "
-                "this process ends, and has written nothing since"
-            )
+            raise _lost_error(self._workdir, _look(self._path.parent))
 
     def renew_until(self, is_over: threading.Event) -> None:
         """Renews the lease again and again. An error is left to the next time, or to `check`."""
@@ -186,34 +259,38 @@ class _Lease:
                 write_whole(self._path, content)
 
 
-def _take_lease(workdir: RunPath) -> _Lease:
+def _take_lease(wait: _Wait) -> _Lease:
     """Returns a new lease, once the last one is free. Raises ConfigError if it is renewed."""
-    make_directory(workdir / LEASE_DIRECTORY)
+    make_directory(wait.workdir / LEASE_DIRECTORY)
     while True:
-        lease = _Lease(workdir, _wait_until_free(workdir) + 1)
+        lease = _Lease(wait.workdir, _wait_until_free(wait) + 1)
         if lease.create():
             return lease
 
 
-def _wait_until_free(workdir: RunPath) -> int:
-    """Returns the last lease's number, once it is free. Raises ConfigError if it is renewed."""
-    seen, since = _look(workdir / LEASE_DIRECTORY), time.monotonic()
-    text = (
-        f"waiting up to {LEASE_SECONDS:.0f} s to see whether {seen.holder} still writes {workdir}"
-    )
-    with announce_wait(text):
+def _wait_until_free(wait: _Wait) -> int:
+    """Returns the last lease's number, once it is free.
+
+    Raises ConfigError if it is still renewed when the wait is over.
+    """
+    directory = wait.workdir / LEASE_DIRECTORY
+    seen, since = _look(directory), time.monotonic()
+    with wait.announce(seen.holder):
         while not seen.is_free and time.monotonic() - since < LEASE_SECONDS:
-            time.sleep(POLL_SECONDS)
-            now = _look(workdir / LEASE_DIRECTORY)
+            wait.sleep()
+            now = _look(directory)
             if now != seen and not now.is_free:
-                raise _owned_error(workdir, now.holder if now.text else seen.holder)
+                wait.refuse_if_over(now.holder if now.text else seen.holder)
+                since = time.monotonic()
             seen = now
     return seen.number
 
 
-def _owned_error(workdir: RunPath, holder: str) -> ConfigError:
-    return ConfigError(
-        f"{workdir} is being written by {holder}: wait until it ends, or set another --workdir"
+def _lost_error(workdir: RunPath, seen: _Seen) -> LostRun:
+    return LostRun(
+        f"{workdir} was taken over by {seen.holder}, since this process did not renew its lease "
+        f"for {LEASE_SECONDS:.0f} s, as if it was paused: "
+        "this process ends, and has written nothing since"
     )
 
 

@@ -34,10 +34,18 @@ _CREDENTIALS_ADVICE = (
 )
 
 
+class Unreachable(OSError):
+    """Says that an object store did not answer, or only with an error of its own.
+
+    It may answer later, unlike a store that refuses this account.
+    """
+
+
 def run_path(path: str | os.PathLike[str]) -> RunPath:
     """Returns the path of a run directory: a local one, one on a mount, or one at gs://.
 
-    Raises ConfigError for an address of another kind, and for a bucket that cannot be reached.
+    Raises ConfigError for an address of another kind, and for a bucket that does not exist or that
+    this account may not use, and Unreachable if the store does not answer.
     """
     # pathlib writes gs://bucket/run as gs:/bucket/run.
     text = re.sub(r"^gs:/+", "gs://", expand_run_path("workdir", os.fspath(path)))
@@ -121,6 +129,33 @@ def cloud_errors() -> tuple[type[Exception], ...]:
     return own + retry.RETRIABLE_EXCEPTIONS
 
 
+def is_unreachable(error: BaseException) -> bool:
+    """Returns whether an error, or one of its causes, says that an object store did not answer."""
+    if isinstance(error, Unreachable | ConnectionError | TimeoutError):
+        return True
+    if "gcsfs" in sys.modules:
+        import google.auth.exceptions  # pyright: ignore[reportMissingImports]
+        from gcsfs import retry  # pyright: ignore[reportMissingImports]
+
+        if isinstance(error, google.auth.exceptions.GoogleAuthError):
+            is_broken = isinstance(error, google.auth.exceptions.TransportError)
+            return is_broken or error.retryable
+        if isinstance(error, retry.HttpError):
+            return error.code in retry.errs  # 5xx, and too many requests
+        if isinstance(error, retry.RETRIABLE_EXCEPTIONS):
+            return True
+    # TensorStore writes the arrays, and has the kind of an error in its text.
+    if re.search(r"\b(UNAVAILABLE|DEADLINE_EXCEEDED)\b|CURL error", str(error)):
+        return True
+    cause = error.__cause__ or error.__context__
+    return cause is not None and is_unreachable(cause)
+
+
+def is_lost(path: RunPath, error: BaseException | None) -> bool:
+    """Returns whether an error says that the object store in which a path lies did not answer."""
+    return error is not None and not isinstance(path, Path) and is_unreachable(error)
+
+
 def explain(error: Exception) -> str:
     """Returns the system's or an object store's words for an error, on one line.
 
@@ -135,17 +170,18 @@ def explain(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _explained(path: RunPath, what: str) -> Iterator[None]:
-    """Turns an object store's error into an OSError of one line."""
+    """Turns an object store's error into an OSError of one line, which may be Unreachable."""
     try:
         yield
     except (FileNotFoundError, FileExistsError):
         raise
     except (OSError, *cloud_errors()) as error:
-        raise OSError(f"{path} cannot be {what} ({explain(error)})") from None
+        kind = Unreachable if is_unreachable(error) else OSError
+        raise kind(f"{path} cannot be {what} ({explain(error)})") from None
 
 
 def _open_bucket(text: str) -> "epath.Path":
-    """Returns a path at gs://, whose bucket answers. Raises ConfigError if it does not."""
+    """Returns a path at gs://, whose bucket answers. Raises ConfigError and Unreachable."""
     # With TensorFlow installed, epath would load it. gcsfs's second implementation, for buckets of
     # other kinds, warns at each file of a bucket whose kind it may not ask for.
     os.environ.setdefault("EPATH_USE_TF", "false")
@@ -165,7 +201,8 @@ def _open_bucket(text: str) -> "epath.Path":
             f"{text} lies in a bucket that does not exist: create gs://{bucket}, or set another"
         ) from None
     except (OSError, *cloud_errors()) as error:
-        raise ConfigError(f"{text} cannot be reached ({explain(error)})") from None
+        kind = Unreachable if is_unreachable(error) else ConfigError
+        raise kind(f"{text} cannot be reached ({explain(error)})") from None
     from etils import epath
 
     return epath.Path(text)

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from moe.storage.owner import Check, unchecked
 from moe.storage.paths import RunPath, make_directory, write_whole
 
 
@@ -18,9 +19,10 @@ class Profile:
     Each process of a job has a file of its own there. Perfetto (https://ui.perfetto.dev) opens it.
     """
 
-    def __init__(self, directory: RunPath, steps: range):
+    def __init__(self, directory: RunPath, steps: range, check: Check):
         name = f"steps-{steps[0]}-{steps[-1]}-process-{jax.process_index():05d}.json.gz"
         self.path = directory / name
+        self._check = check  # raises an error if another job owns the run now
         self._steps, self._files = steps, tempfile.TemporaryDirectory()
         self._is_running = False
 
@@ -42,6 +44,7 @@ class Profile:
             self._is_running = False
             jax.profiler.stop_trace()
             (trace,) = Path(self._files.name).rglob("perfetto_trace.json.gz")
+            self._check()
             make_directory(self.path.parent)
             write_whole(self.path, trace.read_bytes())
             logging.warning("%s holds the trace: open it at https://ui.perfetto.dev", self.path)
@@ -49,12 +52,14 @@ class Profile:
 
 
 @contextlib.contextmanager
-def open_profile(workdir: RunPath, steps: range | None, start: int) -> Iterator[Profile | None]:
+def open_profile(
+    workdir: RunPath, steps: range | None, start: int, check: Check = unchecked
+) -> Iterator[Profile | None]:
     """Yields the profile of a run that goes on from step `start`, or None if nothing is traced."""
     if steps is None:
         yield None
         return
     if start >= steps[0]:
         logging.warning("step %d is done already: nothing is traced", steps[0])
-    with contextlib.closing(Profile(workdir / "profile", steps)) as profile:
+    with contextlib.closing(Profile(workdir / "profile", steps, check)) as profile:
         yield profile

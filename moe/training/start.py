@@ -6,22 +6,25 @@ restored, or started from another run's.
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import math
 import os
 import sys
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
 from moe.config import ConfigError, MeshConfig, RunConfig
 from moe.data.rows import Rows
+from moe.parallel import watch
+from moe.parallel.cluster import is_restarted
 from moe.parallel.distributed import from_first
 from moe.scaling.hardware import memory_bytes
-from moe.storage.owner import Check, own_run, unchecked
+from moe.storage.owner import Check, Ownership, check_lease, own_run, unchecked
 from moe.storage.paths import RunPath, run_path
 from moe.tasks import Task
 from moe.training.log import Records
@@ -35,7 +38,9 @@ from moe.workdir.identity import read_config, read_saved_config, write_config
 from moe.workdir.origin import Origin, find_origin, read_variables, write_origin
 from moe.workdir.tracking import MetricWriter, check_workdir, write_environment
 
+RESTART_WAIT_SECONDS = 300.0  # how long a job that was started again waits for the run's lock
 _VISIBLE_SECONDS = 60.0
+T = TypeVar("T")
 
 
 def check_memory(mesh: jax.sharding.Mesh, *trees: Any) -> None:
@@ -74,41 +79,65 @@ def check_finite(checkpoint_path: RunPath, variables: Any) -> None:
 
 @contextlib.contextmanager
 def claim_run(
-    workdir: RunPath, config: RunConfig, init_from: RunPath | None, init_step: int | None
+    workdir: RunPath,
+    config: RunConfig,
+    init_from: RunPath | None,
+    init_step: int | None,
+    interrupted: Callable[[], bool] = lambda: False,
 ) -> Iterator[tuple[Origin | None, Check]]:
     """Locks a run, checks that it is this one, and yields the checkpoint that it starts from.
 
-    It also yields the function to call before each write, as `lock_run` does. Only process 0 takes
-    the lock and looks at the files. It tells the other processes which checkpoint it found, since
-    their hosts may see the files later.
+    It also yields the function to call before each write, as `lock_run` does. Only process 0 looks
+    at the files. It tells the other processes which checkpoint it found, since their hosts may see
+    the files later.
     """
-    check = unchecked
-    with contextlib.ExitStack() as stack:
 
-        def claim() -> tuple[str, int] | None:
-            nonlocal check
-            check = stack.enter_context(lock_run(workdir))
-            check_workdir(workdir, config)
-            origin = find_origin(workdir, config.model, init_from, init_step)
-            return origin and (str(origin.run), origin.step)
+    def look() -> tuple[str, int] | None:
+        check_workdir(workdir, config)
+        origin = find_origin(workdir, config.model, init_from, init_step)
+        return origin and (str(origin.run), origin.step)
 
-        origin = from_first("the lock of the run", claim)
+    with lock_run(workdir, look, interrupted) as (origin, check):
         yield origin and Origin(run_path(origin[0]), origin[1]), check
 
 
 @contextlib.contextmanager
-def lock_run(workdir: RunPath) -> Iterator[Check]:
-    """Makes this process the only one that writes the run.
+def lock_run(
+    workdir: RunPath,
+    begin: Callable[[], T],
+    interrupted: Callable[[], bool] = lambda: False,
+) -> Iterator[tuple[T, Check]]:
+    """Makes this job the only one that writes the run.
 
-    It yields a function that must be called before each write, as `own_run` says. Raises
-    ConfigError if another process is writing the run. Among a run's own processes, only the first
-    one holds the lock.
+    It yields what `begin` returned in process 0, once that process had the lock, and a function
+    that each process must call before each write: it raises LostRun if another job has taken the
+    run. Raises ConfigError if another job is writing it. If a scheduler has started this job again,
+    the other one gets some minutes to end. From here on the logs of the job's processes are in the
+    directory of the run.
     """
-    if jax.process_index() > 0:
-        yield unchecked
-        return
-    with own_run(workdir) as check:
-        yield check
+    wait_seconds = RESTART_WAIT_SECONDS if is_restarted(os.environ) else 0.0
+    ownership = Ownership(unchecked)
+    with contextlib.ExitStack() as stack:
+
+        def lock() -> tuple[int | None, T]:
+            nonlocal ownership
+            sleep = functools.partial(_sleep_unless, interrupted)
+            ownership = stack.enter_context(own_run(workdir, wait_seconds, sleep))
+            return ownership.lease, begin()
+
+        lease, value = from_first("the lock of the run", lock)
+        check = ownership.check
+        if jax.process_index() > 0 and lease is not None:
+            check = functools.partial(check_lease, workdir, lease)
+        watch.log_into(workdir, lease)
+        yield value, check
+
+
+def _sleep_unless(interrupted: Callable[[], bool], seconds: float) -> None:
+    """Sleeps. Raises KeyboardInterrupt if a signal has asked this process to stop."""
+    time.sleep(seconds)
+    if interrupted():
+        raise KeyboardInterrupt
 
 
 def first_state(
@@ -119,6 +148,7 @@ def first_state(
     rows: Rows,
     origin: Origin | None,
     bar: Bar,
+    check: Check,
 ) -> TrainState:
     """Returns the state of the run's latest checkpoint, or that of a new run.
 
@@ -135,7 +165,7 @@ def first_state(
     state = program.init_state()
     if origin is not None:
         bar.show(f"restoring the parameters of step {origin.step} of {origin.run}")
-        state = start_from(origin, workdir, program, state)
+        state = start_from(origin, workdir, program, state, check)
         checkpoint.save(checkpoints, config, rows.sha256, state)
     return state
 
@@ -155,7 +185,9 @@ def wait_for_step(checkpoints: Checkpoints, step: int) -> None:
         time.sleep(0.1)
 
 
-def start_from(origin: Origin, workdir: RunPath, program: Program, state: TrainState) -> TrainState:
+def start_from(
+    origin: Origin, workdir: RunPath, program: Program, state: TrainState, check: Check
+) -> TrainState:
     """Returns a new run's state with the model's variables of another run's checkpoint.
 
     It also writes down in `workdir` which checkpoint that is. Raises ConfigError if the checkpoint
@@ -164,7 +196,7 @@ def start_from(origin: Origin, workdir: RunPath, program: Program, state: TrainS
     variables = read_variables(origin, program.abstract_state)
     check_finite(origin.run / "checkpoints" / str(origin.step), variables)
     if jax.process_index() == 0:
-        write_origin(workdir, origin)
+        write_origin(workdir, origin, check)
     return state.replace(**variables)
 
 
@@ -198,9 +230,8 @@ def open_records(
     if jax.process_index() > 0:
         yield Records(lambda step, metrics, layers=None, /: None, lambda times: None, lambda: None)
         return
-    check()
-    write_config(workdir, config)
-    write_environment(workdir, program.attention)
+    write_config(workdir, config, check)
+    write_environment(workdir, program.attention, check)
     logging.info("attention: %s", program.attention)
     with MetricWriter(workdir, config.tracking, step, check) as writer:
         yield Records(writer.write, writer.write_hosts, writer.flush)

@@ -97,7 +97,7 @@ def fit(
         # The parameters count twice, since the gradient is as large as they are.
         check_memory(program.mesh, program.abstract_state, program.abstract_state.params)
         workdir, source = run_path(workdir), run_path(init_from) if init_from else None
-        with claim_run(workdir, config, source, init_step) as (origin, check):
+        with claim_run(workdir, config, source, init_step, interrupted) as (origin, check):
             show_first_lines(config, workdir, program.mesh)
             return _fit(config, workdir, program, origin, check, interrupted, profile_steps)
 
@@ -117,13 +117,14 @@ def _fit(
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(Bar(config.train.steps, shown=jax.process_index() == 0))
         checkpoints = stack.enter_context(checkpoint.open_checkpoints(workdir, config, check))
-        state = first_state(config, workdir, program, checkpoints, train_rows, origin, bar)
+        state = first_state(config, workdir, program, checkpoints, train_rows, origin, bar, check)
         report_new_schedule(workdir, config, state)
         records = open_records(workdir, config, program, int(state.step), check)
         records = stack.enter_context(records)
-        vote = Vote(program.mesh, asks_to_stop(interrupted, os.environ))
+        save_seconds = lambda: checkpoints.longest_save_seconds
+        vote = Vote(program.mesh, asks_to_stop(interrupted, os.environ, save_seconds))
         rows = train_rows, validation_rows
-        profile = stack.enter_context(open_profile(workdir, profile_steps, int(state.step)))
+        profile = stack.enter_context(open_profile(workdir, profile_steps, int(state.step), check))
         run = _Run(config, program, *rows, checkpoints, records, bar, vote, profile)
         batches = stack.enter_context(_train_batches(run, int(state.examples)))
         stack.enter_context(jax.set_mesh(program.mesh))

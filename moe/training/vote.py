@@ -1,6 +1,7 @@
 """Lets all processes of a job stop after the same step, whichever of them was asked to stop."""
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,8 +13,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moe.config import ConfigError
 
-# A run stops this many seconds before the end of its job. A short job cannot spare that much, so
-# there it is this fraction of the job's time.
+# A run stops at least this many seconds before the end of its job. A short job cannot spare that
+# much, so there it is this fraction of the job's time.
 _SPARE_SECONDS = 120.0
 _SPARE_FRACTION = 0.1
 
@@ -65,18 +66,22 @@ class Vote:
 
 
 def asks_to_stop(
-    interrupted: Callable[[], bool], environment: Mapping[str, str]
+    interrupted: Callable[[], bool],
+    environment: Mapping[str, str],
+    save_seconds: Callable[[], float],
 ) -> Callable[[], bool]:
-    """Returns a function that tells whether a signal, or SLURM's time limit, asks a run to stop."""
-    end = time_to_stop(environment)
-    if end is None:
+    """Returns a function that tells whether a signal, or SLURM's time limit, asks a run to stop.
+
+    `save_seconds` says how long the longest save has taken until now.
+    """
+    if time_to_stop(environment) is None:
         return interrupted
     has_warned = False
 
     def asked() -> bool:
         nonlocal has_warned
-        seconds = end - time.time()
-        if seconds < 0 and not has_warned:
+        end = time_to_stop(environment, save_seconds())
+        if end is not None and time.time() > end and not has_warned:
             logging.warning("SLURM's time limit is near: stopping, and this step is saved first")
             has_warned = True
         return has_warned or interrupted()
@@ -84,11 +89,12 @@ def asks_to_stop(
     return asked
 
 
-def time_to_stop(environment: Mapping[str, str]) -> float | None:
+def time_to_stop(environment: Mapping[str, str], save_seconds: float = 0.0) -> float | None:
     """Returns when a run must stop so that it is saved before SLURM ends its job.
 
-    The result is in seconds since 1970. How long a save takes is not known here: it must fit into
-    the time that is left. The result is None where the job has no end.
+    The result is in seconds since 1970. It leaves twice the time of the longest save, but not more
+    than half of the job's time, without which the run would never get further. The result is None
+    where the job has no end.
     """
     times = []
     for name in ("SLURM_JOB_START_TIME", "SLURM_JOB_END_TIME"):
@@ -99,5 +105,6 @@ def time_to_stop(environment: Mapping[str, str]) -> float | None:
     start, end = times
     if not end:
         return None
-    spare = min(_SPARE_SECONDS, _SPARE_FRACTION * (end - start)) if start else _SPARE_SECONDS
-    return end - spare
+    length = end - start if start else math.inf
+    spare = max(min(_SPARE_SECONDS, _SPARE_FRACTION * length), 2 * save_seconds)
+    return end - min(spare, length / 2)

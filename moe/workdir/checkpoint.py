@@ -2,11 +2,13 @@
 
 The checkpoint of step s is the directory `checkpoints/s`. It holds `state`, the arrays, and
 `about.json`, which is written last: format_version, step, the run's config, its layer groups, the
-checksum of the rows that it was trained on, and the dtype, shape and checksum of each array.
+checksum of the rows that it was trained on, the dtype, shape and checksum of each array, and how
+many seconds the save took.
 """
 
 import concurrent.futures
 import logging
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +22,7 @@ from moe.storage.paths import (
     absolute,
     cloud_errors,
     explain,
+    is_lost,
     make_directory,
     remove_tree,
 )
@@ -58,6 +61,7 @@ class Checkpoints:
 
     def __init__(self, workdir: RunPath, config: RunConfig, check: Check = unchecked):
         self.directory, self.config = absolute(workdir / "checkpoints"), config
+        self.longest_save_seconds = 0.0  # of the saves of this start, and the one restored
         self._check = check
         # Hosts that wait for directories made in the background give up after 5 minutes.
         options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
@@ -86,7 +90,7 @@ class Checkpoints:
         """
         self.wait()
         self._check()
-        path = self.directory / str(about["step"])
+        path, begin = self.directory / str(about["step"]), time.monotonic()
 
         def start() -> None:
             if jax.process_index() == 0:
@@ -94,7 +98,7 @@ class Checkpoints:
             self._checkpointer.save(path / "state", args=ocp.args.PyTreeSave(state), force=True)
 
         call_orbax(start, lambda error: self._save_error(path, error))
-        self._saving = self._background.submit(self._finish, path, about)
+        self._saving = self._background.submit(self._finish, path, about, begin)
 
     def wait(self) -> None:
         """Waits until nothing is being saved. Raises OSError if a checkpoint was not written."""
@@ -114,17 +118,22 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        # Where the store does not answer, what is being saved would be tried for a quarter of an
+        # hour.
+        if not is_lost(self.directory, error):
+            self.close()
 
-    def _finish(self, path: RunPath, about: dict[str, Any]) -> None:
+    def _finish(self, path: RunPath, about: dict[str, Any], begin: float) -> None:
         """Completes a checkpoint once its arrays are written, then deletes old checkpoints."""
 
         explain = lambda error: self._save_error(path, error)
         call_orbax(self._checkpointer.wait_until_finished, explain)
-        self._check()
+        seconds = time.monotonic() - begin
+        self.longest_save_seconds = max(self.longest_save_seconds, seconds)
+        about = about | {"save_seconds": seconds}
         if jax.process_index() == 0:
-            call_orbax(lambda: write_about(path, about), explain)
+            call_orbax(lambda: write_about(path, about, self._check), explain)
             self._delete_old_ones()
 
     def _save_error(self, path: RunPath, error: Exception) -> Exception:
@@ -150,6 +159,7 @@ class Checkpoints:
         ]
         for step in old + unfinished_steps(self.directory):
             path = self.directory / str(step)
+            self._check()
             try:
                 # about.json goes first, so that a reader can tell a checkpoint that is being
                 # deleted from one that is damaged.
@@ -290,6 +300,9 @@ def _open_step(checkpoints: Checkpoints, step: int | None) -> tuple[RunPath, dic
         about = read_about(path)
     except FileNotFoundError:
         raise RemovedWhileRead(path) from None
+    checkpoints.longest_save_seconds = max(
+        checkpoints.longest_save_seconds, about.get("save_seconds", 0.0)
+    )
     # A run may be continued to more steps, so its older checkpoints may say fewer.
     saved_config = RunConfig.from_config_dict(about["config"])
     differing = differing_fields(saved_config, checkpoints.config, allowed=("train.steps",))

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 from moe.config import ConfigError, RunConfig
+from moe.storage.owner import Check, unchecked
 from moe.storage.paths import RunPath, write_whole
 
 FORMAT_VERSION = 3
@@ -50,9 +51,14 @@ def _numbered(directory: RunPath) -> list[int]:
     return steps
 
 
-def write_about(path: RunPath, about: dict[str, Any]) -> None:
-    """Writes a checkpoint's about.json, which makes the checkpoint complete."""
+def write_about(path: RunPath, about: dict[str, Any], check: Check = unchecked) -> None:
+    """Writes a checkpoint's about.json, which makes the checkpoint complete.
+
+    `check` raises an error if another process owns the run now: what this one has begun to save
+    while it was paused is then never taken for a checkpoint.
+    """
     about = {"format_version": FORMAT_VERSION} | about
+    check()
     write_whole(path / ABOUT_FILE, json.dumps(about | {"sha256": _digest(about)}, indent=1) + "\n")
 
 
@@ -134,8 +140,9 @@ def read_config(workdir: RunPath) -> RunConfig:
         raise ConfigError(f"{path}: {error}") from None
 
 
-def write_config(workdir: RunPath, config: RunConfig) -> None:
-    """Writes the run's config.json, whole or not at all."""
+def write_config(workdir: RunPath, config: RunConfig, check: Check = unchecked) -> None:
+    """Writes the run's config.json, whole or not at all, if `check` lets it."""
+    check()
     write_whole(workdir / CONFIG_FILE, json.dumps(config.to_dict(), indent=2) + "\n")
 
 

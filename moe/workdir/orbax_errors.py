@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from moe.config import ConfigError
-from moe.storage.paths import RunPath
+from moe.storage.paths import RunPath, Unreachable, is_lost
 from moe.workdir.identity import ABOUT_FILE, damage_error
 
 # Orbax raises plain Exceptions where an array cannot be read, so no narrower class is enough around
@@ -80,11 +80,15 @@ def call_orbax(call: Callable[[], T], explain: Callable[[Exception], Exception])
 
 def save_error(path: RunPath, error: Exception) -> OSError:
     """Returns the error to raise for a checkpoint that could not be written."""
+    if is_lost(path, error):
+        return Unreachable(f"{path} cannot be saved: {_first_cause(error)}")
     return OSError(f"{path} cannot be saved: {_system_reason(error) or _first_cause(error)}")
 
 
 def restore_error(path: RunPath, error: Exception) -> Exception:
     """Returns the error to raise for a checkpoint that could not be read."""
+    if is_lost(path, error):
+        return Unreachable(f"{path} cannot be read: {_first_cause(error)}")
     if not (path / ABOUT_FILE).exists():
         return RemovedWhileRead(path)
     if "Out of memory" in str(error) or isinstance(error, MemoryError):

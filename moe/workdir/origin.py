@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from moe.config import ConfigError, ModelConfig
 from moe.interop.upcycle import SHARED_FIELDS, check_fields
+from moe.storage.owner import Check
 from moe.storage.paths import RunPath, resolve, run_path, write_whole
 from moe.workdir import checkpoint
 from moe.workdir.identity import CONFIG_FILE, read_config, read_saved_config
@@ -100,12 +101,13 @@ def check_model(before: ModelConfig, after: ModelConfig) -> None:
     check_fields(before, after, names)
 
 
-def write_origin(workdir: RunPath, origin: Origin) -> None:
-    """Writes origin.json, whole or not at all.
+def write_origin(workdir: RunPath, origin: Origin, check: Check) -> None:
+    """Writes origin.json, whole or not at all, if `check` lets it.
 
     It must be written before config.json: a run without it counts as started from new parameters.
     """
     saved = {"init_from": str(origin.run), "step": origin.step}
+    check()
     write_whole(workdir / ORIGIN_FILE, json.dumps(saved) + "\n")
 
 

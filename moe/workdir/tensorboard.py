@@ -26,6 +26,7 @@ from tensorboardX.record_writer import RecordWriter
 from tensorboardX.summary import scalar
 
 from moe.storage.lines import PART_BYTES
+from moe.storage.owner import Check, unchecked
 from moe.storage.paths import RunPath, explain, write_whole
 
 FLUSH_SECONDS = 10  # how long a reader may have to wait for new values
@@ -34,17 +35,20 @@ FLUSH_SECONDS = 10  # how long a reader may have to wait for new values
 class TensorBoard:
     """Appends scalars to a new event file in `directory`, for a run that starts at `step`.
 
-    The first error is logged as a warning. From then on nothing is written.
+    The first error is logged as a warning. From then on nothing is written. `check` is called
+    before each write, and its error, that another process owns the run now, is raised.
     """
 
-    def __init__(self, directory: RunPath, step: int):
+    def __init__(self, directory: RunPath, step: int, check: Check = unchecked):
         self._directory, self._flushed = directory, time.monotonic()
+        self._check = check
         self._writer: RecordWriter | None = None
         self._copied = None if isinstance(directory, Path) else TemporaryDirectory()
         self._files = 0  # how many files were begun
         # tensorboardX would warn of each NaN, which the metrics show anyway.
         logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)
         try:
+            self._check()
             self._writer = self._begin_file()
             # This event hides what an earlier start wrote about later steps.
             start = SessionLog(status=SessionLog.START)
@@ -57,6 +61,8 @@ class TensorBoard:
         """Adds the scalars of a step. Readers see them after `FLUSH_SECONDS`, at the next call."""
         if self._writer is None:
             return
+        if not self._copied:  # what is written may reach the file at once
+            self._check()
         try:
             for name, value in values.items():
                 summary = scalar(name, value)
@@ -101,6 +107,7 @@ class TensorBoard:
 
     def _flush(self, writer: RecordWriter) -> None:
         """Lets readers see what was written. Raises OSError."""
+        self._check()
         writer.flush()
         self._flushed = time.monotonic()
         if self._copied:

@@ -31,7 +31,7 @@ from moe.config import ConfigError, RunConfig, TrackingConfig
 from moe.parallel.hub import HostTimes
 from moe.storage.lines import LineWriter, line_parts, read_lines
 from moe.storage.owner import Check, unchecked
-from moe.storage.paths import RunPath, make_directory, open_whole, write_whole
+from moe.storage.paths import RunPath, is_lost, make_directory, open_whole, write_whole
 from moe.workdir.identity import (
     UNFINISHED_FILE,
     checkpoint_steps,
@@ -110,16 +110,17 @@ class MetricWriter:
     def __init__(
         self, workdir: RunPath, config: TrackingConfig, step: int, check: Check = unchecked
     ):
-        check()
+        self._workdir = workdir
         for path in (workdir / METRICS_FILE, workdir / ROUTER_FILE, workdir / HOSTS_FILE):
-            _drop_later_lines(path, step)
+            _drop_later_lines(path, step, check)
         if not (workdir / METRICS_FILE).exists():
             # This marks a run that has not logged anything yet as a run.
+            check()
             write_whole(workdir / METRICS_FILE, "")
         self._metrics = LineWriter(workdir / METRICS_FILE, check)
         self._router = LineWriter(workdir / ROUTER_FILE, check)
         self._hosts = LineWriter(workdir / HOSTS_FILE, check)
-        self._tensorboard = _open_tensorboard(workdir, step) if config.tensorboard else None
+        self._tensorboard = _open_tensorboard(workdir, step, check) if config.tensorboard else None
 
     def write(
         self,
@@ -165,8 +166,10 @@ class MetricWriter:
     def __enter__(self) -> "MetricWriter":
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        # Each try takes half a minute where the store does not answer.
+        if not is_lost(self._workdir, error):
+            self.close()
 
 
 def read_metrics(workdir: RunPath) -> list[dict[str, Any]]:
@@ -201,7 +204,7 @@ def read_hosts(workdir: RunPath) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
     return _parse_lines(parts, lambda value: np.array(_decode(value), float))
 
 
-def write_environment(workdir: RunPath, attention: str) -> None:
+def write_environment(workdir: RunPath, attention: str, check: Check = unchecked) -> None:
     """Appends the machine, the packages and the attention of this start to environment.jsonl."""
     environment = {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -216,7 +219,7 @@ def write_environment(workdir: RunPath, attention: str) -> None:
     path = workdir / ENVIRONMENT_FILE
     # A killed process may have left half a line. The new line must not become its second half.
     has_half_line = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
-    lines = LineWriter(path)
+    lines = LineWriter(path, check)
     lines.append(("\n" if has_half_line else "") + json.dumps(environment) + "\n")
     lines.flush()
 
@@ -268,7 +271,7 @@ def _parse_lines(
                     ) from None
 
 
-def _drop_later_lines(path: RunPath, step: int) -> None:
+def _drop_later_lines(path: RunPath, step: int, check: Check) -> None:
     """Removes the lines of steps after `step` from a file, if there is one.
 
     A kill leaves the old file or the new one, never half of either. In an object store a file may
@@ -277,6 +280,7 @@ def _drop_later_lines(path: RunPath, step: int) -> None:
     """
     for part in reversed(line_parts(path)):
         is_empty = True
+        check()
         with open_whole(part) as file:
             for line_step, values in _parse_lines([part], _decode):
                 if line_step <= step:
@@ -285,16 +289,17 @@ def _drop_later_lines(path: RunPath, step: int) -> None:
         if not is_empty:
             return
         if part != path:
+            check()
             part.unlink()
 
 
-def _open_tensorboard(workdir: RunPath, step: int) -> "TensorBoard":
+def _open_tensorboard(workdir: RunPath, step: int, check: Check) -> "TensorBoard":
     """Opens TensorBoard's copy of the metrics."""
     # TensorBoard is imported only here because importing it takes half a second, and reading
     # metrics does not need it.
     from moe.workdir.tensorboard import TensorBoard
 
-    return TensorBoard(workdir / "tensorboard", step)
+    return TensorBoard(workdir / "tensorboard", step, check)
 
 
 def _version(package: str) -> str | None:

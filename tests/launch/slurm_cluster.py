@@ -46,6 +46,7 @@ CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=1
+PartitionName=short Nodes=ALL MaxTime=INFINITE DefaultTime=5 PriorityTier=1
 PartitionName=urgent Nodes=ALL MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF
 """
 DAEMONS = ("munged", "slurmctld", "slurmd")
@@ -109,7 +110,7 @@ class Cluster:
         for node in NODES:
             self.run("slurmd", "-N", node)
         deadline = time.monotonic() + 200
-        while self.run("sinfo", "--noheader", "--Node", "--format=%t").split() != ["idle"] * 4:
+        while self.run("sinfo", "--noheader", "--Node", "--format=%t").split() != ["idle"] * 6:
             assert time.monotonic() < deadline, self.run("sinfo")
             time.sleep(0.1)
 

@@ -206,6 +206,34 @@ def test_bad_input_gets_one_line_and_exit_code_2(
     assert (result.stderr, result.stdout, result.returncode) == (f"error: {message}\n", "", 2)
 
 
+@pytest.mark.parametrize(
+    ("variables", "is_shown"),
+    [
+        ({"SLURM_PROCID": "0"}, True),
+        ({"SLURM_PROCID": "3"}, False),
+        ({"OMPI_COMM_WORLD_RANK": "1", "SLURM_PROCID": "0"}, False),
+        ({"JOBSET_NAME": "train", "JOB_COMPLETION_INDEX": "3"}, True),  # a pod has its own output
+        ({"JAX_PROCESS_ID": "3"}, True),
+    ],
+)
+def test_a_mistake_of_all_processes_of_a_job_is_printed_by_one(
+    directory: Path, tmp_path: Path, variables: dict[str, str], is_shown: bool
+) -> None:
+    """The others have it in their logs, since it may be a mistake of their host alone."""
+    done = subprocess.run(
+        [sys.executable, directory / "command.py", "--config=nowhere.py", "--workdir=x"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | variables,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.stdout, done.returncode) == ("", 2)
+    logs = list(tmp_path.rglob("process-0000[13].log"))
+    found = done.stderr if is_shown else logs[0].read_text().split(" | ")[1]
+    assert found.startswith("error: --config=nowhere.py") and found.count("\n") == 1
+    assert (done.stderr == "", len(logs)) == ((False, 0) if is_shown else (True, 1))
+
+
 def test_bad_input_is_answered_in_two_seconds(directory: Path) -> None:
     assert answers_within(2.0, lambda: run(directory, *WHOLE, "--config.model.num_heads=3"))
 

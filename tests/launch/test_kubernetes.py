@@ -12,7 +12,7 @@ import yaml
 from moe import exit_codes
 from moe.config import RunConfig
 from moe.config.layout import check_layout
-from moe.parallel.distributed import find_cluster
+from moe.parallel.cluster import find_cluster, is_restarted
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "launch" / "kubernetes"
@@ -142,6 +142,7 @@ def test_the_pods_find_their_places_in_the_job() -> None:
         "replicatedjob-name": job["name"],
         "replicatedjob-replicas": str(job["replicas"]),
         "job-index": "0",
+        "restart-attempt": "0",
     }
     environment = {}
     for variable in container("jobset.yaml")["env"]:
@@ -159,6 +160,15 @@ def test_the_pods_find_their_places_in_the_job() -> None:
         assert cluster is not None
         assert (cluster.num_processes, cluster.process_id) == (pods * job["replicas"], index)
         assert cluster.coordinator.startswith("train-hosts-0-0.train:")
+    assert not is_restarted(environment)
+
+
+@pytest.mark.parametrize("name", JOBSETS)
+def test_a_restarted_job_knows_that_it_is_one(name: str) -> None:
+    (variable,) = [v for v in container(name)["env"] if v["name"] == "JOBSET_RESTART_ATTEMPT"]
+    path = variable["valueFrom"]["fieldRef"]["fieldPath"]
+    assert path == "metadata.annotations['jobset.sigs.k8s.io/restart-attempt']"
+    assert is_restarted({"JOBSET_RESTART_ATTEMPT": "2"})
 
 
 def test_the_tpu_variant_fits_its_topology() -> None:

@@ -123,7 +123,7 @@ def find_process(workdir: Path, rank: int) -> int:
             variables = (path / "environ").read_bytes().split(b"\0")
         except OSError:  # it has ended
             continue
-        is_command = b"logs.py" not in (path / "cmdline").read_bytes()
+        is_command = b"log_writer.py" not in (path / "cmdline").read_bytes()
         if is_ours and is_command and f"JAX_PROCESS_ID={rank}".encode() in variables:
             return int(path.name)
     raise LookupError(f"no process {rank}")

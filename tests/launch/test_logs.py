@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.logs import Lines, last_lines, log_directory, log_path
+from launch.log_writer import Lines
+from launch.logs import last_lines, log_directory, log_path
 
 ROOT = Path(__file__).parents[2]
 START = """
@@ -177,7 +178,7 @@ def test_closed_streams_are_no_obstacle(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_stops_neither_the_process_nor_its_output() -> None:
-    writer, write = start_writer(ROOT / "launch" / "logs.py", Path("/dev/full"), process_id=0)
+    writer, write = start_writer(ROOT / "launch" / "log_writer.py", Path("/dev/full"), process_id=0)
     os.write(write, b"one\n")
     os.write(write, b"two\n")
     os.close(write)
@@ -196,6 +197,63 @@ def test_a_new_start_appends_and_its_last_lines_are_its_own(tmp_path: Path) -> N
     assert "first" in path.read_text()
     assert last_lines(path, since=time.time()) == []
     assert last_lines(log_path(tmp_path, 4)) == []
+
+
+OWNED = """
+import os, sys, time
+from pathlib import Path
+from launch import logs
+run = Path(sys.argv[1])
+places = logs.Places(Path(sys.argv[1] + "-first", "start"), run / "logs")
+logs.start(logs.log_path(places.first, 3), 3, 4, logs.log_path(places.run, 3))
+print("before")
+
+def wait_for(line):
+    while line not in places.path(3).read_text():
+        time.sleep(0.01)
+"""
+
+
+def run_owned(tmp_path: Path, body: str) -> None:
+    """Runs a process whose run is `tmp_path/run`, and whose log is elsewhere until it owns that."""
+    command = [sys.executable, "-c", OWNED + body, str(tmp_path / "run")]
+    # The writer has these pipes too, so this waits for it.
+    subprocess.run(command, cwd=ROOT, capture_output=True, timeout=60)
+
+
+@pytest.mark.parametrize("end", ["", "os._exit(2)", "wait_for('before'); os.abort()"])
+def test_a_start_that_does_not_own_the_run_leaves_nothing_in_it(tmp_path: Path, end: str) -> None:
+    run_owned(tmp_path, end)
+    assert logged(tmp_path / "run-first" / "start") == ["before"]
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_log_of_an_owner_has_its_start_too_and_is_the_only_one(tmp_path: Path) -> None:
+    body = "print('unwritten'); logs.own(run, None); print('after'); logs.own(run, 2); print('end')"
+    for _ in range(2):
+        run_owned(tmp_path, body)
+    assert not (tmp_path / "run-first" / "start").exists()
+    text = log_path(tmp_path / "run" / "logs", 3).read_text()
+    texts = [line.split(" 3 | ")[1] for line in text.splitlines()]
+    lines = ["before", "unwritten", "after", "end"]
+    assert [text for text in texts if "starts: " not in text] == 2 * lines
+    assert len(texts) == 10 and "starts: " in texts[0] and "starts: " in texts[5]
+
+
+def test_the_log_leaves_a_run_that_another_job_has_taken(tmp_path: Path) -> None:
+    (tmp_path / "run" / "lease").mkdir(parents=True)
+    body = """
+(run / "lease" / "2").touch()
+logs.own(run, 2)
+print("ours")
+wait_for("ours")
+(run / "lease" / "3").touch()
+print("lost")
+"""
+    run_owned(tmp_path, body)
+    assert logged(tmp_path / "run" / "logs") == ["before", "ours"]
+    first = log_path(tmp_path / "run-first" / "start", 3).read_text()
+    assert PREFIX.sub("", first) == "lost\n"
 
 
 WATCHED = """
@@ -290,8 +348,8 @@ def start_writer(script: Path, path: Path, process_id: int) -> tuple[subprocess.
 
 
 def test_the_log_has_the_state_of_a_bar_while_it_moves(tmp_path: Path) -> None:
-    script, path = tmp_path / "logs.py", tmp_path / "log"
-    text = (ROOT / "launch" / "logs.py").read_text()
+    script, path = tmp_path / "log_writer.py", tmp_path / "log"
+    text = (ROOT / "launch" / "log_writer.py").read_text()
     script.write_text(text.replace("BAR_SECONDS = 30.0", "BAR_SECONDS = 0.1"))
     writer, write = start_writer(script, path, process_id=3)
     os.write(write, b"\r1%\r2%")

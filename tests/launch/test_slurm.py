@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from launch.slurm.job import TEMPLATE, check_time, job_text, time_limit_s
+from launch.slurm.job import TEMPLATE, check_default_time, check_time, job_text, time_limit_s
 from moe.config import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -36,7 +36,8 @@ FLAGS = {
 }
 # Each notes its arguments. srun ends with the next code of the file `codes`, or at SIGTERM with 75.
 TOOLS = {
-    "srun": 'echo "srun $*" >>calls; read -r code <codes; sed -i 1d codes\n'
+    "srun": 'echo "srun $*" >>calls; echo "${MOE_RESTART_COUNT-0}" >>counts\n'
+    "read -r code <codes; sed -i 1d codes\n"
     '[ "$code" = wait ] || exit "$code"\n'
     "trap 'exit 75' TERM; echo $$ >pid; while :; do /bin/sleep 0.05; done",
     "scancel": 'echo "scancel $*" >>calls; [ ! -f pid ] || kill -TERM "$(cat pid)"',
@@ -138,7 +139,8 @@ def test_the_template_has_one_place_for_each_part() -> None:
     ("codes", "expected"),
     [
         ([0], 0),
-        ([1, 69, 76, 0], 0),
+        ([1, 69, 74, 0], 0),
+        ([76, 0], 0),
         ([77, 137, 134, 0], 0),
         ([1, 1, 1, 1], 1),  # three restarts, and no more
         ([2], 2),
@@ -157,6 +159,8 @@ def test_restarts_wait_longer_each_time(start, tmp_path) -> None:
     start(1, 1, 1, 1, backoff_s=10).communicate(timeout=30)
     waits = [call for call in calls(tmp_path) if call != "srun"]
     assert waits == ["sleep 10", "sleep 20", "sleep 40"]
+    # A start that is counted waits for the lock of its run.
+    assert (tmp_path / "counts").read_text().split() == ["0", "1", "2", "3"]
 
 
 @pytest.mark.parametrize(
@@ -261,11 +265,52 @@ def test_a_time_limit_that_cannot_work_is_refused(time: str, message: str) -> No
         check_time(time, 300)
 
 
-def run(*arguments: str, path: str = "/nowhere") -> subprocess.CompletedProcess[str]:
+@pytest.mark.parametrize(
+    ("limit", "seconds"), [("6:59", 419), ("0:30", 30), ("7:00", 420), ("1-00:00:00", None)]
+)
+def test_a_job_whose_partition_gives_it_no_time_to_train_ends(
+    start, tmp_path: Path, limit: str, seconds: int | None
+) -> None:
+    """It would save at once and be queued again for ever. The stub `squeue` prints the limit."""
+    (tmp_path / "state").write_text(f"{limit}\n")
+    job = start(0)
+    output, _ = job.communicate(timeout=30)
+    if seconds is not None and seconds < 420:
+        assert job.returncode == 2 and not (tmp_path / "calls").exists()
+        assert output == (
+            f"job 7: its time limit of {seconds} s leaves no time to train: "
+            "set --time to 7 minutes or more\n"
+        )
+    else:
+        assert job.returncode == 0 and calls(tmp_path) == ["srun"]
+
+
+@pytest.mark.parametrize("answer", ["UNLIMITED\n", "7:00\n", "", "1-00:00:00\n5:00\n", "N/A\n"])
+def test_a_partition_may_give_enough_time(answer: str) -> None:
+    check_default_time(answer, 300)
+
+
+def test_a_job_that_gets_too_little_time_is_cancelled_when_it_is_submitted(tmp_path: Path) -> None:
+    for name, body in (("sbatch", "echo 7"), ("squeue", "echo 5:00"), ("scancel", 'echo "$@" >x')):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    words = [f"--workdir={tmp_path}/run", "--nodes=1", "--", "x"]
+    done = run(*words, path=str(tmp_path), cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "error: --time is not set, and the partition's default is 5:00, of which --save_s=300 "
+        "seconds are for saving: set --time to at least 7 minutes\n"
+    )
+    assert (tmp_path / "x").read_text() == "7\n"
+
+
+def run(
+    *arguments: str, path: str = "/nowhere", cwd: Path = ROOT
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "launch.slurm", *arguments],
-        cwd=ROOT,
-        env=os.environ | {"PATH": path},
+        cwd=cwd,
+        env=os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )

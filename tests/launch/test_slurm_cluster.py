@@ -198,6 +198,39 @@ def test_a_chain_goes_on_after_any_end(slurm: Cluster, tmp_path: Path) -> None:
     wait(lambda: sum("ended with exit code 3" in log for log in ended()) == 2, ended)
 
 
+def test_a_job_with_a_short_default_time_is_refused(slurm: Cluster, tmp_path: Path) -> None:
+    """When it is submitted, and also when somebody has submitted its file by hand."""
+    words = ["--partition=short", f"--workdir={tmp_path}", "--", "sleep", "1"]
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.slurm", "--nodes=1", *words],
+        cwd=ROOT,
+        env=slurm.environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and "the partition's default is 5:00, of which" in done.stderr
+    assert slurm.run("squeue", "--noheader", "--states=PENDING,RUNNING") == ""
+    file = str(tmp_path / "slurm" / "job.sbatch")
+    job = slurm.run("sbatch", "--parsable", file).strip()
+    log = tmp_path / "slurm" / f"{job}.log"
+    read = lambda _: log.read_text() if log.exists() else "no log"
+    slurm.wait_for(job, "FAILED", read)
+    assert "its time limit of 300 s leaves no time to train: set --time to 7 min" in read(job)
+    assert slurm.state(job)["ExitCode"] == "2:0"
+    job = slurm.run("sbatch", "--parsable", "--time=8", file).strip()
+    slurm.wait_for(job, "COMPLETED", read)
+
+
+def test_a_mistake_is_told_once(slurm: Cluster, tmp_path: Path) -> None:
+    command = ("launch.train", "--config=configs/dense_tiny.py", "--workdir=x", "--stpes=3")
+    job = submit(slurm, f"--workdir={tmp_path}", "--", *command)
+    log = tmp_path / "slurm" / f"{job}.log"
+    slurm.wait_for(job, "FAILED", lambda _: log.read_text() if log.exists() else "no log")
+    assert log.read_text().count("error: Unknown command line flag 'stpes'") == 1
+    assert log.read_text().count("Exited with exit code 2") == 2
+    (ROOT / "logs" / "train" / "process-00001.log").unlink()
+
+
 def test_a_signal_reaches_one_element_of_an_array(slurm: Cluster, tmp_path: Path) -> None:
     """The last element has the id of the whole array, so it is the one that could go wrong."""
     # It ends at SIGTERM, or if it has been queued again, or else when the file `end` is there.

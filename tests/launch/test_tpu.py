@@ -86,11 +86,13 @@ def test_mistakes_are_told(queue, arguments, changed, message) -> None:
 
 @pytest.mark.parametrize(
     ("codes", "expected"),
-    [([0], 0), ([76, 1, 137, 0], 0), ([77, 75], 75), ([69, 2], 2), ([3], 3)],
+    [([0], 0), ([76, 1, 137, 74, 0], 0), ([77, 75], 75), ([69, 2], 2), ([3], 3)],
 )
 def test_a_host_starts_again_what_a_restart_can_help(tmp_path, codes, expected) -> None:
     (tmp_path / "codes").write_text("".join(f"{code}\n" for code in codes))
-    command = "read -r code <codes; sed -i 1d codes; exit $code"
+    command = (
+        "echo ${MOE_RESTART_COUNT-0} >>counts; read -r code <codes; sed -i 1d codes; exit $code"
+    )
     done = subprocess.run(
         [str(HOST), "bash", "-c", command],
         cwd=tmp_path,
@@ -99,6 +101,8 @@ def test_a_host_starts_again_what_a_restart_can_help(tmp_path, codes, expected) 
         timeout=60,
     )
     assert (done.returncode, (tmp_path / "codes").read_text()) == (expected, "")
+    counts = [int(count) for count in (tmp_path / "counts").read_text().split()]
+    assert counts == list(range(len(codes)))
 
 
 @pytest.mark.parametrize(

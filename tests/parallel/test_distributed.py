@@ -16,7 +16,7 @@ import pytest
 
 from moe.config import ConfigError, MeshConfig
 from moe.exit_codes import BAD_INPUT, PEER_STUCK
-from moe.parallel.cluster import Cluster, expand_hosts, find_cluster, why_alone
+from moe.parallel.cluster import Cluster, expand_hosts, find_cluster, is_restarted, why_alone
 from moe.parallel.devices import check_devices, check_gpus, visible_gpus
 from moe.parallel.distributed import barrier, from_first, on_tpu
 from moe.parallel.rendezvous import Arrival, NotJoined, listed, meet
@@ -132,6 +132,15 @@ def test_a_command_without_srun_is_told_that_it_runs_alone():
     assert why_alone(batch).startswith("SLURM job 17 has 16 tasks on 2 hosts, but srun did not")
     assert why_alone({"SLURM_JOB_ID": "17", "SLURM_JOB_NUM_NODES": "1"}) is None
     assert why_alone(SLURM) is why_alone({}) is None
+
+
+def test_a_restart_is_told_from_a_first_start() -> None:
+    names = ("SLURM_RESTART_COUNT", "JOBSET_RESTART_ATTEMPT", "MOE_RESTART_COUNT")
+    for name in names:
+        assert [is_restarted({name: text}) for text in ("", "0", "1", "12")] == [0, 0, 1, 1]
+    assert not is_restarted({})
+    with pytest.raises(ConfigError, match="SLURM_RESTART_COUNT='x' is no whole number"):
+        is_restarted({"SLURM_RESTART_COUNT": "x"})
 
 
 @pytest.mark.parametrize(

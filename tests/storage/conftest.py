@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 # names. TensorStore and our leases need both, and the emulator alone does neither.
 EMULATOR = """
 import sys
+import urllib.request
 from http import HTTPStatus
 from gcp_storage_emulator import server
 from gcp_storage_emulator.exceptions import NotFound
@@ -51,28 +53,53 @@ emulator.stop()
 VARIABLES = ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL")
 
 
+class Emulator:
+    """Is a running emulator, whose one bucket is bucket-one."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", EMULATOR],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        assert self.process.stdout
+        self.address = f"http://127.0.0.1:{self.process.stdout.readline().strip()}"
+
+    def names(self) -> bytes:
+        """Returns an answer that has the names of all objects."""
+        with urllib.request.urlopen(f"{self.address}/storage/v1/b/bucket-one/o") as answer:
+            return answer.read()
+
+
+@pytest.fixture
+def emulator() -> Iterator[Emulator]:
+    """Yields an emulator that a test may stop."""
+    pytest.importorskip("gcsfs")
+    pytest.importorskip("gcp_storage_emulator")
+    emulator = Emulator()
+    with emulator.process:
+        with pytest.MonkeyPatch.context() as patch:
+            # gcsfs would ask for credentials, and wait for a machine of Google Cloud to give them.
+            patch.setenv("NO_GCE_CHECK", "true")
+            yield emulator
+        emulator.process.communicate()
+
+
 @pytest.fixture(scope="session")
 def bucket() -> Iterator[str]:
     """Yields the address of an empty bucket, which this process and those it starts can use."""
     pytest.importorskip("gcsfs")
     pytest.importorskip("gcp_storage_emulator")
-    process = subprocess.Popen(
-        [sys.executable, "-c", EMULATOR],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    with process:
-        assert process.stdout
-        address = f"http://127.0.0.1:{process.stdout.readline().strip()}"
+    emulator = Emulator()
+    with emulator.process:
         with pytest.MonkeyPatch.context() as patch:
             for name in VARIABLES:
-                patch.setenv(name, address)
-            # gcsfs would ask for credentials, and wait for a machine of Google Cloud to give them.
+                patch.setenv(name, emulator.address)
             patch.setenv("NO_GCE_CHECK", "true")
             yield "gs://bucket-one"
-        process.communicate()
+        emulator.process.communicate()
 
 
 @pytest.fixture

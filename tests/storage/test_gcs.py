@@ -17,7 +17,7 @@ from moe.storage import lines, owner, paths
 from moe.storage.lines import LineWriter, line_parts
 from moe.storage.owner import LostRun, own_run
 from moe.storage.paths import run_path, write_whole
-from moe.workdir import tensorboard, tracking
+from moe.workdir import orbax_errors, tensorboard, tracking
 from moe.workdir.tracking import MetricWriter, read_metrics, read_router
 
 NO_COPIES = TrackingConfig(tensorboard=False)
@@ -152,11 +152,11 @@ def test_a_lease_is_held_renewed_lost_and_given_back(
     monkeypatch.setattr(owner, "LEASE_SECONDS", 0.5)
     monkeypatch.setattr(owner, "POLL_SECONDS", 0.05)
     directory = run_path(workdir)
-    with own_run(directory) as check:
+    with own_run(directory) as (check, _):
         check()
         with pytest.raises(ConfigError, match="is being written by process"), own_run(directory):
             pass
-    with own_run(directory) as check:
+    with own_run(directory) as (check, _):
         assert names(directory / "lease") == ["2"]
         (directory / "lease" / "3").write_text('{"holder": "process 7 on node-1"}')
         with pytest.raises(LostRun, match="taken over by process 7 on node-1"):
@@ -218,6 +218,29 @@ def test_missing_credentials_are_one_line(bucket: str) -> None:
     assert "run `gcloud auth application-default login`, or set GOOGLE_APPLICATION" in last
     assert (done.stdout, done.returncode) == ("False False\n", 2)
     assert not [line for line in done.stderr.splitlines()[:-1] if not line.startswith("waiting")]
+
+
+def http_error(code: int) -> Exception:
+    gcsfs = pytest.importorskip("gcsfs")
+    return gcsfs.retry.HttpError({"code": code, "message": "no"})
+
+
+def test_a_store_that_does_not_answer_is_told_from_one_that_refuses(bucket: str) -> None:
+    auth = pytest.importorskip("google.auth.exceptions")
+    aiohttp = pytest.importorskip("aiohttp")
+    late = [TimeoutError(), ConnectionRefusedError(111, "Connection refused"), http_error(503)]
+    late += [http_error(429), auth.TransportError("no metadata"), aiohttp.ClientError("reset")]
+    late += [ValueError("UNAVAILABLE: CURL error Couldn't connect to server [source.cc]")]
+    refused = [http_error(401), http_error(400), auth.DefaultCredentialsError("none")]
+    refused += [OSError("Forbidden: https://x"), auth.RefreshError("expired", retryable=False)]
+    refused += [ValueError("PERMISSION_DENIED: no"), FileNotFoundError("gs://x")]
+    assert [paths.is_unreachable(error) for error in late] == [True] * len(late)
+    assert [paths.is_unreachable(error) for error in refused] == [False] * len(refused)
+    store, local = paths.run_path(f"{bucket}/run"), Path("run")
+    for error in late:
+        assert isinstance(orbax_errors.save_error(store, error), paths.Unreachable)
+        assert isinstance(orbax_errors.restore_error(store, error), paths.Unreachable)
+        assert not isinstance(orbax_errors.save_error(local, error), paths.Unreachable)
 
 
 @pytest.mark.parametrize(

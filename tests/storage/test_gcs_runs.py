@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from moe.exit_codes import UNREACHABLE, may_restart
 from moe.storage.paths import RunPath, run_path
 from moe.workdir.identity import checkpoint_steps
 from moe.workdir.tracking import read_metrics
 from tests.jobs import SMALL_MODEL
+from tests.storage.conftest import VARIABLES, Emulator
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -125,6 +127,28 @@ def test_a_run_is_killed_resumed_and_read(
     assert "def " in commands.start("launch.generate", f"--workdir={workdir}", *flags).result()[0]
     commands.start("launch.report", f"--workdir={workdir}").result()
     assert (directory / "report" / "index.html").read_text().count("<picture>") > 3
+
+
+@pytest.mark.timeout(1800)  # Google's clients try again for a long time
+def test_a_store_that_does_not_answer_has_a_code_that_is_restarted(
+    commands: Commands, emulator: Emulator, data_directory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of a run, at its start, and for a command that reads it."""
+    for name in VARIABLES:
+        monkeypatch.setenv(name, emulator.address)
+    workdir = "gs://bucket-one/run"
+    run = commands.train(workdir, data_directory, 100_000)
+    while b"about.json" not in emulator.names():
+        assert run.process.poll() is None, run.stderr.read_text()
+        time.sleep(0.2)
+    emulator.process.kill()
+    again = commands.train(workdir, data_directory, 100_000)
+    reader = commands.start("launch.evaluate", f"--workdir={workdir}")
+    for command in (again, reader, run):
+        _, error = command.result(code=UNREACHABLE)
+        assert may_restart(UNREACHABLE)
+        assert re.search(r"^unreachable: .*(gs://bucket-one|Connect)", error, re.MULTILINE), error
+        assert "Traceback" not in error and "error: " not in error
 
 
 def test_an_owner_that_wakes_after_its_run_was_taken_stops(

@@ -1,5 +1,6 @@
 """The one process that writes a run: locks, leases, waiting for them, and losing them."""
 
+import contextlib
 import json
 import os
 import socket
@@ -12,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from moe.config import ConfigError
-from moe.files import NoLocks
+from moe.files import NoLocks, try_lock
 from moe.storage import owner
-from moe.storage.owner import LostRun, file_system, own_run
+from moe.storage.owner import LostRun, check_lease, file_system, own_run
 
 ME = f"process {os.getpid()} on {socket.gethostname()}"
 OTHER = {"holder": "process 7 on node-1", "token": "x", "renewals": 0, "is_released": False}
@@ -65,7 +66,7 @@ def test_a_local_disk_has_a_lock_and_a_mount_has_a_lease(
 ) -> None:
     for kind, names in (("ext4", {"run.lock"}), (None, {"run.lock"}), ("lustre", {"lease"})):
         monkeypatch.setattr(owner, "file_system", lambda path, kind=kind: kind)
-        with own_run(tmp_path / str(kind)) as check:
+        with own_run(tmp_path / str(kind)) as (check, _):
             check()
             assert {path.name for path in (tmp_path / str(kind)).iterdir()} == names
 
@@ -100,7 +101,7 @@ def test_the_file_system_is_that_of_the_nearest_mount(tmp_path: Path) -> None:
 
 
 def test_a_lease_names_its_holder_and_is_given_back(mount: Path, clock: Clock) -> None:
-    with own_run(mount) as check:
+    with own_run(mount) as (check, _):
         check()
         (lease,) = leases(mount).values()
         assert lease["holder"] == ME and not lease["is_released"]
@@ -123,7 +124,7 @@ def test_a_lease_that_is_renewed_is_refused_at_once(mount: Path, clock: Clock) -
 
 def test_a_lease_that_is_not_renewed_is_taken_after_a_minute(mount: Path, clock: Clock) -> None:
     write_lease(mount, 4)
-    with own_run(mount) as check:
+    with own_run(mount) as (check, _):
         check()
         assert clock.now == 60 and list(leases(mount)) == ["5"]
 
@@ -169,8 +170,80 @@ def test_a_lease_is_created_by_one_process_alone(
     assert leases(mount)["1"]["token"] == "x"
 
 
+def renew_each(clock: Clock, seconds: int, mount: Path, until: float = 1e9) -> None:
+    """Lets another process renew lease 4 again and again."""
+    write_lease(mount, 4, renewals=clock.now)
+    if clock.now + seconds <= until:
+        clock.events[clock.now + seconds] = lambda: renew_each(clock, seconds, mount, until)
+    else:
+        clock.events[until] = lambda: write_lease(mount, 4, is_released=True)
+
+
+def test_a_repeated_start_waits_for_a_lease_that_is_renewed_and_then_refuses(
+    mount: Path, clock: Clock
+) -> None:
+    renew_each(clock, 12, mount)
+    with pytest.raises(ConfigError, match="is being written by process 7"), own_run(mount, 300):
+        pass
+    assert 300 <= clock.now <= 312 and list(leases(mount)) == ["4"]
+
+
+def test_a_repeated_start_takes_a_lease_that_is_given_back(mount: Path, clock: Clock) -> None:
+    renew_each(clock, 12, mount, until=100)
+    with own_run(mount, 300):
+        assert clock.now == 100 and list(leases(mount)) == ["5"]
+
+
+def test_a_lease_that_is_no_longer_renewed_is_taken_a_minute_later(
+    mount: Path, clock: Clock
+) -> None:
+    write_lease(mount, 4)
+    clock.events[12] = lambda: write_lease(mount, 4, renewals=1)
+    with own_run(mount, 300):
+        assert clock.now == 72 and list(leases(mount)) == ["5"]
+
+
+@pytest.mark.parametrize(("seconds", "ends", "waited"), [(0, 5, 0), (300, 5, 5), (300, 400, 300)])
+def test_a_repeated_start_waits_for_a_lock(
+    tmp_path: Path, clock: Clock, seconds: int, ends: int, waited: int
+) -> None:
+    with contextlib.ExitStack() as other:
+        other.enter_context(try_lock(tmp_path / owner.LOCK_FILE))
+        clock.events[ends] = other.close
+        if ends <= seconds:
+            with own_run(tmp_path, seconds) as (check, lease):
+                assert clock.now == waited and lease is None
+                check()
+        else:
+            with pytest.raises(ConfigError, match=f"written by {ME}"), own_run(tmp_path, seconds):
+                pass
+            assert clock.now == waited
+
+
+def test_a_signal_ends_the_wait(mount: Path, clock: Clock) -> None:
+    def sleep(seconds: float) -> None:
+        clock.sleep(seconds)
+        if clock.now >= 3:
+            raise KeyboardInterrupt
+
+    write_lease(mount, 4)
+    with pytest.raises(KeyboardInterrupt), own_run(mount, 300, sleep):
+        pass
+    assert clock.now == 3
+
+
+def test_the_other_processes_of_a_job_see_that_its_lease_was_taken(mount: Path) -> None:
+    check_lease(mount, 1)  # their hosts may see it late
+    with own_run(mount) as (_, number):
+        assert number == 1
+        check_lease(mount, number)
+        write_lease(mount, 2)
+        with pytest.raises(LostRun, match="taken over by process 7 on node-1"):
+            check_lease(mount, number)
+
+
 def test_an_owner_that_was_paused_stops_at_its_next_write(mount: Path) -> None:
-    with own_run(mount) as check:
+    with own_run(mount) as (check, _):
         check()
         write_lease(mount, 2)
         with pytest.raises(LostRun, match=r"taken over by process 7 on node-1, since this process"):
@@ -180,7 +253,7 @@ def test_an_owner_that_was_paused_stops_at_its_next_write(mount: Path) -> None:
 
 
 def test_an_owner_of_an_older_lease_stops_though_its_lease_is_still_there(mount: Path) -> None:
-    with own_run(mount) as check:
+    with own_run(mount) as (check, _):
         mine = leases(mount)["1"]
         write_lease(mount, 2, token=mine["token"])  # as if the two had drawn the same number
         with pytest.raises(LostRun):
@@ -188,7 +261,7 @@ def test_an_owner_of_an_older_lease_stops_though_its_lease_is_still_there(mount:
 
 
 def test_an_owner_whose_lease_was_deleted_stops(mount: Path) -> None:
-    with own_run(mount) as check:
+    with own_run(mount) as (check, _):
         (mount / "lease" / "1").unlink()
         with pytest.raises(LostRun):
             check()
@@ -198,7 +271,7 @@ def test_an_owner_renews_its_lease_and_its_own_renewals_do_not_disturb_it(
     mount: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(owner, "RENEW_SECONDS", 0.001)
-    with own_run(mount) as check:
+    with own_run(mount) as (check, _):
         deadline = time.monotonic() + 60
         while leases_or_none(mount) < 30 and time.monotonic() < deadline:
             check()
@@ -224,6 +297,17 @@ def test_a_wait_says_what_it_waits_for(
     assert capsys.readouterr().err == (
         f"waiting up to 2 s to see whether process 7 on node-1 still writes {mount}\n"
     )
+
+
+def test_a_repeated_start_says_for_whom_it_waits_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with try_lock(tmp_path / owner.LOCK_FILE):
+        with pytest.raises(ConfigError), own_run(tmp_path, 2.5):
+            pass
+        assert capsys.readouterr().err == (
+            f"waiting up to 2 s until {ME} no longer writes {tmp_path}\n"
+        )
 
 
 def test_paths_load_neither_jax_nor_an_object_store() -> None:

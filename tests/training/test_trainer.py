@@ -495,7 +495,7 @@ def test_a_run_without_its_config_json_is_still_that_run(config, uninterrupted, 
 
 
 def test_a_second_start_on_a_run_is_refused_and_writes_nothing(config, tmp_path):
-    with start.lock_run(tmp_path):
+    with start.lock_run(tmp_path, lambda: None):
         before = {path: path.read_bytes() for path in tmp_path.iterdir()}
         with pytest.raises(
             ConfigError,
@@ -504,7 +504,7 @@ def test_a_second_start_on_a_run_is_refused_and_writes_nothing(config, tmp_path)
         ):
             trainer.fit(config, tmp_path)
         assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
-    with start.lock_run(tmp_path):
+    with start.lock_run(tmp_path, lambda: None):
         pass
 
 

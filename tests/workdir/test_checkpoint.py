@@ -13,6 +13,7 @@ import re
 import resource
 import shutil
 import time
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -438,3 +439,19 @@ def test_a_checksum_of_64_bit_words_needs_no_64_bit_arithmetic():
         first = checksums([x, x.astype(jnp.float64)])
         second = checksums([x + (jnp.arange(6) == 2), x])
     assert len({*first, *second}) == 3 and first[0] == second[1]
+
+
+def test_the_longest_save_is_known_to_the_start_that_goes_on(tmp_path, monkeypatch):
+    """So that it stops early enough before the end of its job."""
+    times = iter([0, 500, 600, 700])  # when each of two saves begins and ends
+    monkeypatch.setattr(checkpoint, "time", SimpleNamespace(monotonic=lambda: next(times)))
+    identity.write_config(tmp_path, CONFIG)
+    with checkpoint.open_checkpoints(tmp_path, CONFIG) as checkpoints:
+        assert checkpoints.longest_save_seconds == 0
+        for step in (1, 2):
+            checkpoint.save(checkpoints, CONFIG, ROWS, make_state(step))
+            checkpoints.wait()
+            assert checkpoints.longest_save_seconds == 500
+    with checkpoint.open_checkpoints(tmp_path, CONFIG) as checkpoints:
+        checkpoint.check_rows(checkpoints, ROWS)
+        assert checkpoints.longest_save_seconds == 100  # that of the step which is restored
