@@ -77,7 +77,7 @@ def submit(slurm: Cluster, *arguments: str, nodes: int = 2) -> str:
     done = subprocess.run(
         [sys.executable, "-m", "launch.slurm", f"--nodes={nodes}", "--backoff_s=1", *arguments],
         cwd=ROOT,
-        env={"GATE": ""} | slurm.environment,
+        env=slurm.environment,
         capture_output=True,
         text=True,
     )

@@ -74,7 +74,7 @@ class Commands:
         fields = FIELDS | {"train.steps": steps, "data.directory": data}
         flags = [f"--config.{name}={value}" for name, value in fields.items()]
         return self.start(
-            "launch.train", "--config=configs/dense_tiny.py", f"--workdir={workdir}", *flags
+            "launch.train", "--config=tests/launch/gated.py", f"--workdir={workdir}", *flags
         )
 
 
@@ -100,16 +100,22 @@ def losses(workdir: RunPath) -> list[tuple[int, float]]:
 
 
 def test_a_run_is_killed_resumed_and_read(
-    commands: Commands, workdir: str, tmp_path: Path, data_directory: str
+    commands: Commands,
+    workdir: str,
+    tmp_path: Path,
+    data_directory: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    local = tmp_path / "run"
+    local, gate = tmp_path / "run", tmp_path / "open"
     commands.train(local, data_directory, 300).result()
+    monkeypatch.setenv("GATE", f"150:{gate}")  # the run does not end before it is killed
     first = commands.train(workdir, data_directory, 300)
     directory, holder = run_path(workdir), f"process {first.process.pid} on "
     wait_for_step(directory, 20, first)
     _, error = commands.train(workdir, data_directory, 300).result(code=2)
     assert re.search(rf"is being written by {holder}.*: wait until it ends", error)
     first.process.kill()
+    gate.touch()
     _, error = commands.train(workdir, data_directory, 300).result()
     assert f"to see whether {holder}" in error
     # The run reads as one that was never interrupted.
