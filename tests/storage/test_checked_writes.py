@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -199,3 +200,61 @@ def test_training_checks_before_each_file_that_it_writes(
     steps = [f"checkpoints/{step}" for step in range(1, 5)]
     assert found["first"] == dict.fromkeys([*FILES, *steps, "profile"], True)
     assert found["second"] == found["first"] | {"origin.json": True, "checkpoints/0": True}
+
+
+# Is paused while it saves step 2, after the arrays were begun.
+PAUSED = textwrap.dedent("""
+    import json, os, signal, sys
+    from moe.config import RunConfig
+    from moe.storage import owner
+    from moe.storage.owner import LostRun
+
+    run, config = sys.argv[1:]
+    owner.file_system = lambda path: "nfs4"
+    owner.RENEW_SECONDS, owner.LEASE_SECONDS, owner.POLL_SECONDS = 0.2, 2, 0.1
+    if not config:
+        with owner.own_run(owner.Path(run)):
+            sys.exit()
+    from moe.training.trainer import fit
+    from moe.workdir.checkpoint import Checkpoints
+    finish = Checkpoints._finish
+
+    def pause(self, path, about, begin):
+        if about["step"] == 2:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        finish(self, path, about, begin)
+
+    Checkpoints._finish = pause
+    try:
+        fit(RunConfig.from_config_dict(json.loads(config)), run)
+    except LostRun as error:
+        print(error)
+""")
+
+
+@pytest.mark.slow
+def test_what_an_owner_was_saving_while_it_lost_its_run_is_no_checkpoint(
+    tmp_path: Path, data_directory: str
+) -> None:
+    config = RunConfig(
+        model=ModelConfig(num_layers=1, model_dim=16, num_heads=2, num_kv_heads=1, head_dim=8),
+        data=DataConfig(sequence_length=64, directory=data_directory),
+        train=TrainConfig(steps=4, batch_size=8, eval_batches=1, checkpoint_every=1),
+        tracking=TrackingConfig(tensorboard=False),
+    )
+    words, run = [sys.executable, "-c", PAUSED], tmp_path / "run"
+    with subprocess.Popen(
+        [*words, str(run), json.dumps(config.to_dict())],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as paused:
+        _, status = os.waitpid(paused.pid, os.WUNTRACED)
+        assert os.WIFSTOPPED(status), paused.communicate()
+        subprocess.run([*words, str(run), ""], cwd=ROOT, check=True, timeout=300)
+        paused.send_signal(signal.SIGCONT)
+        output, error = paused.communicate(timeout=300)
+    assert "was taken over by process" in output, error
+    assert [path.parent.name for path in run.glob("checkpoints/*/about.json")] == ["1"]
+    assert (run / "checkpoints" / "2").exists()
