@@ -12,7 +12,14 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-from moe.config import DataConfig, ModelConfig, MoEConfig, RunConfig, TrackingConfig, TrainConfig
+from moe.config import (
+    DataConfig,
+    ModelConfig,
+    MoEConfig,
+    RunConfig,
+    TrackingConfig,
+    TrainConfig,
+)
 from moe.parallel.hub import HostTimes
 from moe.storage import owner
 from moe.storage.owner import LostRun, own_run
@@ -21,7 +28,7 @@ from moe.workdir.checkpoint import Checkpoints
 from moe.workdir.identity import write_about, write_config
 from moe.workdir.origin import Origin, write_origin
 from moe.workdir.tensorboard import TensorBoard
-from moe.workdir.tracking import MetricWriter, write_environment
+from moe.workdir.tracking import MetricWriter, copy_lines, write_environment
 
 Check = Callable[[], None]
 CONFIG = RunConfig()
@@ -33,6 +40,9 @@ class Writers:
 
     def __init__(self, run: Path, check: Check):
         self.run, self.check = run, check
+        self.source = run.with_name("source")
+        self.source.mkdir()
+        (self.source / "metrics.jsonl").write_text('{"step": 1}\n')
         self.checkpoints = Checkpoints(run, CONFIG, check)
         self.metrics = MetricWriter(run, TrackingConfig(tensorboard=False), 0, check)
         self.tensorboard = TensorBoard(run / "tensorboard", 0, check)
@@ -44,7 +54,10 @@ class Writers:
         write_environment(self.run, "blockwise", self.check)
 
     def origin(self) -> None:
-        write_origin(self.run, Origin(self.run, 1), self.check)
+        write_origin(self.run, Origin(self.run, 1, False), self.check)
+
+    def copied_lines(self) -> None:
+        copy_lines(self.source, self.run, 1, self.check)
 
     def metric(self) -> None:
         self.metrics.write(1, {"train/loss": 1.0})
@@ -129,7 +142,7 @@ PROGRAM = textwrap.dedent("""
     from moe.config import RunConfig
     from moe.storage import owner
 
-    run, source, config = sys.argv[1:]
+    run, source, option, config = sys.argv[1:]
     state, found = threading.local(), {}
     owner.file_system = lambda path: "nfs4"
     check = owner._Lease.check
@@ -159,17 +172,19 @@ PROGRAM = textwrap.dedent("""
     sys.addaudithook(audit)
     from moe.training.trainer import fit
     config = RunConfig.from_config_dict(json.loads(config))
-    fit(config, run, init_from=source or None, profile_steps=range(3, 4))
+    options = {option: source} if option else {}
+    fit(config, run, profile_steps=range(3, 4), **options)
     print(json.dumps(found))
 """)
 FILES = ("config.json", "environment.jsonl", "metrics.jsonl", "router.jsonl", "tensorboard")
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_training_checks_before_each_file_that_it_writes(
     tmp_path: Path, data_directory: str
 ) -> None:
-    """The run starts from another one, so that it writes all that there is."""
+    """The second run starts from the first one, so that it writes all that there is."""
     config = RunConfig(
         model=ModelConfig(
             num_layers=1,
@@ -183,11 +198,11 @@ def test_training_checks_before_each_file_that_it_writes(
         train=TrainConfig(steps=4, batch_size=8, log_every=1, eval_batches=1, checkpoint_every=1),
     )
     found = {}
-    for name, source in (("first", ""), ("second", "first")):
+    for name, option in (("first", ""), ("second", "init_from")):
         done = subprocess.run(
             [
                 *(sys.executable, "-c", PROGRAM, str(tmp_path / name)),
-                *(str(tmp_path / source) if source else "", json.dumps(config.to_dict())),
+                *(str(tmp_path / "first"), option, json.dumps(config.to_dict())),
             ],
             cwd=ROOT,
             env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"},
@@ -233,6 +248,7 @@ PAUSED = textwrap.dedent("""
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_what_an_owner_was_saving_while_it_lost_its_run_is_no_checkpoint(
     tmp_path: Path, data_directory: str
 ) -> None:
