@@ -16,6 +16,7 @@ from moe.config import (
     DataConfig,
     ModelConfig,
     MoEConfig,
+    OptimizerConfig,
     RunConfig,
     TrackingConfig,
     TrainConfig,
@@ -173,6 +174,7 @@ PROGRAM = textwrap.dedent("""
     from moe.training.trainer import fit
     config = RunConfig.from_config_dict(json.loads(config))
     options = {option: source} if option else {}
+    options |= {"fork_step": 2} if option == "fork_from" else {}
     fit(config, run, profile_steps=range(3, 4), **options)
     print(json.dumps(found))
 """)
@@ -184,7 +186,7 @@ FILES = ("config.json", "environment.jsonl", "metrics.jsonl", "router.jsonl", "t
 def test_training_checks_before_each_file_that_it_writes(
     tmp_path: Path, data_directory: str
 ) -> None:
-    """The second run starts from the first one, so that it writes all that there is."""
+    """Runs also start from another one and fork, so that they write all that there is."""
     config = RunConfig(
         model=ModelConfig(
             num_layers=1,
@@ -195,10 +197,13 @@ def test_training_checks_before_each_file_that_it_writes(
             moe=MoEConfig(num_experts=2, experts_per_token=1, expert_dim=16),
         ),
         data=DataConfig(sequence_length=64, directory=data_directory),
-        train=TrainConfig(steps=4, batch_size=8, log_every=1, eval_batches=1, checkpoint_every=1),
+        optimizer=OptimizerConfig(schedule="wsd"),
+        train=TrainConfig(
+            steps=4, batch_size=8, log_every=1, eval_batches=1, checkpoint_every=1, keep_every=2
+        ),
     )
     found = {}
-    for name, option in (("first", ""), ("second", "init_from")):
+    for name, option in (("first", ""), ("second", "init_from"), ("third", "fork_from")):
         done = subprocess.run(
             [
                 *(sys.executable, "-c", PROGRAM, str(tmp_path / name)),
@@ -215,6 +220,7 @@ def test_training_checks_before_each_file_that_it_writes(
     steps = [f"checkpoints/{step}" for step in range(1, 5)]
     assert found["first"] == dict.fromkeys([*FILES, *steps, "profile"], True)
     assert found["second"] == found["first"] | {"origin.json": True, "checkpoints/0": True}
+    assert found["third"] == dict.fromkeys([*FILES, *steps[1:], "profile", "origin.json"], True)
 
 
 # Is paused while it saves step 2, after the arrays were begun.
