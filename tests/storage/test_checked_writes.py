@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -11,7 +12,15 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-from moe.config import DataConfig, ModelConfig, MoEConfig, RunConfig, TrackingConfig, TrainConfig
+from moe.config import (
+    DataConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrackingConfig,
+    TrainConfig,
+)
 from moe.parallel.hub import HostTimes
 from moe.storage import owner
 from moe.storage.owner import LostRun, own_run
@@ -20,7 +29,7 @@ from moe.workdir.checkpoint import Checkpoints
 from moe.workdir.identity import write_about, write_config
 from moe.workdir.origin import Origin, write_origin
 from moe.workdir.tensorboard import TensorBoard
-from moe.workdir.tracking import MetricWriter, write_environment
+from moe.workdir.tracking import MetricWriter, copy_lines, write_environment
 
 Check = Callable[[], None]
 CONFIG = RunConfig()
@@ -32,6 +41,9 @@ class Writers:
 
     def __init__(self, run: Path, check: Check):
         self.run, self.check = run, check
+        self.source = run.with_name("source")
+        self.source.mkdir()
+        (self.source / "metrics.jsonl").write_text('{"step": 1}\n')
         self.checkpoints = Checkpoints(run, CONFIG, check)
         self.metrics = MetricWriter(run, TrackingConfig(tensorboard=False), 0, check)
         self.tensorboard = TensorBoard(run / "tensorboard", 0, check)
@@ -43,7 +55,10 @@ class Writers:
         write_environment(self.run, "blockwise", self.check)
 
     def origin(self) -> None:
-        write_origin(self.run, Origin(self.run, 1), self.check)
+        write_origin(self.run, Origin(self.run, 1, False), self.check)
+
+    def copied_lines(self) -> None:
+        copy_lines(self.source, self.run, 1, self.check)
 
     def metric(self) -> None:
         self.metrics.write(1, {"train/loss": 1.0})
@@ -128,7 +143,7 @@ PROGRAM = textwrap.dedent("""
     from moe.config import RunConfig
     from moe.storage import owner
 
-    run, source, config = sys.argv[1:]
+    run, source, option, config = sys.argv[1:]
     state, found = threading.local(), {}
     owner.file_system = lambda path: "nfs4"
     check = owner._Lease.check
@@ -158,17 +173,20 @@ PROGRAM = textwrap.dedent("""
     sys.addaudithook(audit)
     from moe.training.trainer import fit
     config = RunConfig.from_config_dict(json.loads(config))
-    fit(config, run, init_from=source or None, profile_steps=range(3, 4))
+    options = {option: source} if option else {}
+    options |= {"fork_step": 2} if option == "fork_from" else {}
+    fit(config, run, profile_steps=range(3, 4), **options)
     print(json.dumps(found))
 """)
 FILES = ("config.json", "environment.jsonl", "metrics.jsonl", "router.jsonl", "tensorboard")
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_training_checks_before_each_file_that_it_writes(
     tmp_path: Path, data_directory: str
 ) -> None:
-    """The run starts from another one, so that it writes all that there is."""
+    """Runs also start from another one and fork, so that they write all that there is."""
     config = RunConfig(
         model=ModelConfig(
             num_layers=1,
@@ -179,14 +197,17 @@ def test_training_checks_before_each_file_that_it_writes(
             moe=MoEConfig(num_experts=2, experts_per_token=1, expert_dim=16),
         ),
         data=DataConfig(sequence_length=64, directory=data_directory),
-        train=TrainConfig(steps=4, batch_size=8, log_every=1, eval_batches=1, checkpoint_every=1),
+        optimizer=OptimizerConfig(schedule="wsd"),
+        train=TrainConfig(
+            steps=4, batch_size=8, log_every=1, eval_batches=1, checkpoint_every=1, keep_every=2
+        ),
     )
     found = {}
-    for name, source in (("first", ""), ("second", "first")):
+    for name, option in (("first", ""), ("second", "init_from"), ("third", "fork_from")):
         done = subprocess.run(
             [
                 *(sys.executable, "-c", PROGRAM, str(tmp_path / name)),
-                *(str(tmp_path / source) if source else "", json.dumps(config.to_dict())),
+                *(str(tmp_path / "first"), option, json.dumps(config.to_dict())),
             ],
             cwd=ROOT,
             env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"},
@@ -199,3 +220,63 @@ def test_training_checks_before_each_file_that_it_writes(
     steps = [f"checkpoints/{step}" for step in range(1, 5)]
     assert found["first"] == dict.fromkeys([*FILES, *steps, "profile"], True)
     assert found["second"] == found["first"] | {"origin.json": True, "checkpoints/0": True}
+    assert found["third"] == dict.fromkeys([*FILES, *steps[1:], "profile", "origin.json"], True)
+
+
+# Is paused while it saves step 2, after the arrays were begun.
+PAUSED = textwrap.dedent("""
+    import json, os, signal, sys
+    from moe.config import RunConfig
+    from moe.storage import owner
+    from moe.storage.owner import LostRun
+
+    run, config = sys.argv[1:]
+    owner.file_system = lambda path: "nfs4"
+    owner.RENEW_SECONDS, owner.LEASE_SECONDS, owner.POLL_SECONDS = 0.2, 2, 0.1
+    if not config:
+        with owner.own_run(owner.Path(run)):
+            sys.exit()
+    from moe.training.trainer import fit
+    from moe.workdir.checkpoint import Checkpoints
+    finish = Checkpoints._finish
+
+    def pause(self, path, about, begin):
+        if about["step"] == 2:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        finish(self, path, about, begin)
+
+    Checkpoints._finish = pause
+    try:
+        fit(RunConfig.from_config_dict(json.loads(config)), run)
+    except LostRun as error:
+        print(error)
+""")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_what_an_owner_was_saving_while_it_lost_its_run_is_no_checkpoint(
+    tmp_path: Path, data_directory: str
+) -> None:
+    config = RunConfig(
+        model=ModelConfig(num_layers=1, model_dim=16, num_heads=2, num_kv_heads=1, head_dim=8),
+        data=DataConfig(sequence_length=64, directory=data_directory),
+        train=TrainConfig(steps=4, batch_size=8, eval_batches=1, checkpoint_every=1),
+        tracking=TrackingConfig(tensorboard=False),
+    )
+    words, run = [sys.executable, "-c", PAUSED], tmp_path / "run"
+    with subprocess.Popen(
+        [*words, str(run), json.dumps(config.to_dict())],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as paused:
+        _, status = os.waitpid(paused.pid, os.WUNTRACED)
+        assert os.WIFSTOPPED(status), paused.communicate()
+        subprocess.run([*words, str(run), ""], cwd=ROOT, check=True, timeout=300)
+        paused.send_signal(signal.SIGCONT)
+        output, error = paused.communicate(timeout=300)
+    assert "was taken over by process" in output, error
+    assert [path.parent.name for path in run.glob("checkpoints/*/about.json")] == ["1"]
+    assert (run / "checkpoints" / "2").exists()
