@@ -154,7 +154,7 @@ def markdown(compared: Mapping[str, Any]) -> str:
 def _variant_rows(results: Mapping[str, dict[str, Any]]) -> list[tuple[str, ...]]:
     head = ("variant", "active parameters", "total parameters", "training FLOPs per token")
     head += ("validation loss (nats per token)", "seeds", "worst MaxVio", "dropped", "tokens/s")
-    rows = [head]
+    rows: list[tuple[str, ...]] = [head]
     for name, values in results.items():
         loss, seconds = values["loss"], values["step_seconds"]
         error = loss["standard_error"]
@@ -177,7 +177,9 @@ def _variant_rows(results: Mapping[str, dict[str, Any]]) -> list[tuple[str, ...]
 def _difference_rows(
     differences: Mapping[str, dict[str, Any] | None], baseline: str
 ) -> list[tuple[str, ...]]:
-    rows = [(f"loss above {baseline}'s", "difference", "seeds", "p", "seeds for half")]
+    rows: list[tuple[str, ...]] = [
+        (f"loss above {baseline}'s", "difference", "seeds", "p", "seeds for half")
+    ]
     for name, values in differences.items():
         if values is None:
             rows.append((name, "–", "0", "–", "–"))

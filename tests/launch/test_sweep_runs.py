@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pyarrow import parquet
@@ -60,8 +61,16 @@ def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> int:
     return int(found[1])
 
 
-def statuses(workdir: Path) -> list[str]:
-    return parquet.read_table(workdir / "runs.parquet").column("status").to_pylist()
+def finish(directory: Path, name: str, *flags: str) -> str:
+    """Starts the sweep, and returns its output once it has ended well."""
+    process = start(directory, name, *flags)
+    output, errors = process.communicate(timeout=400)
+    assert process.returncode == 0, errors
+    return output
+
+
+def column(workdir: Path, name: str) -> list[Any]:
+    return parquet.read_table(workdir / "runs.parquet").column(name).to_pylist()
 
 
 @pytest.mark.slow
@@ -82,7 +91,7 @@ def test_a_killed_sweep_goes_on(tmp_path: Path) -> None:
     os.kill(wait_for_step(process, workdir / "one", 60), signal.SIGKILL)
     output, errors = process.communicate(timeout=400)
     assert process.returncode == 1, errors
-    assert "failed: one: killed by SIGKILL" in output and statuses(workdir)[1] == "finished"
+    assert "failed: one: killed by SIGKILL" in output and column(workdir, "status")[1] == "finished"
 
     process = start(tmp_path, "killed")
     wait_for_step(process, workdir / "one", 100)
@@ -91,24 +100,15 @@ def test_a_killed_sweep_goes_on(tmp_path: Path) -> None:
     assert process.returncode == 75 and "1 interrupted" in output, errors
     assert "1 of 2 runs are done already" in errors
 
-    process = start(tmp_path, "killed")
-    output, errors = process.communicate(timeout=400)
-    assert process.returncode == 0, errors
-    assert statuses(workdir) == ["finished", "finished"]
+    finish(tmp_path, "killed")
+    assert column(workdir, "status") == ["finished", "finished"]
     starts = (workdir / "one" / "environment.jsonl").read_text().splitlines()
     assert (
         len(starts) == 4 and len((workdir / "two/environment.jsonl").read_text().split("\n")) == 2
     )
 
     # One job trains the same run without an interruption, and prints where it is started.
-    process = start(tmp_path, "whole", "--index=0")
-    output, errors = process.communicate(timeout=400)
-    assert process.returncode == 0 and "validation/loss" in output, errors
-    process = start(tmp_path, "whole", "--report_only")
-    output, errors = process.communicate(timeout=400)
-    assert "2 runs: 1 finished, 1 waiting" in output, errors
-    losses = [
-        parquet.read_table(tmp_path / name / "runs.parquet").column("loss").to_pylist()[0]
-        for name in ("killed", "whole")
-    ]
-    assert losses[0] == losses[1]
+    output = finish(tmp_path, "whole", "--index=0")
+    assert "validation/loss" in output
+    assert "2 runs: 1 finished, 1 waiting" in finish(tmp_path, "whole", "--report_only")
+    assert column(workdir, "loss")[0] == column(tmp_path / "whole", "loss")[0]
