@@ -9,9 +9,9 @@ learning rate that a few runs of 1e12 FLOPs have shown:
     width 48   0.0082: 1.647, 0.0165: 1.630, 0.0274: 1.647
     width 64   0.0069: 1.651, 0.0138: 1.674, and 1.656 with beta2=0.99 in place of 0.95
 
-Batches are small, so beta2 is 0.99: Porian et al. 2024 found that small batches need it. Each run is
-evaluated on the whole validation split, so that all of them predict the same 0.5M bytes. Seeds 1
-and 2 of one run show the seed's noise.
+Small batches need a beta2 of more than 0.95, as Porian et al. 2024 found. Each run is evaluated on
+the whole validation split, so that all of them predict the same 0.5M bytes. Seeds 1 and 2 of one
+run show the seed's noise.
 
 Command:  python -m launch.sweep --sweep=configs/sweeps/isoflop_tiny.py --workdir=runs/isoflop_tiny
           --jobs=2
