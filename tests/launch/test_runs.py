@@ -262,6 +262,7 @@ DENSE = "--config=configs/dense_tiny.py"
         ("train", (DENSE, "--workdir=x", "--config.mesh.fsdp=3"), "mesh"),
         ("train", (DENSE, "--workdir="), "workdir"),
         ("train", (DENSE, "--workdir=x", "--init_step=3"), "set --init_from"),
+        ("train", (DENSE, "--workdir=x", "--fork_from=y"), "set --fork_step"),
         ("summary", ("--config=configs/none.py",), "configs/none.py"),
         ("report", ("--workdir={empty}",), "metrics.jsonl"),
         ("evaluate", ("--workdir={empty}",), "config.json"),
