@@ -26,6 +26,11 @@ class Planned(NamedTuple):
     def name(self) -> str:
         return self.run.name
 
+    @property
+    def first_step(self) -> int:
+        """Returns the step that the run starts from, which is not 0 for a fork."""
+        return self.run.fork_step if self.run.fork_from else 0
+
     def arguments(self, workdir: RunPath) -> list[str]:
         """Returns the flags of launch.train for this run, whose directory is in `workdir`."""
         words = [f"--config={self.file}", f"--workdir={workdir / self.name}"]

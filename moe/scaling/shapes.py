@@ -117,6 +117,7 @@ def scale_run(
         base.optimizer,
         learning_rate=chosen.learning_rate,
         warmup_fraction=chosen.warmup_fraction,
+        warmup_steps=None,
     )
     train = dataclasses.replace(
         base.train,
