@@ -27,7 +27,9 @@ _PARAMETERS = 108e6  # the size at which the following two numbers hold
 _LEARNING_RATE, _LEARNING_RATE_EXPONENT = 0.0047, -1 / 3
 _BATCH_TOKENS, _BATCH_EXPONENT = 160 * 2048, 2 / 3
 _TOKENS_PER_PARAMETER = 20
-_LONGEST_WARMUP = 0.2  # as a fraction of the run, for models that see few tokens
+# The fractions of a run in which it warms up at least and at most: models that see many tokens have
+# large batches for their size, so that as many tokens as they have parameters are few steps.
+_SHORTEST_WARMUP, _LONGEST_WARMUP = 0.02, 0.2
 _SAVES = 5  # checkpoints of a run
 _WIDTH_UNIT = 8  # feed-forward widths are multiples of this
 
@@ -95,7 +97,9 @@ def tune(
     return Hyperparameters(
         learning_rate=_round_digits(rate * learning_rate_factor),
         batch_size=batch_size,
-        warmup_fraction=_round_digits(min(parameters / tokens, _LONGEST_WARMUP)),
+        warmup_fraction=_round_digits(
+            min(max(parameters / tokens, _SHORTEST_WARMUP), _LONGEST_WARMUP)
+        ),
         steps=max(1, round(tokens / (batch_size * sequence_length))),
     )
 

@@ -76,8 +76,10 @@ def test_hyperparameters_follow_size_and_tokens() -> None:
     assert tune(small, 128, 1e7, 0.5).learning_rate == pytest.approx(
         first.learning_rate / 2, rel=0.01
     )
-    # Where the tokens are few, the warm-up ends after a fifth of them.
+    # Where the tokens are few, the warm-up ends after a fifth of them, and where they are many it
+    # has a fiftieth.
     assert tune(wide, 128, 1e5).warmup_fraction == 0.2
+    assert tune(wide, 128, 1e9).warmup_fraction == 0.02
 
 
 def test_experts_do_not_change_the_hyperparameters() -> None:
