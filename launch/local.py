@@ -70,7 +70,6 @@ from moe.storage.paths import RunPath, run_path
 
 COMMANDS = (
     "benchmark",
-    "compare",
     "evaluate",
     "generate",
     "preflight",

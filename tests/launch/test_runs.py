@@ -232,13 +232,11 @@ def test_a_run_whose_reader_has_left_trains_to_its_end(tmp_path, data_directory)
         ("train", "absl"),
         ("train", "ml_collections"),
         ("train", "jaxlib._jax"),
-        ("compare", "jaxlib._jax"),
+        ("evaluate", "jaxlib._jax"),
     ],
 )
 def test_ctrl_c_during_imports_is_answered_in_one_line(tmp_path, command, module):
-    config = {"train": "configs/dense_tiny.py", "compare": "configs/experiments/moe_vs_dense.py"}[
-        command
-    ]
+    config = ["--config=configs/dense_tiny.py"] if command == "train" else []
     arguments = [
         sys.executable,
         "-X",
@@ -246,7 +244,7 @@ def test_ctrl_c_during_imports_is_answered_in_one_line(tmp_path, command, module
         "-m",
         f"launch.{command}",
         f"--workdir={tmp_path}",
-        f"--config={config}",
+        *config,
     ]
     with subprocess.Popen(
         arguments, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
@@ -334,6 +332,7 @@ def test_bad_input_that_needs_jax_or_a_data_set_is_answered_in_one_line(
         "routing",
         "upcycle",
         "compare",
+        "sweep",
     ],
 )
 def test_help_teaches_and_is_quick(command):

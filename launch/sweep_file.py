@@ -1,0 +1,154 @@
+"""Reads what a sweep trains from its config file, and checks it. It imports no JAX."""
+
+import ast
+import runpy
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from launch.config_file import ConfigFileErrors, check_config_file
+from moe.config import ConfigError, RunConfig
+from moe.config.checks import show
+from moe.data.sources import check_dataset
+from moe.files import announce_wait
+from moe.scaling.sweep import Point, Run, expand, link, overrides_between
+from moe.storage.paths import RunPath
+from moe.workdir.identity import CONFIG_FILE
+from moe.workdir.tracking import check_workdir
+
+
+class Planned(NamedTuple):
+    """Is one run of a sweep, and what launch.train needs to train it."""
+
+    run: Run
+    file: str  # the config file whose get_config() is the base
+    base: RunConfig
+
+    @property
+    def name(self) -> str:
+        return self.run.name
+
+    @property
+    def first_step(self) -> int:
+        """Returns the step that the run starts from, which is not 0 for a fork."""
+        return self.run.fork_step if self.run.fork_from else 0
+
+    def arguments(self, workdir: RunPath) -> list[str]:
+        """Returns the flags of launch.train for this run, whose directory is in `workdir`."""
+        words = [f"--config={self.file}", f"--workdir={workdir / self.name}"]
+        for field, value in overrides_between(self.base, self.run.config).items():
+            words.append(f"--config.{field}={value}")
+        if self.run.fork_from:
+            words.append(f"--fork_from={workdir / self.run.fork_from}")
+            words.append(f"--fork_step={self.run.fork_step}")
+        return words
+
+
+def read_sweep(path: str, changes: Sequence[str]) -> list[Planned]:
+    """Returns the runs of the sweep in the config file at `path`, in order.
+
+    `changes` are texts FIELD=VALUE, which are set in every run. Raises ConfigError.
+    """
+    check_config_file(path, "sweep")
+    with announce_wait(f"reading {path}"), ConfigFileErrors(path):
+        names = runpy.run_path(path)
+        base = _read_base(names, path)
+        points = list(_call(names, "get_sweep", path))
+    return plan(path, base, points, changes)
+
+
+def read_configs(
+    paths: Sequence[str], seeds: Sequence[int], changes: Sequence[str]
+) -> list[Planned]:
+    """Returns the runs of several config files with several seeds, as FILE/seed_N.
+
+    All files are trained with the first seed first. Raises ConfigError.
+    """
+    bases = {}
+    for path in paths:
+        check_config_file(path, "configs")
+        with announce_wait(f"reading {path}"), ConfigFileErrors(path):
+            names = runpy.run_path(path)
+            bases[path] = _read_base(names, path)
+    planned: list[Planned] = []
+    for seed in seeds:
+        for path in paths:
+            name = path.rpartition("/")[2].removesuffix(".py")
+            point = Point(f"{name}/seed_{seed}", {"seed": seed})
+            planned += plan(path, bases[path], [point], changes)
+    runs = link([one.run for one in planned])
+    return [one._replace(run=run) for one, run in zip(planned, runs, strict=True)]
+
+
+def _read_base(names: dict[str, Any], path: str) -> RunConfig:
+    """Returns the config of a config file, which launch.train must be able to change by flags."""
+    config = _call(names, "get_config", path)
+    if not isinstance(config, ConfigDict):
+        raise ConfigError(
+            f"{path}: get_config() returned {show(config)}: "
+            "return RunConfig.config_dict() with your changes"
+        )
+    return RunConfig.from_config_dict(config)
+
+
+def _call(names: dict[str, Any], name: str, path: str) -> Any:
+    """Returns what a function of a config file returns. Raises ConfigError if there is none."""
+    if not callable(names.get(name)):
+        raise ConfigError(
+            f"{path} has no {name}(): write one, as the files in configs/sweeps have it"
+        )
+    return names[name]()
+
+
+def plan(
+    path: str, base: RunConfig, points: Iterable[Point], changes: Sequence[str]
+) -> list[Planned]:
+    """Returns the checked runs of some points over a base. Raises ConfigError."""
+    changed = dict(_read_change(change) for change in changes)
+    if changed:
+        points = [
+            point._replace(overrides={**point.overrides, **changed})
+            for point in (Point(*point) for point in points)
+        ]
+    try:
+        runs = expand(base, points)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    if not runs:
+        raise ConfigError(f"{path}: get_sweep() yields no run: yield at least one Point")
+    return [Planned(run, path, base) for run in runs]
+
+
+def _read_change(text: str) -> tuple[str, object]:
+    """Returns the field and the value of --set=FIELD=VALUE."""
+    field, equals, value = text.partition("=")
+    if not equals or not field:
+        raise ConfigError(f"--set={text} sets nothing: write --set=FIELD=VALUE")
+    try:
+        return field, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return field, value
+
+
+def distinct(planned: Sequence[Planned]) -> list[Planned]:
+    """Returns the runs that are trained: the first of those that are the same."""
+    return [one for one in planned if one.run.same_as is None]
+
+
+def jobs_of(planned: Sequence[Planned]) -> list[list[Planned]]:
+    """Returns what --index counts: each run that starts from nothing, with the forks of it."""
+    jobs = {one.name: [one] for one in distinct(planned) if not one.run.fork_from}
+    for one in distinct(planned):
+        if one.run.fork_from:
+            jobs[one.run.fork_from].append(one)
+    return list(jobs.values())
+
+
+def check_runs(planned: Sequence[Planned], workdir: RunPath) -> None:
+    """Raises ConfigError for a data set that is not there, or a directory of another run."""
+    for data in {one.run.config.data for one in planned}:
+        check_dataset(data)
+    for one in distinct(planned):
+        if (workdir / one.name / CONFIG_FILE).exists():
+            check_workdir(workdir / one.name, one.run.config)
