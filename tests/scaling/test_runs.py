@@ -1,5 +1,8 @@
 """Tests that tables are read as they are meant, and that bad ones are refused in one line."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pyarrow
 import pytest
@@ -159,3 +162,13 @@ def test_a_dense_law_refuses_a_table_of_different_mixtures():
         check(**experts, active_parameters=GOOD.parameters)
     same = {"experts": np.full(35, 8), "experts_per_token": np.ones(35)}
     check(**same, active_parameters=GOOD.parameters)
+
+
+def test_a_bad_table_is_told_before_anything_slow_is_imported():
+    program = """
+import sys
+import moe.scaling.laws, moe.scaling.runs
+print(sorted({"jax", "flax", "scipy", "matplotlib", "pandas"} & sys.modules.keys()))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr

@@ -131,7 +131,7 @@ def find_warnings(fit: Fit) -> list[str]:
         *_of_floor(fit),
         *_of_data(fit),
         *_of_held_out(fit),
-        *_of_left_out(fit),
+        *runs_left_out(fit.left_out),
     ]
 
 
@@ -217,12 +217,13 @@ def _of_held_out(fit: Fit) -> Iterator[str]:
         )
 
 
-def _of_left_out(fit: Fit) -> Iterator[str]:
-    """Yields a warning that lists the runs which were left out."""
-    if fit.left_out:
-        listed = "; ".join(f"{run}: {reason}" for run, reason in fit.left_out[:5])
-        more = f"; and {len(fit.left_out) - 5} more" if len(fit.left_out) > 5 else ""
-        yield f"{len(fit.left_out)} runs were left out ({listed}{more})."
+def runs_left_out(left_out: list[tuple[str, str]]) -> Iterator[str]:
+    """Yields a warning that lists the runs which were left out, if there are any."""
+    if left_out:
+        listed = "; ".join(f"{run}: {reason}" for run, reason in left_out[:5])
+        more = f"; and {len(left_out) - 5} more" if len(left_out) > 5 else ""
+        number = "1 run was" if len(left_out) == 1 else f"{len(left_out)} runs were"
+        yield f"{number} left out ({listed}{more})."
 
 
 def _interval(low: float, high: float) -> str:
