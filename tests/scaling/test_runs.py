@@ -1,5 +1,6 @@
 """Tests that tables are read as they are meant, and that bad ones are refused in one line."""
 
+import os
 import subprocess
 import sys
 
@@ -74,6 +75,20 @@ def test_wrong_columns_are_refused(tmp_path, columns, where, message):
     with pytest.raises(ConfigError, match=message) as caught:
         read_runs(write(tmp_path, TABLE), columns, where=where)
     assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_table_of_rows_and_columns_is_refused(tmp_path):
+    for text, message in (
+        ("N,N,D\n1,2,3\n", "there are two columns 'N': rename one"),
+        ("N,D,L\n", "has no rows: write a row for each run"),
+        ("N;D;L\n1;2;3\n", "there is one column, 'N;D;L': separate columns by commas"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            read_runs(write(tmp_path, text))
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path):
+        with pytest.raises(ConfigError, match="is no regular file"):
+            read_runs(path)
 
 
 @pytest.mark.parametrize("text", ["", "a,b\n1\n"])

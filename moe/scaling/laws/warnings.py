@@ -129,6 +129,7 @@ def find_warnings(fit: Fit) -> list[str]:
     return [
         *_of_optimiser(fit),
         *_of_floor(fit),
+        *_of_saturation(fit),
         *_of_data(fit),
         *_of_held_out(fit),
         *runs_left_out(fit.left_out),
@@ -173,6 +174,16 @@ def _of_floor(fit: Fit) -> Iterator[str]:
         yield (
             f"{name} is at its bound, the lowest loss of the table ({lowest:.4g}): the law says "
             "that nothing is left to gain."
+        )
+
+
+def _of_saturation(fit: Fit) -> Iterator[str]:
+    """Yields a warning if the runs do not show beyond how many experts more bring nothing."""
+    most = float(fit.runs.experts.max())
+    if "E_max" in fit.intervals and fit.intervals["E_max"][1] > 100 * most:
+        yield (
+            f"E_max may be beyond 100 times the experts of any run ({most:.0f}): no saturation is "
+            "seen, so do not trust what the law says of more experts."
         )
 
 
