@@ -212,3 +212,6 @@ def test_saturation_that_no_run_shows_is_said():
     loss = loss * np.exp(0.003 * generator.standard_normal(24))
     result = fit(law, make_runs(**columns, loss=loss), num_starts=30, num_bootstraps=100)
     assert any(warning.startswith("E_max may be beyond") for warning in result.warnings)
+    columns["tokens"] = np.tile([1e11, 1e11, 3e11], 8)
+    result = fit(law, make_runs(**columns, loss=loss), num_starts=30, num_bootstraps=10)
+    assert any(w.startswith("Tokens differ by a factor of 3.0") for w in result.warnings)
