@@ -1,6 +1,5 @@
 """The frame that all pages of this project share: their style, and tables.
 
-
 A page has no scripts, needs no network, and is for light and dark screens, wide and narrow ones.
 """
 

@@ -14,7 +14,8 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-Columns = Mapping[str, np.ndarray]  # columns of points, under the names of a table of runs
+# Columns of points, under the names of a table of runs. `size` is what the law counts as the size.
+Columns = Mapping[str, np.ndarray]
 Loss = Callable[[Columns], np.ndarray]  # maps the columns of points to loss_SP
 
 FLOPS_PER_PARAMETER = 6.0  # per token, forward and backward (Kaplan et al. 2020, section 2.1)
@@ -56,6 +57,7 @@ def size_columns(
     """Returns the columns of dense models of 10^log_parameters, each with the tokens it can pay."""
     parameters = 10.0**log_parameters
     columns = {
+        "size": parameters,
         "parameters": parameters,
         "active_parameters": parameters,
         "embedding_parameters": np.zeros_like(parameters),
