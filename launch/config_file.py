@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 _WRAPPED = "Error whilst parsing config file"
 
 
-def check_config_file(path: str) -> None:
+def check_config_file(path: str, flag: str = "config") -> None:
     """Raises ConfigError for a path that is no regular file, or cannot be read.
 
     Reading a FIFO or a device would wait for ever.
@@ -30,10 +30,10 @@ def check_config_file(path: str) -> None:
     except OSError as error:
         elsewhere = ROOT / path
         where = f"{elsewhere}, which is there" if elsewhere.is_file() else "a config file"
-        raise ConfigError(f"--config={path}: {error.strerror}: set --config to {where}") from None
+        raise ConfigError(f"--{flag}={path}: {error.strerror}: set --{flag} to {where}") from None
     if not stat.S_ISREG(mode):
         raise ConfigError(
-            f"--config={path} is a FIFO, a socket or a device: set --config to a config file"
+            f"--{flag}={path} is a FIFO, a socket or a device: set --{flag} to a config file"
         )
 
 

@@ -3,14 +3,20 @@
 import dataclasses
 import difflib
 import math
-import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from moe.config.checks import LARGEST_INT, ConfigError, check_range, check_types, show
+from moe.config.checks import (
+    LARGEST_INT,
+    ConfigError,
+    check_range,
+    check_types,
+    field_types,
+    show,
+)
 from moe.config.data import BYTE_VOCABULARY, DataConfig
 from moe.config.layout import MeshConfig, check_layout
 from moe.config.model import ModelConfig
@@ -115,7 +121,19 @@ class RunConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the config as nested dicts, as config.json holds it."""
-        return dataclasses.asdict(self)
+        return _as_dict(self)
+
+
+def _as_dict(config: Any) -> dict[str, Any]:
+    """Returns a dataclass as nested dicts.
+
+    Its values cannot change, so they are not copied, which would take most of the time.
+    """
+    values = {name: getattr(config, name) for name in field_types(type(config))}
+    return {
+        name: _as_dict(value) if dataclasses.is_dataclass(value) else value
+        for name, value in values.items()
+    }
 
 
 def _build(cls: type, values: Any, path: str) -> Any:
@@ -132,7 +150,7 @@ def _build(cls: type, values: Any, path: str) -> Any:
         )
     prefix = f"{path}." if path else ""
     _check_names(cls, values, prefix)
-    types = typing.get_type_hints(cls)
+    types = field_types(cls)
     arguments = {
         name: _build(types[name], values[name], f"{prefix}{name}")
         if dataclasses.is_dataclass(types[name])

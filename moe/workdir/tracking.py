@@ -211,7 +211,7 @@ def write_environment(workdir: RunPath, attention: str) -> None:
         "packages": {name: _version(name) for name in _PACKAGES},
         "devices": _devices(),
         "attention": attention,
-        "git": _git_state(Path(__file__).resolve()),
+        "git": git_state(Path(__file__).resolve()),
     }
     path = workdir / ENVIRONMENT_FILE
     # A killed process may have left half a line. The new line must not become its second half.
@@ -318,7 +318,7 @@ def _devices() -> dict[str, Any]:
     }
 
 
-def _git_state(file: Path) -> dict[str, Any] | None:
+def git_state(file: Path) -> dict[str, Any] | None:
     """Returns the commit of the checkout that tracks `file`, and whether it has changes.
 
     The result is None if no checkout tracks the file (as in an installed package) or without git.

@@ -1,0 +1,50 @@
+"""Trains dense models of five sizes at each of four budgets of FLOPs, for a first scaling law.
+
+The text is Python's standard library, in bytes. Every budget's best size lies within its range:
+at 1e12 FLOPs it is between the widths 32 and 48, and it grows with the budget's square root.
+Shapes, learning rates, batches and warm-ups follow the rules of moe/scaling/shapes.py. Those were
+found for far larger models: here 0.3 times their learning rate is better than it and than half of
+that, at the widths 48 and 64 and 1e12 FLOPs. Each run is evaluated on the whole validation split,
+so that all of them predict the same 0.5M bytes. Seeds 1 and 2 of one run show the seed's noise.
+
+Command:  python -m launch.sweep --sweep=configs/sweeps/isoflop_tiny.py --workdir=runs/isoflop_tiny
+          --jobs=2
+Hardware: 2 CPU cores.
+Time, result: not measured yet.
+"""
+
+from collections.abc import Iterator
+
+from ml_collections import ConfigDict
+
+from moe.config import RunConfig
+from moe.scaling.ladders import iso_flop_ladder
+from moe.scaling.sweep import Point, repeat
+
+WIDTHS = {
+    4e12: (32, 48, 64, 80, 96),
+    8e12: (32, 48, 64, 80, 96),
+    15e12: (48, 64, 80, 96, 128),
+    30e12: (64, 80, 96, 112, 128),
+}
+LEARNING_RATE_FACTOR = 0.3
+
+
+def get_config() -> ConfigDict:
+    config = RunConfig.config_dict()
+    config.model.update(
+        num_layers=2, model_dim=64, feed_forward_dim=168, num_heads=4, num_kv_heads=4, head_dim=16
+    )
+    config.model.compute_dtype = "float32"  # CPUs have no faster arithmetic than this
+    config.model.scan_layers = False  # a loop over so few layers costs a CPU more than it saves
+    config.data.sequence_length = 128
+    config.train.update(keep_last=1, loss_chunk=128)
+    config.tracking.tensorboard = False
+    return config
+
+
+def get_sweep() -> Iterator[Point]:
+    base = RunConfig.from_config_dict(get_config())
+    yield from iso_flop_ladder(base, WIDTHS, LEARNING_RATE_FACTOR)
+    (middle,) = iso_flop_ladder(base, {4e12: (64,)}, LEARNING_RATE_FACTOR)
+    yield from repeat([middle._replace(name="noise")], (1, 2))

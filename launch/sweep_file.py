@@ -1,0 +1,128 @@
+"""Reads what a sweep trains from its config file, and checks it. It imports no JAX."""
+
+import ast
+import runpy
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from launch.config_file import ConfigFileErrors, check_config_file
+from moe.config import ConfigError, RunConfig
+from moe.data.sources import check_dataset
+from moe.files import announce_wait
+from moe.scaling.sweep import Point, Run, expand, overrides_between
+from moe.storage.paths import RunPath
+from moe.workdir.identity import CONFIG_FILE
+from moe.workdir.tracking import check_workdir
+
+
+class Planned(NamedTuple):
+    """Is one run of a sweep, and what launch.train needs to train it."""
+
+    run: Run
+    file: str  # the config file whose get_config() is the base
+    base: RunConfig
+
+    @property
+    def name(self) -> str:
+        return self.run.name
+
+    def arguments(self, workdir: RunPath) -> list[str]:
+        """Returns the flags of launch.train for this run, whose directory is in `workdir`."""
+        words = [f"--config={self.file}", f"--workdir={workdir / self.name}"]
+        for field, value in overrides_between(self.base, self.run.config).items():
+            words.append(f"--config.{field}={value}")
+        if self.run.fork_from:
+            words.append(f"--fork_from={workdir / self.run.fork_from}")
+            words.append(f"--fork_step={self.run.fork_step}")
+        return words
+
+
+def read_sweep(path: str, changes: Sequence[str]) -> list[Planned]:
+    """Returns the runs of the sweep in the config file at `path`, in order.
+
+    `changes` are texts FIELD=VALUE, which are set in every run. Raises ConfigError.
+    """
+    check_config_file(path, "sweep")
+    with announce_wait(f"reading {path}"), ConfigFileErrors(path):
+        names = runpy.run_path(path)
+        for name in ("get_config", "get_sweep"):
+            if not callable(names.get(name)):
+                raise ConfigError(
+                    f"--sweep={path} has no {name}(): set --sweep to a file such as those in "
+                    "configs/sweeps, which define get_config() and get_sweep()"
+                )
+        base = RunConfig.from_config_dict(names["get_config"]())
+        points = list(names["get_sweep"]())
+    return plan(path, base, points, changes)
+
+
+def read_configs(
+    paths: Sequence[str], seeds: Sequence[int], changes: Sequence[str]
+) -> list[Planned]:
+    """Returns the runs of several config files with several seeds, as FILE/seed_N.
+
+    All files are trained with the first seed first. Raises ConfigError.
+    """
+    planned: list[Planned] = []
+    for path in paths:
+        check_config_file(path, "configs")
+        with announce_wait(f"reading {path}"), ConfigFileErrors(path):
+            names = runpy.run_path(path)
+            base = RunConfig.from_config_dict(names["get_config"]())
+        name = path.rpartition("/")[2].removesuffix(".py")
+        points = [Point(f"{name}/seed_{seed}", {"seed": seed}) for seed in seeds]
+        planned += plan(path, base, points, changes)
+    return planned
+
+
+def plan(
+    path: str, base: RunConfig, points: Iterable[Point], changes: Sequence[str]
+) -> list[Planned]:
+    """Returns the checked runs of some points over a base. Raises ConfigError."""
+    changed = dict(_read_change(change) for change in changes)
+    if changed:
+        points = [
+            point._replace(overrides={**point.overrides, **changed})
+            for point in (Point(*point) for point in points)
+        ]
+    try:
+        runs = expand(base, points)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    if not runs:
+        raise ConfigError(f"{path}: get_sweep() yields no run: yield at least one Point")
+    return [Planned(run, path, base) for run in runs]
+
+
+def _read_change(text: str) -> tuple[str, object]:
+    """Returns the field and the value of --set=FIELD=VALUE."""
+    field, equals, value = text.partition("=")
+    if not equals or not field:
+        raise ConfigError(f"--set={text} sets nothing: write --set=FIELD=VALUE")
+    try:
+        return field, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return field, value
+
+
+def distinct(planned: Sequence[Planned]) -> list[Planned]:
+    """Returns the runs that are trained: the first of those that are the same."""
+    return [one for one in planned if one.run.same_as is None]
+
+
+def jobs_of(planned: Sequence[Planned]) -> list[list[Planned]]:
+    """Returns what --index counts: each run that starts from nothing, with the forks of it."""
+    jobs = {one.name: [one] for one in distinct(planned) if not one.run.fork_from}
+    for one in distinct(planned):
+        if one.run.fork_from:
+            jobs[one.run.fork_from].append(one)
+    return list(jobs.values())
+
+
+def check_runs(planned: Sequence[Planned], workdir: RunPath) -> None:
+    """Raises ConfigError for a data set that is not there, or a directory of another run."""
+    for data in {one.run.config.data for one in planned}:
+        check_dataset(data)
+    for one in distinct(planned):
+        if (workdir / one.name / CONFIG_FILE).exists():
+            check_workdir(workdir / one.name, one.run.config)

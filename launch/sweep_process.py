@@ -1,0 +1,124 @@
+"""Starts the process of one run, and says how it ended. It imports no JAX."""
+
+import contextlib
+import ctypes
+import functools
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from moe.exit_codes import DIVERGED, INTERRUPTED
+from moe.storage.paths import RunPath
+
+OUTPUT_FILE = "output.log"
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl
+# A run that was interrupted has saved, was stopped at once by a second signal, or had not begun.
+_STATUS = {
+    0: "finished",
+    DIVERGED: "diverged",
+    **dict.fromkeys((INTERRUPTED, 128 + signal.SIGINT, 128 + signal.SIGTERM), "interrupted"),
+}
+
+
+class Slot:
+    """Is the part of this machine that one of several runs at once has for itself."""
+
+    def __init__(self, number: int, count: int):
+        cores = sorted(os.sched_getaffinity(0))
+        self.number = number
+        # With fewer cores than runs, the system shares them out.
+        self._cores = share(cores, number, count) or cores
+        self._count = count
+
+    def environment(self, environment: Mapping[str, str]) -> dict[str, str]:
+        """Returns the variables of a run, which sees its share of the NVIDIA GPUs."""
+        visible = environment.get("CUDA_VISIBLE_DEVICES")
+        if visible is None:
+            visible = ",".join(map(str, range(len(list(Path("/dev").glob("nvidia[0-9]*"))))))
+        gpus = share([name for name in visible.split(",") if name], self.number, self._count)
+        own = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus and self._count > 1 else {}
+        return {**environment, **own}
+
+    def enter(self) -> None:
+        """Keeps this process to the slot's cores."""
+        os.sched_setaffinity(0, self._cores)
+
+
+def share(things: Sequence[Any], number: int, count: int) -> list[Any]:
+    """Returns the part `number` of things that are divided into `count` equal parts."""
+    size = len(things) // count
+    return list(things[number * size : (number + 1) * size])
+
+
+def start_run(
+    arguments: Sequence[str], directory: RunPath, slot: Slot, *, shown: bool
+) -> subprocess.Popen[bytes]:
+    """Starts launch.train with these arguments. Without `shown`, a file gets what it prints."""
+    command = [sys.executable, "-m", "launch.train", *arguments]
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)  # Linux alone has it
+    with _open_output(directory, command, shown) as output:
+        return subprocess.Popen(
+            command,
+            env=slot.environment(os.environ),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            # A terminal's Ctrl-C reaches this process alone, which passes it on once.
+            process_group=0,
+            preexec_fn=functools.partial(_prepare, prctl, os.getpid(), slot),
+        )
+
+
+def _prepare(prctl: Any, parent: int, slot: Slot) -> None:
+    """Keeps a new process to its slot, and lets the system kill it once its parent has ended."""
+    slot.enter()
+    if prctl:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it has ended already
+        os._exit(1)
+
+
+@contextlib.contextmanager
+def _open_output(
+    directory: RunPath, command: Sequence[str], shown: bool
+) -> Iterator[IO[bytes] | None]:
+    """Yields the file for what a run prints, or None if that goes where this process prints.
+
+    Its first line is the command, with which the run can be repeated by hand.
+    """
+    if shown or not isinstance(directory, Path):
+        yield None
+        return
+    with (directory / OUTPUT_FILE).open("ab") as file:
+        file.write(f"$ {shlex.join(command)}\n".encode())
+        file.flush()
+        yield file
+
+
+def exit_code(process: subprocess.Popen[bytes]) -> int:
+    """Returns an ended process's exit code as a shell has it: 128 + the signal that killed it."""
+    return 128 - process.returncode if process.returncode < 0 else process.returncode
+
+
+def status_of(code: int) -> str:
+    """Returns the status of a run whose process ended with this code."""
+    return _STATUS.get(code, "failed")
+
+
+def reason_of(code: int, directory: RunPath) -> str | None:
+    """Returns why a run has not finished: its last words, or the signal that killed it."""
+    if code == 0:
+        return None
+    if status_of(code) == "failed" and code > 128:
+        name = signal.Signals(code - 128).name
+        return f"killed by {name}" + (", as if memory was full" if name == "SIGKILL" else "")
+    path = directory / OUTPUT_FILE
+    text = path.read_text(errors="replace") if isinstance(path, Path) and path.exists() else ""
+    words = [line.strip() for line in text.replace("\r", "\n").splitlines() if line.strip()]
+    words = [line.removeprefix(f"{status_of(code)}: ") for line in words[-1:]]
+    return words[0][:300] if words else f"exit code {code}"

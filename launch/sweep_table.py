@@ -1,0 +1,174 @@
+"""Writes what is known of each run of a sweep: a result file for each, and one table of all.
+
+Runs may be trained by several processes or jobs at once, so each writes a file of its own,
+results/IDENTITY.json. Its name is the hash of the run's config. So the result of a run is found
+whatever the run is called. The table, runs.parquet and runs.csv, is gathered from these files.
+"""
+
+import io
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from launch.series import read_series
+from moe.config import ConfigError, RunConfig
+from moe.data.prepare import prepare
+from moe.scaling.flops import (
+    active_parameters,
+    embedding_parameters,
+    total_parameters,
+    training_flops_per_token,
+)
+from moe.scaling.sweep import Run
+from moe.storage.paths import RunPath, make_directory, write_whole
+from moe.workdir.tracking import METRICS_FILE, read_metrics
+
+RESULTS = "results"
+PARQUET_FILE, CSV_FILE = "runs.parquet", "runs.csv"
+LAST = 10  # logged steps at the end of a run over which the router's statistics are averaged
+
+# The columns of the table, with the types that pyarrow gives them. docs/scaling_laws/sweeps.md says
+# what each of them holds.
+COLUMNS = {
+    **dict.fromkeys(("run", "identity", "status", "reason"), "string"),
+    **dict.fromkeys(("seed", "parameters", "active_parameters", "embedding_parameters"), "int64"),
+    "tokens": "int64",
+    **dict.fromkeys(("flops", "loss", "repeats"), "double"),
+    **dict.fromkeys(("experts", "experts_per_token", "expert_dim"), "int64"),
+    **dict.fromkeys(("granularity", "sparsity", "learning_rate"), "double"),
+    **dict.fromkeys(("batch_tokens", "warmup_steps", "steps"), "int64"),
+    **dict.fromkeys(("dataset", "tokenizer"), "string"),
+    **dict.fromkeys(("vocab_size", "sequence_length"), "int64"),
+    **dict.fromkeys(("worst_max_vio", "dropped_fraction", "step_seconds"), "double"),
+    "memory_bytes": "int64",
+    **dict.fromkeys(("code", "config"), "string"),
+}
+_BYTES_PER_PARAMETER = 16  # float32: the parameter, its gradient and Adam's two moments
+
+Row = dict[str, Any]  # a value for each column, or None where it is not known
+
+
+def planned_row(run: Run) -> Row:
+    """Returns what is known of a run before it is trained, but for its config as JSON."""
+    config = run.config
+    model, moe, length = config.model, config.model.moe, config.data.sequence_length
+    batch_tokens = config.train.batch_size * length
+    tokens = batch_tokens * config.train.steps
+    # A dense model is a mixture of one expert.
+    experts, active, width = (
+        (moe.num_experts, moe.experts_per_token, moe.expert_dim)
+        if moe.num_experts
+        else (1, 1, model.feed_forward_dim)
+    )
+    values = {
+        "run": run.name,
+        "identity": run.identity,
+        "status": "waiting",
+        "seed": config.seed,
+        "parameters": total_parameters(model),
+        "active_parameters": active_parameters(model),
+        "embedding_parameters": embedding_parameters(model),
+        "tokens": tokens,
+        "flops": training_flops_per_token(model, length) * tokens,
+        "experts": experts,
+        "experts_per_token": active,
+        "expert_dim": width,
+        "granularity": model.feed_forward_dim / width,
+        "sparsity": 1 - active / experts,
+        "learning_rate": config.optimizer.learning_rate,
+        "batch_tokens": batch_tokens,
+        "warmup_steps": config.warmup_steps,
+        "steps": config.train.steps,
+        "dataset": config.data.dataset,
+        "tokenizer": config.data.tokenizer,
+        "vocab_size": model.vocab_size,
+        "sequence_length": length,
+        "memory_bytes": _BYTES_PER_PARAMETER * total_parameters(model),
+    }
+    return {name: values.get(name) for name in COLUMNS}
+
+
+def _config_json(config: RunConfig) -> str:
+    """Returns a config as JSON, without paths."""
+    values = config.to_dict()
+    del values["data"]["directory"]
+    return json.dumps(values)
+
+
+def write_result(
+    run: Run, workdir: RunPath, status: str, code: str, reason: str | None = None
+) -> Row:
+    """Writes the result file of a run with what its directory says, and returns its row."""
+    row = planned_row(run) | {"status": status, "code": code, "reason": reason}
+    row["config"] = _config_json(run.config)
+    if (workdir / run.name / METRICS_FILE).exists():
+        row |= _measured(run.config, workdir / run.name)
+    if status == "finished":
+        rows = prepare(run.config.data, run.config.data.train_split)
+        row["repeats"] = row["tokens"] / (len(rows) * rows.sequence_length)
+    make_directory(workdir / RESULTS)
+    write_whole(result_path(workdir, run.identity), json.dumps(row, indent=1) + "\n")
+    return row
+
+
+def result_path(workdir: RunPath, key: str) -> RunPath:
+    """Returns the path of the result file of the run with the identity `key`."""
+    return workdir / RESULTS / f"{key}.json"
+
+
+def _measured(config: RunConfig, workdir: RunPath) -> Row:
+    """Returns the columns that a run's metrics tell. Only the last step's validation counts."""
+    metrics = read_metrics(workdir)
+    losses = read_series(metrics, "validation/loss")
+    speeds = read_series(metrics, "train/tokens_per_second").values
+    is_last = bool(len(losses.steps)) and losses.steps[-1] == config.train.steps
+    loss = float(losses.values[-1]) if is_last else None
+    values = {
+        name: statistics.fmean(map(float, series[-LAST:]))
+        for name in ("worst_max_vio", "dropped_fraction")
+        if len(series := read_series(metrics, f"router/{name}").values)
+    }
+    if len(speeds):
+        batch_tokens = config.train.batch_size * config.data.sequence_length
+        values["step_seconds"] = batch_tokens / statistics.median(map(float, speeds))
+    return values | {"loss": loss if loss is None or math.isfinite(loss) else None}
+
+
+def read_result(workdir: RunPath, run: Run) -> Row | None:
+    """Returns the row of a run's result file, under the run's name, or None if it has none."""
+    path = result_path(workdir, run.identity)
+    try:
+        row = json.loads(path.read_text(encoding="utf-8"))
+        is_whole = isinstance(row, dict) and row.keys() == COLUMNS.keys()
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        is_whole = False
+    if not is_whole or row["identity"] != run.identity:
+        raise ConfigError(f"{path} is not what was written: delete it, and the run is done again")
+    return row | {"run": run.name}
+
+
+def gather(runs: Sequence[Run], workdir: RunPath) -> list[Row]:
+    """Writes the table of runs, and returns its rows."""
+    rows = [
+        read_result(workdir, run) or planned_row(run) | {"config": _config_json(run.config)}
+        for run in runs
+    ]
+    write_table(rows, workdir)
+    return rows
+
+
+def write_table(rows: Sequence[Row], workdir: RunPath) -> None:
+    """Writes rows as runs.parquet and runs.csv, each whole or not at all."""
+    import pyarrow  # takes a while, which bad input need not wait for
+    from pyarrow import csv, parquet
+
+    schema = pyarrow.schema(list(COLUMNS.items()))
+    table = pyarrow.Table.from_pylist(list(rows), schema=schema)
+    for name, write in ((PARQUET_FILE, parquet.write_table), (CSV_FILE, csv.write_csv)):
+        content = io.BytesIO()
+        write(table, content)
+        write_whole(workdir / name, content.getvalue())

@@ -1,0 +1,199 @@
+"""Specifies the runs of a sweep, checks them, and finds those that are the same. It needs no JAX.
+
+A sweep's config file has a `get_config()`, the base, and a `get_sweep()` that yields points. Each
+point has a name, which is also the run's directory, and the dotted fields that it changes in the
+base. `grid` and `repeat` make such points, and so do the functions of ladders.py.
+
+Two runs are the same if their configs are, apart from what says where a run is computed.
+"""
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from moe.config import ConfigError, RunConfig
+from moe.config.checks import show
+
+# Each part of a name is a directory, so it may not begin with a dot.
+_NAME = re.compile(r"\w[\w.=+-]*(/\w[\w.=+-]*)*", re.ASCII)
+_ELSEWHERE = ("mesh", "data.directory")  # fields that say where a run is computed, not what
+
+
+class Point(NamedTuple):
+    """Names one run of a sweep, and says what it changes in the base."""
+
+    name: str
+    overrides: Mapping[str, Any]  # values by dotted fields, such as {"model.model_dim": 64}
+    fork_from: str | None = None  # the point whose state at step `fork_step` this run starts from
+    fork_step: int = 0
+
+
+class Run(NamedTuple):
+    """Is a checked point: the whole config of one run."""
+
+    name: str
+    config: RunConfig
+    identity: str  # equal for runs that would compute the same numbers
+    same_as: str | None  # the name of an earlier run that is the same, which is trained instead
+    fork_from: str | None
+    fork_step: int
+
+
+def identity(config: RunConfig) -> str:
+    """Returns a hash of everything in a config that a run's numbers depend on.
+
+    Paths and the mesh are left out. A fork computes what a run of its own would, so it needs no
+    place in the hash.
+    """
+    values = config.to_dict()
+    for name in _ELSEWHERE:
+        group, _, field = name.rpartition(".")
+        del (values[group] if group else values)[field]
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def expand(base: RunConfig, points: Iterable[Point | tuple[str, Mapping[str, Any]]]) -> list[Run]:
+    """Returns the checked runs of a sweep, in order. Raises ConfigError for the first mistake."""
+    values, runs = base.to_dict(), []
+    first_names: dict[str, str] = {}  # by identity
+    for given in points:
+        point = _check_point(given)
+        try:
+            config = RunConfig.from_config_dict(_override(values, point.overrides))
+        except ConfigError as error:
+            raise ConfigError(f"{point.name}: {error}") from None
+        key = identity(config)
+        first = first_names.setdefault(key, point.name)
+        same_as = first if first != point.name else None
+        runs.append(Run(point.name, config, key, same_as, point.fork_from, point.fork_step))
+    _check_names([run.name for run in runs])
+    _check_forks(runs)
+    trained = {run.name: run.same_as or run.name for run in runs}
+    return [
+        run._replace(fork_from=trained[run.fork_from]) if run.fork_from else run for run in runs
+    ]
+
+
+def _check_point(point: Any) -> Point:
+    """Returns what get_sweep() has yielded as a Point. Raises ConfigError if it is none."""
+    try:
+        point = Point(*point)
+        is_point = isinstance(point.name, str) and isinstance(point.overrides, Mapping)
+    except TypeError:
+        is_point = False
+    if not is_point:
+        raise ConfigError(
+            f"get_sweep() yielded {show(point)}: yield Point(name, overrides), "
+            "where overrides is a dict of dotted fields"
+        )
+    if not _NAME.fullmatch(point.name):
+        raise ConfigError(
+            f"{show(point.name)} cannot name a run's directory: "
+            "use letters, digits and _ . = + -, with / between directories"
+        )
+    return point
+
+
+def _check_names(names: Sequence[str]) -> None:
+    """Raises ConfigError for a name that occurs twice, or that lies within another run."""
+    known = set(names)
+    if len(known) < len(names):
+        twice = next(name for number, name in enumerate(names) if name in names[:number])
+        raise ConfigError(f"{twice} names two runs: give each its own name")
+    for name in names:
+        parts = name.split("/")
+        for end in range(1, len(parts)):
+            outer = "/".join(parts[:end])
+            if outer in known:
+                raise ConfigError(
+                    f"{name} would lie in the directory of the run {outer}: rename one of them"
+                )
+
+
+def _check_forks(runs: Sequence[Run]) -> None:
+    """Raises ConfigError for a fork whose trunk is not another run that reaches its step."""
+    by_name = {run.name: run for run in runs}
+    for run in runs:
+        if run.fork_from is None:
+            continue
+        trunk = by_name.get(run.fork_from)
+        if trunk is None or trunk.fork_from is not None:
+            reason = "is a fork itself" if trunk else "is no run of the sweep"
+            raise ConfigError(
+                f"{run.name}: fork_from={run.fork_from} {reason}: set it to a run that is trained "
+                "from its first step"
+            )
+        if not 0 < run.fork_step < min(trunk.config.train.steps, run.config.train.steps):
+            raise ConfigError(
+                f"{run.name}: fork_step={run.fork_step} is not a step before the end of this run "
+                f"and of {run.fork_from}: set it to a step of the stable phase"
+            )
+
+
+def _override(values: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a copy of nested dicts in which dotted fields are set.
+
+    A field that does not exist is set too: RunConfig refuses it in its own words.
+    """
+    result = dict(values)
+    copied = {""}  # the groups that are no longer shared with `values`
+    for field, value in overrides.items():
+        group, path = result, ""
+        *names, last = str(field).split(".")
+        for name in names:
+            path = f"{path}.{name}"
+            if path not in copied:
+                inner = group.get(name)
+                group[name] = dict(inner) if isinstance(inner, dict) else {}
+                copied.add(path)
+            group = group[name]
+        group[last] = value
+    return result
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields the dotted name and the value of each field of nested dicts."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def overrides_between(base: RunConfig, config: RunConfig) -> dict[str, Any]:
+    """Returns the dotted fields in which a config differs from its base, with their values."""
+    before = dict(flatten(base.to_dict()))
+    return {name: value for name, value in flatten(config.to_dict()) if before[name] != value}
+
+
+def grid(fields: Mapping[str, Sequence[Any]]) -> Iterator[Point]:
+    """Yields a point for every combination of some values of each dotted field.
+
+    A name has the last part of each field and its value: learning_rate=0.001/batch_size=16.
+    """
+    for values in itertools.product(*fields.values()):
+        chosen = dict(zip(fields, values, strict=True))
+        name = "/".join(f"{field.rpartition('.')[2]}={value}" for field, value in chosen.items())
+        yield Point(name, chosen)
+
+
+def repeat(points: Iterable[Point], seeds: Sequence[int]) -> Iterator[Point]:
+    """Yields each point once with each seed, as NAME/seed_N: all points with the first seed first.
+
+    So all points can be compared once the first seed is trained.
+    """
+    listed = [Point(*point) for point in points]
+    if len(set(seeds)) < len(seeds):
+        raise ConfigError(f"seeds={show(seeds)} has a seed twice: set distinct numbers")
+    for seed in seeds:
+        for point in listed:
+            trunk = point.fork_from and f"{point.fork_from}/seed_{seed}"
+            yield Point(
+                f"{point.name}/seed_{seed}",
+                {**point.overrides, "seed": seed},
+                trunk,
+                point.fork_step,
+            )

@@ -1,0 +1,92 @@
+"""Tests the points of scaling experiments: what they vary, and what stays equal."""
+
+import pytest
+
+from moe.config import ConfigError, ModelConfig, MoEConfig, RunConfig, TrainConfig
+from moe.scaling.flops import training_flops_per_token
+from moe.scaling.ladders import iso_flop_ladder, sparsity_ladder, tuning_grid
+from moe.scaling.sweep import Run, expand
+
+BASE = RunConfig(
+    model=ModelConfig(
+        num_layers=2, model_dim=64, feed_forward_dim=192, num_heads=2, num_kv_heads=2, head_dim=32
+    ),
+    train=TrainConfig(steps=100, batch_size=32),
+)
+
+
+def tokens(run: Run) -> int:
+    """Returns the number of tokens that a run trains on."""
+    return run.config.train.steps * run.config.train.batch_size * run.config.data.sequence_length
+
+
+def flops(run: Run) -> float:
+    """Returns the training FLOPs of a whole run."""
+    model, length = run.config.model, run.config.data.sequence_length
+    return training_flops_per_token(model, length) * tokens(run)
+
+
+def test_each_budget_is_spent_at_each_width() -> None:
+    runs = expand(BASE, iso_flop_ladder(BASE, {1e12: (32, 64), 4e12: (64, 128, 256)}))
+    assert [run.name for run in runs] == [
+        "flops_1e+12/width_32",
+        "flops_1e+12/width_64",
+        "flops_4e+12/width_64",
+        "flops_4e+12/width_128",
+        "flops_4e+12/width_256",
+    ]
+    assert [run.config.model.model_dim for run in runs] == [32, 64, 64, 128, 256]
+    for run, budget in zip(runs, [1e12, 1e12, 4e12, 4e12, 4e12], strict=True):
+        # Steps are whole, and a run has hundreds of them.
+        assert flops(run) == pytest.approx(budget, rel=0.005)
+
+
+def test_experts_cost_no_flops_but_for_the_router() -> None:
+    ladder = sparsity_ladder(BASE, (64, 128), (1, 4, 16), 1e12, granularities=(1, 2))
+    runs = {run.name: run for run in expand(BASE, ladder)}
+    assert list(runs)[:5] == [
+        "width_64/experts_1_granularity_1",
+        "width_64/experts_4_granularity_1",
+        "width_64/experts_4_granularity_2",
+        "width_64/experts_16_granularity_1",
+        "width_64/experts_16_granularity_2",
+    ]
+    assert len(runs) == 10
+    dense = runs["width_64/experts_1_granularity_1"]
+    assert dense.config.model.moe.num_experts == 0
+    for name, experts, active, width in (
+        ("width_64/experts_4_granularity_1", 4, 1, 192),
+        ("width_64/experts_16_granularity_2", 32, 2, 96),
+    ):
+        run = runs[name]
+        moe = run.config.model.moe
+        assert (moe.num_experts, moe.experts_per_token, moe.expert_dim) == (experts, active, width)
+        assert run.config.train == dense.config.train
+        # Two layers have a router of 64 x experts each: 2 FLOPs per weight forward, 4 backward.
+        extra = 6 * 2 * 64 * experts * tokens(run)
+        assert flops(run) - extra == pytest.approx(flops(dense), rel=1e-9)
+
+
+def test_one_granularity_is_not_in_the_names() -> None:
+    names = [point.name for point in sparsity_ladder(BASE, (64,), (1, 4), 1e12)]
+    assert names == ["width_64/experts_1", "width_64/experts_4"]
+    with pytest.raises(ConfigError, match="granularity=5 does not divide feed_forward_dim=192"):
+        list(sparsity_ladder(BASE, (64,), (4,), 1e12, granularities=(5,)))
+
+
+def test_a_base_with_experts_gives_the_same_ladder() -> None:
+    """The experts of the base do not count, but its router does."""
+    moe = MoEConfig(num_experts=8, z_weight=0.5)
+    model = ModelConfig(**{**vars(BASE.model), "moe": moe})
+    base = RunConfig(model=model, train=BASE.train)
+    runs = expand(base, sparsity_ladder(base, (64,), (1, 4), 1e12))
+    assert [run.config.model.moe.num_experts for run in runs] == [0, 4]
+    assert runs[1].config.model.moe.z_weight == 0.5
+
+
+def test_a_tuning_grid_trains_on_equal_tokens() -> None:
+    runs = expand(BASE, tuning_grid(BASE, (0.001, 0.01), (16, 32, 64)))
+    assert len(runs) == 6 and len({run.identity for run in runs}) == 6
+    assert {tokens(run) for run in runs} == {100 * 32 * 256}
+    assert runs[1].name == "learning_rate_0.01/batch_16"
+    assert runs[1].config.optimizer.learning_rate == 0.01 and runs[1].config.train.steps == 200
