@@ -1,0 +1,131 @@
+"""What a fitted law says of budgets: the best models, and their spread over the bootstrap."""
+
+import json
+from collections.abc import Sequence
+
+import numpy as np
+
+from launch.fit.axes import count_text, power_text
+from moe.config import ConfigError, RunConfig
+from moe.scaling.candidates import (
+    Candidate,
+    columns_at,
+    planned_flops,
+    planned_tokens,
+)
+from moe.scaling.laws import Fit, Law, predict_samples
+from moe.scaling.optimum import Columns, Loss, Optimum, best_point, best_size
+from moe.scaling.runs import Runs, list_rows, make_runs
+
+SPARSE_INPUTS = {"experts", "granularity", "density"}  # what only models with experts have
+FAR = 10.0  # times the largest run: budgets beyond this get a note
+
+
+def is_sparse(law: Law) -> bool:
+    """Returns whether a law says what experts do to the loss."""
+    return bool(SPARSE_INPUTS & set(law.inputs))
+
+
+def check_law(law: Law, runs: Runs, budgets: Sequence[float]) -> None:
+    """Raises ConfigError for a table that the law cannot describe, or budgets it cannot spend."""
+    sparse_rows = runs.row[runs.experts > 1]
+    if len(sparse_rows) and not is_sparse(law):
+        raise ConfigError(
+            f"--law={law.name} describes dense models, and {list_rows(sparse_rows)} have experts: "
+            "set --law to a law of experts, or keep the dense runs with --where"
+        )
+    if not budgets:
+        return
+    if not {"tokens", "tokens_per_parameter"} & set(law.inputs):
+        raise ConfigError(
+            f"--budget: the law {law.name} has no tokens in it, so it cannot say how to spend a "
+            "budget: leave --budget out, or choose another law"
+        )
+    if is_sparse(law) and not table_configs(runs):
+        raise ConfigError(
+            f"--budget: the law {law.name} needs models with experts to choose from, and there is "
+            "no column config: leave --budget out, or give the table of launch.sweep"
+        )
+
+
+def table_configs(runs: Runs) -> list[RunConfig]:
+    """Returns the different configs of a table, which a table of others' runs does not have."""
+    texts = dict.fromkeys(text for text in runs.config if text)
+    configs = []
+    for text in texts:
+        try:
+            configs.append(RunConfig.from_config_dict(json.loads(text)))
+        except ValueError as error:  # ConfigError is one
+            row = runs.row[list(runs.config).index(text)]
+            raise ConfigError(f"row {row}: column config is no config of a run: {error}") from None
+    return configs
+
+
+def law_loss(fit: Fit, every: int = 1) -> Loss:
+    """Returns a law as a function of columns: the fit itself, then every n-th bootstrap sample."""
+    own = np.array([[fit.coefficients[name] for name in fit.law.coefficients]])
+    samples_SK = np.concatenate([own, fit.samples[::every]])
+
+    def loss(columns: Columns) -> np.ndarray:
+        return predict_samples(fit.law, samples_SK, make_runs(**columns))
+
+    return loss
+
+
+def size_name(law: Law) -> str:
+    """Returns the name of what a law counts as a model's size."""
+    if {"body", "active_body"} & set(law.inputs):
+        return "parameters without embeddings"
+    return "active parameters" if is_sparse(law) and "active" in law.inputs else "parameters"
+
+
+def sizes(law: Law, columns: Columns) -> np.ndarray:
+    """Returns the sizes that a law counts, from the columns of runs or of points."""
+    counts_all = {"body", "parameters"} & set(law.inputs)
+    counted = columns["parameters" if counts_all else "active_parameters"]
+    excludes = {"body", "active_body"} & set(law.inputs)
+    return counted - columns["embedding_parameters"] if excludes else counted
+
+
+def best_model(
+    law: Law, loss: Loss, candidates: Sequence[Candidate], budget: float
+) -> tuple[Optimum, RunConfig | None]:
+    """Returns the best model for a budget, and the config that trains it.
+
+    Without candidates it is a dense model of any size, which has no config.
+    """
+    if not candidates:
+        return best_size(loss, budget, {}), None
+    is_edge_P = np.array([candidate.is_edge for candidate in candidates])
+    columns = columns_at(candidates, budget)
+    columns["size"] = sizes(law, columns)
+    place, optimum = best_point(loss, budget, columns, is_edge_P)
+    return optimum, candidates[place].run(budget)
+
+
+def notes(optima: Sequence[Optimum], configs: Sequence[RunConfig | None], runs: Runs) -> list[str]:
+    """Returns what a reader has to know beside the table of best models, as sentences."""
+    found = []
+    largest = float(np.max(runs.flops))
+    for optimum, config in zip(optima, configs, strict=True):
+        budget = power_text(optimum.budget, 3)
+        if optimum.budget > FAR * largest:
+            found.append(
+                f"{budget} FLOP are {optimum.budget / largest:,.0f} times the largest run's: the "
+                "intervals hold only as far as the law does."
+            )
+        if optimum.at_edge > 0.025:
+            found.append(
+                f"At {budget} FLOP {optimum.at_edge:.0%} of the bootstrap's samples are best at an "
+                "edge of the models that were compared, so the true interval is wider."
+            )
+        if config is not None:
+            tokens, flops = planned_tokens(config), planned_flops(config)
+            found.append(
+                f"At {budget} FLOP the config trains {config.train.steps:,} steps of "
+                f"{config.train.batch_size} rows: {count_text(tokens)} tokens, "
+                f"{power_text(flops, 5)} FLOP."
+            )
+    if all(config is None for config in configs):
+        found.append("Models are dense, of any size, at 6 FLOPs for each parameter and token.")
+    return found
