@@ -27,11 +27,9 @@ def check_runs(
     Runs that did not finish or did not learn are left out. Whatever makes the table itself doubtful
     raises ConfigError, in one line with the rows concerned.
     """
-    reasons = _reasons_to_leave_out(runs)
-    left_out = [(str(runs.run[i]), reason) for i, reason in enumerate(reasons) if reason]
-    runs = runs.take(np.array([not reason for reason in reasons], bool))
+    runs, left_out = leave_out(runs)
     check_values(runs, columns)
-    _check_rising(runs)
+    _check_experts(runs, columns)
     if len(runs) <= num_coefficients:
         raise ConfigError(
             f"{len(runs)} runs are too few for {num_coefficients} coefficients"
@@ -40,12 +38,22 @@ def check_runs(
     for column in columns:
         if column != "embedding_parameters":
             _check_varies(runs, column)
+    _check_rising(runs)
     return runs, left_out
+
+
+def leave_out(runs: Runs) -> tuple[Runs, list[tuple[str, str]]]:
+    """Returns the runs that finished and learned, and the names and reasons of the others."""
+    reasons = _reasons_to_leave_out(runs)
+    left_out = [(str(runs.run[i]), reason) for i, reason in enumerate(reasons) if reason]
+    return runs.take(np.array([not reason for reason in reasons], bool)), left_out
 
 
 def _left(left_out: list[tuple[str, str]]) -> str:
     """Returns what a message says of runs that were left out."""
-    return f" ({len(left_out)} were left out, the first because {left_out[0][1]})" * bool(left_out)
+    if not left_out:
+        return ""
+    return f" ({len(left_out)} were left out, the first because {left_out[0][1]})"
 
 
 def _reasons_to_leave_out(runs: Runs) -> list[str]:
@@ -56,7 +64,7 @@ def _reasons_to_leave_out(runs: Runs) -> list[str]:
     ):
         if status != "finished":
             reasons.append(f"it is {status}" + f" ({reason})" * bool(reason))
-        elif loss >= np.log(vocabulary):
+        elif np.isfinite(loss) and loss >= np.log(vocabulary):
             reasons.append(
                 f"its loss {loss:.4g} is not below that of a guess among {vocabulary:.0f} tokens: "
                 "it diverged"
@@ -146,6 +154,21 @@ def _check_same(runs: Runs, name: str) -> None:
         f"{name}: the table mixes {usual or 'no name'} and {other or 'no name'} ({rows}), "
         f"whose losses do not compare: choose the rows of one with --where={name}={usual}"
     )
+
+
+def _check_experts(runs: Runs, columns: Sequence[str]) -> None:
+    """Raises ConfigError for different mixtures if the law knows nothing of experts."""
+    if {"experts", "sparsity", "granularity"} & set(columns):
+        return
+    kinds = np.stack([runs.experts, runs.experts_per_token], -1)
+    found = np.unique(kinds, axis=0)
+    if len(found) > 1:
+        rows = list_rows(runs.row[np.all(kinds == found[-1], -1)])
+        raise ConfigError(
+            f"experts: the table has models of {found[0, 0]:.0f} and {found[-1, 0]:.0f} experts "
+            f"({rows}), and this law knows no experts: choose the rows of one kind with "
+            "--where=experts=..., or a law of sparse models"
+        )
 
 
 def _check_varies(runs: Runs, name: str) -> None:

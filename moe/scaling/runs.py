@@ -70,8 +70,8 @@ def read_runs(
 
     `columns` gives the file's names of columns that have another name there, such as
     {"parameters": "N"}. `where` gives the values of the file's columns that rows must have to be
-    read, and `scale` the factors of columns whose unit is another one. Columns that laws need and
-    the table lacks follow from the others, as `make_runs` says.
+    read, with commas between alternatives, and `scale` the factors of columns whose unit is another
+    one. Columns that laws need and the table lacks follow from the others, as `make_runs` says.
     """
     path, columns = Path(path), columns or {}
     table = _read_table(path)
@@ -122,7 +122,8 @@ def _matching_rows(path: Path, table: pyarrow.Table, where: Mapping[str, str]) -
                 f"the table has {', '.join(table.column_names)}"
             )
         values = table[column].to_pylist()
-        chosen &= [_is_same(value, wanted) for value in values]
+        alternatives = {wanted, *wanted.split(",")}
+        chosen &= [any(_is_same(value, text) for text in alternatives) for value in values]
         if not chosen.any():
             found = list(dict.fromkeys(map(str, values)))
             more = f" and {len(found) - 8} more" if len(found) > 8 else ""

@@ -9,6 +9,7 @@ fitted; `Law.public` and `Law.fitted` convert.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
@@ -28,6 +29,7 @@ Term = Mapping[str, np.ndarray | float]
 _COLUMNS = {
     "parameters": ("parameters",),
     "active": ("active_parameters",),
+    "decimal_active": ("active_parameters",),
     "active_body": ("active_parameters", "embedding_parameters"),
     "body": ("parameters", "embedding_parameters"),
     "tokens": ("tokens",),
@@ -62,10 +64,13 @@ class Law:
     inputs: tuple[str, ...]
     coefficients: tuple[str, ...]
     positive: frozenset[str]  # fitted as logarithms
-    exponents: frozenset[str]  # the powers of size and data: without them a law says nothing
+    # The powers of size and data, without which a law says nothing. One that changes with an input
+    # is taken in the middle of the data: "b": ("c", "active") stands for b + c · mean.
+    exponents: frozenset[str]
     log_loss: Formula
     draw: Draw
     objective: Objective = Objective()
+    interactions: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
     irreducible: str | None = None  # the coefficient that the loss cannot fall below
     # A loss that is a sum of powers has terms, and ranges from which starts draw its exponents.
     terms: Callable[[Inputs], Sequence[Term]] = lambda inputs: ()
@@ -77,9 +82,14 @@ class Law:
         return tuple(dict.fromkeys(column for name in self.inputs for column in _COLUMNS[name]))
 
     def public(self, theta_PK: np.ndarray) -> np.ndarray:
-        """Returns the coefficients as a paper prints them, from the fitted ones."""
+        """Returns the coefficients as a paper prints them, from the fitted ones.
+
+        Resampled tables may drive a factor beyond float64, so it ends at exp(700).
+        """
         positive_K = np.array([name in self.positive for name in self.coefficients])
-        return np.where(positive_K, np.exp(np.where(positive_K, theta_PK, 0)), theta_PK)
+        return np.where(
+            positive_K, np.exp(np.where(positive_K, np.minimum(theta_PK, 700), 0)), theta_PK
+        )
 
     def fitted_samples(self, samples_PK: np.ndarray) -> np.ndarray:
         """Returns the fitted coefficients, [P, K], from those that a paper prints."""
@@ -93,10 +103,11 @@ class Law:
 
 
 def read_inputs(law: Law, runs: Runs) -> Inputs:
-    """Returns the columns that a law reads. All but the number of experts are logarithms."""
+    """Returns the columns that a law reads. All but the number of experts are logs."""
     read = {
         "parameters": lambda: np.log(runs.parameters),
         "active": lambda: np.log(runs.active_parameters),
+        "decimal_active": lambda: np.log10(runs.active_parameters),
         "active_body": lambda: np.log(runs.active_parameters - runs.embedding_parameters),
         "body": lambda: np.log(runs.parameters - runs.embedding_parameters),
         "tokens": lambda: np.log(runs.tokens),
@@ -109,11 +120,22 @@ def read_inputs(law: Law, runs: Runs) -> Inputs:
     return {name: read[name]() for name in law.inputs}
 
 
+def exponent(
+    law: Law, name: str, coefficients: Mapping[str, np.ndarray | float], inputs: Inputs
+) -> np.ndarray:
+    """Returns an exponent in the middle of the data."""
+    value = np.asarray(coefficients[name])
+    if name not in law.interactions:
+        return value
+    other, column = law.interactions[name]
+    return value + np.asarray(coefficients[other]) * np.mean(inputs[column])
+
+
 def log_sum(z_PN: Sequence[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
     """Returns log(sum of exp(z)), without overflow, and each term's share of the sum."""
-    largest_PN = np.maximum.reduce(z_PN)
+    largest_PN = functools.reduce(np.maximum, z_PN)
     terms = [np.exp(z - largest_PN) for z in z_PN]
-    total_PN = np.add.reduce(terms)
+    total_PN = functools.reduce(np.add, terms)
     return largest_PN + np.log(total_PN), [term / total_PN for term in terms]
 
 
@@ -129,7 +151,9 @@ def sum_of_powers(
             {name: np.broadcast_to(np.asarray(x), (num_runs,)) for name, x in term.items()}
             for term in terms(inputs)
         ]
-        z_PN = [np.add.reduce([theta[name] * x for name, x in row.items()]) for row in rows]
+        z_PN = [
+            functools.reduce(np.add, [theta[name] * x for name, x in row.items()]) for row in rows
+        ]
         log_loss_PN, shares = log_sum(z_PN)
         gradient_PNK = np.zeros((*log_loss_PN.shape, len(coefficients)))
         for row, share_PN in zip(rows, shares, strict=True):

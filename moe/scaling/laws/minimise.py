@@ -93,6 +93,7 @@ def whitening(problem: Problem, theta_PK: np.ndarray) -> np.ndarray:
     return np.linalg.inv(np.linalg.cholesky(moments_KK + floor * np.eye(len(moments_KK)))).T
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def lbfgs(
     problem: Problem, start_PK: np.ndarray, weight_PN: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -182,6 +183,7 @@ class _Memory:
         return -q
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def gauss_newton(
     problem: Problem,
     start_PK: np.ndarray,

@@ -123,12 +123,13 @@ def condition_number(problem: Problem, theta_K: np.ndarray) -> float:
     """Returns the condition number of the derivatives by the coefficients, at an optimum.
 
     Each column has length 1, so units play no part (Belsley, Kuh and Welsch 1980). It is infinite
-    if the data cannot tell two directions apart at all.
+    if the data cannot tell two directions apart at all. A term that is 0 at the optimum has no
+    effect nearby; it is not counted, since it is told as a coefficient at its bound.
     """
     jacobian_NK = problem.residuals(theta_K[None])[1][0]
     length_K = np.linalg.norm(jacobian_NK, axis=0)
-    if not np.all(length_K > 0):
-        return float("inf")
+    has_effect_K = length_K > 1e-9 * length_K.max()
+    jacobian_NK, length_K = jacobian_NK[:, has_effect_K], length_K[has_effect_K]
     singular_K = np.linalg.svd(jacobian_NK / length_K, compute_uv=False)
     if len(singular_K) < len(length_K) or singular_K[-1] <= 1e-13 * singular_K[0]:
         return float("inf")

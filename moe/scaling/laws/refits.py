@@ -47,6 +47,20 @@ def bootstrap(
     return theta_PK.reshape(count, starts, -1)[np.arange(count), best]
 
 
+def exactly_determined_share(num_drawn: int, num_coefficients: int) -> float:
+    """Returns the share of resamples with no more distinct runs than coefficients.
+
+    Such a resample is fitted without a residual, so its coefficients show nothing of the noise.
+    """
+    share = np.zeros(num_drawn + 1)  # of resamples with so many distinct runs
+    share[0] = 1
+    counts = np.arange(num_drawn + 1)
+    for _ in range(num_drawn):
+        again = share * counts / num_drawn
+        share = again + np.concatenate([[0], (share * (1 - counts / num_drawn))[:-1]])
+    return float(share[: num_coefficients + 1].sum())
+
+
 def drift(problem: Problem, theta_K: np.ndarray) -> dict[float, dict[str, float]]:
     """Returns the coefficients under several deltas of Huber's function, by delta."""
     result = {}
@@ -57,20 +71,25 @@ def drift(problem: Problem, theta_K: np.ndarray) -> dict[float, dict[str, float]
     return result
 
 
-def budgets(flops: np.ndarray) -> np.ndarray:
-    """Returns the number of each run's budget, from 0, the smallest one.
+def group_values(values: np.ndarray) -> np.ndarray:
+    """Returns the number of each value's group, such as each run's budget, from 0, the smallest.
 
-    Runs belong to one budget if no gap of more than 10 % lies between their FLOPs. If that makes
-    no three budgets of two runs or more on average, each tenth of the runs is one.
+    Values belong to one group if no gap of more than 10 % lies between them.
     """
-    order = np.argsort(flops, kind="stable")
-    jumps = np.diff(np.log(flops[order])) > np.log(1.1)
-    number = np.concatenate([[0], np.cumsum(jumps)])
-    if number[-1] < 2 or len(flops) < 2 * (number[-1] + 1):
-        number = np.arange(len(flops)) * min(10, len(flops)) // len(flops)
-    result = np.empty(len(flops), int)
-    result[order] = number
+    order = np.argsort(values, kind="stable")
+    result = np.empty(len(values), int)
+    result[order] = np.cumsum(np.diff(np.log(values[order]), prepend=-np.inf) > np.log(1.1)) - 1
     return result
+
+
+def _budgets_to_hold_out(flops: np.ndarray) -> np.ndarray:
+    """Returns the budgets, or tenths of the runs if the largest budget has fewer than 3 runs."""
+    budget_N = group_values(flops)
+    if budget_N.max() >= 2 and np.sum(budget_N == budget_N.max()) >= 3:
+        return budget_N
+    order = np.argsort(flops, kind="stable")
+    budget_N[order] = np.arange(len(flops)) * min(10, len(flops)) // len(flops)
+    return budget_N
 
 
 def predict_largest_budget(
@@ -80,7 +99,7 @@ def predict_largest_budget(
 
     Returns None if the others are too few for a fit.
     """
-    budget_N = budgets(runs.flops)
+    budget_N = _budgets_to_hold_out(runs.flops)
     largest = budget_N == budget_N.max()
     rest, held = runs.take(~largest), runs.take(largest)
     if len(rest) <= len(law.coefficients):
@@ -91,6 +110,7 @@ def predict_largest_budget(
     coefficients = named(law, law.public(theta_PK[np.argmin(value_P)]))
     smaller = rest.take(budget_N[~largest] == budget_N[~largest].max())
     distance = np.abs(np.log(held.active_parameters[:, None] / smaller.active_parameters))
+    distance = distance + np.abs(np.log(held.experts[:, None] / smaller.experts))
     return HeldOut(
         run=held.run,
         flops=held.flops,

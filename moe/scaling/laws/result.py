@@ -14,8 +14,8 @@ class HeldOut:
     """Holds a test of a law: it is fitted without the largest budget, whose losses it predicts.
 
     `repeated` is what somebody without a law would guess: for each run the loss of the run in the
-    next smaller budget that is nearest to it in size. Errors are relative, prediction over
-    measurement minus 1.
+    next smaller budget that is nearest to it in size and experts. Errors are relative:
+    prediction over measurement minus 1.
     """
 
     run: np.ndarray

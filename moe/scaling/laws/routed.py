@@ -74,7 +74,7 @@ def _clark_log_loss(theta_PK: np.ndarray, x: Inputs) -> tuple[np.ndarray, np.nda
     """Returns ln 10 · (a n + b ê + c n ê + d), in decimal logarithms n of N and ê of Ê."""
     a, b, c, d, log_start, log_max = theta_PK.T[..., None]
     effective_PN, by_start_PN, by_max_PN = log_effective_experts(log_start, log_max, x["experts"])
-    n, e_PN = x["active"] / LN10, effective_PN / LN10
+    n, e_PN = x["decimal_active"], effective_PN / LN10
     log_loss_PN = LN10 * (a * n + b * e_PN + c * n * e_PN + d)
     by_effective_PN = b + c * n
     gradient = (
@@ -117,10 +117,11 @@ CLARK = Law(
     source="Clark et al. 2022, arXiv 2202.01169, equation 1",
     formula="log10 L = a log10 N + b log10 Ê + c log10 N log10 Ê + d, "
     "1/Ê = 1/(E-1+1/(1/E_start-1/E_max)) + 1/E_max",
-    inputs=("active", "experts"),
+    inputs=("decimal_active", "experts"),
     coefficients=("a", "b", "c", "d", "E_start", "E_max"),
     positive=frozenset({"E_start", "E_max"}),
     exponents=frozenset({"a", "b"}),
+    interactions={"b": ("c", "decimal_active")},
     log_loss=_clark_log_loss,
     draw=_draw_clark,
     objective=Objective("log", np.inf),

@@ -1,13 +1,225 @@
-"""Says what a reader should know before believing a fit."""
+"""Says what a reader should know before believing a fit.
 
+Coefficients are called identifiable if the data determine them: not the optimiser's start, the
+choice of Huber's delta or which runs happened to be drawn. Each test below compares a fit with
+itself, so none needs to know how noisy losses are.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from moe.scaling.laws.formulas import exponent, read_inputs
+from moe.scaling.laws.refits import exactly_determined_share
 from moe.scaling.laws.result import Fit
+
+# An exponent that is uncertain by this factor does not say whether ten times the size saves as much
+# as a hundred times.
+_FACTOR = 2.0
+# Beyond it float64 itself no longer determines the coefficients to a few digits.
+_SINGULAR = 1e8
+_ILL_CONDITIONED = 1e4
+# Up to 4 epochs, repeated text is about as good as new text (Muennighoff et al. 2023,
+# arXiv 2305.16264).
+_EPOCHS = 4
+_ZERO = 1e-3  # of the lowest loss: less is no floor
+_SPAN = 10  # A law extrapolates a power of size or data, so it must have seen one decade of it.
 
 
 def why_not_identifiable(fit: Fit) -> list[str]:
     """Returns the reasons, if any, for which the data do not determine the coefficients."""
-    return []
+    return [
+        *too_few(len(np.unique(fit.runs.run)), "runs", len(fit.law.coefficients)),
+        *_collinear(fit),
+        *_without_floor(fit),
+        *_wide(fit),
+        *_depends_on_delta(fit),
+        *_without_skill(fit),
+    ]
+
+
+def too_few(count: int, what: str, num_coefficients: int) -> Iterator[str]:
+    """Yields a reason if over 5 % of resamples have no residual, more than an interval ignores."""
+    share = exactly_determined_share(count, num_coefficients)
+    if share > 0.05:
+        yield (
+            f"{count} {what} are too few to show how uncertain {num_coefficients} coefficients "
+            f"are: {share:.0%} of the resampled tables are fitted exactly: add {what}"
+        )
+
+
+def _collinear(fit: Fit) -> Iterator[str]:
+    """Yields a reason if a combination of coefficients has no effect on the fitted losses."""
+    if fit.condition_number >= _SINGULAR:
+        yield (
+            f"some combination of coefficients does not change the losses (condition number "
+            f"{fit.condition_number:.1g}), for example because tokens are always the same multiple "
+            "of parameters: vary what the law depends on independently"
+        )
+
+
+def _without_floor(fit: Fit) -> Iterator[str]:
+    """Yields a reason if the fit has lost the term that the loss cannot fall below."""
+    name = fit.law.irreducible
+    if name is not None and fit.coefficients[name] < _ZERO * fit.runs.loss.min():
+        yield (
+            f"{name} is at its bound, 0: the data show no floor of the loss, so the other terms "
+            "stand for it as well: add larger budgets"
+        )
+
+
+def _wide(fit: Fit) -> Iterator[str]:
+    """Yields a reason for each exponent that resampling the runs moves by a factor of 2."""
+    for name, (low, high) in _exponent_intervals(fit).items():
+        if low <= 0 <= high:
+            yield f"{name} may be 0: its interval is {_interval(low, high)}: add sizes and budgets"
+        elif max(low / high, high / low) > _FACTOR:
+            yield (
+                f"{name} is known only within a factor of {max(low / high, high / low):.1f}: its "
+                f"interval is {_interval(low, high)}: add runs, sizes and budgets"
+            )
+
+
+def _exponent_intervals(fit: Fit) -> dict[str, tuple[float, float]]:
+    """Returns the intervals of the exponents, each in the middle of the data."""
+    samples = dict(zip(fit.law.coefficients, fit.samples.T, strict=True))
+    inputs = read_inputs(fit.law, fit.runs)
+    intervals = {}
+    for name in sorted(fit.law.exponents):
+        low, high = np.quantile(exponent(fit.law, name, samples, inputs), [0.025, 0.975])
+        intervals[name] = (float(low), float(high))
+    return intervals
+
+
+def _depends_on_delta(fit: Fit) -> Iterator[str]:
+    """Yields a reason for each exponent that another delta of Huber's function moves too far.
+
+    If a law describes the runs up to noise, all deltas estimate the same coefficients, and their
+    differences are smaller than the bootstrap's intervals.
+    """
+    inputs = read_inputs(fit.law, fit.runs)
+    for name, (low, high) in _exponent_intervals(fit).items():
+        values = {
+            delta: float(exponent(fit.law, name, coefficients, inputs))
+            for delta, coefficients in fit.drift.items()
+        }
+        outside = {delta: x for delta, x in values.items() if not low <= x <= high}
+        if outside:
+            delta = max(outside, key=lambda delta: max(low - outside[delta], outside[delta] - high))
+            yield (
+                f"{name} depends on how residuals are weighted: its interval is "
+                f"{_interval(low, high)}, but it is {outside[delta]:.3g} with delta={delta:g}: the "
+                "law does not describe all runs, so look at the residuals"
+            )
+
+
+def _without_skill(fit: Fit) -> Iterator[str]:
+    """Yields a reason if the law predicts the largest budget no better than no law."""
+    held = fit.held_out
+    if held is not None and held.mean_error >= held.mean_repeated_error:
+        yield (
+            f"fitted without the largest budget, the law predicts its losses to "
+            f"{held.mean_error:.2%}, and repeating the next smaller budget's to "
+            f"{held.mean_repeated_error:.2%}: it does not extrapolate"
+        )
 
 
 def find_warnings(fit: Fit) -> list[str]:
     """Returns sentences that each say what is doubtful about a fit, and what helps."""
-    return []
+    return [
+        *_of_optimiser(fit),
+        *_of_floor(fit),
+        *_of_data(fit),
+        *_of_held_out(fit),
+        *_of_left_out(fit),
+    ]
+
+
+def _of_optimiser(fit: Fit) -> Iterator[str]:
+    """Yields warnings about the search for the optimum."""
+    if fit.starts_at_optimum < 0.5:
+        yield (
+            f"Only {fit.starts_at_optimum:.0%} of the starts end at the optimum, so there may be a "
+            "better one: use more starts."
+        )
+    if fit.projection_gap is not None and abs(fit.projection_gap) > 1e-4:
+        which = "better" if fit.projection_gap < 0 else "worse"
+        yield (
+            f"Variable projection ends {abs(fit.projection_gap):.2%} {which} than L-BFGS: the "
+            "optimum is hard to find, so use more starts."
+        )
+    if _ILL_CONDITIONED <= fit.condition_number < _SINGULAR:
+        yield (
+            f"The condition number is {fit.condition_number:.1g}: some coefficients trade off "
+            "against each other, so do not read them one by one."
+        )
+    names = fit.runs.run
+    if len(np.unique(names)) < 3 * len(fit.law.coefficients):
+        yield (
+            f"There are {len(np.unique(names))} runs for {len(fit.law.coefficients)} coefficients: "
+            "the bootstrap's intervals are too narrow with fewer than three runs for each."
+        )
+
+
+def _of_floor(fit: Fit) -> Iterator[str]:
+    """Yields a warning if the irreducible loss is at one of its bounds."""
+    name = fit.law.irreducible
+    if name is None:
+        return
+    value, lowest = fit.coefficients[name], float(fit.runs.loss.min())
+    if fit.intervals[name][0] < _ZERO * lowest <= value:
+        yield f"{name} may be 0: its interval reaches the bound, so larger budgets are needed."
+    elif value > 0.98 * lowest:
+        yield (
+            f"{name} is at its bound, the lowest loss of the table ({lowest:.4g}): the law says "
+            "that nothing is left to gain."
+        )
+
+
+def _of_data(fit: Fit) -> Iterator[str]:
+    """Yields warnings about repeated text, narrow ranges and large residuals."""
+    repeats = fit.runs.repeats
+    repeated = repeats > _EPOCHS
+    if repeated.any():
+        yield (
+            f"{repeated.sum()} of {len(repeats)} runs saw their text more than {_EPOCHS} times, up "
+            f"to {repeats[repeated].max():.1f} times: the law counts repeated tokens as new ones."
+        )
+    for name in ("active_parameters", "tokens"):
+        if name in fit.law.columns:
+            values = getattr(fit.runs, name)
+            span = values.max() / values.min()
+            if span < _SPAN:
+                yield (
+                    f"{name.replace('_', ' ').capitalize()} span a factor of {span:.1f}, less than "
+                    "one decade: extrapolate by no more than that."
+                )
+    typical = np.median(np.abs(fit.residuals))
+    if typical > 0.01:
+        yield (
+            f"The law misses the typical run by {typical:.1%}, while seeds differ by a few tenths "
+            "of a percent: it does not describe these runs."
+        )
+
+
+def _of_held_out(fit: Fit) -> Iterator[str]:
+    """Yields a warning if the largest budget could not be held out, or is predicted badly."""
+    if fit.held_out is None:
+        yield "The largest budget cannot be held out, since too few runs are left without it."
+    elif fit.held_out.mean_error > fit.held_out.mean_repeated_error / 2:
+        yield (
+            f"The largest budget is predicted to {fit.held_out.mean_error:.2%}, hardly better than "
+            f"by repeating the next smaller one's losses ({fit.held_out.mean_repeated_error:.2%})."
+        )
+
+
+def _of_left_out(fit: Fit) -> Iterator[str]:
+    """Yields a warning that lists the runs which were left out."""
+    if fit.left_out:
+        listed = "; ".join(f"{run}: {reason}" for run, reason in fit.left_out[:5])
+        more = f"; and {len(fit.left_out) - 5} more" if len(fit.left_out) > 5 else ""
+        yield f"{len(fit.left_out)} runs were left out ({listed}{more})."
+
+
+def _interval(low: float, high: float) -> str:
+    return f"[{low:.3g}, {high:.3g}]"

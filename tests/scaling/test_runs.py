@@ -1,0 +1,160 @@
+"""Tests that tables are read as they are meant, and that bad ones are refused in one line."""
+
+import numpy as np
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from moe.config import ConfigError
+from moe.scaling.laws import LAWS
+from moe.scaling.run_checks import check_runs
+from moe.scaling.runs import make_runs, read_runs
+from tests.scaling.tables import isoflop_runs
+
+TABLE = """name,N,D,L,set
+a,1e6,2e7,5.5,rw
+b,2e6,2e7,5.2,rw
+c,1e6,4e7,,rw
+d,4e6,8e7,4.1,owt
+"""
+NAMES = {"run": "name", "parameters": "N", "tokens": "D", "loss": "L", "dataset": "set"}
+
+
+def write(directory, text: str):
+    path = directory / "runs.csv"
+    path.write_text(text)
+    return path
+
+
+def test_a_table_is_read_with_its_own_names(tmp_path):
+    runs = read_runs(write(tmp_path, TABLE), NAMES)
+    assert list(runs.run) == ["a", "b", "c", "d"]
+    np.testing.assert_array_equal(runs.flops, 6 * runs.parameters * runs.tokens)
+    np.testing.assert_array_equal(runs.active_parameters, runs.parameters)
+    np.testing.assert_array_equal(runs.sparsity, 0)
+    np.testing.assert_array_equal(runs.experts, 1)
+    assert list(runs.status) == ["finished"] * 4
+    assert np.isnan(runs.loss[2])
+
+
+def test_parquet_and_csv_are_one_table(tmp_path):
+    runs = read_runs(write(tmp_path, TABLE), NAMES)
+    path = tmp_path / "runs.parquet"
+    columns = {"parameters": runs.parameters, "tokens": runs.tokens, "loss": runs.loss}
+    parquet.write_table(pyarrow.table(columns), path)
+    again = read_runs(path)
+    np.testing.assert_array_equal(again.loss, runs.loss)
+    assert list(again.run) == ["row 1", "row 2", "row 3", "row 4"]
+
+
+def test_rows_are_chosen_and_keep_their_numbers(tmp_path):
+    path = write(tmp_path, TABLE)
+    runs = read_runs(path, NAMES, where={"set": "owt", "N": "4000000"}, scale={"tokens": 1e3})
+    assert list(runs.row) == [4]
+    np.testing.assert_array_equal(runs.tokens, 8e10)
+    np.testing.assert_array_equal(runs.flops, 6 * 4e6 * 8e10)
+    assert len(read_runs(path, NAMES, where={"set": "owt,rw"})) == 4
+
+
+@pytest.mark.parametrize(
+    ("columns", "where", "message"),
+    [
+        ({}, {}, "there is no column parameters, tokens, loss: "),
+        (NAMES | {"loss": "X"}, {}, "there is no column 'X' for loss: the table has name, N"),
+        (NAMES | {"los": "L"}, {}, "column 'los' is no column of a table of runs: name one of"),
+        (NAMES, {"colour": "red"}, "there is no column 'colour' to choose rows by"),
+        (NAMES, {"set": "c4"}, "no row with set=c4 is left: column 'set' has rw, owt"),
+        (NAMES | {"tokens": "set"}, {}, r"column 'set' holds no number in rows 1 \('rw'\), 2"),
+    ],
+)
+def test_wrong_columns_are_refused(tmp_path, columns, where, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        read_runs(write(tmp_path, TABLE), columns, where=where)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "a,b\n1\n"])
+def test_what_is_no_table_is_refused(tmp_path, text):
+    with pytest.raises(ConfigError, match="is no table of runs"):
+        read_runs(write(tmp_path, text))
+    with pytest.raises(ConfigError, match="does not exist: name a table of runs"):
+        read_runs(tmp_path / "missing.csv")
+
+
+GOOD = isoflop_runs(0.001, batch_tokens=np.full(35, 1e6), vocab_size=np.full(35, 5e4))
+
+
+def check(**columns):
+    """Checks the good runs with other columns, for Chinchilla's law."""
+    names = ("run", "status", "parameters", "tokens", "loss", "batch_tokens", "vocab_size")
+    table = {name: getattr(GOOD, name) for name in names}
+    law = LAWS["chinchilla"]
+    return check_runs(make_runs(**table | columns), law.columns, len(law.coefficients))
+
+
+def changed(name: str, rows: list[int], value: float) -> dict[str, np.ndarray]:
+    values = getattr(GOOD, name).copy()
+    values[np.array(rows) - 1] = value
+    return {name: values}
+
+
+def test_good_runs_pass():
+    runs, left_out = check()
+    assert len(runs) == 35
+    assert left_out == []
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (changed("loss", [3], np.nan), r"^loss: row 3 \(nan\) is empty or not a number: fill"),
+        (changed("loss", [3, 9], -1), r"^loss: rows 3 \(-1\), 9 \(-1\) must be positive"),
+        (changed("loss", [5], np.inf), r"^loss: row 5 \(inf\) must be positive"),
+        ({"loss": GOOD.loss + 40, "vocab_size": np.full(35, np.nan)}, "above 30 nats per token"),
+        (changed("tokens", [35], 10), r"^tokens: row 35 \(10\) is below the tokens of one batch"),
+        (changed("tokens", [1], np.nan), r"^tokens: row 1 \(nan\) is empty"),
+        ({"tokens": np.full(35, np.nan)}, "^tokens: no run has a value"),
+        ({"parameters": np.full(35, 1e8)}, "^active_parameters: all 35 runs have one value, 1e"),
+        ({"tokens": np.full(35, 1e9)}, "^tokens: all 35 runs have one value"),
+        ({"flops": GOOD.flops / 1e15}, "^flops: rows .* are more than 30 times off 6"),
+        ({"embedding_parameters": GOOD.parameters}, "^embedding_parameters: rows 1 .* are not be"),
+        ({"sparsity": np.full(35, 1.0)}, "^sparsity: rows 1 .* must be 0 or more and below 1"),
+        (
+            {"dataset": ["rw"] * 30 + ["owt"] * 5},
+            "^dataset: the table mixes rw and owt .rows 31, 32, 33, 34, 35., .* --where=dataset=rw",
+        ),
+        ({"tokenizer": ["byte"] * 34 + ["bpe"]}, "^tokenizer: the table mixes byte and bpe .row 3"),
+        ({"status": ["diverged"] * 31 + ["finished"] * 4}, "^4 runs are too few .*31 were left"),
+    ],
+)  # fmt: skip
+def test_bad_tables_are_refused_in_one_line(columns, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        check(**columns)
+    assert "\n" not in str(caught.value)
+
+
+def test_losses_that_rise_with_the_tokens_are_refused():
+    sizes = np.repeat(GOOD.parameters[:7], 5)
+    tokens = np.tile(np.geomspace(1e9, 1e11, 5), 7)
+    loss = 2 + 1e3 / tokens**0.3 + 100 / sizes**0.3
+    table = {"parameters": sizes, "tokens": tokens, "batch_tokens": np.full(35, np.nan)}
+    check(**table, loss=loss)
+    loss[9] *= 1.5
+    with pytest.raises(ConfigError, match=r"^loss: row 10 \(.* after .*\) rises with the tokens"):
+        check(**table, loss=loss)
+
+
+def test_runs_that_did_not_learn_are_left_out_with_the_reason():
+    runs, left_out = check(**changed("loss", [2], 11.0))
+    assert len(runs) == 34
+    assert left_out == [
+        ("row 2", "its loss 11 is not below that of a guess among 50000 tokens: it diverged")
+    ]
+
+
+def test_a_dense_law_refuses_a_table_of_different_mixtures():
+    experts = {"experts": [8] * 20 + [1] * 15, "experts_per_token": np.ones(35)}
+    with pytest.raises(ConfigError, match=r"^experts: the table has models of 1 and 8 experts"):
+        check(**experts, active_parameters=GOOD.parameters)
+    same = {"experts": np.full(35, 8), "experts_per_token": np.ones(35)}
+    check(**same, active_parameters=GOOD.parameters)
