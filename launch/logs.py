@@ -53,13 +53,13 @@ _running: _Running | None = None
 
 
 def log_directory(command: str, workdir: "RunPath | None") -> "RunPath":
-    """Returns the folder of a command's logs: WORKDIR/logs if it trains, or else logs/COMMAND.
+    """Returns the folder of a command's logs: WORKDIR/logs of launch.train, or else logs/COMMAND.
 
     The latter is in the current directory, since the run that a command reads may be somebody
     else's. If that cannot be written, as in a container, it is in the directory for short-lived
     files.
     """
-    if workdir and command in ("compare", "train"):
+    if workdir and command == "train":
         return workdir / "logs"
     here = "" if os.access(os.curdir, os.W_OK) else os.environ.get("TMPDIR", "/tmp")
     return Path(here, "logs", command)

@@ -9,7 +9,7 @@ from launch.config_file import ConfigFileErrors, check_config_file
 from moe.config import ConfigError, RunConfig
 from moe.data.sources import check_dataset
 from moe.files import announce_wait
-from moe.scaling.sweep import Point, Run, expand, overrides_between
+from moe.scaling.sweep import Point, Run, expand, link, overrides_between
 from moe.storage.paths import RunPath
 from moe.workdir.identity import CONFIG_FILE
 from moe.workdir.tracking import check_workdir
@@ -72,7 +72,8 @@ def read_configs(
         name = path.rpartition("/")[2].removesuffix(".py")
         points = [Point(f"{name}/seed_{seed}", {"seed": seed}) for seed in seeds]
         planned += plan(path, base, points, changes)
-    return planned
+    runs = link([one.run for one in planned])
+    return [one._replace(run=run) for one, run in zip(planned, runs, strict=True)]
 
 
 def plan(

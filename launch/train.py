@@ -8,6 +8,8 @@ Examples:
         --config.train.steps=150
     python -m launch.train --config=configs/dense_tiny.py --workdir=runs/fine_tuned \\
         --init_from=runs/dense_tiny --init_step=400
+    python -m launch.train --config=configs/experiments/schedules.py:wsd --workdir=runs/short \\
+        --fork_from=runs/long --fork_step=400 --config.train.steps=500
 
 A run directory holds config.json, environment.jsonl, metrics.jsonl, tensorboard/, checkpoints/ and
 run.lock (lease/, on a mount or at gs://); that of a model with experts holds router.jsonl too. The
@@ -20,7 +22,9 @@ with nothing to save. Under SLURM a run also saves and stops shortly before the 
 job.
 
 --init_from starts a new run, at step 0 and with a new optimizer state, from the parameters of
-another run whose model is the same.
+another run whose model is the same. --fork_from starts one from the whole state of another run,
+whose config is the same but for train.steps, at a step before the learning rate of either falls.
+It becomes, bit for bit, the run of that many steps.
 
 SIGUSR1 makes a process write the stacks of all its threads to stderr and go on.
 
@@ -41,16 +45,16 @@ from moe.config import ConfigError
 from moe.data.sources import check_dataset
 from moe.exit_codes import DIVERGED, INTERRUPTED
 from moe.storage.paths import run_path
+from moe.workdir.source import read_source
 
 
 def main(values: flags.FlagValues) -> int:
     config = command_line.read_run_config(values.config)
     workdir = run_path(values.workdir)
-    init_from = run_path(values.init_from) if values.init_from else None
-    if init_from is None and values.init_step is not None:
-        raise ConfigError(
-            f"--init_step={values.init_step} names a step, but no run: set --init_from to a run too"
-        )
+    sources = {
+        name: values[name].value for name in ("init_from", "init_step", "fork_from", "fork_step")
+    }
+    read_source(**sources)  # which tells mistakes that `fit` would tell only later
     steps = read_profile_steps(values.profile_steps, config.train.steps)
     check_dataset(config.data)
     # This loads JAX, which bad input need not wait for.
@@ -60,8 +64,7 @@ def main(values: flags.FlagValues) -> int:
         metrics = fit(
             config,
             workdir,
-            init_from=init_from,
-            init_step=values.init_step,
+            **sources,
             profile_steps=steps,
         )
     except Diverged as error:
@@ -104,6 +107,12 @@ def define_flags() -> None:
     )
     flags.DEFINE_integer(
         "init_step", None, "The step of the checkpoint of --init_from; the latest by default."
+    )
+    command_line.define_directory(
+        "fork_from", "The directory of another run, which a new run continues to other train.steps."
+    )
+    flags.DEFINE_integer(
+        "fork_step", None, "The step of the checkpoint of --fork_from, before its decay."
     )
     flags.DEFINE_string(
         "profile_steps",

@@ -72,6 +72,7 @@ WARMUP_STEPS = {
     "dense_7b": 2000,
     "dense_tiny": 50,
     "experiments.moe_vs_dense": 50,
+    "experiments.schedules": 50,
     "moe_1b_7b": 2000,
     "moe_30b_a3b": 2000,
     "moe_671b": 2000,

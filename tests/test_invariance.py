@@ -34,6 +34,7 @@ from moe.parallel.mesh import global_batch, make_mesh, shardings
 from moe.parameters import unbox
 from moe.tasks import make_task
 from moe.tasks.language_modelling import DIMS
+from moe.training.optimizer import make_schedule
 from moe.training.train_step import make_train_step, new_state
 
 ROWS, LENGTH, PADDED = 32, 16, 24
@@ -205,7 +206,9 @@ def step(config: RunConfig, rows: dict[str, np.ndarray] | None = None) -> dict[s
     placed = jax.device_put(variables(first_dense_layers), layout)
     opt_state = KEEP_GRADIENT.init(placed["params"])
     state = new_state(placed["params"], opt_state, placed["router_state"])
-    train_step = make_train_step(config, model, KEEP_GRADIENT, make_task(config))
+    train_step = make_train_step(
+        config, model, KEEP_GRADIENT, make_task(config), make_schedule(config)
+    )
     with jax.set_mesh(mesh):
         batch = global_batch(rows, mesh, ROWS, DIMS)
         new, metrics = jax.jit(train_step)(state, batch)

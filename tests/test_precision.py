@@ -35,6 +35,7 @@ from moe.parallel.mesh import global_batch, make_mesh, shardings
 from moe.parameters import unbox
 from moe.tasks import make_task
 from moe.tasks.language_modelling import DIMS
+from moe.training.optimizer import make_schedule
 from moe.training.train_step import make_train_step, new_state
 
 TOLERANCE = 0.02  # of a leaf's norm
@@ -145,7 +146,7 @@ def gradients(config: RunConfig, dtype: str) -> tuple[dict[str, np.ndarray], np.
     ]
     state = new_state(placed, KEEP_GRADIENT.init(placed), {})
     model = Transformer(dataclasses.replace(config.model, compute_dtype=dtype))
-    step = make_train_step(config, model, KEEP_GRADIENT, make_task(config))
+    step = make_train_step(config, model, KEEP_GRADIENT, make_task(config), make_schedule(config))
     rows, length = config.train.batch_size, config.data.sequence_length
     with jax.set_mesh(mesh):
         new, metrics = jax.jit(step)(

@@ -16,8 +16,8 @@ capacity_1   moe_32_top4 with experts that take no more than their even share an
 All but capacity_1 are dropless. All spend the same FLOPs on a token, but for the routers, which add
 2.4 % where there are 32 experts and 0.6 % where there are eight.
 
-Command:  python -m launch.compare --config=configs/experiments/moe_vs_dense.py
-          --workdir=runs/moe_vs_dense
+Command:  python -m launch.compare --sweep=configs/experiments/moe_vs_dense.py
+          --workdir=runs/moe_vs_dense --jobs=2
           One variant alone: python -m launch.train
           --config=configs/experiments/moe_vs_dense.py:moe_32_top4
           --workdir=runs/moe_32_top4
@@ -29,11 +29,13 @@ Result:   nats per byte: dense 1.516, moe_8_top1 1.462, moe_32_top4 1.417, unbal
           says what this shows and what it does not.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from moe.config import RunConfig
+from moe.scaling.sweep import Point, repeat
 
 SEEDS = (0, 1, 2)
 
@@ -84,3 +86,7 @@ def get_config(variant: str = "dense") -> ConfigDict:
     config.tracking.tensorboard = False
     config.update_from_flattened_dict(VARIANTS[variant])
     return config
+
+
+def get_sweep() -> Iterator[Point]:
+    return repeat((Point(name, fields) for name, fields in VARIANTS.items()), SEEDS)

@@ -98,8 +98,30 @@ class RunConfig:
 
     @property
     def warmup_steps(self) -> int:
-        """Returns the number of steps of warm-up, which leaves at least one step for the cosine."""
-        return min(round(self.optimizer.warmup_fraction * self.train.steps), self.train.steps - 1)
+        """Returns the number of steps of warm-up, which leaves at least one step after it."""
+        steps = self.optimizer.warmup_steps
+        if steps is None:
+            steps = round(self.optimizer.warmup_fraction * self.train.steps)
+        return min(steps, self.train.steps - 1)
+
+    @property
+    def decay_steps(self) -> int:
+        """Returns the number of steps, at the end of the run, in which the learning rate falls."""
+        after_warmup = self.train.steps - self.warmup_steps
+        if self.optimizer.schedule == "cosine":
+            return after_warmup
+        wanted = round(self.optimizer.decay_fraction * self.train.steps)
+        return min(max(wanted, 1), after_warmup)
+
+    def shared_updates(self, other: "RunConfig") -> int:
+        """Returns how many first updates have the same learning rates in two runs.
+
+        The runs differ in `train.steps` at most. With a stable phase they agree until the first one
+        decays.
+        """
+        if self.optimizer.schedule == "cosine" or self.warmup_steps != other.warmup_steps:
+            return self.train.steps if self == other else 0
+        return min(run.train.steps - run.decay_steps for run in (self, other))
 
     @classmethod
     def from_config_dict(cls, config: ConfigDict | Mapping[str, Any]) -> "RunConfig":
@@ -116,7 +138,10 @@ class RunConfig:
         """Returns every field with its default, as the ConfigDict that a config file changes."""
         config = ConfigDict(dataclasses.asdict(cls()))
         model: Any = config.model
-        model.moe.normalize_weights = placeholder(bool)  # None, but a flag may set it
+        optimizer: Any = config.optimizer
+        # These fields are None, but a flag may set them.
+        model.moe.normalize_weights = placeholder(bool)
+        optimizer.warmup_steps = placeholder(int)
         return config
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Configures the optimizer, the training loop and where metrics are written."""
 
 import dataclasses
+from typing import Literal
 
 from moe.config.checks import (
     ConfigError,
@@ -14,12 +15,19 @@ from moe.config.checks import (
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """Describes AdamW (Loshchilov & Hutter 2019) and its schedule: linear warm-up, then cosine."""
+    """Describes AdamW (Loshchilov & Hutter 2019) and its schedule, which begins with a warm-up."""
 
     learning_rate: float = 1e-3  # the highest learning rate, at the end of the warm-up
+    # How the learning rate falls after the warm-up: along a "cosine", or not before the last
+    # decay_fraction of the run ("wsd", for warm-up, stable, decay).
+    schedule: Literal["cosine", "wsd"] = "cosine"
     # The fraction of train.steps in which the learning rate rises from 0 to learning_rate.
     warmup_fraction: float = 0.1
-    # The learning rate where the cosine ends, as a fraction of learning_rate.
+    # The number of steps in which it rises, whatever train.steps is; None takes warmup_fraction.
+    warmup_steps: int | None = None
+    # The fraction of train.steps, the last ones, in which "wsd" lowers the learning rate.
+    decay_fraction: float = 0.2
+    # The learning rate at the end of the run, as a fraction of learning_rate.
     final_learning_rate_fraction: float = 0.1
     # The decay of weight matrices: each step subtracts weight_decay * learning rate * the matrix.
     weight_decay: float = 0.1
@@ -42,7 +50,10 @@ class OptimizerConfig:
                 f"warmup_fraction={self.warmup_fraction} is not a fraction of the run: "
                 "set warmup_fraction to at least 0.0 and less than 1.0"
             )
+        check_range(self, 0.0, 1.0, "decay_fraction")
         check_not_negative(self, "weight_decay")
+        if self.warmup_steps is not None:
+            check_not_negative(self, "warmup_steps")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,7 +34,7 @@ def sparsity_ladder(
     base: RunConfig,
     widths: Sequence[int],
     expansions: Sequence[int],
-    flops: float,
+    tokens: float,
     granularities: Sequence[int] = (1,),
     learning_rate_factor: float = 1.0,
 ) -> Iterator[Point]:
@@ -42,13 +42,12 @@ def sparsity_ladder(
 
     An expansion is the experts' total width over that of a dense model. A granularity of G cuts
     each expert into G, of which a token takes G, so that it spends as many FLOPs as the dense model
-    and the router in addition (Krajewski et al. 2024, arXiv 2402.07871, section 4). All models of
-    a width train on the tokens that the dense one can see with `flops`. The expansion 1 is that
-    dense model, whatever the granularity.
+    and the router in addition (Krajewski et al. 2024, arXiv 2402.07871). The expansion 1 is that
+    dense model, whatever the granularity. All runs train on the same tokens, since a routed law
+    such as that of Clark et al. 2022 (arXiv 2202.01169) has no term for their number.
     """
     for width in widths:
         dense = scale_model(with_experts(base.model, 1, 1), width)
-        tokens = tokens_for(dense, base.data.sequence_length, flops)
         for expansion in expansions:
             for granularity in granularities if expansion > 1 else (1,):
                 model = with_experts(dense, expansion, granularity)

@@ -6,12 +6,14 @@ An experiment over sizes needs a rule for everything that it does not vary. Thes
   width, and its heads keep their width as nearly as they can.
 - The learning rate, the batch and the warm-up follow Porian et al. 2024 (arXiv 2406.19146), who
   tuned models of 5M to 901M parameters. Their rounded fits are a learning rate of 0.0047 and 160
-  rows of 2048 tokens at 108M parameters, with the exponents -1/3 and 2/3 in the number of
+  rows of 2048 tokens at 108M parameters, with the exponents -1/3 and 2/3 in the number N of
   parameters. They warm up for as many tokens as the model has parameters.
 
-They trained each size on 20 tokens per parameter, so that the batch may follow from either number.
-Here it follows from the tokens: on an iso-FLOP curve a large model sees few of them, and a batch
-that grew with its size would leave it too few steps.
+They trained each size on D = 20 N tokens, so the batch may follow from either number. Here it
+follows from D: on an iso-FLOP curve a large model sees few tokens, and a batch that grew with its
+size would leave it too few steps. Where the batch is not theirs, the learning rate goes with its
+square root, as Adam's should (Malladi et al. 2022, arXiv 2205.10287). In all it goes as N^(-2/3)
+D^(1/3); Li et al. 2025 (arXiv 2503.04715) have found N^(-0.713) D^(0.307).
 """
 
 import dataclasses
@@ -87,6 +89,8 @@ def tune(
     size_by_tokens = tokens / _TOKENS_PER_PARAMETER
     batch_tokens = _BATCH_TOKENS * (size_by_tokens / _PARAMETERS) ** _BATCH_EXPONENT
     rate = _LEARNING_RATE * (parameters / _PARAMETERS) ** _LEARNING_RATE_EXPONENT
+    batch_ratio = (size_by_tokens / parameters) ** _BATCH_EXPONENT  # to their batch at this size
+    rate *= math.sqrt(batch_ratio)
     batch_size = max(1, round(batch_tokens / sequence_length))
     return Hyperparameters(
         learning_rate=_round_digits(rate * learning_rate_factor),

@@ -58,7 +58,6 @@ def identity(config: RunConfig) -> str:
 def expand(base: RunConfig, points: Iterable[Point | tuple[str, Mapping[str, Any]]]) -> list[Run]:
     """Returns the checked runs of a sweep, in order. Raises ConfigError for the first mistake."""
     values, runs = base.to_dict(), []
-    first_names: dict[str, str] = {}  # by identity
     for given in points:
         point = _check_point(given)
         try:
@@ -66,14 +65,28 @@ def expand(base: RunConfig, points: Iterable[Point | tuple[str, Mapping[str, Any
         except ConfigError as error:
             raise ConfigError(f"{point.name}: {error}") from None
         key = identity(config)
-        first = first_names.setdefault(key, point.name)
-        same_as = first if first != point.name else None
-        runs.append(Run(point.name, config, key, same_as, point.fork_from, point.fork_step))
+        runs.append(Run(point.name, config, key, None, point.fork_from, point.fork_step))
+    return link(runs)
+
+
+def link(runs: Sequence[Run]) -> list[Run]:
+    """Returns runs that say which of them are the same, also if they have different bases.
+
+    A fork of a run that is the same as an earlier one starts from that one. Raises ConfigError for
+    names and forks that do not fit together.
+    """
     _check_names([run.name for run in runs])
     _check_forks(runs)
-    trained = {run.name: run.same_as or run.name for run in runs}
+    first_names: dict[str, str] = {}  # by identity
+    for run in runs:
+        first_names.setdefault(run.identity, run.name)
+    trained = {run.name: first_names[run.identity] for run in runs}
     return [
-        run._replace(fork_from=trained[run.fork_from]) if run.fork_from else run for run in runs
+        run._replace(
+            same_as=trained[run.name] if trained[run.name] != run.name else None,
+            fork_from=trained[run.fork_from] if run.fork_from else None,
+        )
+        for run in runs
     ]
 
 

@@ -2,9 +2,10 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 
 from moe.config import OptimizerConfig, RunConfig
@@ -14,21 +15,62 @@ from moe.parameters import map_declared
 DECAYED_KINDS = ("linear", "router", "unembedding")
 
 
-def make_schedule(config: RunConfig) -> optax.Schedule:
+class Decay(NamedTuple):
+    """Says when the learning rate of the schedule "wsd" falls. Both numbers are int32.
+
+    They are arguments of a run's program instead of constants in it. Programs of other constants
+    may round otherwise, and a fork must compute what the run without a fork computes.
+    """
+
+    start: Any  # the number of updates before the decay
+    steps: Any  # the number of updates in it
+
+
+def choose_decay(config: RunConfig) -> Decay:
+    """Returns when the learning rate of a run falls."""
+    steps = config.decay_steps
+    return Decay(np.int32(config.train.steps - steps), np.int32(steps))
+
+
+def make_schedule(config: RunConfig, decay: Decay | None = None) -> optax.Schedule:
     """Makes the learning rate as a function of the update's number, which begins at 0.
 
-    It rises linearly from 0 to its peak. Then it follows a cosine down to a fraction of the peak,
-    which it reaches at the number `config.train.steps`.
+    It rises linearly from 0 to its peak, and falls to a fraction of the peak, which it reaches at
+    the number `config.train.steps`. The schedule "cosine" begins to fall after the warm-up, and
+    "wsd" stays at the peak until the last `config.decay_steps` updates. `decay` says the same as
+    `config`, by default, and may be traced.
     """
     peak = config.optimizer.learning_rate
-    schedule = optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=peak,
-        warmup_steps=config.warmup_steps,
-        decay_steps=config.train.steps,
-        end_value=peak * config.optimizer.final_learning_rate_fraction,
-    )
+    if config.optimizer.schedule == "wsd":
+        warmup = config.warmup_steps
+        schedule = optax.join_schedules(
+            [
+                optax.linear_schedule(0.0, peak, warmup),
+                # A joined schedule counts from where it begins.
+                lambda updates: _decayed(config, updates + warmup, decay or choose_decay(config)),
+            ],
+            [warmup],
+        )
+    else:
+        schedule = optax.warmup_cosine_decay_schedule(
+            init_value=0.0,
+            peak_value=peak,
+            warmup_steps=config.warmup_steps,
+            decay_steps=config.train.steps,
+            end_value=peak * config.optimizer.final_learning_rate_fraction,
+        )
     return _with_standard_promotion(schedule)
+
+
+def _decayed(config: RunConfig, updates: Any, decay: Decay) -> jax.Array:
+    """Returns a learning rate after the warm-up: its peak, then "1-sqrt" (Hägele et al. 2024).
+
+    Before the decay it is the peak itself, bit for bit.
+    """
+    peak, final = config.optimizer.learning_rate, config.optimizer.final_learning_rate_fraction
+    progress = jax.numpy.clip((updates - decay.start) / decay.steps, 0.0, 1.0)
+    falling = peak * (1 - (1 - final) * jax.numpy.sqrt(progress))
+    return jax.numpy.where(updates <= decay.start, peak, falling)
 
 
 def make_optimizer(

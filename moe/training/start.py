@@ -32,8 +32,9 @@ from moe.workdir import checkpoint
 from moe.workdir.checkpoint import Checkpoints
 from moe.workdir.first_lines import first_lines
 from moe.workdir.identity import read_config, read_saved_config, write_config
-from moe.workdir.origin import Origin, find_origin, read_variables, write_origin
-from moe.workdir.tracking import MetricWriter, check_workdir, write_environment
+from moe.workdir.origin import Origin, find_origin, read_state, read_variables, write_origin
+from moe.workdir.source import Source
+from moe.workdir.tracking import MetricWriter, check_workdir, copy_lines, write_environment
 
 _VISIBLE_SECONDS = 60.0
 
@@ -74,7 +75,7 @@ def check_finite(checkpoint_path: RunPath, variables: Any) -> None:
 
 @contextlib.contextmanager
 def claim_run(
-    workdir: RunPath, config: RunConfig, init_from: RunPath | None, init_step: int | None
+    workdir: RunPath, config: RunConfig, source: Source | None
 ) -> Iterator[tuple[Origin | None, Check]]:
     """Locks a run, checks that it is this one, and yields the checkpoint that it starts from.
 
@@ -85,15 +86,15 @@ def claim_run(
     check = unchecked
     with contextlib.ExitStack() as stack:
 
-        def claim() -> tuple[str, int] | None:
+        def claim() -> tuple[str, int, bool] | None:
             nonlocal check
             check = stack.enter_context(lock_run(workdir))
             check_workdir(workdir, config)
-            origin = find_origin(workdir, config.model, init_from, init_step)
-            return origin and (str(origin.run), origin.step)
+            origin = find_origin(workdir, config, source)
+            return origin and (str(origin.run), origin.step, origin.is_fork)
 
         origin = from_first("the lock of the run", claim)
-        yield origin and Origin(run_path(origin[0]), origin[1]), check
+        yield origin and Origin(run_path(origin[0]), *origin[1:]), check
 
 
 @contextlib.contextmanager
@@ -122,21 +123,22 @@ def first_state(
 ) -> TrainState:
     """Returns the state of the run's latest checkpoint, or that of a new run.
 
-    The checkpoint must have been trained on these rows. A new run takes its model's variables from
-    `origin`, if there is one. It saves them at once, so that the other run is not needed later.
+    The checkpoint must have been trained on these rows. A new run starts from `origin`, if there is
+    one. It saves its first state at once, so that the other run is not needed later.
     """
     latest = from_first("the step to restore", checkpoints.latest_step)
     if latest is not None:
         bar.show(f"restoring step {latest}")
         wait_for_step(checkpoints, latest)
-        checkpoint.check_rows(checkpoints, rows.sha256)
+        checkpoint.check_rows(checkpoints, rows.sha256, latest)
         return checkpoint.restore(checkpoints, program.abstract_state, latest)
-    bar.show("initialising the parameters")
-    state = program.init_state()
-    if origin is not None:
-        bar.show(f"restoring the parameters of step {origin.step} of {origin.run}")
-        state = start_from(origin, workdir, program, state)
-        checkpoint.save(checkpoints, config, rows.sha256, state)
+    if origin is None:
+        bar.show("initialising the parameters")
+        return program.init_state()
+    bar.show(f"restoring step {origin.step} of {origin.run}")
+    start = fork_from if origin.is_fork else start_from
+    state = start(origin, workdir, program, rows)
+    checkpoint.save(checkpoints, config, rows.sha256, state)
     return state
 
 
@@ -155,17 +157,31 @@ def wait_for_step(checkpoints: Checkpoints, step: int) -> None:
         time.sleep(0.1)
 
 
-def start_from(origin: Origin, workdir: RunPath, program: Program, state: TrainState) -> TrainState:
+def start_from(origin: Origin, workdir: RunPath, program: Program, _: Rows) -> TrainState:
     """Returns a new run's state with the model's variables of another run's checkpoint.
 
     It also writes down in `workdir` which checkpoint that is. Raises ConfigError if the checkpoint
     holds numbers that are not finite.
     """
+    state = program.init_state()
     variables = read_variables(origin, program.abstract_state)
     check_finite(origin.run / "checkpoints" / str(origin.step), variables)
     if jax.process_index() == 0:
         write_origin(workdir, origin)
     return state.replace(**variables)
+
+
+def fork_from(origin: Origin, workdir: RunPath, program: Program, rows: Rows) -> TrainState:
+    """Returns the whole state of another run's checkpoint, from which this run goes on.
+
+    It also writes down in `workdir` which checkpoint that is, and copies the metrics up to it.
+    Raises ConfigError if the checkpoint was trained on other rows than these.
+    """
+    state = read_state(origin, program.abstract_state, rows.sha256)
+    if jax.process_index() == 0:
+        copy_lines(origin.run, workdir, origin.step)
+        write_origin(workdir, origin)
+    return state
 
 
 def show_first_lines(config: RunConfig, workdir: RunPath, mesh: jax.sharding.Mesh) -> None:

@@ -22,7 +22,14 @@ from moe.parallel.mesh import make_mesh, shardings
 from moe.parameters import declarations, unbox
 from moe.tasks import Task, choose_task
 from moe.tasks.task import Batch
-from moe.training.optimizer import all_finite, make_optimizer, make_schedule, tree_where
+from moe.training.optimizer import (
+    Decay,
+    all_finite,
+    choose_decay,
+    make_optimizer,
+    make_schedule,
+    tree_where,
+)
 
 Metrics = dict[str, Any]  # scalars by name, and under "router" a dict of arrays [L, ...]
 
@@ -91,8 +98,9 @@ class Program:
     attention: str
     abstract_state: TrainState  # shapes, dtypes and shardings
     init_state: Callable[[], TrainState]
-    # (state, batch) -> (state, metrics). The state is donated: its arrays are gone afterwards.
-    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+    # (state, batch) -> (state, metrics). The state is donated: its arrays are gone afterwards. What
+    # `train_step.func` compiles also takes `train_step.args`, the numbers of the schedule, first.
+    train_step: functools.partial[tuple[TrainState, Metrics]]
     eval_step: Callable[[Any, Batch], losses.Sums]  # (variables, batch) -> sums
 
 
@@ -124,7 +132,6 @@ def make_program(
         make_state = jax.jit(lambda key: unbox(init(key)), out_shardings=state_shardings)
         return make_state(jax.random.key(config.seed))
 
-    train_step = make_train_step(config, model, optimizer, task)
     return Program(
         mesh=mesh,
         task=task,
@@ -132,9 +139,23 @@ def make_program(
         attention=implementation.name,
         abstract_state=abstract,
         init_state=init_state,
-        train_step=jax.jit(train_step, donate_argnums=0, out_shardings=(state_shardings, None)),
+        train_step=_jit_train_step(config, model, task, declared, state_shardings),
         eval_step=jax.jit(make_eval_step(config, task)),
     )
+
+
+def _jit_train_step(
+    config: RunConfig, model: nn.Module, task: Task, declared: Any, state_shardings: Any
+) -> functools.partial[tuple[TrainState, Metrics]]:
+    """Returns the jitted step of a run, to which the numbers of its schedule are given."""
+
+    def train_step(decay: Decay, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        schedule = make_schedule(config, decay)
+        optimizer = make_optimizer(config.optimizer, schedule, declared)
+        return make_train_step(config, model, optimizer, task, schedule)(state, batch)
+
+    jitted = jax.jit(train_step, donate_argnums=1, out_shardings=(state_shardings, None))
+    return functools.partial(jitted, choose_decay(config))
 
 
 def _make_init(
@@ -163,15 +184,18 @@ def _abstract_state(init: Callable[[jax.Array], TrainState], seed: int, mesh: Me
 
 
 def make_train_step(
-    config: RunConfig, model: nn.Module, optimizer: optax.GradientTransformation, task: Task
+    config: RunConfig,
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    task: Task,
+    schedule: optax.Schedule,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Makes the pure function (state, batch) -> (state, metrics) of one step.
 
     The loss is a mean over the targets of all microbatches together, so accumulation changes only
     how much memory a step needs. An update is skipped and counted if its loss, its
-    gradient or the parameters that it makes are not finite.
+    gradient or the parameters that it makes are not finite. `schedule` is for the metrics alone.
     """
-    schedule = make_schedule(config)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         if config.model.moe.jitter:

@@ -37,6 +37,7 @@ from moe.training.vote import Vote, asks_to_stop
 from moe.workdir import checkpoint
 from moe.workdir.checkpoint import Checkpoints
 from moe.workdir.origin import Origin
+from moe.workdir.source import read_source
 
 __all__ = ["Diverged", "Interrupted", "fit", "load_run"]
 
@@ -76,6 +77,8 @@ def fit(
     task: Task | None = None,
     init_from: str | os.PathLike[str] | None = None,
     init_step: int | None = None,
+    fork_from: str | os.PathLike[str] | None = None,
+    fork_step: int | None = None,
     profile_steps: range | None = None,
 ) -> dict[str, float]:
     """Trains to `config.train.steps` and returns the last validation metrics.
@@ -83,21 +86,24 @@ def fit(
     If `workdir` has a checkpoint, the run goes on from the latest one, and may train to more steps
     than it began with. Otherwise it is new. A new run takes its parameters and router biases from
     step `init_step` (by default, the latest) of the run in `init_from`, if that is given. The rest
-    of its state is new. `task` is the caller's own, where `config.task` is "custom". Each process
-    writes a trace of `profile_steps`, if these are given, into the folder `profile`.
+    of its state is new. If `fork_from` is given instead, it takes the whole state of that run's
+    step `fork_step`, and becomes bit for bit the run of `config` without a fork. `task` is the
+    caller's own, where `config.task` is "custom". Each process writes a trace of `profile_steps`,
+    if these are given, into the folder `profile`.
 
     Raises ConfigError if the workdir holds a run of another config or if another process writes
     it, OSError if a checkpoint cannot be saved, Interrupted on SIGINT or SIGTERM once the state is
     saved, and Diverged.
     """
     watch.report("preparing")
+    source = read_source(init_from, init_step, fork_from, fork_step)
     with catch_signals() as interrupted:
         program = make_program(config, devices, task=task)
         # A model that is too large is refused before the lock is taken, which makes the directory.
         # The parameters count twice, since the gradient is as large as they are.
         check_memory(program.mesh, program.abstract_state, program.abstract_state.params)
-        workdir, source = run_path(workdir), run_path(init_from) if init_from else None
-        with claim_run(workdir, config, source, init_step) as (origin, check):
+        workdir = run_path(workdir)
+        with claim_run(workdir, config, source) as (origin, check):
             show_first_lines(config, workdir, program.mesh)
             return _fit(config, workdir, program, origin, check, interrupted, profile_steps)
 

@@ -221,12 +221,12 @@ def save(checkpoints: Checkpoints, config: RunConfig, rows_sha256: str, state: A
     checkpoints.start_saving(about, state)
 
 
-def check_rows(checkpoints: Checkpoints, rows_sha256: str) -> None:
-    """Raises ConfigError if the latest checkpoint was trained on other rows than these.
+def check_rows(checkpoints: Checkpoints, rows_sha256: str, step: int) -> None:
+    """Raises ConfigError if the checkpoint of `step` was trained on other rows than these.
 
     The stream of batches would not continue as it began.
     """
-    saved = _open_step(checkpoints, None)[1]["rows_sha256"]
+    saved = _open_step(checkpoints, step)[1]["rows_sha256"]
     if saved != rows_sha256:
         raise ConfigError(
             f"{checkpoints.directory} was trained on rows with checksum {saved[:8]}, and those "

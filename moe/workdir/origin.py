@@ -1,13 +1,20 @@
-"""Starts a new run from another run's parameters and router biases: `launch.train --init_from`."""
+"""Starts a run from another run's checkpoint: `launch.train --init_from` and `--fork_from`."""
 
 import json
 from typing import Any, NamedTuple
 
-from moe.config import ConfigError, ModelConfig
+from moe.config import ConfigError, ModelConfig, RunConfig
 from moe.interop.upcycle import SHARED_FIELDS, check_fields
 from moe.storage.paths import RunPath, resolve, run_path, write_whole
 from moe.workdir import checkpoint
-from moe.workdir.identity import CONFIG_FILE, read_config, read_saved_config
+from moe.workdir.identity import (
+    CONFIG_FILE,
+    checkpoint_steps,
+    differing_fields,
+    read_config,
+    read_saved_config,
+)
+from moe.workdir.source import Source
 
 ORIGIN_FILE = "origin.json"
 # The fields on which the function of a sparse model, or its tree of parameters, depends. All others
@@ -28,68 +35,114 @@ SHARED_MOE_FIELDS = (
 
 
 class Origin(NamedTuple):
-    """Names a checkpoint of another run."""
+    """Names the checkpoint of another run from which a run starts or started."""
 
     run: RunPath
     step: int
+    is_fork: bool  # a fork takes the whole state, any other run the parameters and router biases
 
 
-def find_origin(
-    workdir: RunPath, model: ModelConfig, init_from: RunPath | None, init_step: int | None
-) -> Origin | None:
-    """Returns the checkpoint from which the run in `workdir` starts, or None for new parameters.
+def find_origin(workdir: RunPath, config: RunConfig, source: Source | None) -> Origin | None:
+    """Returns the checkpoint from which the run in `workdir` starts, or None for a new state.
 
-    If the run has begun already, its origin.json names the checkpoint, and `init_from` must name
-    the same one or none. Raises ConfigError if the two differ, if there is no such checkpoint, or
-    if the checkpoint holds another model.
+    If the run has started from one already, its origin.json names the checkpoint, and `source` must
+    name the same one or be None. Raises ConfigError if the two differ, if there is no such
+    checkpoint, or if a run of `config` cannot start from it.
     """
+    has_begun = read_saved_config(workdir) is not None
     if (workdir / ORIGIN_FILE).exists():
         origin = _read_origin(workdir / ORIGIN_FILE)
-        step = origin.step if init_step is None else init_step
-        if init_from and (resolve(init_from), step) != origin:
+        if source and not _is_same(source, origin):
+            verb = "forked" if origin.is_fork else "started"
             raise ConfigError(
-                f"{workdir} started from step {origin.step} of {origin.run}: "
-                "leave out --init_from, or set another --workdir"
+                f"{workdir} {verb} from step {origin.step} of {origin.run}: "
+                f"leave out {source.flag}_from, or set another --workdir"
             )
-        return origin
-    if not init_from:
+        if has_begun:
+            return origin
+        source = Source(*origin)
+    if not source:
         return None
-    if read_saved_config(workdir):
+    if has_begun:
         raise ConfigError(
             f"{workdir} holds a run that started from new parameters: "
-            "leave out --init_from, or set another --workdir"
+            f"leave out {source.flag}_from, or set another --workdir"
         )
-    if not (init_from / CONFIG_FILE).exists():
+    if not (source.run / CONFIG_FILE).exists():
         raise ConfigError(
-            f"--init_from={init_from} is no run: "
-            "set --init_from to the directory of a run that has saved a checkpoint"
+            f"{source.flag}_from={source.run} is no run: "
+            f"set {source.flag}_from to the directory of a run that has saved a checkpoint"
         )
-    check_model(read_config(init_from).model, model)
-    return Origin(resolve(init_from), _choose_step(init_from, init_step))
+    saved = read_config(source.run)
+    if source.is_fork:
+        check_fork(source, saved, config)
+    else:
+        check_model(saved.model, config.model)
+    return Origin(resolve(source.run), _choose_step(source), source.is_fork)
+
+
+def _is_same(source: Source, origin: Origin) -> bool:
+    """Returns whether `source` names the checkpoint from which a run started."""
+    step = origin.step if source.step is None else source.step
+    return (resolve(source.run), step, source.is_fork) == origin
 
 
 def _read_origin(path: RunPath) -> Origin:
     """Returns the checkpoint that an origin.json names."""
     try:
         saved = json.loads(path.read_text())
-        return Origin(run_path(saved["init_from"]), int(saved["step"]))
+        is_fork = "fork_from" in saved
+        run = saved["fork_from" if is_fork else "init_from"]
+        return Origin(run_path(run), int(saved["step"]), is_fork)
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{path} does not say a run and a step ({error}): restore it, or set another --workdir"
         ) from None
 
 
-def _choose_step(init_from: RunPath, init_step: int | None) -> int:
-    """Returns `init_step`, or by default the step of the latest checkpoint of `init_from`."""
-    with checkpoint.read_checkpoints(init_from) as checkpoints:
-        steps = sorted(checkpoints.all_steps())
-    if not steps or init_step not in (None, *steps):
-        wanted = "" if init_step is None else f" of step {init_step}"
+def _choose_step(source: Source) -> int:
+    """Returns the step of `source`, or by default that of the latest checkpoint of its run."""
+    steps = checkpoint_steps(source.run / "checkpoints")
+    if not steps or source.step not in (None, *steps):
+        wanted = "" if source.step is None else f" of step {source.step}"
         raise ConfigError(
-            f"--init_from={init_from} holds no checkpoint{wanted}: "
-            f"set --init_step to one of its steps ({', '.join(map(str, steps)) or 'none yet'})"
+            f"{source.flag}_from={source.run} holds no checkpoint{wanted}: set {source.flag}_step "
+            f"to one of its steps ({', '.join(map(str, steps)) or 'none yet'})"
         )
-    return steps[-1] if init_step is None else init_step
+    return steps[-1] if source.step is None else source.step
+
+
+def check_fork(source: Source, saved: RunConfig, config: RunConfig) -> None:
+    """Raises ConfigError unless a run of `config` has the same first steps as the one to fork.
+
+    `saved` is the config of that run. The two may differ in `train.steps` alone, and both must
+    have the same learning rates up to the step of `source`.
+    """
+    differing = differing_fields(saved, config, allowed=("train.steps",))
+    if differing:
+        raise ConfigError(
+            f"--fork_from={source.run} is a run of another config ({'; '.join(differing)}): "
+            "set the same config, in which train.steps alone may differ"
+        )
+    if config.optimizer.schedule == "cosine":
+        raise ConfigError(
+            f"--fork_from={source.run} has other learning rates than this run from the first step "
+            "on, since optimizer.schedule='cosine': train both with optimizer.schedule='wsd'"
+        )
+    if saved.warmup_steps != config.warmup_steps:
+        raise ConfigError(
+            f"optimizer.warmup_fraction={config.optimizer.warmup_fraction} gives "
+            f"{saved.warmup_steps} steps of warm-up in {source.run} and {config.warmup_steps} "
+            "here: train both with the same optimizer.warmup_steps"
+        )
+    shared = saved.shared_updates(config)
+    if source.step is not None and source.step > shared:
+        steps = [step for step in checkpoint_steps(source.run / "checkpoints") if step <= shared]
+        raise ConfigError(
+            f"--fork_step={source.step} is in the decay of {source.run} or of this run, which "
+            f"have the same learning rates up to step {shared}: set --fork_step to one of its "
+            f"steps up to there ({', '.join(map(str, steps)) or 'none is saved'})"
+        )
 
 
 def check_model(before: ModelConfig, after: ModelConfig) -> None:
@@ -105,7 +158,8 @@ def write_origin(workdir: RunPath, origin: Origin) -> None:
 
     It must be written before config.json: a run without it counts as started from new parameters.
     """
-    saved = {"init_from": str(origin.run), "step": origin.step}
+    name = "fork_from" if origin.is_fork else "init_from"
+    saved = {name: str(origin.run), "step": origin.step}
     write_whole(workdir / ORIGIN_FILE, json.dumps(saved) + "\n")
 
 
@@ -113,3 +167,13 @@ def read_variables(origin: Origin, abstract_state: Any) -> Any:
     """Returns the model's variables of a checkpoint, sharded as `abstract_state` says."""
     with checkpoint.read_checkpoints(origin.run) as checkpoints:
         return checkpoint.restore_variables(checkpoints, abstract_state, origin.step)
+
+
+def read_state(origin: Origin, abstract_state: Any, rows_sha256: str) -> Any:
+    """Returns the whole state of a checkpoint, sharded as `abstract_state` says.
+
+    Raises ConfigError if it was trained on other rows than these.
+    """
+    with checkpoint.read_checkpoints(origin.run) as checkpoints:
+        checkpoint.check_rows(checkpoints, rows_sha256, origin.step)
+        return checkpoint.restore(checkpoints, abstract_state, origin.step)

@@ -67,9 +67,9 @@ def check_workdir(workdir: RunPath, config: RunConfig) -> None:
 
     `mesh` and `data.directory` may differ: they say where a run is computed, and are no part of the
     experiment. `train.steps` may differ too, if the run has not trained that many steps yet: from
-    its latest checkpoint on, it follows the schedule for the new number. Where config.json is
-    missing, the latest checkpoint says which run this is. Raises ConfigError that names all other
-    differences.
+    its latest checkpoint on, it follows the schedule for the new number. (With the schedule "wsd"
+    the learning rates so far must be those of the new number.) Where config.json is missing, the
+    latest checkpoint says which run this is. Raises ConfigError that names all other differences.
     """
     make_directory(workdir)
     unfinished = workdir / UNFINISHED_FILE
@@ -85,16 +85,29 @@ def check_workdir(workdir: RunPath, config: RunConfig) -> None:
             f"{workdir} holds a run of another config ({'; '.join(differing)}): "
             "set another --workdir"
         )
-    _check_steps(workdir, saved.train.steps, config.train.steps)
+    if config.train.steps != saved.train.steps:
+        _check_steps(workdir, saved, config)
 
 
-def _check_steps(workdir: RunPath, before: int, after: int) -> None:
-    """Raises ConfigError if a run's number of steps changes to one that it has already reached."""
+def _check_steps(workdir: RunPath, saved: RunConfig, config: RunConfig) -> None:
+    """Raises ConfigError if a run cannot go on with the number of steps of `config`.
+
+    It cannot if it has trained that many already. A "wsd" run cannot either once it decays, since
+    its stable phase, from which others may fork, would then have a decay in it.
+    """
+    before, after = saved.train.steps, config.train.steps
     trained = max(checkpoint_steps(workdir / "checkpoints"), default=0)
-    if after != before and after <= trained:
+    if after <= trained:
         raise ConfigError(
             f"train.steps={after} is not more than the {trained} steps that {workdir} has trained: "
             f"set train.steps to {before}, or to more than {trained}"
+        )
+    shared = saved.shared_updates(config)
+    if config.optimizer.schedule == "wsd" and trained > shared:
+        raise ConfigError(
+            f"train.steps={after} has other learning rates from step {shared} on, and {workdir} "
+            f"has trained {trained} steps with train.steps={before}: fork it instead, with a new "
+            f"--workdir, --fork_from={workdir} and a --fork_step of at most {shared}"
         )
 
 
@@ -167,6 +180,18 @@ class MetricWriter:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def copy_lines(source: RunPath, workdir: RunPath, step: int) -> None:
+    """Copies the metrics of another run up to `step`, with which a fork's own files begin."""
+    for name in (METRICS_FILE, ROUTER_FILE):
+        lines = [
+            _format_line(line_step, values)
+            for line_step, values in _parse_lines(line_parts(source / name), _decode)
+            if line_step <= step
+        ]
+        if lines:
+            write_whole(workdir / name, "".join(lines))
 
 
 def read_metrics(workdir: RunPath) -> list[dict[str, Any]]:

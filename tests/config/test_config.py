@@ -138,7 +138,9 @@ def test_messages_have_one_line_where_a_config_dict_prints_many() -> None:
 @pytest.mark.parametrize(("section", "name", "default"), FIELDS)
 def test_every_field_refuses_a_wrong_type(section: str, name: str, default: Any) -> None:
     for wrong in (
-        ([1], 1) if default is None else ([1], None, 1 if isinstance(default, bool | str) else True)
+        ([1], 1.5)
+        if default is None
+        else ([1], None, 1 if isinstance(default, bool | str) else True)
     ):
         text = message(**{f"{section}__{name}": wrong})
         assert text.startswith(f"{section.replace('__', '.')}.{name}={wrong!r} ")
@@ -268,6 +270,18 @@ def test_fields_that_may_be_zero(section: str, name: str) -> None:
             {"optimizer__warmup_fraction": 1.0},
             "optimizer.warmup_fraction=1.0 is not a fraction of the run: "
             "set warmup_fraction to at least 0.0 and less than 1.0",
+        ),
+        (
+            {"optimizer__warmup_steps": -1},
+            "optimizer.warmup_steps=-1 must not be negative: set warmup_steps to 0 or more",
+        ),
+        (
+            {"optimizer__decay_fraction": 1.5},
+            "optimizer.decay_fraction=1.5 is out of range: set decay_fraction between 0.0 and 1.0",
+        ),
+        (
+            {"optimizer__schedule": "linear"},
+            "optimizer.schedule='linear' is not an option: set schedule to 'cosine' or 'wsd'",
         ),
         (
             {"model__head_dim": 63},
@@ -408,6 +422,35 @@ def test_warm_up_is_a_fraction_of_the_steps_and_leaves_one(
     assert (
         run_config(optimizer__warmup_fraction=fraction, train__steps=steps).warmup_steps == expected
     )
+
+
+def test_steps_of_warm_up_do_not_depend_on_the_steps_and_leave_one() -> None:
+    for steps, expected in ((1000, 30), (20, 19), (1, 0)):
+        assert run_config(optimizer__warmup_steps=30, train__steps=steps).warmup_steps == expected
+
+
+@pytest.mark.parametrize(
+    ("fraction", "steps", "expected"), [(0.2, 1000, 200), (0.0, 20, 1), (1.0, 20, 15), (0.5, 1, 1)]
+)
+def test_a_decay_is_a_fraction_of_the_steps_after_the_warm_up(
+    fraction: float, steps: int, expected: int
+) -> None:
+    changes = {"schedule": "wsd", "warmup_steps": 5, "decay_fraction": fraction}
+    fields = {f"optimizer__{name}": value for name, value in changes.items()}
+    assert run_config(train__steps=steps, **fields).decay_steps == expected
+
+
+def test_runs_share_the_updates_before_the_first_decay() -> None:
+    def run(schedule: str, steps: int, **warmup: float) -> RunConfig:
+        fields = {f"optimizer__{name}": value for name, value in warmup.items()}
+        return run_config(optimizer__schedule=schedule, train__steps=steps, **fields)
+
+    long, short = (run("wsd", steps, warmup_steps=10) for steps in (1000, 500))
+    assert long.shared_updates(short) == short.shared_updates(long) == 400
+    cosines = [run("cosine", steps, warmup_steps=10) for steps in (1000, 500)]
+    assert cosines[0].shared_updates(cosines[1]) == 0
+    fractions = [run("wsd", steps, warmup_fraction=0.1) for steps in (1000, 500)]
+    assert fractions[0].shared_updates(fractions[1]) == 0
 
 
 def test_key_value_heads_may_be_fewer_than_the_tensor_axis_splits() -> None:

@@ -1,8 +1,10 @@
 """Run directories of an experiment, written without training."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
-from launch.compare import Run
+from launch.sweep_file import Planned
+from launch.sweep_table import write_result
 from moe.config import (
     DataConfig,
     ModelConfig,
@@ -11,7 +13,7 @@ from moe.config import (
     TrackingConfig,
     TrainConfig,
 )
-from moe.workdir.identity import write_about, write_config
+from moe.workdir.identity import write_config
 from moe.workdir.tracking import MetricWriter
 
 TINY = RunConfig(
@@ -27,39 +29,39 @@ TINY = RunConfig(
 )
 
 
+class Rows:
+    """Stands for the prepared rows of the data set: 10 rows of 64 tokens."""
+
+    sequence_length = 64
+
+    def __len__(self) -> int:
+        return 10
+
+
 def write_run(
-    run: Run,
+    one: Planned,
+    workdir: Path,
     losses: Sequence[float],
     router: Sequence[tuple[float, float]] = (),
     speeds: Sequence[float] = (),
-) -> Run:
-    """Writes a run directory as fit() leaves it, and returns the run.
+    status: str = "finished",
+) -> Planned:
+    """Writes the directory and the result of a run as launch.sweep leaves them.
 
-    `losses` are its validations, `router` pairs of MaxVio and dropped fraction, and `speeds` tokens
-    per second: each a logged value for every step from 1 on.
+    `losses` are its validations, of which the last is that of the last step, `router` pairs of
+    MaxVio and dropped fraction, and `speeds` tokens per second: each a logged value for every step
+    from 1 on. A finished run needs `launch.sweep_table.prepare` to be replaced.
     """
-    run.workdir.mkdir(parents=True)
-    write_config(run.workdir, run.config)
-    with MetricWriter(run.workdir, run.config.tracking, step=0) as writer:
+    directory, steps = workdir / one.name, one.run.config.train.steps
+    directory.mkdir(parents=True)
+    write_config(directory, one.run.config)
+    with MetricWriter(directory, one.run.config.tracking, step=0) as writer:
         for step, speed in enumerate(speeds, start=1):
             writer.write(step, {"train/loss": 3.0, "train/tokens_per_second": speed})
         for step, (max_vio, dropped) in enumerate(router, start=1):
-            writer.write(
-                step,
-                {
-                    "train/loss": 3.0,
-                    "router/worst_max_vio": max_vio,
-                    "router/dropped_fraction": dropped,
-                },
-            )
-        for step, loss in enumerate(losses, start=1):
+            values = {"router/worst_max_vio": max_vio, "router/dropped_fraction": dropped}
+            writer.write(step, {"train/loss": 3.0, **values})
+        for step, loss in enumerate(losses, start=steps + 1 - len(losses)):
             writer.write(step, {"validation/loss": loss})
-    finish(run)
-    return run
-
-
-def finish(run: Run) -> None:
-    """Leaves what marks the last checkpoint as complete."""
-    path = run.workdir / "checkpoints" / str(run.config.train.steps)
-    path.mkdir(parents=True)
-    write_about(path, {"step": run.config.train.steps})
+    write_result(one.run, workdir, status, "a version", None)
+    return one

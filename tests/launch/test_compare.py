@@ -1,125 +1,116 @@
-"""Experiments: their config files, and the order, the interruption and the end of their runs."""
+"""What `launch.compare` makes of an experiment: its variants, its tables, and its figures."""
 
 import dataclasses
 import importlib
+import json
+import math
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 
-from launch.compare import (
-    plan_runs,
-    read_experiment,
-    train,
-)
-from moe.config import (
-    ConfigError,
-    MoEConfig,
-    RunConfig,
-)
+from launch import sweep_table
+from launch.compare import compare, group, read_planned
+from launch.sweep_file import Planned, plan, read_sweep
+from moe.config import ConfigError, MoEConfig, RunConfig
 from moe.scaling.flops import training_flops_per_token
-from moe.training import trainer
+from moe.scaling.sweep import Point, repeat
 from moe.workdir.tracking import read_metrics
-from tests.launch.compared_runs import TINY, write_run
+from tests.launch.compared_runs import TINY, Rows, write_run
+from tests.launch.report_runs import colours
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENT = """
-from moe.config import RunConfig
+import dataclasses
 
-SEEDS = (0, 7)
-VARIANTS = {"dense": {}, "sparse": {"model.moe.num_experts": 4, "model.moe.expert_dim": 8}}
+from moe.scaling.sweep import Point, repeat
+from tests.launch.compared_runs import TINY
 
 def get_config():
-    return RunConfig.config_dict()
+    return dataclasses.asdict(TINY)
+
+def get_sweep():
+    points = [Point("dense", {}), Point("sparse", {"model.moe.num_experts": 4})]
+    return repeat(points, (0, 7))
 """
 
 
-def experiment(path: Path, text: str) -> str:
-    path.write_text(text)
-    return str(path)
+@pytest.fixture(autouse=True)
+def small_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep_table, "prepare", lambda config, split: Rows())
 
 
-def test_variants_are_the_base_with_their_fields_set(tmp_path: Path) -> None:
-    base = dataclasses.replace(TINY, train=dataclasses.replace(TINY.train, steps=9))
-    variants, seeds = read_experiment(experiment(tmp_path / "e.py", EXPERIMENT), base)
-    assert list(variants) == ["dense", "sparse"] and seeds == (0, 7)
-    assert variants["dense"] == base
-    assert (
-        variants["sparse"].model.moe == MoEConfig(num_experts=4, expert_dim=8)
-        and variants["sparse"].train.steps == 9
-    )
-    runs = plan_runs(variants, seeds, tmp_path)
-    assert [str(run.workdir.relative_to(tmp_path)) for run in runs] == [
+def plan_runs(variants: list[str], seeds: tuple[int, ...]) -> list[Planned]:
+    """Returns the runs of variants that differ in the steps between two log lines."""
+    points = [Point(name, {"train.log_every": 1 + n}) for n, name in enumerate(variants)]
+    return plan("e.py", TINY, repeat(points, seeds), [])
+
+
+def named(planned: list[Planned], name: str) -> Planned:
+    (one,) = (one for one in planned if one.name == name)
+    return one
+
+
+def test_an_experiment_is_a_sweep_of_variants_and_seeds(tmp_path: Path) -> None:
+    path = tmp_path / "e.py"
+    path.write_text(EXPERIMENT)
+    planned = read_sweep(str(path), ["train.steps=9"])
+    assert [one.name for one in planned] == [
         "dense/seed_0",
         "sparse/seed_0",
         "dense/seed_7",
         "sparse/seed_7",
     ]
-    assert [run.config.seed for run in runs] == [0, 0, 7, 7]
+    variants = group(planned)
+    assert {name: [one.run.config.seed for one in runs] for name, runs in variants.items()} == {
+        "dense": [0, 7],
+        "sparse": [0, 7],
+    }
+    train = dataclasses.replace(TINY.train, steps=9)
+    assert variants["dense"][0].run.config == dataclasses.replace(TINY, train=train)
+    assert variants["sparse"][1].run.config.model.moe == MoEConfig(num_experts=4)
+
+
+def test_config_files_are_variants(tmp_path: Path) -> None:
+    for name, steps in (("short", 5), ("long", 9)):
+        text = EXPERIMENT.replace("(TINY)", f"(TINY) | {{'train': {{'steps': {steps}}}}}")
+        (tmp_path / f"{name}.py").write_text(text)
+    files = [str(tmp_path / f"{name}.py") for name in ("short", "long")]
+    values = SimpleNamespace(sweep=None, configs=files, seeds=["3", "4"], set=["seed=5"])
+    values.set = []
+    variants = group(read_planned(values))  # pyright: ignore[reportArgumentType]
+    assert [one.run.config.train.steps for one in variants["long"]] == [9, 9]
+    assert [one.name for one in variants["short"]] == ["short/seed_3", "short/seed_4"]
+    assert variants["long"][0].arguments(tmp_path)[0] == f"--config={files[1]}"
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "message"),
+    ("flags", "message"),
     [
+        ({}, "set one of them, to a sweep or to files"),
+        ({"sweep": "a.py", "configs": ["b.py"]}, "set one of them, to a sweep or to files"),
+        ({"configs": ["b.py"], "seeds": ["x"]}, "--seeds=x: write numbers, as 0,1,2"),
+        ({"configs": ["nowhere.py"]}, "--configs=nowhere.py: No such file or directory"),
+        ({"configs": ["configs/dense_tiny.py"]}, "has one variant, dense_tiny: compare two"),
         (
-            "moe.num_experts",
-            "moe.num_expert",
-            r"VARIANTS\['sparse'\] of .*: model.moe.num_expert=4 is not a field: "
-            r"did you mean model",
+            {"configs": ["configs/dense_tiny.py"] * 2},
+            "dense_tiny/seed_0 names two runs: give each its own name",
         ),
-        (
-            "moe.num_experts",
-            "moee.num_experts",
-            r"model.moee={'num_experts': 4} is not a field: did you mean model.moe\?",
-        ),
-        (
-            "moe.num_experts",
-            "num_layers.x",
-            r"model.num_layers={'x': 4} has type dict: set num_layers to a value of type int",
-        ),
-        ('num_experts": 4', 'num_experts": "4"', r"model.moe.num_experts='4' has type str"),
-        ("SEEDS", "SEED", r"e.py has no SEEDS: set --config to an experiment"),
-        ("VARIANTS", "VARIANT", r"e.py has no VARIANTS: set --config to an experiment"),
     ],
 )
-def test_a_mistake_in_an_experiment_gets_one_line(
-    tmp_path: Path, before: str, after: str, message: str
+def test_bad_flags_get_one_line(
+    flags: dict[str, object], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(ROOT)
+    values = SimpleNamespace(**{"sweep": None, "configs": None, "seeds": ["0"], "set": []} | flags)
     with pytest.raises(ConfigError, match=message) as caught:
-        read_experiment(experiment(tmp_path / "e.py", EXPERIMENT.replace(before, after)), TINY)
+        group(read_planned(values))  # pyright: ignore[reportArgumentType]
     assert "\n" not in str(caught.value)
-
-
-def test_one_variant_cannot_be_compared() -> None:
-    with pytest.raises(
-        ConfigError,
-        match=r"^--config=e.py:wide names one variant, and all are compared: set --config to e.py$",
-    ):
-        read_experiment("e.py:wide", TINY)
-
-
-def test_seeds_are_distinct_and_runs_of_the_same_config(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"SEEDS=\(1, 1\) has a seed twice"):
-        plan_runs({"dense": TINY}, (1, 1), tmp_path)
-    with pytest.raises(ConfigError, match=r"seed=-1 is out of range"):
-        plan_runs({"dense": TINY}, (-1,), tmp_path)
-    write_run(plan_runs({"dense": TINY}, (0,), tmp_path)[0], [1.0])
-    difference = r"\(train.log_every is 1 there and 5 here\)"
-    with pytest.raises(
-        ConfigError, match=f"dense/seed_0 holds a run of another config {difference}"
-    ):
-        plan_runs(
-            {
-                "dense": dataclasses.replace(
-                    TINY, train=dataclasses.replace(TINY.train, log_every=5)
-                )
-            },
-            (0,),
-            tmp_path,
-        )
 
 
 def test_the_variants_of_moe_vs_dense_have_the_same_flops_apart_from_the_router() -> None:
@@ -128,14 +119,11 @@ def test_the_variants_of_moe_vs_dense_have_the_same_flops_apart_from_the_router(
         variant: RunConfig.from_config_dict(module.get_config(variant))
         for variant in module.VARIANTS
     }
-    variants, seeds = read_experiment(
-        str(ROOT / "configs" / "experiments" / "moe_vs_dense.py"), configs["dense"]
-    )
-    assert variants == configs and seeds == (
-        0,
-        1,
-        2,
-    )  # what launch.train makes of FILE:VARIANT is what is compared
+    path = ROOT / "configs" / "experiments" / "moe_vs_dense.py"
+    variants = group(read_sweep(str(path), []))
+    # What launch.train makes of FILE:VARIANT is what is compared.
+    assert {name: runs[0].run.config for name, runs in variants.items()} == configs
+    assert [one.run.config.seed for one in variants["dense"]] == [0, 1, 2]
     assert list(configs) == [
         "dense",
         "moe_8_top1",
@@ -159,67 +147,80 @@ def test_the_variants_of_moe_vs_dense_have_the_same_flops_apart_from_the_router(
     )
 
 
-def test_unfinished_runs_are_trained_and_the_next_one_follows_a_diverged_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    runs = plan_runs({"one": TINY, "two": TINY}, (0, 7), tmp_path)
-    write_run(runs[1], [1.0])
-    trained = []
+def test_a_comparison_needs_a_run_that_has_begun(tmp_path: Path) -> None:
+    with pytest.raises(
+        FileNotFoundError, match="holds none of the experiment's runs: leave out --report_only"
+    ):
+        compare(group(plan_runs(["a", "b"], (0,))), tmp_path)
 
-    def fit(config: RunConfig, workdir: Path) -> None:
-        trained.append((config.seed, workdir))
-        if len(trained) == 2:
-            raise trainer.Diverged("step 3: no loss")
 
-    monkeypatch.setattr(trainer, "fit", fit)
-    train(runs)
-    assert trained == [
-        (0, tmp_path / "one/seed_0"),
-        (7, tmp_path / "one/seed_7"),
-        (7, tmp_path / "two/seed_7"),
+def test_an_unfinished_experiment_is_written_and_drawn(tmp_path: Path) -> None:
+    planned = plan_runs(["one", "two", "three"], (0, 7))
+    write_run(named(planned, "one/seed_0"), tmp_path, [2.0], speeds=[10.0, 20.0])
+    write_run(named(planned, "one/seed_7"), tmp_path, [4.0], speeds=[10.0])
+    write_run(named(planned, "two/seed_0"), tmp_path, [], speeds=[10.0], status="interrupted")
+    text = compare(group(planned), tmp_path)
+    assert [line.split(" | ")[4:6] for line in text.splitlines()[2:5]] == [
+        ["3.0000 ± 1.0000", "2"],
+        ["–", "0"],
+        ["–", "0"],
     ]
-    lines = capsys.readouterr().err.splitlines()
-    assert (
-        lines[0] == f"run 2 of 4: {tmp_path}/one/seed_0"
-    )  # one is finished before anything begins
-    assert lines[1] == f"run 3 of 4, about 00:00 left: {tmp_path}/one/seed_7"
-    assert lines[2] == f"diverged: {tmp_path}/one/seed_7: step 3: no loss"
-    assert lines[3] == f"run 4 of 4, about 00:00 left: {tmp_path}/two/seed_7"
+    written = (tmp_path / "comparison.md").read_text()
+    assert written.startswith(text) and "![Losses by variant, and over steps](" in written
+    values = json.loads((tmp_path / "comparison.json").read_text(), parse_constant=pytest.fail)
+    assert values["variants"]["one"]["loss"] == {
+        "mean": 3.0,
+        "standard_error": 1.0,
+        "of_seeds": {"0": 2.0, "7": 4.0},
+    }
+    assert values["differences"] == {"two": None, "three": None}
+    assert values["pareto_fronts"]["flops"] == ["one"]
+    with Image.open(tmp_path / "comparison.png") as image:
+        assert image.size == (1650, 600)
+    seen = colours(tmp_path / "comparison.png")
+    assert "#0072b2" in seen and "#009e73" not in seen  # the third variant has not begun
+    assert (tmp_path / "fronts.png").exists()
+
+
+def test_a_run_that_diverged_is_left_out(tmp_path: Path) -> None:
+    planned = plan_runs(["one", "two"], (0, 1))
+    for name, loss in (("one/seed_0", 2.0), ("two/seed_0", 2.5), ("one/seed_1", 2.25)):
+        write_run(named(planned, name), tmp_path, [loss])
+    write_run(named(planned, "two/seed_1"), tmp_path, [math.nan], status="diverged")
+    compare(group(planned), tmp_path)
+    values = json.loads((tmp_path / "comparison.json").read_text(), parse_constant=pytest.fail)
+    assert values["variants"]["two"]["loss"]["of_seeds"] == {"0": 2.5}
+    assert values["differences"]["two"]["mean"] == 0.5
+    assert values["differences"]["two"]["num_seeds"] == 1
+
+
+def test_equal_variants_are_compared_though_one_is_trained(tmp_path: Path) -> None:
+    points = repeat([Point("a", {}), Point("same", {}), Point("b", {"train.steps": 5})], (0,))
+    planned = plan("e.py", TINY, points, [])
+    for one, loss in ((planned[0], 1.0), (planned[2], 1.5)):
+        write_run(one, tmp_path, [loss], speeds=[8.0])
+    compare(group(planned), tmp_path)
+    values = json.loads((tmp_path / "comparison.json").read_text())
+    assert values["differences"]["same"]["mean"] == 0.0
+    assert values["variants"]["same"]["loss"] == values["variants"]["a"]["loss"]
 
 
 def start(workdir: Path) -> subprocess.Popen[str]:
     """The command, on an experiment of four runs of 20 steps each."""
-    groups = {
-        "model": TINY.model,
-        "data": TINY.data,
-        "optimizer": TINY.optimizer,
-        "train": TINY.train,
-    }
-    values = {
-        f"{group}.{name}": value
-        for group, fields in groups.items()
-        for name, value in dataclasses.asdict(fields).items()
-    }
-    values |= {"train.steps": 20, "data.directory": workdir / "data"}
-    command = [
-        sys.executable,
-        "-m",
-        "launch.compare",
-        f"--config={experiment(workdir / 'e.py', EXPERIMENT)}",
-        f"--workdir={workdir}",
-    ]
-    command += [
-        f"--config.{name}={value}"
-        for name, value in values.items()
-        if not name.startswith(("model.moe", "model.attention"))
-    ]
+    path = workdir / "e.py"
+    path.write_text(EXPERIMENT)
+    words = [f"--sweep={path}", f"--workdir={workdir}", f"--set=data.directory={workdir / 'data'}"]
     return subprocess.Popen(
-        command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-m", "launch.compare", *words, "--set=train.steps=20"],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # five programs are compiled
+@pytest.mark.timeout(900)  # five processes start JAX and compile
 def test_an_interrupted_experiment_goes_on(tmp_path: Path) -> None:
     process, deadline = start(tmp_path), time.monotonic() + 400
     path = tmp_path / "sparse" / "seed_0" / "metrics.jsonl"
@@ -228,17 +229,13 @@ def test_an_interrupted_experiment_goes_on(tmp_path: Path) -> None:
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=200)
-    assert (
-        process.returncode == 75
-        and "run the same command again to go on" in errors.splitlines()[-1]
-    ), errors
+    assert process.returncode == 75 and "stopping: each run saves first" in errors, errors
     assert read_metrics(path.parent)[-1]["step"] < 20
 
     process = start(tmp_path)
     output, errors = process.communicate(timeout=400)
     assert process.returncode == 0, errors
-    assert output.splitlines()[-1].startswith("| sparse | ") and " | 2 | " in output
-    assert f"run 2 of 4: {path.parent}\n" in errors and "run 1 of 4" not in errors
-    assert (
-        len((path.parent / "environment.jsonl").read_text().splitlines()) == 2
-    )  # two starts, of which the second resumed
+    assert "| sparse | " in output and " | 2 | " in output
+    assert "1 of 4 runs are done already" in errors
+    # It was started twice, and resumed the second time.
+    assert len((path.parent / "environment.jsonl").read_text().splitlines()) == 2

@@ -213,13 +213,11 @@ def test_a_run_whose_reader_has_left_trains_to_its_end(tmp_path, data_directory)
         ("train", "absl"),
         ("train", "ml_collections"),
         ("train", "jaxlib._jax"),
-        ("compare", "jaxlib._jax"),
+        ("evaluate", "jaxlib._jax"),
     ],
 )
 def test_ctrl_c_during_imports_is_answered_in_one_line(tmp_path, command, module):
-    config = {"train": "configs/dense_tiny.py", "compare": "configs/experiments/moe_vs_dense.py"}[
-        command
-    ]
+    config = ["--config=configs/dense_tiny.py"] if command == "train" else []
     arguments = [
         sys.executable,
         "-X",
@@ -227,7 +225,7 @@ def test_ctrl_c_during_imports_is_answered_in_one_line(tmp_path, command, module
         "-m",
         f"launch.{command}",
         f"--workdir={tmp_path}",
-        f"--config={config}",
+        *config,
     ]
     with subprocess.Popen(
         arguments, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
@@ -264,6 +262,7 @@ DENSE = "--config=configs/dense_tiny.py"
         ("train", (DENSE, "--workdir=x", "--config.mesh.fsdp=3"), "mesh"),
         ("train", (DENSE, "--workdir="), "workdir"),
         ("train", (DENSE, "--workdir=x", "--init_step=3"), "set --init_from"),
+        ("train", (DENSE, "--workdir=x", "--fork_from=y"), "set --fork_step"),
         ("summary", ("--config=configs/none.py",), "configs/none.py"),
         ("report", ("--workdir={empty}",), "metrics.jsonl"),
         ("evaluate", ("--workdir={empty}",), "config.json"),
@@ -314,6 +313,7 @@ def test_bad_input_that_needs_jax_or_a_data_set_is_answered_in_one_line(
         "routing",
         "upcycle",
         "compare",
+        "sweep",
     ],
 )
 def test_help_teaches_and_is_quick(command):

@@ -42,7 +42,7 @@ def test_each_budget_is_spent_at_each_width() -> None:
 
 
 def test_experts_cost_no_flops_but_for_the_router() -> None:
-    ladder = sparsity_ladder(BASE, (64, 128), (1, 4, 16), 1e12, granularities=(1, 2))
+    ladder = sparsity_ladder(BASE, (64, 128), (1, 4, 16), 1e6, granularities=(1, 2))
     runs = {run.name: run for run in expand(BASE, ladder)}
     assert list(runs)[:5] == [
         "width_64/experts_1_granularity_1",
@@ -52,6 +52,7 @@ def test_experts_cost_no_flops_but_for_the_router() -> None:
         "width_64/experts_16_granularity_2",
     ]
     assert len(runs) == 10
+    assert all(tokens(run) == pytest.approx(1e6, rel=0.01) for run in runs.values())
     dense = runs["width_64/experts_1_granularity_1"]
     assert dense.config.model.moe.num_experts == 0
     for name, experts, active, width in (
@@ -68,10 +69,10 @@ def test_experts_cost_no_flops_but_for_the_router() -> None:
 
 
 def test_one_granularity_is_not_in_the_names() -> None:
-    names = [point.name for point in sparsity_ladder(BASE, (64,), (1, 4), 1e12)]
+    names = [point.name for point in sparsity_ladder(BASE, (64,), (1, 4), 1e6)]
     assert names == ["width_64/experts_1", "width_64/experts_4"]
     with pytest.raises(ConfigError, match="granularity=5 does not divide feed_forward_dim=192"):
-        list(sparsity_ladder(BASE, (64,), (4,), 1e12, granularities=(5,)))
+        list(sparsity_ladder(BASE, (64,), (4,), 1e6, granularities=(5,)))
 
 
 def test_a_base_with_experts_gives_the_same_ladder() -> None:
@@ -79,7 +80,7 @@ def test_a_base_with_experts_gives_the_same_ladder() -> None:
     moe = MoEConfig(num_experts=8, z_weight=0.5)
     model = ModelConfig(**{**vars(BASE.model), "moe": moe})
     base = RunConfig(model=model, train=BASE.train)
-    runs = expand(base, sparsity_ladder(base, (64,), (1, 4), 1e12))
+    runs = expand(base, sparsity_ladder(base, (64,), (1, 4), 1e6))
     assert [run.config.model.moe.num_experts for run in runs] == [0, 4]
     assert runs[1].config.model.moe.z_weight == 0.5
 

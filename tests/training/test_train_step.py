@@ -25,7 +25,7 @@ from moe.parallel.mesh import global_batch
 from moe.parameters import declarations, unbox
 from moe.tasks import make_task
 from moe.tasks.language_modelling import DIMS
-from moe.training.optimizer import make_optimizer, make_schedule
+from moe.training.optimizer import choose_decay, make_optimizer, make_schedule
 from moe.training.train_step import (
     LargeCount,
     make_program,
@@ -217,7 +217,9 @@ def assert_skipped(optimizer, *batches):
         jax.random.key(0)
     )["params"]
     state = new_state(params, optimizer.init(params), {})
-    step = jax.jit(make_train_step(config, model, optimizer, make_task(config)))
+    step = jax.jit(
+        make_train_step(config, model, optimizer, make_task(config), make_schedule(config))
+    )
     found = [step(state, batch) for batch in batches]
     for new, metrics in found:
         jax.tree.map(
@@ -280,6 +282,40 @@ def test_schedule():
     )
     expected = {0: 0.0, 5: 1.0, 10: 2.0, 60: 1.1, 110: 0.2}
     assert {step: pytest.approx(float(schedule(step)), abs=1e-6) for step in expected} == expected
+
+
+def test_a_schedule_with_a_stable_phase():
+    """The last 16 of 100 updates decay: after 4 of them, a root of 1/4 of the way is gone."""
+    optimizer = OptimizerConfig(
+        schedule="wsd", learning_rate=2.0, warmup_steps=10, decay_fraction=0.16
+    )
+    short, long = (
+        RunConfig(optimizer=optimizer, train=TrainConfig(steps=steps)) for steps in (100, 200)
+    )
+    expected = {0: 0.0, 5: 1.0, 10: 2.0, 50: 2.0, 84: 2.0, 88: 1.1, 100: 0.2, 101: 0.2}
+    rates = {step: float(make_schedule(short)(step)) for step in expected}
+    assert rates == {step: pytest.approx(value, abs=1e-6) for step, value in expected.items()}
+    traced = jax.jit(lambda decay, updates: make_schedule(short, decay)(updates))
+    rates = [traced(choose_decay(config), np.arange(101)) for config in (short, long)]
+    np.testing.assert_array_equal(rates[0][:85], rates[1][:85])
+    np.testing.assert_allclose(rates[0], jax.jit(make_schedule(short))(np.arange(101)), rtol=1e-6)
+    assert float(rates[1][100]) == 2.0
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+def test_runs_of_other_steps_have_one_program_with_a_stable_phase(schedule):
+    """Programs of other constants may round otherwise, and then a fork would not be exact."""
+
+    def program_text(steps):
+        optimizer = OptimizerConfig(schedule=schedule, warmup_steps=2)
+        train = dataclasses.replace(CONFIG.train, steps=steps)
+        program = make_program(dataclasses.replace(CONFIG, optimizer=optimizer, train=train))
+        batch = global_batch(batch_rows(), program.mesh, 16, DIMS)
+        step = program.train_step
+        with jax.set_mesh(program.mesh):
+            return step.func.lower(*step.args, program.abstract_state, batch).as_text()
+
+    assert (program_text(100) == program_text(200)) == (schedule == "wsd")
 
 
 def test_adamw_by_hand():

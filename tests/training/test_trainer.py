@@ -403,6 +403,119 @@ def test_every_field_of_a_model_may_differ_between_a_run_and_its_origin_or_not()
     assert {field.name for field in dataclasses.fields(MoEConfig)} == free | set(SHARED_MOE_FIELDS)
 
 
+def with_stable_phase(config, steps):
+    """A quarter of the steps decays. Every second step is saved, and nothing is deleted."""
+    optimizer = dataclasses.replace(
+        config.optimizer, schedule="wsd", warmup_steps=2, decay_fraction=0.25
+    )
+    train = dataclasses.replace(
+        config.train, steps=steps, log_every=1, checkpoint_every=2, keep_last=9
+    )
+    return dataclasses.replace(config, optimizer=optimizer, train=train)
+
+
+@pytest.fixture(scope="session")
+def stable(config, tmp_path_factory):
+    """A run of 8 steps whose learning rate is constant up to step 6."""
+    workdir = tmp_path_factory.mktemp("stable")
+    trainer.fit(with_stable_phase(config, 8), workdir, jax.devices()[:1])
+    return workdir
+
+
+def test_a_fork_equals_the_run_of_so_many_steps_bit_for_bit(config, stable, tmp_path, monkeypatch):
+    """It is stopped after a step. Resuming needs neither flag nor trunk."""
+    shorter, device = with_stable_phase(config, 6), jax.devices()[:1]
+    trunk, fork, alone = (tmp_path / name for name in ("trunk", "fork", "alone"))
+    shutil.copytree(stable, trunk)
+    stop_at(monkeypatch, 1)
+    with pytest.raises(trainer.Interrupted):
+        trainer.fit(shorter, fork, device, fork_from=trunk, fork_step=4)
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match=r"forked from step 4 of .*: leave out --fork_from"):
+        trainer.fit(shorter, fork, device, fork_from=trunk, fork_step=2)
+    shutil.rmtree(trunk)
+    trainer.fit(shorter, fork, device)
+    trainer.fit(shorter, fork, device, fork_from=trunk, fork_step=4)  # the same flags again
+    trainer.fit(shorter, alone, device)
+    assert_same_run(shorter, fork, alone)
+
+
+def test_a_fork_of_a_sparse_run_has_its_routers_too(moe_config, tmp_path):
+    trunk, fork, alone = (tmp_path / name for name in ("trunk", "fork", "alone"))
+    shorter, device = with_stable_phase(moe_config, 6), jax.devices()[:1]
+    trainer.fit(with_stable_phase(moe_config, 8), trunk, device)
+    trainer.fit(shorter, fork, device, fork_from=trunk, fork_step=4)
+    trainer.fit(shorter, alone, device)
+    assert_same_run(shorter, fork, alone)
+    assert (fork / "router.jsonl").read_bytes() == (alone / "router.jsonl").read_bytes()
+    assert jax.tree.leaves(saved_state(shorter, fork).router_state)
+
+
+def test_what_is_no_fork_is_refused(config, uninterrupted, stable, tmp_path):
+    def refused(message, workdir=tmp_path / "new", fork=None, **flags):
+        flags = {"fork_from": stable, "fork_step": 4} | flags
+        with pytest.raises(ConfigError, match=message):
+            trainer.fit(fork or with_stable_phase(config, 6), workdir, **flags)
+
+    other = with_stable_phase(dataclasses.replace(config, seed=1), 6)
+    refused(r"is a run of another config \(seed is 0 there and 1 here\): set the same", fork=other)
+    message = r"--fork_step=6 is in the decay .* up to step 4: set --fork_step to .* \(2, 4\)"
+    refused(message, fork_step=6)
+    message = r"--fork_step=8 is in the decay .* up to step 6: set .* \(2, 4, 6\)"
+    refused(message, fork=with_stable_phase(config, 20), fork_step=8)
+    refused(r"no checkpoint of step 3: set --fork_step to one of its steps \(2, 4,", fork_step=3)
+    refused(r"--fork_from=.* names a run, but no step: set --fork_step", fork_step=None)
+    refused(r"--fork_step=4 names a step, but no run: set --fork_from", fork_from=None)
+    refused(r"name two runs to start from: leave one of them out", init_from=stable)
+    refused(r"nothing is no run: set --fork_from", fork_from=tmp_path / "nothing")
+    same = with_stable_phase(config, 8)
+    refused(r"holds a run that started from new parameters: leave out --fork_from", stable, same)
+    refused(
+        r"since optimizer.schedule='cosine': train both with", fork=config, fork_from=uninterrupted
+    )
+    refused(
+        r"warmup_fraction=0.25 gives 2 steps of warm-up in .* and 1 here: train both with",
+        fork=with_stable_phase(config, 2),
+        fork_step=2,
+    )
+
+
+def test_a_fork_that_was_killed_at_once_is_checked_again(config, stable, tmp_path, monkeypatch):
+    """Its origin.json is written, and it has no config yet."""
+
+    def kill(*_):
+        raise KeyboardInterrupt
+
+    shorter, one = with_stable_phase(config, 6), jax.devices()[:1]
+    monkeypatch.setattr(checkpoint, "save", kill)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit(shorter, tmp_path, one, fork_from=stable, fork_step=4)
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match=r"a run of another config .seed is 0 there and 1 here"):
+        trainer.fit(dataclasses.replace(shorter, seed=1), tmp_path, one)
+    with pytest.raises(ConfigError, match=r"forked from step 4 of .*: leave out --init_from"):
+        trainer.fit(shorter, tmp_path, one, init_from=stable, init_step=4)
+
+
+def test_a_run_that_decays_cannot_get_other_steps(config, stable):
+    """Its stable phase would have a decay in it. Before the decay it may."""
+    with pytest.raises(
+        ConfigError, match=r"other learning rates from step 6 on, .* fork it .* of at most 6$"
+    ):
+        check_workdir(stable, with_stable_phase(config, 12))
+
+
+@pytest.mark.parametrize(("steps", "refused"), [(6, False), (4, True), (12, False)])
+def test_a_run_that_does_not_decay_yet_may_get_other_steps(
+    config, stable, tmp_path, steps, refused
+):
+    shutil.copytree(stable, tmp_path, dirs_exist_ok=True)
+    for step in (6, 8):
+        shutil.rmtree(tmp_path / "checkpoints" / str(step))
+    with pytest.raises(ConfigError) if refused else contextlib.nullcontext():
+        check_workdir(tmp_path, with_stable_phase(config, steps))
+
+
 def test_other_rows_are_refused(config, uninterrupted, monkeypatch):
     rows = prepare.prepare(config.data, "train")
     monkeypatch.setattr(prepare, "prepare", lambda *_: dataclasses.replace(rows, sha256="0" * 64))

@@ -1,0 +1,130 @@
+"""Draws a comparison: losses of the variants, their training losses, and what a loss costs."""
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from launch.comparison import COSTS
+from launch.plotting import THEMES, style
+from launch.series import block_medians, read_series
+from moe.storage.paths import RunPath, write_whole
+from moe.workdir.tracking import METRICS_FILE, read_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# The colours of Okabe & Ito 2008, which colour-blind people can tell apart.
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#000000")
+
+
+def variant_colours(variants: Sequence[str]) -> dict[str, str]:
+    """Returns a colour for each variant; they repeat from the ninth on."""
+    return {name: _COLOURS[number % len(_COLOURS)] for number, name in enumerate(variants)}
+
+
+def write_losses(
+    results: Mapping[str, dict[str, Any]], workdirs: Mapping[str, Sequence[RunPath]], path: RunPath
+) -> None:
+    """Writes a figure of two panels.
+
+    The left one has the finished runs' validation losses with error bars, the right one the
+    training loss of every run that has begun. `workdirs` are the run directories of each variant.
+    """
+    import matplotlib  # takes a second, which bad input need not wait for
+    from matplotlib.figure import Figure
+
+    colours = variant_colours(list(results))
+    with matplotlib.rc_context(style(THEMES["light"])):
+        figure = Figure(figsize=(11, 4), dpi=150, layout="constrained")
+        losses, curves = figure.subplots(1, 2)
+        _draw_losses(losses, results, colours)
+        _draw_curves(curves, workdirs, colours)
+        _save(figure, path)
+
+
+def write_fronts(compared: Mapping[str, Any], path: RunPath) -> None:
+    """Writes a figure with a panel for each cost: the variants, and the front among them."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(style(THEMES["light"])):
+        figure = Figure(figsize=(11, 7), dpi=150, layout="constrained")
+        for axes, (cost, title) in zip(figure.subplots(2, 2).flat, COSTS.items(), strict=True):
+            _draw_front(axes, compared["variants"], compared["pareto_fronts"][cost], cost, title)
+        _save(figure, path)
+
+
+def _save(figure: Any, path: RunPath) -> None:
+    image = io.BytesIO()
+    figure.savefig(image, format="png")
+    write_whole(path, image.getvalue())
+
+
+def _draw_losses(
+    axes: "Axes", results: Mapping[str, dict[str, Any]], colours: Mapping[str, str]
+) -> None:
+    axes.set(title="Validation loss", xlabel="nats per token: each seed, mean ± standard error")
+    axes.set_yticks(range(len(results)), list(results), color=THEMES["light"]["text"])
+    # The first variant is on top. One without a loss has an empty row.
+    axes.set_ylim(len(results) - 0.5, -0.5)
+    for row, (variant, values) in enumerate(results.items()):
+        loss, colour = values["loss"], colours[variant]
+        if loss["mean"] is None:
+            continue
+        of_seeds = list(loss["of_seeds"].values())
+        axes.plot(of_seeds, [row] * len(of_seeds), ".", color=colour, alpha=0.4)
+        error = loss["standard_error"]
+        axes.errorbar(loss["mean"], row, xerr=error, fmt="o", capsize=4, color=colour)
+
+
+def _draw_curves(
+    axes: "Axes", workdirs: Mapping[str, Sequence[RunPath]], colours: Mapping[str, str]
+) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axes.set(title="Training loss", xlabel="step", ylabel="nats per token", yscale="log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    labelled = set()
+    for variant, paths in workdirs.items():
+        for workdir in paths:
+            metrics = read_metrics(workdir) if (workdir / METRICS_FILE).exists() else []
+            loss = read_series(metrics, "train/loss")
+            if not len(loss.steps):
+                continue
+            medians = block_medians(loss, min(40, len(loss.steps)))
+            label = None if variant in labelled else variant
+            line = {"color": colours[variant], "linewidth": 1.1, "alpha": 0.8}
+            axes.plot(*medians, label=label, **line)
+            labelled.add(variant)
+    if labelled:
+        axes.legend()
+
+
+def _draw_front(
+    axes: "Axes",
+    results: Mapping[str, dict[str, Any]],
+    front: Sequence[str],
+    cost: str,
+    title: str,
+) -> None:
+    from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
+
+    axes.set(title=f"Loss and {title}", xlabel=title, ylabel="nats per token", xscale="log")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_locator(MaxNLocator(6))
+    ends = [(results[name][cost], results[name]["loss"]["mean"]) for name in front]
+    axes.step(*zip(*ends, strict=True) if ends else ([], []), where="post", color="#b0b6bd")
+    for name, colour in variant_colours(list(results)).items():
+        loss, error = results[name]["loss"]["mean"], results[name]["loss"]["standard_error"]
+        if loss is None or results[name][cost] is None:
+            continue
+        face = colour if name in front else "white"
+        axes.errorbar(
+            results[name][cost], loss, yerr=error, fmt="o", color=colour, markerfacecolor=face
+        )
+        offset = {"textcoords": "offset points", "xytext": (6, 5), "fontsize": 8}
+        axes.annotate(name, (results[name][cost], loss), color=colour, **offset)
+    axes.margins(x=0.25, y=0.15)

@@ -1,0 +1,51 @@
+"""Says from which other run a new run is to start. It imports no JAX, so it answers at once."""
+
+import os
+from typing import NamedTuple
+
+from moe.config import ConfigError
+from moe.storage.paths import RunPath, run_path
+
+
+class Source(NamedTuple):
+    """Names the other run, as the caller of `fit` or of launch.train does."""
+
+    run: RunPath
+    step: int | None  # that of its checkpoint; None takes the latest one
+    # A fork takes the whole state. Otherwise a run takes the parameters and router biases alone.
+    is_fork: bool
+
+    @property
+    def flag(self) -> str:
+        """Returns the flag that names the run, without its ending `_from` or `_step`."""
+        return "--fork" if self.is_fork else "--init"
+
+
+def read_source(
+    init_from: str | os.PathLike[str] | None,
+    init_step: int | None,
+    fork_from: str | os.PathLike[str] | None,
+    fork_step: int | None,
+) -> Source | None:
+    """Returns the other run, or None if there is none.
+
+    Raises ConfigError for a step without a run, a fork without a step, or two other runs.
+    """
+    for flag, run, step in (("--init", init_from, init_step), ("--fork", fork_from, fork_step)):
+        if not run and step is not None:
+            raise ConfigError(
+                f"{flag}_step={step} names a step, but no run: set {flag}_from to a run too"
+            )
+    if init_from and fork_from:
+        raise ConfigError(
+            f"--init_from={init_from} and --fork_from={fork_from} name two runs to start from: "
+            "leave one of them out"
+        )
+    if fork_from:
+        if fork_step is None:
+            raise ConfigError(
+                f"--fork_from={fork_from} names a run, but no step: "
+                "set --fork_step to one of its checkpoints before its decay"
+            )
+        return Source(run_path(fork_from), fork_step, is_fork=True)
+    return Source(run_path(init_from), init_step, is_fork=False) if init_from else None
