@@ -4,18 +4,27 @@ Examples:
     python -m launch.summary --config=configs/dense_125m.py
     python -m launch.summary --config=configs/dense_125m.py --config.model.num_layers=24
     python -m launch.summary --config=configs/moe_8x7b.py
+    python -m launch.summary --config=configs/dense_tiny.py --compile
 
 Nothing is allocated or compiled: every number is counted from the config. FLOPs are those of
 training (forward and backward), averaged over the tokens of a causal row of
-config.data.sequence_length. Bytes are those of the parameters in float32. A training state holds
-three times as many (the parameters and Adam's two moments), and the gradient takes as many again as
-the parameters while a step runs.
+config.data.sequence_length. Bytes of the table are those of the parameters in float32. The last
+line has the bytes of a training state on each device of config.mesh, without activations; an axis
+of size -1 counts as one device.
+
+--compile also compiles the training step for one device, and prints how many FLOPs XLA counts in
+it. XLA counts the body of a loop once. Layers, microbatches and chunks of the loss are written out
+for this, but attention and dropless experts remain loops, of which XLA counts less than is done.
+docs/scaling_laws/counting.md compares the counts.
 """
+
+import dataclasses
+import math
 
 from absl import flags
 
 from launch import command_line
-from moe.config import ModelConfig
+from moe.config import MeshConfig, ModelConfig, RunConfig
 from moe.scaling.flops import (
     active_parameters,
     component_counts,
@@ -23,15 +32,14 @@ from moe.scaling.flops import (
     total_parameters,
     training_flops_per_token,
 )
-
-BYTES_PER_PARAMETER = 4
+from moe.scaling.memory import WORD, state_bytes
 
 
 def summary(model: ModelConfig, sequence_length: int) -> str:
     """Returns the table of a model's components, and its totals, as text."""
     rows = [("component", "repeats", "shapes", "parameters", "training FLOPs/token", "bytes")]
     for count in component_counts(model, sequence_length):
-        flops, size = 3 * count.forward_flops, count.parameters * BYTES_PER_PARAMETER
+        flops, size = 3 * count.forward_flops, count.parameters * WORD
         rows.append(
             (
                 count.name,
@@ -44,14 +52,53 @@ def summary(model: ModelConfig, sequence_length: int) -> str:
         )
     total, embeddings = total_parameters(model), embedding_parameters(model)
     active, flops = active_parameters(model), training_flops_per_token(model, sequence_length)
-    size = total * BYTES_PER_PARAMETER
     totals = (
         f"parameters: {total:,} ({total - embeddings:,} without embeddings), "
-        f"active per token: {active:,}",
-        f"training FLOPs per token: {flops:,.0f} at sequence length {sequence_length}",
-        f"bytes: {size:,} of float32 parameters, {3 * size:,} of training state",
+        f"active per token: {active:,} ({active - embeddings:,} without embeddings)",
+        f"training FLOPs per token: {flops:,.0f} at sequence length {sequence_length} "
+        f"(6N: {6 * active:,}, and {6 * (active - embeddings):,} without embeddings)",
     )
     return "\n".join([*_align(rows), *totals])
+
+
+def run_lines(config: RunConfig) -> list[str]:
+    """Returns a line on the FLOPs of a whole run, and one on the bytes of its training state."""
+    length, mesh = config.data.sequence_length, config.mesh
+    tokens = config.train.steps * config.train.batch_size * length
+    flops = tokens * training_flops_per_token(config.model, length)
+    devices = math.prod(abs(size) for size in mesh.sizes)
+    size = state_bytes(config, mesh.resolve(devices))
+    parts = ", ".join(f"{value:,} of {name}" for name, value in dataclasses.asdict(size).items())
+    return [
+        f"training: {flops:.4g} FLOPs for {tokens:,} tokens",
+        f"bytes on {'each of ' * (devices > 1)}{devices} device{'s' * (devices > 1)}: "
+        f"{size.total:,} without activations ({parts.replace('_', ' ')})",
+    ]
+
+
+def compiled_flops(config: RunConfig) -> float:
+    """Returns the FLOPs per token that XLA counts in a training step without loops of ours."""
+    import jax
+
+    from moe.training.train_step import make_program
+
+    rows = config.train.batch_size // config.train.accumulation
+    length = config.data.sequence_length
+    config = dataclasses.replace(
+        config,
+        mesh=MeshConfig(data=1),
+        model=dataclasses.replace(config.model, scan_layers=False),
+        train=dataclasses.replace(config.train, batch_size=rows, accumulation=1, loss_chunk=length),
+    )
+    program = make_program(config, jax.devices()[:1])
+    batch = {
+        name: jax.ShapeDtypeStruct(field.shape, field.dtype)
+        for name, field in program.task.random_rows(config, rows).items()
+    }
+    step = program.train_step
+    with jax.set_mesh(program.mesh):
+        compiled = step.func.lower(*step.args, program.abstract_state, batch).compile()
+    return compiled.cost_analysis()["flops"] / (rows * length)
 
 
 def _align(rows: list[tuple[str, ...]]) -> list[str]:
@@ -72,8 +119,12 @@ def _align(rows: list[tuple[str, ...]]) -> list[str]:
 def main(values: flags.FlagValues) -> None:
     config = command_line.read_run_config(values.config)
     print(summary(config.model, config.data.sequence_length))
+    print("\n".join(run_lines(config)))
+    if values.compile:
+        print(f"compiled step: {compiled_flops(config):,.0f} FLOPs per token, by XLA's count")
 
 
 if __name__ == "__main__":
     command_line.define_config()
+    flags.DEFINE_bool("compile", False, "Whether to compile the step and print XLA's count too.")
     command_line.run(main, __doc__)

@@ -13,7 +13,8 @@ Command:  python -m launch.train --config=configs/experiments/schedules.py:wsd
           --workdir=runs/wsd_500 --fork_from=runs/wsd_1000 --fork_step=400
           --config.train.steps=500
 Hardware: 2 CPU cores.
-Time, result: not measured.
+Time:     9 min for 1000 steps while other work took the cores, a tenth of it for the fork.
+Result:   nats per byte, one seed: cosine 1.510, wsd 1.448, and 1.635 after 500 steps.
 """
 
 from typing import Any

@@ -1,13 +1,23 @@
 """Counts the parameters and floating-point operations of a model from its config alone.
 
 A matmul of [m, k] by [k, n] counts as 2mkn FLOPs, and the backward pass as twice the forward pass.
-Recomputation (remat) is not counted: these are the FLOPs that the model needs, not those that a
-program spends.
+Recomputation (remat, and the scores that flash attention makes again) is not counted: these are
+the FLOPs that the model needs, not those that a program spends. Norms, activations, softmax and
+rotary positions are not matmuls, and are not counted either. docs/scaling_laws/counting.md has
+the formulas.
 """
 
 import dataclasses
+import math
+from collections.abc import Iterable
+from fractions import Fraction
+from typing import Literal
 
 from moe.config import ModelConfig
+
+# Which keys a query is counted with: those that a causal mask shows, or all keys of its row, as in
+# an encoder. Where a row packs several documents, the boundaries between them are not counted.
+Mask = Literal["causal", "none"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,62 +32,54 @@ class Count:
     forward_flops: float  # per token, in all repeats
 
 
-def component_counts(config: ModelConfig, sequence_length: int) -> list[Count]:
-    """Returns the components of a model in order.
+def component_counts(
+    config: ModelConfig, sequence_length: int, mask: Mask = "causal"
+) -> list[Count]:
+    """Returns the components of a decoder in order.
 
-    FLOPs are a mean over the tokens of a causal row of `sequence_length`. Each token is counted
-    with exactly `experts_per_token` routed experts, although "capacity" may drop some and the
-    "dense" dispatch computes all.
+    FLOPs are a mean over the tokens of a row of `sequence_length`. Each token is counted with
+    exactly `experts_per_token` routed experts, although "capacity" may drop some and the "dense"
+    dispatch computes all.
     """
-    d, v, layers = config.model_dim, config.vocab_size, config.num_layers
-    n, k, h = config.num_heads, config.num_kv_heads, config.head_dim
-    projections = d * (n + 2 * k) * h + n * h * d
-    # On average a token attends to (T + 1) / 2 keys. For each key and head it spends 2H FLOPs on
-    # the score and as many on the weighted sum of values.
-    mixing = 4 * n * h * (sequence_length + 1) / 2
-    counts = [
-        Count("embedding", f"{v}x{d}", 1, v * d, v * d, 0.0),
-        _linear(
-            "attention projections",
-            f"{d}x{n}x{h}, 2 x {d}x{k}x{h}, {n}x{h}x{d}",
-            layers,
-            projections,
-        ),
-        Count("attention scores and sums", f"{n} heads of {h}", layers, 0, 0, layers * mixing),
-        *_feed_forward_counts(config),
-        Count("norms", f"{d}", 2 * layers + 1, (2 * layers + 1) * d, (2 * layers + 1) * d, 0.0),
-    ]
+    d, v = config.model_dim, config.vocab_size
+    counts = [_embedding(config), *_stack_counts(config, sequence_length, mask)]
     if config.tied_embeddings:
         return [*counts, Count("unembedding (tied)", f"{d}x{v}", 1, 0, 0, 2.0 * d * v)]
     return [*counts, _linear("unembedding", f"{d}x{v}", 1, d * v)]
 
 
-def _feed_forward_counts(config: ModelConfig) -> list[Count]:
-    """Returns the components that follow attention in dense and sparse layers.
+def encoder_counts(config: ModelConfig, sequence_length: int) -> list[Count]:
+    """Returns the components of an encoder, whose tokens see their whole row."""
+    return [_embedding(config), *_stack_counts(config, sequence_length, "none")]
 
-    Components that the model does not have are left out.
+
+def encoder_decoder_counts(
+    decoder: ModelConfig,
+    encoder: ModelConfig,
+    sequence_length: int,
+    encoder_length: int,
+    mask: Mask = "causal",
+) -> list[Count]:
+    """Returns the components of an encoder and its decoder, with FLOPs per token of the decoder.
+
+    The rows of the decoder have `sequence_length` tokens, and those of the encoder, all of which
+    each token of the decoder reads, have `encoder_length`.
     """
-    d, f, moe = config.model_dim, config.feed_forward_dim, config.moe
-    e, a, f_expert = moe.num_experts, moe.experts_per_token, moe.expert_dim
-    f_shared = moe.num_shared_experts * moe.expert_dim
-    num_sparse = sum(kinds.count("moe") * repeats for kinds, repeats in config.layer_groups)
-    num_dense = config.num_layers - num_sparse
-    one_expert = 3 * d * f_expert  # its gate, up and down matrices
-    counts = (
-        _linear("feed-forward", f"2 x {d}x{f}, {f}x{d}", num_dense, 3 * d * f),
-        _linear("router", f"{d}x{e}", num_sparse, 0 if moe.router == "hash" else d * e),
-        _linear(
-            "experts",
-            f"{e} of (2 x {d}x{f_expert}, {f_expert}x{d}), {a} active",
-            num_sparse,
-            parameters=e * one_expert,
-            active=a * one_expert,
-        ),
-        _linear(
-            "shared experts", f"2 x {d}x{f_shared}, {f_shared}x{d}", num_sparse, 3 * d * f_shared
-        ),
-    )
-    return [count for count in counts if count.parameters]
+    ratio = encoder_length / sequence_length  # tokens of the encoder for each one of the decoder
+    encoder_stack = [
+        dataclasses.replace(
+            count, name=f"encoder {count.name}", forward_flops=ratio * count.forward_flops
+        )
+        for count in _stack_counts(encoder, encoder_length, "none")
+    ]
+    embedding, *rest = component_counts(decoder, sequence_length, mask)
+    cross = _cross_attention_counts(decoder, encoder_length, ratio)
+    return [embedding, *encoder_stack, *rest[:-1], *cross, rest[-1]]
+
+
+def training_flops(counts: Iterable[Count]) -> float:
+    """Returns the FLOPs of the forward and backward pass per token."""
+    return 3 * sum(count.forward_flops for count in counts)
 
 
 def total_parameters(config: ModelConfig) -> int:
@@ -96,22 +98,124 @@ def embedding_parameters(config: ModelConfig) -> int:
 
 
 def training_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
-    """Returns the FLOPs of the forward and backward pass per token.
+    """Returns the FLOPs of the forward and backward pass of a decoder per token.
 
     They are 6 for each active parameter of a matmul (Kaplan et al. 2020, section 2.1), plus those
     of causal attention.
     """
-    return 3 * sum(count.forward_flops for count in component_counts(config, sequence_length))
+    return training_flops(component_counts(config, sequence_length))
+
+
+def _embedding(config: ModelConfig) -> Count:
+    """Returns the count of the embedding, which is looked up and not multiplied."""
+    v, d = config.vocab_size, config.model_dim
+    return Count("embedding", f"{v}x{d}", 1, v * d, v * d, 0.0)
+
+
+def _stack_counts(config: ModelConfig, sequence_length: int, mask: Mask) -> list[Count]:
+    """Returns the components of the layers and of the final norm."""
+    d, layers = config.model_dim, config.num_layers
+    n, k, h = config.num_heads, config.num_kv_heads, config.head_dim
+    # With a causal mask a token sees 1 to T keys, which are (T + 1) / 2 on average.
+    keys = (sequence_length + 1) / 2 if mask == "causal" else sequence_length
+    return [
+        _linear(
+            "attention projections",
+            f"{d}x{n}x{h}, 2 x {d}x{k}x{h}, {n}x{h}x{d}",
+            layers,
+            2 * d * (n + k) * h,
+        ),
+        _mixing("attention scores and sums", config, keys),
+        *_feed_forward_counts(config, sequence_length),
+        _norms("norms", config, 2 * layers + 1),
+    ]
+
+
+def _cross_attention_counts(
+    config: ModelConfig, encoder_length: int, encoder_tokens: float
+) -> list[Count]:
+    """Returns the components of a decoder's cross-attention, and its norm, in each layer.
+
+    For each token of the decoder, the keys and values of `encoder_tokens` are projected.
+    """
+    d, layers = config.model_dim, config.num_layers
+    n, k, h = config.num_heads, config.num_kv_heads, config.head_dim
+    shapes = (f"{d}x{n}x{h}, {n}x{h}x{d}", f"2 x {d}x{k}x{h}")
+    keys_and_values = _linear("cross-attention keys and values", shapes[1], layers, 2 * d * k * h)
+    return [
+        _linear("cross-attention queries and output", shapes[0], layers, 2 * d * n * h),
+        dataclasses.replace(
+            keys_and_values, forward_flops=encoder_tokens * keys_and_values.forward_flops
+        ),
+        _mixing("cross-attention scores and sums", config, encoder_length),
+        _norms("cross-attention norms", config, layers),
+    ]
+
+
+def _mixing(name: str, config: ModelConfig, keys: float) -> Count:
+    """Returns the count of attention to so many `keys`, which has no parameters.
+
+    For each key and head a token spends 2H FLOPs on the score and as many on the weighted sum of
+    values.
+    """
+    n, h, layers = config.num_heads, config.head_dim, config.num_layers
+    return Count(name, f"{n} heads of {h}", layers, 0, 0, layers * 4 * n * h * keys)
+
+
+def _norms(name: str, config: ModelConfig, repeats: int) -> Count:
+    """Returns the count of so many scales of norms."""
+    d = config.model_dim
+    return Count(name, f"{d}", repeats, repeats * d, repeats * d, 0.0)
+
+
+def _feed_forward_counts(config: ModelConfig, sequence_length: int) -> list[Count]:
+    """Returns the components that follow attention in dense and sparse layers.
+
+    Components that the model does not have are left out.
+    """
+    d, f, moe = config.model_dim, config.feed_forward_dim, config.moe
+    e, f_expert = moe.num_experts, moe.expert_dim
+    f_shared = moe.num_shared_experts * moe.expert_dim
+    num_sparse = len(config.sparse_layers)
+    one_expert = 3 * d * f_expert  # its gate, up and down matrices
+    active = _active_experts(config, sequence_length)
+    counts = (
+        _linear("feed-forward", f"2 x {d}x{f}, {f}x{d}", config.num_layers - num_sparse, 3 * d * f),
+        _linear("router", f"{d}x{e}", num_sparse, 0 if moe.router == "hash" else d * e),
+        _linear(
+            "experts",
+            f"{e} of (2 x {d}x{f_expert}, {f_expert}x{d}), {float(active):g} active",
+            num_sparse,
+            parameters=e * one_expert,
+            active=active * one_expert,
+        ),
+        _linear(
+            "shared experts", f"2 x {d}x{f_shared}, {f_shared}x{d}", num_sparse, 3 * d * f_shared
+        ),
+    )
+    return [count for count in counts if count.parameters]
+
+
+def _active_experts(config: ModelConfig, sequence_length: int) -> Fraction:
+    """Returns how many routed experts process a token, which is a mean with expert choice.
+
+    There each expert takes a number of tokens of the row, whatever the tokens want (Zhou et al.
+    2022, section 3.1).
+    """
+    moe = config.moe
+    if not moe.num_experts or moe.router != "expert_choice":
+        return Fraction(moe.experts_per_token)
+    tokens_of_expert = min(math.floor(moe.row_share * sequence_length), sequence_length)
+    return Fraction(moe.num_experts * tokens_of_expert, sequence_length)
 
 
 def _linear(
-    name: str, shape: str, repeats: int, parameters: int, active: int | None = None
+    name: str, shape: str, repeats: int, parameters: int, active: int | Fraction | None = None
 ) -> Count:
     """Returns the count of matrices that have so many `parameters` in each repeat.
 
     `active` is how many of them the forward pass of one token reads, by default all.
     """
     active = parameters if active is None else active
-    return Count(
-        name, shape, repeats, repeats * parameters, repeats * active, 2.0 * repeats * active
-    )
+    flops = float(2 * repeats * active)
+    return Count(name, shape, repeats, repeats * parameters, round(repeats * active), flops)

@@ -57,3 +57,7 @@ class Task(NamedTuple):
     # Returns further numbers of an evaluation, from its sums and the rows that it read, such as
     # bits per byte. It is called on the host.
     score: Callable[[Sums, Rows], dict[str, float]]
+
+    # Returns the training FLOPs per token of a row (`moe.scaling.flops`). MFU is computed from it,
+    # and is left out where it is None.
+    training_flops: Callable[[RunConfig], float] | None = None

@@ -10,7 +10,6 @@ import numpy as np
 from moe.config import RunConfig
 from moe.parallel import watch
 from moe.parallel.hub import HostTimes
-from moe.scaling.flops import training_flops_per_token
 from moe.scaling.hardware import peak_flops
 from moe.tasks.task import Batch
 from moe.training.evaluation import router_summary
@@ -51,7 +50,8 @@ class Log:
     def __init__(self, config: RunConfig, program: Program, records: Records, bar: Bar):
         self._config, self._records, self._bar = config, records, bar
         self._peak_flops = peak_flops(list(program.mesh.devices.flat))
-        self._flops_per_token = training_flops_per_token(config.model, config.data.sequence_length)
+        count = program.task.training_flops
+        self._flops_per_token = None if count is None else count(config)
         self._pending: tuple[int, Metrics] | None = None
         self.finished_step = 0  # the newest step whose metrics were read
         self._timed_step = 0  # the newest step whose times were sent to process 0
@@ -149,7 +149,7 @@ class Log:
         host_seconds = max(0.0, seconds - self._waited_for_devices)
         self._timed_step = step
         watch.send_times(step, seconds / self._steps, host_seconds / self._steps)
-        if self._peak_flops:
+        if self._peak_flops and self._flops_per_token:
             values["train/mfu"] = tokens / seconds * self._flops_per_token / self._peak_flops
         self._restart_clock(time.perf_counter())
         return values

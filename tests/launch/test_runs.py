@@ -14,16 +14,18 @@ import pytest
 from launch.benchmark import benchmark
 from launch.evaluate import evaluate
 from launch.generate import generate
-from launch.summary import summary
+from launch.summary import compiled_flops, run_lines, summary
 from moe.config import (
     ConfigError,
     DataConfig,
+    MeshConfig,
     ModelConfig,
     OptimizerConfig,
     RunConfig,
     TrackingConfig,
     TrainConfig,
 )
+from moe.scaling.flops import component_counts
 from moe.training.trainer import fit
 from moe.workdir.tracking import read_metrics
 from tests.jobs import SMALL_MODEL
@@ -110,9 +112,29 @@ def test_summary_counts_llama_2_7b():
     text = summary(model, 4096)
     assert (
         "parameters: 6,738,415,616 (6,476,271,616 without embeddings), active per token: "
-        "6,738,415,616" in text
+        "6,738,415,616 (6,476,271,616 without embeddings)" in text
     )
-    assert "26,953,662,464 of float32 parameters" in text
+    assert "(6N: 40,430,493,696, and 38,857,629,696 without embeddings)" in text
+    config = RunConfig(model=model, mesh=MeshConfig(data=-1, fsdp=8))
+    flops, size = run_lines(config)
+    assert flops.endswith(" FLOPs for 4,096,000 tokens")
+    # Four float32 for each parameter, an eighth of them on each device, and 28 bytes of counts.
+    assert size.startswith("bytes on each of 8 devices: 13,476,831,260 without activations (")
+    assert "(3,369,207,808 of parameters, 6,738,415,624 of optimizer, 0 of router state, " in size
+
+
+@pytest.mark.slow
+def test_xla_counts_the_flops_of_a_step_without_the_loops_of_attention():
+    """Beside the matmuls it counts elementwise operations, here with a loss of few of them."""
+    model = ModelConfig(num_layers=2, compute_dtype="float32")
+    config = RunConfig(
+        model=model,
+        train=TrainConfig(batch_size=8, accumulation=2, loss_chunk=32),
+        data=DataConfig(sequence_length=128),
+    )
+    counts = component_counts(model, 128)
+    matmuls = 3 * sum(count.forward_flops for count in counts if "scores" not in count.name)
+    assert matmuls < compiled_flops(config) < 1.15 * matmuls
 
 
 def test_benchmark_reports_rates_that_agree():

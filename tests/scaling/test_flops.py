@@ -5,12 +5,16 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from moe.config import ModelConfig, MoEConfig
-from moe.model.transformer import Transformer
+from moe.kernels.attention import Choice
+from moe.model import attention
+from moe.model.transformer import Encoder, EncoderDecoder, Transformer
 from moe.parameters import declarations, is_declared
 from moe.scaling import flops
+from tests.scaling.program_matmuls import matmul_flops
 
 CONFIG = ModelConfig(
     vocab_size=512,
@@ -137,6 +141,140 @@ def test_hand_worked_flops():
     # times 3.
     attention = 3 * 4 * 2 * 2
     assert flops.training_flops_per_token(config, 3) == matmuls + attention
+
+
+def test_hand_worked_flops_of_an_encoder_and_a_decoder():
+    """The decoder's row has 4 tokens, the encoder's 6, so 1.5 of these for each of those."""
+    decoder = ModelConfig(
+        vocab_size=256,
+        num_layers=1,
+        model_dim=2,
+        feed_forward_dim=3,
+        num_heads=1,
+        num_kv_heads=1,
+        head_dim=2,
+    )
+    encoder = dataclasses.replace(decoder, feed_forward_dim=5)
+    # An encoder's token multiplies 4 matrices of 2x2 for attention and 3 of 2x5, and sees 6 keys.
+    of_encoder = 2 * (4 * 4 + 3 * 10) + 4 * 2 * 6
+    # A decoder's token sees 2.5 keys of its own on average, and all 6 of the encoder's. It makes a
+    # query and an output for these, whose keys and values each token of the encoder makes once.
+    of_decoder = 2 * (4 * 4 + 3 * 6 + 2 * 256) + 4 * 2 * 2.5
+    of_cross_attention = 2 * (2 * 4) + 1.5 * 2 * (2 * 4) + 4 * 2 * 6
+    counts = flops.encoder_decoder_counts(decoder, encoder, 4, 6)
+    assert flops.training_flops(counts) == 3 * (1.5 * of_encoder + of_decoder + of_cross_attention)
+    assert flops.training_flops(flops.encoder_counts(encoder, 6)) == 3 * of_encoder
+
+
+@pytest.mark.parametrize("kind", ["encoder", "encoder and decoder"])
+def test_parameters_of_encoders_equal_the_models(kind):
+    moe = dataclasses.replace(CONFIG, moe=MOE)
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    if kind == "encoder":
+        model, counts = Encoder(moe), flops.encoder_counts(moe, 8)
+    else:
+        model, counts = EncoderDecoder(moe, CONFIG), flops.encoder_decoder_counts(moe, CONFIG, 8, 8)
+    batch = {"tokens": tokens, "encoder_tokens": tokens}
+    leaves = jax.tree.leaves(declarations(model, batch), is_leaf=is_declared)
+    assert sum(count.parameters for count in counts) == sum(leaf.value.size for leaf in leaves)
+
+
+# An expert has exactly the room of its even share, so that all experts together compute as many
+# rows as are counted. The rows of "dropless" have padding, whose number depends on the routing.
+EVEN = dataclasses.replace(
+    MOE, dispatch="capacity", capacity_factor=1.0, num_shared_experts=1, first_dense_layers=1
+)
+LENGTH = 32
+PROGRAMS = {
+    "dense": {},
+    "one head for all queries": {"num_kv_heads": 1},
+    "a head for each query": {"num_kv_heads": 4},
+    "tied": {"tied_embeddings": True},
+    "capacity": {"moe": EVEN},
+    "every expert": {"moe": dataclasses.replace(EVEN, dispatch="dense", experts_per_token=8)},
+}
+
+
+@pytest.fixture
+def reference_attention(monkeypatch):
+    """Attention that computes the scores of all keys, also of those that the mask hides."""
+    monkeypatch.setattr(attention, "choose_implementation", lambda *_, **__: Choice("reference"))
+
+
+def program_flops(model, batch):
+    """Returns the FLOPs of the matmuls that make logits, and of those that make gradients."""
+    variables = jax.eval_shape(model.init, jax.random.key(0), batch)
+
+    def forward(variables):
+        hidden = model.apply(variables, batch).hidden
+        if isinstance(model, Encoder):
+            return hidden.sum()
+        return model.apply(variables, hidden, method="unembed").sum()
+
+    return [
+        matmul_flops(jax.make_jaxpr(run)(variables).jaxpr) for run in (forward, jax.grad(forward))
+    ]
+
+
+def router_sums(config):
+    """Returns the FLOPs of the matmuls that are in a program beside the model's own.
+
+    A router sums each expert's probabilities over the tokens of the row, and multiplies them with
+    the expert's loads. With "dense", each token's outputs of all experts are summed.
+    """
+    sparse, experts = len(config.sparse_layers), config.moe.num_experts
+    combined = sparse * 2 * LENGTH * experts * config.model_dim
+    statistics = sparse * 2 * experts * (LENGTH + 1)
+    return statistics, combined if config.moe.dispatch == "dense" and sparse else 0
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_flops_equal_the_matmuls_of_the_unrolled_program(name, reference_attention):
+    config = dataclasses.replace(CONFIG, scan_layers=False, **PROGRAMS[name])
+    batch = {"tokens": np.zeros((1, LENGTH), np.int32)}
+    forward, training = program_flops(Transformer(config), batch)
+    counts = flops.component_counts(config, LENGTH, mask="none")
+    statistics, combined = router_sums(config)
+    model = LENGTH * flops.training_flops(counts) / 3
+    assert forward == model + statistics + combined
+    # The reference computes the scores once more in the backward pass.
+    scores = LENGTH * config.num_layers * 2 * config.num_heads * config.head_dim * LENGTH
+    assert training == 3 * model + scores + statistics + 3 * combined
+
+
+def test_flops_equal_the_matmuls_of_encoders(reference_attention):
+    """With expert choice an expert takes 0.75 * 2 / 8 of the tokens, 1.5 experts for each token."""
+    moe = MoEConfig(
+        num_experts=8, expert_dim=40, router="expert_choice", dispatch="capacity",
+        capacity_factor=0.75,
+    )  # fmt: skip
+    encoder = dataclasses.replace(CONFIG, scan_layers=False, moe=moe)
+    decoder = dataclasses.replace(CONFIG, scan_layers=False, num_kv_heads=4, num_layers=2)
+    batch = {"tokens": np.zeros((1, LENGTH), np.int32)}
+    counts = flops.encoder_counts(encoder, LENGTH)
+    statistics = router_sums(encoder)[0]
+    assert (
+        program_flops(Encoder(encoder), batch)[0]
+        == LENGTH * flops.training_flops(counts) / 3 + statistics
+    )
+    assert "1.5 active" in next(count.shapes for count in counts if count.name == "experts")
+    batch |= {"tokens": np.zeros((1, 24), np.int32), "encoder_tokens": batch["tokens"]}
+    counts = flops.encoder_decoder_counts(decoder, encoder, 24, LENGTH, mask="none")
+    assert program_flops(EncoderDecoder(decoder, encoder), batch)[0] == pytest.approx(
+        24 * flops.training_flops(counts) / 3 + statistics, rel=1e-12
+    )
+
+
+def test_matmuls_that_run_an_unknown_number_of_times_are_not_counted():
+    def body(carry):
+        return carry @ carry
+
+    x = jnp.zeros((2, 2))
+    scanned = lambda x: jax.lax.scan(lambda c, _: (body(c), None), x, length=3)
+    assert matmul_flops(jax.make_jaxpr(scanned)(x).jaxpr) == 3 * 16
+    loop = lambda x: jax.lax.while_loop(lambda c: c[0, 0] < 1, body, x)
+    with pytest.raises(ValueError, match="while run an unknown number of times"):
+        matmul_flops(jax.make_jaxpr(loop)(x).jaxpr)
 
 
 # Every token uses every expert, which the dense dispatch computes at once. The compiler would count

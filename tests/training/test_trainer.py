@@ -979,6 +979,23 @@ def test_an_mfu_is_only_of_a_peak_that_cannot_be_exceeded(config, uninterrupted)
     assert hardware.peak_flops([h100, jax.devices()[0]]) is None
 
 
+@pytest.mark.parametrize(("count", "mfu"), [(None, False), (lambda config: 5.0, True)])
+def test_a_task_has_an_mfu_if_it_counts_its_flops(config, monkeypatch, count, mfu):
+    monkeypatch.setattr(log, "peak_flops", lambda devices: 1e12)
+    program = make_program(config)
+    program = dataclasses.replace(program, task=program.task._replace(training_flops=count))
+    lines, bar = [], types.SimpleNamespace(step=lambda step: None, show_metrics=lambda texts: None)
+    records = log.Records(lambda step, values, layers: lines.append(values), None, lambda: None)
+    speeds = log.Log(config, program, records, bar)
+    metrics = {"loss": 1.0, "skipped_steps": 0, "skipped_in_row": 0}
+    for step in (1, 2, 3):
+        speeds.add(step, metrics)
+    assert ("train/mfu" in lines[-1]) == mfu
+    assert not mfu or lines[-1]["train/mfu"] == pytest.approx(
+        lines[-1]["train/tokens_per_second"] * 5e-12
+    )
+
+
 def test_the_progress_bar_shows_what_there_is():
     dense = {"train/loss": 2.5, "train/skipped_steps": 0.0}
     assert log.postfix(dense) == {"loss": "2.500"}
