@@ -36,10 +36,8 @@ flags and --seed give the same bytes.
 Exit codes: 0 done, also with warnings; 2 bad input, told in one line; 75 interrupted.
 """
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from absl import flags
 
@@ -47,33 +45,21 @@ from launch import command_line
 from launch.fit import table
 from launch.fit.emit import config_file, docstring
 from launch.fit.page import law_page
-from launch.fit.prediction import best_model, check_law, law_loss, notes, table_configs
-from launch.fit.results import Results, as_json, as_text, coefficients_of, facts_of, held_out_of
-from launch.fit.study import draw_fit
+from launch.fit.results import Results, as_json, as_text
+from launch.fit.solve import Request, Solution, check, law_texts, solve
 from launch.plotting import Drawing, write_drawing
-from moe.config import ConfigError, RunConfig
+from moe.config import ConfigError
 from moe.config.checks import expand_path
 from moe.files import write_whole
-from moe.scaling.candidates import Candidate, list_candidates
-from moe.scaling.laws import LAWS, Fit, Law, fit
-from moe.scaling.optimum import Optimum
-from moe.scaling.run_checks import check_runs
-from moe.scaling.runs import Runs
+from moe.scaling.candidates import Candidate
 
 LEAST_BOOTSTRAPS = 100  # fewer have no 95 % interval worth the name
 
 
-class Solution(NamedTuple):
-    """Holds what a call of the command found, before anything is written."""
-
-    results: Results
-    drawings: list[Drawing]
-    config: RunConfig | None  # of the best model for the largest budget, where there are configs
-
-
 def main(values: flags.FlagValues) -> None:
-    emit, output = read_emit(values.emit, values.budget or []), paths(values)[1]
-    results, drawings, config = solve(values)
+    emit = read_emit(values.emit, values.budget or [])
+    output = output_directory(values)
+    results, drawings, config = find(values)
     print(as_text(results))
     write(output, results, drawings)
     print(f"\nwrote {output / 'index.html'}, its figures and fit.json beside it")
@@ -82,47 +68,60 @@ def main(values: flags.FlagValues) -> None:
         print(f"wrote {emit}; train it with: python -m launch.train --config={emit} --workdir=DIR")
 
 
-def paths(values: flags.FlagValues) -> tuple[Path, Path]:
-    """Returns the path of the table and that of the directory to write to. Raises ConfigError."""
-    path = Path(expand_path("--runs", values.runs))
-    return path, Path(
-        expand_path("--output", values.output or str(path.parent / f"fit_{values.law}"))
-    )
-
-
-def solve(values: flags.FlagValues) -> Solution:
+def find(values: flags.FlagValues) -> Solution:
     """Fits and predicts what the flags say. Raises ConfigError before anything takes long."""
-    law, budgets = read_law(values.law), table.read_budgets(values.budget or [])
+    if values.law not in law_texts():
+        raise ConfigError(
+            f"--law={values.law} is no law: set --law to one of {', '.join(law_texts())}"
+        )
     if values.bootstraps < LEAST_BOOTSTRAPS:
         raise ConfigError(
             f"--bootstraps={values.bootstraps} are too few for an interval: "
             f"set --bootstraps to at least {LEAST_BOOTSTRAPS}"
         )
-    path, output = paths(values)
-    runs = table.read_table(path, values)
+    budgets = table.read_budgets(values.budget or [])
+    path = Path(expand_path("--runs", values.runs))
+    request = Request(
+        law=values.law,
+        path=path,
+        runs=table.read_table(path, values),
+        budgets=budgets,
+        emit=values.emit,
+        seed=values.seed,
+        bootstraps=values.bootstraps,
+        loss_unit=values.loss_unit,
+    )
     try:
-        candidates = check_table(law, runs, budgets, values.emit)
+        candidates = check(request)
+        output_directory(values).mkdir(parents=True, exist_ok=True)
+        return solve_with_bar(request, candidates)
     except ConfigError as error:
         # The checks of runs do not know which file they came from.
         raise ConfigError(f"{path}: {error}") from None
-    output.mkdir(parents=True, exist_ok=True)
-    fitted = fit_runs(law, runs, values.seed, values.bootstraps)
-    loss = law_loss(fitted)
-    found = [best_model(law, loss, candidates, budget) for budget in budgets]
-    optima, configs = [best for best, _ in found], [config for _, config in found]
-    results = collect(fitted, len(runs), path, values.loss_unit, optima, configs)
-    drawings = draw_fit(fitted, [], optima, candidates, unit_text(values))
-    return Solution(results, drawings, configs[-1] if configs else None)
 
 
-def read_law(name: str) -> Law:
-    """Returns the law of --law. Raises ConfigError."""
-    if name not in LAWS:
-        raise ConfigError(f"--law={name} is no law: set --law to one of {', '.join(LAWS)}")
-    return LAWS[name]
+def output_directory(values: flags.FlagValues) -> Path:
+    """Returns the directory to write to. Raises ConfigError for a text that is no path."""
+    if values.output:
+        return Path(expand_path("--output", values.output))
+    return Path(expand_path("--runs", values.runs)).parent / f"fit_{values.law}"
 
 
-def read_emit(text: str | None, budgets: Sequence[float]) -> Path | None:
+def solve_with_bar(request: Request, candidates: Sequence[Candidate]) -> Solution:
+    """Returns what the fit says, and shows a bar while the bootstrap runs."""
+    from tqdm import tqdm
+
+    with tqdm(desc=f"fitting {request.law}", disable=None, leave=False) as bar:
+
+        def progress(done: int, total: int, what: str) -> None:
+            bar.total = total
+            bar.set_description(what, refresh=False)
+            bar.update(done - bar.n)
+
+        return solve(request, candidates, progress)
+
+
+def read_emit(text: str | None, budgets: Sequence[str]) -> Path | None:
     """Returns the path of --emit. Raises ConfigError where nothing can be written to it."""
     if text is None:
         return None
@@ -135,69 +134,6 @@ def read_emit(text: str | None, budgets: Sequence[float]) -> Path | None:
             "set --emit to a file NAME.py in a directory that exists"
         )
     return path
-
-
-def check_table(
-    law: Law, runs: Runs, budgets: Sequence[float], emit: str | None
-) -> list[Candidate]:
-    """Returns the models that the table's configs make, if it has any. Raises ConfigError."""
-    check_law(law, runs, budgets)
-    check_runs(runs, law.columns, len(law.coefficients))
-    candidates = list_candidates(table_configs(runs))
-    if emit and not candidates:
-        raise ConfigError(
-            f"--emit={emit} has no config to start from, as there is no column config: "
-            "give a table of launch.sweep, or leave --emit out"
-        )
-    return candidates
-
-
-def fit_runs(law: Law, runs: Runs, seed: int, bootstraps: int) -> Fit:
-    """Returns the fit, and shows a bar while the bootstrap runs."""
-    from tqdm import tqdm
-
-    with tqdm(desc=f"fitting {law.name}", disable=None, leave=False) as bar:
-
-        def progress(done: int, total: int, what: str) -> None:
-            bar.total = total
-            bar.set_description(what, refresh=False)
-            bar.update(done - bar.n)
-
-        return fit(law, runs, seed=seed, num_bootstraps=bootstraps, progress=progress)
-
-
-def unit_text(values: flags.FlagValues) -> str:
-    """Returns the unit of the losses as the axes name it."""
-    return "nats per token" if values.loss_unit == "nats" else "nats (from bits)"
-
-
-def collect(
-    fitted: Fit,
-    num_rows: int,
-    path: Path,
-    loss_unit: str,
-    optima: list[Optimum],
-    configs: list[RunConfig | None],
-) -> Results:
-    """Returns everything that is printed and written as numbers and sentences."""
-    return Results(
-        law=fitted.law.name,
-        formula=fitted.law.formula,
-        source=fitted.law.source,
-        table=str(path),
-        table_sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
-        loss_unit=loss_unit,
-        num_runs=len(fitted.runs),
-        num_rows=num_rows,
-        coefficients=coefficients_of(fitted),
-        not_identifiable=fitted.not_identifiable,
-        facts=facts_of(fitted),
-        held_out=held_out_of(fitted),
-        warnings=fitted.warnings,
-        left_out=fitted.left_out,
-        optima=optima,
-        notes=notes(optima, configs, fitted.runs) if optima else [],
-    )
 
 
 def write(output: Path, results: Results, drawings: Sequence[Drawing]) -> None:
@@ -244,7 +180,10 @@ def define_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
 
 def help_text() -> str:
     """Returns what --help prints: this file's docstring, with the laws."""
-    lines = [f"    {law.name:13} {law.formula}\n{'':18}({law.source})" for law in LAWS.values()]
+    lines = [
+        f"    {name:13} {formula}\n{'':18}({source})"
+        for name, (formula, source) in law_texts().items()
+    ]
     return (__doc__ or "").format(laws="\n".join(lines))
 
 

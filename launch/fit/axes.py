@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 SUFFIXES = ((1e15, ""), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
-DOT = {"linestyle": "none", "marker": "o", "markersize": 4.5}
+DOT: dict[str, Any] = {"linestyle": "none", "marker": "o", "markersize": 4.5}
 BAND = 0.22  # how strongly an interval is painted
 
 
@@ -50,6 +50,12 @@ def set_counts(axis: "Axis", label: str, low: float, high: float) -> None:
 def set_flops(axis: "Axis", label: str, low: float, high: float) -> None:
     """Makes an axis logarithmic, with ticks such as 10¹⁹, over FLOPs from `low` to `high`."""
     _set_log(axis, low, high, lambda value, _: power_text(value))
+    axis.set_label_text(label)
+
+
+def set_rates(axis: "Axis", label: str, low: float, high: float) -> None:
+    """Makes an axis logarithmic, with plain numbers as ticks, over learning rates."""
+    _set_log(axis, low, high, lambda value, _: f"{value:g}")
     axis.set_label_text(label)
 
 
@@ -138,7 +144,19 @@ def add_bar(
 
 
 def round_levels(low: float, high: float, most: int = 12) -> list[float]:
-    """Returns round numbers in a range, closer together where they are smaller."""
+    """Returns round numbers in a range, closer together where they are smaller.
+
+    There are none in a range that is hardly one, as of a law whose loss is the same everywhere.
+    """
+    if not high > 1.001 * low:
+        return []
     levels = np.geomspace(low, high, most)
     step = 10 ** np.floor(np.log10(levels[1] - levels[0]))
     return sorted({float(f"{round(level / step) * step:.6g}") for level in levels})
+
+
+def diamonds(axes: "Axes", x: Any, y: Any, fill: str, edge: str, label: str | None) -> None:
+    """Marks points by diamonds, over everything else."""
+    style: dict[str, Any] = {"linestyle": "none", "marker": "D", "markersize": 6, "zorder": 5}
+    style |= {"markerfacecolor": fill, "markeredgecolor": edge, "markeredgewidth": 1.1}
+    axes.plot(x, y, label=label, **style)

@@ -17,6 +17,7 @@ from launch.fit.axes import (
     DOT,
     add_bar,
     count_text,
+    diamonds,
     padded,
     power_text,
     round_levels,
@@ -28,6 +29,7 @@ from launch.fit.axes import (
     shades,
 )
 from launch.plotting import Colours, Drawing, place_legend
+from moe.scaling.laws.isoflop import Curve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -59,26 +61,13 @@ class Points:
 
 
 @dataclasses.dataclass(frozen=True)
-class Curve:
-    """The runs of one budget, and the parabola through their losses over log10 of their sizes."""
-
-    budget: float
-    parameters: np.ndarray
-    loss: np.ndarray
-    parabola: np.ndarray  # the coefficients of the powers 2, 1 and 0
-    best_parameters: float
-    best_loss: float
-    at_edge: bool  # no larger, or no smaller, model of this budget was trained
-
-
-@dataclasses.dataclass(frozen=True)
 class Best:
     """The best models over budgets. Each array [budgets, 3] holds values, low and high ends."""
 
     budgets: np.ndarray
     parameters: np.ndarray
     tokens: np.ndarray
-    loss: np.ndarray | None  # None for a law that says no loss
+    loss: np.ndarray  # empty for a law that says no loss
 
 
 def isoflop_drawing(curves: Sequence[Curve], words: Words) -> Drawing:
@@ -88,26 +77,30 @@ def isoflop_drawing(curves: Sequence[Curve], words: Words) -> Drawing:
 
 
 def _paint_curves(curves: Sequence[Curve], words: Words, axes: "Axes", colours: Colours) -> None:
-    mapped = shade_by(colours, np.array([curve.budget for curve in curves]))
+    mapped = shade_by(colours, np.array([curve.flops for curve in curves]))
     for curve in curves:
-        shade = shade_of(mapped, curve.budget)
-        low, high = np.log10(padded(curve.parameters, 0.05))
+        shade = shade_of(mapped, curve.flops)
+        low, high = np.log(padded(curve.parameters[curve.used], 0.05))
         x = np.linspace(low, high, 100)
-        axes.plot(10**x, np.polyval(curve.parabola, x), color=shade, linewidth=1.3)
-        axes.plot(curve.parameters, curve.loss, color=shade, **DOT)
-    for at_edge, fill, edge, label in (
-        (False, colours["second"], colours["card"], "minimum"),
-        (True, "none", colours["second"], "minimum at an edge"),
-    ):
-        chosen = [curve for curve in curves if curve.at_edge == at_edge]
-        if chosen:
-            x, y = zip(*((curve.best_parameters, curve.best_loss) for curve in chosen), strict=True)
-            _diamonds(axes, x, y, fill, edge, label)
+        axes.plot(np.exp(x), np.polyval(curve.parabola[::-1], x), color=shade, linewidth=1.3)
+        axes.plot(curve.parameters[curve.used], curve.loss[curve.used], color=shade, **DOT)
+        others: dict[str, Any] = DOT | {"markerfacecolor": "none", "markeredgewidth": 0.9}
+        axes.plot(curve.parameters[~curve.used], curve.loss[~curve.used], color=shade, **others)
+    good = [curve for curve in curves if not curve.problem]
+    x, y = [curve.best_parameters for curve in good], [curve.best_loss for curve in good]
+    diamonds(axes, x, y, colours["second"], colours["card"], "minimum")
+    if any(not curve.used.all() for curve in curves):
+        hollow: dict[str, Any] = DOT | {"markerfacecolor": "none"}
+        axes.plot([], [], color=colours["muted"], label="run far from the minimum", **hollow)
     axes.plot([], [], color=colours["muted"], label="run", **DOT)
     sizes = np.concatenate([curve.parameters for curve in curves])
     losses = np.concatenate([curve.loss for curve in curves])
+    near = np.concatenate([curve.loss[curve.used] for curve in curves])
+    bottom, top = padded(losses)
+    # Runs far from the minima would leave the parabolas no room. Those beyond the top are not seen.
+    top = min(top, float(near.max() * (near.max() / near.min()) ** 0.4))
     set_counts(axes.xaxis, words.size, *padded(sizes))
-    set_losses(axes.yaxis, words.loss, *padded(losses))
+    set_losses(axes.yaxis, words.loss, bottom, max(top, 1.001 * float(near.max())))
     add_bar(axes, mapped, "training FLOPs", power_text)
     place_legend(axes)
 
@@ -129,20 +122,14 @@ def _paint_contours(
     axes: "Axes",
     colours: Colours,
 ) -> None:
-    from matplotlib.patheffects import withStroke
-
     x_ends = padded(np.concatenate([points.parameters, asked.parameters[:, 0]]), 0.08)
     y_ends = padded(np.concatenate([points.tokens, asked.tokens[:, 0]]), 0.08)
     x, y = np.geomspace(*x_ends, 160), np.geomspace(*y_ends, 160)
     surface = loss(*np.meshgrid(x, y))
     highest = min(float(np.max(points.predicted)), float(np.percentile(surface, 97)))
     levels = round_levels(float(surface.min()), highest)
-    reversed_shades = shades(colours).reversed()
-    axes.contourf(x, y, surface, levels=levels, cmap=reversed_shades, alpha=0.16, extend="both")
-    lines = axes.contour(x, y, surface, levels=levels, cmap=reversed_shades, linewidths=0.9)
-    labels = axes.clabel(lines, fontsize=7, fmt="%g", colors=colours["text"], inline=False)
-    for label in labels:
-        label.set_path_effects([withStroke(linewidth=2, foreground=colours["card"])])
+    if len(levels) > 1:
+        _paint_levels(axes, colours, x, y, surface, levels)
     small = DOT | {"markersize": 3, "alpha": 0.8}
     axes.plot(points.parameters, points.tokens, color=colours["muted"], label="run", **small)
     line = {"color": colours["text"], "linewidth": 1.6, "label": "best for its budget"}
@@ -152,6 +139,25 @@ def _paint_contours(
     set_counts(axes.yaxis, "tokens", *y_ends)
     axes.grid(False)
     place_legend(axes)
+
+
+def _paint_levels(
+    axes: "Axes",
+    colours: Colours,
+    x: np.ndarray,
+    y: np.ndarray,
+    surface: np.ndarray,
+    levels: list[float],
+) -> None:
+    """Paints lines at some losses, with the losses on them, and the areas between them."""
+    from matplotlib.patheffects import withStroke
+
+    shown: dict[str, Any] = {"levels": levels, "cmap": shades(colours).reversed()}
+    axes.contourf(x, y, surface, alpha=0.16, extend="both", **shown)
+    lines = axes.contour(x, y, surface, linewidths=0.9, **shown)
+    labels = axes.clabel(lines, fontsize=7, fmt="%g", colors=colours["text"], inline=False)
+    for label in labels:
+        label.set_path_effects([withStroke(linewidth=2, foreground=colours["card"])])
 
 
 def residual_drawing(points: Points, words: Words) -> Drawing:
@@ -178,22 +184,22 @@ def _paint_residuals(points: Points, words: Words, axes: "Axes", colours: Colour
 
 
 def held_out_drawing(
-    budget: float, sizes: np.ndarray, errors: np.ndarray, repeated: np.ndarray, words: Words
+    budget: float, x: np.ndarray, errors: np.ndarray, repeated: np.ndarray, x_name: str
 ) -> Drawing:
-    """Returns the errors of predicting the largest budget from the others.
+    """Returns the errors of predicting the largest budget from the others, over `x`.
 
     `errors` are relative. So are those of `repeated`, which predicts the loss that the next smaller
     budget reached.
     """
-    paint = functools.partial(_paint_held_out, sizes, errors, repeated, words)
+    paint = functools.partial(_paint_held_out, x, errors, repeated, x_name)
     return Drawing("held_out", f"Predicting {power_text(budget)} FLOP from less", paint)
 
 
 def _paint_held_out(
-    sizes: np.ndarray,
+    x: np.ndarray,
     errors: np.ndarray,
     repeated: np.ndarray,
-    words: Words,
+    x_name: str,
     axes: "Axes",
     colours: Colours,
 ) -> None:
@@ -202,10 +208,11 @@ def _paint_held_out(
         (repeated, "second", "X", "repeating the next smaller budget's loss"),
         (errors, "first", "o", "the law"),
     ):
-        axes.vlines(sizes, 0, 100 * values, color=colours[role], linewidth=1, alpha=0.5)
+        axes.vlines(x, 0, 100 * values, color=colours[role], linewidth=1, alpha=0.5)
         style = DOT | {"marker": marker, "markersize": 6, "markeredgewidth": 0}
-        axes.plot(sizes, 100 * values, color=colours[role], label=label, **style)
-    set_counts(axes.xaxis, words.size, *padded(sizes))
+        axes.plot(x, 100 * values, color=colours[role], label=label, **style)
+    set_counts(axes.xaxis, x_name, *padded(x))
+    _tick_few(axes, x)
     axes.set_ylabel("predicted − measured, %")
     axes.margins(y=0.12)
     place_legend(axes)
@@ -230,11 +237,17 @@ def _paint_experts(name: str, points: Points, words: Words, axes: "Axes", colour
     axes.plot([], [], color=colours["muted"], label="run", **DOT)
     axes.plot([], [], color=colours["muted"], linewidth=1.3, label="the law")
     set_counts(axes.xaxis, name, *padded(x))
-    if len(np.unique(x)) <= 10:
-        axes.set_xticks(np.unique(x))
+    _tick_few(axes, x)
     set_losses(axes.yaxis, words.loss, *padded(np.concatenate([points.loss, points.predicted])))
     add_bar(axes, mapped, words.size, count_text)
     place_legend(axes)
+
+
+def _tick_few(axes: "Axes", x: np.ndarray) -> None:
+    """Puts the horizontal ticks on the values themselves, if these are few and far apart."""
+    values = np.unique(x)
+    if len(values) <= 10 and np.all(values[1:] >= 1.5 * values[:-1]):
+        axes.set_xticks(values)
 
 
 def size_groups(parameters: np.ndarray, tokens: np.ndarray) -> list[np.ndarray]:
@@ -259,7 +272,7 @@ def best_drawings(
         ("tokens", "The best number of tokens for a budget", "tokens"),
         ("loss", "The best loss for a budget", words.loss),
     ):
-        if getattr(best, name) is not None:
+        if len(getattr(best, name)):
             paint = functools.partial(_paint_best, name, label, best, points, asked, curves)
             drawings.append(Drawing(f"best_{name}", title, paint))
     return drawings
@@ -282,13 +295,13 @@ def _paint_best(
     axes.plot(best.budgets, value, color=colours["first"], linewidth=1.6, label="the law")
     faint = DOT | {"markersize": 3, "alpha": 0.7}
     axes.plot(points.flops, measured, color=colours["muted"], label="run", **faint)
-    minima = [curve for curve in curves if not curve.at_edge]
-    if minima and name != "tokens":
+    minima = [curve for curve in curves if not curve.problem]
+    if minima:
         heights = [getattr(curve, f"best_{name}") for curve in minima]
         style = DOT | {"marker": "s", "markersize": 4.5}
-        budgets = [curve.budget for curve in minima]
+        budgets = [curve.flops for curve in minima]
         axes.plot(budgets, heights, color=colours["third"], label="iso-FLOP minimum", **style)
-    found = getattr(asked, name)
+    found = getattr(asked, name)  # empty where no budget was asked for
     _paint_asked(axes, colours, asked.budgets, found[:, 0], found[:, 1:])
     ends = padded(np.concatenate([best.budgets, points.flops]), 0.02)
     set_flops(axes.xaxis, "training FLOPs", *ends)
@@ -305,10 +318,4 @@ def _paint_asked(
         return
     if ends is not None:
         axes.vlines(x, ends[:, 0], ends[:, 1], color=colours["second"], linewidth=1.3, zorder=4)
-    _diamonds(axes, x, y, colours["second"], colours["card"], "asked for")
-
-
-def _diamonds(axes: "Axes", x: Any, y: Any, fill: str, edge: str, label: str) -> None:
-    shape = {"linestyle": "none", "marker": "D", "markersize": 6, "zorder": 5}
-    colour = {"markerfacecolor": fill, "markeredgecolor": edge, "markeredgewidth": 1.1}
-    axes.plot(x, y, label=label, **shape, **colour)
+    diamonds(axes, x, y, colours["second"], colours["card"], "asked for")

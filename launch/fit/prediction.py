@@ -1,7 +1,8 @@
 """What a fitted law says of budgets: the best models, and their spread over the bootstrap."""
 
+import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -14,37 +15,45 @@ from moe.scaling.candidates import (
     planned_tokens,
 )
 from moe.scaling.laws import Fit, Law, predict_samples
-from moe.scaling.optimum import Columns, Loss, Optimum, best_point, best_size
+from moe.scaling.laws.isoflop import IsoFlop
+from moe.scaling.optimum import Columns, Loss, Optimum, best_point, best_size, summarise
 from moe.scaling.runs import Runs, list_rows, make_runs
 
 SPARSE_INPUTS = {"experts", "granularity", "density"}  # what only models with experts have
 FAR = 10.0  # times the largest run: budgets beyond this get a note
 
 
-def is_sparse(law: Law) -> bool:
-    """Returns whether a law says what experts do to the loss."""
-    return bool(SPARSE_INPUTS & set(law.inputs))
+def is_sparse(inputs: Iterable[str]) -> bool:
+    """Returns whether a law with these inputs says what experts do to the loss."""
+    return bool(SPARSE_INPUTS & set(inputs))
 
 
-def check_law(law: Law, runs: Runs, budgets: Sequence[float]) -> None:
-    """Raises ConfigError for a table that the law cannot describe, or budgets it cannot spend."""
-    sparse_rows = runs.row[runs.experts > 1]
-    if len(sparse_rows) and not is_sparse(law):
+def can_spend(inputs: Iterable[str]) -> bool:
+    """Returns whether a law with these inputs weighs the size of a model against its tokens."""
+    return bool({"tokens", "tokens_per_parameter"} & set(inputs))
+
+
+def check_dense(law: str, runs: Runs) -> None:
+    """Raises ConfigError if a law of dense models is to describe models with experts."""
+    rows = runs.row[runs.experts > 1]
+    if len(rows):
         raise ConfigError(
-            f"--law={law.name} describes dense models, and {list_rows(sparse_rows)} have experts: "
+            f"--law={law} describes dense models, and {list_rows(rows)} have experts: "
             "set --law to a law of experts, or keep the dense runs with --where"
         )
-    if not budgets:
-        return
-    if not {"tokens", "tokens_per_parameter"} & set(law.inputs):
+
+
+def check_budgets(law: str, inputs: Iterable[str], has_configs: bool) -> None:
+    """Raises ConfigError if a law cannot say how to spend a budget."""
+    if not can_spend(inputs):
         raise ConfigError(
-            f"--budget: the law {law.name} has no tokens in it, so it cannot say how to spend a "
-            "budget: leave --budget out, or choose another law"
+            f"--budget: --law={law} does not weigh size against tokens, so it cannot say how to "
+            "spend a budget: leave --budget out, or choose another law"
         )
-    if is_sparse(law) and not table_configs(runs):
+    if is_sparse(inputs) and not has_configs:
         raise ConfigError(
-            f"--budget: the law {law.name} needs models with experts to choose from, and there is "
-            "no column config: leave --budget out, or give the table of launch.sweep"
+            f"--budget: --law={law} needs models with experts to choose from, and there is no "
+            "column config: leave --budget out, or give a table of launch.sweep"
         )
 
 
@@ -76,7 +85,7 @@ def size_name(law: Law) -> str:
     """Returns the name of what a law counts as a model's size."""
     if {"body", "active_body"} & set(law.inputs):
         return "parameters without embeddings"
-    return "active parameters" if is_sparse(law) and "active" in law.inputs else "parameters"
+    return "active parameters" if is_sparse(law.inputs) and "active" in law.inputs else "parameters"
 
 
 def sizes(law: Law, columns: Columns) -> np.ndarray:
@@ -103,9 +112,42 @@ def best_model(
     return optimum, candidates[place].run(budget)
 
 
-def notes(optima: Sequence[Optimum], configs: Sequence[RunConfig | None], runs: Runs) -> list[str]:
+def isoflop_model(
+    found: IsoFlop, candidates: Sequence[Candidate], budget: float
+) -> tuple[Optimum, RunConfig | None]:
+    """Returns the model of the size that approach 2 gives for a budget, and its config.
+
+    With candidates it is the one whose size is nearest. Approach 2 says no loss.
+    """
+    own = np.array([list(found.coefficients.values())])
+    samples_SK = np.concatenate([own, found.samples])
+    size_S, tokens_S = (
+        samples_SK[:, first] * budget ** samples_SK[:, first + 1] for first in (0, 2)
+    )
+    if not candidates:
+        columns = dict.fromkeys(("size", "parameters", "active_parameters"), size_S)
+        return summarise(budget, columns | {"tokens": tokens_S}, at_edge=0.0), None
+    columns = columns_at(candidates, budget)
+    columns["size"] = columns["active_parameters"]
+    is_edge_P = np.array([candidate.is_edge for candidate in candidates])
+    distance_SP = np.abs(np.log(columns["size"] / size_S[:, None]))
+    place, optimum = best_point(lambda _: distance_SP, budget, columns, is_edge_P)
+    best = {name: value for name, value in optimum.best.items() if name != "loss"}
+    return dataclasses.replace(optimum, best=best), candidates[place].run(budget)
+
+
+def notes(
+    optima: Sequence[Optimum],
+    configs: Sequence[RunConfig | None],
+    runs: Runs,
+    is_identifiable: bool,
+) -> list[str]:
     """Returns what a reader has to know beside the table of best models, as sentences."""
     found = []
+    if not is_identifiable:
+        found.append(
+            "Do not plan by these numbers: the runs do not determine the law's coefficients."
+        )
     largest = float(np.max(runs.flops))
     for optimum, config in zip(optima, configs, strict=True):
         budget = power_text(optimum.budget, 3)

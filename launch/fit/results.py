@@ -3,13 +3,15 @@
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from launch.fit.axes import count_text, power_text
 from moe.scaling.laws import Fit
+from moe.scaling.laws.hyperparameters import StepLaw
+from moe.scaling.laws.isoflop import IsoFlop
 from moe.scaling.optimum import Optimum
 
 SAME = 1e-4  # two searches whose objectives differ by less than this share found the same optimum
@@ -58,11 +60,11 @@ class Results:
     notes: list[str]  # sentences about the optima
 
 
-def coefficients_of(fit: Fit) -> list[Coefficient]:
+def coefficients_of(
+    values: Mapping[str, float], intervals: Mapping[str, tuple[float, float]]
+) -> list[Coefficient]:
     """Returns a fit's coefficients with their intervals."""
-    return [
-        Coefficient(name, value, *fit.intervals[name]) for name, value in fit.coefficients.items()
-    ]
+    return [Coefficient(name, value, *intervals[name]) for name, value in values.items()]
 
 
 def facts_of(fit: Fit) -> list[str]:
@@ -70,7 +72,7 @@ def facts_of(fit: Fit) -> list[str]:
     objective = fit.law.objective
     space = "log losses" if objective.space == "log" else "losses"
     least = "least squares" if math.isinf(objective.delta) else f"Huber, δ = {objective.delta:g}"
-    spread = 100 * float(np.sqrt(np.mean(np.square(fit.residuals))))
+    spread = 100 * float(np.sqrt(np.mean(np.square(fit.runs.loss / fit.predicted - 1))))
     found = [
         f"The sum over runs of the residuals of {space} is minimised ({least}); it is "
         f"{fit.objective:.6g}.",
@@ -88,6 +90,38 @@ def facts_of(fit: Fit) -> list[str]:
             )
         )
     return found
+
+
+def isoflop_facts(found: IsoFlop) -> list[str]:
+    """Returns sentences that say how approach 2 went."""
+    good = [curve for curve in found.curves if not curve.problem]
+    facts = [
+        f"{len(good)} of {len(found.curves)} budgets have a minimum within their sizes.",
+        "A parabola only approximates a curve of losses, which shifts its minimum (arXiv "
+        "2603.22339): compare the exponent with that of a parametric law.",
+    ]
+    if found.held_out is not None:
+        measured, predicted, repeated = map(count_text, found.held_out)
+        facts.append(
+            f"The best size for the largest budget is {measured}. The smaller budgets predict "
+            f"{predicted}, and the next smaller one has {repeated}."
+        )
+    return facts
+
+
+def step_law_facts(found: StepLaw) -> list[str]:
+    """Returns sentences that say how the fit of learning rates went."""
+    facts = [
+        f"{len(found.grids)} grids of learning rates, each of one size and number of tokens.",
+        f"The condition number of sizes and tokens is {found.condition_number:.3g}.",
+    ]
+    if found.held_out is not None:
+        measured, predicted, repeated = found.held_out
+        facts.append(
+            f"The best learning rate of the largest grid is {measured:.3g}. The other grids "
+            f"predict {predicted:.3g}, and the next smaller one has {repeated:.3g}."
+        )
+    return facts
 
 
 def held_out_of(fit: Fit) -> HeldOut | None:

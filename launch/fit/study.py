@@ -1,12 +1,12 @@
-"""Draws a fit: what is shown of its runs, its best models and its test on the largest budget."""
+"""Draws a fit: its runs, its best models, and its test on the largest budget."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
 from launch.fit.figures import (
+    SAME_SIZE,
     Best,
-    Curve,
     Points,
     Surface,
     Words,
@@ -17,12 +17,24 @@ from launch.fit.figures import (
     isoflop_drawing,
     residual_drawing,
 )
-from launch.fit.prediction import best_model, is_sparse, law_loss, size_name, sizes
+from launch.fit.prediction import (
+    best_model,
+    can_spend,
+    is_sparse,
+    isoflop_model,
+    law_loss,
+    size_name,
+    sizes,
+)
+from launch.fit.rates import best_rate_drawing, rate_drawing
 from launch.plotting import Drawing
+from moe.config import ConfigError
 from moe.scaling.candidates import Candidate
-from moe.scaling.laws import Fit, predict
+from moe.scaling.laws import Fit, HeldOut, predict
+from moe.scaling.laws.hyperparameters import StepLaw
+from moe.scaling.laws.isoflop import Curve, IsoFlop, fit_isoflop
 from moe.scaling.optimum import FLOPS_PER_PARAMETER, Optimum
-from moe.scaling.runs import make_runs
+from moe.scaling.runs import Runs, make_runs
 
 LINE_POINTS = 25  # budgets at which the best model is sought for a line
 EVERY = 5  # one of so many samples of the bootstrap makes the band around a line
@@ -30,47 +42,73 @@ BEYOND = 3.0  # times the largest budget: how far a line goes
 
 
 def draw_fit(
-    fit: Fit,
-    curves: Sequence[Curve],
-    optima: Sequence[Optimum],
-    candidates: Sequence[Candidate],
-    unit: str,
+    fit: Fit, optima: Sequence[Optimum], candidates: Sequence[Candidate], loss_axis: str
 ) -> list[Drawing]:
-    """Returns the figures of a law, those that tell a reader most first."""
-    law, words = fit.law, Words(size_name(fit.law), f"loss, {unit}")
-    points = _points(fit)
+    """Returns the figures of a law of the loss, those that tell a reader most first."""
+    law, words = fit.law, Words(size_name(fit.law), loss_axis)
+    sparse = is_sparse(law.inputs)
+    points = _points(fit.runs, sizes(law, vars(fit.runs)), fit.predicted)
+    curves = [] if sparse else _curves(fit.runs)
     drawings = [isoflop_drawing(curves, words)] if curves else []
-    has_budgets = bool({"tokens", "tokens_per_parameter"} & set(law.inputs))
-    can_choose = has_budgets and (bool(candidates) or not is_sparse(law))
-    if can_choose:
-        asked = _best(optima)
-        line = _line(fit, candidates, optima)
+    if can_spend(law.inputs) and (candidates or not sparse):
+        asked, line = _best(optima), _line(fit, candidates, optima)
         drawings += best_drawings(line, points, asked, curves, words)
-        if not is_sparse(law):
+        if not sparse:
             drawings.append(contour_drawing(_surface(fit), points, line, asked, words))
-    if is_sparse(law):
+    if sparse:
         drawings.append(experts_drawing(points, words))
     drawings.append(residual_drawing(points, words))
     if fit.held_out is not None:
-        held = fit.held_out
-        place = {name: number for number, name in enumerate(fit.runs.run)}
-        chosen = points.parameters[[place[name] for name in held.run]]
-        budget = float(np.median(held.flops))
-        drawings.append(held_out_drawing(budget, chosen, held.errors, held.repeated_errors, words))
+        drawings.append(_held_out(fit.held_out, fit.runs, points, words))
     return drawings
 
 
-def _points(fit: Fit) -> Points:
-    runs = fit.runs
+def draw_isoflop(found: IsoFlop, optima: Sequence[Optimum], loss_axis: str) -> list[Drawing]:
+    """Returns the figures of approach 2."""
+    words, runs = Words("parameters", loss_axis), found.runs
+    points = _points(runs, runs.active_parameters, runs.loss)
+    budgets = _budgets(runs, optima)
+    line = _best([isoflop_model(found, [], budget)[0] for budget in budgets])
+    return [
+        isoflop_drawing(found.curves, words),
+        *best_drawings(line, points, _best(optima), found.curves, words),
+    ]
+
+
+def draw_step_law(found: StepLaw, loss_axis: str) -> list[Drawing]:
+    """Returns the figures of the best learning rates."""
+    return [rate_drawing(found, loss_axis), best_rate_drawing(found)]
+
+
+def _points(runs: Runs, parameters: np.ndarray, predicted: np.ndarray) -> Points:
     return Points(
-        parameters=sizes(fit.law, vars(runs)),
+        parameters=parameters,
         tokens=runs.tokens,
         flops=runs.flops,
         loss=runs.loss,
-        predicted=fit.predicted,
+        predicted=predicted,
         experts=runs.experts,
         granularity=runs.granularity,
     )
+
+
+def _held_out(held: HeldOut, runs: Runs, points: Points, words: Words) -> Drawing:
+    """Returns the figure of the largest budget's errors, over sizes or over experts."""
+    place = {name: number for number, name in enumerate(runs.run)}
+    chosen = np.array([place[name] for name in held.run])
+    x, name = points.parameters[chosen], words.size
+    if np.max(x) < SAME_SIZE * np.min(x) and np.ptp(points.experts[chosen]) > 0:
+        x, name = points.experts[chosen], "experts"
+    budget = float(np.median(held.flops))
+    return held_out_drawing(budget, x, held.errors, held.repeated_errors, name)
+
+
+def _curves(runs: Runs) -> list[Curve]:
+    """Returns the parabolas of a table of iso-FLOP runs. Another table has none."""
+    try:
+        return fit_isoflop(runs, num_bootstraps=1).curves
+    except ConfigError:
+        return []
 
 
 def _surface(fit: Fit) -> Surface:
@@ -85,11 +123,16 @@ def _surface(fit: Fit) -> Surface:
     return loss
 
 
+def _budgets(runs: Runs, optima: Sequence[Optimum]) -> np.ndarray:
+    """Returns the budgets of a line, from the smallest run's to beyond the largest one's."""
+    last = max([BEYOND * float(runs.flops.max()), *(optimum.budget for optimum in optima)])
+    return np.geomspace(float(runs.flops.min()), last, LINE_POINTS)
+
+
 def _line(fit: Fit, candidates: Sequence[Candidate], optima: Sequence[Optimum]) -> Best:
-    """Returns the best models over budgets from the smallest run's to beyond the largest one's."""
-    last = max([BEYOND * fit.runs.flops.max(), *(optimum.budget for optimum in optima)])
-    budgets = np.geomspace(fit.runs.flops.min(), last, LINE_POINTS)
+    """Returns the best models over budgets."""
     loss = law_loss(fit, EVERY)
+    budgets = _budgets(fit.runs, optima)
     return _best([best_model(fit.law, loss, candidates, budget)[0] for budget in budgets])
 
 
@@ -97,7 +140,7 @@ def _best(optima: Sequence[Optimum]) -> Best:
     """Returns optima as the arrays of a figure."""
     arrays = {}
     for name in ("size", "tokens", "loss"):
-        values = [(best.best[name], *best.intervals[name]) for best in optima]
+        values = [(best.best[name], *best.intervals[name]) for best in optima if name in best.best]
         arrays[name] = np.array(values).reshape(-1, 3)
     budgets = np.array([optimum.budget for optimum in optima])
     return Best(budgets, arrays["size"], arrays["tokens"], arrays["loss"])

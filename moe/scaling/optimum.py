@@ -48,7 +48,7 @@ def best_size(loss: Loss, budget: float, fixed: Mapping[str, float]) -> Optimum:
     at_edge = float(np.mean((lowest_S == 0) | (lowest_S == num_points - 1)))
     best_S, log_loss_S = _lowest_of_parabola(size_P, log_loss_SP, lowest_S)
     columns = size_columns(best_S, budget, fixed) | {"loss": np.exp(log_loss_S)}
-    return _summary(budget, columns, at_edge)
+    return summarise(budget, columns, at_edge)
 
 
 def size_columns(
@@ -79,15 +79,18 @@ def best_point(
     at_edge = float(np.mean(is_edge_P[lowest_S]))
     columns = {name: np.asarray(values)[lowest_S] for name, values in points.items()}
     columns["loss"] = np.take_along_axis(loss_SP, lowest_S[:, None], axis=1)[:, 0]
-    return int(lowest_S[0]), _summary(budget, columns, at_edge)
+    return int(lowest_S[0]), summarise(budget, columns, at_edge)
 
 
-def _summary(budget: float, columns: Columns, at_edge: float) -> Optimum:
-    """Returns the first sample's best point, and the intervals over the other samples'."""
+def summarise(budget: float, columns: Columns, at_edge: float) -> Optimum:
+    """Returns the first sample's best point, and the intervals over the other samples.
+
+    `columns` holds an array [S] for each column. A sample without a best point has NaN.
+    """
     best = {name: float(values[0]) for name, values in columns.items()}
     intervals = {}
     for name, values in columns.items():
-        low, high = np.percentile(values[1:] if len(values) > 1 else values, INTERVAL)
+        low, high = np.nanpercentile(values[1:] if len(values) > 1 else values, INTERVAL)
         intervals[name] = (float(low), float(high))
     return Optimum(budget, best, intervals, at_edge)
 

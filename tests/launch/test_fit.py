@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
@@ -16,11 +17,18 @@ import pytest
 from absl import flags
 
 from configs import dense_tiny
-from launch.fit.__main__ import define_flags, main, solve
+from launch.fit.__main__ import define_flags, find, main
 from launch.fit.results import as_json
+from launch.plotting import write_drawing
 from moe.config import ConfigError, RunConfig
 from moe.scaling.candidates import planned_flops, planned_tokens
-from moe.scaling.flops import embedding_parameters, total_parameters, training_flops_per_token
+from moe.scaling.flops import (
+    active_parameters,
+    embedding_parameters,
+    total_parameters,
+    training_flops_per_token,
+)
+from moe.scaling.ladders import with_experts
 from moe.scaling.shapes import scale_model, scale_run
 
 ROOT = Path(__file__).parents[2]
@@ -73,6 +81,33 @@ def swept() -> list[dict[str, Any]]:
     return rows
 
 
+def mixed(expansions: Iterable[int] = (1, 4, 16)) -> list[dict[str, Any]]:
+    """Returns rows with configs of dense and sparse models, whose loss falls with the experts."""
+    base = RunConfig.from_config_dict(dense_tiny.get_config())
+    rows = []
+    for budget in (1e15, 1e16, 1e17):
+        for width in (128, 192, 256, 384):
+            for expansion in expansions:
+                model = with_experts(scale_model(base.model, width), expansion, 1)
+                per_token = training_flops_per_token(model, base.data.sequence_length)
+                run = scale_run(base, model, budget / per_token)
+                tokens, active = planned_tokens(run), active_parameters(model)
+                loss = 1.8 + (true_loss(active, tokens) - 1.8) * expansion**-0.1
+                rows.append(
+                    {
+                        "parameters": total_parameters(model),
+                        "active_parameters": active,
+                        "tokens": tokens,
+                        "flops": planned_flops(run),
+                        "loss": loss,
+                        "experts": expansion,
+                        "experts_per_token": 1,
+                        "config": json.dumps(run.to_dict()),
+                    }
+                )
+    return rows
+
+
 def write_table(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
     rows = list(rows)
     with path.open("w", newline="") as file:
@@ -94,7 +129,7 @@ def flag_values(path: Path, *arguments: str) -> flags.FlagValues:
 
 def fit(path: Path, *arguments: str) -> dict[str, Any]:
     """Fits as the command does, without drawing, and returns the numbers."""
-    return json.loads(as_json(solve(flag_values(path, *arguments)).results))
+    return json.loads(as_json(find(flag_values(path, *arguments)).results))
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +172,7 @@ def test_a_law_is_found_and_predicts(written: Path) -> None:
 def test_the_page_holds_everything(written: Path) -> None:
     page = (written / "index.html").read_text()
     # Only the figures' bytes are in it: no other file, no script, no address.
-    assert page.count("data:image/png;base64,") == len(list(written.glob("*.png"))) == 12
+    assert page.count("data:image/png;base64,") == len(list(written.glob("*.png"))) == 14
     without_images = re.sub(r"data:image/png;base64,[A-Za-z0-9+/=]*", "", page)
     assert not re.search(r"https?://|<script|src=[^\"]|\.png", without_images)
     for words in ("prefers-color-scheme: dark", "Best models", "alpha", "Warnings"):
@@ -241,7 +276,11 @@ def sparse(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         (grid(), ["--where=dataset=rw"], "no column 'dataset'"),
         (grid(), ["--column_loss=nll"], "no column 'nll' for loss"),
         (sparse(grid()), [], "runs.csv: --law=chinchilla describes dense models, and rows 2, 4, 6"),
-        (sparse(grid()), ["--law=clark", "--budget=1e20"], "the law clark has no tokens"),
+        (
+            sparse(grid()),
+            ["--law=clark", "--budget=1e20"],
+            "--law=clark does not weigh size against tokens",
+        ),
         (sparse(grid()), ["--law=joint", "--budget=1e20"], "there is no column config"),
     ],
 )
@@ -276,6 +315,58 @@ def test_a_missing_file_is_told(tmp_path: Path) -> None:
         fit(tmp_path / "none.csv")
 
 
+def test_a_law_of_experts_chooses_experts(tmp_path: Path) -> None:
+    path = write_table(tmp_path / "runs.csv", mixed())
+    solution = find(flag_values(path, "--law=joint", "--budget=1e17"))
+    (optimum,), config = solution.results.optima, solution.config
+    assert optimum.best["experts"] == 16 and optimum.best["sparsity"] == 15 / 16
+    assert optimum.best["parameters"] > 4 * optimum.best["active_parameters"]
+    assert config.model.moe.num_experts == 16
+    assert planned_flops(config) == pytest.approx(1e17, rel=1e-3)
+
+
+def test_parabolas_find_the_exponent_and_the_nearest_config(tmp_path: Path) -> None:
+    path = write_table(tmp_path / "runs.csv", grid(noise=0))
+    results = fit(path, "--law=isoflop", "--budget=1e21")
+    found = {line["name"]: line for line in results["coefficients"]}
+    exact = LAW["beta"] / (LAW["alpha"] + LAW["beta"])
+    assert found["N_exponent"]["value"] == pytest.approx(exact, abs=0.02)
+    (optimum,) = results["optima"]
+    assert "loss" not in optimum["best"]
+    size, tokens = optimum["best"]["parameters"], optimum["best"]["tokens"]
+    assert 6 * size * tokens == pytest.approx(1e21, rel=1e-2)
+    path = write_table(tmp_path / "swept.csv", swept())
+    (optimum,) = fit(path, "--law=isoflop", "--budget=1e17")["optima"]
+    wanted = fit(path, "--law=isoflop")["coefficients"]
+    size = wanted[0]["value"] * 1e17 ** wanted[1]["value"]
+    assert optimum["best"]["parameters"] == pytest.approx(size, rel=0.06)
+    assert find(flag_values(path, "--law=isoflop", "--budget=1e17")).config is not None
+
+
+def test_the_step_law_is_fitted_and_drawn(tmp_path: Path) -> None:
+    rows = []
+    for size in (1e6, 4e6, 16e6, 64e6):
+        for tokens in (1e8, 4e8, 16e8):
+            best = 1.79 * size**-0.713 * tokens**0.307
+            for step in range(-3, 4):
+                loss = true_loss(size, tokens) * (1 + 1e-3 * step**2)
+                row = {"parameters": size, "tokens": tokens, "loss": loss}
+                rows.append(row | {"learning_rate": best * 1.3**step})
+    path = write_table(tmp_path / "runs.csv", rows)
+    solution = find(flag_values(path, "--law=step_law"))
+    found = {line.name: line.value for line in solution.results.coefficients}
+    assert found["learning_rate_N_exponent"] == pytest.approx(-0.713, rel=1e-3)
+    assert found["learning_rate_D_exponent"] == pytest.approx(0.307, rel=1e-3)
+    assert [drawing.stem for drawing in solution.drawings] == [
+        "learning_rates",
+        "best_learning_rates",
+    ]
+    for drawing in solution.drawings:
+        write_drawing(drawing, tmp_path)
+    with pytest.raises(ConfigError, match="does not weigh size against tokens"):
+        fit(path, "--law=step_law", "--budget=1e20")
+
+
 @pytest.mark.slow
 def test_an_emitted_config_trains(emitted: Path, tmp_path: Path, data_directory: str) -> None:
     command = [
@@ -286,3 +377,27 @@ def test_an_emitted_config_trains(emitted: Path, tmp_path: Path, data_directory:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "validation/loss" in done.stdout
+
+
+def commands_of_the_page() -> list[list[str]]:
+    """Returns the arguments of the commands of docs/scaling_laws.md whose tables are here."""
+    page = (ROOT / "docs/scaling_laws.md").read_text().replace("\\\n", " ")
+    found = [shlex.split(line) for line in re.findall(r"^python -m launch\.fit (.*)$", page, re.M)]
+    return [words for words in found if (ROOT / words[0].removeprefix("--runs=")).exists()]
+
+
+def test_the_page_has_worked_examples() -> None:
+    assert len(commands_of_the_page()) >= 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", commands_of_the_page(), ids=lambda words: words[-1])
+def test_the_commands_of_the_page_print_what_it_shows(words: list[str], tmp_path: Path) -> None:
+    """Coefficients are compared to three digits, since the last one depends on NumPy's sums."""
+    command = [sys.executable, "-m", "launch.fit", *words, f"--output={tmp_path}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    page = (ROOT / "docs/scaling_laws.md").read_text()
+    for line in json.loads((tmp_path / "fit.json").read_text())["coefficients"]:
+        shown = re.findall(rf"^{line['name']} +(-?[\d.e+-]+) ", page, re.M)
+        assert any(float(value) == pytest.approx(line["value"], rel=2e-3) for value in shown)
