@@ -38,6 +38,11 @@ def check_runs(
     for column in columns:
         if column != "embedding_parameters":
             _check_varies(runs, column)
+    if np.ptp(runs.loss) <= 1e-6 * runs.loss.max():
+        raise ConfigError(
+            f"loss: all {len(runs)} runs have one value, {runs.loss[0]:.4g}: name the column that "
+            "holds the loss of each run"
+        )
     _check_rising(runs)
     return runs, left_out
 

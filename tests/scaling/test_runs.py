@@ -115,6 +115,7 @@ def test_good_runs_pass():
         (changed("tokens", [1], np.nan), r"^tokens: row 1 \(nan\) is empty"),
         ({"tokens": np.full(35, np.nan)}, "^tokens: no run has a value"),
         ({"parameters": np.full(35, 1e8)}, "^active_parameters: all 35 runs have one value, 1e"),
+        ({"loss": np.full(35, 3.0)}, "^loss: all 35 runs have one value, 3: name the column"),
         ({"tokens": np.full(35, 1e9)}, "^tokens: all 35 runs have one value"),
         ({"flops": GOOD.flops / 1e15}, "^flops: rows .* are more than 30 times off 6"),
         ({"embedding_parameters": GOOD.parameters}, "^embedding_parameters: rows 1 .* are not be"),

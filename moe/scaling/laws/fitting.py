@@ -8,7 +8,7 @@ from moe.scaling.laws.formulas import CHINCHILLA, KAPLAN, OVERTRAINING, Law, rea
 from moe.scaling.laws.minimise import Problem, Progress
 from moe.scaling.laws.optimum import condition_number, find_optimum
 from moe.scaling.laws.refits import bootstrap, drift, predict_largest_budget
-from moe.scaling.laws.result import Fit, named
+from moe.scaling.laws.result import Fit, named, predict
 from moe.scaling.laws.routed import CLARK, FINE_GRAINED, JOINT, SPARSITY
 from moe.scaling.laws.warnings import find_warnings, why_not_identifiable
 from moe.scaling.run_checks import check_runs
@@ -42,13 +42,13 @@ def fit(
     theta_PK = bootstrap(
         problem, optimum.theta, runs.run, generator, num_bootstraps, progress=progress
     )
+    coefficients = named(law, law.public(optimum.theta))
     result = Fit(
         law=law,
         runs=runs,
-        coefficients=named(law, law.public(optimum.theta)),
+        coefficients=coefficients,
         samples=law.public(theta_PK),
-        residuals=problem.law.log_loss(optimum.theta[None], problem.inputs)[0][0]
-        - np.log(runs.loss),
+        residuals=np.log(predict(law, coefficients, runs) / runs.loss),
         objective=optimum.value,
         held_out=held_out,
         starts_at_optimum=optimum.starts_at_optimum,

@@ -229,7 +229,7 @@ CHINCHILLA = law_of_terms(
 OVERTRAINING = law_of_terms(
     name="overtraining",
     title="Over-training",
-    source="Gadre et al. 2024, arXiv 2403.08540, equation 4",
+    source="Gadre et al. 2024, arXiv 2403.08540",
     formula="L = E + (a M^eta + b M^-eta) C^-eta, with M = D/N",
     inputs=("flops", "tokens_per_parameter"),
     coefficients=("E", "a", "b", "eta"),

@@ -93,10 +93,13 @@ def named(law: Law, coefficients_K: np.ndarray) -> dict[str, float]:
 
 def predict(law: Law, coefficients: Mapping[str, float], runs: Runs) -> np.ndarray:
     """Returns the losses that a law predicts for runs, in nats per token, [N]."""
-    theta_PK = law.fitted(coefficients)[None]
-    return np.exp(law.log_loss(theta_PK, read_inputs(law, runs))[0][0])
+    return predict_samples(
+        law, np.array([[coefficients[name] for name in law.coefficients]]), runs
+    )[0]
 
 
 def predict_samples(law: Law, samples: np.ndarray, runs: Runs) -> np.ndarray:
     """Returns the losses that each bootstrap predicts for runs, [bootstraps, N]."""
-    return np.exp(law.log_loss(law.fitted_samples(samples), read_inputs(law, runs))[0])
+    # A resampled table may have driven coefficients beyond what float64 can multiply.
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.exp(law.log_loss(law.fitted_samples(samples), read_inputs(law, runs))[0])

@@ -9,7 +9,7 @@ LN10 = np.log(10)
 FINE_GRAINED = law_of_terms(
     name="fine_grained",
     title="Fine-grained experts",
-    source="Krajewski et al. 2024, arXiv 2402.07871, equation 9",
+    source="Krajewski et al. 2024, arXiv 2402.07871",
     formula="L = c + (g/G^gamma + a)/N^alpha + b/D^beta",
     inputs=("body", "tokens", "granularity"),
     coefficients=("c", "a", "alpha", "g", "gamma", "b", "beta"),

@@ -206,7 +206,11 @@ def _of_held_out(fit: Fit) -> Iterator[str]:
     """Yields a warning if the largest budget could not be held out, or is predicted badly."""
     if fit.held_out is None:
         yield "The largest budget cannot be held out, since too few runs are left without it."
-    elif fit.held_out.mean_error > fit.held_out.mean_repeated_error / 2:
+    elif (
+        0.5 * fit.held_out.mean_repeated_error
+        < fit.held_out.mean_error
+        < (fit.held_out.mean_repeated_error)
+    ):
         yield (
             f"The largest budget is predicted to {fit.held_out.mean_error:.2%}, hardly better than "
             f"by repeating the next smaller one's losses ({fit.held_out.mean_repeated_error:.2%})."
