@@ -88,6 +88,7 @@ def find(values: flags.FlagValues) -> Solution:
         budgets=budgets,
         emit=values.emit,
         seed=values.seed,
+        starts=values.starts,
         bootstraps=values.bootstraps,
         loss_unit=values.loss_unit,
     )
@@ -171,6 +172,9 @@ def define_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
     )
     flags.DEFINE_integer(
         "seed", 0, "The seed of the starts and the bootstrap.", 0, flag_values=flag_values
+    )
+    flags.DEFINE_integer(
+        "starts", 200, "The number of starts of the optimiser.", 1, flag_values=flag_values
     )
     flags.DEFINE_integer(
         "bootstraps", 1000, "The number of the bootstrap's samples.", flag_values=flag_values

@@ -44,7 +44,7 @@ OTHER_LAWS = {
         "N* = N_factor C^N_exponent and D* = D_factor C^D_exponent, from parabolas",
         "Hoffmann et al. 2022, arXiv 2203.15556, section 3.2",
     ),
-    "step_law": (
+    "steplaw": (
         "learning rate = factor N^a D^b and batch = factor D^c, with N without embeddings",
         "Li et al. 2025, arXiv 2503.04715",
     ),
@@ -69,6 +69,7 @@ class Request:
     budgets: list[float]
     emit: str | None
     seed: int
+    starts: int
     bootstraps: int
     loss_unit: str  # of the table's column
 
@@ -82,7 +83,7 @@ def check(request: Request) -> list[Candidate]:
     """Returns the models that the table's configs make. Raises ConfigError for a wrong request."""
     law, runs = LAWS.get(request.law), request.runs
     inputs = law.inputs if law else ("active", "tokens") * (request.law == "isoflop")
-    if request.law != "step_law" and not is_sparse(inputs):
+    if request.law != "steplaw" and not is_sparse(inputs):
         check_dense(request.law, runs)
     configs = table_configs(runs)
     if request.budgets:
@@ -102,7 +103,7 @@ def solve(request: Request, candidates: Sequence[Candidate], progress: Progress)
     match request.law:
         case "isoflop":
             return _solve_isoflop(request, candidates)
-        case "step_law":
+        case "steplaw":
             return _solve_step_law(request)
         case _:
             return _solve_loss(request, candidates, progress)
@@ -114,6 +115,7 @@ def _solve_loss(request: Request, candidates: Sequence[Candidate], progress: Pro
         LAWS[request.law],
         request.runs,
         seed=request.seed,
+        num_starts=request.starts,
         num_bootstraps=request.bootstraps,
         progress=progress,
     )

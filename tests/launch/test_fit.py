@@ -353,7 +353,7 @@ def test_the_step_law_is_fitted_and_drawn(tmp_path: Path) -> None:
                 row = {"parameters": size, "tokens": tokens, "loss": loss}
                 rows.append(row | {"learning_rate": best * 1.3**step})
     path = write_table(tmp_path / "runs.csv", rows)
-    solution = find(flag_values(path, "--law=step_law"))
+    solution = find(flag_values(path, "--law=steplaw"))
     found = {line.name: line.value for line in solution.results.coefficients}
     assert found["learning_rate_N_exponent"] == pytest.approx(-0.713, rel=1e-3)
     assert found["learning_rate_D_exponent"] == pytest.approx(0.307, rel=1e-3)
@@ -364,7 +364,7 @@ def test_the_step_law_is_fitted_and_drawn(tmp_path: Path) -> None:
     for drawing in solution.drawings:
         write_drawing(drawing, tmp_path)
     with pytest.raises(ConfigError, match="does not weigh size against tokens"):
-        fit(path, "--law=step_law", "--budget=1e20")
+        fit(path, "--law=steplaw", "--budget=1e20")
 
 
 @pytest.mark.slow
