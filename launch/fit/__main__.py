@@ -36,7 +36,9 @@ flags and --seed give the same bytes.
 Exit codes: 0 done, also with warnings; 2 bad input, told in one line; 75 interrupted.
 """
 
-from collections.abc import Sequence
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from absl import flags
@@ -92,13 +94,33 @@ def find(values: flags.FlagValues) -> Solution:
         bootstraps=values.bootstraps,
         loss_unit=values.loss_unit,
     )
-    try:
+    with naming(path):
         candidates = check(request)
-        output_directory(values).mkdir(parents=True, exist_ok=True)
+    make_output(output_directory(values))
+    with naming(path):
         return solve_with_bar(request, candidates)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Puts the table's path before an error. The checks of runs do not know where they are from."""
+    try:
+        yield
     except ConfigError as error:
-        # The checks of runs do not know which file they came from.
         raise ConfigError(f"{path}: {error}") from None
+
+
+def make_output(path: Path) -> None:
+    """Makes the directory to write to. Raises ConfigError before a fit that could not be kept."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        reason = "" if os.access(path, os.W_OK) else "Permission denied"
+    except OSError as error:
+        reason = error.strerror
+    if reason:
+        raise ConfigError(
+            f"--output={path} cannot be written ({reason}): set --output to a directory that can"
+        )
 
 
 def output_directory(values: flags.FlagValues) -> Path:

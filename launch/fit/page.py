@@ -2,9 +2,10 @@
 
 import base64
 import html
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from launch.fit.axes import power_text
 from launch.fit.results import (
     Results,
     errors,
@@ -16,6 +17,8 @@ from launch.fit.results import (
 from launch.html_page import table, whole_page
 from launch.plotting import HEIGHT, WIDTH, Drawing, file_name
 
+CARD_LENGTH = 8  # characters for which a card of the headlines has room
+
 
 def law_page(results: Results, drawings: Sequence[Drawing], directory: Path) -> str:
     """Returns the whole page. The drawings lie in `directory` as files."""
@@ -24,7 +27,7 @@ def law_page(results: Results, drawings: Sequence[Drawing], directory: Path) -> 
         f"<h1>{html.escape(title)}</h1>",
         f"<p class=muted>{html.escape(results.formula)}<br>{html.escape(results.source)}</p>",
         _headlines(results),
-        _list("The runs do not determine the coefficients", results.not_identifiable),
+        _list("The runs do not determine the coefficients", results.not_identifiable, "alarm"),
         _list("Warnings", results.warnings or ["None."]),
         _figures(drawings, directory),
         _best_models(results),
@@ -43,8 +46,9 @@ def _headlines(results: Results) -> str:
         largest = max(map(abs, errors(results.held_out)[0]))
         cards.append(("held-out error", f"{largest:.2%}", "at most, largest budget"))
     for found in results.coefficients[:5]:
-        interval = interval_text(found.low, found.high)
-        cards.append((found.name, f"{found.value:.4g}", interval))
+        value = f"{found.value:.4g}"
+        text = value if len(value) <= CARD_LENGTH else power_text(found.value, 3)
+        cards.append((found.name, text, interval_text(found.low, found.high)))
     texts = "".join(
         f"<div class=card><dt>{html.escape(label)}</dt><dd>{value}<small>{html.escape(note)}"
         "</small></dd></div>"
@@ -53,11 +57,13 @@ def _headlines(results: Results) -> str:
     return f"<dl class=headlines>{texts}</dl>"
 
 
-def _list(heading: str, lines: Iterable[str]) -> str:
+def _list(heading: str, lines: Sequence[str], border: str = "rule") -> str:
+    """Returns a heading and a list in a card, whose border has a colour of the page's theme."""
+    if not lines:
+        return ""
     items = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
-    return f"<h2>{heading}</h2>\n<ul class=card style='padding-left:2rem'>{items}</ul>" * bool(
-        items
-    )
+    style = f"padding-left:2rem; border-color:var(--{border})"
+    return f'<h2>{heading}</h2>\n<ul class=card style="{style}">{items}</ul>'
 
 
 def _figures(drawings: Sequence[Drawing], directory: Path) -> str:

@@ -162,12 +162,15 @@ def interval_text(low: float, high: float, form: str = "number") -> str:
 def optimum_table(optima: Sequence[Optimum]) -> tuple[list[str], list[list[str]]]:
     """Returns the heading and the rows of the table of the best models.
 
-    Columns that no model has, and active parameters that are all of them, are left out.
+    Columns that no model has, and those that are 1 in all of them, are left out.
     """
     shown = [column for column in OPTIMUM_COLUMNS if any(column[0] in best.best for best in optima)]
-    if all(_is_dense(best) for best in optima):
+    if all(_is_always_1(best, "experts") for best in optima):
         sparse = ("active_parameters", "experts", "experts_per_token", "granularity", "sparsity")
         shown = [column for column in shown if column[0] not in sparse]
+    for name in ("experts_per_token", "granularity"):
+        if all(_is_always_1(best, name) for best in optima):
+            shown = [column for column in shown if column[0] != name]
     head = ["budget, FLOP"]
     for _, heading, _ in shown:
         head += [heading, "95 % interval"]
@@ -181,8 +184,9 @@ def optimum_table(optima: Sequence[Optimum]) -> tuple[list[str], list[list[str]]
     return head, rows
 
 
-def _is_dense(best: Optimum) -> bool:
-    return best.best.get("experts", 1.0) <= 1 and best.intervals.get("experts", (0, 1))[1] <= 1
+def _is_always_1(optimum: Optimum, name: str) -> bool:
+    """Returns whether a column is 1 in the best model of every sample, or is not there."""
+    return optimum.best.get(name, 1.0) == 1 and optimum.intervals.get(name, (1, 1)) == (1, 1)
 
 
 def errors(held_out: HeldOut) -> tuple[list[float], list[float]]:

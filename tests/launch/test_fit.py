@@ -295,6 +295,12 @@ def test_bad_input_is_told_in_one_line(
     assert not (tmp_path / "fit").exists()
 
 
+def test_an_output_that_cannot_be_written_is_told_before_the_fit(tmp_path: Path) -> None:
+    path = write_table(tmp_path / "runs.csv", grid())
+    with pytest.raises(ConfigError, match=r"^--output=.*cannot be written \(File exists\)"):
+        fit(path, f"--output={path}")
+
+
 @pytest.mark.parametrize("arguments", [("--law=none",), ("--where=dataset=rw",)])
 def test_a_command_says_so_with_exit_code_2_before_it_loads_much(
     tmp_path: Path, arguments: tuple[str, ...]
