@@ -146,15 +146,28 @@ def _is_same(value: object, wanted: str) -> bool:
 
 def _read_table(path: Path) -> pyarrow.Table:
     """Returns the table in a file. Its ending says whether it is Parquet; all else is CSV."""
+    if not path.exists():
+        raise ConfigError(f"{path} does not exist: name a table of runs, CSV or Parquet")
+    # Reading a FIFO or a device would wait for ever.
+    if not path.is_file():
+        raise ConfigError(f"{path} is no regular file: name a table of runs, CSV or Parquet")
     try:
-        if path.suffix == ".parquet":
-            return parquet.read_table(path)
-        return csv.read_csv(path)
-    except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist: name a table of runs, CSV or Parquet") from None
+        is_parquet = path.suffix == ".parquet"
+        table = parquet.read_table(path) if is_parquet else csv.read_csv(path)
     except (OSError, pyarrow.ArrowException) as error:
         message = str(error).splitlines()[0]
         raise ConfigError(f"{path} is no table of runs, CSV or Parquet: {message}") from None
+    names = table.column_names
+    if len(names) == 1 and not is_parquet:
+        raise ConfigError(
+            f"{path}: there is one column, {show(names[0])}: separate columns by commas"
+        )
+    twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+    if twice:
+        raise ConfigError(f"{path}: there are two columns {twice[0]!r}: rename one of them")
+    if not table.num_rows:
+        raise ConfigError(f"{path} has no rows: write a row for each run")
+    return table
 
 
 def _texts(path: Path, column: str, values: pyarrow.ChunkedArray, rows: np.ndarray) -> np.ndarray:

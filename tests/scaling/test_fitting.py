@@ -55,7 +55,7 @@ def test_a_fit_follows_from_its_seed():
     assert np.any(first.samples != other.samples)
 
 
-def test_progress_hears_of_the_bootstraps():
+def test_progress_hears_of_starts_and_bootstraps():
     heard = []
     fit(
         CHINCHILLA,
@@ -64,7 +64,7 @@ def test_progress_hears_of_the_bootstraps():
         num_bootstraps=10,
         progress=lambda *told: heard.append(told),
     )
-    assert heard[-1][:2] == (50, 50)
+    assert heard == [(5, 5, "starts"), (50, 50, "fits of resampled runs")]
 
 
 def test_rows_of_one_run_are_drawn_together():
@@ -200,3 +200,15 @@ def test_bad_tables_are_refused_before_fitting():
     runs = isoflop_runs(0.003)
     with pytest.raises(ConfigError, match="are too few for 5 coefficients"):
         fit(CHINCHILLA, runs.take(np.arange(5)))
+
+
+def test_saturation_that_no_run_shows_is_said():
+    law, generator = LAWS["clark"], np.random.default_rng(0)
+    size = np.repeat(np.geomspace(1e7, 1e9, 8), 3)
+    experts = np.tile([1, 2, 4], 8)
+    columns = {"active_parameters": size, "parameters": size * experts, "experts": experts}
+    columns |= {"experts_per_token": np.ones(24), "tokens": np.full(24, 1e11)}
+    loss = predict(law, PAPERS["clark"], make_runs(**columns))
+    loss = loss * np.exp(0.003 * generator.standard_normal(24))
+    result = fit(law, make_runs(**columns, loss=loss), num_starts=30, num_bootstraps=100)
+    assert any(warning.startswith("E_max may be beyond") for warning in result.warnings)

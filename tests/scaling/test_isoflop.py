@@ -1,5 +1,7 @@
 """Tests the parabolas of iso-FLOP curves, and the power law of their minima."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -72,10 +74,10 @@ def test_minima_at_the_edge_of_a_curve_do_not_count():
     runs = parabolic_runs()
     few = runs.take((runs.flops > 2e15) | (runs.parameters > 1.5 * 0.3 * np.sqrt(1e15)))
     warnings = fit_isoflop(few).warnings
-    assert any(w.startswith("1 budgets have fewer than 3 sizes") for w in warnings)
+    assert any(w.startswith("1 budget has fewer than 3 sizes") for w in warnings)
     edge = runs.take((runs.flops > 2e15) | (runs.parameters > 1.0 * 0.3 * np.sqrt(1e15)))
     result = fit_isoflop(edge)
-    assert "at the edge" in result.curves[0].problem
+    assert "its minimum lies outside of its sizes" in result.curves[0].problem
     assert any("1e+15 FLOP is left out: its" in warning for warning in result.warnings)
     assert result.coefficients["N_exponent"] == pytest.approx(0.5, rel=1e-6)
 
@@ -92,3 +94,35 @@ def test_two_budgets_are_not_identifiable_and_one_is_refused():
 def test_noise_beyond_the_curvature_is_not_identifiable():
     result = fit_isoflop(parabolic_runs(curvature=0.02, noise=0.02, budgets=5))
     assert not result.is_identifiable
+
+
+def test_three_sizes_in_each_budget_show_no_noise():
+    runs = parabolic_runs(noise=0.001)
+    three = runs.take(np.tile([False, True, True, True, False], 4))
+    assert "leave no residual" in fit_isoflop(three).not_identifiable[0]
+
+
+def test_seeds_of_one_size_are_used_together():
+    """The lowest five losses are those of one size, whose curve still needs its neighbours."""
+    flops = np.repeat(np.geomspace(1e15, 1e18, 4), 15)
+    best = 0.3 * np.sqrt(flops)
+    parameters = np.tile(np.repeat([0.4, 0.7, 1.0, 1.8, 3], 3), 4) * best
+    loss = 3 + 0.3 * np.log(parameters / best) ** 2
+    loss = loss * (1 + 0.001 * np.random.default_rng(0).standard_normal(60))
+    runs = make_runs(parameters=parameters, tokens=flops / 6 / parameters, loss=loss)
+    result = fit_isoflop(runs)
+    assert np.all(result.curves[0].used)
+    assert result.coefficients["N_exponent"] == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.slow
+def test_intervals_cover_the_exponent_at_the_stated_rate():
+    """With a true rate of 95 %, fewer than 183 of 200 have a probability of 1.5 %."""
+    exact = parabolic_runs(budgets=5)
+    covered = 0
+    for seed in range(200):
+        error = 0.003 * np.random.default_rng(seed).standard_normal(len(exact))
+        runs = dataclasses.replace(exact, loss=exact.loss * np.exp(error))
+        low, high = fit_isoflop(runs, seed=seed, num_bootstraps=300).intervals["N_exponent"]
+        covered += low <= 0.5 <= high
+    assert covered >= 183

@@ -1,5 +1,9 @@
 """Tests that tables are read as they are meant, and that bad ones are refused in one line."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pyarrow
 import pytest
@@ -71,6 +75,20 @@ def test_wrong_columns_are_refused(tmp_path, columns, where, message):
     with pytest.raises(ConfigError, match=message) as caught:
         read_runs(write(tmp_path, TABLE), columns, where=where)
     assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_table_of_rows_and_columns_is_refused(tmp_path):
+    for text, message in (
+        ("N,N,D\n1,2,3\n", "there are two columns 'N': rename one"),
+        ("N,D,L\n", "has no rows: write a row for each run"),
+        ("N;D;L\n1;2;3\n", "there is one column, 'N;D;L': separate columns by commas"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            read_runs(write(tmp_path, text))
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path):
+        with pytest.raises(ConfigError, match="is no regular file"):
+            read_runs(path)
 
 
 @pytest.mark.parametrize("text", ["", "a,b\n1\n"])
@@ -159,3 +177,13 @@ def test_a_dense_law_refuses_a_table_of_different_mixtures():
         check(**experts, active_parameters=GOOD.parameters)
     same = {"experts": np.full(35, 8), "experts_per_token": np.ones(35)}
     check(**same, active_parameters=GOOD.parameters)
+
+
+def test_a_bad_table_is_told_before_anything_slow_is_imported():
+    program = """
+import sys
+import moe.scaling.laws, moe.scaling.runs
+print(sorted({"jax", "flax", "scipy", "matplotlib", "pandas"} & sys.modules.keys()))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr

@@ -31,13 +31,13 @@ def fit(
 ) -> Fit:
     """Returns a law's fit to runs. Runs that cannot be used are left out, or refused in one line.
 
-    The result follows from the runs and `seed`. `progress(done, of, what)` hears of the bootstraps,
-    which take most of the time.
+    The result follows from the runs and `seed`. `progress(done, of, what)` hears of the starts and
+    of the bootstraps, which take most of the time.
     """
     runs, left_out = check_runs(runs, law.columns, len(law.coefficients))
     generator = np.random.default_rng(seed)
     problem = Problem(law, read_inputs(law, runs), runs.loss, law.objective)
-    optimum = find_optimum(problem, generator, num_starts)
+    optimum = find_optimum(problem, generator, num_starts, progress)
     held_out = predict_largest_budget(law, runs, optimum.theta, generator, num_starts)
     theta_PK = bootstrap(
         problem, optimum.theta, runs.run, generator, num_bootstraps, progress=progress

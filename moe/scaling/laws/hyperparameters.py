@@ -11,7 +11,7 @@ import numpy as np
 
 from moe.config.checks import ConfigError
 from moe.scaling.laws.refits import group_values
-from moe.scaling.laws.warnings import too_few
+from moe.scaling.laws.warnings import runs_left_out, too_few
 from moe.scaling.run_checks import check_values, leave_out
 from moe.scaling.runs import Runs
 
@@ -214,6 +214,4 @@ def _find_warnings(result: StepLaw) -> Iterator[str]:
             )
     if len(_BATCH) + len(_RATE) != len(result.coefficients):
         yield "All runs have one batch, so the law of the batch is not fitted."
-    if result.left_out:
-        listed = "; ".join(f"{run}: {reason}" for run, reason in result.left_out[:5])
-        yield f"{len(result.left_out)} runs were left out ({listed})."
+    yield from runs_left_out(result.left_out)

@@ -10,6 +10,7 @@ import numpy as np
 
 from moe.config.checks import ConfigError
 from moe.scaling.laws.refits import group_values
+from moe.scaling.laws.warnings import runs_left_out
 from moe.scaling.run_checks import check_runs
 from moe.scaling.runs import Runs
 
@@ -128,9 +129,12 @@ def fit_isoflop(runs: Runs, *, seed: int = 0, num_bootstraps: int = 1000) -> Iso
 def _fit_curve(group: Runs) -> Curve:
     """Returns the parabola of one budget, and why its minimum does not count, if it does not."""
     x, loss = np.log(group.active_parameters), group.loss
-    used = loss <= loss.min() * (1 + _NEAR)
+    sizes, size_N = np.unique(x, return_inverse=True)
+    lowest = np.array([loss[size_N == i].min() for i in range(len(sizes))])
+    near = lowest <= loss.min() * (1 + _NEAR)
     # At least 5 sizes, or all that there are: those with the lowest losses.
-    used[np.argsort(loss, kind="stable")[:5]] = True
+    near[np.argsort(lowest, kind="stable")[:5]] = True
+    used = near[size_N]
     parabola = _parabolas(x[used], loss[used])
     problem, best = "", float("nan")
     if parabola[2] <= 0:
@@ -177,11 +181,15 @@ def _bootstrap(curves: list[Curve], generator: np.random.Generator, count: int) 
         x = np.log(curve.parameters[curve.used])
         design = np.vander(x - x.mean(), 3, increasing=True)
         hat = design @ np.linalg.pinv(design)
-        left = np.clip(1 - np.diag(hat), 1e-2, None)
+        left = 1 - np.diag(hat)
         fitted = hat @ curve.loss[curve.used]
         designs.append((x, fitted))
-        residuals.append((curve.loss[curve.used] / fitted - 1) / np.sqrt(left))
+        # A parabola through three points leaves nothing, which says nothing of the noise.
+        some = left > 0.05
+        residuals.append(((curve.loss[curve.used] / fitted - 1)[some]) / np.sqrt(left[some]))
     pool = np.concatenate(residuals)
+    if not len(pool):
+        return np.full((1, 4), np.nan)
     pool = pool - pool.mean()
     sizes, tokens = [], []
     for curve, (x, fitted) in zip(curves, designs, strict=True):
@@ -208,7 +216,9 @@ def _why_not_identifiable(result: IsoFlop) -> Iterator[str]:
     if len(good) < 3:
         yield f"only {len(good)} budgets have a minimum, so nothing tests the law: add budgets"
     low, high = result.intervals["N_exponent"]
-    if not (low > 0 and high / low <= 2):
+    if np.isnan(low):
+        yield "parabolas through three sizes leave no residual to tell the noise by: add sizes"
+    elif not (low > 0 and high / low <= 2):
         yield (
             f"N_exponent is known only within [{low:.3g}, {high:.3g}], a factor of more than 2: "
             "add budgets, and sizes around each minimum"
@@ -230,7 +240,8 @@ def _find_warnings(result: IsoFlop, groups: list[Runs]) -> Iterator[str]:
             yield f"The budget {curve.flops:.3g} FLOP is left out: {curve.problem}. Add sizes."
     few = len(groups) - len(result.curves)
     if few:
-        yield f"{few} budgets have fewer than {_FEWEST_SIZES} sizes and are left out."
+        number = "1 budget has" if few == 1 else f"{few} budgets have"
+        yield f"{number} fewer than {_FEWEST_SIZES} sizes, which shows no minimum. Add sizes."
     width = max(
         np.ptp(np.log(curve.parameters[curve.used])) for curve in result.curves if not curve.problem
     )
@@ -241,6 +252,4 @@ def _find_warnings(result: IsoFlop, groups: list[Runs]) -> Iterator[str]:
         )
     if len(result.curves) < 4:
         yield f"There are only {len(result.curves)} budgets: a power law needs four or more."
-    if result.left_out:
-        listed = "; ".join(f"{run}: {reason}" for run, reason in result.left_out[:5])
-        yield f"{len(result.left_out)} runs were left out ({listed})."
+    yield from runs_left_out(result.left_out)

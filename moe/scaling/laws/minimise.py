@@ -6,6 +6,7 @@ problems alone: a problem is a start and a weight for each run.
 """
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,8 @@ from moe.scaling.laws.formulas import Inputs, Law, Objective
 
 # Hears how many parts are done, of how many, and what they are.
 Progress = Callable[[int, int, str], None]
+# Maps starts, [P, K], and weights, [P, N], to coefficients, [P, K], and values, [P].
+Minimiser = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 _LBFGS_STEPS = 2000
 _GAUSS_NEWTON_STEPS = 500
 _HISTORY = 12  # the pairs of steps and gradients that L-BFGS keeps
@@ -95,17 +98,59 @@ def whitening(problem: Problem, theta_PK: np.ndarray) -> np.ndarray:
     return np.linalg.inv(np.linalg.cholesky(moments_KK + floor * np.eye(len(moments_KK)))).T
 
 
-@np.errstate(over="ignore", invalid="ignore")
+def in_parts(
+    minimise: Minimiser,
+    problem: Problem,
+    start_PK: np.ndarray,
+    weight_PN: np.ndarray,
+    progress: Progress | None,
+    what: str,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Minimises the problems in parts that a core's cache holds, on all cores.
+
+    `weight_PN` may have one row for all problems. The parts do not depend on the number of threads,
+    so neither does the result.
+    """
+    num_runs, width = len(problem.loss_N), start_PK.shape[-1]
+    weight_PN = np.broadcast_to(weight_PN, (len(start_PK), num_runs))
+    chunk = max(1, _NUMBERS_AT_ONCE // (num_runs * width))
+    firsts, parts = range(0, len(start_PK), chunk), []
+
+    def minimise_part(first: int) -> tuple[np.ndarray, np.ndarray]:
+        part = slice(first, first + chunk)
+        return minimise(start_PK[part], weight_PN[part])
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for first, part in zip(firsts, pool.map(minimise_part, firsts), strict=True):
+            parts.append(part)
+            if progress is not None:
+                progress(min(first + chunk, len(start_PK)), len(start_PK), what)
+    return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
+
+
 def lbfgs(
-    problem: Problem, start_PK: np.ndarray, weight_PN: np.ndarray
+    problem: Problem,
+    start_PK: np.ndarray,
+    weight_PN: np.ndarray,
+    *,
+    progress: Progress | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the coefficients that L-BFGS reaches from each start, [P, K], and their values.
 
-    All problems step together. One whose step does not lower its value enough (Armijo's rule)
-    tries half of the step in the next round; the others go on. A problem ends when its value falls
-    by less than 1e-12 of itself over several steps, or no step lowers it.
+    All problems of a part step together. One whose step does not lower its value enough (Armijo's
+    rule) tries half of the step in the next round; the others go on. A problem ends when its value
+    falls by less than 1e-12 of itself over several steps, or no step lowers it.
     """
     transform = whitening(problem, start_PK)
+    minimise = functools.partial(_lbfgs, problem, transform)
+    return in_parts(minimise, problem, start_PK, weight_PN, progress, "starts")
+
+
+@np.errstate(over="ignore", invalid="ignore")
+def _lbfgs(
+    problem: Problem, transform: np.ndarray, start_PK: np.ndarray, weight_PN: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns what `lbfgs` returns, for one part."""
     evaluate = lambda phi, weight: _through(transform, problem, phi, weight)
     phi = np.linalg.solve(transform, start_PK.T).T
     value, gradient = evaluate(phi, weight_PN)
@@ -198,31 +243,17 @@ def gauss_newton(
     Huber's function is replaced by the parabola above it that touches it at the present residual
     (iteratively reweighted least squares), so every accepted step lowers the objective. The damping
     is Levenberg and Marquardt's. A problem ends when a step lowers its value by less than
-    `tolerance` times itself. `weight_PN` may have one row for all problems.
+    `tolerance` times itself.
     """
-    num_runs, width = len(problem.loss_N), start_PK.shape[-1]
-    weight_PN = np.broadcast_to(weight_PN, (len(start_PK), num_runs))
-    chunk = max(1, _NUMBERS_AT_ONCE // (num_runs * width))
-    firsts, parts = range(0, len(start_PK), chunk), []
-
-    def minimise_part(first: int) -> tuple[np.ndarray, np.ndarray]:
-        part = slice(first, first + chunk)
-        return _gauss_newton(problem, start_PK[part], weight_PN[part], tolerance)
-
-    # The parts do not depend on the number of threads, so neither does the result.
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for first, part in zip(firsts, pool.map(minimise_part, firsts), strict=True):
-            parts.append(part)
-            if progress is not None:
-                progress(min(first + chunk, len(start_PK)), len(start_PK), "fits of resampled runs")
-    return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
+    minimise = functools.partial(_gauss_newton, problem, tolerance)
+    return in_parts(minimise, problem, start_PK, weight_PN, progress, "fits of resampled runs")
 
 
 @np.errstate(over="ignore", invalid="ignore")
 def _gauss_newton(
-    problem: Problem, theta: np.ndarray, weight: np.ndarray, tolerance: float
+    problem: Problem, tolerance: float, theta: np.ndarray, weight: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns what `gauss_newton` returns, for as many problems as fit into memory."""
+    """Returns what `gauss_newton` returns, for one part."""
     done_theta = theta.copy()
     residual, jacobian = problem.residuals(theta)
     value = problem.values(residual, weight)
@@ -265,5 +296,8 @@ def _step(
     # In units of the diagonal the matrix is well scaled, whatever the coefficients' units are.
     unit = 1 / np.sqrt(diagonal)
     scaled = hessian * unit[:, :, None] * unit[:, None]
-    scaled = scaled + (damping + 1e-13)[:, None, None] * np.eye(scaled.shape[-1])
+    scaled = scaled + (damping + 1e-12)[:, None, None] * np.eye(scaled.shape[-1])
+    # Coefficients beyond float64 take no step, so that their problem ends.
+    lost = ~(np.isfinite(scaled).all((1, 2)) & np.isfinite(gradient).all(1))
+    scaled[lost], gradient[lost] = np.eye(scaled.shape[-1]), 0
     return unit * np.linalg.solve(scaled, (unit * gradient)[..., None])[..., 0]

@@ -5,7 +5,7 @@ import itertools
 
 import numpy as np
 
-from moe.scaling.laws.minimise import Problem, gauss_newton, lbfgs
+from moe.scaling.laws.minimise import Problem, Progress, gauss_newton, lbfgs
 
 # Starts whose objectives differ by less than this share have found the same optimum.
 _SAME = 1e-4
@@ -23,11 +23,16 @@ class Optimum:
     projection_gap: float | None
 
 
-def find_optimum(problem: Problem, generator: np.random.Generator, num_starts: int) -> Optimum:
+def find_optimum(
+    problem: Problem,
+    generator: np.random.Generator,
+    num_starts: int,
+    progress: Progress | None = None,
+) -> Optimum:
     """Returns the best of `num_starts` L-BFGS runs, and what variable projection says of it."""
     log_losses = np.log(problem.loss_N)
     starts = problem.law.draw(generator, num_starts, problem.inputs, log_losses)
-    theta_PK, value_P = lbfgs(problem, starts, np.ones((num_starts, len(log_losses))))
+    theta_PK, value_P = lbfgs(problem, starts, np.ones((1, len(log_losses))), progress=progress)
     # A few steps of the other minimiser remove what L-BFGS's tolerance has left.
     best = np.argmin(value_P)
     theta_PK[best], value_P[best] = (x[0] for x in polish(problem, theta_PK[best : best + 1]))

@@ -129,9 +129,10 @@ def find_warnings(fit: Fit) -> list[str]:
     return [
         *_of_optimiser(fit),
         *_of_floor(fit),
+        *_of_saturation(fit),
         *_of_data(fit),
         *_of_held_out(fit),
-        *_of_left_out(fit),
+        *runs_left_out(fit.left_out),
     ]
 
 
@@ -176,6 +177,16 @@ def _of_floor(fit: Fit) -> Iterator[str]:
         )
 
 
+def _of_saturation(fit: Fit) -> Iterator[str]:
+    """Yields a warning if the runs do not show beyond how many experts more bring nothing."""
+    most = float(fit.runs.experts.max())
+    if "E_max" in fit.intervals and fit.intervals["E_max"][1] > 100 * most:
+        yield (
+            f"E_max may be beyond 100 times the experts of any run ({most:.0f}): no saturation is "
+            "seen, so do not trust what the law says of more experts."
+        )
+
+
 def _of_data(fit: Fit) -> Iterator[str]:
     """Yields warnings about repeated text, narrow ranges and large residuals."""
     repeats = fit.runs.repeats
@@ -217,12 +228,13 @@ def _of_held_out(fit: Fit) -> Iterator[str]:
         )
 
 
-def _of_left_out(fit: Fit) -> Iterator[str]:
-    """Yields a warning that lists the runs which were left out."""
-    if fit.left_out:
-        listed = "; ".join(f"{run}: {reason}" for run, reason in fit.left_out[:5])
-        more = f"; and {len(fit.left_out) - 5} more" if len(fit.left_out) > 5 else ""
-        yield f"{len(fit.left_out)} runs were left out ({listed}{more})."
+def runs_left_out(left_out: list[tuple[str, str]]) -> Iterator[str]:
+    """Yields a warning that lists the runs which were left out, if there are any."""
+    if left_out:
+        listed = "; ".join(f"{run}: {reason}" for run, reason in left_out[:5])
+        more = f"; and {len(left_out) - 5} more" if len(left_out) > 5 else ""
+        number = "1 run was" if len(left_out) == 1 else f"{len(left_out)} runs were"
+        yield f"{number} left out ({listed}{more})."
 
 
 def _interval(low: float, high: float) -> str:
