@@ -47,10 +47,15 @@ def write_fronts(compared: Mapping[str, Any], path: RunPath) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
+    results, fronts = compared["variants"], compared["pareto_fronts"]
     with matplotlib.rc_context(style(THEMES["light"])):
         figure = Figure(figsize=(11, 7), dpi=150, layout="constrained")
-        for axes, (cost, title) in zip(figure.subplots(2, 2).flat, COSTS.items(), strict=True):
-            _draw_front(axes, compared["variants"], compared["pareto_fronts"][cost], cost, title)
+        panels = figure.subplots(2, 2).flat
+        for axes, (cost, title) in zip(panels, COSTS.items(), strict=True):
+            _draw_front(axes, results, fronts[cost], cost, title)
+        # Another panel may lack a variant whose step time is not known, but none has more.
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=6)
         _save(figure, path)
 
 
@@ -109,22 +114,34 @@ def _draw_front(
     cost: str,
     title: str,
 ) -> None:
-    from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
-
-    axes.set(title=f"Loss and {title}", xlabel=title, ylabel="nats per token", xscale="log")
-    axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.yaxis.set_major_locator(MaxNLocator(6))
+    """Draws each variant, filled if it is on the front, and the front as steps."""
+    axes.set(title=f"Loss and {title}", xlabel=title, ylabel="nats per token")
     ends = [(results[name][cost], results[name]["loss"]["mean"]) for name in front]
-    axes.step(*zip(*ends, strict=True) if ends else ([], []), where="post", color="#b0b6bd")
+    if ends:
+        line = {"color": "#b0b6bd", "linewidth": 1.2, "zorder": 1}
+        axes.step(*zip(*ends, strict=True), where="post", **line)
+    paid = []
     for name, colour in variant_colours(list(results)).items():
         loss, error = results[name]["loss"]["mean"], results[name]["loss"]["standard_error"]
         if loss is None or results[name][cost] is None:
             continue
-        face = colour if name in front else "white"
-        axes.errorbar(
-            results[name][cost], loss, yerr=error, fmt="o", color=colour, markerfacecolor=face
+        paid.append(results[name][cost])
+        face = colour if name in front else THEMES["light"]["card"]
+        (point, *_) = axes.errorbar(
+            results[name][cost], loss, yerr=error, fmt="o", color=colour, label=name
         )
-        offset = {"textcoords": "offset points", "xytext": (6, 5), "fontsize": 8}
-        axes.annotate(name, (results[name][cost], loss), color=colour, **offset)
-    axes.margins(x=0.25, y=0.15)
+        point.set_markerfacecolor(face)
+    _set_costs(axes, paid)
+
+
+def _set_costs(axes: "Axes", paid: Sequence[float]) -> None:
+    """Makes the horizontal axis logarithmic if the costs span a decade, and names a few of them."""
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    if paid and max(paid) >= 10 * min(paid):
+        axes.set_xscale("log")
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
+    axes.yaxis.set_major_locator(MaxNLocator(6))
+    axes.margins(x=0.1, y=0.12)

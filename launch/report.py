@@ -4,6 +4,7 @@ Examples:
     python -m launch.report --workdir=runs/dense_tiny
     python -m launch.routing --workdir=runs/moe_tiny
     python -m launch.report --workdir=runs/moe_tiny
+    python -m launch.report --workdir=runs/moe_tiny --card
 
 Writes report/index.html and the plots beside it, in the run directory, and prints the page's path.
 A run that is still going can be drawn too; run the command again for newer numbers. The page needs
@@ -20,6 +21,10 @@ For a model with experts the page also shows how even their load is: as curves, 
 for each of at most 8 sparse layers. After launch.routing it also shows what the routers learnt:
 which tokens chose which experts (specialisation), which experts are chosen together
 (co-activation), and how early the choices settled (saturation).
+
+--card writes MODEL_CARD.md in the run directory instead: what is known of the model, its data,
+training, evaluation and compute, and marked places for what a person must write. Written again, the
+card keeps what stands between these marks.
 """
 
 import json
@@ -32,6 +37,7 @@ from tqdm import tqdm
 
 from launch import command_line, routing_figures
 from launch.plotting import write_drawing
+from launch.report_card import write_card
 from launch.report_hosts import hosts_section
 from launch.report_load import load_drawing, load_maps, read_router_lines, worst_layers
 from launch.report_page import RunFacts, Section, page
@@ -142,9 +148,15 @@ def _read_environments(workdir: RunPath) -> Iterator[dict[str, Any]]:
 
 
 def main(values: flags.FlagValues) -> None:
-    print(f"wrote {report(run_path(values.workdir))}, and its plots beside it")
+    workdir = run_path(values.workdir)
+    if values.card:
+        path = write_card(workdir, _read_metrics(workdir), list(_read_environments(workdir)))
+        print(f"wrote {path}; fill in what is marked `begin` and `end`")
+        return
+    print(f"wrote {report(workdir)}, and its plots beside it")
 
 
 if __name__ == "__main__":
     command_line.define_workdir("The run directory, as given to launch.train.")
+    flags.DEFINE_bool("card", False, "Whether to write MODEL_CARD.md instead of the page.")
     command_line.run(main, __doc__)

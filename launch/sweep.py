@@ -91,6 +91,7 @@ def describe(planned: Sequence[Planned], workdir: RunPath, rate: float | None) -
         result = results.get(one.name)
         index = str(index_of.get(one.name, "-"))
         note = f" (the same as {one.run.same_as})" if one.run.same_as else ""
+        note = f" (from step {one.first_step} of {one.run.fork_from})" if one.first_step else note
         note = f" ({result['status']})" if result else note
         lines.append(f"{index:>5}  {_line(rows[one.name], one)}{note}")
     return "\n".join([*lines, _totals(planned, rows, results, rate)])
@@ -115,7 +116,8 @@ def _totals(
     """Returns how many runs there are, and the FLOPs and hours of those that are left."""
     done = [row for row in results.values() if row and row["status"] == "finished"]
     left = results.keys() - {row["run"] for row in done}
-    flops = sum(rows[name]["flops"] for name in left)
+    parts = {one.name: 1 - one.first_step / one.run.config.train.steps for one in planned}
+    flops = sum(rows[name]["flops"] * parts[name] for name in left)
     text = f"{len(planned)} runs, {len(results)} of them different, {len(done)} finished; "
     text += f"{flops:.3g} FLOPs are left"
     source = "--flops_per_second"

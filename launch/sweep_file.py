@@ -3,7 +3,7 @@
 import ast
 import runpy
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from launch.config_file import ConfigFileErrors, check_config_file
 from moe.config import ConfigError, RunConfig
@@ -26,6 +26,11 @@ class Planned(NamedTuple):
     def name(self) -> str:
         return self.run.name
 
+    @property
+    def first_step(self) -> int:
+        """Returns the step that the run starts from, which is not 0 for a fork."""
+        return self.run.fork_step if self.run.fork_from else 0
+
     def arguments(self, workdir: RunPath) -> list[str]:
         """Returns the flags of launch.train for this run, whose directory is in `workdir`."""
         words = [f"--config={self.file}", f"--workdir={workdir / self.name}"]
@@ -45,14 +50,8 @@ def read_sweep(path: str, changes: Sequence[str]) -> list[Planned]:
     check_config_file(path, "sweep")
     with announce_wait(f"reading {path}"), ConfigFileErrors(path):
         names = runpy.run_path(path)
-        for name in ("get_config", "get_sweep"):
-            if not callable(names.get(name)):
-                raise ConfigError(
-                    f"--sweep={path} has no {name}(): set --sweep to a file such as those in "
-                    "configs/sweeps, which define get_config() and get_sweep()"
-                )
-        base = RunConfig.from_config_dict(names["get_config"]())
-        points = list(names["get_sweep"]())
+        base = RunConfig.from_config_dict(_call(names, "get_config", path))
+        points = list(_call(names, "get_sweep", path))
     return plan(path, base, points, changes)
 
 
@@ -63,17 +62,29 @@ def read_configs(
 
     All files are trained with the first seed first. Raises ConfigError.
     """
-    planned: list[Planned] = []
+    bases = {}
     for path in paths:
         check_config_file(path, "configs")
         with announce_wait(f"reading {path}"), ConfigFileErrors(path):
             names = runpy.run_path(path)
-            base = RunConfig.from_config_dict(names["get_config"]())
-        name = path.rpartition("/")[2].removesuffix(".py")
-        points = [Point(f"{name}/seed_{seed}", {"seed": seed}) for seed in seeds]
-        planned += plan(path, base, points, changes)
+            bases[path] = RunConfig.from_config_dict(_call(names, "get_config", path))
+    planned: list[Planned] = []
+    for seed in seeds:
+        for path in paths:
+            name = path.rpartition("/")[2].removesuffix(".py")
+            point = Point(f"{name}/seed_{seed}", {"seed": seed})
+            planned += plan(path, bases[path], [point], changes)
     runs = link([one.run for one in planned])
     return [one._replace(run=run) for one, run in zip(planned, runs, strict=True)]
+
+
+def _call(names: dict[str, Any], name: str, path: str) -> Any:
+    """Returns what a function of a config file returns. Raises ConfigError if there is none."""
+    if not callable(names.get(name)):
+        raise ConfigError(
+            f"{path} has no {name}(): write one, as the files in configs/sweeps have it"
+        )
+    return names[name]()
 
 
 def plan(

@@ -17,6 +17,9 @@ from moe.storage.paths import RunPath
 
 OUTPUT_FILE = "output.log"
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
+# On a CPU, XLA allocates gigabytes anew at each step. With large pages a step takes a third less
+# time. glibc reads this variable.
+_LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 # A run that was interrupted has saved, was stopped at once by a second signal, or had not begun.
 _STATUS = {
     0: "finished",
@@ -36,13 +39,13 @@ class Slot:
         self._count = count
 
     def environment(self, environment: Mapping[str, str]) -> dict[str, str]:
-        """Returns the variables of a run, which sees its share of the NVIDIA GPUs."""
+        """Returns the variables of a run, which has large pages and its share of the GPUs."""
         visible = environment.get("CUDA_VISIBLE_DEVICES")
         if visible is None:
             visible = ",".join(map(str, range(len(list(Path("/dev").glob("nvidia[0-9]*"))))))
         gpus = share([name for name in visible.split(",") if name], self.number, self._count)
         own = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus and self._count > 1 else {}
-        return {**environment, **own}
+        return {**_LARGE_PAGES, **environment, **own}
 
     def enter(self) -> None:
         """Keeps this process to the slot's cores."""

@@ -25,12 +25,20 @@ class Progress:
     which runs start and compile is in it.
     """
 
-    def __init__(self, rows: Sequence[Row], workdir: RunPath, *, shown: bool):
-        """Begins with the rows of all runs, of which some may be done."""
+    def __init__(
+        self, rows: Sequence[Row], first_steps: Sequence[int], workdir: RunPath, *, shown: bool
+    ):
+        """Begins with the rows of all runs, of which some may be done.
+
+        `first_steps` are the steps that they start from: a fork does not train all of its steps.
+        """
         self._rows = {row["run"]: row for row in rows}
+        self._first_steps = {
+            row["run"]: first for row, first in zip(rows, first_steps, strict=True)
+        }
         self._workdir, self._shown = workdir, shown
         self._bar = tqdm(
-            total=sum(row["flops"] for row in rows),
+            total=sum(self._flops(row["run"], row["steps"]) for row in rows),
             initial=self._done_flops(),
             unit_scale=True,
             smoothing=0,
@@ -46,8 +54,14 @@ class Progress:
     def __exit__(self, *exception: object) -> None:
         self._bar.close()
 
+    def _flops(self, name: str, step: int) -> float:
+        """Returns the FLOPs that a run has spent up to a step."""
+        row = self._rows[name]
+        return max(0, step - self._first_steps[name]) * row["flops"] / row["steps"]
+
     def _done_flops(self) -> float:
-        return sum(row["flops"] for row in self._rows.values() if row["status"] in DONE)
+        done = [row for row in self._rows.values() if row["status"] in DONE]
+        return sum(self._flops(row["run"], row["steps"]) for row in done)
 
     def say(self, text: str) -> None:
         """Prints a line above the bar."""
@@ -68,7 +82,7 @@ class Progress:
         for name in running:
             step, loss = last_step(self._workdir / name)
             steps = self._rows[name]["steps"]
-            flops += step / steps * self._rows[name]["flops"]
+            flops += self._flops(name, step)
             texts.append(f"{name} {step}/{steps}" + ("" if loss is None else f" loss {loss:.3f}"))
         num_done = sum(row["status"] in DONE for row in self._rows.values())
         text = f"{num_done} of {len(self._rows)} runs"

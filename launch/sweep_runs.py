@@ -57,10 +57,11 @@ class Sweep:
         scheduler, no run begins, and those in training save.
         """
         waiting = [one for one in self._planned if self._status(one.name) not in DONE]
-        rows = list(self._rows.values())
+        rows, first_steps = self._rows.values(), [one.first_step for one in self._planned]
+        shown = not self._shown
         with (
             catch_signals() as signals,
-            Progress(rows, self._workdir, shown=not self._shown) as progress,
+            Progress(list(rows), first_steps, self._workdir, shown=shown) as progress,
         ):
             self._report_past(progress)
             while self._running or (waiting and not self._num_stops):

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from launch.series import read_series
-from moe.config import ConfigError, RunConfig
+from moe.config import ConfigError, MeshConfig, RunConfig
 from moe.data.prepare import prepare
 from moe.scaling.flops import (
     active_parameters,
@@ -21,6 +21,7 @@ from moe.scaling.flops import (
     total_parameters,
     training_flops_per_token,
 )
+from moe.scaling.memory import state_bytes
 from moe.scaling.sweep import Run
 from moe.storage.paths import RunPath, make_directory, write_whole
 from moe.workdir.tracking import METRICS_FILE, read_metrics
@@ -45,7 +46,7 @@ COLUMNS = {
     "memory_bytes": "int64",
     **dict.fromkeys(("code", "config"), "string"),
 }
-_BYTES_PER_PARAMETER = 16  # float32: the parameter, its gradient and Adam's two moments
+_ONE_DEVICE = MeshConfig(data=1)
 
 Row = dict[str, Any]  # a value for each column, or None where it is not known
 
@@ -85,7 +86,7 @@ def planned_row(run: Run) -> Row:
         "tokenizer": config.data.tokenizer,
         "vocab_size": model.vocab_size,
         "sequence_length": length,
-        "memory_bytes": _BYTES_PER_PARAMETER * total_parameters(model),
+        "memory_bytes": state_bytes(config, _ONE_DEVICE).total,
     }
     return {name: values.get(name) for name in COLUMNS}
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from launch.sweep_file import distinct, read_sweep
+from launch.sweep_table import planned_row
 from moe.config import RunConfig, check_layout
 from moe.scaling.flops import (
     active_parameters,
@@ -60,6 +62,49 @@ def test_a_config_fits_the_accelerators_it_names(name):
     config = load(name)
     check_layout(config, config.mesh.resolve(devices))
     assert devices > 1 or total_parameters(config.model) < 1e9
+
+
+SWEEPS = sorted(
+    path.relative_to(ROOT).as_posix()
+    for folder in ("experiments", "sweeps")
+    for path in (ROOT / "configs" / folder).glob("[!_]*.py")
+)
+
+
+@pytest.mark.parametrize("file", SWEEPS)
+def test_a_sweep_loads_and_says_how_to_run_it(file):
+    planned = read_sweep(str(ROOT / file), [])
+    assert len(planned) > 2 and distinct(planned) == planned
+    text = importlib.import_module(file.removesuffix(".py").replace("/", ".")).__doc__
+    command = "sweep" if "/sweeps/" in file else "compare"
+    assert re.search(rf"^Command:  python -m launch\.{command} --sweep={file}", text, re.MULTILINE)
+    assert re.search(r"^Hardware: 2 CPU cores\.$", text, re.MULTILINE)
+    assert re.search(r"^Time(, result)?: +", text, re.MULTILINE)
+
+
+def test_isoflop_tiny_has_four_budgets_of_five_sizes():
+    planned = read_sweep(str(ROOT / "configs/sweeps/isoflop_tiny.py"), [])
+    budgets = {}
+    for one in planned:
+        if not one.name.startswith("noise"):
+            budgets.setdefault(one.name.split("/")[0], []).append(planned_row(one.run))
+    assert len(budgets) >= 4
+    for name, rows in budgets.items():
+        assert len({row["parameters"] for row in rows}) >= 5
+        for row in rows:
+            assert row["flops"] == pytest.approx(float(name.removeprefix("flops_")), rel=0.005)
+            # The learning rates have settled: each run has hundreds of steps.
+            assert row["steps"] > 500 and row["warmup_steps"] <= row["steps"] / 5
+
+
+def test_sparsity_tiny_compares_models_of_equal_active_flops():
+    planned = read_sweep(str(ROOT / "configs/sweeps/sparsity_tiny.py"), [])
+    rows = [planned_row(one.run) for one in planned]
+    assert [row["experts"] for row in rows] == [1, 4, 16, 64] * 3
+    assert len({row["tokens"] for row in rows}) == 1
+    for size in (rows[:4], rows[4:8], rows[8:]):
+        flops = [row["flops"] for row in size]
+        assert flops == sorted(flops) and flops[-1] < 1.11 * flops[0]  # the routers
 
 
 # The steps of warm-up that each config has. The config states a fraction of its steps.

@@ -6,8 +6,9 @@ wsd          The learning rate stays at its peak, and falls to 0 in the last 20 
              one minus a square root (Hägele et al. 2024). A shorter run forks from the stable phase
              of a longer one, and trains its own decay alone.
 
-Command:  python -m launch.train --config=configs/experiments/schedules.py:wsd
-          --workdir=runs/wsd_1000
+Command:  python -m launch.compare --sweep=configs/experiments/schedules.py --workdir=runs/schedules
+          One variant alone: python -m launch.train
+          --config=configs/experiments/schedules.py:wsd --workdir=runs/wsd_1000
           A run of half the steps then costs its last 100 steps:
           python -m launch.train --config=configs/experiments/schedules.py:wsd
           --workdir=runs/wsd_500 --fork_from=runs/wsd_1000 --fork_step=400
@@ -17,11 +18,13 @@ Time:     9 min for 1000 steps while other work took the cores, a tenth of it fo
 Result:   nats per byte, one seed: cosine 1.510, wsd 1.448, and 1.635 after 500 steps.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from moe.config import RunConfig
+from moe.scaling.sweep import Point, repeat
 
 SEEDS = (0, 1, 2)
 
@@ -31,7 +34,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def get_config(variant: str = "wsd") -> ConfigDict:
+def get_config(variant: str = "cosine") -> ConfigDict:
     config = RunConfig.config_dict()
     config.model.update(
         num_layers=2, model_dim=64, feed_forward_dim=256, num_heads=4, num_kv_heads=2, head_dim=16
@@ -47,3 +50,7 @@ def get_config(variant: str = "wsd") -> ConfigDict:
     config.tracking.tensorboard = False
     config.update_from_flattened_dict(VARIANTS[variant])
     return config
+
+
+def get_sweep() -> Iterator[Point]:
+    return repeat((Point(name, fields) for name, fields in VARIANTS.items()), SEEDS)

@@ -5,11 +5,14 @@ only what it names.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from moe.config import ConfigError, ModelConfig, RunConfig
 from moe.scaling.shapes import scale_model, scale_run, tokens_for
 from moe.scaling.sweep import Point, overrides_between
+
+_KEPT = 40  # checkpoints of a trunk, at most, unless its forks need others
 
 
 def iso_flop_ladder(
@@ -96,3 +99,61 @@ def tuning_grid(
                     "train.eval_every": steps,
                 },
             )
+
+
+def token_ladder(
+    base: RunConfig,
+    widths: Sequence[int],
+    tokens: Sequence[float],
+    learning_rate_factor: float = 1.0,
+) -> Iterator[Point]:
+    """Yields a run for each width and each number of tokens, which share one stable phase.
+
+    The base has the schedule "wsd". For each width the longest run, the trunk, is trained from the
+    start. Each shorter one forks the whole state of the trunk's stable phase and trains its own
+    decay (Hägele et al. 2024, arXiv 2405.18392), so that the loss of each number of tokens is that
+    of a run of its own. All runs of a width have one batch and one learning rate, those of the
+    geometric mean of the tokens.
+    """
+    if base.optimizer.schedule != "wsd":
+        raise ConfigError(
+            f"optimizer.schedule={base.optimizer.schedule!r} has no stable phase from which runs "
+            "fork: set optimizer.schedule to 'wsd'"
+        )
+    middle = math.exp(sum(map(math.log, tokens)) / len(tokens))
+    for width in widths:
+        model = scale_model(base.model, width)
+        typical = scale_run(base, model, middle, learning_rate_factor)
+        batch_tokens = typical.train.batch_size * base.data.sequence_length
+        steps = sorted({max(1, round(count / batch_tokens)) for count in tokens})
+        yield from _fork_points(base, typical, steps, f"width_{width}")
+
+
+def _fork_points(
+    base: RunConfig, typical: RunConfig, steps: Sequence[int], name: str
+) -> Iterator[Point]:
+    """Yields a trunk of the largest number of steps, and a fork of it for each other number."""
+    optimizer = dataclasses.replace(typical.optimizer, warmup_steps=typical.warmup_steps)
+
+    def run_of(number: int, kept: int) -> RunConfig:
+        """Returns the run of a number of steps whose every `kept`-th checkpoint is kept."""
+        train = dataclasses.replace(
+            typical.train,
+            steps=number,
+            eval_every=steps[-1],
+            checkpoint_every=kept,
+            keep_every=kept,
+        )
+        return dataclasses.replace(typical, optimizer=optimizer, train=train)
+
+    trunk = run_of(steps[-1], 1)
+    ends = [run_of(number, 1).shared_updates(trunk) for number in steps[:-1]]
+    # A checkpoint at the end of each stable phase, if these are multiples of a number that is not
+    # small, and otherwise one that is not long before it.
+    kept = max(math.gcd(*ends) if ends else steps[-1], -(-steps[-1] // _KEPT))
+    yield Point(f"{name}/steps_{steps[-1]}", overrides_between(base, run_of(steps[-1], kept)))
+    for number, end in zip(steps, ends, strict=False):
+        fork_step = end // kept * kept
+        trunk_name = f"{name}/steps_{steps[-1]}" if fork_step else None
+        overrides = overrides_between(base, run_of(number, kept))
+        yield Point(f"{name}/steps_{number}", overrides, trunk_name, fork_step)

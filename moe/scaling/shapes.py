@@ -11,9 +11,11 @@ An experiment over sizes needs a rule for everything that it does not vary. Thes
 
 They trained each size on D = 20 N tokens, so the batch may follow from either number. Here it
 follows from D: on an iso-FLOP curve a large model sees few tokens, and a batch that grew with its
-size would leave it too few steps. Where the batch is not theirs, the learning rate goes with its
-square root, as Adam's should (Malladi et al. 2022, arXiv 2205.10287). In all it goes as N^(-2/3)
-D^(1/3); Li et al. 2025 (arXiv 2503.04715) have found N^(-0.713) D^(0.307).
+size would leave it too few steps. Where the batch is smaller than theirs, the learning rate goes
+with its square root, as Adam's should (Malladi et al. 2022, arXiv 2205.10287). In all it then goes
+as N^(-2/3) D^(1/3); Li et al. 2025 (arXiv 2503.04715) have found N^(-0.713) D^(0.307). Where the
+batch is larger, the model sees more than 20 tokens per parameter, and the learning rate stays as it
+is: small models on bytes were worse with a higher one.
 """
 
 import dataclasses
@@ -27,7 +29,9 @@ _PARAMETERS = 108e6  # the size at which the following two numbers hold
 _LEARNING_RATE, _LEARNING_RATE_EXPONENT = 0.0047, -1 / 3
 _BATCH_TOKENS, _BATCH_EXPONENT = 160 * 2048, 2 / 3
 _TOKENS_PER_PARAMETER = 20
-_LONGEST_WARMUP = 0.2  # as a fraction of the run, for models that see few tokens
+# The fractions of a run in which it warms up at least and at most: models that see many tokens have
+# large batches for their size, so that as many tokens as they have parameters are few steps.
+_SHORTEST_WARMUP, _LONGEST_WARMUP = 0.02, 0.2
 _SAVES = 5  # checkpoints of a run
 _WIDTH_UNIT = 8  # feed-forward widths are multiples of this
 
@@ -90,12 +94,14 @@ def tune(
     batch_tokens = _BATCH_TOKENS * (size_by_tokens / _PARAMETERS) ** _BATCH_EXPONENT
     rate = _LEARNING_RATE * (parameters / _PARAMETERS) ** _LEARNING_RATE_EXPONENT
     batch_ratio = (size_by_tokens / parameters) ** _BATCH_EXPONENT  # to their batch at this size
-    rate *= math.sqrt(batch_ratio)
+    rate *= math.sqrt(min(batch_ratio, 1.0))
     batch_size = max(1, round(batch_tokens / sequence_length))
     return Hyperparameters(
         learning_rate=_round_digits(rate * learning_rate_factor),
         batch_size=batch_size,
-        warmup_fraction=_round_digits(min(parameters / tokens, _LONGEST_WARMUP)),
+        warmup_fraction=_round_digits(
+            min(max(parameters / tokens, _SHORTEST_WARMUP), _LONGEST_WARMUP)
+        ),
         steps=max(1, round(tokens / (batch_size * sequence_length))),
     )
 
@@ -117,6 +123,7 @@ def scale_run(
         base.optimizer,
         learning_rate=chosen.learning_rate,
         warmup_fraction=chosen.warmup_fraction,
+        warmup_steps=None,
     )
     train = dataclasses.replace(
         base.train,

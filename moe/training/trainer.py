@@ -36,8 +36,7 @@ from moe.training.train_step import Program, TrainState, make_program
 from moe.training.vote import Vote, asks_to_stop
 from moe.workdir import checkpoint
 from moe.workdir.checkpoint import Checkpoints
-from moe.workdir.origin import Origin
-from moe.workdir.source import read_source
+from moe.workdir.source import Origin, read_source
 
 __all__ = ["Diverged", "Interrupted", "fit", "load_run"]
 

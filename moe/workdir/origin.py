@@ -1,11 +1,11 @@
 """Starts a run from another run's checkpoint: `launch.train --init_from` and `--fork_from`."""
 
 import json
-from typing import Any, NamedTuple
+from typing import Any
 
 from moe.config import ConfigError, ModelConfig, RunConfig
 from moe.interop.upcycle import SHARED_FIELDS, check_fields
-from moe.storage.paths import RunPath, resolve, run_path, write_whole
+from moe.storage.paths import RunPath, resolve, write_whole
 from moe.workdir import checkpoint
 from moe.workdir.identity import (
     CONFIG_FILE,
@@ -14,9 +14,8 @@ from moe.workdir.identity import (
     read_config,
     read_saved_config,
 )
-from moe.workdir.source import Source
+from moe.workdir.source import ORIGIN_FILE, Origin, Source, read_origin
 
-ORIGIN_FILE = "origin.json"
 # The fields on which the function of a sparse model, or its tree of parameters, depends. All others
 # may differ: how the model is computed, and how its routers are trained.
 SHARED_MOE_FIELDS = (
@@ -34,14 +33,6 @@ SHARED_MOE_FIELDS = (
 )
 
 
-class Origin(NamedTuple):
-    """Names the checkpoint of another run from which a run starts or started."""
-
-    run: RunPath
-    step: int
-    is_fork: bool  # a fork takes the whole state, any other run the parameters and router biases
-
-
 def find_origin(workdir: RunPath, config: RunConfig, source: Source | None) -> Origin | None:
     """Returns the checkpoint from which the run in `workdir` starts, or None for a new state.
 
@@ -50,8 +41,8 @@ def find_origin(workdir: RunPath, config: RunConfig, source: Source | None) -> O
     checkpoint, or if a run of `config` cannot start from it.
     """
     has_begun = read_saved_config(workdir) is not None
-    if (workdir / ORIGIN_FILE).exists():
-        origin = _read_origin(workdir / ORIGIN_FILE)
+    origin = read_origin(workdir)
+    if origin:
         if source and not _is_same(source, origin):
             verb = "forked" if origin.is_fork else "started"
             raise ConfigError(
@@ -85,19 +76,6 @@ def _is_same(source: Source, origin: Origin) -> bool:
     """Returns whether `source` names the checkpoint from which a run started."""
     step = origin.step if source.step is None else source.step
     return (resolve(source.run), step, source.is_fork) == origin
-
-
-def _read_origin(path: RunPath) -> Origin:
-    """Returns the checkpoint that an origin.json names."""
-    try:
-        saved = json.loads(path.read_text())
-        is_fork = "fork_from" in saved
-        run = saved["fork_from" if is_fork else "init_from"]
-        return Origin(run_path(run), int(saved["step"]), is_fork)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"{path} does not say a run and a step ({error}): restore it, or set another --workdir"
-        ) from None
 
 
 def _choose_step(source: Source) -> int:

@@ -1,10 +1,21 @@
-"""Says from which other run a new run is to start. It imports no JAX, so it answers at once."""
+"""Says from which other run a run starts or has started. It imports no JAX."""
 
+import json
 import os
 from typing import NamedTuple
 
 from moe.config import ConfigError
 from moe.storage.paths import RunPath, run_path
+
+ORIGIN_FILE = "origin.json"
+
+
+class Origin(NamedTuple):
+    """Names the checkpoint of another run from which a run starts or has started."""
+
+    run: RunPath
+    step: int
+    is_fork: bool  # a fork takes the whole state, any other run the parameters and router biases
 
 
 class Source(NamedTuple):
@@ -49,3 +60,22 @@ def read_source(
             )
         return Source(run_path(fork_from), fork_step, is_fork=True)
     return Source(run_path(init_from), init_step, is_fork=False) if init_from else None
+
+
+def read_origin(workdir: RunPath) -> Origin | None:
+    """Returns the checkpoint from which the run in `workdir` has started, or None.
+
+    Raises ConfigError if origin.json is damaged.
+    """
+    path = workdir / ORIGIN_FILE
+    if not path.exists():
+        return None
+    try:
+        saved = json.loads(path.read_text())
+        is_fork = "fork_from" in saved
+        run = saved["fork_from" if is_fork else "init_from"]
+        return Origin(run_path(run), int(saved["step"]), is_fork)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{path} does not say a run and a step ({error}): restore it, or set another --workdir"
+        ) from None

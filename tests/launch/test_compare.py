@@ -81,11 +81,11 @@ def test_config_files_are_variants(tmp_path: Path) -> None:
         text = EXPERIMENT.replace("(TINY)", f"(TINY) | {{'train': {{'steps': {steps}}}}}")
         (tmp_path / f"{name}.py").write_text(text)
     files = [str(tmp_path / f"{name}.py") for name in ("short", "long")]
-    values = SimpleNamespace(sweep=None, configs=files, seeds=["3", "4"], set=["seed=5"])
-    values.set = []
+    values = SimpleNamespace(sweep=None, configs=files, seeds=["3", "4"], set=[])
     variants = group(read_planned(values))  # pyright: ignore[reportArgumentType]
     assert [one.run.config.train.steps for one in variants["long"]] == [9, 9]
-    assert [one.name for one in variants["short"]] == ["short/seed_3", "short/seed_4"]
+    names = [one.name for one in read_planned(values)]  # pyright: ignore[reportArgumentType]
+    assert names == ["short/seed_3", "long/seed_3", "short/seed_4", "long/seed_4"]
     assert variants["long"][0].arguments(tmp_path)[0] == f"--config={files[1]}"
 
 

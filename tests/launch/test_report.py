@@ -305,4 +305,5 @@ def test_help_says_what_the_page_has() -> None:
     assert result.stdout.startswith("Draws a run: ")
     assert result.stdout.endswith(
         "Flags:\n  --workdir=...\n      The run directory, as given to launch.train. Required.\n"
+        "  --card=...\n      Whether to write MODEL_CARD.md instead of the page. (default: False)\n"
     )

@@ -221,8 +221,8 @@ def test_set_changes_every_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("before", "after", "message"),
     [
-        ("def get_sweep", "def sweep", "has no get_sweep(): set --sweep to a file"),
-        ("def get_config", "def config", "has no get_config(): set --sweep to a file"),
+        ("def get_sweep", "def sweep", "has no get_sweep(): write one, as the files"),
+        ("def get_config", "def config", "has no get_config(): write one, as the files"),
         ('"train.steps": 100', '"train.step": 100', "two: train.step=100 is not a field: did you"),
         ('"train.steps": 100', '"train.steps": 0', "two: train.steps=0 must be positive"),
         ('"two"', '"one"', "one names two runs"),
@@ -310,8 +310,10 @@ def test_bad_input_gets_one_line(tmp_path: Path, flags: list[str], message: str)
 
 def test_cores_and_gpus_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert share([0, 1, 2, 3, 4], 1, 2) == [2, 3] and share([0], 1, 2) == []
-    environment = {"CUDA_VISIBLE_DEVICES": "4,5,6,7", "A": "b"}
-    assert Slot(1, 2).environment(environment) == {"CUDA_VISIBLE_DEVICES": "6,7", "A": "b"}
+    environment = {"CUDA_VISIBLE_DEVICES": "4,5,6,7", "GLIBC_TUNABLES": "b"}
+    own = {"CUDA_VISIBLE_DEVICES": "6,7", "GLIBC_TUNABLES": "b"}
+    assert Slot(1, 2).environment(environment) == own
+    assert Slot(0, 1).environment({}) == {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
     assert Slot(0, 1).environment(environment) == environment
     assert Slot(3, 8).environment(environment) == environment  # there are not enough for each
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 2, 4, 6})

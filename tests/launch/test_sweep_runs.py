@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from pyarrow import parquet
 
+from launch.sweep_progress import last_step
+
 ROOT = Path(__file__).parents[2]
 SWEEP = """
 from moe.config import RunConfig
@@ -24,13 +26,15 @@ def get_config():
     )
     config.data.sequence_length = 64
     config.train.update(steps=400, batch_size=8, log_every=1, eval_every=400, eval_batches=1)
-    config.train.update(checkpoint_every=20, keep_last=1)
+    config.train.update(checkpoint_every=20, keep_every=20)
+    config.optimizer.update(schedule="wsd", warmup_steps=10)
     config.tracking.tensorboard = False
     return config
 
 def get_sweep():
     yield Point("one", {})
     yield Point("two", {"seed": 1, "train.steps": 20})
+    yield Point("fork", {"train.steps": 100}, "one", 80)
 """
 
 
@@ -49,11 +53,11 @@ def start(directory: Path, name: str, *flags: str) -> subprocess.Popen[str]:
     )
 
 
-def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> int:
-    """Waits until a run has logged a step, and returns the number of its process."""
+def wait_for_steps(process: subprocess.Popen[str], run: Path) -> int:
+    """Waits until a run has trained 20 steps more than ever, and returns its process's number."""
     deadline = time.monotonic() + 400
-    metrics = run / "metrics.jsonl"
-    while not (metrics.exists() and f'"step": {step},' in metrics.read_text()):
+    before = last_step(run)[0]
+    while last_step(run)[0] < before + 20:
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.01)
     found = re.match(r"process (\d+) on ", (run / "run.lock").read_text())
@@ -78,7 +82,7 @@ def column(workdir: Path, name: str) -> list[Any]:
 def test_a_killed_sweep_goes_on(tmp_path: Path) -> None:
     workdir = tmp_path / "killed"
     process = start(tmp_path, "killed")
-    child = wait_for_step(process, workdir / "one", 25)
+    child = wait_for_steps(process, workdir / "one")
     process.kill()  # as kill -9 does
     process.communicate()
     deadline = time.monotonic() + 60
@@ -88,27 +92,30 @@ def test_a_killed_sweep_goes_on(tmp_path: Path) -> None:
 
     # Killed alone, a run fails, and the next one begins.
     process = start(tmp_path, "killed")
-    os.kill(wait_for_step(process, workdir / "one", 60), signal.SIGKILL)
+    os.kill(wait_for_steps(process, workdir / "one"), signal.SIGKILL)
     output, errors = process.communicate(timeout=400)
     assert process.returncode == 1, errors
-    assert "failed: one: killed by SIGKILL" in output and column(workdir, "status")[1] == "finished"
+    assert "failed: one: killed by SIGKILL" in output
+    assert "failed: fork: one, from which it starts, is failed" in output
+    assert column(workdir, "status") == ["failed", "finished", "failed"]
 
     process = start(tmp_path, "killed")
-    wait_for_step(process, workdir / "one", 100)
+    wait_for_steps(process, workdir / "one")
     process.send_signal(signal.SIGTERM)
     output, errors = process.communicate(timeout=400)
     assert process.returncode == 75 and "1 interrupted" in output, errors
-    assert "1 of 2 runs are done already" in errors
+    assert "1 of 3 runs are done already" in errors
 
     finish(tmp_path, "killed")
-    assert column(workdir, "status") == ["finished", "finished"]
-    starts = (workdir / "one" / "environment.jsonl").read_text().splitlines()
-    assert (
-        len(starts) == 4 and len((workdir / "two/environment.jsonl").read_text().split("\n")) == 2
-    )
+    assert column(workdir, "status") == ["finished"] * 3
+    starts = [
+        (workdir / name / "environment.jsonl").read_text().count("\n") for name in ("one", "two")
+    ]
+    assert starts == [4, 1]
 
-    # One job trains the same run without an interruption, and prints where it is started.
-    output = finish(tmp_path, "whole", "--index=0")
-    assert "validation/loss" in output
-    assert "2 runs: 1 finished, 1 waiting" in finish(tmp_path, "whole", "--report_only")
-    assert column(workdir, "loss")[0] == column(tmp_path / "whole", "loss")[0]
+    # One job trains the same run and its fork without an interruption, and prints here.
+    assert "validation/loss" in finish(tmp_path, "whole", "--index=0")
+    output = finish(tmp_path, "whole", "--report_only")
+    assert "3 runs: 2 finished, 1 waiting" in output
+    losses = [column(tmp_path / name, "loss") for name in ("killed", "whole")]
+    assert losses[0][::2] == losses[1][::2] and losses[1][1] is None

@@ -1,10 +1,19 @@
 """Tests the points of scaling experiments: what they vary, and what stays equal."""
 
+import dataclasses
+
 import pytest
 
-from moe.config import ConfigError, ModelConfig, MoEConfig, RunConfig, TrainConfig
+from moe.config import (
+    ConfigError,
+    ModelConfig,
+    MoEConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainConfig,
+)
 from moe.scaling.flops import training_flops_per_token
-from moe.scaling.ladders import iso_flop_ladder, sparsity_ladder, tuning_grid
+from moe.scaling.ladders import iso_flop_ladder, sparsity_ladder, token_ladder, tuning_grid
 from moe.scaling.sweep import Run, expand
 
 BASE = RunConfig(
@@ -91,3 +100,31 @@ def test_a_tuning_grid_trains_on_equal_tokens() -> None:
     assert {tokens(run) for run in runs} == {100 * 32 * 256}
     assert runs[1].name == "learning_rate_0.01/batch_16"
     assert runs[1].config.optimizer.learning_rate == 0.01 and runs[1].config.train.steps == 200
+
+
+def test_token_counts_fork_one_stable_phase() -> None:
+    base = dataclasses.replace(BASE, optimizer=OptimizerConfig(schedule="wsd"))
+    runs = expand(base, token_ladder(base, (32, 64), (1e6, 2e6, 4e6)))
+    for trunk, *forks in (runs[:3], runs[3:]):
+        assert trunk.fork_from is None and tokens(trunk) == pytest.approx(4e6, rel=0.01)
+        assert [tokens(fork) for fork in forks] == pytest.approx([1e6, 2e6], rel=0.02)
+        for fork in forks:
+            assert fork.fork_from == trunk.name
+            # The trunk keeps this checkpoint, which is before both decays, but not long before.
+            assert fork.fork_step % trunk.config.train.keep_every == 0
+            stable = fork.config.shared_updates(trunk.config)
+            assert 0.75 * stable < fork.fork_step <= stable
+            # A fork may differ from its trunk in the number of steps alone.
+            train = dataclasses.replace(fork.config.train, steps=trunk.config.train.steps)
+            assert dataclasses.replace(fork.config, train=train) == trunk.config
+    with pytest.raises(ConfigError, match=r"optimizer.schedule='cosine' has no stable phase"):
+        list(token_ladder(BASE, (32,), (1e6, 2e6)))
+
+
+def test_forks_start_where_the_decay_does_if_checkpoints_allow() -> None:
+    """Batches of 10 rows make 400 and 800 steps of these tokens, and a fifth of each is decay."""
+    base = dataclasses.replace(BASE, optimizer=OptimizerConfig(schedule="wsd"))
+    trunk, fork = expand(base, token_ladder(base, (64,), (400 * 2560, 800 * 2560)))
+    assert trunk.config.train.batch_size == 10 and trunk.config.train.steps == 800
+    assert (fork.config.train.steps, fork.fork_step) == (400, 320)
+    assert trunk.config.train.keep_every == 320

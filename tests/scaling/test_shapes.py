@@ -66,18 +66,21 @@ def test_hyperparameters_at_the_size_of_the_paper() -> None:
 
 def test_hyperparameters_follow_size_and_tokens() -> None:
     small, wide = scale_model(BASE, 64), scale_model(BASE, 128)
-    first, second = tune(small, 128, 1e7), tune(small, 128, 8e7)
-    assert second.batch_size / first.batch_size == pytest.approx(4, rel=0.02)
-    # The learning rate goes with the square root of the batch.
-    assert second.learning_rate / first.learning_rate == pytest.approx(2, rel=0.01)
-    parameters = [total_parameters(model) - 256 * model.model_dim for model in (small, wide)]
-    ratio = tune(wide, 128, 1e7).learning_rate / first.learning_rate
-    assert ratio == pytest.approx((parameters[1] / parameters[0]) ** (-2 / 3), rel=0.01)
-    assert tune(small, 128, 1e7, 0.5).learning_rate == pytest.approx(
-        first.learning_rate / 2, rel=0.01
-    )
-    # Where the tokens are few, the warm-up ends after a fifth of them.
-    assert tune(wide, 128, 1e5).warmup_fraction == 0.2
+    sizes = [total_parameters(model) - 256 * model.model_dim for model in (small, wide)]
+    few, more, enough, many = (tune(small, 128, count * sizes[0]) for count in (1, 8, 20, 160))
+    assert many.batch_size / enough.batch_size == pytest.approx(4, rel=0.02)
+    # The learning rate goes with the square root of the batch, up to 20 tokens per parameter.
+    assert more.learning_rate / few.learning_rate == pytest.approx(2, rel=0.01)
+    assert many.learning_rate == enough.learning_rate
+    wide_ones = [tune(wide, 128, count * sizes[1]) for count in (8, 160)]
+    for one, other in zip(wide_ones, (more, many), strict=True):
+        ratio = one.learning_rate / other.learning_rate
+        assert ratio == pytest.approx((sizes[1] / sizes[0]) ** (-1 / 3), rel=0.01)
+    halved = tune(small, 128, 20 * sizes[0], 0.5)
+    assert halved.learning_rate == pytest.approx(enough.learning_rate / 2, rel=0.01)
+    # Where the tokens are few, the warm-up ends after a fifth of them, and where they are many it
+    # has a fiftieth.
+    assert few.warmup_fraction == 0.2 and many.warmup_fraction == 0.02
 
 
 def test_experts_do_not_change_the_hyperparameters() -> None:

@@ -1,0 +1,252 @@
+"""Writes the sections of a model card that a run's files say: tables and sentences in Markdown."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from launch.series import Metrics
+from moe.config import RunConfig
+from moe.scaling.flops import (
+    active_parameters,
+    embedding_parameters,
+    total_parameters,
+    training_flops_per_token,
+)
+from moe.workdir.source import Origin
+
+
+class Facts(NamedTuple):
+    """Holds what a run's files say."""
+
+    name: str
+    config: RunConfig
+    metrics: Metrics  # the lines of metrics.jsonl
+    environments: list[dict[str, Any]]  # one for each start
+    rows_sha256: str | None  # of the rows that it was trained on; None before the first checkpoint
+    rows: dict[str, Any]  # what the prepared rows say of themselves, if they are on this machine
+    origin: Origin | None  # the checkpoint of another run that it started from
+
+    @property
+    def step(self) -> int:
+        """Returns the last step that was logged."""
+        return self.metrics[-1]["step"]
+
+    @property
+    def tokens(self) -> int:
+        """Returns the number of tokens of all rows up to that step."""
+        return self.step * self.config.train.batch_size * self.config.data.sequence_length
+
+
+def details(facts: Facts) -> Iterator[str]:
+    """Yields what kind of model it is, and where it came from."""
+    model, step, steps = facts.config.model, facts.step, facts.config.train.steps
+    kind = "a mixture of experts" if model.moe.num_experts else "dense"
+    yield (
+        f"A decoder-only Transformer language model ({kind}) with "
+        f"{total_parameters(model):,} parameters, of which a token uses "
+        f"{active_parameters(model):,}. The embedding and the unembedding have "
+        f"{embedding_parameters(model):,} of them."
+    )
+    state = "is finished" if step == steps else f"is at step {step:,} of {steps:,}"
+    origin = facts.origin
+    if origin is None:
+        yield f"Training started from random parameters (seed {facts.config.seed}) and {state}."
+    else:
+        part = "whole state" if origin.is_fork else "parameters"
+        yield (
+            f"Training started from the {part} of step {origin.step:,} of the run "
+            f"`{origin.run.name}` and {state}."
+        )
+    yield "### Model Architecture"
+    yield _table(("field", "value"), _architecture(facts.config))
+
+
+def _architecture(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """Yields the rows of the table of the architecture."""
+    model, moe = config.model, config.model.moe
+    yield "layers", f"{model.num_layers}, pre-norm (RMSNorm)"
+    yield "width", f"{model.model_dim}"
+    groups = f"{model.num_heads} query heads and {model.num_kv_heads} key/value heads"
+    yield "attention", f"causal, {groups} of width {model.head_dim}, rotary positions"
+    dense = model.num_layers - len(model.sparse_layers)
+    if dense:
+        yield "feed-forward", f"SwiGLU of width {model.feed_forward_dim}, in {dense} layers"
+    if moe.num_experts:
+        shared = f", and {moe.num_shared_experts} shared" if moe.num_shared_experts else ""
+        yield (
+            "experts",
+            f"{moe.num_experts} of width {moe.expert_dim}, {moe.experts_per_token} for each "
+            f"token{shared}, in {len(model.sparse_layers)} layers",
+        )
+        yield "router", f"{moe.router}, dispatch {moe.dispatch}"
+    tied = "tied" if model.tied_embeddings else "not tied"
+    yield "vocabulary", f"{model.vocab_size:,}, embedding and unembedding {tied}"
+    yield "types", f"parameters float32, activations {model.compute_dtype}"
+
+
+def limits(facts: Facts) -> Iterator[str]:
+    """Yields the limits that follow from how the model was trained."""
+    config = facts.config
+    tokens_per_parameter = facts.tokens / active_parameters(config.model)
+    found = [
+        "It continues text. It was not trained to follow instructions or to refuse any.",
+        f"It was trained on rows of {config.data.sequence_length:,} tokens, and has not seen text "
+        "that reaches further back.",
+        f"It saw {facts.tokens:,} tokens in this run, {tokens_per_parameter:.3g} for each active "
+        "parameter.",
+    ]
+    if repeats := _repeats(facts):
+        found.append(f"It read its training text {repeats:.3g} times.")
+    found.append(
+        "Its evaluation below is on held-out text of the same data set. Whether it knows any other "
+        "text is not known from this run."
+    )
+    yield "\n".join(f"- {limit}" for limit in found)
+
+
+def training(facts: Facts) -> Iterator[str]:
+    """Yields the data and the hyperparameters of the training."""
+    data, optimizer, train = facts.config.data, facts.config.optimizer, facts.config.train
+    rows = facts.rows
+    yield "## Training Details"
+    yield "### Training Data"
+    table = [
+        ("data set", f"{rows.get('source', data.dataset)}, split `{data.train_split}`"),
+        ("tokenizer", data.tokenizer),
+        ("fingerprint", f"SHA-256 of the rows: `{facts.rows_sha256 or 'no checkpoint yet'}`"),
+    ]
+    if rows:
+        table.append(
+            (
+                "size",
+                f"{rows['num_documents']:,} documents, {rows['num_bytes']:,} bytes, "
+                f"{rows['num_tokens']:,} tokens in {rows['num_rows']:,} rows",
+            )
+        )
+        table.append(("read", f"{_repeats(facts):.3g} times"))
+    yield _table(("field", "value"), table)
+    yield "### Training Hyperparameters"
+    adamw = (
+        f"AdamW, betas {optimizer.beta1} and {optimizer.beta2}, weight decay "
+        f"{optimizer.weight_decay}, gradients clipped to norm {optimizer.clip_norm}"
+    )
+    table = [
+        ("steps", f"{facts.step:,} of {train.steps:,}"),
+        ("batch", f"{train.batch_size:,} rows of {data.sequence_length:,} tokens"),
+        ("tokens", f"{facts.tokens:,}"),
+        ("optimizer", adamw),
+        ("learning rate", _schedule(facts.config)),
+        ("seed", f"{facts.config.seed}"),
+    ]
+    line = next((line for line in reversed(facts.metrics) if "train/loss" in line), None)
+    if line:
+        table.append(("skipped updates", f"{line['train/skipped_steps']:,.0f}"))
+        table.append(("last training loss", f"{line['train/loss']:.4f} nats per token"))
+    yield _table(("field", "value"), table)
+
+
+def _schedule(config: RunConfig) -> str:
+    """Returns the learning rate's course in words."""
+    optimizer = config.optimizer
+    final = optimizer.learning_rate * optimizer.final_learning_rate_fraction
+    fall = "a cosine" if optimizer.schedule == "cosine" else "one minus a square root"
+    return (
+        f"{optimizer.learning_rate:g} after {config.warmup_steps:,} steps of warm-up; "
+        f"{final:g} at the end of the last {config.decay_steps:,} steps, along {fall}"
+    )
+
+
+def evaluation(facts: Facts) -> Iterator[str]:
+    """Yields the metrics of the last evaluation."""
+    data, train = facts.config.data, facts.config.train
+    yield "## Evaluation"
+    lines = [line for line in facts.metrics if "validation/loss" in line]
+    if not lines:
+        yield "The run has not been evaluated yet."
+        return
+    part = f"{train.eval_batches} batches" if train.eval_batches else "the whole"
+    yield (
+        f"On {part} of the split `{data.validation_split}`, at step {lines[-1]['step']:,}. "
+        "The loss is in nats per token. Results are means over the split."
+    )
+    names = [name for name in lines[-1] if name.startswith("validation/")]
+    rows = [(name.removeprefix("validation/"), f"{lines[-1][name]:.4f}") for name in names]
+    yield _table(("metric", "value"), rows)
+
+
+def routing(facts: Facts) -> Iterator[str]:
+    """Yields the statistics of a mixture's routers in the last logged step."""
+    line = next((line for line in reversed(facts.metrics) if "router/max_vio" in line), None)
+    if line is None:
+        return
+    yield "## Model Examination"
+    yield (
+        f"How evenly the routers used the experts in step {line['step']:,}, as means over the "
+        "sparse layers: an even load has `max_vio` 0 and `load_entropy` 1."
+    )
+    names = sorted(name for name in line if name.startswith("router/"))
+    rows = [(name.removeprefix("router/"), f"{line[name]:.4g}") for name in names]
+    yield _table(("statistic", "value"), rows)
+
+
+def compute(facts: Facts) -> Iterator[str]:
+    """Yields what the training took."""
+    config, devices = facts.config, {}
+    if facts.environments:
+        devices = facts.environments[-1].get("devices") or {}
+    per_token = training_flops_per_token(config.model, config.data.sequence_length)
+    rows = [
+        ("training FLOPs", f"{per_token * facts.tokens:.4g} ({per_token:,.0f} for each token)"),
+        (
+            "devices",
+            f"{devices.get('count', 'unknown')} x {' and '.join(devices.get('kinds', []))}",
+        ),
+    ]
+    if hours := _hours(facts):
+        rows.append(("hours of training steps", f"{hours:.3g}"))
+    if mfu := [line["train/mfu"] for line in facts.metrics if "train/mfu" in line]:
+        rows.append(("median MFU", f"{np.median(mfu):.1%}"))
+    if facts.environments:
+        packages = facts.environments[-1].get("packages") or {}
+        rows.append(("software", ", ".join(f"{name} {packages[name]}" for name in packages)))
+        if git := facts.environments[-1].get("git"):
+            changed = ", with changes" if git.get("dirty") else ""
+            rows.append(("code", f"commit {git.get('commit')}{changed}"))
+    yield "## Technical Specifications"
+    yield "### Compute Infrastructure"
+    yield _table(("field", "value"), rows)
+    yield (
+        "FLOPs are those of the model's matmuls, forward and backward, counted from the config. "
+        "Hours are those of training steps, without compiling, evaluating and saving."
+        + (" Both include the steps before the fork." if _is_fork(facts) else "")
+    )
+
+
+def _is_fork(facts: Facts) -> bool:
+    return facts.origin is not None and facts.origin.is_fork
+
+
+def _hours(facts: Facts) -> float:
+    """Returns the hours of all steps by the speeds that were logged, or 0 if none was."""
+    tokens_per_step = facts.tokens / facts.step
+    steps = seconds = 0.0
+    last = 0
+    for line in facts.metrics:
+        if "train/tokens_per_second" in line:
+            steps += line["step"] - last
+            seconds += (line["step"] - last) * tokens_per_step / line["train/tokens_per_second"]
+        last = line["step"]
+    return seconds / steps * facts.step / 3600 if steps else 0.0
+
+
+def _repeats(facts: Facts) -> float:
+    """Returns how often the training text was read, or 0 if its size is not known here."""
+    return facts.step * facts.config.train.batch_size / facts.rows["num_rows"] if facts.rows else 0
+
+
+def _table(head: tuple[str, str], rows: Iterable[tuple[str, str]]) -> str:
+    """Returns a table in Markdown, in which a value cannot end a cell or a line."""
+    lines = [head, ("---", "---"), *rows]
+    cell = lambda text: " ".join(str(text).replace("|", "\\|").split())
+    return "\n".join(f"| {cell(left)} | {cell(right)} |" for left, right in lines)
