@@ -44,8 +44,7 @@ loss        {said["loss"]}
 
 Command:  python -m launch.train --config={path} --workdir=runs/{path.stem}
 Hardware: not run yet.
-Time:     not measured.
-Result:   not measured.
+Time, result: not measured yet.
 """
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from moe.scaling.runs import Runs, list_rows, make_runs
 
 SPARSE_INPUTS = {"experts", "granularity", "density"}  # what only models with experts have
 FAR = 10.0  # times the largest run: budgets beyond this get a note
+EPOCHS = 4  # so often, text may be repeated (Muennighoff et al. 2023, arXiv 2305.16264)
 
 
 def is_sparse(inputs: Iterable[str]) -> bool:
@@ -58,16 +59,22 @@ def check_budgets(law: str, inputs: Iterable[str], has_configs: bool) -> None:
 
 
 def table_configs(runs: Runs) -> list[RunConfig]:
-    """Returns the different configs of a table, which a table of others' runs does not have."""
-    texts = dict.fromkeys(text for text in runs.config if text)
-    configs = []
-    for text in texts:
+    """Returns the different configs of a table's finished runs. Tables from elsewhere have none.
+
+    Raises ConfigError for a config of another version of this code.
+    """
+    finished = runs.take(runs.status == "finished")
+    configs = {}
+    for row, text in zip(finished.row, finished.config, strict=True):
+        if text in configs or not text.startswith("{"):
+            continue  # another program's column of this name is none of ours
         try:
-            configs.append(RunConfig.from_config_dict(json.loads(text)))
+            configs[text] = RunConfig.from_config_dict(json.loads(text))
         except ValueError as error:  # ConfigError is one
-            row = runs.row[list(runs.config).index(text)]
-            raise ConfigError(f"row {row}: column config is no config of a run: {error}") from None
-    return configs
+            raise ConfigError(
+                f"row {row}: column config holds no config of this version: {error}"
+            ) from None
+    return list(configs.values())
 
 
 def law_loss(fit: Fit, every: int = 1) -> Loss:
@@ -148,19 +155,9 @@ def notes(
         found.append(
             "Do not plan by these numbers: the runs do not determine the law's coefficients."
         )
-    largest = float(np.max(runs.flops))
     for optimum, config in zip(optima, configs, strict=True):
         budget = power_text(optimum.budget, 3)
-        if optimum.budget > FAR * largest:
-            found.append(
-                f"{budget} FLOP are {optimum.budget / largest:,.0f} times the largest run's: the "
-                "intervals hold only as far as the law does."
-            )
-        if optimum.at_edge > 0.025:
-            found.append(
-                f"At {budget} FLOP {optimum.at_edge:.0%} of the bootstrap's samples are best at an "
-                "edge of the models that were compared, so the true interval is wider."
-            )
+        found += [f"At {budget} FLOP {note}" for note in _doubts(optimum, runs)]
         if config is not None:
             tokens, flops = planned_tokens(config), planned_flops(config)
             found.append(
@@ -171,3 +168,34 @@ def notes(
     if all(config is None for config in configs):
         found.append("Models are dense, of any size, at 6 FLOPs for each parameter and token.")
     return found
+
+
+def _doubts(optimum: Optimum, runs: Runs) -> Iterator[str]:
+    """Yields what is doubtful about the best model for a budget, as ends of sentences."""
+    times = optimum.budget / float(np.max(runs.flops))
+    if times > FAR:
+        yield (
+            f"a run costs {times:,.0f} times the largest one of the table: the intervals hold only "
+            "as far as the law does."
+        )
+    if optimum.at_edge > 0.5:
+        yield (
+            "there is no best size: the law prefers the smallest or the largest one of the models "
+            "that were compared."
+        )
+    elif optimum.at_edge > 0.025:
+        yield (
+            f"{optimum.at_edge:.0%} of the bootstrap's samples prefer the smallest or the largest "
+            "one of the models that were compared, so the true interval is wider."
+        )
+    most = float(np.max(runs.experts))
+    if most > 1 and optimum.best.get("experts") == most:
+        yield f"the most experts of the table, {most:g}, are best: more might be better still."
+    distinct = runs.tokens / runs.repeats  # NaN where nobody counted how often text was repeated
+    if not np.isnan(distinct).all():
+        epochs = optimum.best["tokens"] / float(np.nanmax(distinct))
+        if epochs > EPOCHS:
+            yield (
+                f"the text of these runs would be repeated {epochs:.2g} times, which teaches less "
+                "than new text: take more text."
+            )

@@ -1,5 +1,6 @@
 """The parts of launch.fit that need no fit: texts, ticks, groups of runs, emitted files."""
 
+import dataclasses
 import json
 from typing import Any
 
@@ -10,6 +11,7 @@ from configs import dense_tiny, moe_30b_a3b, moe_tiny
 from launch.fit.axes import count_text, log_ticks, padded, power_text, round_levels
 from launch.fit.emit import config_file
 from launch.fit.figures import size_groups
+from launch.fit.prediction import notes, table_configs
 from launch.fit.results import (
     HeldOut,
     Results,
@@ -20,8 +22,9 @@ from launch.fit.results import (
     left_out_lines,
     optimum_table,
 )
-from moe.config import RunConfig
+from moe.config import ConfigError, RunConfig
 from moe.scaling.optimum import Optimum
+from moe.scaling.runs import make_runs
 
 
 @pytest.mark.parametrize(
@@ -139,6 +142,42 @@ def test_the_table_of_best_models_shows_experts_only_where_there_are_any() -> No
         head, (row,) = optimum_table([optimum])
         assert ("experts" in head) == ("active" in head) == has_experts
         assert len(head) == len(row) and row[0] == "10¹⁴" and "3.0000" in row
+
+
+def optimum(**best: float) -> Optimum:
+    values = {"parameters": 1e6, "tokens": 2e7, "loss": 3.0} | best
+    return Optimum(1e14, values, {name: (value, value) for name, value in values.items()}, 0.0)
+
+
+def test_notes_say_what_is_doubtful_about_a_best_model() -> None:
+    columns = {"parameters": [1e5, 1e6], "tokens": [1e6, 2e6], "flops": [1e12, 1.1e13]}
+    runs = make_runs(**columns)
+    said = lambda best, runs=runs, known=True: " ".join(notes([best], [None], runs, known))
+    assert (
+        said(optimum()) == "Models are dense, of any size, at 6 FLOPs for each parameter and token."
+    )
+    assert "Do not plan" in said(optimum(), known=False)
+    far = dataclasses.replace(optimum(), budget=1.1e15)
+    assert "costs 100 times the largest one" in said(far)
+    assert "5% of the" in said(dataclasses.replace(optimum(), at_edge=0.05))
+    assert "no best size" in said(dataclasses.replace(optimum(), at_edge=1.0))
+    repeated = make_runs(**columns, repeats=[1.0, 2.0])  # of 1e6 tokens
+    assert "repeated 20 times" in said(optimum(), repeated)
+    assert "repeated" not in said(optimum(tokens=3e6), repeated)
+    sparse = make_runs(**columns, experts=[1, 16], experts_per_token=[1, 2])
+    assert "16, are best" in said(optimum(experts=16.0), sparse)
+    assert "are best" not in said(optimum(experts=8.0), sparse)
+
+
+def test_only_configs_of_this_project_are_read() -> None:
+    ours = json.dumps(RunConfig().to_dict())
+    values = {"parameters": [1e6] * 4, "tokens": [1e7] * 4, "loss": [3.0] * 4}
+    status = ["finished", "finished", "failed", "finished"]
+    runs = make_runs(**values, status=status, config=[ours, "d=64", ours, ours])
+    assert table_configs(runs) == [RunConfig()]
+    runs = make_runs(**values, config=[ours, "", "", '{"depth": 4}'])
+    with pytest.raises(ConfigError, match="row 4: column config holds no config"):
+        table_configs(runs)
 
 
 def test_columns_are_aligned() -> None:
