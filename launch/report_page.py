@@ -7,13 +7,13 @@ commands) is escaped.
 import dataclasses
 import html
 import math
-import string
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from launch.plotting import THEMES, Drawing, picture_html
+from launch.html_page import table, whole_page
+from launch.plotting import Drawing, picture_html
 from launch.report_plots import HEADLINES
 from launch.series import AllSeries
 from moe.config import RunConfig
@@ -45,17 +45,13 @@ def page(run: RunFacts, metrics: AllSeries, sections: Sequence[Section]) -> str:
     parts = [_header(run), _headlines(metrics)]
     parts += [_section(section) for section in sections if section.drawings or section.note]
     columns = ("metric", "last", "at step", "lowest", "highest")
-    parts.append("<h2>Numbers</h2>\n" + _table(columns, _numbers(metrics)))
+    parts.append("<h2>Numbers</h2>\n" + table(columns, _numbers(metrics)))
     note = "<p class=muted>Values that differ from the defaults are in bold.</p>"
     parts.append(f"<h2>Config</h2>\n{note}\n" + _config(run.config))
     if run.environments:
         environments = "".join(map(_environment, run.environments))
         parts.append(f"<h2>Environment</h2>\n{environments}")
-    colours = {
-        f"{theme}_colours": "".join(f"--{role}:{colour};" for role, colour in roles.items())
-        for theme, roles in THEMES.items()
-    }
-    return _PAGE.substitute(colours, title=html.escape(run.name), body="\n".join(parts))
+    return whole_page(run.name, "\n".join(parts))
 
 
 def _header(run: RunFacts) -> str:
@@ -123,14 +119,6 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if 1e4 <= abs(value) < 1e15 else f"{value:.5g}"
 
 
-def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    header = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
-    )
-    return f"<div class='card scroll'><table class=numbers><tr>{header}</tr>{body}</table></div>"
-
-
 def _config(config: dict[str, Any]) -> str:
     """A card for each group of fields: model, model.attention, model.moe, and so on."""
     defaults = dict(_groups(RunConfig().to_dict(), "run"))
@@ -182,67 +170,3 @@ def _plain(value: Any) -> str:
     if isinstance(value, list | tuple):
         return " ".join(map(_plain, value))
     return "unknown" if value is None else str(value) or '""'
-
-
-_PAGE = string.Template("""<!doctype html>
-<html lang=en>
-<meta charset=utf-8>
-<meta name=viewport content="width=device-width, initial-scale=1">
-<meta name=color-scheme content="light dark">
-<title>$title</title>
-<style>
-:root { $light_colours --page: #f6f7f8; }
-@media (prefers-color-scheme: dark) { :root { $dark_colours --page: #14171b; } }
-body { max-width: 74rem; margin: 0 auto; padding: 2.5rem 1rem 4rem;
-       background: var(--page); color: var(--text); overflow-wrap: anywhere;
-       font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-h1 { margin: 0; font-size: 1.9rem; line-height: 1.2; }
-h2 { margin: 2.75rem 0 .75rem; font-size: 1.2rem; }
-h3 { margin: 0 0 .4rem; font-size: .95rem; }
-p { margin: .35rem 0 .9rem; }
-small, dt, .muted, th, td:first-child { color: var(--muted); }
-.card { background: var(--card); border: 1px solid var(--rule); border-radius: .6rem;
-        padding: .9rem 1rem; min-width: 0; }
-.headlines { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr));
-             gap: .75rem; margin: 1.5rem 0 0; }
-dt { font-size: .85rem; }
-dd { margin: 0; font-size: 1.35rem; font-variant-numeric: tabular-nums; }
-dd small { display: block; font-size: .8rem; line-height: 1.35; }
-.plots { display: grid; gap: .75rem;
-         grid-template-columns: repeat(auto-fill, minmax(min(100%, 28rem), 1fr)); }
-.plots .card { padding: .5rem; }
-.config { columns: 20rem; column-gap: .75rem; }
-.config .card { break-inside: avoid; margin-bottom: .75rem; }
-figure { margin: 0; }
-img { display: block; width: 100%; height: auto; }
-table { border-collapse: collapse; width: 100%; font-size: .9rem;
-        font-variant-numeric: tabular-nums; }
-th { font-weight: 500; }
-td, th { padding: .2rem .75rem .2rem 0; text-align: left; vertical-align: top; }
-td + td, th + th { padding-right: 0; padding-left: .75rem; }
-.numbers td + td, .numbers th + th, .config td + td { text-align: right; }
-.numbers { border-collapse: separate; border-spacing: 0; }
-.numbers td + td, .numbers th { white-space: nowrap; }
-.numbers td { border-top: 1px solid var(--rule); }
-.scroll { overflow-x: auto; padding-left: 0; padding-right: 0; }
-.scroll td:last-child, .scroll th:last-child { padding-right: 1rem; }
-.scroll td:first-child, .scroll th:first-child { position: sticky; left: 0; padding-left: 1rem;
-                                                background: var(--card); }
-.scroll td:first-child { min-width: 11rem; }
-.changed td + td { color: var(--text); font-weight: 700; }
-.changed td:first-child { color: var(--text); }
-.changed small { display: block; font-weight: 400; }
-.config td + td { min-width: 5rem; }
-details { margin-bottom: .75rem; }
-summary { cursor: pointer; }
-details table { margin-top: .5rem; }
-details td:first-child { width: 6rem; }
-@media (max-width: 30rem) {
-  body { padding: 1.5rem .6rem 3rem; }
-  .plots .card { padding: .25rem; }
-  .numbers { font-size: .8rem; }
-}
-</style>
-$body
-</html>
-""")

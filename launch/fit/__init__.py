@@ -1,0 +1,1 @@
+"""Fits scaling laws to tables of runs and predicts from them: python -m launch.fit --help."""

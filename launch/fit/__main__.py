@@ -1,0 +1,218 @@
+"""Fits a scaling law to a table of runs, says how sure it is, and predicts the best model.
+
+Examples:
+    python -m launch.fit --runs=runs/isoflop_tiny/runs.parquet --law=chinchilla
+    python -m launch.fit --runs=runs/isoflop_tiny/runs.parquet --law=chinchilla \\
+        --budget=1e14,1e15 --emit=configs/best.py
+    python -m launch.fit --runs=theirs.csv --law=chinchilla --output=fits/theirs \\
+        --column_parameters=N --column_tokens=D --column_loss=final_loss \\
+        --parameters_unit=millions --tokens_unit=billions --where=dataset=c4
+    python -m launch.fit --runs=ladder.csv --law=clark --where=router=S-Base --where=seed=42
+
+--runs is a table that launch.sweep wrote, or any CSV or Parquet file with a row for each run. A
+table needs three columns, parameters, tokens and loss (nats per token, at the end of training); a
+law may need more, and says so. If the columns have other names, --column_NAME=THEIR_NAME names
+them. FLOPs, if there is no such column, are 6 for each active parameter and token. Runs whose
+status is not "finished" and losses that are not finite are left out, with the reason.
+
+--law is one of:
+{laws}
+
+Prints the coefficients with 95 % intervals, from a bootstrap over runs; how the fit went; how well
+the law, fitted without the largest budget, predicts that budget's runs; and warnings. Read those
+first: they say when the numbers above them mean little, and what to do about it.
+
+--budget finds the best model for a number of training FLOPs: the law is minimised over models. If
+the table has a column `config`, as tables of launch.sweep have, these are the models of the table
+and models scaled from them by the rules of moe/scaling/shapes.py, with exact FLOPs; otherwise they
+are dense models of any size, at 6 FLOPs for each parameter and token. --emit writes the config of
+the best model for the largest budget, to train it with launch.train. A law that cannot say what is
+asked for is refused in one line.
+
+Writes to --output, by default DIRECTORY_OF_TABLE/fit_LAW: index.html, a page that holds everything
+and needs no network; its figures as PNG files; and fit.json, with every number. The same table,
+flags and --seed give the same bytes.
+
+Exit codes: 0 done, also with warnings; 2 bad input, told in one line; 75 interrupted.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from absl import flags
+
+from launch import command_line
+from launch.fit import table
+from launch.fit.emit import config_file, docstring
+from launch.fit.page import law_page
+from launch.fit.results import Results, as_json, as_text
+from launch.fit.solve import Request, Solution, check, law_texts, solve
+from launch.plotting import Drawing, write_drawing
+from moe.config import ConfigError
+from moe.config.checks import expand_path
+from moe.files import write_whole
+from moe.scaling.candidates import Candidate
+
+LEAST_BOOTSTRAPS = 100  # fewer have no 95 % interval worth the name
+
+
+def main(values: flags.FlagValues) -> None:
+    emit = read_emit(values.emit, values.budget or [])
+    output = output_directory(values)
+    results, drawings, config = find(values)
+    print(as_text(results))
+    write(output, results, drawings)
+    print(f"\nwrote {output / 'index.html'}, its figures and fit.json beside it")
+    if emit and config:
+        write_whole(emit, config_file(config, docstring(emit, results)))
+        print(f"wrote {emit}; train it with: python -m launch.train --config={emit} --workdir=DIR")
+
+
+def find(values: flags.FlagValues) -> Solution:
+    """Fits and predicts what the flags say. Raises ConfigError before anything takes long."""
+    if values.law not in law_texts():
+        raise ConfigError(
+            f"--law={values.law} is no law: set --law to one of {', '.join(law_texts())}"
+        )
+    if values.bootstraps < LEAST_BOOTSTRAPS:
+        raise ConfigError(
+            f"--bootstraps={values.bootstraps} are too few for an interval: "
+            f"set --bootstraps to at least {LEAST_BOOTSTRAPS}"
+        )
+    budgets = table.read_budgets(values.budget or [])
+    path = Path(expand_path("--runs", values.runs))
+    request = Request(
+        law=values.law,
+        path=path,
+        runs=table.read_table(path, values),
+        budgets=budgets,
+        emit=values.emit,
+        seed=values.seed,
+        starts=values.starts,
+        bootstraps=values.bootstraps,
+        loss_unit=values.loss_unit,
+    )
+    with naming(path):
+        candidates = check(request)
+    make_output(output_directory(values))
+    with naming(path):
+        return solve_with_bar(request, candidates)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Puts the table's path before an error. The checks of runs do not know where they are from."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def make_output(path: Path) -> None:
+    """Makes the directory to write to. Raises ConfigError before a fit that could not be kept."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        reason = "" if os.access(path, os.W_OK) else "Permission denied"
+    except OSError as error:
+        reason = error.strerror
+    if reason:
+        raise ConfigError(
+            f"--output={path} cannot be written ({reason}): set --output to a directory that can"
+        )
+
+
+def output_directory(values: flags.FlagValues) -> Path:
+    """Returns the directory to write to. Raises ConfigError for a text that is no path."""
+    if values.output:
+        return Path(expand_path("--output", values.output))
+    return Path(expand_path("--runs", values.runs)).parent / f"fit_{values.law}"
+
+
+def solve_with_bar(request: Request, candidates: Sequence[Candidate]) -> Solution:
+    """Returns what the fit says, and shows a bar while the bootstrap runs."""
+    from tqdm import tqdm
+
+    with tqdm(desc=f"fitting {request.law}", disable=None, leave=False) as bar:
+
+        def progress(done: int, total: int, what: str) -> None:
+            bar.total = total
+            bar.set_description(what, refresh=False)
+            bar.update(done - bar.n)
+
+        return solve(request, candidates, progress)
+
+
+def read_emit(text: str | None, budgets: Sequence[str]) -> Path | None:
+    """Returns the path of --emit. Raises ConfigError where nothing can be written to it."""
+    if text is None:
+        return None
+    path = Path(expand_path("--emit", text))
+    if not budgets:
+        raise ConfigError(f"--emit={text} needs a budget: set --budget to a number of FLOPs")
+    if path.suffix != ".py" or not path.parent.is_dir():
+        raise ConfigError(
+            f"--emit={text} is no place for a config file: "
+            "set --emit to a file NAME.py in a directory that exists"
+        )
+    return path
+
+
+def write(output: Path, results: Results, drawings: Sequence[Drawing]) -> None:
+    """Writes the figures, the page and the numbers."""
+    from tqdm import tqdm
+
+    for drawing in tqdm(drawings, desc="drawing", disable=None, leave=False):
+        write_drawing(drawing, output)
+    write_whole(output / "fit.json", as_json(results))
+    write_whole(output / "index.html", law_page(results, drawings, output))
+
+
+def define_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
+    """Defines the flags of this command."""
+    flags.DEFINE_string(
+        "law", None, "The law to fit. Required.", required=True, flag_values=flag_values
+    )
+    flags.DEFINE_list(
+        "budget",
+        None,
+        "Training FLOPs to find the best model for, as in 1e15,1e16.",
+        flag_values=flag_values,
+    )
+    flags.DEFINE_string(
+        "emit",
+        None,
+        "The config file to write for the best model of the largest budget.",
+        flag_values=flag_values,
+    )
+    flags.DEFINE_string(
+        "output",
+        None,
+        "The directory to write to; fit_LAW beside the table by default.",
+        flag_values=flag_values,
+    )
+    flags.DEFINE_integer(
+        "seed", 0, "The seed of the starts and the bootstrap.", 0, flag_values=flag_values
+    )
+    flags.DEFINE_integer(
+        "starts", 200, "The number of starts of the optimiser.", 1, flag_values=flag_values
+    )
+    flags.DEFINE_integer(
+        "bootstraps", 1000, "The number of the bootstrap's samples.", flag_values=flag_values
+    )
+    table.define_flags(flag_values)
+
+
+def help_text() -> str:
+    """Returns what --help prints: this file's docstring, with the laws."""
+    lines = [
+        f"    {name:13} {formula}\n{'':18}({source})"
+        for name, (formula, source) in law_texts().items()
+    ]
+    return (__doc__ or "").format(laws="\n".join(lines))
+
+
+if __name__ == "__main__":
+    define_flags()
+    command_line.run(main, help_text())

@@ -1,0 +1,321 @@
+"""The figures of a law: what was fitted, how far it is off, and what it says of other budgets.
+
+Runs are dots, whose shade is their training FLOPs. A law is a line of the first colour, with its
+95 % interval as a band around it. What the law says of a budget that was asked for is a diamond of
+the second colour.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from launch.fit.axes import (
+    BAND,
+    DOT,
+    add_bar,
+    count_text,
+    diamonds,
+    padded,
+    power_text,
+    round_levels,
+    set_counts,
+    set_flops,
+    set_losses,
+    shade_by,
+    shade_of,
+    shades,
+)
+from launch.plotting import Colours, Drawing, place_legend
+from moe.scaling.laws.isoflop import Curve
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Surface = Callable[[np.ndarray, np.ndarray], np.ndarray]  # the loss at parameters and tokens
+
+SAME_SIZE = 1.1  # models whose sizes differ by less than this factor share a line
+
+
+@dataclasses.dataclass(frozen=True)
+class Words:
+    """How the axes name what they show: which parameters are counted, and the unit of losses."""
+
+    size: str = "parameters"
+    loss: str = "loss, nats per token"
+
+
+@dataclasses.dataclass(frozen=True)
+class Points:
+    """The runs that a law was fitted to, as columns, and what the law says of each."""
+
+    parameters: np.ndarray  # those that the law counts
+    tokens: np.ndarray
+    flops: np.ndarray
+    loss: np.ndarray
+    predicted: np.ndarray
+    experts: np.ndarray
+    granularity: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Best:
+    """The best models over budgets. Each array [budgets, 3] holds values, low and high ends."""
+
+    budgets: np.ndarray
+    parameters: np.ndarray
+    tokens: np.ndarray
+    loss: np.ndarray  # empty for a law that says no loss
+
+
+def isoflop_drawing(curves: Sequence[Curve], words: Words) -> Drawing:
+    """Returns the losses of each budget over sizes, with their parabolas and minima."""
+    paint = functools.partial(_paint_curves, curves, words)
+    return Drawing("isoflop", "Loss over size for each budget", paint)
+
+
+def _paint_curves(curves: Sequence[Curve], words: Words, axes: "Axes", colours: Colours) -> None:
+    mapped = shade_by(colours, np.array([curve.flops for curve in curves]))
+    for curve in curves:
+        shade = shade_of(mapped, curve.flops)
+        low, high = np.log(padded(curve.parameters[curve.used], 0.05))
+        x = np.linspace(low, high, 100)
+        axes.plot(np.exp(x), np.polyval(curve.parabola[::-1], x), color=shade, linewidth=1.3)
+        axes.plot(curve.parameters[curve.used], curve.loss[curve.used], color=shade, **DOT)
+        others: dict[str, Any] = DOT | {"markerfacecolor": "none", "markeredgewidth": 0.9}
+        axes.plot(curve.parameters[~curve.used], curve.loss[~curve.used], color=shade, **others)
+    good = [curve for curve in curves if not curve.problem]
+    x, y = [curve.best_parameters for curve in good], [curve.best_loss for curve in good]
+    diamonds(axes, x, y, colours["second"], colours["card"], "minimum")
+    if any(not curve.used.all() for curve in curves):
+        hollow: dict[str, Any] = DOT | {"markerfacecolor": "none"}
+        axes.plot([], [], color=colours["muted"], label="run far from the minimum", **hollow)
+    axes.plot([], [], color=colours["muted"], label="run", **DOT)
+    sizes = np.concatenate([curve.parameters for curve in curves])
+    losses = np.concatenate([curve.loss for curve in curves])
+    near = np.concatenate([curve.loss[curve.used] for curve in curves])
+    bottom, top = padded(losses)
+    # Runs far from the minima would leave the parabolas no room. Those beyond the top are not seen.
+    top = min(top, float(near.max() * (near.max() / near.min()) ** 0.4))
+    set_counts(axes.xaxis, words.size, *padded(sizes))
+    set_losses(axes.yaxis, words.loss, bottom, max(top, 1.001 * float(near.max())))
+    add_bar(axes, mapped, "training FLOPs", power_text)
+    place_legend(axes)
+
+
+def contour_drawing(
+    loss: Surface, points: Points, best: Best, asked: Best, words: Words
+) -> Drawing:
+    """Returns the law as lines of equal loss over parameters and tokens."""
+    paint = functools.partial(_paint_contours, loss, points, best, asked, words)
+    return Drawing("contours", "Lines of equal loss", paint)
+
+
+def _paint_contours(
+    loss: Surface,
+    points: Points,
+    best: Best,
+    asked: Best,
+    words: Words,
+    axes: "Axes",
+    colours: Colours,
+) -> None:
+    x_ends = padded(np.concatenate([points.parameters, asked.parameters[:, 0]]), 0.08)
+    y_ends = padded(np.concatenate([points.tokens, asked.tokens[:, 0]]), 0.08)
+    x, y = np.geomspace(*x_ends, 160), np.geomspace(*y_ends, 160)
+    surface = loss(*np.meshgrid(x, y))
+    highest = min(float(np.max(points.predicted)), float(np.percentile(surface, 97)))
+    levels = round_levels(float(surface.min()), highest)
+    if len(levels) > 1:
+        _paint_levels(axes, colours, x, y, surface, levels)
+    small = DOT | {"markersize": 3, "alpha": 0.8}
+    axes.plot(points.parameters, points.tokens, color=colours["muted"], label="run", **small)
+    line = {"color": colours["text"], "linewidth": 1.6, "label": "best for its budget"}
+    axes.plot(best.parameters[:, 0], best.tokens[:, 0], **line)
+    _paint_asked(axes, colours, asked.parameters[:, 0], asked.tokens[:, 0])
+    set_counts(axes.xaxis, words.size, *x_ends)
+    set_counts(axes.yaxis, "tokens", *y_ends)
+    axes.grid(False)
+    place_legend(axes)
+
+
+def _paint_levels(
+    axes: "Axes",
+    colours: Colours,
+    x: np.ndarray,
+    y: np.ndarray,
+    surface: np.ndarray,
+    levels: list[float],
+) -> None:
+    """Paints lines at some losses, with the losses on them, and the areas between them."""
+    from matplotlib.patheffects import withStroke
+
+    shown: dict[str, Any] = {"levels": levels, "cmap": shades(colours).reversed()}
+    axes.contourf(x, y, surface, alpha=0.16, extend="both", **shown)
+    lines = axes.contour(x, y, surface, linewidths=0.9, **shown)
+    labels = axes.clabel(lines, fontsize=7, fmt="%g", colors=colours["text"], inline=False)
+    for label in labels:
+        label.set_path_effects([withStroke(linewidth=2, foreground=colours["card"])])
+
+
+def residual_drawing(points: Points, words: Words) -> Drawing:
+    """Returns how far each run is above or below the law."""
+    paint = functools.partial(_paint_residuals, points, words)
+    return Drawing("residuals", "Residuals of the fitted runs", paint)
+
+
+def _paint_residuals(points: Points, words: Words, axes: "Axes", colours: Colours) -> None:
+    percent = 100 * (points.loss / points.predicted - 1)
+    spread = float(np.sqrt(np.mean(percent**2)))
+    mapped = shade_by(colours, points.flops)
+    axes.axhline(0, color=colours["text"], linewidth=1)
+    axes.axhspan(-spread, spread, color=colours["first"], alpha=BAND / 2, linewidth=0)
+    shown = {"c": points.flops, "norm": mapped.norm, "cmap": mapped.cmap}
+    axes.scatter(points.predicted, percent, s=18, zorder=3, **shown)
+    set_losses(axes.xaxis, f"predicted {words.loss}", *padded(points.predicted))
+    axes.set_ylabel("measured − predicted, %")
+    limit = 1.3 * float(np.max(np.abs(percent), initial=1e-3))
+    axes.set_ylim(-limit, limit)
+    note = f"band: root mean square, {spread:.2g} %"
+    axes.text(0.99, 0.97, note, transform=axes.transAxes, ha="right", va="top", fontsize=8.5)
+    add_bar(axes, mapped, "training FLOPs", power_text)
+
+
+def held_out_drawing(
+    budget: float, x: np.ndarray, errors: np.ndarray, repeated: np.ndarray, x_name: str
+) -> Drawing:
+    """Returns the errors of predicting the largest budget from the others, over `x`.
+
+    `errors` are relative. So are those of `repeated`, which predicts the loss that the next smaller
+    budget reached.
+    """
+    paint = functools.partial(_paint_held_out, x, errors, repeated, x_name)
+    return Drawing("held_out", f"Predicting {power_text(budget)} FLOP from less", paint)
+
+
+def _paint_held_out(
+    x: np.ndarray,
+    errors: np.ndarray,
+    repeated: np.ndarray,
+    x_name: str,
+    axes: "Axes",
+    colours: Colours,
+) -> None:
+    axes.axhline(0, color=colours["text"], linewidth=1)
+    for values, role, marker, label in (
+        (repeated, "second", "X", "repeating the next smaller budget's loss"),
+        (errors, "first", "o", "the law"),
+    ):
+        axes.vlines(x, 0, 100 * values, color=colours[role], linewidth=1, alpha=0.5)
+        style = DOT | {"marker": marker, "markersize": 6, "markeredgewidth": 0}
+        axes.plot(x, 100 * values, color=colours[role], label=label, **style)
+    set_counts(axes.xaxis, x_name, *padded(x))
+    _tick_few(axes, x)
+    axes.set_ylabel("predicted − measured, %")
+    axes.margins(y=0.12)
+    place_legend(axes)
+
+
+def experts_drawing(points: Points, words: Words) -> Drawing:
+    """Returns losses over the number of experts, or over their granularity if that varies alone."""
+    has_experts = len(np.unique(points.experts)) > 1
+    name = "experts" if has_experts else "granularity"
+    title = "Loss over the number of experts" if has_experts else "Loss over granularity"
+    return Drawing("experts", title, functools.partial(_paint_experts, name, points, words))
+
+
+def _paint_experts(name: str, points: Points, words: Words, axes: "Axes", colours: Colours) -> None:
+    x = getattr(points, name)
+    mapped = shade_by(colours, points.parameters)
+    for chosen in size_groups(points.parameters, points.tokens):
+        order = chosen[np.argsort(x[chosen], kind="stable")]
+        shade = shade_of(mapped, float(np.median(points.parameters[order])))
+        axes.plot(x[order], points.predicted[order], color=shade, linewidth=1.3)
+        axes.plot(x[order], points.loss[order], color=shade, **DOT)
+    axes.plot([], [], color=colours["muted"], label="run", **DOT)
+    axes.plot([], [], color=colours["muted"], linewidth=1.3, label="the law")
+    set_counts(axes.xaxis, name, *padded(x))
+    _tick_few(axes, x)
+    set_losses(axes.yaxis, words.loss, *padded(np.concatenate([points.loss, points.predicted])))
+    add_bar(axes, mapped, words.size, count_text)
+    place_legend(axes)
+
+
+def _tick_few(axes: "Axes", x: np.ndarray) -> None:
+    """Puts the horizontal ticks on the values themselves, if these are few and far apart."""
+    values = np.unique(x)
+    if len(values) <= 10 and np.all(values[1:] >= 1.5 * values[:-1]):
+        axes.set_xticks(values)
+
+
+def size_groups(parameters: np.ndarray, tokens: np.ndarray) -> list[np.ndarray]:
+    """Returns the indices of runs that have nearly the same size and as many tokens."""
+    order = np.argsort(parameters, kind="stable")
+    jumps = np.diff(np.log(parameters[order])) > np.log(SAME_SIZE)
+    size_number = np.empty(len(order), int)
+    size_number[order] = np.concatenate([[0], np.cumsum(jumps)])
+    token_number = np.round(np.log(tokens) / np.log(SAME_SIZE)).astype(int)
+    keys = np.stack([size_number, token_number], 1)
+    _, group = np.unique(keys, axis=0, return_inverse=True)
+    return [np.flatnonzero(group.ravel() == number) for number in range(group.max() + 1)]
+
+
+def best_drawings(
+    best: Best, points: Points, asked: Best, curves: Sequence[Curve], words: Words
+) -> list[Drawing]:
+    """Returns the best parameters, tokens and loss over budgets, with their intervals."""
+    drawings = []
+    for name, title, label in (
+        ("parameters", "The best size for a budget", words.size),
+        ("tokens", "The best number of tokens for a budget", "tokens"),
+        ("loss", "The best loss for a budget", words.loss),
+    ):
+        if len(getattr(best, name)):
+            paint = functools.partial(_paint_best, name, label, best, points, asked, curves)
+            drawings.append(Drawing(f"best_{name}", title, paint))
+    return drawings
+
+
+def _paint_best(
+    name: str,
+    label: str,
+    best: Best,
+    points: Points,
+    asked: Best,
+    curves: Sequence[Curve],
+    axes: "Axes",
+    colours: Colours,
+) -> None:
+    value, low, high = getattr(best, name).T
+    measured = getattr(points, name)
+    band = {"alpha": BAND, "linewidth": 0, "color": colours["first"]}
+    axes.fill_between(best.budgets, low, high, label="95 % interval", **band)
+    axes.plot(best.budgets, value, color=colours["first"], linewidth=1.6, label="the law")
+    faint = DOT | {"markersize": 3, "alpha": 0.7}
+    axes.plot(points.flops, measured, color=colours["muted"], label="run", **faint)
+    minima = [curve for curve in curves if not curve.problem]
+    if minima:
+        heights = [getattr(curve, f"best_{name}") for curve in minima]
+        style = DOT | {"marker": "s", "markersize": 4.5}
+        budgets = [curve.flops for curve in minima]
+        axes.plot(budgets, heights, color=colours["third"], label="iso-FLOP minimum", **style)
+    found = getattr(asked, name)  # empty where no budget was asked for
+    _paint_asked(axes, colours, asked.budgets, found[:, 0], found[:, 1:])
+    ends = padded(np.concatenate([best.budgets, points.flops]), 0.02)
+    set_flops(axes.xaxis, "training FLOPs", *ends)
+    set_vertical = set_losses if name == "loss" else set_counts
+    set_vertical(axes.yaxis, label, *padded(np.concatenate([low, high, measured])))
+    place_legend(axes)
+
+
+def _paint_asked(
+    axes: "Axes", colours: Colours, x: np.ndarray, y: np.ndarray, ends: np.ndarray | None = None
+) -> None:
+    """Marks the best models of the budgets that were asked for, with bars between both `ends`."""
+    if len(x) == 0:
+        return
+    if ends is not None:
+        axes.vlines(x, ends[:, 0], ends[:, 1], color=colours["second"], linewidth=1.3, zorder=4)
+    diamonds(axes, x, y, colours["second"], colours["card"], "asked for")

@@ -1,0 +1,201 @@
+"""What a fitted law says of budgets: the best models, and their spread over the bootstrap."""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+
+from launch.fit.axes import count_text, power_text
+from moe.config import ConfigError, RunConfig
+from moe.scaling.candidates import (
+    Candidate,
+    columns_at,
+    planned_flops,
+    planned_tokens,
+)
+from moe.scaling.laws import Fit, Law, predict_samples
+from moe.scaling.laws.isoflop import IsoFlop
+from moe.scaling.optimum import Columns, Loss, Optimum, best_point, best_size, summarise
+from moe.scaling.runs import Runs, list_rows, make_runs
+
+SPARSE_INPUTS = {"experts", "granularity", "density"}  # what only models with experts have
+FAR = 10.0  # times the largest run: budgets beyond this get a note
+EPOCHS = 4  # so often, text may be repeated (Muennighoff et al. 2023, arXiv 2305.16264)
+
+
+def is_sparse(inputs: Iterable[str]) -> bool:
+    """Returns whether a law with these inputs says what experts do to the loss."""
+    return bool(SPARSE_INPUTS & set(inputs))
+
+
+def can_spend(inputs: Iterable[str]) -> bool:
+    """Returns whether a law with these inputs weighs the size of a model against its tokens."""
+    return bool({"tokens", "tokens_per_parameter"} & set(inputs))
+
+
+def check_dense(law: str, runs: Runs) -> None:
+    """Raises ConfigError if a law of dense models is to describe models with experts."""
+    rows = runs.row[runs.experts > 1]
+    if len(rows):
+        raise ConfigError(
+            f"--law={law} describes dense models, and {list_rows(rows)} have experts: "
+            "set --law to a law of experts, or keep the dense runs with --where"
+        )
+
+
+def check_budgets(law: str, inputs: Iterable[str], has_configs: bool) -> None:
+    """Raises ConfigError if a law cannot say how to spend a budget."""
+    if not can_spend(inputs):
+        raise ConfigError(
+            f"--budget: --law={law} does not weigh size against tokens, so it cannot say how to "
+            "spend a budget: leave --budget out, or choose another law"
+        )
+    if is_sparse(inputs) and not has_configs:
+        raise ConfigError(
+            f"--budget: --law={law} needs models with experts to choose from, and there is no "
+            "column config: leave --budget out, or give a table of launch.sweep"
+        )
+
+
+def table_configs(runs: Runs) -> list[RunConfig]:
+    """Returns the different configs of a table's finished runs. Tables from elsewhere have none.
+
+    Raises ConfigError for a config of another version of this code.
+    """
+    finished = runs.take(runs.status == "finished")
+    configs = {}
+    for row, text in zip(finished.row, finished.config, strict=True):
+        if text in configs or not text.startswith("{"):
+            continue  # another program's column of this name is none of ours
+        try:
+            configs[text] = RunConfig.from_config_dict(json.loads(text))
+        except ValueError as error:  # ConfigError is one
+            raise ConfigError(
+                f"row {row}: column config holds no config of this version: {error}"
+            ) from None
+    return list(configs.values())
+
+
+def law_loss(fit: Fit, every: int = 1) -> Loss:
+    """Returns a law as a function of columns: the fit itself, then every n-th bootstrap sample."""
+    own = np.array([[fit.coefficients[name] for name in fit.law.coefficients]])
+    samples_SK = np.concatenate([own, fit.samples[::every]])
+
+    def loss(columns: Columns) -> np.ndarray:
+        return predict_samples(fit.law, samples_SK, make_runs(**columns))
+
+    return loss
+
+
+def size_name(law: Law) -> str:
+    """Returns the name of what a law counts as a model's size."""
+    if {"body", "active_body"} & set(law.inputs):
+        return "parameters without embeddings"
+    return "active parameters" if is_sparse(law.inputs) and "active" in law.inputs else "parameters"
+
+
+def sizes(law: Law, columns: Columns) -> np.ndarray:
+    """Returns the sizes that a law counts, from the columns of runs or of points."""
+    counts_all = {"body", "parameters"} & set(law.inputs)
+    counted = columns["parameters" if counts_all else "active_parameters"]
+    excludes = {"body", "active_body"} & set(law.inputs)
+    return counted - columns["embedding_parameters"] if excludes else counted
+
+
+def best_model(
+    law: Law, loss: Loss, candidates: Sequence[Candidate], budget: float
+) -> tuple[Optimum, RunConfig | None]:
+    """Returns the best model for a budget, and the config that trains it.
+
+    Without candidates it is a dense model of any size, which has no config.
+    """
+    if not candidates:
+        return best_size(loss, budget, {}), None
+    is_edge_P = np.array([candidate.is_edge for candidate in candidates])
+    columns = columns_at(candidates, budget)
+    columns["size"] = sizes(law, columns)
+    place, optimum = best_point(loss, budget, columns, is_edge_P)
+    return optimum, candidates[place].run(budget)
+
+
+def isoflop_model(
+    found: IsoFlop, candidates: Sequence[Candidate], budget: float
+) -> tuple[Optimum, RunConfig | None]:
+    """Returns the model of the size that approach 2 gives for a budget, and its config.
+
+    With candidates it is the one whose size is nearest. Approach 2 says no loss.
+    """
+    own = np.array([list(found.coefficients.values())])
+    samples_SK = np.concatenate([own, found.samples])
+    size_S, tokens_S = (
+        samples_SK[:, first] * budget ** samples_SK[:, first + 1] for first in (0, 2)
+    )
+    if not candidates:
+        columns = dict.fromkeys(("size", "parameters", "active_parameters"), size_S)
+        return summarise(budget, columns | {"tokens": tokens_S}, at_edge=0.0), None
+    columns = columns_at(candidates, budget)
+    columns["size"] = columns["active_parameters"]
+    is_edge_P = np.array([candidate.is_edge for candidate in candidates])
+    distance_SP = np.abs(np.log(columns["size"] / size_S[:, None]))
+    place, optimum = best_point(lambda _: distance_SP, budget, columns, is_edge_P)
+    best = {name: value for name, value in optimum.best.items() if name != "loss"}
+    return dataclasses.replace(optimum, best=best), candidates[place].run(budget)
+
+
+def notes(
+    optima: Sequence[Optimum],
+    configs: Sequence[RunConfig | None],
+    runs: Runs,
+    is_identifiable: bool,
+) -> list[str]:
+    """Returns what a reader has to know beside the table of best models, as sentences."""
+    found = []
+    if not is_identifiable:
+        found.append(
+            "Do not plan by these numbers: the runs do not determine the law's coefficients."
+        )
+    for optimum, config in zip(optima, configs, strict=True):
+        budget = power_text(optimum.budget, 3)
+        found += [f"At {budget} FLOP {note}" for note in _doubts(optimum, runs)]
+        if config is not None:
+            tokens, flops = planned_tokens(config), planned_flops(config)
+            found.append(
+                f"At {budget} FLOP the config trains {config.train.steps:,} steps of "
+                f"{config.train.batch_size} rows: {count_text(tokens)} tokens, "
+                f"{power_text(flops, 5)} FLOP."
+            )
+    if all(config is None for config in configs):
+        found.append("Models are dense, of any size, at 6 FLOPs for each parameter and token.")
+    return found
+
+
+def _doubts(optimum: Optimum, runs: Runs) -> Iterator[str]:
+    """Yields what is doubtful about the best model for a budget, as ends of sentences."""
+    times = optimum.budget / float(np.max(runs.flops))
+    if times > FAR:
+        yield (
+            f"a run costs {times:,.0f} times the largest one of the table: the intervals hold only "
+            "as far as the law does."
+        )
+    if optimum.at_edge > 0.5:
+        yield (
+            "there is no best size: the law prefers the smallest or the largest one of the models "
+            "that were compared."
+        )
+    elif optimum.at_edge > 0.025:
+        yield (
+            f"{optimum.at_edge:.0%} of the bootstrap's samples prefer the smallest or the largest "
+            "one of the models that were compared, so the true interval is wider."
+        )
+    most = float(np.max(runs.experts))
+    if most > 1 and optimum.best.get("experts") == most:
+        yield f"the most experts of the table, {most:g}, are best: more might be better still."
+    distinct = runs.tokens / runs.repeats  # NaN where nobody counted how often text was repeated
+    if not np.isnan(distinct).all():
+        epochs = optimum.best["tokens"] / float(np.nanmax(distinct))
+        if epochs > EPOCHS:
+            yield (
+                f"the text of these runs would be repeated {epochs:.2g} times, which teaches less "
+                "than new text: take more text."
+            )

@@ -1,0 +1,130 @@
+"""Lists the configs that could spend a budget: those of a table of runs, scaled to other widths.
+
+A width that the table has keeps the table's own model. For any other width, the nearest model with
+the same experts is scaled by the rule of moe/scaling/shapes.py. Learning rate, batch, warm-up and
+steps follow from the size and the tokens by the same file's rules.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+
+from moe.config import ConfigError, ModelConfig, RunConfig
+from moe.scaling.flops import (
+    active_parameters,
+    embedding_parameters,
+    total_parameters,
+    training_flops_per_token,
+)
+from moe.scaling.shapes import scale_model, scale_run, tune
+
+WIDTH_STEP = 8  # widths are multiples of this
+GROWTH = 1.04  # the ratio of two neighbouring widths, where WIDTH_STEP is less than that
+REACH = 8  # how many times narrower, or wider, than the table's models a candidate may be
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A model that could be trained, with its counts."""
+
+    model: ModelConfig
+    base: RunConfig  # the run of the table that the model is scaled from
+    flops_per_token: float
+    columns: dict[str, float]  # those of a table of runs that do not depend on the tokens
+    is_edge: bool  # it is the narrowest, or the widest, model with its experts
+
+    def run(self, budget: float) -> RunConfig:
+        """Returns the config that spends a budget on this model, to within half a step."""
+        return scale_run(
+            self.base, self.model, budget / self.flops_per_token, rate_factor(self.base)
+        )
+
+
+def rate_factor(base: RunConfig) -> float:
+    """Returns how many times the rule's learning rate a run has. Scaled runs keep this factor."""
+    rule = tune(base.model, base.data.sequence_length, planned_tokens(base))
+    return base.optimizer.learning_rate / rule.learning_rate
+
+
+def planned_tokens(config: RunConfig) -> int:
+    """Returns the number of tokens that a run is trained on."""
+    return config.train.steps * config.train.batch_size * config.data.sequence_length
+
+
+def planned_flops(config: RunConfig) -> float:
+    """Returns the FLOPs of a run's training."""
+    length = config.data.sequence_length
+    return planned_tokens(config) * training_flops_per_token(config.model, length)
+
+
+def list_candidates(
+    bases: Sequence[RunConfig], progress: Callable[[int, int], None] | None = None
+) -> list[Candidate]:
+    """Returns the models of a table's runs, and these models at other widths."""
+    groups: dict[tuple, dict[int, RunConfig]] = {}
+    for base in bases:
+        groups.setdefault(_experts_key(base.model), {}).setdefault(base.model.model_dim, base)
+    candidates = []
+    for number, by_width in enumerate(groups.values()):
+        widths = candidate_widths(by_width)
+        found = [_candidate(by_width, width, width in (widths[0], widths[-1])) for width in widths]
+        candidates += [candidate for candidate in found if candidate is not None]
+        if progress:
+            progress(number + 1, len(groups))
+    return candidates
+
+
+def _experts_key(model: ModelConfig) -> tuple:
+    """Returns what two models of different widths share if they have the same experts."""
+    moe = model.moe
+    if not moe.num_experts:
+        return ()
+    # Widths are rounded, so the granularity is compared to two digits.
+    granularity = float(f"{model.feed_forward_dim / moe.expert_dim:.2g}")
+    return (dataclasses.replace(moe, expert_dim=1), granularity)
+
+
+def candidate_widths(widths: Iterable[int]) -> list[int]:
+    """Returns the given widths, and others between and beyond them, in order."""
+    given = sorted(widths)
+    low, high = given[0] / REACH, given[-1] * REACH
+    count = math.ceil(math.log(high / low) / math.log(GROWTH)) + 1
+    grid = np.geomspace(low, high, count)
+    others = {max(1, round(width / WIDTH_STEP)) * WIDTH_STEP for width in grid}
+    return sorted({*given, *others})
+
+
+def _candidate(by_width: dict[int, RunConfig], width: int, is_edge: bool) -> Candidate | None:
+    """Returns the model of one width, or None where the rule makes no model that can exist."""
+    nearest = min(by_width, key=lambda known: (abs(math.log(known / width)), known))
+    base = by_width[nearest]
+    try:
+        model = scale_model(base.model, width) if width != nearest else base.model
+    except ConfigError:
+        return None
+    moe = model.moe
+    experts = moe.num_experts or 1
+    per_token = moe.experts_per_token if moe.num_experts else 1
+    columns = {
+        "parameters": total_parameters(model),
+        "active_parameters": active_parameters(model),
+        "embedding_parameters": embedding_parameters(model),
+        "experts": experts,
+        "experts_per_token": per_token,
+        "granularity": model.feed_forward_dim / moe.expert_dim if moe.num_experts else 1.0,
+        "sparsity": 1 - per_token / experts,
+    }
+    flops = training_flops_per_token(model, base.data.sequence_length)
+    return Candidate(model, base, flops, columns, is_edge)
+
+
+def columns_at(candidates: Sequence[Candidate], budget: float) -> dict[str, np.ndarray]:
+    """Returns the columns of all candidates, each with the tokens that the budget pays for."""
+    columns = {
+        name: np.array([candidate.columns[name] for candidate in candidates], float)
+        for name in candidates[0].columns
+    }
+    flops_P = np.array([candidate.flops_per_token for candidate in candidates])
+    return columns | {"tokens": budget / flops_P, "flops": np.full_like(flops_P, budget)}

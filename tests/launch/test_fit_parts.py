@@ -1,0 +1,189 @@
+"""The parts of launch.fit that need no fit: texts, ticks, groups of runs, emitted files."""
+
+import dataclasses
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from configs import dense_tiny, moe_30b_a3b, moe_tiny
+from launch.fit.axes import count_text, log_ticks, padded, power_text, round_levels
+from launch.fit.emit import config_file
+from launch.fit.figures import size_groups
+from launch.fit.prediction import notes, table_configs
+from launch.fit.results import (
+    HeldOut,
+    Results,
+    align,
+    as_json,
+    as_text,
+    held_out_text,
+    left_out_lines,
+    optimum_table,
+)
+from moe.config import ConfigError, RunConfig
+from moe.scaling.optimum import Optimum
+from moe.scaling.runs import make_runs
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(12, "12"), (999.6, "1K"), (1500, "1.5K"), (999_999, "1M"), (7e9, "7B"), (2.5e13, "25T")],
+)
+def test_counts_are_written_as_people_say_them(value: float, text: str) -> None:
+    assert count_text(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(1e19, "10¹⁹"), (3e19, "3×10¹⁹"), (9.99e18, "10¹⁹"), (0.02, "2×10⁻²"), (1.5, "1.5×10⁰")],
+)
+def test_powers_of_ten_are_written_without_markup(value: float, text: str) -> None:
+    assert power_text(value) == text
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [
+        (0.9, 11, [1, 2, 3, 5, 7, 10]),
+        (1, 1000, [1, 3, 10, 30, 100, 300, 1000]),
+        (1, 1e12, [1, 1e2, 1e4, 1e6, 1e8, 1e10, 1e12]),
+    ],
+)
+def test_ticks_are_few_and_round(low: float, high: float, ticks: list[float]) -> None:
+    assert log_ticks(low, high) == pytest.approx(ticks)
+
+
+def test_one_value_still_has_an_axis() -> None:
+    low, high = padded(np.array([5.0, 5.0]))
+    assert 0 < low < 5 < high
+
+
+def test_levels_are_round_and_within_the_range() -> None:
+    levels = round_levels(2.03, 7.4)
+    assert levels == sorted(set(levels)) and 5 < len(levels) <= 12
+    assert all(level == round(level, 1) for level in levels)
+
+
+def test_runs_of_nearly_one_size_share_a_line() -> None:
+    sizes = np.array([100.0, 103, 200, 106, 210])
+    tokens = np.array([1e9, 1e9, 1e9, 2e9, 1e9])
+    groups = [sorted(group.tolist()) for group in size_groups(sizes, tokens)]
+    assert sorted(groups) == [[0, 1], [2, 4], [3]]
+
+
+@pytest.mark.parametrize("module", [dense_tiny, moe_tiny, moe_30b_a3b])
+def test_an_emitted_config_is_the_config(module: Any) -> None:
+    config = RunConfig.from_config_dict(module.get_config())
+    text = config_file(config, "Trains something.\n")
+    names: dict[str, Any] = {}
+    exec(text, names)
+    assert RunConfig.from_config_dict(names["get_config"]()) == config
+    assert "config.tracking" not in text  # the defaults are left out
+
+
+def results(**fields: Any) -> Results:
+    values: dict[str, Any] = {
+        "law": "chinchilla",
+        "formula": "L = E",
+        "source": "somebody",
+        "table": "runs.csv",
+        "table_sha256": "00",
+        "loss_unit": "nats",
+        "num_runs": 3,
+        "num_rows": 4,
+        "coefficients": [],
+        "not_identifiable": [],
+        "facts": ["It went well."],
+        "held_out": None,
+        "warnings": [],
+        "left_out": [],
+        "optima": [],
+        "notes": [],
+    }
+    return Results(**values | fields)
+
+
+def test_numbers_that_are_not_finite_are_null_in_json() -> None:
+    held_out = HeldOut(1e20, ["a"], [2.0], [2.5], [float("nan")])
+    written = json.loads(as_json(results(held_out=held_out)), parse_constant=pytest.fail)
+    assert written["held_out"]["repeated"] == [None]
+
+
+def test_runs_that_were_left_out_are_listed_by_reason() -> None:
+    left_out = [(f"run {number}", "it diverged") for number in range(10)] + [("x", "it failed")]
+    assert left_out_lines(left_out, most=2) == [
+        "run 0, run 1 and 8 more: it diverged",
+        "x: it failed",
+    ]
+    assert "run 0" in as_text(results(left_out=left_out))
+
+
+def test_why_coefficients_are_not_determined_stands_before_the_warnings() -> None:
+    text = as_text(results(not_identifiable=["alpha may be 0"], warnings=["narrow"]))
+    assert text.index("The runs do not determine") < text.index("alpha may be 0")
+    assert text.index("alpha may be 0") < text.index("Warnings") < text.index("narrow")
+
+
+def test_the_held_out_budget_is_told_in_a_sentence() -> None:
+    held_out = HeldOut(1e20, ["a", "b"], [2.0, 4.0], [2.02, 3.96], [2.2, 4.2])
+    text = held_out_text(held_out)
+    assert "mean error of 1 % over its 2 runs, and of 1 % at most" in text
+    assert "Repeating the loss of the next smaller budget is wrong by 7.5 %." in text
+
+
+def test_the_table_of_best_models_shows_experts_only_where_there_are_any() -> None:
+    dense = {"size": 1e6, "parameters": 1e6, "active_parameters": 1e6, "tokens": 2e7, "loss": 3.0}
+    dense["experts"] = 1.0
+    sparse = dense | {"experts": 8.0, "sparsity": 0.75, "parameters": 4e6}
+    for best, has_experts in ((dense, False), (sparse, True)):
+        optimum = Optimum(1e14, best, {name: (value, value) for name, value in best.items()}, 0.0)
+        head, (row,) = optimum_table([optimum])
+        assert ("experts" in head) == ("active" in head) == has_experts
+        assert len(head) == len(row) and row[0] == "10¹⁴" and "3.0000" in row
+
+
+def optimum(**best: float) -> Optimum:
+    values = {"parameters": 1e6, "tokens": 2e7, "loss": 3.0} | best
+    return Optimum(1e14, values, {name: (value, value) for name, value in values.items()}, 0.0)
+
+
+def test_notes_say_what_is_doubtful_about_a_best_model() -> None:
+    columns = {"parameters": [1e5, 1e6], "tokens": [1e6, 2e6], "flops": [1e12, 1.1e13]}
+    runs = make_runs(**columns)
+    said = lambda best, runs=runs, known=True: " ".join(notes([best], [None], runs, known))
+    assert (
+        said(optimum()) == "Models are dense, of any size, at 6 FLOPs for each parameter and token."
+    )
+    assert "Do not plan" in said(optimum(), known=False)
+    far = dataclasses.replace(optimum(), budget=1.1e15)
+    assert "costs 100 times the largest one" in said(far)
+    assert "5% of the" in said(dataclasses.replace(optimum(), at_edge=0.05))
+    assert "no best size" in said(dataclasses.replace(optimum(), at_edge=1.0))
+    repeated = make_runs(**columns, repeats=[1.0, 2.0])  # of 1e6 tokens
+    assert "repeated 20 times" in said(optimum(), repeated)
+    assert "repeated" not in said(optimum(tokens=3e6), repeated)
+    sparse = make_runs(**columns, experts=[1, 16], experts_per_token=[1, 2])
+    assert "16, are best" in said(optimum(experts=16.0), sparse)
+    assert "are best" not in said(optimum(experts=8.0), sparse)
+
+
+def test_only_configs_of_this_project_are_read() -> None:
+    ours = json.dumps(RunConfig().to_dict())
+    values = {"parameters": [1e6] * 4, "tokens": [1e7] * 4, "loss": [3.0] * 4}
+    status = ["finished", "finished", "failed", "finished"]
+    runs = make_runs(**values, status=status, config=[ours, "d=64", ours, ours])
+    assert table_configs(runs) == [RunConfig()]
+    runs = make_runs(**values, config=[ours, "", "", '{"depth": 4}'])
+    with pytest.raises(ConfigError, match="row 4: column config holds no config"):
+        table_configs(runs)
+
+
+def test_columns_are_aligned() -> None:
+    assert align([["name", "x"], ["a", "10"], ["bcdef", "1"]]) == [
+        "name    x",
+        "-----  --",
+        "a      10",
+        "bcdef   1",
+    ]
