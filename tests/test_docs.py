@@ -1,6 +1,9 @@
 """What the pages of this repository link to and name exists: pages, files, commands and flags."""
 
+import functools
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,7 +48,7 @@ def test_every_page_of_docs_can_be_reached() -> None:
 CODE = re.compile(r"^```.*?\n(.*?)^```|`([^`\n]+)`", re.MULTILINE | re.DOTALL)
 FILES = re.compile(r"(?<![\w/$])(?:configs|docs|kernels|launch|moe|tests)/[\w./-]*\.\w+")
 # What stands for a file of the reader.
-EXAMPLES = {"configs/NAME.py", "configs/x.py", "kernels/grouped_matmul/NAME.py"}
+EXAMPLES = {"configs/NAME.py", "configs/best.py", "configs/x.py", "kernels/grouped_matmul/NAME.py"}
 
 
 def code_of(page: Path) -> Iterator[str]:
@@ -54,18 +57,12 @@ def code_of(page: Path) -> Iterator[str]:
         yield from (match[1] or match[2]).replace("\\\n", " ").splitlines()
 
 
+@functools.cache
 def flags_of(command: str) -> set[str]:
-    """Returns the flags that a command defines, but those of config fields, as its source says."""
-    path = ROOT / "launch" / f"{command}.py"
-    path = path if path.exists() else ROOT / "launch" / command / "__main__.py"
-    text = path.read_text()
-    names = set(re.findall(r"(?:DEFINE_\w+|define_directory)\(\s*\"(\w+)\"", text))
-    names |= {name for name in ("config", "workdir") if f"define_{name}(" in text}
-    if "devices=True" in text:
-        names |= {"coordinator_address", "num_processes", "process_id"}
-    if "train.define_flags()" in text:
-        names |= flags_of("train")
-    return names | {"help"}
+    """Returns the flags that the help of a command lists."""
+    words = [sys.executable, "-m", f"launch.{command}", "--help"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
+    return {"help", *re.findall(r"^  --([\w.]+)", done.stdout, re.MULTILINE)}
 
 
 def commands_in(line: str) -> Iterator[tuple[str, list[str]]]:
