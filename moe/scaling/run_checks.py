@@ -51,6 +51,8 @@ def leave_out(runs: Runs) -> tuple[Runs, list[tuple[str, str]]]:
     """Returns the runs that finished and learned, and the names and reasons of the others."""
     reasons = _reasons_to_leave_out(runs)
     left_out = [(str(runs.run[i]), reason) for i, reason in enumerate(reasons) if reason]
+    if len(left_out) == len(runs):
+        raise ConfigError(f"status: no run can be used{_left(left_out)}: let runs finish")
     return runs.take(np.array([not reason for reason in reasons], bool)), left_out
 
 
@@ -86,8 +88,10 @@ def check_values(runs: Runs, columns: Sequence[str]) -> None:
         if missing.all():
             raise ConfigError(f"{name}: no run has a value: name the column that holds it")
         _refuse(runs, missing, name, "are empty or not a number", "fill or remove them")
-    positive = set(columns) - {"sparsity", "embedding_parameters"} | {"tokens", "loss"}
-    for name in positive:
+    may_be_0 = ("sparsity", "embedding_parameters")
+    for name in dict.fromkeys((*columns, "tokens", "loss")):
+        if name in may_be_0:
+            continue
         values = getattr(runs, name)
         _refuse(runs, ~((values > 0) & np.isfinite(values)), name, "must be positive", "check them")
     _refuse(runs, runs.loss > 30, "loss", "are above 30 nats per token", "check their unit")

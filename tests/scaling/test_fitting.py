@@ -212,3 +212,18 @@ def test_saturation_that_no_run_shows_is_said():
     loss = loss * np.exp(0.003 * generator.standard_normal(24))
     result = fit(law, make_runs(**columns, loss=loss), num_starts=30, num_bootstraps=100)
     assert any(warning.startswith("E_max may be beyond") for warning in result.warnings)
+    columns["tokens"] = np.tile([1e11, 1e11, 3e11], 8)
+    result = fit(law, make_runs(**columns, loss=loss), num_starts=30, num_bootstraps=10)
+    assert any(w.startswith("Tokens differ by a factor of 3.0") for w in result.warnings)
+
+
+def test_without_budgets_the_runs_with_the_most_flops_are_held_out():
+    """Nineteen runs, each of its own FLOPs, make six parts."""
+    sizes, tokens = np.geomspace(1e7, 1e9, 19), np.geomspace(1e9, 1e11, 19)
+    tokens = np.random.default_rng(0).permutation(tokens)
+    loss = predict(CHINCHILLA, TRUTH, make_runs(parameters=sizes, tokens=tokens))
+    runs = make_runs(parameters=sizes, tokens=tokens, loss=loss)
+    result = fit(CHINCHILLA, runs, num_starts=10, num_bootstraps=2)
+    assert result.held_out is not None
+    assert sorted(result.held_out.flops) == sorted(runs.flops)[-3:]
+    assert result.held_out.mean_error < 1e-3

@@ -143,6 +143,7 @@ def test_good_runs_pass():
             "^dataset: the table mixes rw and owt .rows 31, 32, 33, 34, 35., .* --where=dataset=rw",
         ),
         ({"tokenizer": ["byte"] * 34 + ["bpe"]}, "^tokenizer: the table mixes byte and bpe .row 3"),
+        ({"status": ["failed"] * 35}, "^status: no run can be used .35 were left out, the first"),
         ({"status": ["diverged"] * 31 + ["finished"] * 4}, "^4 runs are too few .*31 were left"),
     ],
 )  # fmt: skip

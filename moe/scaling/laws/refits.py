@@ -83,12 +83,15 @@ def group_values(values: np.ndarray) -> np.ndarray:
 
 
 def _budgets_to_hold_out(flops: np.ndarray) -> np.ndarray:
-    """Returns the budgets, or tenths of the runs if the largest budget has fewer than 3 runs."""
+    """Returns the budgets, or tenths of the runs if the largest budget has fewer than 3 runs.
+
+    With fewer than 30 runs they are larger parts, of 3 runs or more.
+    """
     budget_N = group_values(flops)
     if budget_N.max() >= 2 and np.sum(budget_N == budget_N.max()) >= 3:
         return budget_N
     order = np.argsort(flops, kind="stable")
-    budget_N[order] = np.arange(len(flops)) * min(10, len(flops)) // len(flops)
+    budget_N[order] = np.arange(len(flops)) * min(10, len(flops) // 3) // len(flops)
     return budget_N
 
 

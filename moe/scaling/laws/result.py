@@ -50,8 +50,9 @@ class Fit:
     their central 95 %. `residuals` are logarithms of prediction over measurement, in the order of
     `runs`, the runs that were fitted. `drift` has the coefficients under other deltas of Huber's
     function. `projection_gap` says by what share of the objective variable projection, which
-    searches in another way, ends above (+) or below (-) L-BFGS. A fit with reasons in
-    `not_identifiable` says little beyond its data.
+    searches in another way, ends above (+) or below (-) L-BFGS. `objective` is the minimum, in
+    units of delta² (with an infinite delta, of 1). A fit with reasons in `not_identifiable` says
+    little beyond its data.
     """
 
     law: Law

@@ -205,6 +205,12 @@ def _of_data(fit: Fit) -> Iterator[str]:
                     f"{name.replace('_', ' ').capitalize()} span a factor of {span:.1f}, less than "
                     "one decade: extrapolate by no more than that."
                 )
+    tokens = fit.runs.tokens
+    if not {"tokens", "flops"} & set(fit.law.columns) and np.ptp(tokens) > 0.1 * tokens.max():
+        yield (
+            f"Tokens differ by a factor of {tokens.max() / tokens.min():.1f}, and this law knows "
+            "no tokens: fit the runs of one number of tokens, or another law."
+        )
     typical = np.median(np.abs(fit.residuals))
     if typical > 0.01:
         yield (
