@@ -48,8 +48,15 @@ def main(values: flags.FlagValues) -> int:
     if not values.report_only:
         check_runs(planned, workdir)
         code = sweep.train(planned, workdir, values.jobs)
+        if not has_begun(planned, workdir):  # as if each run has failed at once
+            return code
     print(compare(variants, workdir))
     return code
+
+
+def has_begun(planned: Sequence[Planned], workdir: RunPath) -> bool:
+    """Returns whether any run has written its metrics."""
+    return any((workdir / one.name / METRICS_FILE).exists() for one in planned)
 
 
 def read_planned(values: flags.FlagValues) -> list[Planned]:
@@ -85,11 +92,7 @@ def compare(variants: Variants, workdir: RunPath) -> str:
 
     They cover the runs that have begun. Raises FileNotFoundError where none has begun.
     """
-    workdirs = {
-        name: [workdir / (one.run.same_as or one.name) for one in runs]
-        for name, runs in variants.items()
-    }
-    if not any((path / METRICS_FILE).exists() for paths in workdirs.values() for path in paths):
+    if not any(has_begun(runs, workdir) for runs in variants.values()):
         raise FileNotFoundError(
             f"{workdir} holds none of the experiment's runs: leave out --report_only, "
             "or set --workdir to the directory that has them"
@@ -97,6 +100,10 @@ def compare(variants: Variants, workdir: RunPath) -> str:
     rows = {name: finished_rows(runs, workdir) for name, runs in variants.items()}
     results = {
         name: summarize(rows[name], planned_row(runs[0].run)) for name, runs in variants.items()
+    }
+    workdirs = {
+        name: [workdir / (one.run.same_as or one.name) for one in runs]
+        for name, runs in variants.items()
     }
     compared = comparison(results, rows)
     text = markdown(compared)

@@ -36,6 +36,8 @@ from moe.config import ConfigError
 from moe.storage.owner import own_run
 from moe.storage.paths import RunPath, make_directory, run_path
 
+_HEAD = "index      active       total        tokens      FLOPs      rate  batch    steps  run"
+
 
 def main(values: flags.FlagValues) -> int:
     workdir = run_path(values.workdir)
@@ -86,7 +88,9 @@ def describe(planned: Sequence[Planned], workdir: RunPath, rate: float | None) -
     index_of = {one.name: number for number, job in enumerate(jobs_of(planned)) for one in job}
     rows = {one.name: planned_row(one.run) for one in planned}
     results = {one.name: read_result(workdir, one.run) for one in distinct(planned)}
-    lines = ["index      active       total        tokens      FLOPs    rate  batch    steps  run"]
+    lines = [
+        "index      active       total        tokens      FLOPs      rate  batch    steps  run"
+    ]
     for one in planned:
         result = results.get(one.name)
         index = str(index_of.get(one.name, "-"))
@@ -102,7 +106,7 @@ def _line(row: Row, one: Planned) -> str:
     batch = one.run.config.train.batch_size
     return (
         f"{row['active_parameters']:>10,}  {row['parameters']:>10,}  {row['tokens']:>12,}  "
-        f"{row['flops']:>9.3g}  {row['learning_rate']:>6.2g}  {batch:>5}  "
+        f"{row['flops']:>9.3g}  {row['learning_rate']:>8.3g}  {batch:>5}  "
         f"{row['steps']:>7,}  {one.name}"
     )
 

@@ -5,8 +5,11 @@ import runpy
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+from ml_collections import ConfigDict
+
 from launch.config_file import ConfigFileErrors, check_config_file
 from moe.config import ConfigError, RunConfig
+from moe.config.checks import show
 from moe.data.sources import check_dataset
 from moe.files import announce_wait
 from moe.scaling.sweep import Point, Run, expand, link, overrides_between
@@ -50,7 +53,7 @@ def read_sweep(path: str, changes: Sequence[str]) -> list[Planned]:
     check_config_file(path, "sweep")
     with announce_wait(f"reading {path}"), ConfigFileErrors(path):
         names = runpy.run_path(path)
-        base = RunConfig.from_config_dict(_call(names, "get_config", path))
+        base = _read_base(names, path)
         points = list(_call(names, "get_sweep", path))
     return plan(path, base, points, changes)
 
@@ -67,7 +70,7 @@ def read_configs(
         check_config_file(path, "configs")
         with announce_wait(f"reading {path}"), ConfigFileErrors(path):
             names = runpy.run_path(path)
-            bases[path] = RunConfig.from_config_dict(_call(names, "get_config", path))
+            bases[path] = _read_base(names, path)
     planned: list[Planned] = []
     for seed in seeds:
         for path in paths:
@@ -76,6 +79,17 @@ def read_configs(
             planned += plan(path, bases[path], [point], changes)
     runs = link([one.run for one in planned])
     return [one._replace(run=run) for one, run in zip(planned, runs, strict=True)]
+
+
+def _read_base(names: dict[str, Any], path: str) -> RunConfig:
+    """Returns the config of a config file, which launch.train must be able to change by flags."""
+    config = _call(names, "get_config", path)
+    if not isinstance(config, ConfigDict):
+        raise ConfigError(
+            f"{path}: get_config() returned {show(config)}: "
+            "return RunConfig.config_dict() with your changes"
+        )
+    return RunConfig.from_config_dict(config)
 
 
 def _call(names: dict[str, Any], name: str, path: str) -> Any:

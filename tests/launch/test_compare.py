@@ -28,11 +28,13 @@ ROOT = Path(__file__).parents[2]
 EXPERIMENT = """
 import dataclasses
 
+from ml_collections import ConfigDict
+
 from moe.scaling.sweep import Point, repeat
 from tests.launch.compared_runs import TINY
 
 def get_config():
-    return dataclasses.asdict(TINY)
+    return ConfigDict(dataclasses.asdict(TINY))
 
 def get_sweep():
     points = [Point("dense", {}), Point("sparse", {"model.moe.num_experts": 4})]

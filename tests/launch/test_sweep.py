@@ -223,6 +223,11 @@ def test_set_changes_every_run(tmp_path: Path) -> None:
     [
         ("def get_sweep", "def sweep", "has no get_sweep(): write one, as the files"),
         ("def get_config", "def config", "has no get_config(): write one, as the files"),
+        (
+            "RunConfig.config_dict()",
+            "{}",
+            "get_config() returned {}: return RunConfig.config_dict()",
+        ),
         ('"train.steps": 100', '"train.step": 100', "two: train.step=100 is not a field: did you"),
         ('"train.steps": 100', '"train.steps": 0', "two: train.steps=0 must be positive"),
         ('"two"', '"one"', "one names two runs"),
