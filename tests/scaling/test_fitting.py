@@ -227,3 +227,16 @@ def test_without_budgets_the_runs_with_the_most_flops_are_held_out():
     assert result.held_out is not None
     assert sorted(result.held_out.flops) == sorted(runs.flops)[-3:]
     assert result.held_out.mean_error < 1e-3
+
+
+def test_each_resampled_table_is_fitted_to_its_optimum():
+    runs = isoflop_runs(0.01)
+    problem = Problem(CHINCHILLA, read_inputs(CHINCHILLA, runs), runs.loss, Objective())
+    near = CHINCHILLA.fitted(TRUTH)
+    samples = bootstrap(problem, near, runs.run, np.random.default_rng(5), 20)
+    # Row names sort as texts, so the weights that were drawn belong to the sorted names.
+    drawn = np.random.default_rng(5).multinomial(35, np.full(35, 1 / 35), 20)
+    weights = drawn[:, np.argsort(np.argsort(runs.run))].astype(float)
+    values = problem.values(problem.residuals(samples)[0], weights)
+    _, best = gauss_newton(problem, samples, weights, tolerance=1e-13)
+    np.testing.assert_allclose(values, best, rtol=1e-5)

@@ -70,8 +70,12 @@ def test_the_known_bias_of_parabolas_is_not_in_a_parametric_fit():
     np.testing.assert_allclose(fitted, best, rtol=1e-3)
 
 
-def test_minima_at_the_edge_of_a_curve_do_not_count():
+def test_minima_at_the_edge_and_repeated_text_are_said():
     runs = parabolic_runs()
+    assert fit_isoflop(dataclasses.replace(runs, repeats=np.full(20, 9.0))).warnings == [
+        "20 of 20 runs saw their text more than 4 times, up to 9.0 times: the law counts repeated "
+        "tokens as new ones."
+    ]
     few = runs.take((runs.flops > 2e15) | (runs.parameters > 1.5 * 0.3 * np.sqrt(1e15)))
     warnings = fit_isoflop(few).warnings
     assert any(w.startswith("1 budget has fewer than 3 sizes") for w in warnings)

@@ -188,3 +188,9 @@ print(sorted({"jax", "flax", "scipy", "matplotlib", "pandas"} & sys.modules.keys
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stderr
+
+
+def test_no_experts_are_one():
+    runs = make_runs(parameters=[1e6], experts=[0], tokens=[1e8])
+    assert runs.experts[0] == 1
+    assert runs.active_parameters[0] == 1e6

@@ -10,7 +10,7 @@ import numpy as np
 
 from moe.config.checks import ConfigError
 from moe.scaling.laws.refits import group_values
-from moe.scaling.laws.warnings import runs_left_out
+from moe.scaling.laws.warnings import repeated_text, runs_left_out
 from moe.scaling.run_checks import check_runs
 from moe.scaling.runs import Runs
 
@@ -252,4 +252,5 @@ def _find_warnings(result: IsoFlop, groups: list[Runs]) -> Iterator[str]:
         )
     if len(result.curves) < 4:
         yield f"There are only {len(result.curves)} budgets: a power law needs four or more."
+    yield from repeated_text(result.runs)
     yield from runs_left_out(result.left_out)

@@ -12,6 +12,7 @@ import numpy as np
 from moe.scaling.laws.formulas import exponent, read_inputs
 from moe.scaling.laws.refits import exactly_determined_share
 from moe.scaling.laws.result import Fit
+from moe.scaling.runs import Runs
 
 # An exponent that is uncertain by this factor does not say whether ten times the size saves as much
 # as a hundred times.
@@ -189,13 +190,7 @@ def _of_saturation(fit: Fit) -> Iterator[str]:
 
 def _of_data(fit: Fit) -> Iterator[str]:
     """Yields warnings about repeated text, narrow ranges and large residuals."""
-    repeats = fit.runs.repeats
-    repeated = repeats > _EPOCHS
-    if repeated.any():
-        yield (
-            f"{repeated.sum()} of {len(repeats)} runs saw their text more than {_EPOCHS} times, up "
-            f"to {repeats[repeated].max():.1f} times: the law counts repeated tokens as new ones."
-        )
+    yield from repeated_text(fit.runs)
     for name in ("active_parameters", "tokens"):
         if name in fit.law.columns:
             values = getattr(fit.runs, name)
@@ -223,14 +218,23 @@ def _of_held_out(fit: Fit) -> Iterator[str]:
     """Yields a warning if the largest budget could not be held out, or is predicted badly."""
     if fit.held_out is None:
         yield "The largest budget cannot be held out, since too few runs are left without it."
-    elif (
-        0.5 * fit.held_out.mean_repeated_error
-        < fit.held_out.mean_error
-        < (fit.held_out.mean_repeated_error)
-    ):
+        return
+    error, repeated = fit.held_out.mean_error, fit.held_out.mean_repeated_error
+    if repeated / 2 < error < repeated:
         yield (
-            f"The largest budget is predicted to {fit.held_out.mean_error:.2%}, hardly better than "
-            f"by repeating the next smaller one's losses ({fit.held_out.mean_repeated_error:.2%})."
+            f"The largest budget is predicted to {error:.2%}, less than twice as well as by "
+            f"repeating the next smaller one ({repeated:.2%})."
+        )
+
+
+def repeated_text(runs: Runs) -> Iterator[str]:
+    """Yields a warning if runs saw their text more often than repeating is harmless."""
+    repeats = runs.repeats
+    repeated = repeats > _EPOCHS
+    if repeated.any():
+        yield (
+            f"{repeated.sum()} of {len(repeats)} runs saw their text more than {_EPOCHS} times, up "
+            f"to {repeats[repeated].max():.1f} times: the law counts repeated tokens as new ones."
         )
 
 
