@@ -59,6 +59,8 @@ class Sweep:
         waiting = [one for one in self._planned if self._status(one.name) not in DONE]
         rows, first_steps = self._rows.values(), [one.first_step for one in self._planned]
         shown = not self._shown
+        # SIGUSR1 asks each run for its stacks, and a scheduler sends it to all processes of a job.
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         with (
             catch_signals() as signals,
             Progress(list(rows), first_steps, self._workdir, shown=shown) as progress,

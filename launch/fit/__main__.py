@@ -7,13 +7,14 @@ Examples:
     python -m launch.fit --runs=theirs.csv --law=chinchilla --output=fits/theirs \\
         --column_parameters=N --column_tokens=D --column_loss=final_loss \\
         --parameters_unit=millions --tokens_unit=billions --where=dataset=c4
-    python -m launch.fit --runs=ladder.csv --law=clark --where=router=S-Base --where=seed=42
+    python -m launch.fit --runs=ladder.csv --law=clark --where=router=S-Base,Dense --where=k=1
 
 --runs is a table that launch.sweep wrote, or any CSV or Parquet file with a row for each run. A
 table needs three columns, parameters, tokens and loss (nats per token, at the end of training); a
 law may need more, and says so. If the columns have other names, --column_NAME=THEIR_NAME names
 them. FLOPs, if there is no such column, are 6 for each active parameter and token. Runs whose
-status is not "finished" and losses that are not finite are left out, with the reason.
+status is another one than "finished" are left out, with the reason, and so are runs whose loss is
+no better than a guess.
 
 --law is one of:
 {laws}
@@ -38,6 +39,7 @@ Exit codes: 0 done, also with warnings; 2 bad input, told in one line; 75 interr
 
 import contextlib
 import os
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -206,10 +208,11 @@ def define_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
 
 def help_text() -> str:
     """Returns what --help prints: this file's docstring, with the laws."""
-    lines = [
-        f"    {name:13} {formula}\n{'':18}({source})"
-        for name, (formula, source) in law_texts().items()
-    ]
+    lines = []
+    for name, texts in law_texts().items():
+        wrapped = [line for text in texts for line in textwrap.wrap(text, 80)]
+        lines.append(f"    {name:14}{wrapped[0]}")
+        lines += [" " * 18 + line for line in wrapped[1:]]
     return (__doc__ or "").format(laws="\n".join(lines))
 
 

@@ -67,8 +67,8 @@ def define_flags(flag_values: flags.FlagValues) -> None:
     flags.DEFINE_multi_string(
         "where",
         None,
-        "COLUMN=VALUE keeps only the rows that have this value in this column of the table. May be "
-        "given several times.",
+        "COLUMN=VALUE keeps only the rows that have this value in this column of the table, or "
+        "one of several, as in COLUMN=A,B.",
         flag_values=flag_values,
     )
     for name, units, _, description in UNITS:

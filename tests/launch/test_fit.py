@@ -17,6 +17,7 @@ import pytest
 from absl import flags
 
 from configs import dense_tiny
+from launch import sweep_table
 from launch.fit.__main__ import define_flags, find, main
 from launch.fit.results import as_json
 from launch.plotting import write_drawing
@@ -24,12 +25,12 @@ from moe.config import ConfigError, RunConfig
 from moe.scaling.candidates import planned_flops, planned_tokens
 from moe.scaling.flops import (
     active_parameters,
-    embedding_parameters,
     total_parameters,
     training_flops_per_token,
 )
-from moe.scaling.ladders import with_experts
+from moe.scaling.ladders import iso_flop_ladder, with_experts
 from moe.scaling.shapes import scale_model, scale_run
+from moe.scaling.sweep import expand
 
 ROOT = Path(__file__).parents[2]
 # Hoffmann et al.'s law as Besiroglu et al. 2024 (arXiv 2404.10102) refitted it.
@@ -52,33 +53,25 @@ def grid(noise: float = 1e-3) -> list[dict[str, Any]]:
     return rows
 
 
-def swept() -> list[dict[str, Any]]:
-    """Returns rows as launch.sweep writes them, with configs, under the same law."""
+def swept(directory: Path) -> Path:
+    """Writes the table of a sweep as launch.sweep does, under the same law, and returns its path.
+
+    One run has diverged, and one has not begun.
+    """
     base = RunConfig.from_config_dict(dense_tiny.get_config())
+    widths = (128, 192, 256, 384, 512)
+    budgets = dict.fromkeys((1e15, 3e15, 1e16, 3e16), widths) | {6e16: (128, 256)}
     rows = []
-    for budget in (1e15, 3e15, 1e16, 3e16):
-        for width in (128, 192, 256, 384, 512):
-            model = scale_model(base.model, width)
-            per_token = training_flops_per_token(model, base.data.sequence_length)
-            run = scale_run(base, model, budget / per_token)
-            values = run.to_dict()
-            del values["data"]["directory"]
-            size, tokens = total_parameters(model), planned_tokens(run)
-            rows.append(
-                {
-                    "run": f"{budget:g}_{width}",
-                    "status": "finished",
-                    "parameters": size,
-                    "active_parameters": size,
-                    "embedding_parameters": embedding_parameters(model),
-                    "tokens": tokens,
-                    "flops": planned_flops(run),
-                    "loss": true_loss(size, tokens),
-                    "experts": 1,
-                    "config": json.dumps(values),
-                }
-            )
-    return rows
+    for run in expand(base, iso_flop_ladder(base, budgets)):
+        row = sweep_table.planned_row(run) | {"code": "v1"}
+        row["config"] = json.dumps(run.config.to_dict())
+        # Half of the loss, which for these sizes is above that of a guess among all bytes.
+        row |= {"status": "finished", "loss": true_loss(row["parameters"], row["tokens"]) / 2}
+        rows.append(row)
+    rows[-2] |= {"status": "diverged", "reason": "not finite", "loss": None}
+    rows[-1] |= {"status": "waiting", "loss": None}
+    sweep_table.write_table(rows, directory)
+    return directory / "runs.parquet"
 
 
 def mixed(expansions: Iterable[int] = (1, 4, 16)) -> list[dict[str, Any]]:
@@ -220,8 +213,7 @@ def test_columns_units_and_rows_are_chosen_by_flags(tmp_path: Path) -> None:
 def emitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Emits the best config for 1e17 FLOP of a table with configs, and returns its file."""
     directory = tmp_path_factory.mktemp("swept")
-    path = write_table(directory / "runs.csv", swept())
-    main(flag_values(path, "--budget=1e16,1e17", f"--emit={directory / 'best.py'}"))
+    main(flag_values(swept(directory), "--budget=1e16,1e17", f"--emit={directory / 'best.py'}"))
     return directory / "best.py"
 
 
@@ -254,6 +246,16 @@ def test_an_emitted_file_is_in_the_manner_of_configs(emitted: Path) -> None:
     assert f"python -m launch.train --config={emitted}" in docstring
     assert max(map(len, code.splitlines())) <= 100
     assert "directory" not in code  # where the data lie is no part of a config
+
+
+def test_both_files_of_a_sweep_are_read_and_unfinished_runs_are_left_out(tmp_path: Path) -> None:
+    path = swept(tmp_path)
+    results = fit(path)
+    assert (results["num_runs"], results["num_rows"]) == (20, 22)
+    reasons = [reason for _, reason in results["left_out"]]
+    assert reasons == ["it is diverged (not finite)", "it is waiting"]
+    from_csv = fit(path.with_suffix(".csv"))
+    assert from_csv["coefficients"] == results["coefficients"]
 
 
 def sparse(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -341,7 +343,7 @@ def test_parabolas_find_the_exponent_and_the_nearest_config(tmp_path: Path) -> N
     assert "loss" not in optimum["best"]
     size, tokens = optimum["best"]["parameters"], optimum["best"]["tokens"]
     assert 6 * size * tokens == pytest.approx(1e21, rel=1e-2)
-    path = write_table(tmp_path / "swept.csv", swept())
+    path = swept(tmp_path)
     (optimum,) = fit(path, "--law=isoflop", "--budget=1e17")["optima"]
     wanted = fit(path, "--law=isoflop")["coefficients"]
     size = wanted[0]["value"] * 1e17 ** wanted[1]["value"]

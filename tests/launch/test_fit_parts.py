@@ -4,13 +4,23 @@ import dataclasses
 import json
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from configs import dense_tiny, moe_30b_a3b, moe_tiny
 from launch.fit.axes import count_text, log_ticks, padded, power_text, round_levels
 from launch.fit.emit import config_file
-from launch.fit.figures import size_groups
+from launch.fit.figures import (
+    Best,
+    Points,
+    Words,
+    contour_drawing,
+    experts_drawing,
+    size_groups,
+)
 from launch.fit.prediction import notes, table_configs
 from launch.fit.results import (
     HeldOut,
@@ -22,6 +32,7 @@ from launch.fit.results import (
     left_out_lines,
     optimum_table,
 )
+from launch.plotting import THEMES, Drawing, style
 from moe.config import ConfigError, RunConfig
 from moe.scaling.optimum import Optimum
 from moe.scaling.runs import make_runs
@@ -71,6 +82,43 @@ def test_runs_of_nearly_one_size_share_a_line() -> None:
     tokens = np.array([1e9, 1e9, 1e9, 2e9, 1e9])
     groups = [sorted(group.tolist()) for group in size_groups(sizes, tokens)]
     assert sorted(groups) == [[0, 1], [2, 4], [3]]
+
+
+def points(**columns: Any) -> Points:
+    values = {"tokens": 1e9, "flops": 1e18, "granularity": 1.0, "experts": 1.0} | columns
+    count = len(columns["parameters"])
+    return Points(**{name: np.broadcast_to(value, count) + 0.0 for name, value in values.items()})
+
+
+def painted(drawing: Drawing) -> Axes:
+    axes = Figure().subplots()
+    with matplotlib.rc_context(style(THEMES["light"])):
+        drawing.paint(axes, THEMES["light"])
+        axes.figure.canvas.draw()
+    return axes
+
+
+def test_losses_over_experts_have_a_line_for_each_size() -> None:
+    drawn = points(
+        parameters=[1e6, 1e6, 1e6, 8e6, 8e6, 8e6],
+        experts=[1, 4, 16] * 2,
+        loss=[4.0, 3.6, 3.3, 3.5, 3.2, 3.0],
+        predicted=[4.1, 3.6, 3.2, 3.5, 3.2, 3.0],
+    )
+    axes = painted(experts_drawing(drawn, Words()))
+    lines = [line for line in axes.lines if line.get_linestyle() == "-" and len(line.get_xdata())]
+    assert sorted(tuple(line.get_ydata()) for line in lines) == [(3.5, 3.2, 3.0), (4.1, 3.6, 3.2)]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "4", "16"]
+
+
+@pytest.mark.parametrize("loss", [lambda n, d: 0 * n + 3, lambda n, d: 2 + n**-0.3 + d**-0.3])
+def test_lines_of_equal_loss_are_drawn_where_there_are_any(loss: Any) -> None:
+    sizes, tokens = np.array([1e6, 1e7, 1e8]), np.array([1e9, 1e9, 1e10])
+    predicted = loss(sizes, tokens)
+    drawn = points(parameters=sizes, tokens=tokens, loss=predicted, predicted=predicted)
+    nothing = Best(*np.zeros((1, 0)), *np.zeros((3, 0, 3)))
+    axes = painted(contour_drawing(loss, drawn, nothing, nothing, Words()))
+    assert axes.get_xlabel() == "parameters" and axes.get_ylabel() == "tokens"
 
 
 @pytest.mark.parametrize("module", [dense_tiny, moe_tiny, moe_30b_a3b])
