@@ -102,7 +102,7 @@ def test_mixed_experiments_are_refused():
 
 @pytest.mark.parametrize("dataset", ["rpj", pytest.param("rw_original", marks=pytest.mark.slow)])
 def test_gadres_runs_determine_chinchillas_law(dataset):
-    """These runs were not used to choose any threshold."""
+    """These runs determine the law: no reason and no warning is raised."""
     result = fit(LAWS["chinchilla"], gadre_runs(dataset), num_starts=30, num_bootstraps=300)
     assert result.is_identifiable, result.not_identifiable
     assert result.held_out is not None
