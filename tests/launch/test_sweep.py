@@ -286,6 +286,7 @@ def test_the_command_lists_the_runs_and_their_cost(tmp_path: Path) -> None:
         (["--sweep=SWEEP", "--workdir=DIR", "--index=2"], "--index=2 is no job of the sweep"),
         (["--sweep=SWEEP", "--workdir=DIR", "--set=steps"], "--set=steps sets nothing: write"),
         (["--sweep=SWEEP", "--workdir=DIR", "--jobs=0"], "--jobs"),
+        (["--sweep=SWEEP", "--workdir=DIR", "--report_only"], "new holds no results of a sweep"),
         (
             ["--sweep=SWEEP", "--workdir=DIR", "--set=data.dataset=nothing"],
             "data.dataset='nothing'",
