@@ -31,7 +31,7 @@ from absl import flags
 from launch import command_line
 from launch.sweep_file import Planned, check_runs, distinct, jobs_of, read_sweep
 from launch.sweep_runs import Sweep, report_rows
-from launch.sweep_table import PARQUET_FILE, Row, gather, planned_row, read_result
+from launch.sweep_table import PARQUET_FILE, RESULTS, Row, gather, planned_row, read_result
 from moe.config import ConfigError
 from moe.storage.owner import own_run
 from moe.storage.paths import RunPath, make_directory, run_path
@@ -46,6 +46,11 @@ def main(values: flags.FlagValues) -> int:
         print(describe(planned, workdir, values.flops_per_second))
         return 0
     if values.report_only:
+        if not (workdir / RESULTS).exists():
+            raise FileNotFoundError(
+                f"{workdir} holds no results of a sweep: leave out --report_only, "
+                "or set --workdir to the directory that has them"
+            )
         return _finish(planned, workdir)
     check_runs(planned, workdir)
     if values.index is not None:
@@ -88,9 +93,7 @@ def describe(planned: Sequence[Planned], workdir: RunPath, rate: float | None) -
     index_of = {one.name: number for number, job in enumerate(jobs_of(planned)) for one in job}
     rows = {one.name: planned_row(one.run) for one in planned}
     results = {one.name: read_result(workdir, one.run) for one in distinct(planned)}
-    lines = [
-        "index      active       total        tokens      FLOPs      rate  batch    steps  run"
-    ]
+    lines = [_HEAD]
     for one in planned:
         result = results.get(one.name)
         index = str(index_of.get(one.name, "-"))

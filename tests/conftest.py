@@ -30,9 +30,10 @@ def xla_flags(given: str) -> str:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # A background job of a script (`make test &`) ignores Ctrl-C. So would the processes that tests
-    # start and interrupt.
+    # A background job of a script (`make test &`) ignores Ctrl-C, and one of nohup ignores SIGHUP.
+    # So would the processes that tests start and interrupt.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     # Tracing leaves millions of objects in JAX's caches. Python's garbage collector would look
     # through them so often that it took a quarter of the whole time.
     gc.set_threshold(100_000, 20, 10)

@@ -232,11 +232,14 @@ def test_a_run_whose_reader_has_left_trains_to_its_end(tmp_path, data_directory)
         ("train", "absl"),
         ("train", "ml_collections"),
         ("train", "jaxlib._jax"),
-        ("evaluate", "jaxlib._jax"),
+        ("sweep", "ml_collections"),
     ],
 )
 def test_ctrl_c_during_imports_is_answered_in_one_line(tmp_path, command, module):
-    config = ["--config=configs/dense_tiny.py"] if command == "train" else []
+    file = {
+        "train": "config=configs/dense_tiny.py",
+        "sweep": "sweep=configs/sweeps/isoflop_tiny.py",
+    }
     arguments = [
         sys.executable,
         "-X",
@@ -244,7 +247,7 @@ def test_ctrl_c_during_imports_is_answered_in_one_line(tmp_path, command, module
         "-m",
         f"launch.{command}",
         f"--workdir={tmp_path}",
-        *config,
+        f"--{file[command]}",
     ]
     with subprocess.Popen(
         arguments, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True

@@ -18,11 +18,11 @@ from launch.sweep_file import Planned, check_runs, distinct, jobs_of, plan, read
 from launch.sweep_process import Slot, reason_of, share, status_of
 from launch.sweep_runs import Sweep, report_rows
 from launch.sweep_table import COLUMNS, gather, read_result
-from moe.config import ConfigError, RunConfig
+from moe.config import ConfigError
 from moe.scaling.sweep import Point
 from moe.storage.paths import RunPath
 from moe.workdir.identity import write_config
-from tests.launch.compared_runs import TINY
+from tests.launch.compared_runs import TINY, Rows
 
 ROOT = Path(__file__).parents[2]
 SWEEP = """
@@ -51,15 +51,6 @@ if code < 0:
     os.kill(os.getpid(), signal.SIGKILL)
 sys.exit(int(code))
 """
-
-
-class Rows:
-    """Stands for the prepared rows of the data set: 10 rows of 64 tokens."""
-
-    sequence_length = 64
-
-    def __len__(self) -> int:
-        return 10
 
 
 class Pretender:
@@ -95,8 +86,7 @@ def seeds(*names: str) -> list[Planned]:
 
 
 def test_a_sweep_trains_each_run_and_writes_a_table(tmp_path: Path, pretender: Pretender) -> None:
-    planned = [*seeds("a", "b")]
-    assert train(planned, tmp_path, 1) == 0
+    assert train(seeds("a", "b"), tmp_path, 1) == 0
     assert pretender.started == ["a", "b"]
     rows = parquet.read_table(tmp_path / "runs.parquet").to_pylist()
     assert list(rows[0]) == list(COLUMNS)
@@ -296,6 +286,7 @@ def test_the_command_lists_the_runs_and_their_cost(tmp_path: Path) -> None:
         (["--sweep=SWEEP", "--workdir=DIR", "--index=2"], "--index=2 is no job of the sweep"),
         (["--sweep=SWEEP", "--workdir=DIR", "--set=steps"], "--set=steps sets nothing: write"),
         (["--sweep=SWEEP", "--workdir=DIR", "--jobs=0"], "--jobs"),
+        (["--sweep=SWEEP", "--workdir=DIR", "--report_only"], "new holds no results of a sweep"),
         (
             ["--sweep=SWEEP", "--workdir=DIR", "--set=data.dataset=nothing"],
             "data.dataset='nothing'",
@@ -348,7 +339,6 @@ def test_an_exit_code_says_how_a_run_ended(
     assert status_of(code) == status and reason_of(code, tmp_path) == reason
 
 
-def test_a_distinct_run_is_the_first_of_its_name() -> None:
+def test_a_distinct_run_is_the_first_of_its_content() -> None:
     planned = planned_runs(Point("a", {}), Point("b", {"seed": 0}), Point("c", {"seed": 1}))
     assert [one.name for one in distinct(planned)] == ["a", "c"]
-    assert RunConfig() == RunConfig.from_config_dict(RunConfig.config_dict())
