@@ -12,6 +12,7 @@ import pytest
 # names. TensorStore and our leases need both, and the emulator alone does neither.
 EMULATOR = """
 import sys
+import threading
 import urllib.request
 from http import HTTPStatus
 from gcp_storage_emulator import server
@@ -26,8 +27,18 @@ def find_generation(request, storage):
     except NotFound:
         return "0"
 
+# The emulator's dictionaries do not bear two threads: one that writes while another one turns them
+# into JSON ends in an error, and the client then repeats an upload that the emulator has forgotten.
+# A client that stops while it sends must not keep the others waiting, so its data are read before.
+one_at_a_time = threading.Lock()
+
 def with_generations(handler):
     def handle(request, response, storage, *arguments, **options):
+        request.data
+        with one_at_a_time:
+            answer(request, response, storage, *arguments, **options)
+
+    def answer(request, response, storage, *arguments, **options):
         if "bucket_name" in (request.params or {}):
             generation = find_generation(request, storage)
             if request.query.get("ifGenerationMatch", [generation])[0] != generation:
