@@ -99,9 +99,9 @@ def log_path(directory: "RunPath", process_id: int) -> "RunPath":
 def start(
     path: "RunPath", process_id: int, num_processes: int, run_log: "RunPath | None" = None
 ) -> None:
-    """Sends all output of this process to its log file, and that of process 0 to both.
+    """Sends all output of this process to its log file; that of process 0 still goes on, too.
 
-    Process 0 still writes to a terminal if it did so before, so a progress bar looks the same.
+    It goes where it went before. If that is a terminal, a progress bar looks the same.
     Lines are appended. If there is a `run_log`, the log goes on there when `own` is called. What
     native libraries write to the standard output goes to the standard error. Raises OSError if the
     file cannot be written.

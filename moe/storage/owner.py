@@ -7,8 +7,9 @@ The next owner creates `lease/N+1`, which succeeds for one process alone, and de
 An owner that was paused meanwhile finds that out before its next write, and stops. The clocks of
 hosts differ, so a lease counts as renewed if its content is seen to change.
 
-A start by a person is refused at once if another process writes the run. A start that a scheduler
-has repeated waits some minutes first: the host of the start before may be slow to end its process.
+A start by a person is refused as soon as it sees that another process writes the run. A start that
+a scheduler has repeated waits some minutes first: the host of the start before may be slow to end
+its process.
 """
 
 import contextlib
@@ -288,9 +289,9 @@ def _wait_until_free(wait: _Wait) -> int:
 
 def _lost_error(workdir: RunPath, seen: _Seen) -> LostRun:
     return LostRun(
-        f"{workdir} was taken over by {seen.holder}, since this process did not renew its lease "
-        f"for {LEASE_SECONDS:.0f} s, as if it was paused: "
-        "this process ends, and has written nothing since"
+        f"{workdir} was taken over by {seen.holder}, because its lease was not renewed "
+        f"for {LEASE_SECONDS:.0f} s, as if its owner was paused: "
+        "this process ends, and begins no further write"
     )
 
 

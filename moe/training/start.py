@@ -63,7 +63,8 @@ def check_memory(mesh: jax.sharding.Mesh, *trees: Any) -> None:
         raise ConfigError(
             f"config.model takes {needed / 2**30:.1f} GiB of memory without its activations, and "
             f"there are {memory / 2**30:.1f} GiB: "
-            "split it over more devices (mesh.fsdp), or set a smaller model"
+            "split it over more devices (mesh.fsdp, which commands that read a run choose "
+            "themselves), or take a smaller model"
         )
 
 

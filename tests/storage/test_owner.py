@@ -246,7 +246,7 @@ def test_an_owner_that_was_paused_stops_at_its_next_write(mount: Path) -> None:
     with own_run(mount) as (check, _):
         check()
         write_lease(mount, 2)
-        with pytest.raises(LostRun, match=r"taken over by process 7 on node-1, since this process"):
+        with pytest.raises(LostRun, match=r"taken over by process 7 on node-1, because its lease"):
             check()
     # It leaves the lease of the new owner alone.
     assert leases(mount)["2"] == OTHER
