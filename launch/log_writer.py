@@ -174,6 +174,7 @@ class _Object:
     def __init__(self, path: str):
         self._path, self._failed = path, False
         self._pending: list[bytes] = []
+        self._unwritten = b""  # what the writer has got and not yet written
         self._writer: LineWriter | None = None
 
     def write(self, text: bytes) -> None:
@@ -181,7 +182,7 @@ class _Object:
 
     def held_back(self) -> bytes:
         """Returns what was not written yet."""
-        return b"".join(self._pending)
+        return b"".join([self._unwritten, *self._pending])
 
     def flush(self) -> None:
         """Writes what came since the last call."""
@@ -190,13 +191,16 @@ class _Object:
         from moe.storage.owner import unchecked
         from moe.storage.paths import cloud_errors, explain, run_path
 
-        if not any(self._pending):
+        if not self.held_back():
             return
         try:
             self._writer = self._writer or LineWriter(run_path(self._path), unchecked)
-            self._writer.append(b"".join(self._pending).decode(errors="replace"))
-            self._pending = []
+            text, self._pending = b"".join(self._pending), []
+            # If the writer cannot write the text now, it holds it until the next try.
+            self._unwritten += text
+            self._writer.append(text.decode(errors="replace"))
             self._writer.flush()
+            self._unwritten = b""
         except (ConfigError, OSError, *cloud_errors()) as error:
             if not self._failed:
                 pass_on(2, f"{self._path} cannot be written: {explain(error)}\n".encode())

@@ -10,9 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
+from etils import epath
 
-from launch.log_writer import Lines
+from launch.log_writer import Lines, Log
 from launch.logs import last_lines, log_directory, log_path
+from moe.storage import lines, paths
+from moe.storage.paths import RunPath
 
 ROOT = Path(__file__).parents[2]
 START = """
@@ -359,3 +362,25 @@ def test_the_log_has_the_state_of_a_bar_while_it_moves(tmp_path: Path) -> None:
     os.close(write)
     assert writer.communicate(timeout=60) == (b"", b"")
     assert [line.split(" | ")[1] for line in path.read_text().splitlines()[1:]] == ["2%", "3%"]
+
+
+def test_an_object_has_each_line_once_after_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path, answers = epath.Path(tmp_path / "log"), [OSError("no answer"), OSError("no answer")]
+    write_whole = lines.write_whole
+
+    def write(target: RunPath, content: bytes) -> None:
+        if answers:
+            raise answers.pop()
+        write_whole(target, content)
+
+    monkeypatch.setattr(lines, "write_whole", write)
+    monkeypatch.setattr(lines, "FLUSH_SECONDS", 0)
+    monkeypatch.setattr(paths, "run_path", lambda _: path)
+    log = Log("gs://bucket/log")
+    for text in (b"one\n", b"two\n", b""):
+        log.write(text)
+        log.flush()
+    assert path.read_text() == "one\ntwo\n"
+    assert capfd.readouterr().err.count("cannot be written: no answer") == 1
