@@ -55,7 +55,7 @@ from typing import IO, Any, NamedTuple
 from absl import flags
 
 from launch import command_line
-from launch.local_signals import STOP_SIGNALS, Signals, catch_signals
+from launch.local_signals import STOP_SIGNALS, Signals, catch_signals, pause, signal_name
 from launch.logs import Places, find_places, last_lines
 from moe.config import ConfigError
 from moe.exit_codes import (
@@ -242,7 +242,7 @@ def _wait(processes: Sequence[Process], signals: Signals) -> tuple[list[int], li
         left = deadline - time.monotonic()
         for number in signals.wait(None if left == math.inf else max(0.0, left)):
             if number == signal.SIGTSTP:
-                _pause(processes)
+                pause([process.popen for process in processes])
             elif number in STOP_SIGNALS:
                 was_stopped = True
                 for process in processes:
@@ -260,16 +260,6 @@ def _wait(processes: Sequence[Process], signals: Signals) -> tuple[list[int], li
                 processes[rank].popen.kill()
             deadline = math.inf
     return order, killed, was_stopped
-
-
-def _pause(processes: Sequence[Process]) -> None:
-    """Stops this process and its job, as Ctrl-Z does, until a shell continues it."""
-    for number in (signal.SIGSTOP, signal.SIGCONT):
-        for process in processes:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.popen.pid, number)
-        if number == signal.SIGSTOP:
-            os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def find_cause(codes: Sequence[int], order: Sequence[int]) -> int | None:
@@ -290,11 +280,9 @@ def find_cause(codes: Sequence[int], order: Sequence[int]) -> int | None:
 
 def _ending(code: int) -> str:
     """Returns how a process ended, for a message."""
-    return (
-        f"was killed by {signal.Signals(-code).name}"
-        if code < 0
-        else f"ended with exit code {code}"
-    )
+    if code < 0:
+        return f"was killed by {signal_name(-code) or f'signal {-code}'}"
+    return f"ended with exit code {code}"
 
 
 def _shell_code(code: int) -> int:

@@ -224,6 +224,19 @@ time.sleep(600)
     wait_until(lambda: not any(map(is_alive, pids)))
 
 
+def test_asking_for_stacks_does_not_end_the_job(tmp_path: Path) -> None:
+    body = """
+open(f"ready-{rank}", "w").close()
+while not os.path.exists("end"):
+    time.sleep(0.01)
+"""
+    process = start(tmp_path, body)
+    wait_for(tmp_path, ["ready-0", "ready-1", "ready-2"])
+    process.send_signal(signal.SIGUSR1)
+    (tmp_path / "end").touch()
+    assert process.communicate(timeout=60) == ("", "") and process.returncode == 0
+
+
 def test_ctrl_z_stops_the_whole_job(tmp_path: Path) -> None:
     body = """
 while not os.path.exists("end"):
