@@ -65,12 +65,18 @@ def read_planned(values: flags.FlagValues) -> list[Planned]:
         raise ConfigError(
             "--sweep and --configs say what is compared: set one of them, to a sweep or to files"
         )
+    if any(change.partition("=")[0] == "seed" for change in values.set):
+        raise ConfigError("--set=seed gives all runs of a variant one seed: leave it out")
     if values.sweep:
         return read_sweep(values.sweep, values.set)
     try:
         seeds = [int(seed) for seed in values.seeds]
     except ValueError:
-        raise ConfigError(f"--seeds={','.join(values.seeds)}: write numbers, as 0,1,2") from None
+        seeds = []
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ConfigError(
+            f"--seeds={','.join(values.seeds)}: write one or more different numbers, as 0,1,2"
+        )
     return read_configs(values.configs, seeds, values.set)
 
 

@@ -4,7 +4,7 @@ Examples:
     python -m launch.sweep --sweep=configs/sweeps/isoflop_tiny.py --workdir=runs/isoflop --dry_run
     python -m launch.sweep --sweep=configs/sweeps/isoflop_tiny.py --workdir=runs/isoflop --jobs=2
     python -m launch.sweep --sweep=configs/sweeps/isoflop_tiny.py --workdir=runs/isoflop --index=3
-    python -m launch.slurm --nodes=1 --array=0-19%4 --workdir=runs/isoflop -- \\
+    python -m launch.slurm --nodes=1 --array=0-21%4 --workdir=runs/isoflop -- \\
         launch.sweep --sweep=configs/sweeps/isoflop_tiny.py --workdir=runs/isoflop --index=%a
 
 A sweep is a config file with a get_config(), the base, and a get_sweep() that yields the runs: for
@@ -21,7 +21,8 @@ or a run with the others that start from its state. So any scheduler can train a
 and --report_only gathers the table afterwards.
 
 Exit codes: 0 all runs are finished; 1 some have failed; 2 bad input, told in one line; 3 some have
-diverged; 75 interrupted and saved. With --index, a failed run's exit code is that of launch.train.
+diverged; 75 interrupted, and saved unless a second signal came. With --index, a failed run's exit
+code is that of launch.train. With --report_only it is 0 whatever became of the runs.
 """
 
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ from absl import flags
 
 from launch import command_line
 from launch.sweep_file import Planned, check_runs, distinct, jobs_of, read_sweep
+from launch.sweep_progress import DONE
 from launch.sweep_runs import Sweep, report_rows
 from launch.sweep_table import PARQUET_FILE, RESULTS, Row, gather, planned_row, read_result
 from moe.config import ConfigError
@@ -122,7 +124,7 @@ def _totals(
 ) -> str:
     """Returns how many runs there are, and the FLOPs and hours of those that are left."""
     done = [row for row in results.values() if row and row["status"] == "finished"]
-    left = results.keys() - {row["run"] for row in done}
+    left = {name for name, row in results.items() if not row or row["status"] not in DONE}
     parts = {one.name: 1 - one.first_step / one.run.config.train.steps for one in planned}
     flops = sum(rows[name]["flops"] * parts[name] for name in left)
     text = f"{len(planned)} runs, {len(results)} of them different, {len(done)} finished; "

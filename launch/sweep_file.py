@@ -14,7 +14,7 @@ from moe.data.sources import check_dataset
 from moe.files import announce_wait
 from moe.scaling.sweep import Point, Run, expand, link, overrides_between
 from moe.storage.paths import RunPath
-from moe.workdir.identity import CONFIG_FILE
+from moe.workdir.identity import CONFIG_FILE, checkpoint_steps, read_config
 from moe.workdir.tracking import check_workdir
 
 
@@ -69,12 +69,16 @@ def read_configs(
     for path in paths:
         check_config_file(path, "configs")
         with announce_wait(f"reading {path}"), ConfigFileErrors(path):
-            names = runpy.run_path(path)
-            bases[path] = _read_base(names, path)
+            bases[path] = _read_base(runpy.run_path(path), path)
+    names = {path: path.rpartition("/")[2].removesuffix(".py") for path in paths}
+    if len(set(names.values())) < len(paths):
+        raise ConfigError(
+            f"--configs={','.join(paths)} has two files of one name, and the names are those of "
+            "the variants: rename one of them"
+        )
     planned: list[Planned] = []
     for seed in seeds:
-        for path in paths:
-            name = path.rpartition("/")[2].removesuffix(".py")
+        for path, name in names.items():
             point = Point(f"{name}/seed_{seed}", {"seed": seed})
             planned += plan(path, bases[path], [point], changes)
     runs = link([one.run for one in planned])
@@ -105,19 +109,25 @@ def plan(
     path: str, base: RunConfig, points: Iterable[Point], changes: Sequence[str]
 ) -> list[Planned]:
     """Returns the checked runs of some points over a base. Raises ConfigError."""
-    changed = dict(_read_change(change) for change in changes)
-    if changed:
-        points = [
-            point._replace(overrides={**point.overrides, **changed})
-            for point in (Point(*point) for point in points)
-        ]
     try:
-        runs = expand(base, points)
+        runs = expand(base, points, dict(_read_change(change) for change in changes))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     if not runs:
         raise ConfigError(f"{path}: get_sweep() yields no run: yield at least one Point")
+    for run in runs:
+        _check_flags(path, base, run)
     return [Planned(run, path, base) for run in runs]
+
+
+def _check_flags(path: str, base: RunConfig, run: Run) -> None:
+    """Raises ConfigError for a field that no flag of launch.train can set: one that gets None."""
+    for field, value in overrides_between(base, run.config).items():
+        if value is None:
+            raise ConfigError(
+                f"{path}: {run.name}: {field}=None cannot take the place of a value: "
+                "leave the field at None in get_config(), and set it in the runs that need it"
+            )
 
 
 def _read_change(text: str) -> tuple[str, object]:
@@ -132,7 +142,7 @@ def _read_change(text: str) -> tuple[str, object]:
 
 
 def distinct(planned: Sequence[Planned]) -> list[Planned]:
-    """Returns the runs that are trained: the first of those that are the same."""
+    """Returns the runs that are trained: one of those that are the same."""
     return [one for one in planned if one.run.same_as is None]
 
 
@@ -152,3 +162,19 @@ def check_runs(planned: Sequence[Planned], workdir: RunPath) -> None:
     for one in distinct(planned):
         if (workdir / one.name / CONFIG_FILE).exists():
             check_workdir(workdir / one.name, one.run.config)
+            _check_schedule(workdir / one.name, one.run.config)
+
+
+def _check_schedule(directory: RunPath, config: RunConfig) -> None:
+    """Raises ConfigError if a run has trained with learning rates of another number of steps.
+
+    A run by hand may go on so. In a sweep its numbers would be those of no run that is planned.
+    """
+    saved = read_config(directory)
+    trained = max(checkpoint_steps(directory / "checkpoints"), default=0)
+    before, after = saved.train.steps, config.train.steps
+    if before != after and trained > saved.shared_updates(config):
+        raise ConfigError(
+            f"{directory} has trained {trained} steps with train.steps={before}, at other learning "
+            f"rates than with train.steps={after}: set another --workdir, or delete it"
+        )

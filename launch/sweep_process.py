@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from launch.local_signals import signal_name
 from moe.exit_codes import DIVERGED, INTERRUPTED
 from moe.storage.paths import RunPath
 
@@ -113,15 +114,22 @@ def status_of(code: int) -> str:
     return _STATUS.get(code, "failed")
 
 
-def reason_of(code: int, directory: RunPath) -> str | None:
-    """Returns why a run has not finished: its last words, or the signal that killed it."""
+def reason_of(code: int, directory: RunPath, *, shown: bool = False) -> str | None:
+    """Returns why a run has not finished: its last words, or the signal that killed it.
+
+    With `shown` its words are not in its file, which may have those of an earlier start.
+    """
     if code == 0:
         return None
-    if status_of(code) == "failed" and code > 128:
-        name = signal.Signals(code - 128).name
+    # A library may end a process with a code above 128, such as exit(-1).
+    if status_of(code) == "failed" and (name := signal_name(code - 128)):
         return f"killed by {name}" + (", as if memory was full" if name == "SIGKILL" else "")
     path = directory / OUTPUT_FILE
-    text = path.read_text(errors="replace") if isinstance(path, Path) and path.exists() else ""
+    text = ""
+    if not shown and isinstance(path, Path) and path.exists():
+        text = path.read_text(errors="replace")
     words = [line.strip() for line in text.replace("\r", "\n").splitlines() if line.strip()]
-    words = [line.removeprefix(f"{status_of(code)}: ") for line in words[-1:]]
-    return words[0][:300] if words else f"exit code {code}"
+    # The first line of a start is its command.
+    if not words or (words[-1].startswith("$ ") and " launch.train " in words[-1]):
+        return f"exit code {code}"
+    return words[-1].removeprefix(f"{status_of(code)}: ")[:300]

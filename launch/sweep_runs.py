@@ -10,12 +10,12 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from launch.local_signals import STOP_SIGNALS, Signals, catch_signals
+from launch.local_signals import STOP_SIGNALS, Signals, catch_signals, pause
 from launch.sweep_file import Planned
 from launch.sweep_process import Slot, exit_code, reason_of, start_run, status_of
 from launch.sweep_progress import DONE, Progress
 from launch.sweep_table import Row, gather, planned_row, read_result, write_result
-from moe.exit_codes import DIVERGED, INTERRUPTED
+from moe.exit_codes import BAD_INPUT, DIVERGED, INTERRUPTED
 from moe.storage.paths import RunPath, make_directory
 from moe.workdir.version import code_version
 
@@ -59,21 +59,32 @@ class Sweep:
         waiting = [one for one in self._planned if self._status(one.name) not in DONE]
         rows, first_steps = self._rows.values(), [one.first_step for one in self._planned]
         shown = not self._shown
-        # SIGUSR1 asks each run for its stacks, and a scheduler sends it to all processes of a job.
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         with (
             catch_signals() as signals,
             Progress(list(rows), first_steps, self._workdir, shown=shown) as progress,
         ):
             self._report_past(progress)
-            while self._running or (waiting and not self._num_stops):
-                if not self._num_stops:
-                    waiting = self._start_ready(waiting, progress)
-                if self._running:
-                    progress.show([one.planned.name for one in self._running])
-                    self._wait(signals, progress)
-                    self._collect(progress)
+            try:
+                while self._running or (waiting and not self._num_stops):
+                    if not self._num_stops:
+                        waiting = self._start_ready(waiting, progress)
+                    if self._running:
+                        progress.show([one.planned.name for one in self._running])
+                        self._wait(signals, progress)
+                        self._collect(progress)
+            finally:
+                self._stop_running(signals, progress)
         return self._exit_code()
+
+    def _stop_running(self, signals: Signals, progress: Progress) -> None:
+        """Lets the runs save and end. There are some only where an error ends this process."""
+        if not self._num_stops:
+            for one in self._running:
+                one.process.send_signal(signal.SIGTERM)
+            self._num_stops += 1 if self._running else 0
+        while self._running:
+            self._wait(signals, progress)
+            self._running = [one for one in self._running if one.process.poll() is None]
 
     def _status(self, name: str) -> str:
         return self._rows[name]["status"]
@@ -102,7 +113,9 @@ class Sweep:
             trunk = one.run.fork_from
             if trunk and self._is_lost(trunk):
                 reason = f"{trunk}, from which it starts, is {self._status(trunk)}"
-                self._record(one, "failed", 1, reason, 0.0, progress)
+                # No restart helps a trunk that has diverged.
+                code = DIVERGED if self._status(trunk) == "diverged" else 1
+                self._record(one, "failed", code, reason, 0.0, progress)
             elif free and (trunk is None or self._status(trunk) == "finished"):
                 self._start(one, free.pop(0))
             else:
@@ -127,6 +140,8 @@ class Sweep:
     def _wait(self, signals: Signals, progress: Progress) -> None:
         """Waits a moment for the end of a run, or for a signal, which it passes on to all runs."""
         for number in signals.wait(POLL_SECONDS):
+            if number == signal.SIGTSTP:
+                pause([one.process for one in self._running])
             if number not in STOP_SIGNALS:
                 continue
             self._num_stops += 1
@@ -142,7 +157,8 @@ class Sweep:
         self._running = [one for one in self._running if one not in ended]
         for one in ended:
             code = exit_code(one.process)
-            status, reason = status_of(code), reason_of(code, self._workdir / one.planned.name)
+            directory = self._workdir / one.planned.name
+            status, reason = status_of(code), reason_of(code, directory, shown=self._shown)
             seconds = time.monotonic() - one.begin
             self._record(one.planned, status, code, reason, seconds, progress)
             # If nobody has asked this process to stop, the time of its job is running out.
@@ -161,6 +177,8 @@ class Sweep:
     ) -> None:
         """Writes the result of a run that has ended, and says so."""
         row = write_result(one.run, self._workdir, status, self._code, reason)
+        if row["status"] == "failed":  # as a run of damaged files may be that has ended with 0
+            code = code or BAD_INPUT
         self._rows[one.name], self._codes[one.name] = row, code
         progress.end(row, seconds)
 
@@ -176,7 +194,7 @@ class Sweep:
 
 
 def report_rows(rows: Sequence[Row]) -> str:
-    """Returns the counts of runs by status, and a line for each run that has not finished."""
+    """Returns the counts of runs by status, and a line for each that has failed or diverged."""
     statuses = [row["status"] for row in rows]
     counts = ", ".join(f"{statuses.count(name)} {name}" for name in dict.fromkeys(statuses))
     lines = [

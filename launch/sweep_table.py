@@ -101,14 +101,20 @@ def _config_json(config: RunConfig) -> str:
 def write_result(
     run: Run, workdir: RunPath, status: str, code: str, reason: str | None = None
 ) -> Row:
-    """Writes the result file of a run with what its directory says, and returns its row."""
+    """Writes the result file of a run with what its directory says, and returns its row.
+
+    If the directory is damaged, the run has failed, so that the others can go on.
+    """
     row = planned_row(run) | {"status": status, "code": code, "reason": reason}
     row["config"] = _config_json(run.config)
-    if (workdir / run.name / METRICS_FILE).exists():
-        row |= _measured(run.config, workdir / run.name)
-    if status == "finished":
-        rows = prepare(run.config.data, run.config.data.train_split)
-        row["repeats"] = row["tokens"] / (len(rows) * rows.sequence_length)
+    try:
+        if (workdir / run.name / METRICS_FILE).exists():
+            row |= _measured(run.config, workdir / run.name)
+        if status == "finished":
+            rows = prepare(run.config.data, run.config.data.train_split)
+            row["repeats"] = row["tokens"] / (len(rows) * rows.sequence_length)
+    except ConfigError as error:
+        row |= {"status": "failed", "reason": str(error)}
     make_directory(workdir / RESULTS)
     write_whole(result_path(workdir, run.identity), json.dumps(row, indent=1) + "\n")
     return row

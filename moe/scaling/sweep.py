@@ -12,6 +12,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from moe.config import ConfigError, RunConfig
@@ -37,7 +38,7 @@ class Run(NamedTuple):
     name: str
     config: RunConfig
     identity: str  # equal for runs that would compute the same numbers
-    same_as: str | None  # the name of an earlier run that is the same, which is trained instead
+    same_as: str | None  # the name of another run that is the same, which is trained instead
     fork_from: str | None
     fork_step: int
 
@@ -55,13 +56,20 @@ def identity(config: RunConfig) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def expand(base: RunConfig, points: Iterable[Point | tuple[str, Mapping[str, Any]]]) -> list[Run]:
-    """Returns the checked runs of a sweep, in order. Raises ConfigError for the first mistake."""
+def expand(
+    base: RunConfig,
+    points: Iterable[Point | tuple[str, Mapping[str, Any]]],
+    changes: Mapping[str, Any] = MappingProxyType({}),
+) -> list[Run]:
+    """Returns the checked runs of a sweep, in order. Raises ConfigError for the first mistake.
+
+    `changes` are set in every run.
+    """
     values, runs = base.to_dict(), []
     for given in points:
         point = _check_point(given)
         try:
-            config = RunConfig.from_config_dict(_override(values, point.overrides))
+            config = RunConfig.from_config_dict(_override(values, {**point.overrides, **changes}))
         except ConfigError as error:
             raise ConfigError(f"{point.name}: {error}") from None
         key = identity(config)
@@ -72,13 +80,14 @@ def expand(base: RunConfig, points: Iterable[Point | tuple[str, Mapping[str, Any
 def link(runs: Sequence[Run]) -> list[Run]:
     """Returns runs that say which of them are the same, also if they have different bases.
 
-    A fork of a run that is the same as an earlier one starts from that one. Raises ConfigError for
+    Of equal runs, the first one that is no fork is trained, or the first one if all are forks. So
+    the trunk of each fork is trained from its first step. Raises ConfigError for
     names and forks that do not fit together.
     """
     _check_names([run.name for run in runs])
     _check_forks(runs)
     first_names: dict[str, str] = {}  # by identity
-    for run in runs:
+    for run in sorted(runs, key=lambda run: run.fork_from is not None):
         first_names.setdefault(run.identity, run.name)
     trained = {run.name: first_names[run.identity] for run in runs}
     return [

@@ -96,12 +96,15 @@ def test_config_files_are_variants(tmp_path: Path) -> None:
     [
         ({}, "set one of them, to a sweep or to files"),
         ({"sweep": "a.py", "configs": ["b.py"]}, "set one of them, to a sweep or to files"),
-        ({"configs": ["b.py"], "seeds": ["x"]}, "--seeds=x: write numbers, as 0,1,2"),
+        ({"configs": ["b.py"], "seeds": ["x"]}, "--seeds=x: write one or more different numbers"),
+        ({"configs": ["b.py"], "seeds": []}, "--seeds=: write one or more different numbers, as"),
+        ({"configs": ["b.py"], "seeds": ["0", "0"]}, "--seeds=0,0: write one or more different"),
+        ({"configs": ["b.py"], "set": ["seed=5"]}, "--set=seed gives all runs of a variant one"),
         ({"configs": ["nowhere.py"]}, "--configs=nowhere.py: No such file or directory"),
         ({"configs": ["configs/dense_tiny.py"]}, "has one variant, dense_tiny: compare two"),
         (
             {"configs": ["configs/dense_tiny.py"] * 2},
-            "dense_tiny/seed_0 names two runs: give each its own name",
+            "has two files of one name, and the names are those of the variants",
         ),
     ],
 )

@@ -1,8 +1,9 @@
 """Tests launch.sweep: what it trains, skips and reports, with runs that only pretend to train."""
 
 import csv
+import dataclasses
+import functools
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,13 +16,14 @@ from pyarrow import parquet
 from launch import sweep_runs, sweep_table
 from launch.sweep import describe, train
 from launch.sweep_file import Planned, check_runs, distinct, jobs_of, plan, read_sweep
-from launch.sweep_process import Slot, reason_of, share, status_of
+from launch.sweep_process import Slot
 from launch.sweep_runs import Sweep, report_rows
 from launch.sweep_table import COLUMNS, gather, read_result
-from moe.config import ConfigError
+from moe.config import ConfigError, OptimizerConfig
 from moe.scaling.sweep import Point
 from moe.storage.paths import RunPath
-from moe.workdir.identity import write_config
+from moe.workdir.identity import ABOUT_FILE, write_config
+from moe.workdir.tracking import read_metrics
 from tests.launch.compared_runs import TINY, Rows
 
 ROOT = Path(__file__).parents[2]
@@ -51,6 +53,13 @@ if code < 0:
     os.kill(os.getpid(), signal.SIGKILL)
 sys.exit(int(code))
 """
+# Says that it runs, and saves when it is asked to stop.
+SAVING = """
+import signal, sys
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+print(flush=True)
+signal.pause()
+"""
 
 
 class Pretender:
@@ -74,6 +83,13 @@ def pretender(monkeypatch: pytest.MonkeyPatch) -> Pretender:
     monkeypatch.setattr(sweep_runs, "start_run", pretender.start_run)
     monkeypatch.setattr(sweep_table, "prepare", lambda config, split: Rows())
     return pretender
+
+
+def refuse(damaged: Path, workdir: Path) -> list[dict[str, Any]]:
+    """Reads the metrics of a run, of which one is damaged."""
+    if workdir == damaged:
+        raise ConfigError("metrics.jsonl is damaged")
+    return read_metrics(workdir)
 
 
 def planned_runs(*points: Point) -> list[Planned]:
@@ -224,15 +240,17 @@ def test_set_changes_every_run(tmp_path: Path) -> None:
         ('yield Point("one"', 'x = 1 / 0; yield Point("one"', "line 9: ZeroDivisionError"),
         ("Point", "Dot", "ImportError: cannot import name 'Dot'"),
         ("    yield", "    return []\n    yield", "get_sweep() yields no run"),
+        ('Point("two"', '("two",); 1, ("x"', "get_sweep() yielded ('two',): yield Point"),
     ],
 )
+@pytest.mark.parametrize("changes", [[], ["train.eval_batches=3"]])
 def test_a_mistake_in_a_sweep_gets_one_line(
-    tmp_path: Path, before: str, after: str, message: str
+    tmp_path: Path, before: str, after: str, message: str, changes: list[str]
 ) -> None:
     path = tmp_path / "sweep.py"
     path.write_text(SWEEP.replace(before, after))
     with pytest.raises(ConfigError) as caught:
-        read_sweep(str(path), [])
+        read_sweep(str(path), changes)
     assert message in str(caught.value) and str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -243,6 +261,72 @@ def test_a_directory_of_another_run_is_refused(tmp_path: Path) -> None:
     write_config(tmp_path / "a", TINY)
     with pytest.raises(ConfigError, match=r"a holds a run of another config .train.log_every is 1"):
         check_runs([one], tmp_path)
+
+
+def test_none_cannot_take_the_place_of_a_value() -> None:
+    """No flag of launch.train can say None."""
+    base = dataclasses.replace(TINY, optimizer=OptimizerConfig(warmup_steps=2))
+    with pytest.raises(ConfigError, match=r"s.py: a: optimizer.warmup_steps=None cannot take"):
+        plan("s.py", base, [Point("a", {"optimizer.warmup_steps": None})], [])
+
+
+def test_a_run_of_other_learning_rates_is_refused(tmp_path: Path) -> None:
+    """A run by hand may go on with more steps. In a sweep it would be no planned run."""
+    (one,) = planned_runs(Point("a", {"train.steps": 9}))
+    (tmp_path / "a").mkdir()
+    write_config(tmp_path / "a", TINY)
+    check_runs([one], tmp_path)  # nothing is trained yet
+    step = tmp_path / "a" / "checkpoints" / "2"
+    step.mkdir(parents=True)
+    (step / ABOUT_FILE).write_text("{}")
+    with pytest.raises(ConfigError, match=r"a has trained 2 steps with train.steps=4, at other"):
+        check_runs([one], tmp_path)
+    check_runs(planned_runs(Point("a", {})), tmp_path)
+
+
+def test_damaged_metrics_fail_one_run(
+    tmp_path: Path, pretender: Pretender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A pretender writes its metrics anew, and those of a run would stay damaged.
+    monkeypatch.setattr(sweep_table, "read_metrics", functools.partial(refuse, tmp_path / "a"))
+    assert train(seeds("a", "b"), tmp_path, 1) == 1
+    rows = gather([one.run for one in seeds("a", "b")], tmp_path)
+    assert [row["status"] for row in rows] == ["failed", "finished"]
+    assert rows[0]["reason"] == "metrics.jsonl is damaged"
+    assert Sweep(seeds("a"), tmp_path, 1, shown=True).train() == 2
+
+
+def test_an_error_lets_the_runs_save(
+    tmp_path: Path, pretender: Pretender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start_run(*_: Any, **__: Any) -> subprocess.Popen[bytes]:
+        if started:
+            raise OSError("no room is left")
+        process = subprocess.Popen([sys.executable, "-c", SAVING], stdout=subprocess.PIPE)
+        assert process.stdout
+        with process.stdout as output:
+            output.readline()
+        started.append(process)
+        return process
+
+    monkeypatch.setattr(sweep_runs, "start_run", start_run)
+    with pytest.raises(OSError, match="no room is left"):
+        train(seeds("a", "b"), tmp_path, 2)
+    assert started[0].returncode == 75
+
+
+def test_a_fork_of_a_diverged_run_is_not_restarted(tmp_path: Path, pretender: Pretender) -> None:
+    planned = planned_runs(Point("trunk", {}), Point("fork", {"train.steps": 3}, "trunk", 2))
+    pretender.codes = {"trunk": 3}
+    assert [Sweep(planned, tmp_path, 1, shown=True).train() for _ in range(2)] == [3, 3]
+
+
+def test_a_diverged_run_is_not_left(tmp_path: Path, pretender: Pretender) -> None:
+    pretender.codes = {"a": 3}
+    train(seeds("a"), tmp_path, 1)
+    assert "0 finished; 0 FLOPs are left" in describe(seeds("a"), tmp_path, None)
 
 
 def test_a_damaged_result_is_refused(tmp_path: Path) -> None:
@@ -302,41 +386,6 @@ def test_bad_input_gets_one_line(tmp_path: Path, flags: list[str], message: str)
     done = command(*words)
     assert done.returncode == 2 and message in done.stderr, done
     assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "new").exists()
-
-
-def test_cores_and_gpus_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert share([0, 1, 2, 3, 4], 1, 2) == [2, 3] and share([0], 1, 2) == []
-    environment = {"CUDA_VISIBLE_DEVICES": "4,5,6,7", "GLIBC_TUNABLES": "b"}
-    own = {"CUDA_VISIBLE_DEVICES": "6,7", "GLIBC_TUNABLES": "b"}
-    assert Slot(1, 2).environment(environment) == own
-    assert Slot(0, 1).environment({}) == {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-    assert Slot(0, 1).environment(environment) == environment
-    assert Slot(3, 8).environment(environment) == environment  # there are not enough for each
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 2, 4, 6})
-    chosen: list[Any] = []
-    monkeypatch.setattr(os, "sched_setaffinity", lambda pid, cores: chosen.append(cores))
-    Slot(1, 2).enter()
-    Slot(5, 8).enter()
-    assert chosen == [[4, 6], [0, 2, 4, 6]]
-
-
-@pytest.mark.parametrize(
-    ("code", "status", "reason"),
-    [
-        (0, "finished", None),
-        (2, "failed", "error: it is being written by process 7"),
-        (3, "diverged", "step 5: nothing is finite"),
-        (75, "interrupted", "/runs/a stopped at step 4"),
-        (143, "interrupted", "stopped"),
-        (139, "failed", "killed by SIGSEGV"),
-    ],
-)
-def test_an_exit_code_says_how_a_run_ended(
-    tmp_path: Path, code: int, status: str, reason: str | None
-) -> None:
-    words = reason if reason and reason.startswith("error") else f"{status}: {reason}"
-    (tmp_path / "output.log").write_text(f"$ python\nloss 5\rloss 4\n{words}\n\n")
-    assert status_of(code) == status and reason_of(code, tmp_path) == reason
 
 
 def test_a_distinct_run_is_the_first_of_its_content() -> None:

@@ -93,6 +93,20 @@ def test_a_fork_of_an_equal_run_starts_from_the_one_that_is_trained() -> None:
     assert expand(BASE, points)[2].fork_from == "trunk"
 
 
+def test_a_trunk_is_trained_rather_than_an_equal_fork() -> None:
+    points = [Point("fork", {"train.steps": 80}, "trunk", 40), Point("trunk", {"train.steps": 80})]
+    fork, trunk = expand(BASE, points)
+    assert (fork.same_as, trunk.same_as) == ("trunk", None)
+    points = [
+        Point("long", {"train.steps": 100}),
+        Point("fork", {"train.steps": 80}, "long", 50),
+        Point("trunk", {"train.steps": 80}),
+        Point("short", {"train.steps": 60}, "trunk", 40),
+    ]
+    assert [run.same_as for run in expand(BASE, points)] == [None, "trunk", None, None]
+    assert expand(BASE, points)[3].fork_from == "trunk"
+
+
 def test_a_grid_has_every_combination() -> None:
     points = list(grid({"optimizer.learning_rate": [0.1, 0.2], "train.batch_size": [8, 16]}))
     assert [point.name for point in points] == [
