@@ -41,15 +41,16 @@ class Unreachable(OSError):
     """
 
 
-def run_path(path: str | os.PathLike[str]) -> RunPath:
+def run_path(path: str | os.PathLike[str], *, ask: bool = True) -> RunPath:
     """Returns the path of a run directory: a local one, one on a mount, or one at gs://.
 
     Raises ConfigError for an address of another kind, and for a bucket that does not exist or that
-    this account may not use, and Unreachable if the store does not answer.
+    this account may not use, and Unreachable if the store does not answer. Without `ask`, the
+    bucket is not asked for, since nothing in it may be needed.
     """
     # pathlib writes gs://bucket/run as gs:/bucket/run.
     text = re.sub(r"^gs:/+", "gs://", expand_run_path("workdir", os.fspath(path)))
-    return _open_bucket(text) if text.startswith("gs://") else Path(text)
+    return _bucket_path(text, ask) if text.startswith("gs://") else Path(text)
 
 
 def absolute(path: P) -> P:
@@ -180,14 +181,23 @@ def _explained(path: RunPath, what: str) -> Iterator[None]:
         raise kind(f"{path} cannot be {what} ({explain(error)})") from None
 
 
-def _open_bucket(text: str) -> "epath.Path":
-    """Returns a path at gs://, whose bucket answers. Raises ConfigError and Unreachable."""
+def _bucket_path(text: str, ask: bool) -> "epath.Path":
+    """Returns a path at gs://. If asked, its bucket answers, or else it raises an error."""
     # With TensorFlow installed, epath would load it. gcsfs's second implementation, for buckets of
     # other kinds, warns at each file of a bucket whose kind it may not ask for.
     os.environ.setdefault("EPATH_USE_TF", "false")
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     for name in ("gcsfs", "google.auth"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # they log the errors that they raise
+    if ask:
+        _ask_bucket(text)
+    from etils import epath
+
+    return epath.Path(text)
+
+
+def _ask_bucket(text: str) -> None:
+    """Raises ConfigError or Unreachable if the bucket of a path at gs:// does not answer."""
     bucket = text.removeprefix("gs://").split("/")[0]
     try:
         with announce_wait(f"waiting for gs://{bucket} to answer"):
@@ -203,9 +213,6 @@ def _open_bucket(text: str) -> "epath.Path":
     except (OSError, *cloud_errors()) as error:
         kind = Unreachable if is_unreachable(error) else ConfigError
         raise kind(f"{text} cannot be reached ({explain(error)})") from None
-    from etils import epath
-
-    return epath.Path(text)
 
 
 @functools.cache

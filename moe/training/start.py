@@ -99,7 +99,7 @@ def claim_run(
         return origin and (str(origin.run), origin.step, origin.is_fork)
 
     with lock_run(workdir, look, interrupted) as (origin, check):
-        yield origin and Origin(run_path(origin[0]), *origin[1:]), check
+        yield origin and Origin(run_path(origin[0], ask=False), *origin[1:]), check
 
 
 @contextlib.contextmanager
@@ -166,6 +166,7 @@ def first_state(
         bar.show("initialising the parameters")
         return program.init_state()
     bar.show(f"restoring step {origin.step} of {origin.run}")
+    run_path(origin.run)  # whose bucket this host may be unable to reach
     start = fork_from if origin.is_fork else start_from
     state = start(origin, workdir, program, rows, check)
     checkpoint.save(checkpoints, config, rows.sha256, state)

@@ -6,7 +6,7 @@ from typing import Any
 from moe.config import ConfigError, ModelConfig, RunConfig
 from moe.interop.upcycle import SHARED_FIELDS, check_fields
 from moe.storage.owner import Check
-from moe.storage.paths import RunPath, resolve, write_whole
+from moe.storage.paths import RunPath, resolve, run_path, write_whole
 from moe.workdir import checkpoint
 from moe.workdir.identity import (
     CONFIG_FILE,
@@ -52,7 +52,7 @@ def find_origin(workdir: RunPath, config: RunConfig, source: Source | None) -> O
             )
         if has_begun:
             return origin
-        source = Source(*origin)
+        source = Source(run_path(origin.run), origin.step, origin.is_fork)
     if not source:
         return None
     if has_begun:

@@ -74,7 +74,8 @@ def read_origin(workdir: RunPath) -> Origin | None:
         saved = json.loads(path.read_text())
         is_fork = "fork_from" in saved
         run = saved["fork_from" if is_fork else "init_from"]
-        return Origin(run_path(run), int(saved["step"]), is_fork)
+        # A run that has begun does not need the other one, which may be gone by now.
+        return Origin(run_path(run, ask=False), int(saved["step"]), is_fork)
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{path} does not say a run and a step ({error}): restore it, or set another --workdir"

@@ -12,12 +12,15 @@ from pathlib import Path
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from moe.config import ConfigError, TrackingConfig
+from moe.config import ConfigError, RunConfig, TrackingConfig
 from moe.storage import lines, owner, paths
 from moe.storage.lines import LineWriter, line_parts
 from moe.storage.owner import LostRun, own_run
 from moe.storage.paths import run_path, write_whole
 from moe.workdir import orbax_errors, tensorboard, tracking
+from moe.workdir.identity import write_config
+from moe.workdir.origin import find_origin, write_origin
+from moe.workdir.source import Origin
 from moe.workdir.tracking import MetricWriter, read_metrics, read_router
 
 NO_COPIES = TrackingConfig(tensorboard=False)
@@ -71,6 +74,17 @@ def test_a_bucket_that_does_not_exist_is_named(bucket: str) -> None:
         ConfigError, match=r"^gs://no-such-bucket/run lies in a bucket that does not exist: create"
     ):
         run_path("gs://no-such-bucket/run")
+
+
+def test_a_run_that_has_begun_does_not_ask_for_its_origin(bucket: str, tmp_path: Path) -> None:
+    run = run_path("gs://no-such-bucket/run", ask=False)
+    config = RunConfig()
+    origin = Origin(run, 4, is_fork=False)
+    write_origin(tmp_path, origin, lambda: None)
+    with pytest.raises(ConfigError, match="lies in a bucket that does not exist"):
+        find_origin(tmp_path, config, None)
+    write_config(tmp_path, config)
+    assert find_origin(tmp_path, config, None) == origin
 
 
 def test_lines_are_written_in_batches_and_parts(
