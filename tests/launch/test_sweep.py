@@ -4,6 +4,8 @@ import csv
 import dataclasses
 import functools
 import json
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -315,6 +317,20 @@ def test_an_error_lets_the_runs_save(
     with pytest.raises(OSError, match="no room is left"):
         train(seeds("a", "b"), tmp_path, 2)
     assert started[0].returncode == 75
+
+
+def test_ctrl_z_stops_the_runs_too(
+    tmp_path: Path, pretender: Pretender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paused: list[int] = []
+
+    def start_run(*arguments: Any, **options: Any) -> subprocess.Popen[bytes]:
+        os.kill(os.getpid(), signal.SIGTSTP)
+        return pretender.start_run(*arguments, **options)
+
+    monkeypatch.setattr(sweep_runs, "start_run", start_run)
+    monkeypatch.setattr(sweep_runs, "pause", lambda processes: paused.append(len(processes)))
+    assert train(seeds("a"), tmp_path, 1) == 0 and paused == [1]
 
 
 def test_a_fork_of_a_diverged_run_is_not_restarted(tmp_path: Path, pretender: Pretender) -> None:
