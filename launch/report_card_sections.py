@@ -195,13 +195,11 @@ def compute(facts: Facts) -> Iterator[str]:
     config, devices = facts.config, {}
     if facts.environments:
         devices = facts.environments[-1].get("devices") or {}
+    kinds = " and ".join(devices.get("kinds", []))
     per_token = training_flops_per_token(config.model, config.data.sequence_length)
     rows = [
         ("training FLOPs", f"{per_token * facts.tokens:.4g} ({per_token:,.0f} for each token)"),
-        (
-            "devices",
-            f"{devices.get('count', 'unknown')} x {' and '.join(devices.get('kinds', []))}",
-        ),
+        ("devices", f"{devices['count']} x {kinds}" if "count" in devices else "unknown"),
     ]
     if hours := _hours(facts):
         rows.append(("hours of training steps", f"{hours:.3g}"))

@@ -25,6 +25,7 @@ diverged; 75 interrupted, and saved unless a second signal came. With --index, a
 code is that of launch.train. With --report_only it is 0 whatever became of the runs.
 """
 
+import os
 from collections.abc import Sequence
 
 from absl import flags
@@ -35,7 +36,8 @@ from launch.sweep_progress import DONE
 from launch.sweep_runs import Sweep, report_rows
 from launch.sweep_table import PARQUET_FILE, RESULTS, Row, gather, planned_row, read_result
 from moe.config import ConfigError
-from moe.storage.owner import own_run
+from moe.parallel.cluster import is_restarted
+from moe.storage.owner import RESTART_WAIT_SECONDS, own_run
 from moe.storage.paths import RunPath, make_directory, run_path
 
 _HEAD = "index      active       total        tokens      FLOPs      rate  batch    steps  run"
@@ -63,7 +65,8 @@ def main(values: flags.FlagValues) -> int:
 def train(planned: Sequence[Planned], workdir: RunPath, jobs: int) -> int:
     """Trains a sweep as the only process that does so, and returns the command's exit code."""
     make_directory(workdir)
-    with own_run(workdir):
+    wait_seconds = RESTART_WAIT_SECONDS if is_restarted(os.environ) else 0.0
+    with own_run(workdir, wait_seconds):
         code = Sweep(distinct(planned), workdir, jobs).train()
     _finish(planned, workdir)
     return code

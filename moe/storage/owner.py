@@ -38,6 +38,7 @@ from moe.storage.paths import (
 LOCK_FILE = "run.lock"  # is locked by the process that writes the run, and names it
 LEASE_DIRECTORY = "lease"
 
+RESTART_WAIT_SECONDS = 300.0  # how long a job that was started again waits for its directory
 RENEW_SECONDS = 15.0  # how often an owner renews its lease
 LEASE_SECONDS = 60.0  # a lease that was not renewed for so long is free
 POLL_SECONDS = 1.0  # how often a process that waits for a lease looks at it

@@ -24,7 +24,14 @@ from moe.parallel import watch
 from moe.parallel.cluster import is_restarted
 from moe.parallel.distributed import from_first
 from moe.scaling.hardware import memory_bytes
-from moe.storage.owner import Check, Ownership, check_lease, own_run, unchecked
+from moe.storage.owner import (
+    RESTART_WAIT_SECONDS,
+    Check,
+    Ownership,
+    check_lease,
+    own_run,
+    unchecked,
+)
 from moe.storage.paths import RunPath, run_path
 from moe.tasks import Task
 from moe.training.log import Records
@@ -39,7 +46,6 @@ from moe.workdir.origin import find_origin, read_state, read_variables, write_or
 from moe.workdir.source import Origin, Source
 from moe.workdir.tracking import MetricWriter, check_workdir, copy_lines, write_environment
 
-RESTART_WAIT_SECONDS = 300.0  # how long a job that was started again waits for the run's lock
 _VISIBLE_SECONDS = 60.0
 T = TypeVar("T")
 

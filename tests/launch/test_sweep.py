@@ -1,5 +1,6 @@
 """Tests launch.sweep: what it trains, skips and reports, with runs that only pretend to train."""
 
+import contextlib
 import csv
 import dataclasses
 import functools
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 from pyarrow import parquet
 
-from launch import sweep_runs, sweep_table
+from launch import sweep, sweep_runs, sweep_table
 from launch.sweep import describe, train
 from launch.sweep_file import Planned, check_runs, distinct, jobs_of, plan, read_sweep
 from launch.sweep_process import Slot
@@ -317,6 +318,26 @@ def test_an_error_lets_the_runs_save(
     with pytest.raises(OSError, match="no room is left"):
         train(seeds("a", "b"), tmp_path, 2)
     assert started[0].returncode == 75
+
+
+@pytest.mark.parametrize(("restarts", "waits"), [("0", 0.0), ("1", 300.0)])
+def test_a_sweep_that_is_started_again_waits_for_its_directory(
+    tmp_path: Path,
+    pretender: Pretender,
+    monkeypatch: pytest.MonkeyPatch,
+    restarts: str,
+    waits: float,
+) -> None:
+    """The host of the start before may be slow to end it."""
+    waited: list[float] = []
+
+    def own(workdir: RunPath, seconds: float) -> contextlib.AbstractContextManager[None]:
+        waited.append(seconds)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(sweep, "own_run", own)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
+    assert train(seeds("a"), tmp_path, 1) == 0 and waited == [waits]
 
 
 def test_ctrl_z_stops_the_runs_too(
