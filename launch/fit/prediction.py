@@ -72,7 +72,8 @@ def table_configs(runs: Runs) -> list[RunConfig]:
             configs[text] = RunConfig.from_config_dict(json.loads(text))
         except ValueError as error:  # ConfigError is one
             raise ConfigError(
-                f"row {row}: column config holds no config of this version: {error}"
+                f"row {row}: column config holds no config of this version ({error}): "
+                "remove the column, or rename it"
             ) from None
     return list(configs.values())
 
@@ -92,7 +93,8 @@ def size_name(law: Law) -> str:
     """Returns the name of what a law counts as a model's size."""
     if {"body", "active_body"} & set(law.inputs):
         return "parameters without embeddings"
-    return "active parameters" if is_sparse(law.inputs) and "active" in law.inputs else "parameters"
+    counts_active = {"active", "decimal_active"} & set(law.inputs)
+    return "active parameters" if is_sparse(law.inputs) and counts_active else "parameters"
 
 
 def sizes(law: Law, columns: Columns) -> np.ndarray:

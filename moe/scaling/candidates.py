@@ -7,7 +7,7 @@ steps follow from the size and the tokens by the same file's rules.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -59,20 +59,16 @@ def planned_flops(config: RunConfig) -> float:
     return planned_tokens(config) * training_flops_per_token(config.model, length)
 
 
-def list_candidates(
-    bases: Sequence[RunConfig], progress: Callable[[int, int], None] | None = None
-) -> list[Candidate]:
+def list_candidates(bases: Sequence[RunConfig]) -> list[Candidate]:
     """Returns the models of a table's runs, and these models at other widths."""
     groups: dict[tuple, dict[int, RunConfig]] = {}
     for base in bases:
         groups.setdefault(_experts_key(base.model), {}).setdefault(base.model.model_dim, base)
     candidates = []
-    for number, by_width in enumerate(groups.values()):
+    for by_width in groups.values():
         widths = candidate_widths(by_width)
         found = [_candidate(by_width, width, width in (widths[0], widths[-1])) for width in widths]
         candidates += [candidate for candidate in found if candidate is not None]
-        if progress:
-            progress(number + 1, len(groups))
     return candidates
 
 

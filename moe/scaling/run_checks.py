@@ -93,7 +93,8 @@ def check_values(runs: Runs, columns: Sequence[str]) -> None:
         if name in may_be_0:
             continue
         values = getattr(runs, name)
-        _refuse(runs, ~((values > 0) & np.isfinite(values)), name, "must be positive", "check them")
+        wrong = ~((values > 0) & np.isfinite(values))
+        _refuse(runs, wrong, name, "must be positive and finite", "check them")
     _refuse(runs, runs.loss > 30, "loss", "are above 30 nats per token", "check their unit")
     _check_units(runs)
     for name in ("dataset", "tokenizer"):
@@ -192,7 +193,7 @@ def _check_varies(runs: Runs, name: str) -> None:
 
 
 def _check_rising(runs: Runs) -> None:
-    """Raises ConfigError for runs whose loss is above that of an equal model with fewer tokens."""
+    """Raises ConfigError for a loss above that of an equal model with as many tokens or fewer."""
     models = np.stack([np.nan_to_num(getattr(runs, name)) for name in _ARCHITECTURE], -1)
     _, model = np.unique(models, axis=0, return_inverse=True)
     order = np.lexsort((runs.loss, runs.tokens, model.ravel()))

@@ -84,9 +84,10 @@ def tune(
 ) -> Hyperparameters:
     """Returns the hyperparameters of a model that is trained on so many tokens.
 
-    Parameters are counted without the embedding, which multiplies nothing. Those of experts are
-    counted as in the model of their `feed_forward_dim` without experts. `learning_rate_factor`
-    moves the rule to another optimizer, data set or length of training.
+    Parameters are counted without the embedding matrix, also where it is the unembedding too. A
+    model with experts counts as its dense twin, the model without experts whose feed-forward width
+    is `feed_forward_dim`. `learning_rate_factor` moves the rule to another optimizer, data set or
+    length of training.
     """
     twin = dataclasses.replace(model, moe=dataclasses.replace(model.moe, num_experts=0))
     parameters = total_parameters(twin) - model.vocab_size * model.model_dim
@@ -116,7 +117,7 @@ def scale_run(
 ) -> RunConfig:
     """Returns the run that trains `model` on so many tokens, by the rules of this file.
 
-    It is evaluated at its end, and saved five times. Everything else is as in `base`.
+    It is evaluated at its end, and saved up to five times. Everything else is as in `base`.
     """
     chosen = tune(model, base.data.sequence_length, tokens, learning_rate_factor)
     optimizer = dataclasses.replace(

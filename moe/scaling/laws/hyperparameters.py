@@ -213,5 +213,8 @@ def _find_warnings(result: StepLaw) -> Iterator[str]:
                 f"{len(result.grids)} grids, so it is only a bound there: try values beyond it."
             )
     if len(_BATCH) + len(_RATE) != len(result.coefficients):
-        yield "All runs have one batch, so the law of the batch is not fitted."
+        yield (
+            "The law of the batch is not fitted: all runs have one batch, or some have no value in "
+            "batch_tokens."
+        )
     yield from runs_left_out(result.left_out)
