@@ -85,10 +85,12 @@ def find(values: flags.FlagValues) -> Solution:
         )
     budgets = table.read_budgets(values.budget or [])
     path = Path(expand_path("--runs", values.runs))
+    runs, sha256 = table.read_table(path, values)
     request = Request(
         law=values.law,
         path=path,
-        runs=table.read_table(path, values),
+        sha256=sha256,
+        runs=runs,
         budgets=budgets,
         emit=values.emit,
         seed=values.seed,

@@ -155,7 +155,9 @@ def value_text(value: float, form: str) -> str:
 
 
 def interval_text(low: float, high: float, form: str = "number") -> str:
-    """Returns an interval as a table shows it."""
+    """Returns an interval as a table shows it. An end that is NaN says that nothing shows it."""
+    if math.isnan(low) or math.isnan(high):
+        return "unknown"
     return f"{value_text(low, form)} to {value_text(high, form)}"
 
 

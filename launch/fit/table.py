@@ -1,5 +1,6 @@
 """The flags that say which table is fitted and what its columns hold, and how they are read."""
 
+import hashlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 from absl import flags
 
 from moe.config import ConfigError
-from moe.scaling.runs import Runs, read_runs
+from moe.scaling.runs import Runs, read_bytes, read_runs
 
 # The help lists the flags that are defined here as the command's own.
 flags.disclaim_key_flags()
@@ -81,14 +82,20 @@ def define_flags(flag_values: flags.FlagValues) -> None:
         )
 
 
-def read_table(path: Path, values: flags.FlagValues) -> Runs:
-    """Returns the runs that the flags choose, in nats, FLOP and ones. Raises ConfigError."""
+def read_table(path: Path, values: flags.FlagValues) -> tuple[Runs, str]:
+    """Returns the runs that the flags choose, in nats, FLOP and ones, and the file's SHA-256.
+
+    Raises ConfigError.
+    """
     named = {name: getattr(values, f"column_{name}") for name in COLUMNS}
     columns = {name: str(column) for name, column in named.items() if column is not None}
     scale: dict[str, float] = {}
     for flag, units, names, _ in UNITS:
         scale |= dict.fromkeys(names, units[str(getattr(values, flag))])
-    return read_runs(path, columns, where=read_where(values.where or []), scale=scale)
+    where = read_where(values.where or [])
+    content = read_bytes(path)
+    runs = read_runs(path, columns, where=where, scale=scale, content=content)
+    return runs, hashlib.sha256(content).hexdigest()
 
 
 def read_where(texts: Sequence[str]) -> dict[str, str]:

@@ -58,6 +58,21 @@ def test_rows_are_chosen_and_keep_their_numbers(tmp_path):
     np.testing.assert_array_equal(runs.tokens, 8e10)
     np.testing.assert_array_equal(runs.flops, 6 * 4e6 * 8e10)
     assert len(read_runs(path, NAMES, where={"set": "owt,rw"})) == 4
+    with pytest.raises(ConfigError, match=r"'N' has 4000000\.0 in the rows that the conditions"):
+        read_runs(path, NAMES, where={"set": "owt", "N": "1e6"})
+
+
+def test_a_header_that_is_no_utf_8_is_told(tmp_path):
+    path = tmp_path / "runs.csv"
+    path.write_bytes("größe,tokens,loss\n1e6,2e7,3.1\n".encode("latin-1"))
+    with pytest.raises(ConfigError, match="is no table of runs, CSV or Parquet"):
+        read_runs(path)
+
+
+def test_dense_models_may_have_0_experts():
+    runs = make_runs(parameters=[1e6, 8e6], experts=[0, 8], experts_per_token=[0, 1])
+    np.testing.assert_array_equal(runs.sparsity, [0, 7 / 8])
+    np.testing.assert_array_equal(runs.active_parameters, [1e6, np.nan])
 
 
 @pytest.mark.parametrize(
