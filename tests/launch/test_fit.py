@@ -23,6 +23,7 @@ from launch.fit.__main__ import define_flags, find, main
 from launch.fit.emit import docstring
 from launch.fit.prediction import isoflop_model
 from launch.fit.results import as_json, as_text
+from launch.fit.study import fit_curves
 from launch.plotting import write_drawing
 from moe.config import ConfigError, RunConfig
 from moe.scaling.candidates import list_candidates, planned_flops, planned_tokens
@@ -359,6 +360,14 @@ def test_parabolas_find_the_exponent_and_the_nearest_config(tmp_path: Path) -> N
     assert "loss" not in optimum["intervals"]
     text = docstring(tmp_path / "best.py", solution.results)
     assert "\nparameters  " in text and "\ntokens " in text and "\nloss" not in text
+
+
+def test_curves_are_over_the_sizes_that_the_law_counts() -> None:
+    rows = grid(noise=0)
+    runs = make_runs(**{name: [row[name] for row in rows] for name in rows[0]})
+    (curve, *_) = fit_curves(runs, 0.9 * runs.parameters)  # kaplan counts no embeddings
+    np.testing.assert_allclose(curve.parameters, 0.9 * runs.parameters[:7])
+    assert curve.best_parameters < runs.parameters[6]
 
 
 def test_three_sizes_in_each_budget_have_no_interval_and_are_drawn(tmp_path: Path) -> None:

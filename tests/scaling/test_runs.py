@@ -179,6 +179,23 @@ def test_losses_that_rise_with_the_tokens_are_refused():
         check(**table, loss=loss)
 
 
+def test_a_worse_run_of_the_same_model_and_tokens_is_no_rise():
+    table = {name: getattr(GOOD, name)[[*range(35), 3]] for name in ("parameters", "tokens")}
+    loss = np.append(GOOD.loss, 1.03 * GOOD.loss[3])
+    rows = {"batch_tokens": np.full(36, np.nan), "vocab_size": np.full(36, np.nan)}
+    rows |= {"run": np.full(36, ""), "status": np.full(36, "")}
+    with pytest.raises(ConfigError, match=r"^loss: row 36 .* is more than 2% above that of the sa"):
+        check(**table, **rows, loss=loss)
+
+
+def test_experts_without_active_parameters_are_refused():
+    """Their FLOPs are unknown, so that no budget is the largest one."""
+    table = {"experts": np.tile([4, 8, 16, 32, 64], 7), "experts_per_token": np.ones(35)}
+    runs = make_runs(parameters=GOOD.parameters, tokens=GOOD.tokens, loss=GOOD.loss, **table)
+    with pytest.raises(ConfigError, match=r"^active_parameters: no run has a value"):
+        check_runs(runs, LAWS["sparsity"].columns, 8)
+
+
 def test_runs_that_did_not_learn_are_left_out_with_the_reason():
     runs, left_out = check(**changed("loss", [2], 11.0))
     assert len(runs) == 34
