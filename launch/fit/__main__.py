@@ -31,8 +31,8 @@ the best model for the largest budget, to train it with launch.train. A law that
 asked for is refused in one line.
 
 Writes to --output, by default DIRECTORY_OF_TABLE/fit_LAW: index.html, a page that holds everything
-and needs no network; its figures as PNG files; and fit.json, with every number. The same table,
-flags and --seed give the same bytes.
+and needs no network; its figures as PNG files; and fit.json, with the coefficients, best models and
+held-out losses without rounding. The same table, flags and --seed give the same bytes.
 
 Exit codes: 0 done, also with warnings; 2 bad input, told in one line; 75 interrupted.
 """
@@ -85,10 +85,12 @@ def find(values: flags.FlagValues) -> Solution:
         )
     budgets = table.read_budgets(values.budget or [])
     path = Path(expand_path("--runs", values.runs))
+    runs, sha256 = table.read_table(path, values)
     request = Request(
         law=values.law,
         path=path,
-        runs=table.read_table(path, values),
+        sha256=sha256,
+        runs=runs,
         budgets=budgets,
         emit=values.emit,
         seed=values.seed,

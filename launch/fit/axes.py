@@ -87,7 +87,10 @@ def _set_scale(axis: "Axis", low: float, high: float) -> None:
 
 
 def log_ticks(low: float, high: float, most: int = 7) -> list[float]:
-    """Returns between two and `most` round numbers in a range, evenly spread on a log axis."""
+    """Returns up to `most` round numbers in a range, evenly spread on a log axis.
+
+    There may be none in a range that is narrower than the distance of two round numbers.
+    """
     decades = np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1)
     for steps in ((1, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,)):
         ticks = [step * 10.0**decade for decade in decades for step in steps]

@@ -27,20 +27,19 @@ def docstring(path: Path, results: Results) -> str:
     """Returns the docstring of the config of the best model for the largest budget."""
     optimum = results.optima[-1]
     forms = (("parameters", "count"), ("tokens", "count"), ("loss", "loss"))
-    said = {
-        name: f"{value_text(optimum.best[name], form)} "
+    said = "\n".join(
+        f"{name:12}{value_text(optimum.best[name], form)} "
         f"({interval_text(*optimum.intervals[name], form)})"
         for name, form in forms
-    }
+        if name in optimum.best  # approach 2 says no loss
+    )
     budget, table = power_text(optimum.budget, 3), Path(results.table).name
     return f"""Trains the model that a scaling law predicts to be best for {budget} FLOP.
 
 The law is {results.law}, fitted to {results.num_runs} runs of {table}.
 It predicts, with 95 % of the bootstrap in brackets:
 
-parameters  {said["parameters"]}
-tokens      {said["tokens"]}
-loss        {said["loss"]}
+{said}
 
 Command:  python -m launch.train --config={path} --workdir=runs/{path.stem}
 Hardware: not run yet.

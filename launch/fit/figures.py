@@ -291,22 +291,24 @@ def _paint_best(
     value, low, high = getattr(best, name).T
     measured = getattr(points, name)
     band = {"alpha": BAND, "linewidth": 0, "color": colours["first"]}
-    axes.fill_between(best.budgets, low, high, label="95 % interval", **band)
+    heights = np.concatenate([value, low, high, measured])
+    if np.isfinite(low).any():  # else nothing shows the noise
+        axes.fill_between(best.budgets, low, high, label="95 % interval", **band)
     axes.plot(best.budgets, value, color=colours["first"], linewidth=1.6, label="the law")
     faint = DOT | {"markersize": 3, "alpha": 0.7}
     axes.plot(points.flops, measured, color=colours["muted"], label="run", **faint)
     minima = [curve for curve in curves if not curve.problem]
     if minima:
-        heights = [getattr(curve, f"best_{name}") for curve in minima]
+        lowest = [getattr(curve, f"best_{name}") for curve in minima]
         style = DOT | {"marker": "s", "markersize": 4.5}
         budgets = [curve.flops for curve in minima]
-        axes.plot(budgets, heights, color=colours["third"], label="iso-FLOP minimum", **style)
+        axes.plot(budgets, lowest, color=colours["third"], label="iso-FLOP minimum", **style)
     found = getattr(asked, name)  # empty where no budget was asked for
     _paint_asked(axes, colours, asked.budgets, found[:, 0], found[:, 1:])
     ends = padded(np.concatenate([best.budgets, points.flops]), 0.02)
     set_flops(axes.xaxis, "training FLOPs", *ends)
     set_vertical = set_losses if name == "loss" else set_counts
-    set_vertical(axes.yaxis, label, *padded(np.concatenate([low, high, measured])))
+    set_vertical(axes.yaxis, label, *padded(heights[np.isfinite(heights)]))
     place_legend(axes)
 
 

@@ -123,7 +123,7 @@ def _provenance(results: Results) -> str:
     facts: Mapping[str, str] = {
         "table": results.table,
         "its SHA-256": results.table_sha256,
-        "losses in": results.loss_unit,
+        "its losses in": results.loss_unit,
     }
     rows = "".join(
         f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>"

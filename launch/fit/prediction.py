@@ -58,10 +58,11 @@ def check_budgets(law: str, inputs: Iterable[str], has_configs: bool) -> None:
         )
 
 
-def table_configs(runs: Runs) -> list[RunConfig]:
+def table_configs(runs: Runs, is_strict: bool) -> list[RunConfig]:
     """Returns the different configs of a table's finished runs. Tables from elsewhere have none.
 
-    Raises ConfigError for a config of another version of this code.
+    A config of another program, or of another version of this code, raises ConfigError if
+    `is_strict`. Otherwise the table counts as one without configs.
     """
     finished = runs.take(runs.status == "finished")
     configs = {}
@@ -71,8 +72,11 @@ def table_configs(runs: Runs) -> list[RunConfig]:
         try:
             configs[text] = RunConfig.from_config_dict(json.loads(text))
         except ValueError as error:  # ConfigError is one
+            if not is_strict:
+                return []
             raise ConfigError(
-                f"row {row}: column config holds no config of this version: {error}"
+                f"row {row}: column config holds no config of this version ({error}): "
+                "leave --budget out, or remove the column"
             ) from None
     return list(configs.values())
 
@@ -92,7 +96,8 @@ def size_name(law: Law) -> str:
     """Returns the name of what a law counts as a model's size."""
     if {"body", "active_body"} & set(law.inputs):
         return "parameters without embeddings"
-    return "active parameters" if is_sparse(law.inputs) and "active" in law.inputs else "parameters"
+    counts_active = {"active", "decimal_active"} & set(law.inputs)
+    return "active parameters" if is_sparse(law.inputs) and counts_active else "parameters"
 
 
 def sizes(law: Law, columns: Columns) -> np.ndarray:
@@ -105,10 +110,10 @@ def sizes(law: Law, columns: Columns) -> np.ndarray:
 
 def best_model(
     law: Law, loss: Loss, candidates: Sequence[Candidate], budget: float
-) -> tuple[Optimum, RunConfig | None]:
-    """Returns the best model for a budget, and the config that trains it.
+) -> tuple[Optimum, Candidate | None]:
+    """Returns the best model for a budget, as an optimum and as one of the candidates.
 
-    Without candidates it is a dense model of any size, which has no config.
+    Without candidates it is a dense model of any size.
     """
     if not candidates:
         return best_size(loss, budget, {}), None
@@ -116,31 +121,45 @@ def best_model(
     columns = columns_at(candidates, budget)
     columns["size"] = sizes(law, columns)
     place, optimum = best_point(loss, budget, columns, is_edge_P)
-    return optimum, candidates[place].run(budget)
+    return optimum, candidates[place]
 
 
 def isoflop_model(
     found: IsoFlop, candidates: Sequence[Candidate], budget: float
-) -> tuple[Optimum, RunConfig | None]:
-    """Returns the model of the size that approach 2 gives for a budget, and its config.
+) -> tuple[Optimum, Candidate | None]:
+    """Returns the model of the size that approach 2 gives for a budget.
 
-    With candidates it is the one whose size is nearest. Approach 2 says no loss.
+    With candidates it is the one whose size is nearest. Approach 2 says no loss. Where nothing
+    shows the noise, all samples are NaN, and so are the intervals.
     """
     own = np.array([list(found.coefficients.values())])
-    samples_SK = np.concatenate([own, found.samples])
+    known = found.samples[np.isfinite(found.samples).all(1)]
+    samples_SK = np.concatenate([own, known])
     size_S, tokens_S = (
         samples_SK[:, first] * budget ** samples_SK[:, first + 1] for first in (0, 2)
     )
     if not candidates:
         columns = dict.fromkeys(("size", "parameters", "active_parameters"), size_S)
-        return summarise(budget, columns | {"tokens": tokens_S}, at_edge=0.0), None
+        optimum = summarise(budget, columns | {"tokens": tokens_S}, at_edge=0.0)
+        return (optimum if len(known) else _without_intervals(optimum)), None
     columns = columns_at(candidates, budget)
     columns["size"] = columns["active_parameters"]
     is_edge_P = np.array([candidate.is_edge for candidate in candidates])
     distance_SP = np.abs(np.log(columns["size"] / size_S[:, None]))
     place, optimum = best_point(lambda _: distance_SP, budget, columns, is_edge_P)
-    best = {name: value for name, value in optimum.best.items() if name != "loss"}
-    return dataclasses.replace(optimum, best=best), candidates[place].run(budget)
+    # What was minimised is a distance, and no loss.
+    best, intervals = (
+        {name: value for name, value in found.items() if name != "loss"}
+        for found in (optimum.best, optimum.intervals)
+    )
+    optimum = dataclasses.replace(optimum, best=best, intervals=intervals)
+    return (optimum if len(known) else _without_intervals(optimum)), candidates[place]
+
+
+def _without_intervals(optimum: Optimum) -> Optimum:
+    """Returns an optimum that says nothing of its spread."""
+    unknown = dict.fromkeys(optimum.intervals, (np.nan, np.nan))
+    return dataclasses.replace(optimum, intervals=unknown)
 
 
 def notes(

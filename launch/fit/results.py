@@ -47,9 +47,9 @@ class Results:
     source: str
     table: str  # its path
     table_sha256: str
-    loss_unit: str
+    loss_unit: str  # of the table's column; all losses here are nats
     num_runs: int  # that were fitted
-    num_rows: int  # of the table
+    num_rows: int  # of the table, after --where
     coefficients: list[Coefficient]
     not_identifiable: list[str]  # why the runs do not determine the coefficients, if they do not
     facts: list[str]  # sentences on how the fit went
@@ -155,7 +155,9 @@ def value_text(value: float, form: str) -> str:
 
 
 def interval_text(low: float, high: float, form: str = "number") -> str:
-    """Returns an interval as a table shows it."""
+    """Returns an interval as a table shows it. An end that is NaN says that nothing shows it."""
+    if math.isnan(low) or math.isnan(high):
+        return "unknown"
     return f"{value_text(low, form)} to {value_text(high, form)}"
 
 
@@ -243,8 +245,9 @@ def _fit_text(results: Results) -> str:
         [
             f"{results.law}: {results.formula}",
             f"{results.source}",
-            f"Fitted to {results.num_runs} of {results.num_rows} rows of {results.table}; "
-            f"losses in {results.loss_unit}.",
+            f"Fitted to {results.num_runs} of the {results.num_rows} rows that were read from "
+            f"{results.table}; losses in nats"
+            f"{'' if results.loss_unit == 'nats' else ', from ' + results.loss_unit}.",
             "",
             *align([head, *rows]),
         ]

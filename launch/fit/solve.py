@@ -1,7 +1,6 @@
 """Fits the law that was asked for, and puts together what the command prints and draws."""
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,6 +64,7 @@ class Request:
 
     law: str
     path: Path  # of the table
+    sha256: str  # of the file that was read, which a running sweep writes again
     runs: Runs
     budgets: list[float]
     emit: str | None
@@ -85,7 +85,8 @@ def check(request: Request) -> list[Candidate]:
     inputs = law.inputs if law else ("active", "tokens") * (request.law == "isoflop")
     if request.law != "steplaw" and not is_sparse(inputs):
         check_dense(request.law, runs)
-    configs = table_configs(runs)
+    # --emit needs a budget, so nothing else asks for configs that train.
+    configs = table_configs(runs, is_strict=bool(request.budgets))
     if request.budgets:
         check_budgets(request.law, inputs, has_configs=bool(configs))
     if law:
@@ -120,7 +121,8 @@ def _solve_loss(request: Request, candidates: Sequence[Candidate], progress: Pro
         progress=progress,
     )
     loss = law_loss(found)
-    models = [best_model(found.law, loss, candidates, budget) for budget in request.budgets]
+    best = [best_model(found.law, loss, candidates, budget) for budget in request.budgets]
+    models = _with_configs(best)
     results = _results(request, found, models, facts=facts_of(found), held_out=held_out_of(found))
     drawings = study.draw_fit(found, results.optima, candidates, loss_axis(request))
     return Solution(results, drawings, models[-1][1] if models else None)
@@ -129,7 +131,8 @@ def _solve_loss(request: Request, candidates: Sequence[Candidate], progress: Pro
 def _solve_isoflop(request: Request, candidates: Sequence[Candidate]) -> Solution:
     """Returns what the parabolas of approach 2 say."""
     found = fit_isoflop(request.runs, seed=request.seed, num_bootstraps=request.bootstraps)
-    models = [isoflop_model(found, candidates, budget) for budget in request.budgets]
+    best = [isoflop_model(found, candidates, budget) for budget in request.budgets]
+    models = _with_configs(best)
     results = _results(request, found, models, facts=isoflop_facts(found), held_out=None)
     drawings = study.draw_isoflop(found, results.optima, loss_axis(request))
     return Solution(results, drawings, models[-1][1] if models else None)
@@ -140,6 +143,14 @@ def _solve_step_law(request: Request) -> Solution:
     found = fit_step_law(request.runs, seed=request.seed, num_bootstraps=request.bootstraps)
     results = _results(request, found, [], facts=step_law_facts(found), held_out=None)
     return Solution(results, study.draw_step_law(found, loss_axis(request)), None)
+
+
+def _with_configs(best: Sequence[tuple[Optimum, Candidate | None]]) -> Models:
+    """Returns the best models with the configs that train them, where there are candidates."""
+    return [
+        (optimum, candidate.run(optimum.budget) if candidate else None)
+        for optimum, candidate in best
+    ]
 
 
 def loss_axis(request: Request) -> str:
@@ -157,7 +168,7 @@ def _results(request: Request, found: Any, models: Models, **fields: Any) -> Res
         formula=formula,
         source=source,
         table=str(request.path),
-        table_sha256=hashlib.sha256(request.path.read_bytes()).hexdigest(),
+        table_sha256=request.sha256,
         loss_unit=request.loss_unit,
         num_runs=len(request.runs) - len(found.left_out),
         num_rows=len(request.runs),

@@ -1,5 +1,6 @@
 """Draws a fit: its runs, its best models, and its test on the largest budget."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -48,7 +49,7 @@ def draw_fit(
     law, words = fit.law, Words(size_name(fit.law), loss_axis)
     sparse = is_sparse(law.inputs)
     points = _points(fit.runs, sizes(law, vars(fit.runs)), fit.predicted)
-    curves = [] if sparse else _curves(fit.runs)
+    curves = [] if sparse else fit_curves(fit.runs, sizes(law, vars(fit.runs)))
     drawings = [isoflop_drawing(curves, words)] if curves else []
     if can_spend(law.inputs) and (candidates or not sparse):
         asked, line = _best(optima), _line(fit, candidates, optima)
@@ -103,10 +104,17 @@ def _held_out(held: HeldOut, runs: Runs, points: Points, words: Words) -> Drawin
     return held_out_drawing(budget, x, held.errors, held.repeated_errors, name)
 
 
-def _curves(runs: Runs) -> list[Curve]:
-    """Returns the parabolas of a table of iso-FLOP runs. Another table has none."""
+def fit_curves(runs: Runs, size: np.ndarray) -> list[Curve]:
+    """Returns the parabolas over sizes of a table of iso-FLOP runs. Another table has none.
+
+    `size` holds what the law counts as the runs' sizes. The runs have FLOPs of their own, so that
+    nothing else follows from their parameters.
+    """
+    counted = dataclasses.replace(
+        runs, parameters=size, active_parameters=size, embedding_parameters=np.zeros_like(size)
+    )
     try:
-        return fit_isoflop(runs, num_bootstraps=1).curves
+        return fit_isoflop(counted, num_bootstraps=1).curves
     except ConfigError:
         return []
 

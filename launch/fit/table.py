@@ -1,5 +1,6 @@
 """The flags that say which table is fitted and what its columns hold, and how they are read."""
 
+import hashlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 from absl import flags
 
 from moe.config import ConfigError
-from moe.scaling.runs import Runs, read_runs
+from moe.scaling.runs import Runs, read_bytes, read_runs
 
 # The help lists the flags that are defined here as the command's own.
 flags.disclaim_key_flags()
@@ -17,7 +18,7 @@ COLUMNS = {
     "parameters": "all parameters of the model",
     "tokens": "the tokens that it was trained on",
     "loss": "the loss at the end of training",
-    "active_parameters": "the parameters that a token uses; all, if the column is missing",
+    "active_parameters": "the parameters that a token uses; all of a dense model's by default",
     "embedding_parameters": "the parameters of embeddings; 0, if the column is missing",
     "flops": "the training FLOPs",
     "run": "the run's name; rows of one name are drawn together by the bootstrap",
@@ -26,7 +27,7 @@ COLUMNS = {
     "tokenizer": "the tokenizer",
     "repeats": "how often the text was repeated: tokens / distinct tokens",
     "experts": "the number of experts; 1 for a dense model",
-    "experts_per_token": "how many experts a token uses",
+    "experts_per_token": "how many experts a token uses; 1, if the column is missing",
     "granularity": "feed-forward width of the dense model / width of an expert",
     "sparsity": "1 - experts_per_token / experts",
     "learning_rate": "the highest learning rate",
@@ -81,14 +82,20 @@ def define_flags(flag_values: flags.FlagValues) -> None:
         )
 
 
-def read_table(path: Path, values: flags.FlagValues) -> Runs:
-    """Returns the runs that the flags choose, in nats, FLOP and ones. Raises ConfigError."""
+def read_table(path: Path, values: flags.FlagValues) -> tuple[Runs, str]:
+    """Returns the runs that the flags choose, in nats, FLOP and ones, and the file's SHA-256.
+
+    Raises ConfigError.
+    """
     named = {name: getattr(values, f"column_{name}") for name in COLUMNS}
     columns = {name: str(column) for name, column in named.items() if column is not None}
     scale: dict[str, float] = {}
     for flag, units, names, _ in UNITS:
         scale |= dict.fromkeys(names, units[str(getattr(values, flag))])
-    return read_runs(path, columns, where=read_where(values.where or []), scale=scale)
+    where = read_where(values.where or [])
+    content = read_bytes(path)
+    runs = read_runs(path, columns, where=where, scale=scale, content=content)
+    return runs, hashlib.sha256(content).hexdigest()
 
 
 def read_where(texts: Sequence[str]) -> dict[str, str]:

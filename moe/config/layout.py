@@ -131,10 +131,16 @@ def check_layout(config: "RunConfig", mesh: MeshConfig) -> None:
             )
 
 
+def count_batch_parts(sizes: Mapping[str, int]) -> int:
+    """Returns the number of parts into which a mesh of such axes splits a batch."""
+    batch_axes, _ = split_axes("BT", AXES)
+    return math.prod(sizes[axis] for axis in batch_axes)
+
+
 def _check_batch(config: "RunConfig", sizes: Mapping[str, int]) -> None:
     """Raises ConfigError if a microbatch's rows or a row's tokens cannot be split evenly."""
     batch_axes, time_axes = split_axes("BT", AXES)
-    batch_parts = math.prod(sizes[axis] for axis in batch_axes)
+    batch_parts = count_batch_parts(sizes)
     microbatch = config.train.batch_size // config.train.accumulation
     if microbatch % batch_parts:
         raise ConfigError(

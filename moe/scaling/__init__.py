@@ -1,1 +1,1 @@
-"""Counts what a model costs: parameters, floating-point operations, and what chips can do."""
+"""Counts what models cost, plans sweeps over them, and fits scaling laws to the runs."""

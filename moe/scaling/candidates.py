@@ -7,7 +7,7 @@ steps follow from the size and the tokens by the same file's rules.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -59,21 +59,25 @@ def planned_flops(config: RunConfig) -> float:
     return planned_tokens(config) * training_flops_per_token(config.model, length)
 
 
-def list_candidates(
-    bases: Sequence[RunConfig], progress: Callable[[int, int], None] | None = None
-) -> list[Candidate]:
+def list_candidates(bases: Sequence[RunConfig]) -> list[Candidate]:
     """Returns the models of a table's runs, and these models at other widths."""
     groups: dict[tuple, dict[int, RunConfig]] = {}
     for base in bases:
         groups.setdefault(_experts_key(base.model), {}).setdefault(base.model.model_dim, base)
     candidates = []
-    for number, by_width in enumerate(groups.values()):
-        widths = candidate_widths(by_width)
-        found = [_candidate(by_width, width, width in (widths[0], widths[-1])) for width in widths]
-        candidates += [candidate for candidate in found if candidate is not None]
-        if progress:
-            progress(number + 1, len(groups))
+    for by_width in groups.values():
+        found = [_candidate(by_width, width) for width in candidate_widths(by_width)]
+        candidates += _mark_edges([candidate for candidate in found if candidate is not None])
     return candidates
+
+
+def _mark_edges(candidates: list[Candidate]) -> list[Candidate]:
+    """Returns candidates, which are sorted by their width, with the first and last as edges."""
+    last = len(candidates) - 1
+    return [
+        dataclasses.replace(candidate, is_edge=number in (0, last))
+        for number, candidate in enumerate(candidates)
+    ]
 
 
 def _experts_key(model: ModelConfig) -> tuple:
@@ -96,12 +100,13 @@ def candidate_widths(widths: Iterable[int]) -> list[int]:
     return sorted({*given, *others})
 
 
-def _candidate(by_width: dict[int, RunConfig], width: int, is_edge: bool) -> Candidate | None:
-    """Returns the model of one width, or None where the rule makes no model that can exist."""
+def _candidate(by_width: dict[int, RunConfig], width: int) -> Candidate | None:
+    """Returns the model of one width, or None where the rule makes none that can be trained."""
     nearest = min(by_width, key=lambda known: (abs(math.log(known / width)), known))
     base = by_width[nearest]
     try:
         model = scale_model(base.model, width) if width != nearest else base.model
+        dataclasses.replace(base, model=model)  # asks whether the mesh can split it
     except ConfigError:
         return None
     moe = model.moe
@@ -117,7 +122,7 @@ def _candidate(by_width: dict[int, RunConfig], width: int, is_edge: bool) -> Can
         "sparsity": 1 - per_token / experts,
     }
     flops = training_flops_per_token(model, base.data.sequence_length)
-    return Candidate(model, base, flops, columns, is_edge)
+    return Candidate(model, base, flops, columns, is_edge=False)
 
 
 def columns_at(candidates: Sequence[Candidate], budget: float) -> dict[str, np.ndarray]:

@@ -148,8 +148,8 @@ def _fork_points(
 
     trunk = run_of(steps[-1], 1)
     ends = [run_of(number, 1).shared_updates(trunk) for number in steps[:-1]]
-    # A checkpoint at the end of each stable phase, if these are multiples of a number that is not
-    # small, and otherwise one that is not long before it.
+    # Forks start where their stable phase ends, if a trunk of at most _KEPT checkpoints has one at
+    # each of these steps. Otherwise they start from the last checkpoint before.
     kept = max(math.gcd(*ends) if ends else steps[-1], -(-steps[-1] // _KEPT))
     yield Point(f"{name}/steps_{steps[-1]}", overrides_between(base, run_of(steps[-1], kept)))
     for number, end in zip(steps, ends, strict=False):

@@ -14,6 +14,7 @@ _ARCHITECTURE = (
     "experts_per_token",
     "granularity",
 )
+_NEEDED = ("parameters", "tokens", "loss", "active_parameters", "flops")  # by every law
 # A loss this much above that of an equal model that saw fewer tokens is no noise of the seed, which
 # moves a loss by a few tenths of a percent.
 _RISE = 0.02
@@ -83,7 +84,8 @@ def _reasons_to_leave_out(runs: Runs) -> list[str]:
 
 def check_values(runs: Runs, columns: Sequence[str]) -> None:
     """Raises ConfigError for values that are missing or cannot be, and for mixed data."""
-    for name in dict.fromkeys((*columns, "parameters", "tokens", "loss")):
+    # The largest budget's runs are compared to those of the same size in a smaller one.
+    for name in dict.fromkeys((*columns, *_NEEDED)):
         missing = np.isnan(getattr(runs, name))
         if missing.all():
             raise ConfigError(f"{name}: no run has a value: name the column that holds it")
@@ -93,7 +95,8 @@ def check_values(runs: Runs, columns: Sequence[str]) -> None:
         if name in may_be_0:
             continue
         values = getattr(runs, name)
-        _refuse(runs, ~((values > 0) & np.isfinite(values)), name, "must be positive", "check them")
+        wrong = ~((values > 0) & np.isfinite(values))
+        _refuse(runs, wrong, name, "must be positive and finite", "check them")
     _refuse(runs, runs.loss > 30, "loss", "are above 30 nats per token", "check their unit")
     _check_units(runs)
     for name in ("dataset", "tokenizer"):
@@ -161,7 +164,8 @@ def _check_same(runs: Runs, name: str) -> None:
     usual, other = (str(found[i]) for i in (usual, other))
     raise ConfigError(
         f"{name}: the table mixes {usual or 'no name'} and {other or 'no name'} ({rows}), "
-        f"whose losses do not compare: choose the rows of one with --where={name}={usual}"
+        f"whose losses do not compare: choose the rows of one with --where={name}={usual}, under "
+        "the name that the column has in the file"
     )
 
 
@@ -176,7 +180,8 @@ def _check_experts(runs: Runs, columns: Sequence[str]) -> None:
         raise ConfigError(
             f"experts: the table has models of {found[0, 0]:.0f} and {found[-1, 0]:.0f} experts "
             f"({rows}), and this law knows no experts: choose the rows of one kind with "
-            "--where=experts=..., or a law of sparse models"
+            "--where=experts=..., under the name that the column has in the file, or choose a law "
+            "of sparse models"
         )
 
 
@@ -192,19 +197,27 @@ def _check_varies(runs: Runs, name: str) -> None:
 
 
 def _check_rising(runs: Runs) -> None:
-    """Raises ConfigError for runs whose loss is above that of an equal model with fewer tokens."""
+    """Raises ConfigError for a loss above that of an equal model with as many tokens or fewer."""
     models = np.stack([np.nan_to_num(getattr(runs, name)) for name in _ARCHITECTURE], -1)
     _, model = np.unique(models, axis=0, return_inverse=True)
     order = np.lexsort((runs.loss, runs.tokens, model.ravel()))
-    rising, best = [], {}
+    rising, worse, best = [], [], {}
     for i in order:
-        seen = best.setdefault(model.ravel()[i], runs.loss[i])
+        tokens, seen = best.setdefault(model.ravel()[i], (runs.tokens[i], runs.loss[i]))
         if runs.loss[i] > seen * (1 + _RISE):
-            rising.append(f"{runs.row[i]} ({runs.loss[i]:.4g} after {seen:.4g})")
-        best[model.ravel()[i]] = min(seen, runs.loss[i])
+            found = rising if tokens < runs.tokens[i] else worse
+            found.append(f"{runs.row[i]} ({runs.loss[i]:.4g} after {seen:.4g})")
+        if runs.loss[i] < seen:
+            best[model.ravel()[i]] = (runs.tokens[i], runs.loss[i])
     if rising:
         raise ConfigError(
             f"loss: {list_rows(rising)} {'rises' if len(rising) == 1 else 'rise'} with the tokens "
             "of a model of the same size: set the status of runs that diverged to diverged, and "
             "check whether losses were read before the decay or text was repeated"
+        )
+    if worse:
+        raise ConfigError(
+            f"loss: {list_rows(worse)} {'is' if len(worse) == 1 else 'are'} more than "
+            f"{_RISE:.0%} above that of the same model on as many tokens: keep the best run of "
+            "each model and number of tokens"
         )

@@ -65,6 +65,7 @@ def read_runs(
     *,
     where: Mapping[str, str] | None = None,
     scale: Mapping[str, float] | None = None,
+    content: bytes | None = None,
 ) -> Runs:
     """Returns the runs of a CSV or Parquet file.
 
@@ -72,9 +73,10 @@ def read_runs(
     {"parameters": "N"}. `where` gives the values of the file's columns that rows must have to be
     read, with commas between alternatives, and `scale` the factors of columns whose unit is another
     one. Columns that laws need and the table lacks follow from the others, as `make_runs` says.
+    `content` holds the file's bytes, if they have been read.
     """
     path, columns = Path(path), columns or {}
-    table = _read_table(path)
+    table = _read_table(path, read_bytes(path) if content is None else content)
     rows = _matching_rows(path, table, where or {})
     table = table.take(rows)
     names = _names_in(path, table, columns)
@@ -123,13 +125,16 @@ def _matching_rows(path: Path, table: pyarrow.Table, where: Mapping[str, str]) -
             )
         values = table[column].to_pylist()
         alternatives = {wanted, *wanted.split(",")}
-        chosen &= [any(_is_same(value, text) for text in alternatives) for value in values]
+        before = chosen
+        chosen = before & [any(_is_same(value, text) for text in alternatives) for value in values]
         if not chosen.any():
-            found = list(dict.fromkeys(map(str, values)))
+            found = list(dict.fromkeys(str(values[i]) for i in np.flatnonzero(before)))
             more = f" and {len(found) - 8} more" if len(found) > 8 else ""
             raise ConfigError(
                 f"{path}: no row with {column}={wanted} is left: "
                 f"column {column!r} has {', '.join(found[:8])}{more}"
+                + " in the rows that the conditions before it choose"
+                * (not before.all())
             )
     return np.flatnonzero(chosen)
 
@@ -144,20 +149,32 @@ def _is_same(value: object, wanted: str) -> bool:
     return ("" if value is None else str(value)) == wanted
 
 
-def _read_table(path: Path) -> pyarrow.Table:
-    """Returns the table in a file. Its ending says whether it is Parquet; all else is CSV."""
+def read_bytes(path: Path) -> bytes:
+    """Returns what a file holds. Raises ConfigError if it is none, or cannot be read."""
     if not path.exists():
         raise ConfigError(f"{path} does not exist: name a table of runs, CSV or Parquet")
     # Reading a FIFO or a device would wait for ever.
     if not path.is_file():
         raise ConfigError(f"{path} is no regular file: name a table of runs, CSV or Parquet")
     try:
-        is_parquet = path.suffix == ".parquet"
-        table = parquet.read_table(path) if is_parquet else csv.read_csv(path)
-    except (OSError, pyarrow.ArrowException) as error:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be read ({error.strerror}): name a table of runs, CSV or Parquet"
+        ) from None
+
+
+def _read_table(path: Path, content: bytes) -> pyarrow.Table:
+    """Returns the table in a file. Its ending says whether it is Parquet; all else is CSV."""
+    is_parquet = path.suffix == ".parquet"
+    read = parquet.read_table if is_parquet else csv.read_csv
+    try:
+        table = read(pyarrow.BufferReader(content))
+        names = table.column_names
+    # A name that is not UTF-8 is told only when it is asked for.
+    except (OSError, pyarrow.ArrowException, UnicodeDecodeError) as error:
         message = str(error).splitlines()[0]
         raise ConfigError(f"{path} is no table of runs, CSV or Parquet: {message}") from None
-    names = table.column_names
     if len(names) == 1 and not is_parquet:
         raise ConfigError(
             f"{path}: there is one column, {show(names[0])}: separate columns by commas"
@@ -210,8 +227,10 @@ def make_runs(**columns: Iterable) -> Runs:
     def derive(name: str, values: np.ndarray | float) -> None:
         numbers[name] = np.where(np.isnan(numbers[name]), values, numbers[name])
 
-    # Some tables write 0 experts for a dense model.
-    numbers["experts"] = np.where(numbers["experts"] == 0, 1.0, numbers["experts"])
+    # Some tables write 0 experts, or 0 for each token, for a dense model.
+    is_dense = np.isin(numbers["experts"], (0, 1))
+    for name in ("experts", "experts_per_token"):
+        numbers[name] = np.where(is_dense & (numbers[name] == 0), 1.0, numbers[name])
     derive("experts", 1.0)
     derive("experts_per_token", 1.0)
     derive("embedding_parameters", 0.0)

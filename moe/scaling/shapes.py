@@ -23,6 +23,7 @@ import math
 from typing import NamedTuple
 
 from moe.config import ModelConfig, RunConfig
+from moe.config.layout import count_batch_parts
 from moe.scaling.flops import total_parameters, training_flops_per_token
 
 _PARAMETERS = 108e6  # the size at which the following two numbers hold
@@ -80,13 +81,19 @@ def _round_width(width: float) -> int:
 
 
 def tune(
-    model: ModelConfig, sequence_length: int, tokens: float, learning_rate_factor: float = 1.0
+    model: ModelConfig,
+    sequence_length: int,
+    tokens: float,
+    learning_rate_factor: float = 1.0,
+    batch_multiple: int = 1,
 ) -> Hyperparameters:
     """Returns the hyperparameters of a model that is trained on so many tokens.
 
-    Parameters are counted without the embedding, which multiplies nothing. Those of experts are
-    counted as in the model of their `feed_forward_dim` without experts. `learning_rate_factor`
-    moves the rule to another optimizer, data set or length of training.
+    The batch is a multiple of `batch_multiple` rows, such as the parts into which a mesh splits it.
+    Parameters are counted without the embedding matrix, also where it is the unembedding too. A
+    model with experts counts as its dense twin, the model without experts whose feed-forward width
+    is `feed_forward_dim`. `learning_rate_factor` moves the rule to another optimizer, data set or
+    length of training.
     """
     twin = dataclasses.replace(model, moe=dataclasses.replace(model.moe, num_experts=0))
     parameters = total_parameters(twin) - model.vocab_size * model.model_dim
@@ -95,7 +102,8 @@ def tune(
     rate = _LEARNING_RATE * (parameters / _PARAMETERS) ** _LEARNING_RATE_EXPONENT
     batch_ratio = (size_by_tokens / parameters) ** _BATCH_EXPONENT  # to their batch at this size
     rate *= math.sqrt(min(batch_ratio, 1.0))
-    batch_size = max(1, round(batch_tokens / sequence_length))
+    multiples = max(1, round(batch_tokens / sequence_length / batch_multiple))
+    batch_size = multiples * batch_multiple
     return Hyperparameters(
         learning_rate=_round_digits(rate * learning_rate_factor),
         batch_size=batch_size,
@@ -116,9 +124,13 @@ def scale_run(
 ) -> RunConfig:
     """Returns the run that trains `model` on so many tokens, by the rules of this file.
 
-    It is evaluated at its end, and saved five times. Everything else is as in `base`.
+    It is evaluated at its end, and saved up to five times. Everything else is as in `base`, whose
+    mesh splits the batch evenly.
     """
-    chosen = tune(model, base.data.sequence_length, tokens, learning_rate_factor)
+    sizes = {axis: abs(size) for axis, size in dataclasses.asdict(base.mesh).items()}
+    batch_multiple = count_batch_parts(sizes)
+    length = base.data.sequence_length
+    chosen = tune(model, length, tokens, learning_rate_factor, batch_multiple)
     optimizer = dataclasses.replace(
         base.optimizer,
         learning_rate=chosen.learning_rate,

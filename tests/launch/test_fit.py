@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import hashlib
 import io
 import json
 import re
@@ -19,16 +20,21 @@ from absl import flags
 from configs import dense_tiny
 from launch import sweep_table
 from launch.fit.__main__ import define_flags, find, main
-from launch.fit.results import as_json
+from launch.fit.emit import docstring
+from launch.fit.prediction import isoflop_model
+from launch.fit.results import as_json, as_text
+from launch.fit.study import fit_curves
 from launch.plotting import write_drawing
 from moe.config import ConfigError, RunConfig
-from moe.scaling.candidates import planned_flops, planned_tokens
+from moe.scaling.candidates import list_candidates, planned_flops, planned_tokens
 from moe.scaling.flops import (
     active_parameters,
     total_parameters,
     training_flops_per_token,
 )
 from moe.scaling.ladders import iso_flop_ladder, with_experts
+from moe.scaling.laws.isoflop import fit_isoflop
+from moe.scaling.runs import make_runs
 from moe.scaling.shapes import scale_model, scale_run
 from moe.scaling.sweep import expand
 
@@ -348,7 +354,45 @@ def test_parabolas_find_the_exponent_and_the_nearest_config(tmp_path: Path) -> N
     wanted = fit(path, "--law=isoflop")["coefficients"]
     size = wanted[0]["value"] * 1e17 ** wanted[1]["value"]
     assert optimum["best"]["parameters"] == pytest.approx(size, rel=0.06)
-    assert find(flag_values(path, "--law=isoflop", "--budget=1e17")).config is not None
+    solution = find(flag_values(path, "--law=isoflop", "--budget=1e17"))
+    assert solution.config is not None
+    # It says no loss, neither as a number nor in the file that --emit writes.
+    assert "loss" not in optimum["intervals"]
+    text = docstring(tmp_path / "best.py", solution.results)
+    assert "\nparameters  " in text and "\ntokens " in text and "\nloss" not in text
+
+
+def test_curves_are_over_the_sizes_that_the_law_counts() -> None:
+    rows = grid(noise=0)
+    runs = make_runs(**{name: [row[name] for row in rows] for name in rows[0]})
+    (curve, *_) = fit_curves(runs, 0.9 * runs.parameters)  # kaplan counts no embeddings
+    np.testing.assert_allclose(curve.parameters, 0.9 * runs.parameters[:7])
+    assert curve.best_parameters < runs.parameters[6]
+
+
+def test_three_sizes_in_each_budget_have_no_interval_and_are_drawn(tmp_path: Path) -> None:
+    rows = [row for number, row in enumerate(grid(noise=0)) if number % 7 in (2, 3, 4)]
+    path = write_table(tmp_path / "runs.csv", rows)
+    solution = find(flag_values(path, "--law=isoflop", "--budget=1e21"))
+    (optimum,) = json.loads(as_json(solution.results))["optima"]
+    assert optimum["best"]["parameters"] > 0
+    assert optimum["intervals"]["parameters"] == [None, None]
+    assert "unknown" in as_text(solution.results)
+    for drawing in solution.drawings[:2]:
+        write_drawing(drawing, tmp_path)
+    found = fit_isoflop(make_runs(**{name: [row[name] for row in rows] for name in rows[0]}))
+    optimum, candidate = isoflop_model(found, list_candidates([RunConfig()]), 1e15)
+    assert candidate is not None and np.isnan(optimum.intervals["tokens"]).all()
+
+
+def test_the_hash_is_that_of_the_table_that_was_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sweep that still runs writes the table again while it is fitted."""
+    path = write_table(tmp_path / "runs.csv", grid())
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    monkeypatch.setattr("launch.fit.__main__.make_output", lambda _: path.unlink())
+    assert find(flag_values(path, "--law=isoflop")).results.table_sha256 == digest
 
 
 def test_the_step_law_is_fitted_and_drawn(tmp_path: Path) -> None:

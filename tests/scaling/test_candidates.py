@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from moe.config import ModelConfig, MoEConfig, RunConfig, TrainConfig
+from moe.config import MeshConfig, ModelConfig, MoEConfig, RunConfig, TrainConfig
 from moe.scaling.candidates import (
     candidate_widths,
     columns_at,
@@ -78,6 +78,16 @@ def test_the_config_of_a_candidate_spends_the_budget_to_half_a_step() -> None:
         assert run.model == candidate.model
         step = planned_flops(run) / run.train.steps
         assert abs(planned_flops(run) - 1e14) <= 0.5 * step
+
+
+def test_a_fixed_mesh_splits_every_candidate_and_its_batch() -> None:
+    mesh = MeshConfig(data=8, tensor=4)
+    base = RunConfig(model=SMALL, mesh=mesh, train=TrainConfig(steps=100, batch_size=64))
+    candidates = list_candidates([base])
+    assert all(c.run(3e12).train.batch_size % 8 == 0 for c in candidates)
+    assert all(c.model.num_heads % 4 == 0 for c in candidates)
+    # The widest and narrowest models of the rule may be none that the mesh can split.
+    assert [c.is_edge for c in candidates] == [True] + [False] * (len(candidates) - 2) + [True]
 
 
 def test_the_learning_rate_stays_as_many_times_the_rules() -> None:

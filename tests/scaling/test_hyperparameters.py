@@ -1,5 +1,7 @@
 """Tests the law of the best learning rate and batch."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -38,7 +40,7 @@ def test_a_learning_rate_grid_of_five_sizes_is_not_identifiable(tokens):
     assert not result.is_identifiable
     assert result.not_identifiable[0].startswith("5 grids are too few to show")
     assert set(result.coefficients) == set(result.intervals)
-    assert "All runs have one batch, so the law of the batch is not fitted." in result.warnings
+    assert any("law of the batch is not fitted" in warning for warning in result.warnings)
 
 
 def test_tokens_that_follow_from_size_are_said():
@@ -53,6 +55,22 @@ def test_optima_at_the_edge_of_a_grid_are_said():
     runs = runs.take(runs.learning_rate < 2.0**-10)
     warnings = fit_step_law(runs).warnings
     assert any("The best learning_rate is the smallest or largest one tried" in w for w in warnings)
+
+
+def test_a_batch_that_follows_from_the_tokens_has_no_law():
+    runs = learning_rate_runs(GRID_SIZES, GRID_TOKENS)
+    result = fit_step_law(dataclasses.replace(runs, batch_tokens=0.58 * runs.tokens**0.571))
+    assert "batch_D_exponent" not in result.coefficients
+    assert any("law of the batch is not fitted" in warning for warning in result.warnings)
+
+
+def test_runs_of_too_few_learning_rates_are_left_out():
+    runs = learning_rate_runs(GRID_SIZES, GRID_TOKENS)
+    first = (runs.parameters == runs.parameters[0]) & (runs.tokens == runs.tokens[0])
+    result = fit_step_law(runs.take(~first | (np.cumsum(first) <= 2)))
+    assert len(result.grids) == 19
+    assert [run for run, _ in result.left_out] == ["row 1", "row 2"]
+    assert "fewer than 3 learning rates" in result.left_out[0][1]
 
 
 def test_too_few_grids_are_refused():

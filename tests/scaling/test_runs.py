@@ -58,6 +58,21 @@ def test_rows_are_chosen_and_keep_their_numbers(tmp_path):
     np.testing.assert_array_equal(runs.tokens, 8e10)
     np.testing.assert_array_equal(runs.flops, 6 * 4e6 * 8e10)
     assert len(read_runs(path, NAMES, where={"set": "owt,rw"})) == 4
+    with pytest.raises(ConfigError, match=r"'N' has 4000000\.0 in the rows that the conditions"):
+        read_runs(path, NAMES, where={"set": "owt", "N": "1e6"})
+
+
+def test_a_header_that_is_no_utf_8_is_told(tmp_path):
+    path = tmp_path / "runs.csv"
+    path.write_bytes("größe,tokens,loss\n1e6,2e7,3.1\n".encode("latin-1"))
+    with pytest.raises(ConfigError, match="is no table of runs, CSV or Parquet"):
+        read_runs(path)
+
+
+def test_dense_models_may_have_0_experts():
+    runs = make_runs(parameters=[1e6, 8e6], experts=[0, 8], experts_per_token=[0, 1])
+    np.testing.assert_array_equal(runs.sparsity, [0, 7 / 8])
+    np.testing.assert_array_equal(runs.active_parameters, [1e6, np.nan])
 
 
 @pytest.mark.parametrize(
@@ -162,6 +177,23 @@ def test_losses_that_rise_with_the_tokens_are_refused():
     loss[9] *= 1.5
     with pytest.raises(ConfigError, match=r"^loss: row 10 \(.* after .*\) rises with the tokens"):
         check(**table, loss=loss)
+
+
+def test_a_worse_run_of_the_same_model_and_tokens_is_no_rise():
+    table = {name: getattr(GOOD, name)[[*range(35), 3]] for name in ("parameters", "tokens")}
+    loss = np.append(GOOD.loss, 1.03 * GOOD.loss[3])
+    rows = {"batch_tokens": np.full(36, np.nan), "vocab_size": np.full(36, np.nan)}
+    rows |= {"run": np.full(36, ""), "status": np.full(36, "")}
+    with pytest.raises(ConfigError, match=r"^loss: row 36 .* is more than 2% above that of the sa"):
+        check(**table, **rows, loss=loss)
+
+
+def test_experts_without_active_parameters_are_refused():
+    """Their FLOPs are unknown, so that no budget is the largest one."""
+    table = {"experts": np.tile([4, 8, 16, 32, 64], 7), "experts_per_token": np.ones(35)}
+    runs = make_runs(parameters=GOOD.parameters, tokens=GOOD.tokens, loss=GOOD.loss, **table)
+    with pytest.raises(ConfigError, match=r"^active_parameters: no run has a value"):
+        check_runs(runs, LAWS["sparsity"].columns, 8)
 
 
 def test_runs_that_did_not_learn_are_left_out_with_the_reason():

@@ -64,12 +64,12 @@ class Law:
     inputs: tuple[str, ...]
     coefficients: tuple[str, ...]
     positive: frozenset[str]  # fitted as logarithms
-    # The powers of size and data, without which a law says nothing. One that changes with an input
-    # is taken in the middle of the data: "b": ("c", "active") stands for b + c · mean.
-    exponents: frozenset[str]
+    exponents: frozenset[str]  # the powers of size and data, without which a law says nothing
     log_loss: Formula
     draw: Draw
     objective: Objective = Objective()
+    # Exponents that change with an input, and are judged in the middle of the data: for
+    # {"b": ("c", "decimal_active")}, b stands for b + c · the mean of decimal_active.
     interactions: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
     irreducible: str | None = None  # the coefficient that the loss cannot fall below
     # A loss that is a sum of powers has terms, and ranges from which starts draw its exponents.

@@ -68,9 +68,11 @@ def fit_step_law(runs: Runs, *, seed: int = 0, num_bootstraps: int = 1000) -> St
     """Returns the best learning rate and batch as powers of size and tokens."""
     runs, left_out = leave_out(runs)
     columns = ("active_parameters", "embedding_parameters", "tokens", "learning_rate")
-    has_batch = bool(np.isfinite(runs.batch_tokens).all() and np.ptp(runs.batch_tokens) > 0)
-    check_values(runs, (*columns, "batch_tokens") if has_batch else columns)
-    grids = [grid for group in _groups(runs) if (grid := _read_grid(group, has_batch))]
+    check_values(runs, columns)
+    has_batch = _varies_batch(runs)
+    if has_batch:
+        check_values(runs, ("batch_tokens",))
+    grids, without_grid = _read_grids(runs, has_batch)
     if len(grids) <= len(_RATE):
         raise ConfigError(
             f"learning_rate: {len(grids)} sizes and token counts have runs at {_FEWEST_RATES} "
@@ -91,7 +93,7 @@ def fit_step_law(runs: Runs, *, seed: int = 0, num_bootstraps: int = 1000) -> St
         samples=samples,
         condition_number=_condition_number(grids),
         held_out=_hold_out([grids[i] for i in order], has_batch),
-        left_out=left_out,
+        left_out=left_out + without_grid,
         not_identifiable=[],
         warnings=[],
     )
@@ -113,6 +115,30 @@ def _groups(runs: Runs) -> Iterator[Runs]:
         group_N = group_values(equal.tokens)
         for group in range(group_N.max() + 1):
             yield equal.take(group_N == group)
+
+
+def _varies_batch(runs: Runs) -> bool:
+    """Returns whether grids have different batches, more of them than the law has coefficients.
+
+    Where each grid has one batch, a fit would only find the rule that chose the batches.
+    """
+    if not np.isfinite(runs.batch_tokens).all():
+        return False
+    varied = [group for group in _groups(runs) if np.ptp(group.batch_tokens) > 0]
+    return len(varied) > len(_BATCH)
+
+
+def _read_grids(runs: Runs, has_batch: bool) -> tuple[list[Grid], list[tuple[str, str]]]:
+    """Returns the grids, and the names of the runs that are in none, with the reason."""
+    grids, without_grid = [], []
+    reason = f"its size and number of tokens have fewer than {_FEWEST_RATES} learning rates"
+    for group in _groups(runs):
+        grid = _read_grid(group, has_batch)
+        if grid is None:
+            without_grid += [(str(name), reason) for name in group.run]
+        else:
+            grids.append(grid)
+    return grids, without_grid
 
 
 def _read_grid(runs: Runs, has_batch: bool) -> Grid | None:
@@ -213,5 +239,8 @@ def _find_warnings(result: StepLaw) -> Iterator[str]:
                 f"{len(result.grids)} grids, so it is only a bound there: try values beyond it."
             )
     if len(_BATCH) + len(_RATE) != len(result.coefficients):
-        yield "All runs have one batch, so the law of the batch is not fitted."
+        yield (
+            "The law of the batch is not fitted: too few grids have runs with different batches, "
+            "or some have no value in batch_tokens."
+        )
     yield from runs_left_out(result.left_out)

@@ -173,8 +173,9 @@ def _bootstrap(curves: list[Curve], generator: np.random.Generator, count: int) 
     """Returns the coefficients for resampled residuals, [count, 4].
 
     With the usual five sizes a budget, redrawn runs would often leave no three different ones. So
-    the runs' residuals are redrawn from those of all budgets, each first divided by what its
-    parabola has left of it (its leverage). A minimum outside of the sizes does not count.
+    the runs' residuals are redrawn from those of all budgets, each first divided by the share of
+    the noise that its parabola leaves, sqrt(1 - leverage). A minimum outside of the sizes does not
+    count.
     """
     designs, residuals = [], []
     for curve in curves:

@@ -106,7 +106,7 @@ def in_parts(
     progress: Progress | None,
     what: str,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Minimises the problems in parts that a core's cache holds, on all cores.
+    """Minimises the problems in parts that a core's cache holds, on up to 8 cores.
 
     `weight_PN` may have one row for all problems. The parts do not depend on the number of threads,
     so neither does the result.

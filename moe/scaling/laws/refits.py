@@ -83,9 +83,10 @@ def group_values(values: np.ndarray) -> np.ndarray:
 
 
 def _budgets_to_hold_out(flops: np.ndarray) -> np.ndarray:
-    """Returns the budgets, or tenths of the runs if the largest budget has fewer than 3 runs.
+    """Returns the number of each run's budget, from 0, the smallest.
 
-    With fewer than 30 runs they are larger parts, of 3 runs or more.
+    If there are fewer than 3 budgets, or fewer than 3 runs in the largest one, tenths of the runs
+    stand for budgets; with fewer than 30 runs they are larger parts, of 3 runs or more.
     """
     budget_N = group_values(flops)
     if budget_N.max() >= 2 and np.sum(budget_N == budget_N.max()) >= 3:
