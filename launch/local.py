@@ -38,7 +38,6 @@ and at most 60 seconds. A start that has worked for 10 minutes begins a new coun
 """
 
 import contextlib
-import ctypes
 import functools
 import math
 import os
@@ -49,12 +48,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, NamedTuple
 
 from absl import flags
 
 from launch import command_line
+from launch.child_processes import ending_with_parent, gpu_names, shell_code
 from launch.local_signals import STOP_SIGNALS, Signals, catch_signals, pause, signal_name
 from launch.logs import Places, find_places, last_lines
 from moe.config import ConfigError
@@ -84,7 +83,6 @@ LOG_SECONDS = 5.0  # how long the launcher waits for the log of a process that f
 FIRST_DELAY_SECONDS, MAX_DELAY_SECONDS = 1.0, 60.0  # before a restart
 LONG_START_SECONDS = 600.0  # a start that worked for this long begins a new count of restarts
 _LEFT = (PEER_DIED, PEER_STUCK)  # how a process ends because another one has failed
-_PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 class Job(NamedTuple):
@@ -159,11 +157,7 @@ def find_gpus(job: Job, environment: Mapping[str, str]) -> list[str]:
     """
     if job.platform == "cpu":
         return []
-    visible = environment.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        count = len(list(Path("/dev").glob("nvidia[0-9]*")))
-        visible = ",".join(map(str, range(count)))
-    gpus = [name for name in visible.split(",") if name]
+    gpus = gpu_names(environment)
     needed = job.processes * job.devices
     if needed > len(gpus):
         raise ConfigError(
@@ -176,7 +170,6 @@ def find_gpus(job: Job, environment: Mapping[str, str]) -> list[str]:
 def start_process(job: Job, rank: int, port: int, gpus: Sequence[str]) -> Process:
     """Starts one process of a job."""
     output = tempfile.TemporaryFile() if rank else None  # noqa: SIM115  # it outlives this call
-    prctl = getattr(ctypes.CDLL(None), "prctl", None)  # Linux alone has it
     popen = subprocess.Popen(
         [sys.executable, "-m", *job.command],
         env=process_environment(job, rank, port, gpus, os.environ),
@@ -185,16 +178,9 @@ def start_process(job: Job, rank: int, port: int, gpus: Sequence[str]) -> Proces
         stderr=output,
         # A terminal's Ctrl-C reaches this process alone, which passes it on once.
         process_group=0,
-        preexec_fn=functools.partial(_die_with_parent, prctl, os.getpid()) if prctl else None,
+        preexec_fn=ending_with_parent(),
     )
     return Process(popen, output)
-
-
-def _die_with_parent(prctl: Any, parent: int) -> None:
-    """Lets the system kill this new process once its parent has ended, however that happens."""
-    prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it has ended already
-        os._exit(1)
 
 
 class Outcome(NamedTuple):
@@ -227,7 +213,7 @@ def run_job(job: Job, gpus: Sequence[str], signals: Signals) -> Outcome:
     # those of that process, too.
     if cause and codes[0] not in _LEFT:
         _show_last_lines(processes[cause], lambda: job.logs(port).path(cause), begin)
-    return Outcome(_shell_code(codes[cause]), was_stopped)
+    return Outcome(shell_code(codes[cause]), was_stopped)
 
 
 def _wait(processes: Sequence[Process], signals: Signals) -> tuple[list[int], list[int], bool]:
@@ -283,11 +269,6 @@ def _ending(code: int) -> str:
     if code < 0:
         return f"was killed by {signal_name(-code) or f'signal {-code}'}"
     return f"ended with exit code {code}"
-
-
-def _shell_code(code: int) -> int:
-    """Returns the exit code that a shell gives to a process: 128 + the number of its signal."""
-    return 128 - code if code < 0 else code
 
 
 def _show_last_lines(process: Process, find_log: Callable[[], RunPath], begin: float) -> None:

@@ -1,23 +1,22 @@
 """Starts the process of one run, and says how it ended. It imports no JAX."""
 
 import contextlib
-import ctypes
 import functools
 import os
 import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from launch.child_processes import ending_with_parent, gpu_names
 from launch.local_signals import signal_name
 from moe.exit_codes import DIVERGED, INTERRUPTED
 from moe.storage.paths import RunPath
 
 OUTPUT_FILE = "output.log"
-_PR_SET_PDEATHSIG = 1  # of Linux's prctl
 # On a CPU, XLA allocates gigabytes anew at each step. With large pages a step takes a third less
 # time. glibc reads this variable.
 _LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
@@ -41,10 +40,7 @@ class Slot:
 
     def environment(self, environment: Mapping[str, str]) -> dict[str, str]:
         """Returns the variables of a run, which has large pages and its share of the GPUs."""
-        visible = environment.get("CUDA_VISIBLE_DEVICES")
-        if visible is None:
-            visible = ",".join(map(str, range(len(list(Path("/dev").glob("nvidia[0-9]*"))))))
-        gpus = share([name for name in visible.split(",") if name], self.number, self._count)
+        gpus = share(gpu_names(environment), self.number, self._count)
         own = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus and self._count > 1 else {}
         return {**_LARGE_PAGES, **environment, **own}
 
@@ -64,7 +60,6 @@ def start_run(
 ) -> subprocess.Popen[bytes]:
     """Starts launch.train with these arguments. Without `shown`, a file gets what it prints."""
     command = [sys.executable, "-m", "launch.train", *arguments]
-    prctl = getattr(ctypes.CDLL(None), "prctl", None)  # Linux alone has it
     with _open_output(directory, command, shown) as output:
         return subprocess.Popen(
             command,
@@ -74,17 +69,15 @@ def start_run(
             stderr=output,
             # A terminal's Ctrl-C reaches this process alone, which passes it on once.
             process_group=0,
-            preexec_fn=functools.partial(_prepare, prctl, os.getpid(), slot),
+            preexec_fn=functools.partial(_prepare, ending_with_parent(), slot),
         )
 
 
-def _prepare(prctl: Any, parent: int, slot: Slot) -> None:
+def _prepare(end_with_parent: Callable[[], None] | None, slot: Slot) -> None:
     """Keeps a new process to its slot, and lets the system kill it once its parent has ended."""
     slot.enter()
-    if prctl:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it has ended already
-        os._exit(1)
+    if end_with_parent:
+        end_with_parent()
 
 
 @contextlib.contextmanager
@@ -102,11 +95,6 @@ def _open_output(
         file.write(f"$ {shlex.join(command)}\n".encode())
         file.flush()
         yield file
-
-
-def exit_code(process: subprocess.Popen[bytes]) -> int:
-    """Returns an ended process's exit code as a shell has it: 128 + the signal that killed it."""
-    return 128 - process.returncode if process.returncode < 0 else process.returncode
 
 
 def status_of(code: int) -> str:

@@ -10,9 +10,10 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from launch.child_processes import shell_code
 from launch.local_signals import STOP_SIGNALS, Signals, catch_signals, pause
 from launch.sweep_file import Planned
-from launch.sweep_process import Slot, exit_code, reason_of, start_run, status_of
+from launch.sweep_process import Slot, reason_of, start_run, status_of
 from launch.sweep_progress import DONE, Progress
 from launch.sweep_table import Row, gather, planned_row, read_result, write_result
 from moe.exit_codes import BAD_INPUT, DIVERGED, INTERRUPTED
@@ -156,7 +157,7 @@ class Sweep:
         ended = [one for one in self._running if one.process.poll() is not None]
         self._running = [one for one in self._running if one not in ended]
         for one in ended:
-            code = exit_code(one.process)
+            code = shell_code(one.process.returncode)
             directory = self._workdir / one.planned.name
             status, reason = status_of(code), reason_of(code, directory, shown=self._shown)
             seconds = time.monotonic() - one.begin
