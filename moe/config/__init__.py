@@ -9,13 +9,14 @@ from moe.config.checks import ConfigError
 from moe.config.data import BYTE_VOCABULARY, DataConfig
 from moe.config.layout import AXES, RULES, MeshConfig, check_layout, split_axes
 from moe.config.model import AttentionConfig, ModelConfig
-from moe.config.run import RunConfig
+from moe.config.run import PLACE_FIELDS, RunConfig, flatten
 from moe.config.sparse import MoEConfig
 from moe.config.training import OptimizerConfig, TrackingConfig, TrainConfig
 
 __all__ = [
     "AXES",
     "BYTE_VOCABULARY",
+    "PLACE_FIELDS",
     "RULES",
     "AttentionConfig",
     "ConfigError",
@@ -28,5 +29,6 @@ __all__ = [
     "TrackingConfig",
     "TrainConfig",
     "check_layout",
+    "flatten",
     "split_axes",
 ]

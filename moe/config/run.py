@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from ml_collections import ConfigDict
@@ -147,6 +147,19 @@ class RunConfig:
     def to_dict(self) -> dict[str, Any]:
         """Returns the config as nested dicts, as config.json holds it."""
         return _as_dict(self)
+
+
+# The fields and groups of fields that say where a run is computed, and are no part of what it is.
+PLACE_FIELDS = ("mesh", "data.directory")
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields the dotted name and the value of each field of a config as nested dicts."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def _as_dict(config: Any) -> dict[str, Any]:

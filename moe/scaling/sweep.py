@@ -15,12 +15,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from moe.config import ConfigError, RunConfig
+from moe.config import PLACE_FIELDS, ConfigError, RunConfig, flatten
 from moe.config.checks import show
 
 # Each part of a name is a directory, so it may not begin with a dot.
 _NAME = re.compile(r"\w[\w.=+-]*(/\w[\w.=+-]*)*", re.ASCII)
-_ELSEWHERE = ("mesh", "data.directory")  # fields that say where a run is computed, not what
 
 
 class Point(NamedTuple):
@@ -50,7 +49,7 @@ def identity(config: RunConfig) -> str:
     place in the hash.
     """
     values = config.to_dict()
-    for name in _ELSEWHERE:
+    for name in PLACE_FIELDS:
         group, _, field = name.rpartition(".")
         del (values[group] if group else values)[field]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
@@ -174,15 +173,6 @@ def _override(values: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str,
             group = group[name]
         group[last] = value
     return result
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields the dotted name and the value of each field of nested dicts."""
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from flatten(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
 
 
 def overrides_between(base: RunConfig, config: RunConfig) -> dict[str, Any]:

@@ -7,10 +7,10 @@ object store cannot rename a directory, but it can write one file whole.)
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from typing import Any
 
-from moe.config import ConfigError, RunConfig
+from moe.config import PLACE_FIELDS, ConfigError, RunConfig, flatten
 from moe.storage.owner import Check, unchecked
 from moe.storage.paths import RunPath, write_whole
 
@@ -151,29 +151,18 @@ def differing_fields(
 ) -> list[str]:
     """Returns a phrase for each field that makes `config` another experiment than `saved`.
 
-    The `allowed` fields may differ. `mesh` and `data.directory` may too: they say where a run is
-    computed, and are no part of the experiment.
+    The `allowed` fields may differ, and so may those that say where a run is computed.
     """
+    may_differ = {*allowed, *PLACE_FIELDS}
     return [
         f"{name} is {before!r} there and {after!r} here"
         for (name, before), (_, after) in zip(
-            _flatten(saved.to_dict()), _flatten(config.to_dict()), strict=True
+            flatten(saved.to_dict()), flatten(config.to_dict()), strict=True
         )
-        if before != after
-        and name not in ("data.directory", *allowed)
-        and not name.startswith("mesh.")
+        if before != after and may_differ.isdisjoint((name, name.split(".")[0]))
     ]
 
 
 def _digest(about: dict[str, Any]) -> str:
     """Returns the SHA-256 of what an about.json says."""
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
-
-
-def _flatten(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields the dotted name and the value of each field."""
-    for name, value in config.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
