@@ -29,6 +29,8 @@ from moe.scaling.flops import (
     active_parameters,
     component_counts,
     embedding_parameters,
+    planned_flops,
+    planned_tokens,
     total_parameters,
     training_flops_per_token,
 )
@@ -63,9 +65,7 @@ def summary(model: ModelConfig, sequence_length: int) -> str:
 
 def run_lines(config: RunConfig) -> list[str]:
     """Returns a line on the FLOPs of a whole run, and one on the bytes of its training state."""
-    length, mesh = config.data.sequence_length, config.mesh
-    tokens = config.train.steps * config.train.batch_size * length
-    flops = tokens * training_flops_per_token(config.model, length)
+    mesh, tokens, flops = config.mesh, planned_tokens(config), planned_flops(config)
     devices = math.prod(abs(size) for size in mesh.sizes)
     size = state_bytes(config, mesh.resolve(devices))
     parts = ", ".join(f"{value:,} of {name}" for name, value in dataclasses.asdict(size).items())

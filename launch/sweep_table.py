@@ -15,12 +15,7 @@ from typing import Any
 from launch.series import read_series
 from moe.config import ConfigError, MeshConfig, RunConfig
 from moe.data.prepare import prepare
-from moe.scaling.flops import (
-    active_parameters,
-    embedding_parameters,
-    total_parameters,
-    training_flops_per_token,
-)
+from moe.scaling.flops import model_columns, planned_flops, planned_tokens
 from moe.scaling.memory import state_bytes
 from moe.scaling.sweep import Run
 from moe.storage.paths import RunPath, make_directory, write_whole
@@ -54,32 +49,17 @@ Row = dict[str, Any]  # a value for each column, or None where it is not known
 def planned_row(run: Run) -> Row:
     """Returns what is known of a run before it is trained, but for its config as JSON."""
     config = run.config
-    model, moe, length = config.model, config.model.moe, config.data.sequence_length
-    batch_tokens = config.train.batch_size * length
-    tokens = batch_tokens * config.train.steps
-    # A dense model is a mixture of one expert.
-    experts, active, width = (
-        (moe.num_experts, moe.experts_per_token, moe.expert_dim)
-        if moe.num_experts
-        else (1, 1, model.feed_forward_dim)
-    )
+    model, length = config.model, config.data.sequence_length
     values = {
         "run": run.name,
         "identity": run.identity,
         "status": "waiting",
         "seed": config.seed,
-        "parameters": total_parameters(model),
-        "active_parameters": active_parameters(model),
-        "embedding_parameters": embedding_parameters(model),
-        "tokens": tokens,
-        "flops": training_flops_per_token(model, length) * tokens,
-        "experts": experts,
-        "experts_per_token": active,
-        "expert_dim": width,
-        "granularity": model.feed_forward_dim / width,
-        "sparsity": 1 - active / experts,
+        "tokens": planned_tokens(config),
+        "flops": planned_flops(config),
+        "expert_dim": model.moe.expert_dim if model.moe.num_experts else model.feed_forward_dim,
         "learning_rate": config.optimizer.learning_rate,
-        "batch_tokens": batch_tokens,
+        "batch_tokens": config.train.batch_size * length,
         "warmup_steps": config.warmup_steps,
         "steps": config.train.steps,
         "dataset": config.data.dataset,
@@ -87,6 +67,7 @@ def planned_row(run: Run) -> Row:
         "vocab_size": model.vocab_size,
         "sequence_length": length,
         "memory_bytes": state_bytes(config, _ONE_DEVICE).total,
+        **model_columns(model),
     }
     return {name: values.get(name) for name in COLUMNS}
 

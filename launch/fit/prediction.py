@@ -8,12 +8,8 @@ import numpy as np
 
 from launch.fit.axes import count_text, power_text
 from moe.config import ConfigError, RunConfig
-from moe.scaling.candidates import (
-    Candidate,
-    columns_at,
-    planned_flops,
-    planned_tokens,
-)
+from moe.scaling.candidates import Candidate, columns_at
+from moe.scaling.flops import planned_flops, planned_tokens
 from moe.scaling.laws import Fit, Law, predict_samples
 from moe.scaling.laws.isoflop import IsoFlop
 from moe.scaling.optimum import Columns, Loss, Optimum, best_point, best_size, summarise

@@ -12,12 +12,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from moe.config import ConfigError, ModelConfig, RunConfig
-from moe.scaling.flops import (
-    active_parameters,
-    embedding_parameters,
-    total_parameters,
-    training_flops_per_token,
-)
+from moe.scaling.flops import model_columns, planned_tokens, training_flops_per_token
 from moe.scaling.shapes import scale_model, scale_run, tune
 
 WIDTH_STEP = 8  # widths are multiples of this
@@ -46,17 +41,6 @@ def rate_factor(base: RunConfig) -> float:
     """Returns how many times the rule's learning rate a run has. Scaled runs keep this factor."""
     rule = tune(base.model, base.data.sequence_length, planned_tokens(base))
     return base.optimizer.learning_rate / rule.learning_rate
-
-
-def planned_tokens(config: RunConfig) -> int:
-    """Returns the number of tokens that a run is trained on."""
-    return config.train.steps * config.train.batch_size * config.data.sequence_length
-
-
-def planned_flops(config: RunConfig) -> float:
-    """Returns the FLOPs of a run's training."""
-    length = config.data.sequence_length
-    return planned_tokens(config) * training_flops_per_token(config.model, length)
 
 
 def list_candidates(bases: Sequence[RunConfig]) -> list[Candidate]:
@@ -109,20 +93,8 @@ def _candidate(by_width: dict[int, RunConfig], width: int) -> Candidate | None:
         dataclasses.replace(base, model=model)  # asks whether the mesh can split it
     except ConfigError:
         return None
-    moe = model.moe
-    experts = moe.num_experts or 1
-    per_token = moe.experts_per_token if moe.num_experts else 1
-    columns = {
-        "parameters": total_parameters(model),
-        "active_parameters": active_parameters(model),
-        "embedding_parameters": embedding_parameters(model),
-        "experts": experts,
-        "experts_per_token": per_token,
-        "granularity": model.feed_forward_dim / moe.expert_dim if moe.num_experts else 1.0,
-        "sparsity": 1 - per_token / experts,
-    }
     flops = training_flops_per_token(model, base.data.sequence_length)
-    return Candidate(model, base, flops, columns, is_edge=False)
+    return Candidate(model, base, flops, model_columns(model), is_edge=False)
 
 
 def columns_at(candidates: Sequence[Candidate], budget: float) -> dict[str, np.ndarray]:

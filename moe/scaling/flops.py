@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from fractions import Fraction
 from typing import Literal
 
-from moe.config import ModelConfig
+from moe.config import ModelConfig, RunConfig
 
 # Which keys a query is counted with: those that a causal mask shows, or all keys of its row, as in
 # an encoder. Where a row packs several documents, the boundaries between them are not counted.
@@ -104,6 +104,33 @@ def training_flops_per_token(config: ModelConfig, sequence_length: int) -> float
     of causal attention.
     """
     return training_flops(component_counts(config, sequence_length))
+
+
+def planned_tokens(config: RunConfig) -> int:
+    """Returns the number of tokens that a run is trained on."""
+    return config.train.steps * config.train.batch_size * config.data.sequence_length
+
+
+def planned_flops(config: RunConfig) -> float:
+    """Returns the FLOPs of a run's training."""
+    length = config.data.sequence_length
+    return planned_tokens(config) * training_flops_per_token(config.model, length)
+
+
+def model_columns(config: ModelConfig) -> dict[str, float]:
+    """Returns what the columns of a table of runs say of a model. A dense one is one expert."""
+    moe, experts, active, width = config.moe, 1, 1, config.feed_forward_dim
+    if moe.num_experts:
+        experts, active, width = moe.num_experts, moe.experts_per_token, moe.expert_dim
+    return {
+        "parameters": total_parameters(config),
+        "active_parameters": active_parameters(config),
+        "embedding_parameters": embedding_parameters(config),
+        "experts": experts,
+        "experts_per_token": active,
+        "granularity": config.feed_forward_dim / width,
+        "sparsity": 1 - active / experts,
+    }
 
 
 def _embedding(config: ModelConfig) -> Count:

@@ -26,9 +26,11 @@ from launch.fit.results import as_json, as_text
 from launch.fit.study import fit_curves
 from launch.plotting import write_drawing
 from moe.config import ConfigError, RunConfig
-from moe.scaling.candidates import list_candidates, planned_flops, planned_tokens
+from moe.scaling.candidates import list_candidates
 from moe.scaling.flops import (
     active_parameters,
+    planned_flops,
+    planned_tokens,
     total_parameters,
     training_flops_per_token,
 )

@@ -10,10 +10,9 @@ from moe.scaling.candidates import (
     candidate_widths,
     columns_at,
     list_candidates,
-    planned_flops,
     rate_factor,
 )
-from moe.scaling.flops import total_parameters, training_flops_per_token
+from moe.scaling.flops import planned_flops, total_parameters, training_flops_per_token
 from moe.scaling.shapes import scale_run
 
 SMALL = ModelConfig(num_layers=2, model_dim=64, feed_forward_dim=256, num_heads=4, head_dim=16)
