@@ -81,14 +81,17 @@ def define_directory(
     )
 
 
-def read_run_config(config: Any) -> RunConfig:
-    """Returns the checked config of the flag --config. Raises ConfigError."""
+def read_run_config(config: Any, name: str = "--config") -> RunConfig:
+    """Returns the checked config that a get_config() has returned. Raises ConfigError.
+
+    `name` is the flag or the file that messages name.
+    """
     if not isinstance(config, ConfigDict):
         raise ConfigError(
-            f"--config: get_config() returned {show(config)}: "
+            f"{name}: get_config() returned {show(config)}: "
             "return RunConfig.config_dict() with your changes"
         )
-    with ConfigFileErrors("--config"):  # a field may be a reference, which is computed only here
+    with ConfigFileErrors(name):  # a field may be a reference, which is computed only here
         values = config.to_dict()
     return RunConfig.from_config_dict(values)
 

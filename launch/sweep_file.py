@@ -5,11 +5,9 @@ import runpy
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from ml_collections import ConfigDict
-
+from launch.command_line import read_run_config
 from launch.config_file import ConfigFileErrors, check_config_file
 from moe.config import ConfigError, RunConfig
-from moe.config.checks import show
 from moe.data.sources import check_dataset
 from moe.files import announce_wait
 from moe.scaling.sweep import Point, Run, expand, link, overrides_between
@@ -87,13 +85,7 @@ def read_configs(
 
 def _read_base(names: dict[str, Any], path: str) -> RunConfig:
     """Returns the config of a config file, which launch.train must be able to change by flags."""
-    config = _call(names, "get_config", path)
-    if not isinstance(config, ConfigDict):
-        raise ConfigError(
-            f"{path}: get_config() returned {show(config)}: "
-            "return RunConfig.config_dict() with your changes"
-        )
-    return RunConfig.from_config_dict(config)
+    return read_run_config(_call(names, "get_config", path), path)
 
 
 def _call(names: dict[str, Any], name: str, path: str) -> Any:
