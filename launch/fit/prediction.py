@@ -12,12 +12,12 @@ from moe.scaling.candidates import Candidate, columns_at
 from moe.scaling.flops import planned_flops, planned_tokens
 from moe.scaling.laws import Fit, Law, predict_samples
 from moe.scaling.laws.isoflop import IsoFlop
+from moe.scaling.laws.warnings import EPOCHS
 from moe.scaling.optimum import Columns, Loss, Optimum, best_point, best_size, summarise
 from moe.scaling.runs import Runs, list_rows, make_runs
 
 SPARSE_INPUTS = {"experts", "granularity", "density"}  # what only models with experts have
 FAR = 10.0  # times the largest run: budgets beyond this get a note
-EPOCHS = 4  # so often, text may be repeated (Muennighoff et al. 2023, arXiv 2305.16264)
 
 
 def is_sparse(inputs: Iterable[str]) -> bool:

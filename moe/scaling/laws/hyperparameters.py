@@ -11,7 +11,8 @@ import numpy as np
 
 from moe.config.checks import ConfigError
 from moe.scaling.laws.refits import group_values
-from moe.scaling.laws.warnings import runs_left_out, too_few
+from moe.scaling.laws.result import named_intervals
+from moe.scaling.laws.warnings import SINGULAR, runs_left_out, too_few, wide_exponent
 from moe.scaling.run_checks import check_values, leave_out
 from moe.scaling.runs import Runs
 
@@ -19,7 +20,6 @@ _NEAR = 0.0025  # runs with a loss at most this far above the lowest one of thei
 _RATE = ("learning_rate_factor", "learning_rate_N_exponent", "learning_rate_D_exponent")
 _BATCH = ("batch_factor", "batch_D_exponent")
 _FEWEST_RATES = 3
-_SINGULAR = 1e8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,11 +53,7 @@ class StepLaw:
 
     @property
     def intervals(self) -> dict[str, tuple[float, float]]:
-        low_K, high_K = np.quantile(self.samples, [0.025, 0.975], axis=0)
-        return {
-            name: (float(low), float(high))
-            for name, low, high in zip(self.coefficients, low_K, high_K, strict=True)
-        }
+        return named_intervals(self.coefficients, self.samples)
 
     @property
     def is_identifiable(self) -> bool:
@@ -204,21 +200,14 @@ def _hold_out(grids: list[Grid], has_batch: bool) -> tuple[float, float, float] 
 def _why_not_identifiable(result: StepLaw) -> Iterator[str]:
     """Yields the reasons for which the grids do not determine the law, if there are any."""
     yield from too_few(len(result.grids), "grids", len(_RATE))
-    if result.condition_number >= _SINGULAR:
+    if result.condition_number >= SINGULAR:
         yield (
             "tokens are the same function of size in all grids, so that their exponents cannot be "
             "told apart: add grids of one size with other token counts, and of one token count"
         )
     for name, (low, high) in result.intervals.items():
-        if not name.endswith("exponent"):
-            continue
-        if low <= 0 <= high:
-            yield f"{name} may be 0: its interval is [{low:.3g}, {high:.3g}]: add grids"
-        elif max(low / high, high / low) > 2:
-            yield (
-                f"{name} is known only within a factor of {max(low / high, high / low):.1f}: its "
-                f"interval is [{low:.3g}, {high:.3g}]: add grids"
-            )
+        if name.endswith("exponent"):
+            yield from wide_exponent(name, low, high, "add grids", "add grids")
     if result.held_out is not None:
         measured, predicted, repeated = np.log(result.held_out)
         if abs(predicted - measured) > abs(repeated - measured):

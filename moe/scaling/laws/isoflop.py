@@ -10,6 +10,7 @@ import numpy as np
 
 from moe.config.checks import ConfigError
 from moe.scaling.laws.refits import group_values
+from moe.scaling.laws.result import named_intervals
 from moe.scaling.laws.warnings import repeated_text, runs_left_out
 from moe.scaling.run_checks import check_runs
 from moe.scaling.runs import Runs
@@ -60,11 +61,7 @@ class IsoFlop:
 
     @property
     def intervals(self) -> dict[str, tuple[float, float]]:
-        low_K, high_K = np.quantile(self.samples, [0.025, 0.975], axis=0)
-        return {
-            name: (float(low), float(high))
-            for name, low, high in zip(COEFFICIENTS, low_K, high_K, strict=True)
-        }
+        return named_intervals(COEFFICIENTS, self.samples)
 
     @property
     def is_identifiable(self) -> bool:
@@ -91,7 +88,9 @@ def fit_isoflop(runs: Runs, *, seed: int = 0, num_bootstraps: int = 1000) -> Iso
     runs, left_out = check_runs(runs, COLUMNS, 2)
     budget_N = group_values(runs.flops)
     groups = [runs.take(budget_N == budget) for budget in range(budget_N.max() + 1)]
-    curves = [_fit_curve(group) for group in groups if len(np.unique(group.parameters)) >= 3]
+    curves = [
+        _fit_curve(group) for group in groups if len(np.unique(group.parameters)) >= _FEWEST_SIZES
+    ]
     good = [curve for curve in curves if not curve.problem]
     if len(good) < 2:
         why = "; ".join(f"{curve.flops:.3g} FLOP: {curve.problem}" for curve in curves)

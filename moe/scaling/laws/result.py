@@ -1,12 +1,23 @@
 """Defines what a fit returns, and predicts losses from it."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
 from moe.scaling.laws.formulas import Law, read_inputs
 from moe.scaling.runs import Runs
+
+INTERVAL = (0.025, 0.975)  # the quantiles of bootstraps between which 95 % lie
+
+
+def named_intervals(names: Iterable[str], samples: np.ndarray) -> dict[str, tuple[float, float]]:
+    """Returns the central 95 % of bootstraps' coefficients, [bootstraps, coefficients], by name."""
+    low_K, high_K = np.quantile(samples, INTERVAL, axis=0)
+    return {
+        name: (float(low), float(high))
+        for name, low, high in zip(names, low_K, high_K, strict=True)
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,11 +83,7 @@ class Fit:
 
     @property
     def intervals(self) -> dict[str, tuple[float, float]]:
-        low_K, high_K = np.quantile(self.samples, [0.025, 0.975], axis=0)
-        return {
-            name: (float(low), float(high))
-            for name, low, high in zip(self.law.coefficients, low_K, high_K, strict=True)
-        }
+        return named_intervals(self.law.coefficients, self.samples)
 
     @property
     def predicted(self) -> np.ndarray:

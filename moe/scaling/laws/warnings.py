@@ -11,18 +11,18 @@ import numpy as np
 
 from moe.scaling.laws.formulas import exponent, read_inputs
 from moe.scaling.laws.refits import exactly_determined_share
-from moe.scaling.laws.result import Fit
+from moe.scaling.laws.result import INTERVAL, Fit
 from moe.scaling.runs import Runs
 
 # An exponent that is uncertain by this factor does not say whether ten times the size saves as much
 # as a hundred times.
 _FACTOR = 2.0
 # Beyond it float64 itself no longer determines the coefficients to a few digits.
-_SINGULAR = 1e8
+SINGULAR = 1e8
 _ILL_CONDITIONED = 1e4
 # Up to 4 epochs, repeated text is about as good as new text (Muennighoff et al. 2023,
 # arXiv 2305.16264).
-_EPOCHS = 4
+EPOCHS = 4
 _ZERO = 1e-3  # of the lowest loss: less is no floor
 _SPAN = 10  # A law extrapolates a power of size or data, so it must have seen one decade of it.
 
@@ -51,7 +51,7 @@ def too_few(count: int, what: str, num_coefficients: int) -> Iterator[str]:
 
 def _collinear(fit: Fit) -> Iterator[str]:
     """Yields a reason if a combination of coefficients has no effect on the fitted losses."""
-    if fit.condition_number >= _SINGULAR:
+    if fit.condition_number >= SINGULAR:
         yield (
             f"some combination of coefficients does not change the losses (condition number "
             f"{fit.condition_number:.1g}), for example because tokens are always the same multiple "
@@ -72,13 +72,22 @@ def _without_floor(fit: Fit) -> Iterator[str]:
 def _wide(fit: Fit) -> Iterator[str]:
     """Yields a reason for each exponent that resampling the runs moves by a factor of 2."""
     for name, (low, high) in _exponent_intervals(fit).items():
-        if low <= 0 <= high:
-            yield f"{name} may be 0: its interval is {_interval(low, high)}: add sizes and budgets"
-        elif max(low / high, high / low) > _FACTOR:
-            yield (
-                f"{name} is known only within a factor of {max(low / high, high / low):.1f}: its "
-                f"interval is {_interval(low, high)}: add runs, sizes and budgets"
-            )
+        yield from wide_exponent(
+            name, low, high, "add sizes and budgets", "add runs, sizes and budgets"
+        )
+
+
+def wide_exponent(
+    name: str, low: float, high: float, fix_of_zero: str, fix_of_wide: str
+) -> Iterator[str]:
+    """Yields a reason if an exponent's interval holds 0, or spans more than a factor of 2."""
+    if low <= 0 <= high:
+        yield f"{name} may be 0: its interval is {_interval(low, high)}: {fix_of_zero}"
+    elif max(low / high, high / low) > _FACTOR:
+        yield (
+            f"{name} is known only within a factor of {max(low / high, high / low):.1f}: its "
+            f"interval is {_interval(low, high)}: {fix_of_wide}"
+        )
 
 
 def _exponent_intervals(fit: Fit) -> dict[str, tuple[float, float]]:
@@ -87,7 +96,7 @@ def _exponent_intervals(fit: Fit) -> dict[str, tuple[float, float]]:
     inputs = read_inputs(fit.law, fit.runs)
     intervals = {}
     for name in sorted(fit.law.exponents):
-        low, high = np.quantile(exponent(fit.law, name, samples, inputs), [0.025, 0.975])
+        low, high = np.quantile(exponent(fit.law, name, samples, inputs), INTERVAL)
         intervals[name] = (float(low), float(high))
     return intervals
 
@@ -150,7 +159,7 @@ def _of_optimiser(fit: Fit) -> Iterator[str]:
             f"Variable projection ends {abs(fit.projection_gap):.2%} {which} than L-BFGS: the "
             "optimum is hard to find, so use more starts."
         )
-    if _ILL_CONDITIONED <= fit.condition_number < _SINGULAR:
+    if _ILL_CONDITIONED <= fit.condition_number < SINGULAR:
         yield (
             f"The condition number is {fit.condition_number:.1g}: some coefficients trade off "
             "against each other, so do not read them one by one."
@@ -230,10 +239,10 @@ def _of_held_out(fit: Fit) -> Iterator[str]:
 def repeated_text(runs: Runs) -> Iterator[str]:
     """Yields a warning if runs saw their text more often than repeating is harmless."""
     repeats = runs.repeats
-    repeated = repeats > _EPOCHS
+    repeated = repeats > EPOCHS
     if repeated.any():
         yield (
-            f"{repeated.sum()} of {len(repeats)} runs saw their text more than {_EPOCHS} times, up "
+            f"{repeated.sum()} of {len(repeats)} runs saw their text more than {EPOCHS} times, up "
             f"to {repeats[repeated].max():.1f} times: the law counts repeated tokens as new ones."
         )
 
