@@ -97,8 +97,12 @@ class Log:
             first.parent.rmdir()
 
     def write(self, text: bytes) -> None:
-        """Adds whole lines."""
-        self._leave_lost_run()
+        """Adds whole lines, if there are any. In an object store, `flush` writes them."""
+        if not text:
+            return
+        # A state of a progress bar is no line yet, and a look into an object store takes long.
+        if isinstance(self._file, _File):
+            self._leave_lost_run()
         self._file.write(text)
 
     def flush(self) -> None:

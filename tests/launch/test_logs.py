@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from etils import epath
 
+from launch import log_writer
 from launch.log_writer import Lines, Log
 from launch.logs import last_lines, log_directory, log_path
 from moe.storage import lines, paths
@@ -384,3 +385,21 @@ def test_an_object_has_each_line_once_after_an_error(
         log.flush()
     assert path.read_text() == "one\ntwo\n"
     assert capfd.readouterr().err.count("cannot be written: no answer") == 1
+
+
+def test_the_owner_of_a_run_is_looked_for_only_where_something_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A progress bar ends no line, and a look into an object store takes long."""
+    looks = []
+    monkeypatch.setattr(log_writer, "_is_lost", lambda *lease: bool(looks.append(lease)))
+    monkeypatch.setattr(paths, "run_path", lambda _: epath.Path(tmp_path / "object"))
+    for number, (path, expected) in enumerate(((str(tmp_path / "log"), 1), ("gs://b/log", 0))):
+        log = Log(str(tmp_path / f"first_{number}"))
+        log.move(path, "run", 7)
+        looks.clear()
+        for text in (b"", b"a line\n", b""):
+            log.write(text)
+        assert len(looks) == expected
+        log.flush()
+        assert looks == [("run", 7)] * (expected + 1)
