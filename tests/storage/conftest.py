@@ -1,5 +1,6 @@
 """Starts an emulator of Google Cloud Storage, on this machine, for the tests that ask for it."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -84,9 +85,9 @@ class Emulator:
             return answer.read()
 
 
-@pytest.fixture
-def emulator() -> Iterator[Emulator]:
-    """Yields an emulator that a test may stop."""
+@contextlib.contextmanager
+def running_emulator() -> Iterator[tuple[Emulator, pytest.MonkeyPatch]]:
+    """Yields an emulator, and what patches this process while it runs."""
     pytest.importorskip("gcsfs")
     pytest.importorskip("gcp_storage_emulator")
     emulator = Emulator()
@@ -94,23 +95,24 @@ def emulator() -> Iterator[Emulator]:
         with pytest.MonkeyPatch.context() as patch:
             # gcsfs would ask for credentials, and wait for a machine of Google Cloud to give them.
             patch.setenv("NO_GCE_CHECK", "true")
-            yield emulator
+            yield emulator, patch
         emulator.process.communicate()
+
+
+@pytest.fixture
+def emulator() -> Iterator[Emulator]:
+    """Yields an emulator that a test may stop."""
+    with running_emulator() as (emulator, _):
+        yield emulator
 
 
 @pytest.fixture(scope="session")
 def bucket() -> Iterator[str]:
     """Yields the address of an empty bucket, which this process and those it starts can use."""
-    pytest.importorskip("gcsfs")
-    pytest.importorskip("gcp_storage_emulator")
-    emulator = Emulator()
-    with emulator.process:
-        with pytest.MonkeyPatch.context() as patch:
-            for name in VARIABLES:
-                patch.setenv(name, emulator.address)
-            patch.setenv("NO_GCE_CHECK", "true")
-            yield "gs://bucket-one"
-        emulator.process.communicate()
+    with running_emulator() as (emulator, patch):
+        for name in VARIABLES:
+            patch.setenv(name, emulator.address)
+        yield "gs://bucket-one"
 
 
 @pytest.fixture
