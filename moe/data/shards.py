@@ -20,8 +20,8 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from moe.config import DataConfig
-from moe.data.packing import pack
-from moe.data.sources import Documents
+from moe.data.packing.concat import pack
+from moe.data.sources.tfds import Documents
 from moe.data.tokenizers import make_tokenizer
 from moe.files import flush
 

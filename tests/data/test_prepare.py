@@ -21,7 +21,7 @@ import pytest
 from moe.config import ConfigError, DataConfig
 from moe.data import prepare as module
 from moe.data.prepare import PreparedRows, prepare
-from moe.data.tokenizers import ByteTokenizer
+from moe.data.tokenizers.byte import ByteTokenizer
 from tests.data.conftest import TRAIN
 
 TEXTS = [text for text in TRAIN if text]

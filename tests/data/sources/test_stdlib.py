@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from moe.data.stdlib import is_validation, python_files
+from moe.data.sources.stdlib import is_validation, python_files
 
 
 def test_python_files_that_are_not_tests_are_read(tmp_path: Path):

@@ -7,7 +7,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe.data.packing import pack, unpack
+from moe.data.packing.concat import pack, unpack
 
 
 def packed(

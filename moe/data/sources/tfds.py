@@ -161,7 +161,7 @@ def _builder(config: DataConfig) -> "tfds.core.DatasetBuilder":
     import tensorflow_datasets as tfds
 
     # TFDS knows the name of a builder as soon as its class is defined.
-    import moe.data.stdlib  # noqa: F401
+    import moe.data.sources.stdlib  # noqa: F401
 
     directory = config.path / "tfds"
     try:

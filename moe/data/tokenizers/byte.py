@@ -1,10 +1,10 @@
-"""Turns text into token ids, and token ids into text."""
+"""Takes the bytes of a text as its tokens."""
 
 import dataclasses
 
 import numpy as np
 
-from moe.config import BYTE_VOCABULARY, DataConfig
+from moe.config import BYTE_VOCABULARY
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,10 +40,3 @@ class ByteTokenizer:
         # is not UTF-8 either.
         text = np.where(ids < self.vocab_size, ids, 0xFF).astype(np.uint8).tobytes()
         return text.decode(errors="replace")
-
-
-def make_tokenizer(config: DataConfig) -> ByteTokenizer:
-    """Returns the tokenizer that `config.tokenizer` names."""
-    match config.tokenizer:
-        case "byte":
-            return ByteTokenizer()

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from moe.config import DataConfig
-from moe.data.tokenizers import ByteTokenizer, make_tokenizer
+from moe.data.tokenizers import make_tokenizer
+from moe.data.tokenizers.byte import ByteTokenizer
 
 
 def test_ids_are_utf8_bytes():

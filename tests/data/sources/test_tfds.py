@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 from launch import train
 from moe import files
 from moe.config import ConfigError, DataConfig, RunConfig
-from moe.data.sources import check_dataset, open_documents, source_name
+from moe.data.sources.tfds import check_dataset, open_documents, source_name
 from tests.data.conftest import TRAIN, SmallText
 
 

@@ -1,0 +1,1 @@
+"""Puts documents of tokens into rows of one length, and rows into the fields of a batch."""
