@@ -10,11 +10,30 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from pyarrow import parquet
 
+from moe.workdir.tracking import read_metrics
 from tests.launch.slurm_cluster import Cluster, cluster, why_not
 from tests.launch.test_runs import SMALL
 
 ROOT = Path(__file__).parents[2]
+# Its last run waits in step 30 until the test opens the gate.
+SWEEP = """
+from moe.config import RunConfig
+from moe.scaling.sweep import Point
+from tests.launch import gated
+
+def get_config():
+    config = RunConfig.config_dict()
+    config.update_from_flattened_dict({fields})
+    config.train.update(steps=5, eval_every=5, checkpoint_every=5)
+    return config
+
+def get_sweep():
+    yield Point("short", {{"train.steps": 4}})
+    yield Point("wide", {{"model.feed_forward_dim": 32}})
+    yield Point("long", {{"train.steps": 60, "train.eval_every": 60}})
+"""
 pytestmark = [
     pytest.mark.slurm,
     pytest.mark.timeout(1200),
@@ -53,8 +72,7 @@ class Run:
         )
 
     def log(self, job: str) -> str:
-        path = self.directory / "slurm" / f"{job}.log"
-        return path.read_text() if path.exists() else "the job has not started"
+        return read_log(self.directory / "slurm" / f"{job}.log")
 
     def steps(self) -> list[int]:
         """Returns the steps that metrics.jsonl has, in its order, without the evaluations."""
@@ -71,6 +89,11 @@ class Run:
 
     def wait_for_log(self, job: str, words: str, times: int = 1) -> None:
         wait(lambda: self.log(job).count(words) >= times, lambda: self.log(job))
+
+
+def read_log(path: Path) -> str:
+    """Returns the log of a job. One that is being written may end within a character."""
+    return path.read_text(errors="replace") if path.exists() else "the job has not started"
 
 
 def submit(slurm: Cluster, *arguments: str, nodes: int = 2) -> str:
@@ -185,16 +208,55 @@ def test_an_array_runs_a_command_of_the_user(slurm: Cluster, tmp_path: Path) -> 
         nodes=1,
     )
     logs = [tmp_path / "slurm" / f"{job}_{element}.log" for element in range(3)]
-    ended = lambda: all(log.exists() and "exit code 0" in log.read_text() for log in logs)
-    wait(ended, lambda: [log.read_text() for log in logs if log.exists()])
-    for element, log in enumerate(logs):
-        assert f"\n{element} of 3\n" in log.read_text()
-        assert ("restart 1 of 3" in log.read_text()) == (element == 1)
+    read = lambda: [read_log(log) for log in logs]
+    wait(lambda: all("exit code 0" in text for text in read()), read)
+    for element, text in enumerate(read()):
+        assert f"\n{element} of 3\n" in text
+        assert ("restart 1 of 3" in text) == (element == 1)
+
+
+def test_a_sweep_is_trained_as_an_array(
+    slurm: Cluster, tmp_path: Path, data_directory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two nodes train at once, and one element is queued again. One table has all runs."""
+    gate = tmp_path / "open"
+    monkeypatch.setitem(slurm.environment, "GATE", f"30:{gate}")
+    file = tmp_path / "sweep.py"
+    fields = SMALL | {"data.directory": data_directory, "tracking.tensorboard": False}
+    file.write_text(SWEEP.format(fields=fields))
+    workdir = tmp_path / "runs"
+    words = ("launch.sweep", f"--sweep={file}", f"--workdir={workdir}")
+    arguments = ("--array=0-2", f"--workdir={workdir}", "--", *words, "--index=%a")
+    job = submit(slurm, *arguments, nodes=1)
+    logs = [workdir / "slurm" / f"{job}_{element}.log" for element in range(3)]
+    read = lambda: [read_log(log) for log in logs]
+    wait(lambda: (workdir / "long" / "metrics.jsonl").exists(), read)
+    slurm.run("scancel", "--batch", "--signal=USR1", f"{job}_2")
+    wait(lambda: "stopping: this step is finished" in read()[2], read)
+    gate.touch()
+    wait(lambda: all("ended with exit code 0" in text for text in read()), read)
+    assert [text.count("the job is queued again") for text in read()] == [0, 0, 1]
+    done = subprocess.run(
+        [sys.executable, "-m", *words, "--report_only"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done
+    rows = parquet.read_table(workdir / "runs.parquet").to_pylist()
+    assert [(row["run"], row["status"]) for row in rows] == [
+        ("short", "finished"),
+        ("wide", "finished"),
+        ("long", "finished"),
+    ]
+    assert len({row["loss"] for row in rows}) == 3
+    steps = [line["step"] for line in read_metrics(workdir / "long") if "train/loss" in line]
+    assert steps == list(range(1, rows[2]["steps"] + 1))
 
 
 def test_a_chain_goes_on_after_any_end(slurm: Cluster, tmp_path: Path) -> None:
     submit(slurm, "--chain=2", f"--workdir={tmp_path}", "--", "bash", "-c", "exit 3")
-    ended = lambda: [log.read_text() for log in (tmp_path / "slurm").glob("*.log")]
+    ended = lambda: [read_log(log) for log in (tmp_path / "slurm").glob("*.log")]
     wait(lambda: sum("ended with exit code 3" in log for log in ended()) == 2, ended)
 
 
@@ -213,7 +275,7 @@ def test_a_job_with_a_short_default_time_is_refused(slurm: Cluster, tmp_path: Pa
     file = str(tmp_path / "slurm" / "job.sbatch")
     job = slurm.run("sbatch", "--parsable", file).strip()
     log = tmp_path / "slurm" / f"{job}.log"
-    read = lambda _: log.read_text() if log.exists() else "no log"
+    read = lambda _: read_log(log)
     slurm.wait_for(job, "FAILED", read)
     assert "its time limit of 300 s leaves no time to train: set --time to 7 min" in read(job)
     assert slurm.state(job)["ExitCode"] == "2:0"
@@ -225,9 +287,9 @@ def test_a_mistake_is_told_once(slurm: Cluster, tmp_path: Path) -> None:
     command = ("launch.train", "--config=configs/dense_tiny.py", "--workdir=x", "--stpes=3")
     job = submit(slurm, f"--workdir={tmp_path}", "--", *command)
     log = tmp_path / "slurm" / f"{job}.log"
-    slurm.wait_for(job, "FAILED", lambda _: log.read_text() if log.exists() else "no log")
-    assert log.read_text().count("error: Unknown command line flag 'stpes'") == 1
-    assert log.read_text().count("Exited with exit code 2") == 2
+    slurm.wait_for(job, "FAILED", lambda _: read_log(log))
+    assert read_log(log).count("error: Unknown command line flag 'stpes'") == 1
+    assert read_log(log).count("Exited with exit code 2") == 2
     (ROOT / "logs" / "train" / "process-00001.log").unlink()
 
 
@@ -241,7 +303,7 @@ def test_a_signal_reaches_one_element_of_an_array(slurm: Cluster, tmp_path: Path
     arguments = ("--array=0-1", f"--workdir={tmp_path}", f"--sbatch=--chdir={tmp_path}")
     job = submit(slurm, *arguments, "--", "bash", "-c", command, nodes=1)
     logs = [tmp_path / "slurm" / f"{job}_{element}.log" for element in range(2)]
-    read = lambda: [log.read_text() if log.exists() else "" for log in logs]
+    read = lambda: [read_log(log) for log in logs]
     wait(lambda: all("begun" in text for text in read()), read)
     slurm.run("scancel", "--batch", "--signal=USR1", f"{job}_1")
     wait(lambda: "ended with exit code 0" in read()[1], read)
