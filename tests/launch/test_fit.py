@@ -39,6 +39,7 @@ from moe.scaling.laws.isoflop import fit_isoflop
 from moe.scaling.runs import make_runs
 from moe.scaling.shapes import scale_model, scale_run
 from moe.scaling.sweep import expand
+from moe.workdir.tracking import read_metrics
 
 ROOT = Path(__file__).parents[2]
 # Hoffmann et al.'s law as Besiroglu et al. 2024 (arXiv 2404.10102) refitted it.
@@ -339,6 +340,29 @@ def test_a_law_of_experts_chooses_experts(tmp_path: Path) -> None:
     assert optimum.best["parameters"] > 4 * optimum.best["active_parameters"]
     assert config.model.moe.num_experts == 16
     assert planned_flops(config) == pytest.approx(1e17, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_an_emitted_sparse_config_trains(tmp_path: Path, data_directory: str) -> None:
+    path = write_table(tmp_path / "runs.csv", mixed())
+    emitted, workdir = tmp_path / "best.py", tmp_path / "run"
+    main(flag_values(path, "--law=joint", "--budget=1e15", f"--emit={emitted}"))
+    few_steps = {
+        "train.steps": 3,
+        "train.batch_size": 4,
+        "train.log_every": 1,
+        "train.eval_batches": 1,
+        "optimizer.learning_rate": 0.001,  # there is no time for a warm-up
+        "data.directory": data_directory,
+    }
+    words = [f"--config.{name}={value}" for name, value in few_steps.items()]
+    command = [sys.executable, "-m", "launch.train", f"--config={emitted}", f"--workdir={workdir}"]
+    done = subprocess.run([*command, *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = read_metrics(workdir)
+    losses = [line["train/loss"] for line in lines if "train/loss" in line]
+    assert len(losses) == 3 and losses[-1] < losses[0]
+    assert any(name.startswith("router/") for name in lines[0])
 
 
 def test_parabolas_find_the_exponent_and_the_nearest_config(tmp_path: Path) -> None:
