@@ -17,7 +17,7 @@ from moe.config import ConfigError, MeshConfig, RunConfig
 from moe.data.prepare import prepare
 from moe.scaling.flops import model_columns, planned_flops, planned_tokens
 from moe.scaling.memory import state_bytes
-from moe.scaling.sweep import Run
+from moe.scaling.sweep import Run, identity
 from moe.storage.paths import RunPath, make_directory, write_whole
 from moe.workdir.tracking import METRICS_FILE, read_metrics
 
@@ -125,18 +125,28 @@ def _measured(config: RunConfig, workdir: RunPath) -> Row:
 
 
 def read_result(workdir: RunPath, run: Run) -> Row | None:
-    """Returns the row of a run's result file, under the run's name, or None if it has none."""
+    """Returns the row of a run's result file, under the run's name, or None if it has none.
+
+    Columns that the version which wrote it did not have are None. Raises ConfigError for a damaged
+    file, and for the result of another config: a default may have changed since it was written.
+    """
     path = result_path(workdir, run.identity)
     try:
         row = json.loads(path.read_text(encoding="utf-8"))
-        is_whole = isinstance(row, dict) and row.keys() == COLUMNS.keys()
+        is_whole = row.keys() <= COLUMNS.keys() and row["identity"] == run.identity
+        trained = RunConfig.from_config_dict(json.loads(row["config"])) if is_whole else None
     except FileNotFoundError:
         return None
-    except ValueError:
-        is_whole = False
-    if not is_whole or row["identity"] != run.identity:
+    except (ValueError, LookupError, TypeError, AttributeError):
+        trained = None
+    if trained is None:
         raise ConfigError(f"{path} is not what was written: delete it, and the run is done again")
-    return row | {"run": run.name}
+    if identity(trained) != run.identity:
+        raise ConfigError(
+            f"{path} is the result of another config, since a default has changed: "
+            "delete it, and the run is done again, or read it with the version that wrote it"
+        )
+    return dict.fromkeys(COLUMNS) | row | {"run": run.name}
 
 
 def gather(runs: Sequence[Run], workdir: RunPath) -> list[Row]:

@@ -46,13 +46,21 @@ def identity(config: RunConfig) -> str:
     """Returns a hash of everything in a config that a run's numbers depend on.
 
     Paths and the mesh are left out. A fork computes what a run of its own would, so it needs no
-    place in the hash.
+    place in the hash. Fields with their default values have none either, so that a field which a
+    later version adds does not make another run of what is trained already.
     """
-    values = config.to_dict()
-    for name in PLACE_FIELDS:
-        group, _, field = name.rpartition(".")
-        del (values[group] if group else values)[field]
+    defaults = dict(flatten(RunConfig().to_dict()))
+    values = {
+        name: value
+        for name, value in flatten(config.to_dict())
+        if value != defaults.get(name) and not _says_where(name)
+    }
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _says_where(name: str) -> bool:
+    """Says whether a dotted field is, or is in a group of fields, where a run is computed."""
+    return any(name == place or name.startswith(f"{place}.") for place in PLACE_FIELDS)
 
 
 def expand(

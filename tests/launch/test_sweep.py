@@ -375,6 +375,26 @@ def test_a_damaged_result_is_refused(tmp_path: Path) -> None:
         read_result(tmp_path, one.run)
 
 
+def test_a_result_of_another_version_is_read_if_it_means_the_same(
+    tmp_path: Path, pretender: Pretender
+) -> None:
+    (one,) = seeds("a")
+    train([one], tmp_path, 1)
+    path = tmp_path / "results" / f"{one.run.identity}.json"
+    row = json.loads(path.read_text())
+    config = json.loads(row["config"])
+    # That version had neither this column nor this field.
+    del row["memory_bytes"], config["data"]["tokenizer"]
+    path.write_text(json.dumps(row | {"config": json.dumps(config)}))
+    found = read_result(tmp_path, one.run)
+    assert found and found["memory_bytes"] is None and found["loss"] == 1.25
+    # Its default was another one, and its config therefore says so.
+    config["optimizer"]["beta2"] = 0.5
+    path.write_text(json.dumps(row | {"config": json.dumps(config)}))
+    with pytest.raises(ConfigError, match="another config, since a default has changed"):
+        read_result(tmp_path, one.run)
+
+
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "launch.sweep", *arguments],

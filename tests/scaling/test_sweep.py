@@ -39,6 +39,14 @@ def test_paths_and_meshes_do_not_make_another_run() -> None:
     assert len({identity(config) for config in (BASE, *others)}) == 4
 
 
+def test_a_field_that_is_added_later_makes_no_other_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = identity(dataclasses.replace(BASE, seed=5))
+    as_dict = RunConfig.to_dict
+    monkeypatch.setattr(RunConfig, "to_dict", lambda self: as_dict(self) | {"added": 1})
+    assert identity(dataclasses.replace(BASE, seed=5)) == before
+    assert identity(BASE) != before
+
+
 def test_equal_runs_are_found_by_content() -> None:
     points = [
         Point("a", {"seed": 1}),
