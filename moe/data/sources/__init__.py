@@ -50,6 +50,11 @@ def check_dataset(config: DataConfig) -> None:
 
             for split in (config.train_split, config.validation_split):
                 arrow.open_arrow(config, split)
+        case "tokens":
+            from moe.data.token_files import open_token_rows
+
+            for split in (config.train_split, config.validation_split):
+                open_token_rows(config, split)
         case _:
             tfds.check_dataset(config)
 
