@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import io
 import os
 import re
@@ -150,6 +151,32 @@ def check_dataset(config: DataConfig) -> None:
     if is_prepared(builder):
         for split in splits:
             _check_split(config, builder, split)
+    else:
+        _tell_needs(config, builder)
+
+
+def _tell_needs(config: DataConfig, builder: "tfds.core.DatasetBuilder") -> None:
+    """Prints what preparing a data set downloads, and refuses one that needs TensorFlow.
+
+    TFDS tells neither. A builder that uses TensorFlow has it as a name of its file, where TFDS
+    loads it when it is first used.
+    """
+    names = vars(sys.modules[type(builder).__module__])
+    wanted = {"tf": "tensorflow", "tensorflow": "tensorflow", "beam": "apache_beam"}
+    for package in {wanted[name] for name in wanted if name in names}:
+        if importlib.util.find_spec(package) is None:
+            raise ConfigError(
+                f"data.dataset={config.dataset!r} needs {package} to be prepared, which is not "
+                "installed: prepare it where it is, by `tfds build --file_format=array_record`, "
+                f"and copy it to {builder.data_dir}"
+            )
+    urls = builder.url_infos or {}
+    if size := sum(url.size or 0 for url in urls.values()):
+        print(
+            f"data.dataset={config.dataset!r} is not prepared yet: TFDS downloads up to "
+            f"{size / 1e6:,.1f} MB before training",
+            file=sys.stderr,
+        )
 
 
 def _check_text(config: DataConfig, builder: "tfds.core.DatasetBuilder") -> None:
