@@ -110,7 +110,7 @@ class TokenFileRows:
         if self._index is not None:
             return np.memmap(self.path, self._index.dtype, "r")
         try:
-            tokens = np.load(self.path, mmap_mode="r", allow_pickle=False)
+            tokens = np.load(self.path, mmap_mode="r")
         except ValueError as error:
             raise _damaged(self.path, str(error)) from None
         if tokens.ndim != 1 or tokens.dtype.kind not in "iu":

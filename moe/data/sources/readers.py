@@ -139,7 +139,7 @@ def read_example(example: Any, origin: str, refuse: Refuse, text_field: str) -> 
         text = json.dumps(text, ensure_ascii=False)
     if not isinstance(text, str):
         known = f"holds {type(text).__name__}, no text" if text_field in example else "is missing"
-        names = ", ".join(example) or "none"
+        names = ", ".join(example)[:300]
         refuse(origin, f"field {text_field!r} {known}: set data.text_field to one of ({names})")
         return None
     try:
