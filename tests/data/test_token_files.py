@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from moe.config import ConfigError, DataConfig
 from moe.data.packing.concat import pack, unpack
+from moe.data.prepare import PreparedRows
+from moe.data.rows import JoinedRows
 from moe.data.token_files import TokenFileRows, open_token_rows
 
 TYPES = {"uint8": 1, "int32": 4, "int64": 5, "uint16": 8}
@@ -114,6 +116,17 @@ def test_rows_can_be_pickled_and_have_a_checksum(config: DataConfig, tmp_path: P
         rows[len(rows)]
     with pytest.raises(IndexError):
         rows[-1]
+
+
+def test_a_mixture_with_a_token_file_does_not_know_its_bytes(
+    config: DataConfig, tmp_path: Path, rows: PreparedRows
+):
+    np.save(tmp_path / "held_out.npy", np.arange(200, dtype=np.uint16))
+    tokens = open_token_rows(config, "held_out")
+    joined = JoinedRows({"text": rows, "tokens": tokens})
+    assert (joined.num_bytes, len(joined)) == (0, len(rows) + 50)
+    assert JoinedRows({"text": rows}).num_bytes == rows.num_bytes > 0
+    np.testing.assert_array_equal(joined[len(rows)]["tokens"], [0, 1, 2, 3])
 
 
 def test_rows_beyond_int32_are_exact(tmp_path: Path):
