@@ -1,7 +1,7 @@
 """Builds a TFDS data set from the user's own files.
 
-The text of the files is copied into ArrayRecord once, so that a run does not depend on what happens
-to the files later. The name of the data set follows from the files' names, sizes and times.
+The text of the files is copied into ArrayRecord once, so that it cannot change under a job that
+reads it. The name of the data set follows from the files' names, sizes and times.
 """
 
 import hashlib

@@ -121,7 +121,7 @@ def test_a_large_plain_file_is_cut_where_lines_end(
     lines = [f"line {i} é{newline}" for i in range(1, 60)]
     write(folder / "train/a.txt", "".join(lines))
     write(folder / "train/small.txt", "x" * 100)
-    write(folder / "validation/long.txt", "é" * 100)
+    write(folder / "validation/long.txt", "x" + "é" * 100)
     train = read(config_for(folder), "train")
     assert "".join(document.text for document in train[:-1]) == "".join(lines)
     for document in train[:-1]:
@@ -130,7 +130,11 @@ def test_a_large_plain_file_is_cut_where_lines_end(
         assert document.origin == f"train/a.txt:{first}"
     assert train[-1] == Document("x" * 100, "train/small.txt", {})
     # A line that is too long is cut between characters.
-    assert [d.text for d in read(config_for(folder), "validation")] == ["é" * 50, "é" * 50]
+    assert [d.text for d in read(config_for(folder), "validation")] == [
+        "x" + "é" * 49,
+        "é" * 50,
+        "é",
+    ]
 
 
 def test_the_last_lines_of_a_single_plain_file_are_held_out(folder: Path):
