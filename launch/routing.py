@@ -45,7 +45,7 @@ from moe.storage.paths import RunPath, make_directory, run_path, write_whole
 from moe.workdir.identity import read_config
 
 if TYPE_CHECKING:
-    from moe.data.prepare import PreparedRows
+    from moe.data.rows import Rows
     from moe.training.train_step import Program
 
 
@@ -86,7 +86,8 @@ def measure(
     Raises ConfigError for an unknown step.
     """
     # These load JAX, which bad input need not wait for.
-    from moe.data.prepare import prepare
+    from moe.data.mixtures import open_validation
+    from moe.data.tokenizers import make_tokenizer
     from moe.training import trainer
     from moe.workdir import checkpoint
 
@@ -95,7 +96,7 @@ def measure(
         earlier_steps = earlier_checkpoints(saved, step, compare_step)
         config, program, variables, step = trainer.load_run(workdir, step)
         vocab_size, num_experts = config.model.vocab_size, config.model.moe.num_experts
-        rows = prepare(config.data, config.data.validation_split)
+        rows = open_validation(config, program.task.rows)
         read = choice_reader(config, program, rows, batches)
         counts = routing_analysis.sum_counts(
             routing_analysis.count_choices(experts_LNA, ids_N, vocab_size, num_experts)
@@ -113,7 +114,8 @@ def measure(
                 )
             )
             saturation[earlier_step] = rounded(routing_analysis.saturation(overlap))
-    classes = routing_analysis.token_classes(vocab_size, rows.boundary_id)
+    boundary_id = make_tokenizer(config.data).boundary_id
+    classes = routing_analysis.token_classes(vocab_size, boundary_id)
     return checkpoint_statistics(config, step, counts, classes) | {"saturation": saturation}
 
 
@@ -138,7 +140,7 @@ ChoiceReader = Callable[[str, Sequence[Any]], Iterator[tuple[np.ndarray, list[np
 
 
 def choice_reader(
-    config: RunConfig, program: "Program", rows: "PreparedRows", num_batches: int
+    config: RunConfig, program: "Program", rows: "Rows", num_batches: int
 ) -> ChoiceReader:
     """Returns a function that runs the text through models, and shows a progress bar.
 
@@ -162,7 +164,13 @@ def choice_reader(
         return losses.in_layer_order(captured)["experts"]
 
     def read(title: str, models: Sequence[Any]) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
-        batches = evaluation_batches(rows, batch_size=size, num_batches=num_batches, host_rows=held)
+        batches = evaluation_batches(
+            rows,
+            batch_size=size,
+            num_batches=num_batches,
+            host_rows=held,
+            transform=program.task.transform(config),
+        )
         for batch in tqdm(batches, total=total, desc=title, unit="batch"):
             is_text_BT = batch["segment_ids"] > 0
             on_devices = global_batch(batch, program.mesh, size, program.task.dims)
@@ -194,7 +202,7 @@ def checkpoint_statistics(
     vocabulary = routing_analysis.vocabulary_specialisation(counts)
     return {
         "step": step,
-        "split": config.data.validation_split,
+        "split": " and ".join(sorted({one.validation_split for one in config.data.sources})),
         "tokens": int(tokens_V.sum()),
         "num_experts": config.model.moe.num_experts,
         "experts_per_token": config.model.moe.experts_per_token,

@@ -123,6 +123,8 @@ WARMUP_STEPS = {
     "moe_671b": 2000,
     "moe_8x7b": 2000,
     "moe_tiny": 50,
+    "packages_tiny": 50,
+    "text_tiny": 50,
 }
 
 

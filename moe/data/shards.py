@@ -1,8 +1,9 @@
 """Writes one shard of documents into one file of packed rows; it is also the worker's program.
 
 A record holds the number of pieces (uint32), their lengths (uint32 each) and the tokens (uint16, or
-uint32 for a vocabulary over 65,536), all little-endian. Nothing here may import JAX: it would cost
-every worker seconds, and on an accelerator its memory.
+uint32 for a vocabulary over 65,536), all little-endian. If only some tokens are targets, a bit for
+each token follows, the first one in a byte's highest bit. Nothing here may import JAX: it would
+cost every worker seconds, and on an accelerator its memory.
 """
 
 import dataclasses
@@ -21,7 +22,8 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from moe.config import DataConfig
 from moe.data.packing.concat import pack
-from moe.data.sources.tfds import Documents
+from moe.data.packing.targets import mark_targets, split_targets
+from moe.data.sources import reopen_documents
 from moe.data.tokenizers import make_tokenizer
 from moe.files import flush
 
@@ -56,16 +58,28 @@ def shard_name(shard: int) -> str:
 
 def encode_record(tokens: np.ndarray, lengths: np.ndarray, vocab_size: int) -> bytes:
     """Returns the record of a row from its tokens and the lengths of its pieces."""
+    tokens, is_target = split_targets(tokens)
     header = np.array([len(lengths), *lengths], "<u4")
-    return header.tobytes() + tokens.astype(_token_type(vocab_size)).tobytes()
+    bits = b"" if is_target is None else np.packbits(is_target).tobytes()
+    return header.tobytes() + tokens.astype(_token_type(vocab_size)).tobytes() + bits
 
 
 def decode_record(record: bytes, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the tokens and the lengths of the pieces, as views of the record."""
+    """Returns the tokens, with marks if the record has them, and the lengths of the pieces.
+
+    Both are views of the record if it has no marks.
+    """
     num_pieces = int(np.frombuffer(record, "<u4", 1)[0])
     lengths = np.frombuffer(record, "<u4", num_pieces, offset=4)
-    tokens = np.frombuffer(record, _token_type(vocab_size), offset=4 * (num_pieces + 1))
-    return tokens, lengths
+    num_tokens = int(lengths.sum(dtype=np.int64))
+    offset = 4 * (num_pieces + 1)
+    tokens = np.frombuffer(record, _token_type(vocab_size), num_tokens, offset)
+    bits = np.frombuffer(record, np.uint8, offset=offset + tokens.nbytes)
+    if not len(bits):
+        return tokens, lengths
+    if len(bits) != -(-num_tokens // 8):
+        raise ValueError(f"{len(bits)} bytes follow its {num_tokens} tokens")
+    return mark_targets(tokens, np.unpackbits(bits, count=num_tokens)), lengths
 
 
 def _token_type(vocab_size: int) -> str:
@@ -85,12 +99,12 @@ def write_shard(job: ShardJob, shard: int) -> ShardCounts:
 
     def encoded_documents() -> Iterator[np.ndarray]:
         first = shard * job.documents_per_shard
-        documents = Documents(job.source, job.split)
-        for text in documents.between(first, first + job.documents_per_shard):
-            if text:
-                tokens = tokenizer.encode_document(text)
+        documents = reopen_documents(job.config, job.split, job.source)
+        for document in documents.between(first, first + job.documents_per_shard):
+            if document.text:
+                tokens = tokenizer.encode_document(document.text)
                 counts["num_tokens"] += len(tokens)
-                counts["num_bytes"] += len(text.encode())
+                counts["num_bytes"] += len(document.text.encode())
                 counts["num_documents"] += 1
                 yield tokens
 

@@ -185,8 +185,13 @@ def _override(values: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str,
 
 def overrides_between(base: RunConfig, config: RunConfig) -> dict[str, Any]:
     """Returns the dotted fields in which a config differs from its base, with their values."""
-    before = dict(flatten(base.to_dict()))
-    return {name: value for name, value in flatten(config.to_dict()) if before[name] != value}
+    before, after = (dict(flatten(one.to_dict())) for one in (base, config))
+    if before.keys() != after.keys():
+        raise ConfigError(
+            "data.mixture has other sources than the base: "
+            "name all sources in get_config(), and change their fields in the points"
+        )
+    return {name: value for name, value in after.items() if before[name] != value}
 
 
 def grid(fields: Mapping[str, Sequence[Any]]) -> Iterator[Point]:

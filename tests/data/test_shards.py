@@ -13,9 +13,10 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordReader
 
 from moe.config import DataConfig
+from moe.data.packing.targets import mark_targets
 from moe.data.prepare import PreparedRows
 from moe.data.shards import ShardJob, decode_record, encode_record, shard_name, write_shard
-from moe.data.sources.tfds import open_documents
+from moe.data.sources import open_documents
 
 
 def test_a_record_byte_for_byte():
@@ -27,6 +28,16 @@ def test_a_record_byte_for_byte():
         np.array([7, 0x010203], np.uint32), np.array([1, 1], np.uint32), vocab_size=2**16 + 1
     )
     assert record.hex(" ", 4) == "02000000 01000000 01000000 07000000 03020100"
+
+
+def test_a_record_with_marks_byte_for_byte():
+    marked = mark_targets(np.array([7, 8, 9]), np.array([False, True, True]))
+    record = encode_record(marked, np.array([3], np.uint32), vocab_size=256)
+    assert record.hex(" ", -4) == "01000000 03000000 07000800 090060"
+    tokens, lengths = decode_record(record, 256)
+    assert tokens.tolist() == marked.tolist() and lengths.tolist() == [3]
+    with pytest.raises(ValueError, match="2 bytes follow its 3 tokens"):
+        decode_record(record + b"\0", 256)
 
 
 @pytest.mark.parametrize("vocab_size", [256, 2**16, 2**16 + 1])
