@@ -37,8 +37,8 @@ def make_tokenizer(config: DataConfig, special_tokens: Sequence[str] = ()) -> To
     except OSError as error:
         raise ConfigError(
             f"data.tokenizer={config.tokenizer} cannot be read ({error.strerror}): set "
-            "data.tokenizer to 'byte', or to the path of a tokenizer.json, a SentencePiece model "
-            "or a tiktoken file"
+            "data.tokenizer to 'byte', or to the path of a tokenizer.json (launch.tokenizer makes "
+            "one), a SentencePiece model or a tiktoken file"
         ) from None
 
 
