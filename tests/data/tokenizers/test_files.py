@@ -230,6 +230,16 @@ def test_a_token_of_the_file_that_is_found_in_text_can_be_made_special(
     assert special.special_ids["<call>"] not in special.encode("a<call>b")
 
 
+def test_a_piece_that_a_model_finds_in_text_can_be_made_special(files: dict[str, Path]) -> None:
+    own = sentencepiece.SentencePieceProcessor(model_file=str(files["bytes.model"]))
+    id = own.piece_to_id("<tool>")
+    assert id in own.encode("a<tool>b")
+    tokenizer = make_tokenizer(config_of("bytes.model", files, special_tokens=("<tool>",)))
+    assert tokenizer.special_ids["<tool>"] == id
+    ids = tokenizer.encode("a<tool>b")
+    assert id not in ids and tokenizer.decode(ids) == "a<tool>b"
+
+
 @pytest.mark.parametrize(
     ("kind", "name"),
     [("bpe.json", "expert"), ("unigram.model", "▁the"), ("ranks.tiktoken", " the")],
