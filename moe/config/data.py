@@ -89,6 +89,9 @@ class DataConfig:
     validation_split: str = "validation"  # the split that evaluations read
     tokenizer: Literal["byte"] = "byte"  # how text becomes token ids: "byte" takes its UTF-8 bytes
     sequence_length: int = 256  # the number of tokens in a row
+    # How documents become rows: "concat" lays them end to end and cuts them at the ends of rows,
+    # "best_fit" cuts only those that are longer than a row, and "pad" gives each a row of its own.
+    packing: Literal["concat", "best_fit", "pad"] = "concat"
     # Several sources, each under a name: data.mixture.code.dataset, data.mixture.code.weights and
     # so on. They take the place of dataset, train_split and validation_split.
     mixture: tuple[SourceConfig, ...] = ()

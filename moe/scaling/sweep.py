@@ -20,7 +20,7 @@ from moe.config.checks import show
 
 # These fields came after the first sweeps. At its default, such a field is no part of an identity,
 # so the results of older sweeps are found again.
-_LATER_FIELDS = ("data.text_field", "data.mixture", "data.stages")
+_LATER_FIELDS = ("data.text_field", "data.packing", "data.mixture", "data.stages")
 # Each part of a name is a directory, so it may not begin with a dot.
 _NAME = re.compile(r"\w[\w.=+-]*(/\w[\w.=+-]*)*", re.ASCII)
 
