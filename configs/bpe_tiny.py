@@ -6,6 +6,8 @@ tokenizer is trained once, in some seconds, without network:
 Command:  python -m launch.tokenizer --data=stdlib --vocab_size=8192 \\
               --out=~/.cache/moe/stdlib_8192.json
           python -m launch.train --config=configs/bpe_tiny.py --workdir=runs/bpe_tiny
+Result:   2.334 bits per byte of held-out text after 4.0 TFLOP, for which dense_tiny had 3.390. Both
+          were short runs with 4 rows a step (docs/log.md); the whole run has not been measured.
 """
 
 from ml_collections import ConfigDict

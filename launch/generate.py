@@ -11,6 +11,7 @@ first token on. The same flags give the same text.
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from absl import flags
@@ -18,6 +19,9 @@ from absl import flags
 from launch import command_line
 from moe.config import ConfigError
 from moe.storage.paths import RunPath, run_path
+
+if TYPE_CHECKING:
+    from moe.data.tokenizers import TextStream
 
 
 def generate(
@@ -57,11 +61,15 @@ def generate(
         seed=seed,
         sampling=sampling,
     )
-    # The prompt says whether a space belongs between it and the first word.
     return [
-        (stream := TextStream(tokenizer, prompt)).push(new) + stream.finish()
+        _continuation(TextStream(tokenizer, prompt), new)
         for prompt, new in zip(tokens, continued, strict=True)
     ]
+
+
+def _continuation(stream: "TextStream", new_ids: np.ndarray) -> str:
+    """Returns the text of new ids, with the space that belongs between it and the prompt."""
+    return stream.push(new_ids) + stream.finish()
 
 
 def _check_input(prompts: Sequence[str], seed: int) -> None:

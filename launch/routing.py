@@ -46,7 +46,8 @@ from moe.storage.paths import RunPath, make_directory, run_path, write_whole
 from moe.workdir.identity import read_config
 
 if TYPE_CHECKING:
-    from moe.data.prepare import PreparedRows
+    from moe.data.rows import Rows
+    from moe.data.tokenizers import Tokenizer
     from moe.training.train_step import Program
 
 
@@ -87,7 +88,7 @@ def measure(
     Raises ConfigError for an unknown step.
     """
     # These load JAX, which bad input need not wait for.
-    from moe.data.prepare import prepare
+    from moe.data.mixtures import open_validation
     from moe.data.tokenizers import make_tokenizer
     from moe.training import trainer
     from moe.workdir import checkpoint
@@ -97,7 +98,7 @@ def measure(
         earlier_steps = earlier_checkpoints(saved, step, compare_step)
         config, program, variables, step = trainer.load_run(workdir, step)
         vocab_size, num_experts = config.model.vocab_size, config.model.moe.num_experts
-        rows = prepare(config.data, config.data.validation_split)
+        rows = open_validation(config, program.task.rows)
         read = choice_reader(config, program, rows, batches)
         counts = routing_analysis.sum_counts(
             routing_analysis.count_choices(experts_LNA, ids_N, vocab_size, num_experts)
@@ -115,11 +116,15 @@ def measure(
                 )
             )
             saturation[earlier_step] = rounded(routing_analysis.saturation(overlap))
-    tokenizer = make_tokenizer(config.data)
-    special_ids = {tokenizer.boundary_id, *tokenizer.special_ids.values()}
-    texts = [tokenizer.decode([id]) for id in range(vocab_size)]
-    classes = routing_analysis.token_classes(texts, special_ids)
+    classes = classes_of(make_tokenizer(config.data), vocab_size)
     return checkpoint_statistics(config, step, counts, classes) | {"saturation": saturation}
+
+
+def classes_of(tokenizer: "Tokenizer", vocab_size: int) -> dict[str, np.ndarray]:
+    """Returns the ids of a model's vocabulary by the kind of character that they stand for."""
+    texts = [tokenizer.decode([id]) for id in range(vocab_size)]
+    special_ids = {tokenizer.boundary_id, *tokenizer.special_ids.values()}
+    return routing_analysis.token_classes(texts, special_ids)
 
 
 def earlier_checkpoints(saved: list[int], step: int | None, compare_step: int | None) -> list[int]:
@@ -143,7 +148,7 @@ ChoiceReader = Callable[[str, Sequence[Any]], Iterator[tuple[np.ndarray, list[np
 
 
 def choice_reader(
-    config: RunConfig, program: "Program", rows: "PreparedRows", num_batches: int
+    config: RunConfig, program: "Program", rows: "Rows", num_batches: int
 ) -> ChoiceReader:
     """Returns a function that runs the text through models, and shows a progress bar.
 
@@ -167,7 +172,13 @@ def choice_reader(
         return losses.in_layer_order(captured)["experts"]
 
     def read(title: str, models: Sequence[Any]) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
-        batches = evaluation_batches(rows, batch_size=size, num_batches=num_batches, host_rows=held)
+        batches = evaluation_batches(
+            rows,
+            batch_size=size,
+            num_batches=num_batches,
+            host_rows=held,
+            transform=program.task.transform(config),
+        )
         for batch in tqdm(batches, total=total, desc=title, unit="batch"):
             is_text_BT = batch["segment_ids"] > 0
             on_devices = global_batch(batch, program.mesh, size, program.task.dims)
@@ -199,7 +210,7 @@ def checkpoint_statistics(
     vocabulary = routing_analysis.vocabulary_specialisation(counts)
     return {
         "step": step,
-        "split": config.data.validation_split,
+        "split": " and ".join(sorted({one.validation_split for one in config.data.sources})),
         "tokens": int(tokens_V.sum()),
         "num_experts": config.model.moe.num_experts,
         "experts_per_token": config.model.moe.experts_per_token,

@@ -13,6 +13,7 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordReader
 
 from moe.config import DataConfig
+from moe.data.packing.targets import mark_targets
 from moe.data.prepare import PreparedRows
 from moe.data.shards import ShardJob, decode_record, encode_record, shard_name, write_shard
 from moe.data.sources import open_documents
@@ -27,6 +28,16 @@ def test_a_record_byte_for_byte():
         np.array([7, 0x010203], np.uint32), np.array([1, 1], np.uint32), vocab_size=2**16 + 1
     )
     assert record.hex(" ", 4) == "02000000 01000000 01000000 07000000 03020100"
+
+
+def test_a_record_with_marks_byte_for_byte():
+    marked = mark_targets(np.array([7, 8, 9]), np.array([False, True, True]))
+    record = encode_record(marked, np.array([3], np.uint32), vocab_size=256)
+    assert record.hex(" ", -4) == "01000000 03000000 07000800 090060"
+    tokens, lengths = decode_record(record, 256)
+    assert tokens.tolist() == marked.tolist() and lengths.tolist() == [3]
+    with pytest.raises(ValueError, match="2 bytes follow its 3 tokens"):
+        decode_record(record + b"\0", 256)
 
 
 @pytest.mark.parametrize("vocab_size", [256, 2**16, 2**16 + 1])
@@ -49,7 +60,7 @@ def job(small: DataConfig, rows: PreparedRows, tmp_path: Path) -> ShardJob:
 
 
 def test_a_shard_holds_its_documents_alone(job: ShardJob):
-    counts = write_shard(job, 1)
+    counts = write_shard(job, 1, lambda num_read: None)
     ((record,), tokens) = (
         ArrayRecordReader(str(Path(job.target, shard_name(1)))).read_all(),
         [255, *"cdé".encode(), 255],
@@ -62,6 +73,8 @@ def test_a_shard_holds_its_documents_alone(job: ShardJob):
         "num_tokens": 6,
         "num_bytes": 4,
         "num_documents": 1,
+        "num_cut": 0,
+        "num_placed": 6,
         "sha256": sha256,
     }
     assert [path.name for path in Path(job.target).iterdir()] == ["rows-00001.array_record"]
@@ -87,7 +100,9 @@ print({"jax", "tensorflow", "torch"} & {*sys.modules})
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     *counts, modules = done.stdout.splitlines()
-    assert [json.loads(line)["shard"] for line in counts] == [0, 1]
+    messages = [json.loads(line) for line in counts]
+    assert [message["shard"] for message in messages if "shard" in message] == [0, 1]
+    assert sum(message["num_read"] for message in messages if "num_read" in message) == 2
     assert modules == "set()"
     assert done.stderr == ""
 

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+from moe.data.packing.targets import split_targets
+
 
 def pack(
     documents: Iterable[np.ndarray], sequence_length: int
@@ -45,21 +47,25 @@ def unpack(tokens: np.ndarray, lengths: np.ndarray, sequence_length: int) -> dic
     """Returns the fields that one packed row has in a batch, each [sequence_length].
 
     - tokens, targets: int32, 0 on padding.
-    - loss_mask: bool, False on padding and where the target belongs to another document.
+    - loss_mask: bool, False on padding, where the target belongs to another document, and where
+      the tokens carry marks that say that it is none.
     - segment_ids: int32, 1 for the row's first piece, 2 for its second, and so on; 0 on padding.
     - positions: int32, counted from 0 in each piece; 0 on padding.
     """
     lengths = lengths.astype(np.int64)
+    tokens, is_target = split_targets(tokens)
     row, segment_ids, positions = np.zeros((3, sequence_length + 1), np.int32)
     row[: len(tokens)] = tokens
     segment_ids[: len(tokens)] = np.repeat(np.arange(1, len(lengths) + 1), lengths)
     first_positions = np.cumsum(lengths) - lengths  # where each piece begins in the row
     positions[: len(tokens)] = np.arange(len(tokens)) - np.repeat(first_positions, lengths)
-    same_piece = segment_ids[:-1] == segment_ids[1:]
+    loss_mask = (segment_ids[:-1] == segment_ids[1:]) & (segment_ids[1:] > 0)
+    if is_target is not None:
+        loss_mask &= np.pad(is_target, (0, sequence_length + 1 - len(tokens)))[1:]
     return {
         "tokens": row[:-1],
         "targets": row[1:],
-        "loss_mask": same_piece & (segment_ids[1:] > 0),
+        "loss_mask": loss_mask,
         "segment_ids": segment_ids[:-1],
         "positions": positions[:-1],
     }

@@ -1,6 +1,9 @@
 """Finds documents: data sets of TFDS, and the standard library's text as one of them."""
 
-from moe.config import DataConfig
+import contextlib
+from collections.abc import Iterator
+
+from moe.config import ConfigError, DataConfig
 from moe.data.sources import tfds
 from moe.data.sources.document import Document, Documents
 
@@ -8,6 +11,7 @@ __all__ = [
     "Document",
     "Documents",
     "check_dataset",
+    "naming_source",
     "open_documents",
     "reopen_documents",
     "source_name",
@@ -25,8 +29,14 @@ def source_name(config: DataConfig) -> str:
 def check_dataset(config: DataConfig) -> None:
     """Raises ConfigError for a data set that does not exist or cannot be read.
 
-    Nothing is downloaded or prepared, and JAX is not imported.
+    Nothing is downloaded or prepared, and JAX is not imported. Of a mixture, all sources are
+    checked.
     """
+    for source in config.mixture:
+        with naming_source(source.name):
+            check_dataset(config.of_source(source))
+    if config.mixture:
+        return
     tfds.check_dataset(config)
 
 
@@ -42,3 +52,14 @@ def open_documents(config: DataConfig, split: str) -> Documents:
 def reopen_documents(config: DataConfig, split: str, directory: str) -> Documents:
     """Returns the documents that `open_documents` has found in `directory`, in another process."""
     return tfds.TfdsDocuments(directory, split, config.text_field)
+
+
+@contextlib.contextmanager
+def naming_source(name: str) -> Iterator[None]:
+    """Puts the name of a mixture's source before the message of a ConfigError."""
+    try:
+        yield
+    except ConfigError as error:
+        if not name:
+            raise
+        raise ConfigError(f"data.mixture.{name}: {error}") from None

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe.data.packing.concat import pack, unpack
+from moe.data.packing.targets import mark_targets
 
 
 def packed(
@@ -99,6 +100,15 @@ def test_fields_of_a_row_of_padding():
         "positions": zeros,
     }
     assert unpacked([], []) == expected
+
+
+def test_marked_tokens_alone_are_targets():
+    """The mark is the target's own: a marked token after an unmarked one is predicted."""
+    document = mark_targets(np.arange(1, 7), np.array([0, 0, 1, 1, 0, 1], bool))
+    rows = list(pack([document, document[:2]], 4))
+    assert [tokens["token"].tolist() for tokens, _ in rows] == [[1, 2, 3, 4, 5], [5, 6, 1, 2]]
+    masks = [unpack(*row, 4)["loss_mask"].tolist() for row in rows]
+    assert masks == [[False, True, True, False], [True, False, False, False]]
 
 
 def test_field_types():

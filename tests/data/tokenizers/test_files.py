@@ -358,8 +358,8 @@ def test_special_tokens_that_make_no_sense() -> None:
     for tokens, message in (
         (("<a>", "<a>"), "names '<a>' twice"),
         (("",), "holds an empty name"),
-        ("<a>", "is not a tuple of type str"),
-        ((1,), "is not a tuple of type str"),
+        ("<a>", "has type str: set special_tokens to a tuple"),
+        ((1,), "has type int"),
     ):
         with pytest.raises(ConfigError, match=message):
             DataConfig(special_tokens=tokens)
