@@ -61,10 +61,8 @@ def generate(
         seed=seed,
         sampling=sampling,
     )
-    return [
-        _continuation(TextStream(tokenizer, prompt), new)
-        for prompt, new in zip(tokens, continued, strict=True)
-    ]
+    streams = [TextStream(tokenizer, prompt) for prompt in tokens]
+    return list(map(_continuation, streams, continued))
 
 
 def _continuation(stream: "TextStream", new_ids: np.ndarray) -> str:
