@@ -11,6 +11,7 @@ first token on. The same flags give the same text.
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from absl import flags
@@ -18,6 +19,9 @@ from absl import flags
 from launch import command_line
 from moe.config import ConfigError
 from moe.storage.paths import RunPath, run_path
+
+if TYPE_CHECKING:
+    from moe.data.tokenizers import TextStream
 
 
 def generate(
@@ -37,7 +41,7 @@ def generate(
     """
     _check_input(prompts, seed)
     # These load JAX, which --help need not wait for.
-    from moe.data.tokenizers import make_tokenizer
+    from moe.data.tokenizers import TextStream, make_tokenizer
     from moe.inference.generate import Sampling, check_sampling, generate
     from moe.training import start, trainer
 
@@ -57,7 +61,13 @@ def generate(
         seed=seed,
         sampling=sampling,
     )
-    return [tokenizer.decode(new) for new in continued]
+    streams = [TextStream(tokenizer, prompt) for prompt in tokens]
+    return list(map(_continuation, streams, continued))
+
+
+def _continuation(stream: "TextStream", new_ids: np.ndarray) -> str:
+    """Returns the text of new ids, with the space that belongs between it and the prompt."""
+    return stream.push(new_ids) + stream.finish()
 
 
 def _check_input(prompts: Sequence[str], seed: int) -> None:

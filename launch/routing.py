@@ -11,7 +11,8 @@ Runs the first batches of the validation split through a checkpoint, and counts 
 which experts, layer by layer:
     load            each expert's share of all assignments; an even load gives each 1/E of them
     token classes   the same share among letters alone, digits alone, and so on. A class prefers an
-                    expert whose share is more than the even one
+                    expert whose share is more than the even one. A token of several characters
+                    counts as its first one that is no space
     co-activation   the share of an expert's tokens that also chose another expert
     vocabulary      the share of an id's tokens that chose the id's most frequent expert. It is 1
                     where the id alone decides. If ids decided nothing, it would be the share of all
@@ -46,6 +47,7 @@ from moe.workdir.identity import read_config
 
 if TYPE_CHECKING:
     from moe.data.rows import Rows
+    from moe.data.tokenizers import Tokenizer
     from moe.training.train_step import Program
 
 
@@ -114,9 +116,15 @@ def measure(
                 )
             )
             saturation[earlier_step] = rounded(routing_analysis.saturation(overlap))
-    boundary_id = make_tokenizer(config.data).boundary_id
-    classes = routing_analysis.token_classes(vocab_size, boundary_id)
+    classes = classes_of(make_tokenizer(config.data), vocab_size)
     return checkpoint_statistics(config, step, counts, classes) | {"saturation": saturation}
+
+
+def classes_of(tokenizer: "Tokenizer", vocab_size: int) -> dict[str, np.ndarray]:
+    """Returns the ids of a model's vocabulary by the kind of character that they stand for."""
+    texts = [tokenizer.decode([id]) for id in range(vocab_size)]
+    special_ids = {tokenizer.boundary_id, *tokenizer.special_ids.values()}
+    return routing_analysis.token_classes(texts, special_ids)
 
 
 def earlier_checkpoints(saved: list[int], step: int | None, compare_step: int | None) -> list[int]:

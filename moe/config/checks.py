@@ -176,7 +176,7 @@ def check_path(name: str, path: str) -> None:
     _check_text(name, path)
     if _SCHEME.match(path):
         raise ConfigError(
-            f"{name}={show(path)} is an address, and prepared rows lie in a file system: "
+            f"{name}={show(path)} is an address, and this must lie in a file system: "
             "set it to a local or mounted directory"
         )
 

@@ -17,6 +17,7 @@ from moe.config.checks import (
     check_range,
     check_types,
     expand_path,
+    show,
 )
 
 BYTE_VOCABULARY = 256  # token ids that the byte tokenizer produces
@@ -92,8 +93,16 @@ class DataConfig:
     skip_bad_documents: bool = False
     train_split: str = "train"  # the split that the model is trained on
     validation_split: str = "validation"  # the split that evaluations read
-    tokenizer: Literal["byte"] = "byte"  # how text becomes token ids: "byte" takes its UTF-8 bytes
+    # How text becomes token ids: "byte" takes its UTF-8 bytes. Otherwise this is the path of a
+    # tokenizer.json (Hugging Face), a SentencePiece model or a tiktoken file.
+    tokenizer: str = "byte"
+    split_pattern: str = ""  # the regular expression that a tiktoken file needs and does not hold
+    # Tokens that no text ever becomes. Those that the tokenizer's file lacks get the next ids.
+    special_tokens: tuple[str, ...] = ()
     sequence_length: int = 256  # the number of tokens in a row
+    # How documents become rows: "concat" lays them end to end and cuts them at the ends of rows,
+    # "best_fit" cuts only those that are longer than a row, and "pad" gives each a row of its own.
+    packing: Literal["concat", "best_fit", "pad"] = "concat"
     # Several sources, each under a name: data.mixture.code.dataset, data.mixture.code.weights and
     # so on. They take the place of dataset, train_split and validation_split.
     mixture: tuple[SourceConfig, ...] = ()
@@ -110,6 +119,23 @@ class DataConfig:
         self._check_stages()
         if self.mixture:
             self._check_mixture()
+        self._check_tokenizer()
+
+    def _check_tokenizer(self) -> None:
+        """Raises ConfigError for fields of the tokenizer that cannot belong together."""
+        check_path("tokenizer", self.tokenizer)
+        if self.split_pattern and self.tokenizer == "byte":
+            raise ConfigError(
+                f"split_pattern={show(self.split_pattern)} is for a tiktoken file, and "
+                "tokenizer='byte' splits nothing: leave split_pattern out, or set tokenizer"
+            )
+        for number, name in enumerate(self.special_tokens):
+            if not name or name in self.special_tokens[:number]:
+                what = "holds an empty name" if not name else f"names {show(name)} twice"
+                raise ConfigError(
+                    f"special_tokens={show(self.special_tokens)} {what}: "
+                    "set special_tokens to names that differ"
+                )
 
     def _check_stages(self) -> None:
         """Raises ConfigError for stages that do not follow each other, or that change nothing."""

@@ -1,107 +1,36 @@
 """Tokenises and packs a split of a data set once, into rows that later runs reuse."""
 
-import dataclasses
-import functools
 import hashlib
 import json
 import os
-import select
 import shutil
-import signal
 import socket
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-import numpy as np
-from array_record.python.array_record_module import ArrayRecordReader
 from tqdm import tqdm
 
 from moe.config import ConfigError, DataConfig
-from moe.data.packing.concat import unpack
-from moe.data.shards import ShardCounts, ShardJob, decode_record, shard_name, write_shard
+from moe.data.prepared_rows import PreparedRows, open_rows
+from moe.data.shards import ShardJob, write_shard
 from moe.data.sources import open_documents, source_name
 from moe.data.token_files import TokenFileRows, open_token_rows
 from moe.data.tokenizers import make_tokenizer
+from moe.data.workers import write_in_processes
 from moe.files import flush, hold_lock
 
-_FORMAT_VERSION = 1
+__all__ = ["PreparedRows", "open_rows", "prepare"]
+
+_FORMAT_VERSION = 2
 _DOCUMENTS_PER_SHARD = 256
-_MAX_SHARDS = 512  # each shard is an open file while training
-_SHARDS_PER_WORKER = 8  # starting a process takes about as long as packing these
-# After this many seconds without a finished shard, a message says what each worker is doing.
-_PATIENCE = 10.0
-
-
-@dataclasses.dataclass(frozen=True)
-class PreparedRows:
-    """Reads packed rows from disk by their index. Threads can share it, and it can be pickled."""
-
-    directory: Path
-    source: str  # the full name of the data set, with its version
-    split: str
-    tokenizer: str
-    vocab_size: int
-    boundary_id: int
-    sequence_length: int
-    packing: str
-    format_version: int
-    sha256: str  # of all rows, so that two machines can tell whether they have the same ones
-    num_rows: int
-    num_tokens: int  # of all documents, boundaries included
-    num_bytes: int  # of all documents, as UTF-8
-    num_documents: int
-    rows_per_shard: tuple[int, ...]
-
-    @property
-    def num_targets(self) -> int:
-        """Returns how many tokens an epoch predicts: all but the first of each document."""
-        return self.num_tokens - self.num_documents
-
-    def __len__(self) -> int:
-        return self.num_rows
-
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """Returns one row's fields of a batch, each [sequence_length], as `packing.unpack` does.
-
-        Raises IndexError for a row that does not exist, and OSError for a damaged file.
-        """
-        if not 0 <= index < self.num_rows:
-            raise IndexError(f"row {index} of {self.num_rows} in {self.directory}")
-        ends = np.cumsum(self.rows_per_shard)
-        shard = int(np.searchsorted(ends, index, side="right"))
-        row = index - int(ends[shard]) + self.rows_per_shard[shard]
-        path = self.directory / shard_name(shard)
-        try:
-            # The row is read by its bounds. A list of indices or ArrayRecordDataSource would take
-            # longer the longer the file is.
-            (record,) = self._readers[shard].read(row, row + 1)
-        except (RuntimeError, IndexError) as error:
-            # Without this, a file that could not be opened once could never be read again.
-            self.__dict__.pop("_readers", None)
-            raise _read_error(path, str(error)) from error
-        try:
-            return unpack(*decode_record(record, self.vocab_size), self.sequence_length)
-        except (ValueError, IndexError, RuntimeError, AssertionError, ArithmeticError) as error:
-            raise _read_error(path, f"row {index}: {error}") from error
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return open_rows, (self.directory,)  # open files cannot be pickled
-
-    @functools.cached_property
-    def _readers(self) -> list[ArrayRecordReader]:
-        """Returns an open reader for each shard."""
-        return [
-            ArrayRecordReader(
-                str(self.directory / shard_name(shard)),
-                options="readahead_buffer_size:0",
-                file_reader_buffer_size=2**15,
-            )
-            for shard in range(len(self.rows_per_shard))
-        ]
+_MAX_SHARDS = 32  # a file of rows that is not open costs milliseconds before it can be read
+# Starting a process takes about as long as packing so many documents of bytes. With other
+# tokenizers a document takes longer.
+_DOCUMENTS_PER_WORKER = {"byte": 2048}
+_SLOW_DOCUMENTS_PER_WORKER = 256
+_SUMS = ("num_rows", "num_tokens", "num_bytes", "num_documents", "num_cut", "num_placed")
 
 
 def open_split(config: DataConfig, split: str) -> PreparedRows | TokenFileRows:
@@ -119,6 +48,11 @@ def prepare(config: DataConfig, split: str, num_workers: int | None = None) -> P
     a killed one has written is never read. Raises ConfigError for a data set
     or a split that is unknown or empty, and OSError if files cannot be written.
     """
+    if config.mixture:
+        raise ConfigError(
+            "data.mixture has several sources, and each is prepared alone: "
+            "prepare data.of_source(source) for each of data.sources"
+        )
     tokenizer = make_tokenizer(config)
     identity = {
         "source": source_name(config),
@@ -127,11 +61,14 @@ def prepare(config: DataConfig, split: str, num_workers: int | None = None) -> P
         "vocab_size": tokenizer.vocab_size,
         "boundary_id": tokenizer.boundary_id,
         "sequence_length": config.sequence_length,
-        "packing": "concat",
+        "packing": config.packing,
         "format_version": _FORMAT_VERSION,
     }
-    fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    directory = config.path / "rows" / fingerprint
+    # Version 1 divided large splits into more shards. Runs go on with rows that they began with.
+    older = _directory(config, identity | {"format_version": 1})
+    if older.exists():
+        return open_rows(older)
+    directory = _directory(config, identity)
     if not directory.exists():
         with hold_lock(directory.with_suffix(".lock")) as has_lock:
             # Another process may have prepared the rows while this one waited for the lock.
@@ -140,57 +77,10 @@ def prepare(config: DataConfig, split: str, num_workers: int | None = None) -> P
     return open_rows(directory)
 
 
-def open_rows(directory: Path) -> PreparedRows:
-    """Returns the rows that `prepare` left in `directory`. Raises OSError if they are damaged."""
-    path = directory / "metadata.json"
-    text = path.read_bytes()
-    try:
-        metadata = json.loads(text)
-        rows_per_shard = tuple(metadata["rows_per_shard"])
-        rows = PreparedRows(directory, **metadata | {"rows_per_shard": rows_per_shard})
-        is_consistent = _is_consistent(rows)
-    except (ValueError, TypeError, LookupError, RecursionError):
-        is_consistent = False
-    if not is_consistent:
-        raise OSError(f"{path} is damaged: delete {directory}")
-    return rows
-
-
-def _is_consistent(rows: PreparedRows) -> bool:
-    """Says whether the numbers in metadata are valid and agree with each other."""
-    counts = (
-        rows.num_rows,
-        rows.num_tokens,
-        rows.num_bytes,
-        rows.num_documents,
-        rows.sequence_length,
-        *rows.rows_per_shard,
-    )
-    return (
-        all(type(count) is int and count >= 0 for count in counts)
-        and sum(rows.rows_per_shard) == rows.num_rows
-        and type(rows.sha256) is str
-    )
-
-
-def _read_error(path: Path, reason: str) -> OSError:
-    """Returns the error for a file from which a row could not be read.
-
-    The reader does not tell damage from other failures, so this opens the file again. Only a file
-    that can be opened is called damaged, because only then does deleting it help.
-    """
-    try:
-        with path.open("rb") as file:
-            file.read(1)
-    except FileNotFoundError:
-        return OSError(
-            f"{path} was deleted while it was in use: run the same command again, "
-            "which prepares it anew"
-        )
-    except OSError as error:
-        return OSError(f"{path} cannot be read: {error.strerror}")
-    first_line = reason.split("\n")[0]
-    return OSError(f"{path} is damaged ({first_line}): delete {path.parent}")
+def _directory(config: DataConfig, identity: dict[str, Any]) -> Path:
+    """Returns the directory of the rows with this identity."""
+    fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    return config.path / "rows" / fingerprint
 
 
 def _write(
@@ -210,7 +100,9 @@ def _write(
     target = directory.with_name(f"{prefix}{os.getpid()}")
     target.mkdir()
     try:
+        begun = time.monotonic()
         metadata = identity | _write_rows(config, identity["split"], target, num_workers)
+        seconds = time.monotonic() - begun
         (target / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n")
         flush(target / "metadata.json")
         flush(target)
@@ -221,6 +113,7 @@ def _write(
             if not directory.exists():
                 raise
         flush(directory.parent)
+        tqdm.write(_summary(open_rows(directory), seconds), file=sys.stderr)
     finally:
         shutil.rmtree(target, ignore_errors=True)
 
@@ -242,14 +135,17 @@ def _write_rows(
         num_shards=-(-len(documents) // per_shard),
     )
     if num_workers is None:
-        num_workers = min(len(os.sched_getaffinity(0)), job.num_shards // _SHARDS_PER_WORKER)
-    finished = (
-        _in_processes(job, num_workers)
-        if num_workers > 1
-        else (write_shard(job, shard) for shard in range(job.num_shards))
-    )
-    progress = tqdm(finished, f"preparing {split}", job.num_shards, unit="shard", disable=None)
-    shards = sorted(progress, key=lambda counts: counts["shard"])
+        per_worker = _DOCUMENTS_PER_WORKER.get(config.tokenizer, _SLOW_DOCUMENTS_PER_WORKER)
+        num_workers = min(len(os.sched_getaffinity(0)), len(documents) // per_worker)
+    num_workers = min(num_workers, job.num_shards)
+    title = f"preparing {split}"
+    with tqdm(desc=title, total=len(documents), unit=" documents", disable=None) as bar:
+        finished = (
+            write_in_processes(job, num_workers, bar.update)
+            if num_workers > 1
+            else (write_shard(job, shard, bar.update) for shard in range(job.num_shards))
+        )
+        shards = sorted(finished, key=lambda counts: counts["shard"])
     if sum(counts["num_rows"] for counts in shards) == 0:
         raise ConfigError(
             f"split {split!r} of data.dataset={config.dataset!r} holds no text: "
@@ -257,112 +153,17 @@ def _write_rows(
         )
     digests = "".join(counts["sha256"] for counts in shards)
     return {
-        "num_rows": sum(counts["num_rows"] for counts in shards),
-        "num_tokens": sum(counts["num_tokens"] for counts in shards),
-        "num_bytes": sum(counts["num_bytes"] for counts in shards),
-        "num_documents": sum(counts["num_documents"] for counts in shards),
+        **{name: sum(counts[name] for counts in shards) for name in _SUMS},
         "sha256": hashlib.sha256(digests.encode()).hexdigest(),
         "rows_per_shard": [counts["num_rows"] for counts in shards],
     }
 
 
-def _in_processes(job: ShardJob, num_workers: int) -> Iterator[ShardCounts]:
-    """Yields the counts of each shard as soon as a worker process has written it.
-
-    multiprocessing is not used, because its children import the main module again, and with it JAX.
-    """
-    # All workers write into one pipe. Their lines are so short that each arrives in one piece.
-    read_end, write_end = os.pipe()
-    workers = _start_workers(job, num_workers, write_end)
-    os.close(write_end)
-    # The shards that each worker has still to write, in its order.
-    shards_left = [
-        list(range(worker, job.num_shards, num_workers)) for worker in range(num_workers)
-    ]
-    try:
-        with open(read_end, "rb", buffering=0) as pipe:
-            yield from _read_counts(pipe, workers, shards_left)
-        for worker in workers:
-            worker.wait()
-        _check_workers(workers, shards_left)
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.wait()
-            if worker.stdin:
-                worker.stdin.close()
-
-
-def _start_workers(job: ShardJob, num_workers: int, output: int) -> list[subprocess.Popen[bytes]]:
-    """Starts the worker processes, which write their counts to the file descriptor `output`."""
-    command = [sys.executable, "-P", "-m", "moe.data.shards", json.dumps(dataclasses.asdict(job))]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    return [
-        subprocess.Popen(
-            [*command, str(worker), str(num_workers)],
-            # A worker ends itself when its input ends, which happens when this process is gone,
-            # even if that was killed.
-            stdin=subprocess.PIPE,
-            stdout=output,
-            env=environment,
-        )
-        for worker in range(num_workers)
-    ]
-
-
-def _read_counts(
-    pipe: IO[bytes], workers: list[subprocess.Popen[bytes]], shards_left: list[list[int]]
-) -> Iterator[ShardCounts]:
-    """Yields the counts that the workers write into the pipe, until all of them have closed it.
-
-    If no shard is finished for a while, it prints what each worker does. Raises OSError for a
-    worker that fails.
-    """
-    poll = select.poll()
-    poll.register(pipe, select.POLLIN)
-    unread, begun, patience = b"", time.monotonic(), _PATIENCE
-    while True:
-        if not poll.poll(500):  # milliseconds
-            if time.monotonic() - begun > patience:
-                tqdm.write(f"waiting for {_describe(workers, shards_left)}", file=sys.stderr)
-                patience *= 4
-        elif chunk := pipe.read(2**16):
-            *lines, unread = (unread + chunk).split(b"\n")
-            for counts in map(json.loads, lines):
-                shards_left[counts["shard"] % len(workers)].remove(counts["shard"])
-                yield counts
-            begun, patience = time.monotonic(), _PATIENCE
-        else:
-            return
-        _check_workers(workers, shards_left)
-
-
-def _check_workers(workers: list[subprocess.Popen[bytes]], shards_left: list[list[int]]) -> None:
-    """Raises OSError for a worker that failed or was killed, and names the file it was writing."""
-    for worker, left in zip(workers, shards_left, strict=True):
-        code = worker.poll()
-        if code is not None and code < 0:
-            why = " (as the system does where memory runs out)" if -code == signal.SIGKILL else ""
-            where = f" while it wrote {shard_name(left[0])}" if left else ""
-            raise OSError(
-                "preparing the data failed: a worker process was killed by "
-                f"{signal.Signals(-code).name}{where}{why}"
-            )
-        if code:
-            raise OSError("preparing the data failed in a worker process: its message is above")
-
-
-def _describe(workers: list[subprocess.Popen[bytes]], shards_left: list[list[int]]) -> str:
-    """Returns which file each worker writes, and how to wake a worker that is stopped."""
-    texts = []
-    for worker, left in zip(workers, shards_left, strict=True):
-        if not left:
-            continue
-        try:
-            state = Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except OSError:  # the worker has just ended, or the system is not Linux
-            state = ""
-        advice = f", which is stopped (kill -CONT {worker.pid} lets it go on)"
-        stopped = advice if state == "T" else ""
-        texts.append(f"data worker {worker.pid} writing {shard_name(left[0])}{stopped}")
-    return "; ".join(texts) or "data workers to end"
+def _summary(rows: PreparedRows, seconds: float) -> str:
+    """Returns what was prepared, and how fast, in one line."""
+    return (
+        f"prepared {rows.source}, {rows.split}: {rows.num_documents:,} documents, "
+        f"{rows.num_tokens:,} tokens, {rows.num_bytes / rows.num_tokens:.2f} bytes per token, "
+        f"{rows.num_tokens / seconds:,.0f} tokens/s ({rows.num_bytes / seconds / 1e6:.1f} MB/s); "
+        f"{rows.num_rows:,} rows, {rows.fullness or 0:.1%} full, {rows.num_cut:,} documents cut"
+    )

@@ -13,19 +13,22 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from moe.config import DataConfig
-from moe.data.packing.concat import pack
+from moe.config import ConfigError, DataConfig
+from moe.data.packing import is_cut, pack
 from moe.data.packing.targets import mark_targets, split_targets
 from moe.data.sources import reopen_documents
 from moe.data.tokenizers import make_tokenizer
 from moe.files import flush
+
+_TELL_SECONDS = 0.5  # the time between two messages about how far a shard is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,13 +44,15 @@ class ShardJob:
 
 
 class ShardCounts(TypedDict):
-    """Counts what a shard holds; a worker sends it as a line of JSON."""
+    """Counts what a shard holds, as `PreparedRows` does; a worker sends it as a line of JSON."""
 
     shard: int
     num_rows: int
     num_tokens: int
     num_bytes: int
     num_documents: int
+    num_cut: int
+    num_placed: int
     sha256: str  # of the shard's records
 
 
@@ -87,37 +92,44 @@ def _token_type(vocab_size: int) -> str:
     return "<u2" if vocab_size <= 2**16 else "<u4"
 
 
-def write_shard(job: ShardJob, shard: int) -> ShardCounts:
+def write_shard(job: ShardJob, shard: int, advance: Callable[[int], object]) -> ShardCounts:
     """Tokenises, packs and writes the documents of one shard, and counts them.
 
-    The bytes of the file depend only on the documents. Raises OSError if they cannot be written.
+    The bytes of the file depend only on the documents. `advance` is called with the number of
+    documents that were read since its last call. Raises OSError if the file cannot be written.
     """
     tokenizer = make_tokenizer(job.config)
     counts = ShardCounts(
-        shard=shard, num_rows=0, num_tokens=0, num_bytes=0, num_documents=0, sha256=""
+        shard=shard,
+        num_rows=0,
+        num_tokens=0,
+        num_bytes=0,
+        num_documents=0,
+        num_cut=0,
+        num_placed=0,
+        sha256="",
     )
 
     def encoded_documents() -> Iterator[np.ndarray]:
-        first = shard * job.documents_per_shard
-        documents = reopen_documents(job.config, job.split, job.source)
-        for document in documents.between(first, first + job.documents_per_shard):
-            if document.text:
-                tokens = tokenizer.encode_document(document.text)
-                counts["num_tokens"] += len(tokens)
-                counts["num_bytes"] += len(document.text.encode())
-                counts["num_documents"] += 1
-                yield tokens
+        for text in _texts(job, shard, advance):
+            tokens = tokenizer.encode_document(text)
+            counts["num_cut"] += is_cut(job.config, counts["num_tokens"], len(tokens))
+            counts["num_tokens"] += len(tokens)
+            counts["num_bytes"] += len(text.encode())
+            counts["num_documents"] += 1
+            yield tokens
 
     path = Path(job.target, shard_name(shard))
     digest = hashlib.sha256()
     try:
         # Each row is a group of its own, since training reads single rows in a random order.
         writer = ArrayRecordWriter(str(path), "group_size:1,zstd:1")
-        for tokens, lengths in pack(encoded_documents(), job.config.sequence_length):
+        for tokens, lengths in pack(job.config, encoded_documents()):
             record = encode_record(tokens, lengths, tokenizer.vocab_size)
             digest.update(record)
             writer.write(record)
             counts["num_rows"] += 1
+            counts["num_placed"] += len(tokens)
         writer.close()
     except RuntimeError as error:  # array_record raises it for every error of a file
         reason = str(error).split("\n")[0]
@@ -125,6 +137,21 @@ def write_shard(job: ShardJob, shard: int) -> ShardCounts:
     flush(path)
     counts["sha256"] = digest.hexdigest()
     return counts
+
+
+def _texts(job: ShardJob, shard: int, advance: Callable[[int], object]) -> Iterator[str]:
+    """Yields the texts of a shard that are not empty, and tells now and then how many were read."""
+    first = shard * job.documents_per_shard
+    documents = reopen_documents(job.config, job.split, job.source)
+    told, num_read = time.monotonic(), 0
+    for document in documents.between(first, first + job.documents_per_shard):
+        if document.text:
+            yield document.text
+        num_read += 1
+        if time.monotonic() - told > _TELL_SECONDS:
+            advance(num_read)
+            told, num_read = time.monotonic(), 0
+    advance(num_read)
 
 
 def main(arguments: list[str]) -> None:
@@ -138,11 +165,19 @@ def main(arguments: list[str]) -> None:
     job = ShardJob(**job | {"config": DataConfig(**job["config"])})
     try:
         for shard in range(int(arguments[1]), job.num_shards, int(arguments[2])):
-            line = json.dumps(write_shard(job, shard)) + "\n"
-            # The workers share the pipe. os.write writes the line at once, and print may not.
-            os.write(sys.stdout.fileno(), line.encode())
+            _send(write_shard(job, shard, lambda num_read: _send({"num_read": num_read})))
+    except ConfigError as error:  # a document that the source or the tokenizer refuses
+        _send({"refused": str(error)[:2000]})
     except OSError as error:  # a full disk, or a pipe without a reader after the parent was killed
         sys.exit(f"preparing the data failed: {error}")
+
+
+def _send(message: Mapping[str, Any]) -> None:
+    """Writes a line of JSON to stdout, which is a pipe that the workers share.
+
+    os.write writes a short line at once, and print may not.
+    """
+    os.write(sys.stdout.fileno(), (json.dumps(message) + "\n").encode())
 
 
 def _end_with_parent() -> None:

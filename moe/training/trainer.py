@@ -38,6 +38,7 @@ from moe.training.train_step import Program, TrainState, make_program
 from moe.training.vote import Vote, asks_to_stop
 from moe.workdir import checkpoint
 from moe.workdir.checkpoint import Checkpoints
+from moe.workdir.identity import use_stored_tokenizer
 from moe.workdir.source import Origin, read_source
 
 __all__ = ["Diverged", "Interrupted", "fit", "load_run"]
@@ -119,19 +120,19 @@ def _fit(
     profile_steps: range | None,
 ) -> dict[str, float]:
     """Trains as `fit` does, once this run's lock is held, and returns the last validation."""
+    given, config = config, use_stored_tokenizer(workdir, config)
     train_rows = open_training(config, program.task.rows)
-    validation_rows = open_validation(config, program.task.rows)
+    rows = train_rows, open_validation(config, program.task.rows)
     sources = show_sources(config, train_rows)
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(Bar(config.train.steps, shown=jax.process_index() == 0))
         checkpoints = stack.enter_context(checkpoint.open_checkpoints(workdir, config, check))
         state = first_state(config, workdir, program, checkpoints, train_rows, origin, bar, check)
         report_new_schedule(workdir, config, state)
-        records = open_records(workdir, config, program, sources, int(state.step), check)
+        records = open_records(workdir, given, program, sources, int(state.step), check)
         records = stack.enter_context(records)
         save_seconds = lambda: checkpoints.longest_save_seconds
         vote = Vote(program.mesh, asks_to_stop(interrupted, os.environ, save_seconds))
-        rows = train_rows, validation_rows
         profile = stack.enter_context(open_profile(workdir, profile_steps, int(state.step), check))
         run = _Run(config, program, *rows, checkpoints, records, bar, vote, profile)
         batches = stack.enter_context(_train_batches(run, int(state.examples)))

@@ -5,6 +5,7 @@ whole, and so marks the checkpoint as complete: a directory without one is never
 object store cannot rename a directory, but it can write one file whole.)
 """
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Collection
@@ -13,6 +14,7 @@ from typing import Any
 from moe.config import PLACE_FIELDS, ConfigError, RunConfig, flatten
 from moe.storage.owner import Check, unchecked
 from moe.storage.paths import RunPath, write_whole
+from moe.storage.tokenizer import check_same, local_copy, read_stored
 
 FORMAT_VERSION = 3
 CONFIG_FILE = "config.json"
@@ -151,9 +153,12 @@ def differing_fields(
 ) -> list[str]:
     """Returns a phrase for each field that makes `config` another experiment than `saved`.
 
-    The `allowed` fields may differ, and so may those that say where a run is computed.
+    The `allowed` fields may differ, and so may those that say where a run is computed. So may the
+    paths of two tokenizers, whose contents `use_stored_tokenizer` compares.
     """
     may_differ = {*allowed, *PLACE_FIELDS}
+    if "byte" not in (saved.data.tokenizer, config.data.tokenizer):
+        may_differ.add("data.tokenizer")
     before, after = (dict(flatten(one.to_dict())) for one in (saved, config))
     show = lambda values, name: repr(values[name]) if name in values else "missing"
     # One of two mixtures may have sources that the other one lacks.
@@ -163,6 +168,23 @@ def differing_fields(
         if name not in before or name not in after or before[name] != after[name]
         if may_differ.isdisjoint((name, name.split(".")[0]))
     ]
+
+
+def use_stored_tokenizer(workdir: RunPath, config: RunConfig) -> RunConfig:
+    """Returns the config with the path of the run's own copy of its tokenizer.
+
+    A run that has not begun has none, and neither has one in bytes; their config is returned as it
+    is. Raises ConfigError if the config names a file that is another tokenizer, and for a damaged
+    copy.
+    """
+    if config.data.tokenizer == "byte" or read_saved_config(workdir) is None:
+        return config
+    stored = read_stored(workdir)
+    if stored is None:
+        return config
+    check_same(workdir, stored, config.data)
+    path = str(local_copy(stored, config.data))
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=path))
 
 
 def _digest(about: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ from moe.workdir.identity import (
     differing_fields,
     read_config,
     read_saved_config,
+    use_stored_tokenizer,
 )
 from moe.workdir.source import ORIGIN_FILE, Origin, Source, read_origin
 
@@ -103,6 +104,7 @@ def check_fork(source: Source, saved: RunConfig, config: RunConfig) -> None:
             f"--fork_from={source.run} is a run of another config ({'; '.join(differing)}): "
             "set the same config, in which train.steps alone may differ"
         )
+    use_stored_tokenizer(source.run, config)  # which refuses another tokenizer
     if config.optimizer.schedule == "cosine":
         raise ConfigError(
             f"--fork_from={source.run} has other learning rates than this run from the first step "

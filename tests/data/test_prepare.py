@@ -20,8 +20,9 @@ import pytest
 
 from moe.config import ConfigError, DataConfig
 from moe.data import prepare as module
+from moe.data import workers
 from moe.data.prepare import PreparedRows, prepare
-from moe.data.tokenizers.byte import ByteTokenizer
+from moe.data.tokenizers import make_tokenizer
 from tests.data.conftest import TRAIN
 
 TEXTS = [text for text in TRAIN if text]
@@ -33,7 +34,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 def test_the_targets_are_the_documents(rows: PreparedRows):
     targets = np.concatenate([rows[i]["targets"][rows[i]["loss_mask"]] for i in range(len(rows))])
-    expected = [ByteTokenizer().encode_document(text)[1:] for text in TEXTS]
+    expected = [make_tokenizer(DataConfig()).encode_document(text)[1:] for text in TEXTS]
     assert targets.tolist() == np.concatenate(expected).tolist()
 
 
@@ -229,9 +230,9 @@ def test_another_host_may_write_them_first(
 ):
     directory = Path(fresh.directory, "rows", rows.directory.name)
 
-    def write_shard(job: object, shard: int) -> dict:
+    def write_shard(job: object, shard: int, advance: object) -> dict:
         shutil.copytree(rows.directory, directory, dirs_exist_ok=True)
-        return original(job, shard)
+        return original(job, shard, advance)
 
     original = module.write_shard
     monkeypatch.setattr(module, "write_shard", write_shard)
@@ -248,11 +249,11 @@ import json, sys, time
 from moe.config import DataConfig
 from moe.data import prepare, shards
 from moe.data.sources import reopen_documents
-def write_shard(job, shard):
+def write_shard(job, shard, advance):
     if shard == 1:
         print("one shard is written", flush=True)
         time.sleep(600)
-    return shards.write_shard(job, shard)
+    return shards.write_shard(job, shard, advance)
 prepare.write_shard = write_shard
 prepare.source_name = lambda config: "small_text/plain/1.2.3"
 prepare.open_documents = lambda config, split: reopen_documents(config, split, sys.argv[2])
@@ -318,7 +319,7 @@ def test_a_stopped_worker_is_named(
         f'(sleep 3; kill -CONT $$) & kill -STOP $$; exec {sys.executable} "$@"',
         monkeypatch,
     )
-    monkeypatch.setattr(module, "_PATIENCE", 0.5)
+    monkeypatch.setattr(workers, "_PATIENCE", 0.5)
     assert contents(prepare(fresh, "train", num_workers=2).directory) == contents(rows.directory)
     told = capfd.readouterr().err
     name = (
@@ -335,11 +336,11 @@ def test_workers_end_with_the_process_that_started_them(
     program = """
 import json, sys
 from moe.config import DataConfig
-from moe.data import prepare, shards
+from moe.data import shards, workers
 from moe.data.sources import reopen_documents
 config = DataConfig(**json.loads(sys.argv[1]))
 job = shards.ShardJob(config, "train", sys.argv[2], sys.argv[3], 1, 10**6)
-for _ in prepare._in_processes(job, 2):
+for _ in workers.write_in_processes(job, 2, lambda num_read: None):
     print("begun", flush=True)
 """
     source = str(Path(small.directory, "tfds", rows.source))

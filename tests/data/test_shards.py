@@ -60,7 +60,7 @@ def job(small: DataConfig, rows: PreparedRows, tmp_path: Path) -> ShardJob:
 
 
 def test_a_shard_holds_its_documents_alone(job: ShardJob):
-    counts = write_shard(job, 1)
+    counts = write_shard(job, 1, lambda num_read: None)
     ((record,), tokens) = (
         ArrayRecordReader(str(Path(job.target, shard_name(1)))).read_all(),
         [255, *"cdé".encode(), 255],
@@ -73,6 +73,8 @@ def test_a_shard_holds_its_documents_alone(job: ShardJob):
         "num_tokens": 6,
         "num_bytes": 4,
         "num_documents": 1,
+        "num_cut": 0,
+        "num_placed": 6,
         "sha256": sha256,
     }
     assert [path.name for path in Path(job.target).iterdir()] == ["rows-00001.array_record"]
@@ -98,7 +100,9 @@ print({"jax", "tensorflow", "torch"} & {*sys.modules})
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     *counts, modules = done.stdout.splitlines()
-    assert [json.loads(line)["shard"] for line in counts] == [0, 1]
+    messages = [json.loads(line) for line in counts]
+    assert [message["shard"] for message in messages if "shard" in message] == [0, 1]
+    assert sum(message["num_read"] for message in messages if "num_read" in message) == 2
     assert modules == "set()"
     assert done.stderr == ""
 
