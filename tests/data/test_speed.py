@@ -20,7 +20,7 @@ from moe.data.prepare import prepare
 from moe.data.rows import JoinedRows
 from moe.data.sources import open_documents
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 # The step of configs/dense_tiny.py has 12,100 tokens/s on the 2 cores of docs/training.md.
 STEP_TOKENS = 12_100
