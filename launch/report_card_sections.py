@@ -7,6 +7,7 @@ import numpy as np
 
 from launch.series import Metrics
 from moe.config import RunConfig
+from moe.data.rows import source_line
 from moe.scaling.flops import (
     active_parameters,
     embedding_parameters,
@@ -112,7 +113,7 @@ def training(facts: Facts) -> Iterator[str]:
     yield "## Training Details"
     yield "### Training Data"
     table = [
-        ("data set", f"{rows.get('source', data.dataset)}, split `{data.train_split}`"),
+        *_data_sets(facts),
         ("tokenizer", data.tokenizer),
         ("fingerprint", f"SHA-256 of the rows: `{facts.rows_sha256 or 'no checkpoint yet'}`"),
     ]
@@ -146,6 +147,17 @@ def training(facts: Facts) -> Iterator[str]:
     yield _table(("field", "value"), table)
 
 
+def _data_sets(facts: Facts) -> Iterator[tuple[str, str]]:
+    """Yields the data set, or what the run reads of each source of its mixture."""
+    data = facts.config.data
+    if not data.mixture:
+        yield "data set", f"{facts.rows.get('source', data.dataset)}, split `{data.train_split}`"
+        return
+    yield "mixture", data.description
+    for source in facts.environments[-1].get("sources", []) if facts.environments else []:
+        yield "source", source_line(source)
+
+
 def _schedule(config: RunConfig) -> str:
     """Returns the learning rate's course in words."""
     optimizer = config.optimizer
@@ -165,9 +177,13 @@ def evaluation(facts: Facts) -> Iterator[str]:
     if not lines:
         yield "The run has not been evaluated yet."
         return
+    names = dict.fromkeys(source.validation_split for source in data.sources)
+    splits = "the split " + " and ".join(f"`{name}`" for name in names)
+    if data.mixture:
+        splits += " of the sources"
     part = f"{train.eval_batches} batches" if train.eval_batches else "the whole"
     yield (
-        f"On {part} of the split `{data.validation_split}`, at step {lines[-1]['step']:,}. "
+        f"On {part} of {splits}, at step {lines[-1]['step']:,}. "
         "The loss is in nats per token. Results are means over the split."
     )
     names = [name for name in lines[-1] if name.startswith("validation/")]

@@ -17,6 +17,7 @@ from launch.plotting import Drawing, picture_html
 from launch.report_plots import HEADLINES
 from launch.series import AllSeries
 from moe.config import RunConfig
+from moe.data.rows import source_line
 
 CARD_LENGTH = 9  # characters for which a card of the headlines has room
 
@@ -43,6 +44,8 @@ class RunFacts:
 def page(run: RunFacts, metrics: AllSeries, sections: Sequence[Section]) -> str:
     """Returns the whole page of a run."""
     parts = [_header(run), _headlines(metrics)]
+    if run.environments and (sources := run.environments[-1].get("sources")):
+        parts.append(_sources(sources))
     parts += [_section(section) for section in sections if section.drawings or section.note]
     columns = ("metric", "last", "at step", "lowest", "highest")
     parts.append("<h2>Numbers</h2>\n" + table(columns, _numbers(metrics)))
@@ -105,6 +108,12 @@ def _section(section: Section) -> str:
         )
         parts.append(f"<div class=plots>{''.join(figures)}</div>")
     return "".join(parts)
+
+
+def _sources(sources: Sequence[Mapping[str, Any]]) -> str:
+    """A line for each source: how much of it the run reads, and how it was packed."""
+    lines = "".join(f"<li>{html.escape(source_line(source))}</li>" for source in sources)
+    return f"<h2>Data</h2>\n<ul>{lines}</ul>"
 
 
 def _numbers(metrics: AllSeries) -> Iterator[tuple[str, ...]]:

@@ -116,6 +116,7 @@ WARMUP_STEPS = {
     "dense_1b_32k": 1000,
     "dense_7b": 2000,
     "dense_tiny": 50,
+    "mixture_tiny": 50,
     "experiments.moe_vs_dense": 50,
     "experiments.schedules": 50,
     "moe_1b_7b": 2000,

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from moe.config import ConfigError, DataConfig
 from moe.data.prepared_rows import PreparedRows, open_rows
-from moe.data.shards import ShardJob, write_shard
+from moe.data.shards import SUMS, ShardJob, write_shard
 from moe.data.sources import open_documents, source_name
 from moe.data.token_files import TokenFileRows, open_token_rows
 from moe.data.tokenizers import make_tokenizer
@@ -30,7 +30,6 @@ _MAX_SHARDS = 32  # a file of rows that is not open costs milliseconds before it
 # tokenizers a document takes longer.
 _DOCUMENTS_PER_WORKER = {"byte": 2048}
 _SLOW_DOCUMENTS_PER_WORKER = 256
-_SUMS = ("num_rows", "num_tokens", "num_bytes", "num_documents", "num_cut", "num_placed")
 
 
 def open_split(config: DataConfig, split: str) -> PreparedRows | TokenFileRows:
@@ -153,7 +152,7 @@ def _write_rows(
         )
     digests = "".join(counts["sha256"] for counts in shards)
     return {
-        **{name: sum(counts[name] for counts in shards) for name in _SUMS},
+        **{name: sum(counts[name] for counts in shards) for name in SUMS},
         "sha256": hashlib.sha256(digests.encode()).hexdigest(),
         "rows_per_shard": [counts["num_rows"] for counts in shards],
     }

@@ -91,3 +91,16 @@ class JoinedRows:
         """Returns the sum of an attribute that the rows of each source have."""
         rows: list[Any] = self._rows
         return sum(getattr(one, name) for one in rows)
+
+
+def source_line(source: Mapping[str, Any]) -> str:
+    """Returns what a run reads of a source in one line, as `describe_sources` says it."""
+    name = f"{source['name']}: " if source["name"] else ""
+    limit = f" of at most {source['max_epochs']:g}" if source["max_epochs"] else ""
+    line = (
+        f"{name}{source['source']}, {source['split']}: {source['share']:.1%} of the examples, "
+        f"{source['epochs']:.3g} epochs{limit} of {source['num_rows']:,} rows"
+    )
+    if source["fullness"] is not None:
+        line += f" ({source['fullness']:.1%} full, {source['num_cut']:,} documents cut)"
+    return line

@@ -28,6 +28,7 @@ from moe.data.sources import reopen_documents
 from moe.data.tokenizers import make_tokenizer
 from moe.files import flush
 
+SUMS = ("num_rows", "num_tokens", "num_bytes", "num_documents", "num_cut", "num_placed")
 _TELL_SECONDS = 0.5  # the time between two messages about how far a shard is
 
 
@@ -99,16 +100,8 @@ def write_shard(job: ShardJob, shard: int, advance: Callable[[int], object]) -> 
     documents that were read since its last call. Raises OSError if the file cannot be written.
     """
     tokenizer = make_tokenizer(job.config)
-    counts = ShardCounts(
-        shard=shard,
-        num_rows=0,
-        num_tokens=0,
-        num_bytes=0,
-        num_documents=0,
-        num_cut=0,
-        num_placed=0,
-        sha256="",
-    )
+    zeros = dict.fromkeys(SUMS, 0)
+    counts = ShardCounts(**zeros, shard=shard, sha256="")  # pyright: ignore[reportArgumentType]
 
     def encoded_documents() -> Iterator[np.ndarray]:
         for text in _texts(job, shard, advance):

@@ -20,6 +20,7 @@ import numpy as np
 
 from moe.config import ConfigError, MeshConfig, RunConfig
 from moe.data.mixtures import TrainingRows, describe_sources
+from moe.data.rows import source_line
 from moe.parallel import watch
 from moe.parallel.cluster import is_restarted
 from moe.parallel.distributed import from_first
@@ -40,7 +41,7 @@ from moe.training.progress import Bar, Stream
 from moe.training.train_step import Program, TrainState, make_program
 from moe.workdir import checkpoint
 from moe.workdir.checkpoint import Checkpoints
-from moe.workdir.first_lines import first_lines, source_line
+from moe.workdir.first_lines import first_lines
 from moe.workdir.identity import read_config, read_saved_config, use_stored_tokenizer, write_config
 from moe.workdir.origin import find_origin, read_state, read_variables, write_origin
 from moe.workdir.source import Origin, Source

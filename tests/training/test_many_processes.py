@@ -21,6 +21,7 @@ from moe.config import (
     ModelConfig,
     OptimizerConfig,
     RunConfig,
+    SourceConfig,
     TrackingConfig,
     TrainConfig,
 )
@@ -96,11 +97,13 @@ class Job:
 
     data_directory = ""
 
-    def __init__(self, workdir, *, count=2, before="", stuck_seconds="60", mesh=None, **train):
+    def __init__(
+        self, workdir, *, count=2, before="", stuck_seconds="60", mesh=None, data=None, **train
+    ):
         self.config = dataclasses.replace(
             CONFIG,
             mesh=mesh or CONFIG.mesh,
-            data=dataclasses.replace(CONFIG.data, directory=Job.data_directory),
+            data=dataclasses.replace(data or CONFIG.data, directory=Job.data_directory),
             train=dataclasses.replace(CONFIG.train, **train),
         )
         self.workdir, self.count = workdir, count
@@ -429,14 +432,33 @@ def rows_of(directory):
     return steps
 
 
+def mixed(packing):
+    """A mixture of two stages in which a small source is read more than once."""
+    sources = [
+        SourceConfig("small", "stdlib", train_split="train[:1%]", weights=(3.0, 1.0)),
+        SourceConfig("rest", "stdlib", train_split="train[1%:3%]", weights=(1.0, 1.0)),
+    ]
+    return DataConfig(sequence_length=512, packing=packing, mixture=tuple(sources), stages=(0, 60))
+
+
+UP_AND_DOWN = [(1, MeshConfig(data=2, fsdp=2)), (2, None), (4, None), (1, None)]
+
+
 @pytest.mark.parametrize(
-    "layouts",
+    ("layouts", "data"),
     [
-        [(1, MeshConfig(data=2, fsdp=2)), (2, None), (4, None), (1, None)],
-        [(2, MeshConfig(data=4)), (2, MeshConfig(fsdp=4)), (2, MeshConfig(fsdp=2, tensor=2))],
+        (UP_AND_DOWN, None),
+        (
+            [(2, MeshConfig(data=4)), (2, MeshConfig(fsdp=4)), (2, MeshConfig(fsdp=2, tensor=2))],
+            None,
+        ),
+        (UP_AND_DOWN, mixed("concat")),
+        (UP_AND_DOWN, mixed("best_fit")),
+        (UP_AND_DOWN, mixed("pad")),
     ],
+    ids=["processes", "meshes", "mixed", "mixed_best_fit", "mixed_pad"],
 )
-def test_other_processes_or_another_mesh_go_on_with_the_same_rows(tmp_path, layouts):
+def test_other_processes_or_another_mesh_go_on_with_the_same_rows(tmp_path, layouts, data):
     """A restored state is compared with the checksums of the saved one, bit for bit, by `fit`."""
     parts, whole = tmp_path / "parts", tmp_path / "whole"
     found, mesh = [], None
@@ -444,13 +466,13 @@ def test_other_processes_or_another_mesh_go_on_with_the_same_rows(tmp_path, layo
     for count, new_mesh in layouts:
         mesh = new_mesh or mesh
         before = LOG_ROWS.replace("STEPS", "3")
-        with Job(parts / "run", count=count, before=before, mesh=mesh, steps=12) as job:
+        with Job(parts / "run", count=count, before=before, mesh=mesh, data=data, steps=12) as job:
             codes, texts = job.end()
         assert set(codes) <= {0, INTERRUPTED}, texts
         found += rows_of(parts)
     whole.mkdir()
     before = LOG_ROWS.replace("STEPS", str(len(found) + 1))
-    with Job(whole / "run", count=1, before=before, mesh=layouts[0][1], steps=12) as job:
+    with Job(whole / "run", count=1, before=before, mesh=layouts[0][1], data=data, steps=12) as job:
         codes, texts = job.end()
     assert set(codes) <= {0, INTERRUPTED}, texts
     assert found == rows_of(whole)[: len(found)]
