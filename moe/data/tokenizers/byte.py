@@ -17,6 +17,12 @@ class ByteTokenizer:
     name: str = "byte"
     vocab_size: int = BYTE_VOCABULARY
     boundary_id: int = 0xFF
+    special_tokens: tuple[str, ...] = ()  # their ids follow those of the bytes
+
+    @property
+    def special_ids(self) -> dict[str, int]:
+        """Returns the ids of the special tokens, which no text becomes."""
+        return {name: self.vocab_size + i for i, name in enumerate(self.special_tokens)}
 
     def encode(self, text: str) -> np.ndarray:
         """Returns the ids of `text` without boundaries, [bytes] uint16, as for a prompt."""
