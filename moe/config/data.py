@@ -2,14 +2,15 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
 
 from moe.config.checks import (
+    ConfigError,
     check_path,
     check_positive,
     check_range,
     check_types,
     expand_path,
+    show,
 )
 
 BYTE_VOCABULARY = 256  # token ids that the byte tokenizer produces
@@ -23,9 +24,15 @@ class DataConfig:
     # The data set: "stdlib" (the Python standard library), or the TFDS name "name/config:version"
     # of any data set that has a "text" feature.
     dataset: str = "stdlib"
+    text_field: str = "text"  # the field of an example that holds its text
     train_split: str = "train"  # the split that the model is trained on
     validation_split: str = "validation"  # the split that evaluations read
-    tokenizer: Literal["byte"] = "byte"  # how text becomes token ids: "byte" takes its UTF-8 bytes
+    # How text becomes token ids: "byte" takes its UTF-8 bytes. Otherwise this is the path of a
+    # tokenizer.json (Hugging Face), a SentencePiece model or a tiktoken file.
+    tokenizer: str = "byte"
+    split_pattern: str = ""  # the regular expression that a tiktoken file needs and does not hold
+    # Tokens that no text ever becomes. Those that the tokenizer's file lacks get the next ids.
+    special_tokens: tuple[str, ...] = ()
     sequence_length: int = 256  # the number of tokens in a row
     # The share of documents whose middle task "fill_in_the_middle" moves to their end.
     middle_rate: float = 0.5
@@ -38,6 +45,23 @@ class DataConfig:
         check_range(self, 0.0, 1.0, "middle_rate")
         check_range(self, 1, MAX_SEQUENCE_LENGTH, "sequence_length")
         check_path("directory", self.directory)
+        self._check_tokenizer()
+
+    def _check_tokenizer(self) -> None:
+        """Raises ConfigError for fields of the tokenizer that cannot belong together."""
+        check_path("tokenizer", self.tokenizer)
+        if self.split_pattern and self.tokenizer == "byte":
+            raise ConfigError(
+                f"split_pattern={show(self.split_pattern)} is for a tiktoken file, and "
+                "tokenizer='byte' splits nothing: leave split_pattern out, or set tokenizer"
+            )
+        for number, name in enumerate(self.special_tokens):
+            if not name or name in self.special_tokens[:number]:
+                what = "holds an empty name" if not name else f"names {show(name)} twice"
+                raise ConfigError(
+                    f"special_tokens={show(self.special_tokens)} {what}: "
+                    "set special_tokens to names that differ"
+                )
 
     @property
     def path(self) -> Path:

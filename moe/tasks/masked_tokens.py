@@ -45,5 +45,5 @@ def transform(config: RunConfig) -> Transform:
         mask_tokens,
         mask_id=tokenizer.special_ids[MASK_TOKEN],
         boundary_id=tokenizer.boundary_id,
-        vocab_size=tokenizer.vocab_size,
+        vocab_size=tokenizer.vocabulary.size,
     )
