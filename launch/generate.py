@@ -14,15 +14,19 @@ run of task "fill_in_the_middle" has learnt it. The same flags give the same tex
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from absl import flags
 
 from launch import command_line
-from moe.config import ConfigError
+from moe.config import ConfigError, RunConfig
 from moe.config.objectives import check_decoder
 from moe.storage.paths import RunPath, run_path
 from moe.workdir.identity import read_config
+
+if TYPE_CHECKING:
+    from moe.data.tokenizers import Tokenizer
 
 
 def generate(
@@ -46,7 +50,6 @@ def generate(
     # These load JAX, which --help need not wait for.
     from moe.data.tokenizers import make_tokenizer
     from moe.inference.generate import Sampling, check_sampling, generate
-    from moe.tasks.fill_in_the_middle import middle_prompt
     from moe.training import start, trainer
 
     sampling = Sampling(temperature, top_k, top_p)
@@ -54,20 +57,28 @@ def generate(
     config, program, variables, step = trainer.load_run(workdir, step)
     start.check_finite(workdir / "checkpoints" / str(step), variables)
     tokenizer = make_tokenizer(config.data)
-    if suffix is None:  # a document begins with a boundary
-        starts = [np.array([tokenizer.boundary_id, *tokenizer.encode(text)]) for text in prompts]
-    else:
-        starts = [middle_prompt(config, text, suffix) for text in prompts]
     continued = generate(
         program.model,
         variables,
-        starts,
+        [_start(config, tokenizer, prompt, suffix) for prompt in prompts],
         max_new_tokens=max_new_tokens,
         end_id=tokenizer.boundary_id,
         seed=seed,
         sampling=sampling,
     )
     return [tokenizer.decode(new) for new in continued]
+
+
+def _start(
+    config: RunConfig, tokenizer: "Tokenizer", prompt: str, suffix: str | None
+) -> np.ndarray:
+    """Returns the tokens after which the model writes."""
+    from moe.tasks.fill_in_the_middle import middle_prompt
+
+    if suffix is not None:
+        return middle_prompt(config, prompt, suffix)
+    # A document begins with a boundary.
+    return np.array([tokenizer.boundary_id, *tokenizer.encode(prompt)])
 
 
 def _check_input(workdir: RunPath, prompts: Sequence[str], suffix: str | None, seed: int) -> None:

@@ -1,7 +1,7 @@
 """A model that sees its input predicts what is hidden better than the same model without it.
 
-`python -m tests.tasks.test_input_is_used` prints the table of docs/data/objectives.md, and with names
-of configs these rows of it.
+`python -m tests.tasks.test_input_is_used` prints the table of docs/data/objectives.md. With names
+of configs it prints only their rows.
 """
 
 import dataclasses

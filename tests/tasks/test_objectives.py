@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import json
 import math
 
 import jax
@@ -11,7 +12,9 @@ import pytest
 
 from launch.benchmark import benchmark
 from launch.evaluate import evaluate
+from launch.generate import generate
 from launch.report import report
+from launch.routing import routing
 from moe.config import (
     ConfigError,
     DataConfig,
@@ -26,6 +29,7 @@ from moe.config import (
 from moe.data.loader import make_loader
 from moe.parallel.mesh import global_batch
 from moe.tasks import make_task
+from moe.tasks.fill_in_the_middle import middle_prompt
 from moe.training import trainer
 from moe.training.train_step import make_program
 from moe.training.trainer import fit
@@ -206,6 +210,40 @@ def test_evaluate_report_and_benchmark_know_the_task(runs, tmp_path):
     assert ("decoder-only" in card) == (config.task == "fill_in_the_middle")
     timed = benchmark(config, trials=1)
     assert timed["tokens_per_second"] > 0 and timed["ratio_to_matmul"] > 0
+
+
+@pytest.mark.slow
+def test_a_run_fills_in_a_middle(runs):
+    config, workdir, _ = runs
+    if config.task != "fill_in_the_middle":
+        with pytest.raises(ConfigError, match="does not continue text"):
+            generate(workdir, ["def "])
+        return
+    options = {"max_new_tokens": 6, "temperature": 0.0}
+    (middle,) = generate(workdir, ["def area(w, h):"], suffix="    return w", **options)
+    (other,) = generate(workdir, ["def area(w, h):"], suffix="#" * 20, **options)
+    (continued,) = generate(workdir, ["def area(w, h):"], **options)
+    assert all(len(text.encode()) <= 6 * 3 for text in (middle, other, continued))
+
+
+def test_a_prompt_is_a_document_whose_middle_is_missing():
+    config = make_config("fill_in_the_middle", "unused")
+    tokens = middle_prompt(config, "ab", "c").tolist()
+    assert tokens == [255, 256, *b"ab", 257, *b"c", 258]
+
+
+@pytest.mark.parametrize("task", [*TASKS, "language_modelling"])
+def test_what_generate_cannot_do_for_a_task_is_told_at_once(task, tmp_path):
+    config = make_config(task, "unused")
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    if task in ("masked_tokens", "span_corruption"):
+        with pytest.raises(ConfigError, match=f"^workdir=.* has task='{task}', whose model does"):
+            generate(tmp_path, ["def "])
+        with pytest.raises(ConfigError, match="does not continue text: give the run of a decoder"):
+            routing(tmp_path)
+    elif task == "language_modelling":
+        with pytest.raises(ConfigError, match=r"^suffix='x' needs a run of task 'fill_in_the_"):
+            generate(tmp_path, ["def "], suffix="x")
 
 
 @pytest.mark.parametrize("task", TASKS)
