@@ -78,14 +78,13 @@ def trained_loss(name: str, sees_input: bool, workdir: str, **data: object) -> f
         values[group].update(fields)
     values.data.update(data)
     config = RunConfig.from_config_dict(values)
-    task = make_task(config)
+    seeing = make_task(config)
 
     def blind_transform(config: RunConfig) -> Transform:
-        transform = task.transform(config)
+        transform = seeing.transform(config)
         return lambda row, key: hide(transform(row, key))
 
-    if not sees_input:
-        task = task._replace(transform=blind_transform)
+    task = seeing if sees_input else seeing._replace(transform=blind_transform)
     return fit(dataclasses.replace(config, task="custom"), workdir, task=task)[metric]
 
 
