@@ -26,6 +26,6 @@ def get_config() -> ConfigDict:
     config.data.sequence_length = 128
     config.data.middle_rate = 0.9
     config.optimizer.update(learning_rate=3e-3, warmup_steps=50)
-    config.train.update(batch_size=32, steps=1500, eval_every=500, checkpoint_every=500)
+    config.train.update(batch_size=32, steps=600, eval_every=200, checkpoint_every=200)
     config.train.eval_batches = 40
     return config

@@ -25,7 +25,6 @@ def get_config() -> ConfigDict:
     config.model.compute_dtype = "float32"  # CPUs have no faster arithmetic than this
     config.data.sequence_length = 128
     config.optimizer.update(learning_rate=3e-3, warmup_steps=50)
-    config.train.update(batch_size=32, steps=1500, eval_every=500, checkpoint_every=500)
-    config.train.loss_chunk = 128
+    config.train.update(batch_size=32, steps=600, eval_every=200, checkpoint_every=200)
     config.train.eval_batches = 40
     return config
