@@ -1,7 +1,8 @@
 """Moves the middle of a document to its end, where a decoder fills it in (Bavarian et al. 2022).
 
-Pieces of documents are transformed after packing, so that no example is cut before its middle
-begins elsewhere ("context level", section 4.4 of the paper, arXiv 2207.14255).
+The pieces of a packed row are transformed, each as a text of its own. If whole documents were
+transformed before packing, the cut at a row's end would tear middles from what surrounds them (the
+paper, arXiv 2207.14255, calls the two "context level" and "document level").
 """
 
 from typing import NamedTuple
