@@ -118,7 +118,9 @@ WARMUP_STEPS = {
     "dense_tiny": 50,
     "mixture_tiny": 50,
     "experiments.moe_vs_dense": 50,
+    "fill_in_the_middle_tiny": 50,
     "experiments.schedules": 50,
+    "masked_tiny": 50,
     "moe_1b_7b": 2000,
     "moe_30b_a3b": 2000,
     "moe_671b": 2000,
@@ -126,6 +128,7 @@ WARMUP_STEPS = {
     "moe_tiny": 50,
     "packages_tiny": 50,
     "text_tiny": 50,
+    "span_corruption_tiny": 50,
 }
 
 
