@@ -1,0 +1,1 @@
+"""Turns conversations into tokens through a Jinja template, with the answers as targets."""
