@@ -17,7 +17,7 @@ from absl import flags
 
 from launch import command_line
 from moe.config import ConfigError
-from moe.data.sources.tfds import check_dataset
+from moe.data.sources import check_dataset
 from moe.storage.paths import RunPath, run_path
 from moe.workdir.identity import read_config
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from launch.command_line import read_run_config
 from launch.config_file import ConfigFileErrors, check_config_file
 from moe.config import ConfigError, RunConfig
-from moe.data.sources.tfds import check_dataset
+from moe.data.sources import check_dataset
 from moe.files import announce_wait
 from moe.scaling.sweep import Point, Run, expand, link, overrides_between
 from moe.storage.paths import RunPath

@@ -43,7 +43,7 @@ from absl import flags
 
 from launch import command_line
 from moe.config import ConfigError
-from moe.data.sources.tfds import check_dataset
+from moe.data.sources import check_dataset
 from moe.exit_codes import DIVERGED, INTERRUPTED
 from moe.storage.paths import run_path
 from moe.workdir.source import read_source

@@ -23,6 +23,7 @@ class DataConfig:
     # The data set: "stdlib" (the Python standard library), or the TFDS name "name/config:version"
     # of any data set that has a "text" feature.
     dataset: str = "stdlib"
+    text_field: str = "text"  # the field of an example that holds its text
     train_split: str = "train"  # the split that the model is trained on
     validation_split: str = "validation"  # the split that evaluations read
     tokenizer: Literal["byte"] = "byte"  # how text becomes token ids: "byte" takes its UTF-8 bytes

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from moe.config import ConfigError, DataConfig
 from moe.data.packing.concat import unpack
 from moe.data.shards import ShardCounts, ShardJob, decode_record, shard_name, write_shard
-from moe.data.sources.tfds import open_documents, source_name
+from moe.data.sources import open_documents, source_name
 from moe.data.tokenizers import make_tokenizer
 from moe.files import flush, hold_lock
 

@@ -23,7 +23,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from moe.config import DataConfig
 from moe.data.packing.concat import pack
 from moe.data.packing.targets import mark_targets, split_targets
-from moe.data.sources.tfds import Documents
+from moe.data.sources import reopen_documents
 from moe.data.tokenizers import make_tokenizer
 from moe.files import flush
 
@@ -99,12 +99,12 @@ def write_shard(job: ShardJob, shard: int) -> ShardCounts:
 
     def encoded_documents() -> Iterator[np.ndarray]:
         first = shard * job.documents_per_shard
-        documents = Documents(job.source, job.split)
-        for text in documents.between(first, first + job.documents_per_shard):
-            if text:
-                tokens = tokenizer.encode_document(text)
+        documents = reopen_documents(job.config, job.split, job.source)
+        for document in documents.between(first, first + job.documents_per_shard):
+            if document.text:
+                tokens = tokenizer.encode_document(document.text)
                 counts["num_tokens"] += len(tokens)
-                counts["num_bytes"] += len(text.encode())
+                counts["num_bytes"] += len(document.text.encode())
                 counts["num_documents"] += 1
                 yield tokens
 

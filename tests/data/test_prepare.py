@@ -247,6 +247,7 @@ def test_a_killed_process_leaves_nothing_half_read(fresh: DataConfig, rows: Prep
 import json, sys, time
 from moe.config import DataConfig
 from moe.data import prepare, shards
+from moe.data.sources import reopen_documents
 def write_shard(job, shard):
     if shard == 1:
         print("one shard is written", flush=True)
@@ -254,7 +255,7 @@ def write_shard(job, shard):
     return shards.write_shard(job, shard)
 prepare.write_shard = write_shard
 prepare.source_name = lambda config: "small_text/plain/1.2.3"
-prepare.open_documents = lambda config, split: shards.Documents(sys.argv[2], split)
+prepare.open_documents = lambda config, split: reopen_documents(config, split, sys.argv[2])
 prepare.prepare(DataConfig(**json.loads(sys.argv[1])), "train")
 """
     source = str(Path(fresh.directory, "tfds", rows.source))
@@ -335,6 +336,7 @@ def test_workers_end_with_the_process_that_started_them(
 import json, sys
 from moe.config import DataConfig
 from moe.data import prepare, shards
+from moe.data.sources import reopen_documents
 config = DataConfig(**json.loads(sys.argv[1]))
 job = shards.ShardJob(config, "train", sys.argv[2], sys.argv[3], 1, 10**6)
 for _ in prepare._in_processes(job, 2):

@@ -16,7 +16,7 @@ from moe.config import DataConfig
 from moe.data.packing.targets import mark_targets
 from moe.data.prepare import PreparedRows
 from moe.data.shards import ShardJob, decode_record, encode_record, shard_name, write_shard
-from moe.data.sources.tfds import open_documents
+from moe.data.sources import open_documents
 
 
 def test_a_record_byte_for_byte():

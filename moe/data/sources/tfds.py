@@ -10,9 +10,12 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
 
 from moe.config import ConfigError, DataConfig
+from moe.data.sources.document import Document
 from moe.files import hold_lock
 
 # Importing TFDS takes a second, so the functions that need it import it themselves. Rows that are
@@ -29,30 +32,21 @@ _READ_AT_ONCE = 64
 class _Records(Protocol):
     """Describes TFDS's access to the records of a split by their index."""
 
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> dict[str, bytes]: ...
-
-    def __getitems__(self, indices: Sequence[int], /) -> Sequence[dict[str, bytes]]: ...
+    def __getitems__(self, indices: Sequence[int], /) -> Sequence[dict[str, Any]]: ...
 
 
 @dataclasses.dataclass(frozen=True)
-class Documents(Sequence[str]):
-    """Reads the texts of a split that TFDS has prepared in `directory`, by their index."""
+class TfdsDocuments:
+    """Reads the documents of a split that TFDS has prepared in `directory`, by their numbers."""
 
     directory: str
     split: str
+    text_field: str
 
     def __len__(self) -> int:
         return self._prepared_builder.info.splits[self.split].num_examples
 
-    def __getitem__(self, index: int) -> str:
-        # The range turns a negative index into a positive one. It raises IndexError for an index
-        # that does not exist, before a split without records is opened.
-        index = range(len(self))[index]
-        return self._records[index]["text"].decode(errors="replace")
-
-    def between(self, start: int, stop: int) -> Iterator[str]:
+    def between(self, start: int, stop: int) -> Iterator[Document]:
         """Yields the documents from `start` to `stop`, or to the last one.
 
         Several are read at once, because each read takes longer the longer its file is.
@@ -60,8 +54,21 @@ class Documents(Sequence[str]):
         stop = min(stop, len(self))
         for first in range(start, stop, _READ_AT_ONCE):
             indices = range(first, min(first + _READ_AT_ONCE, stop))
-            for record in self._records.__getitems__(indices):
-                yield record["text"].decode(errors="replace")
+            for index, record in zip(indices, self._records.__getitems__(indices), strict=True):
+                yield self._document(index, record)
+
+    def _document(self, index: int, record: dict[str, Any]) -> Document:
+        """Returns a record's text and its other numbers and strings."""
+        try:
+            text = record[self.text_field].decode()
+        except UnicodeDecodeError as error:
+            raise ConfigError(
+                f"{self.directory}: example {index} of split {self.split!r} is not UTF-8 "
+                f"({error.reason} at byte {error.start}): set data.dataset to another"
+            ) from None
+        fields = {name: _scalar(value) for name, value in record.items() if name != self.text_field}
+        known = {name: value for name, value in fields.items() if value is not None}
+        return Document(text, f"{self.split} example {index}", known)
 
     @functools.cached_property
     def _prepared_builder(self) -> "tfds.core.DatasetBuilder":
@@ -77,6 +84,16 @@ class Documents(Sequence[str]):
         return self._prepared_builder.as_data_source(self.split)  # pyright: ignore[reportCallIssue]
 
 
+def _scalar(value: Any) -> str | int | float | bool | None:
+    """Returns a number or a string of a record as Python has it, or None for other values."""
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return None
+    return value.item() if isinstance(value, np.generic) else None
+
+
 def source_name(config: DataConfig) -> str:
     """Returns the full name of the data set with its version, such as "stdlib/3.11.7".
 
@@ -87,7 +104,7 @@ def source_name(config: DataConfig) -> str:
     return _builder(config).info.full_name
 
 
-def open_documents(config: DataConfig, split: str) -> Documents:
+def open_documents(config: DataConfig, split: str) -> TfdsDocuments:
     """Returns the documents of a split, which TFDS prepares first if they are not there yet.
 
     They are downloaded to `config.directory`. Raises ConfigError for a data set or a split that is
@@ -104,7 +121,7 @@ def open_documents(config: DataConfig, split: str) -> Documents:
                     shutil.rmtree(stale, ignore_errors=True)
             builder = _download_and_prepare(config)
     _check_split(config, builder, split)
-    return Documents(os.fspath(builder.data_dir), split)
+    return TfdsDocuments(os.fspath(builder.data_dir), split, config.text_field)
 
 
 def check_dataset(config: DataConfig) -> None:
@@ -128,14 +145,17 @@ def _check_text(config: DataConfig, builder: "tfds.core.DatasetBuilder") -> None
     import tensorflow_datasets as tfds
 
     features = builder.info.features
-    if not (
-        isinstance(features, tfds.features.FeaturesDict)
-        and "text" in features
-        and isinstance(features["text"], tfds.features.Text)
-    ):
+    is_dict = isinstance(features, tfds.features.FeaturesDict)
+    texts = [
+        name
+        for name, feature in (features.items() if is_dict else ())
+        if isinstance(feature, tfds.features.Text)
+    ]
+    if config.text_field not in texts:
+        fix = f"data.text_field to {' or '.join(map(repr, texts))}" if texts else "data.dataset"
         raise ConfigError(
-            f"data.dataset={config.dataset!r} has no feature 'text' of text: "
-            "set data.dataset to one that has"
+            f"data.dataset={config.dataset!r} has no feature {config.text_field!r} of text: "
+            f"set {fix}" + ("" if texts else " to one that has")
         )
 
 

@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 from launch import train
 from moe import files
 from moe.config import ConfigError, DataConfig, RunConfig
-from moe.data.sources.tfds import check_dataset, open_documents, source_name
+from moe.data.sources import Documents, check_dataset, open_documents, source_name
 from tests.data.conftest import TRAIN, SmallText
 
 
@@ -26,17 +26,21 @@ def empty(small: DataConfig, tmp_path: Path) -> DataConfig:
     return dataclasses.replace(small, directory=str(tmp_path))
 
 
+def texts(documents: Documents) -> list[str]:
+    return [document.text for document in documents.between(0, len(documents))]
+
+
 def test_documents_by_index(small: DataConfig):
     documents = open_documents(small, "train")
     assert len(documents) == 600
-    assert [documents[i] for i in (0, 599, 50)] == [TRAIN[0], TRAIN[599], ""]
-    assert list(documents) == TRAIN
-    assert list(open_documents(small, "validation")) == ["ab", "cdé"]
+    assert texts(documents) == TRAIN
+    assert texts(open_documents(small, "validation")) == ["ab", "cdé"]
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 600), (0, 64), (63, 193), (590, 700), (700, 800)])
 def test_documents_read_several_at_a_time(small: DataConfig, start: int, stop: int):
-    assert list(open_documents(small, "train").between(start, stop)) == TRAIN[start:stop]
+    documents = open_documents(small, "train").between(start, stop)
+    assert [document.text for document in documents] == TRAIN[start:stop]
 
 
 def test_the_source_names_its_version(small: DataConfig):
@@ -47,9 +51,8 @@ def test_the_source_names_its_version(small: DataConfig):
 
 def test_stdlib_is_real_python(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     config = DataConfig(directory=str(tmp_path))
-    train, validation = open_documents(config, "train"), open_documents(config, "validation")
-    texts = {*train, *validation}
-    assert Path(dataclasses.__file__).read_text() in texts
+    train, validation = (texts(open_documents(config, split)) for split in ("train", "validation"))
+    assert Path(dataclasses.__file__).read_text() in {*train, *validation}
     assert 300 < len(train) < 3000
     assert 0.01 < len(validation) / len(train) < 0.1
     assert not {*train} & {*validation}
@@ -73,7 +76,7 @@ def test_stdlib_is_real_python(tmp_path: Path, capfd: pytest.CaptureFixture[str]
         (
             "small_text/no_text",
             "data.dataset='small_text/no_text' has no feature 'text' of text: "
-            "set data.dataset to one that has",
+            "set data.text_field to 'title'",
         ),
     ],
 )
@@ -84,6 +87,11 @@ def test_a_data_set_that_cannot_be_used_is_refused_in_one_line(
         open_documents(dataclasses.replace(empty, dataset=dataset), "train")
     assert str(error.value).startswith(message)
     assert "\n" not in str(error.value)
+
+
+def test_the_text_may_have_another_name(empty: DataConfig):
+    config = dataclasses.replace(empty, dataset="small_text/no_text", text_field="title")
+    assert texts(open_documents(config, "train")) == TRAIN
 
 
 @pytest.mark.parametrize("split", ["test", "", "train[:x]", "../train"])
@@ -136,7 +144,7 @@ def test_another_host_may_prepare_it_first(
         shutil.copytree(finished, destination, dirs_exist_ok=True)
 
     monkeypatch.setattr(SmallText, "before_generating", another_host)
-    assert list(open_documents(empty, "train")) == TRAIN
+    assert texts(open_documents(empty, "train")) == TRAIN
 
 
 @pytest.mark.parametrize("locks", [True, False])
