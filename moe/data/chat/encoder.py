@@ -26,6 +26,8 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str, /) -> np.ndarray: ...
 
+    def decode(self, ids: np.ndarray, /) -> str: ...
+
 
 class Run(NamedTuple):
     """Holds a plain text, or one special token."""
