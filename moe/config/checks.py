@@ -73,6 +73,8 @@ def _check_field(config: object, name: str, expected: Any, is_wide: bool) -> Non
     value = getattr(config, name)
     if typing.get_origin(expected) is Literal:
         _check_option(name, value, typing.get_args(expected))
+    elif typing.get_origin(expected) is tuple:
+        _check_tuple(config, name, typing.get_args(expected)[0])
     elif expected is float and isinstance(value, int) and not isinstance(value, bool):
         # A whole number may stand for a float; the field then holds the float.
         _check_whole_float(name, value)
@@ -88,6 +90,20 @@ def _check_field(config: object, name: str, expected: Any, is_wide: bool) -> Non
         raise ConfigError(
             f"{name}={show(value)} does not fit an int32: set {name} to at most {LARGEST_INT}"
         )
+
+
+def _check_tuple(config: object, name: str, expected: type) -> None:
+    """Raises ConfigError unless a field's value is a tuple or a list of the `expected` type.
+
+    A list, which is what JSON and ConfigDicts make of a tuple, becomes a tuple.
+    """
+    value = getattr(config, name)
+    if type(value) not in (tuple, list) or any(type(item) is not expected for item in value):
+        raise ConfigError(
+            f"{name}={show(value)} is not a tuple of type {expected.__name__}: "
+            f"set {name} to one, such as {(expected(),)}"
+        )
+    object.__setattr__(config, name, tuple(value))
 
 
 def _check_option(name: str, value: object, options: tuple[str, ...]) -> None:
@@ -159,7 +175,7 @@ def check_path(name: str, path: str) -> None:
     _check_text(name, path)
     if _SCHEME.match(path):
         raise ConfigError(
-            f"{name}={show(path)} is an address, and prepared rows lie in a file system: "
+            f"{name}={show(path)} is an address, and this must lie in a file system: "
             "set it to a local or mounted directory"
         )
 

@@ -2,14 +2,15 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
 
 from moe.config.checks import (
+    ConfigError,
     check_path,
     check_positive,
     check_range,
     check_types,
     expand_path,
+    show,
 )
 
 BYTE_VOCABULARY = 256  # token ids that the byte tokenizer produces
@@ -26,7 +27,12 @@ class DataConfig:
     text_field: str = "text"  # the field of an example that holds its text
     train_split: str = "train"  # the split that the model is trained on
     validation_split: str = "validation"  # the split that evaluations read
-    tokenizer: Literal["byte"] = "byte"  # how text becomes token ids: "byte" takes its UTF-8 bytes
+    # How text becomes token ids: "byte" takes its UTF-8 bytes. Otherwise this is the path of a
+    # tokenizer.json (Hugging Face), a SentencePiece model or a tiktoken file.
+    tokenizer: str = "byte"
+    split_pattern: str = ""  # the regular expression that a tiktoken file needs and does not hold
+    # Tokens that no text ever becomes. Those that the tokenizer's file lacks get the next ids.
+    special_tokens: tuple[str, ...] = ()
     sequence_length: int = 256  # the number of tokens in a row
     # The directory of TFDS's files and of the prepared rows. All hosts of a run must see it.
     directory: str = "~/.cache/moe"
@@ -36,6 +42,23 @@ class DataConfig:
         check_positive(self, "sequence_length")
         check_range(self, 1, MAX_SEQUENCE_LENGTH, "sequence_length")
         check_path("directory", self.directory)
+        self._check_tokenizer()
+
+    def _check_tokenizer(self) -> None:
+        """Raises ConfigError for fields of the tokenizer that cannot belong together."""
+        check_path("tokenizer", self.tokenizer)
+        if self.split_pattern and self.tokenizer == "byte":
+            raise ConfigError(
+                f"split_pattern={show(self.split_pattern)} is for a tiktoken file, and "
+                "tokenizer='byte' splits nothing: leave split_pattern out, or set tokenizer"
+            )
+        for number, name in enumerate(self.special_tokens):
+            if not name or name in self.special_tokens[:number]:
+                what = "holds an empty name" if not name else f"names {show(name)} twice"
+                raise ConfigError(
+                    f"special_tokens={show(self.special_tokens)} {what}: "
+                    "set special_tokens to names that differ"
+                )
 
     @property
     def path(self) -> Path:

@@ -51,10 +51,12 @@ class RunConfig:
 
     def _check_language_model(self) -> None:
         """Raises ConfigError for a model that cannot predict the next token of the data."""
-        if self.data.tokenizer == "byte" and self.model.vocab_size < BYTE_VOCABULARY:
+        # A tokenizer's file is not read here, since a saved run may have been moved away from it.
+        byte_vocabulary = BYTE_VOCABULARY + len(self.data.special_tokens)
+        if self.data.tokenizer == "byte" and self.model.vocab_size < byte_vocabulary:
             raise ConfigError(
                 f"model.vocab_size={self.model.vocab_size} is smaller than the byte tokenizer's "
-                f"{BYTE_VOCABULARY}: set model.vocab_size to at least {BYTE_VOCABULARY}"
+                f"{byte_vocabulary}: set model.vocab_size to at least {byte_vocabulary}"
             )
         if self.model.moe.num_experts and self.model.moe.router == "expert_choice":
             raise ConfigError(

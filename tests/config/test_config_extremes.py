@@ -185,12 +185,12 @@ def test_messages_stay_short_whatever_the_value_is() -> None:
         ),
         (
             "gs://bucket/x",
-            "directory='gs://bucket/x' is an address, and prepared rows lie in a file system: "
+            "directory='gs://bucket/x' is an address, and this must lie in a file system: "
             "set it to a local or mounted directory",
         ),
         (
             "file:///x",
-            "directory='file:///x' is an address, and prepared rows lie in a file system: "
+            "directory='file:///x' is an address, and this must lie in a file system: "
             "set it to a local or mounted directory",
         ),
     ],

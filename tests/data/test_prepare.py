@@ -21,7 +21,7 @@ import pytest
 from moe.config import ConfigError, DataConfig
 from moe.data import prepare as module
 from moe.data.prepare import PreparedRows, prepare
-from moe.data.tokenizers.byte import ByteTokenizer
+from moe.data.tokenizers import make_tokenizer
 from tests.data.conftest import TRAIN
 
 TEXTS = [text for text in TRAIN if text]
@@ -33,7 +33,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 def test_the_targets_are_the_documents(rows: PreparedRows):
     targets = np.concatenate([rows[i]["targets"][rows[i]["loss_mask"]] for i in range(len(rows))])
-    expected = [ByteTokenizer().encode_document(text)[1:] for text in TEXTS]
+    expected = [make_tokenizer(DataConfig()).encode_document(text)[1:] for text in TEXTS]
     assert targets.tolist() == np.concatenate(expected).tolist()
 
 

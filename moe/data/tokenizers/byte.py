@@ -1,6 +1,7 @@
 """Takes the bytes of a text as its tokens."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -8,35 +9,28 @@ from moe.config import BYTE_VOCABULARY
 
 
 @dataclasses.dataclass(frozen=True)
-class ByteTokenizer:
-    """Takes the UTF-8 bytes of a text as its ids.
-
-    0xFF, a byte that UTF-8 never uses, marks where a document starts and where it ends.
-    """
+class ByteVocabulary:
+    """Takes the UTF-8 bytes of a text as its ids."""
 
     name: str = "byte"
-    vocab_size: int = BYTE_VOCABULARY
+    size: int = BYTE_VOCABULARY
+    # A byte that UTF-8 never uses marks where a document starts and where it ends.
     boundary_id: int = 0xFF
 
-    def encode(self, text: str) -> np.ndarray:
-        """Returns the ids of `text` without boundaries, [bytes] uint16, as for a prompt."""
-        return np.frombuffer(text.encode(), np.uint8).astype(np.uint16)
+    @property
+    def special_ids(self) -> Mapping[str, int]:
+        """Returns no token: the boundary, a byte, has no name."""
+        return {}
 
-    def encode_document(self, text: str) -> np.ndarray:
-        """Returns the ids of `text` between two boundaries, [bytes + 2] uint16.
+    @property
+    def text_ids(self) -> np.ndarray:
+        """Returns all bytes."""
+        return np.arange(BYTE_VOCABULARY)
 
-        With the boundaries, a model also predicts the first byte of a document and its end.
-        """
-        return np.pad(self.encode(text), 1, constant_values=self.boundary_id)
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Returns the bytes of each text, [bytes] uint8."""
+        return [np.frombuffer(text.encode(), np.uint8) for text in texts]
 
-    def decode(self, ids: np.ndarray) -> str:
-        """Returns the text of `ids`, [ids] of any integer type.
-
-        Boundaries are dropped, and ids that are not UTF-8 become U+FFFD.
-        """
-        ids = np.asarray(ids)
-        ids = ids[ids != self.boundary_id]
-        # A model's vocabulary may be larger than the tokenizer's. Such an id becomes 0xFF, which
-        # is not UTF-8 either.
-        text = np.where(ids < self.vocab_size, ids, 0xFF).astype(np.uint8).tobytes()
-        return text.decode(errors="replace")
+    def decode(self, ids: list[int]) -> str:
+        """Returns the text of bytes. Those that are not UTF-8 become U+FFFD."""
+        return bytes(ids).decode(errors="replace")
