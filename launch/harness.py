@@ -22,8 +22,9 @@ from tqdm import tqdm
 
 from moe.config import ConfigError
 from moe.config.checks import show
-from moe.data.chat.encoder import Chat, Tokenizer
+from moe.data.chat import Chat
 from moe.data.chat.messages import Message
+from moe.data.tokenizers import Tokenizer
 from moe.inference.generate import Sampling, generate
 from moe.inference.scoring import Part, Score, padded_length, score_parts
 

@@ -33,6 +33,9 @@ class DataConfig:
     split_pattern: str = ""  # the regular expression that a tiktoken file needs and does not hold
     # Tokens that no text ever becomes. Those that the tokenizer's file lacks get the next ids.
     special_tokens: tuple[str, ...] = ()
+    # The path of a Jinja template that turns conversations into text. The text field then holds
+    # lists of messages, and answers alone are learnt.
+    chat_template: str = ""
     sequence_length: int = 256  # the number of tokens in a row
     # The directory of TFDS's files and of the prepared rows. All hosts of a run must see it.
     directory: str = "~/.cache/moe"
@@ -43,6 +46,8 @@ class DataConfig:
         check_range(self, 1, MAX_SEQUENCE_LENGTH, "sequence_length")
         check_path("directory", self.directory)
         self._check_tokenizer()
+        if self.chat_template:
+            check_path("chat_template", self.chat_template)
 
     def _check_tokenizer(self) -> None:
         """Raises ConfigError for fields of the tokenizer that cannot belong together."""

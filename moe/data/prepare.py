@@ -21,6 +21,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 from tqdm import tqdm
 
 from moe.config import ConfigError, DataConfig
+from moe.data.chat import read_template
 from moe.data.packing.concat import unpack
 from moe.data.shards import ShardCounts, ShardJob, decode_record, shard_name, write_shard
 from moe.data.sources import open_documents, source_name
@@ -51,14 +52,11 @@ class PreparedRows:
     sha256: str  # of all rows, so that two machines can tell whether they have the same ones
     num_rows: int
     num_tokens: int  # of all documents, boundaries included
-    num_bytes: int  # of all documents, as UTF-8
+    num_bytes: int  # of all documents, as UTF-8; of conversations, their answers alone
     num_documents: int
+    num_targets: int  # tokens that an epoch predicts
     rows_per_shard: tuple[int, ...]
-
-    @property
-    def num_targets(self) -> int:
-        """Returns how many tokens an epoch predicts: all but the first of each document."""
-        return self.num_tokens - self.num_documents
+    chat_template: str = ""  # the checksum of the template of conversations
 
     def __len__(self) -> int:
         return self.num_rows
@@ -123,6 +121,8 @@ def prepare(config: DataConfig, split: str, num_workers: int | None = None) -> P
         "packing": "concat",
         "format_version": _FORMAT_VERSION,
     }
+    if template := read_template(config):
+        identity["chat_template"] = template.fingerprint
     fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     directory = config.path / "rows" / fingerprint
     if not directory.exists():
@@ -140,6 +140,8 @@ def open_rows(directory: Path) -> PreparedRows:
     try:
         metadata = json.loads(text)
         rows_per_shard = tuple(metadata["rows_per_shard"])
+        # Rows that an earlier version has prepared predict all tokens but each document's first.
+        metadata.setdefault("num_targets", metadata["num_tokens"] - metadata["num_documents"])
         rows = PreparedRows(directory, **metadata | {"rows_per_shard": rows_per_shard})
         is_consistent = _is_consistent(rows)
     except (ValueError, TypeError, LookupError, RecursionError):
@@ -156,6 +158,7 @@ def _is_consistent(rows: PreparedRows) -> bool:
         rows.num_tokens,
         rows.num_bytes,
         rows.num_documents,
+        rows.num_targets,
         rows.sequence_length,
         *rows.rows_per_shard,
     )
@@ -254,6 +257,7 @@ def _write_rows(
         "num_tokens": sum(counts["num_tokens"] for counts in shards),
         "num_bytes": sum(counts["num_bytes"] for counts in shards),
         "num_documents": sum(counts["num_documents"] for counts in shards),
+        "num_targets": sum(counts["num_targets"] for counts in shards),
         "sha256": hashlib.sha256(digests.encode()).hexdigest(),
         "rows_per_shard": [counts["num_rows"] for counts in shards],
     }

@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypedDict
 
@@ -21,10 +21,11 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from moe.config import DataConfig
+from moe.data.chat import make_chat
 from moe.data.packing.concat import pack
-from moe.data.packing.targets import mark_targets, split_targets
-from moe.data.sources import reopen_documents
-from moe.data.tokenizers import make_tokenizer
+from moe.data.packing.targets import count_targets, mark_targets, split_targets
+from moe.data.sources import Document, reopen_documents
+from moe.data.tokenizers import Tokenizer, make_tokenizer
 from moe.files import flush
 
 
@@ -48,6 +49,7 @@ class ShardCounts(TypedDict):
     num_tokens: int
     num_bytes: int
     num_documents: int
+    num_targets: int
     sha256: str  # of the shard's records
 
 
@@ -87,14 +89,36 @@ def _token_type(vocab_size: int) -> str:
     return "<u2" if vocab_size <= 2**16 else "<u4"
 
 
+def document_encoder(
+    config: DataConfig, tokenizer: Tokenizer
+) -> Callable[[Document], tuple[np.ndarray, int]]:
+    """Returns the function from a document to its tokens and the bytes of text that they predict.
+
+    A conversation goes through the config's chat template, if there is one.
+    """
+    if chat := make_chat(config, tokenizer):
+        return lambda document: chat.encode_document(document.text, document.origin)
+    return lambda document: (
+        tokenizer.encode_document(document.text),
+        len(document.text.encode()),
+    )
+
+
 def write_shard(job: ShardJob, shard: int) -> ShardCounts:
     """Tokenises, packs and writes the documents of one shard, and counts them.
 
     The bytes of the file depend only on the documents. Raises OSError if they cannot be written.
     """
     tokenizer = make_tokenizer(job.config)
+    encode = document_encoder(job.config, tokenizer)
     counts = ShardCounts(
-        shard=shard, num_rows=0, num_tokens=0, num_bytes=0, num_documents=0, sha256=""
+        shard=shard,
+        num_rows=0,
+        num_tokens=0,
+        num_bytes=0,
+        num_documents=0,
+        num_targets=0,
+        sha256="",
     )
 
     def encoded_documents() -> Iterator[np.ndarray]:
@@ -102,10 +126,11 @@ def write_shard(job: ShardJob, shard: int) -> ShardCounts:
         documents = reopen_documents(job.config, job.split, job.source)
         for document in documents.between(first, first + job.documents_per_shard):
             if document.text:
-                tokens = tokenizer.encode_document(document.text)
+                tokens, num_bytes = encode(document)
                 counts["num_tokens"] += len(tokens)
-                counts["num_bytes"] += len(document.text.encode())
+                counts["num_bytes"] += num_bytes
                 counts["num_documents"] += 1
+                counts["num_targets"] += count_targets(tokens)
                 yield tokens
 
     path = Path(job.target, shard_name(shard))

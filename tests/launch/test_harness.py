@@ -18,8 +18,8 @@ from launch.harness import (
     find_tasks,
     read_generation_options,
 )
-from moe.config import ConfigError, MeshConfig, ModelConfig, RunConfig, TrainConfig
-from moe.data.tokenizers.byte import ByteTokenizer
+from moe.config import ConfigError, DataConfig, MeshConfig, ModelConfig, RunConfig, TrainConfig
+from moe.data.tokenizers import make_tokenizer
 from moe.inference.generate import Sampling
 from moe.model.transformer import Transformer
 from moe.parallel.mesh import make_mesh
@@ -50,7 +50,9 @@ def variables() -> Any:
 
 @pytest.fixture(scope="module")
 def run(variables: Any) -> LoadedRun:
-    return LoadedRun(MODEL, variables, make_mesh(CONFIG), 8, ROW, ByteTokenizer(), None)
+    return LoadedRun(
+        MODEL, variables, make_mesh(CONFIG), 8, ROW, make_tokenizer(DataConfig()), None
+    )
 
 
 @jax.jit

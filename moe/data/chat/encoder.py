@@ -3,8 +3,8 @@
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple, NoReturn, Protocol
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 
@@ -13,20 +13,14 @@ from moe.config.checks import show
 from moe.data.chat.messages import Message, read_messages
 from moe.data.chat.template import ChatTemplate, Part
 from moe.data.packing.targets import mark_targets
+from moe.data.tokenizers import Tokenizer
 
 
-class Tokenizer(Protocol):
-    """Describes what encoding a conversation needs of a tokenizer."""
+class Conversation(NamedTuple):
+    """Holds what becomes of a conversation."""
 
-    @property
-    def boundary_id(self) -> int: ...
-
-    @property
-    def special_ids(self) -> Mapping[str, int]: ...
-
-    def encode(self, text: str, /) -> np.ndarray: ...
-
-    def decode(self, ids: np.ndarray, /) -> str: ...
+    tokens: np.ndarray  # between boundaries, with marks on the targets
+    num_bytes: int  # of the text of the targets
 
 
 class Run(NamedTuple):
@@ -40,23 +34,24 @@ class Run(NamedTuple):
 class Chat:
     """Writes conversations as tokens, and knows which of them a model learns to predict."""
 
-    def __init__(self, template: ChatTemplate, tokenizer: Tokenizer):
-        self._template, self._tokenizer = template, tokenizer
+    def __init__(self, template: ChatTemplate, tokenizer: Tokenizer, sequence_length: int):
+        self.template = template
+        self._tokenizer, self._sequence_length = tokenizer, sequence_length
         names = sorted(tokenizer.special_ids, key=len, reverse=True)
         self._special = re.compile(f"({'|'.join(map(re.escape, names))})") if names else None
 
-    def encode_document(self, text: str, origin: str) -> np.ndarray:
-        """Returns the tokens of a conversation between boundaries, with marks on the targets.
+    def encode_document(self, text: str, origin: str) -> Conversation:
+        """Returns the tokens of a conversation, and which of them are targets.
 
         The targets are the answers with the end-of-turn token after each, or what the template has
         in {% generation %} if it has that. `text` is a list of messages in JSON, and `origin` the
-        place that it comes from. Raises ConfigError for messages that are none, and where the
-        template fails on them.
+        place that it comes from. Raises ConfigError for messages that are none, where the template
+        fails on them, and for a conversation that is longer than a row.
         """
         messages = read_messages(text, origin)
-        runs = list(self._runs(messages, self._template.parts(messages, origin), origin))
+        runs = list(self._runs(messages, self.template.parts(messages, origin), origin))
         if not any(run.is_target for run in runs):
-            self._template.fail(origin, "writes nothing that is to be learnt")
+            self.template.fail(origin, "writes nothing that is to be learnt")
         tokens, is_target = self._encode(runs)
         boundary = self._tokenizer.boundary_id
         if tokens[0] != boundary:
@@ -65,14 +60,26 @@ class Chat:
             # Where a template ends with an answer, the boundary is its end-of-turn token.
             ends_answer = runs[-1].is_target and runs[-1].special_id is None
             tokens, is_target = np.append(tokens, boundary), np.append(is_target, ends_answer)
-        return mark_targets(tokens, is_target)
+        self._check_length(len(tokens), origin)
+        texts = [run.text for run in runs if run.is_target and run.special_id is None]
+        return Conversation(mark_targets(tokens, is_target), len("".join(texts).encode()))
+
+    def _check_length(self, num_tokens: int, origin: str) -> None:
+        """Raises ConfigError for a conversation that would be cut, and its answer with it."""
+        # The last token of a row is only a target, so a row has room for one more.
+        if num_tokens > self._sequence_length + 1:
+            raise ConfigError(
+                f"{origin}: the conversation has {num_tokens} tokens, and a row has room for "
+                f"{self._sequence_length + 1}: set data.sequence_length to at least "
+                f"{num_tokens - 1}, or shorten it"
+            )
 
     def encode_prompt(self, messages: Sequence[Message], origin: str) -> np.ndarray:
         """Returns the tokens after which a model writes its answer to the messages.
 
         `origin` names the messages in the text of a ConfigError.
         """
-        parts = self._template.parts(messages, origin, add_generation_prompt=True)
+        parts = self.template.parts(messages, origin, add_generation_prompt=True)
         tokens, _ = self._encode(list(self._runs(messages, parts, origin)))
         boundary = self._tokenizer.boundary_id
         starts = len(tokens) and tokens[0] == boundary
@@ -87,11 +94,11 @@ class Chat:
         messages = [Message("user", "a"), Message("assistant", "b")]
         origin = "a conversation of two messages"
         text = json.dumps([message._asdict() for message in messages])
-        marked = self.encode_document(text, origin)
+        marked = self.encode_document(text, origin).tokens
         prompt = self.encode_prompt(messages[:1], origin)
         if not np.array_equal(marked["token"][: len(prompt)], prompt):
             raise ConfigError(
-                f"data.chat_template={show(self._template.name)} writes other text with "
+                f"data.chat_template={show(self.template.name)} writes other text with "
                 "add_generation_prompt than before an answer: let it write the same"
             )
         return int(marked["token"][marked["target"]][-1])
@@ -127,7 +134,7 @@ class Chat:
                 yield piece, self._tokenizer.special_ids[piece] if number % 2 else None
 
     def _fail_without_end(self, origin: str, text: str) -> NoReturn:
-        self._template.fail(
+        self.template.fail(
             origin,
             f"writes {show(text)} after an answer and no special token (such as eos_token) first, "
             "so that a model could not learn where answers end",

@@ -5,6 +5,7 @@ content. The second output is cut at its marks, and the first one shows whether 
 each content as it is.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -61,6 +62,11 @@ class ChatTemplate:
                 f"data.chat_template={show(name)}: line {line}: {_one_line(error)}: "
                 "write it as Jinja reads it"
             ) from None
+
+    @property
+    def fingerprint(self) -> str:
+        """Returns a checksum of the template."""
+        return hashlib.sha256(self.source.encode()).hexdigest()
 
     def parts(
         self, messages: Sequence[Message], origin: str, *, add_generation_prompt: bool = False

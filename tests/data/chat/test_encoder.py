@@ -1,19 +1,17 @@
 """Conversations worked out by hand, in the manner of the templates that are in use."""
 
-import dataclasses
 import itertools
 import json
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe.config import ConfigError
+from moe.config import ConfigError, DataConfig
 from moe.data.chat.encoder import Chat
 from moe.data.chat.messages import Message
 from moe.data.chat.template import ChatTemplate
-from moe.data.tokenizers.byte import ByteTokenizer
+from moe.data.tokenizers import make_tokenizer
 
 TURNS = """\
 {%- for message in messages %}
@@ -33,21 +31,10 @@ SQUARE = """\
 B = 255
 
 
-@dataclasses.dataclass(frozen=True)
-class Bytes:
-    """Encodes bytes, and has two special tokens."""
-
-    boundary_id: int = B
-    special_ids: dict[str, int] = dataclasses.field(
-        default_factory=lambda: {"<|start|>": 256, "<|end|>": 257}
-    )
-
-    def encode(self, text: str) -> np.ndarray:
-        return ByteTokenizer().encode(text)
-
-
 def chat(template: str) -> Chat:
-    return Chat(ChatTemplate("chat.jinja", template), Bytes())
+    """Returns the encoder of a template, with two special tokens whose ids are 256 and 257."""
+    tokenizer = make_tokenizer(DataConfig(special_tokens=("<|start|>", "<|end|>")))
+    return Chat(ChatTemplate("chat.jinja", template), tokenizer, sequence_length=200)
 
 
 def conversation(*contents: str, first: str = "user") -> str:
@@ -58,7 +45,7 @@ def conversation(*contents: str, first: str = "user") -> str:
 
 def encoded(template: str, text: str) -> tuple[list[int], str]:
     """Returns the tokens of a conversation, and the text of its targets, "|" for special ones."""
-    marked = chat(template).encode_document(text, "a.jsonl:17")
+    marked = chat(template).encode_document(text, "a.jsonl:17").tokens
     targets = [chr(t) if t < B else "|" for t in marked["token"][marked["target"]]]
     return marked["token"].tolist(), "".join(targets)
 
@@ -105,7 +92,7 @@ def test_a_template_may_name_the_targets():
 def test_a_prompt_is_the_beginning_of_its_conversation():
     speaker = chat(TURNS)
     prompt = speaker.encode_prompt([Message("user", "hello")], "the prompt")
-    whole = speaker.encode_document(conversation("hello", "you"), "a.jsonl:17")
+    whole = speaker.encode_document(conversation("hello", "you"), "a.jsonl:17").tokens
     assert prompt.tolist() == [B, 256, *b"user\nhello", 257, *b"\n", 256, *b"assistant\n"]
     assert whole["token"][: len(prompt)].tolist() == prompt.tolist()
     assert not whole["target"][: len(prompt)].any() and whole["target"][len(prompt)]
@@ -186,6 +173,19 @@ def test_a_template_that_fails_is_named_with_the_place_of_the_message(template: 
 def test_a_template_that_is_not_jinja_is_refused_with_its_line():
     with pytest.raises(ConfigError, match=r"chat_template='chat.jinja': line 2: .*: write it as"):
         ChatTemplate("chat.jinja", "a\n{% for %}")
+
+
+def test_a_conversation_that_is_longer_than_a_row_is_refused():
+    """It would be cut, and an answer without its question would be learnt."""
+    fits = chat(TURNS).encode_document(conversation("a" * 150, "é" * 5), "a.jsonl:17")
+    assert (len(fits.tokens), fits.num_bytes) == (183, 10)
+    long = conversation("a" * 150, "é" * 15)
+    with pytest.raises(ConfigError) as caught:
+        chat(TURNS).encode_document(long, "a.jsonl:17")
+    assert str(caught.value) == (
+        "a.jsonl:17: the conversation has 203 tokens, and a row has room for 201: "
+        "set data.sequence_length to at least 202, or shorten it"
+    )
 
 
 def test_a_prompt_must_be_asked_as_in_training():
