@@ -110,7 +110,6 @@ def write_shard(job: ShardJob, shard: int) -> ShardCounts:
     The bytes of the file depend only on the documents. Raises OSError if they cannot be written.
     """
     tokenizer = make_tokenizer(job.config)
-    encode = document_encoder(job.config, tokenizer)
     counts = ShardCounts(
         shard=shard,
         num_rows=0,
@@ -120,25 +119,13 @@ def write_shard(job: ShardJob, shard: int) -> ShardCounts:
         num_targets=0,
         sha256="",
     )
-
-    def encoded_documents() -> Iterator[np.ndarray]:
-        first = shard * job.documents_per_shard
-        documents = reopen_documents(job.config, job.split, job.source)
-        for document in documents.between(first, first + job.documents_per_shard):
-            if document.text:
-                tokens, num_bytes = encode(document)
-                counts["num_tokens"] += len(tokens)
-                counts["num_bytes"] += num_bytes
-                counts["num_documents"] += 1
-                counts["num_targets"] += count_targets(tokens)
-                yield tokens
-
+    documents = _encoded_documents(job, shard, tokenizer, counts)
     path = Path(job.target, shard_name(shard))
     digest = hashlib.sha256()
     try:
         # Each row is a group of its own, since training reads single rows in a random order.
         writer = ArrayRecordWriter(str(path), "group_size:1,zstd:1")
-        for tokens, lengths in pack(encoded_documents(), job.config.sequence_length):
+        for tokens, lengths in pack(documents, job.config.sequence_length):
             record = encode_record(tokens, lengths, tokenizer.vocab_size)
             digest.update(record)
             writer.write(record)
@@ -150,6 +137,23 @@ def write_shard(job: ShardJob, shard: int) -> ShardCounts:
     flush(path)
     counts["sha256"] = digest.hexdigest()
     return counts
+
+
+def _encoded_documents(
+    job: ShardJob, shard: int, tokenizer: Tokenizer, counts: ShardCounts
+) -> Iterator[np.ndarray]:
+    """Yields the tokens of a shard's documents, and counts them."""
+    encode = document_encoder(job.config, tokenizer)
+    first = shard * job.documents_per_shard
+    documents = reopen_documents(job.config, job.split, job.source)
+    for document in documents.between(first, first + job.documents_per_shard):
+        if document.text:
+            tokens, num_bytes = encode(document)
+            counts["num_tokens"] += len(tokens)
+            counts["num_bytes"] += num_bytes
+            counts["num_documents"] += 1
+            counts["num_targets"] += count_targets(tokens)
+            yield tokens
 
 
 def main(arguments: list[str]) -> None:

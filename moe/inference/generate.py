@@ -54,16 +54,13 @@ def generate(
     check_tokens(prompts, model.config.vocab_size)
     length = max(int(lengths_B.max()), pad_to)
     check_cache_memory(model, len(prompts), length, max_new_tokens)
-    prompts_BT = np.zeros((len(prompts), length), np.int32)
-    for row_T, prompt in zip(prompts_BT, prompts, strict=True):
-        row_T[: len(prompt)] = prompt
     new_BT = _generate(
         model.without_jitter(),
         max_new_tokens,
         end_id,
         sampling,
         variables,
-        prompts_BT,
+        np.stack([np.pad(prompt, (0, length - len(prompt))) for prompt in prompts], dtype=np.int32),
         lengths_B,
         jax.random.key(seed),
     )
