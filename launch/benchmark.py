@@ -81,11 +81,11 @@ def _time_steps(
     import jax
     from tqdm import trange
 
-    from moe.scaling.flops import training_flops_per_token
+    from moe.scaling.flops import run_training_flops
     from moe.scaling.hardware import matmul_flops, peak_flops
 
     tokens = config.train.batch_size * config.data.sequence_length
-    flops = tokens * training_flops_per_token(config.model, config.data.sequence_length)
+    flops = tokens * run_training_flops(config)
     # All virtual devices of a CPU share its cores, which a single matmul already keeps busy.
     matmul_devices = 1 if devices[0].platform == "cpu" else len(devices)
     seconds, matmul, ratios = [], [], []

@@ -8,10 +8,10 @@ import numpy as np
 from launch.series import Metrics
 from moe.config import RunConfig
 from moe.scaling.flops import (
-    active_parameters,
     embedding_parameters,
-    total_parameters,
-    training_flops_per_token,
+    run_active_parameters,
+    run_parameters,
+    run_training_flops,
 )
 from moe.workdir.source import Origin
 
@@ -38,14 +38,43 @@ class Facts(NamedTuple):
         return self.step * self.config.train.batch_size * self.config.data.sequence_length
 
 
+class _Kind(NamedTuple):
+    """Says in words what the model of a task is."""
+
+    model: str
+    attention: str
+    use: str
+
+
+# The kinds of models by the task that trains them.
+_KINDS = {
+    "language_modelling": _Kind(
+        "A decoder-only Transformer language model", "causal", "It continues text."
+    ),
+    "fill_in_the_middle": _Kind(
+        "A decoder-only Transformer language model",
+        "causal",
+        "It continues text, and fills in the middle of it.",
+    ),
+    "masked_tokens": _Kind(
+        "An encoder-only Transformer", "in both directions", "It predicts masked tokens."
+    ),
+    "span_corruption": _Kind(
+        "A Transformer of an encoder and a decoder",
+        "in both directions in the encoder, causal in the decoder",
+        "It writes the spans that a text lacks.",
+    ),
+}
+
+
 def details(facts: Facts) -> Iterator[str]:
     """Yields what kind of model it is, and where it came from."""
     model, step, steps = facts.config.model, facts.step, facts.config.train.steps
     kind = "a mixture of experts" if model.moe.num_experts else "dense"
     yield (
-        f"A decoder-only Transformer language model ({kind}) with "
-        f"{total_parameters(model):,} parameters, of which a token uses "
-        f"{active_parameters(model):,}. The embedding and the unembedding have "
+        f"{_KINDS[facts.config.task].model} ({kind}) with "
+        f"{run_parameters(facts.config):,} parameters, of which a token uses "
+        f"{run_active_parameters(facts.config):,}. The embedding and the unembedding have "
         f"{embedding_parameters(model):,} of them."
     )
     state = "is finished" if step == steps else f"is at step {step:,} of {steps:,}"
@@ -68,7 +97,8 @@ def _architecture(config: RunConfig) -> Iterator[tuple[str, str]]:
     yield "layers", f"{model.num_layers}, pre-norm (RMSNorm)"
     yield "width", f"{model.model_dim}"
     groups = f"{model.num_heads} query heads and {model.num_kv_heads} key/value heads"
-    yield "attention", f"causal, {groups} of width {model.head_dim}, rotary positions"
+    attention = _KINDS[config.task].attention
+    yield "attention", f"{attention}, {groups} of width {model.head_dim}, rotary positions"
     dense = model.num_layers - len(model.sparse_layers)
     if dense:
         yield "feed-forward", f"SwiGLU of width {model.feed_forward_dim}, in {dense} layers"
@@ -88,9 +118,9 @@ def _architecture(config: RunConfig) -> Iterator[tuple[str, str]]:
 def limits(facts: Facts) -> Iterator[str]:
     """Yields the limits that follow from how the model was trained."""
     config = facts.config
-    tokens_per_parameter = facts.tokens / active_parameters(config.model)
+    tokens_per_parameter = facts.tokens / run_active_parameters(config)
     found = [
-        "It continues text. It was not trained to follow instructions or to refuse any.",
+        f"{_KINDS[config.task].use} It was not trained to follow instructions or to refuse any.",
         f"It was trained on rows of {config.data.sequence_length:,} tokens, and has not seen text "
         "that reaches further back.",
         f"It saw {facts.tokens:,} tokens in this run, {tokens_per_parameter:.3g} for each active "
@@ -196,7 +226,7 @@ def compute(facts: Facts) -> Iterator[str]:
     if facts.environments:
         devices = facts.environments[-1].get("devices") or {}
     kinds = " and ".join(devices.get("kinds", []))
-    per_token = training_flops_per_token(config.model, config.data.sequence_length)
+    per_token = run_training_flops(config)
     rows = [
         ("training FLOPs", f"{per_token * facts.tokens:.4g} ({per_token:,.0f} for each token)"),
         ("devices", f"{devices['count']} x {kinds}" if "count" in devices else "unknown"),

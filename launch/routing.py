@@ -162,7 +162,13 @@ def choice_reader(
         return losses.in_layer_order(captured)["experts"]
 
     def read(title: str, models: Sequence[Any]) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
-        batches = evaluation_batches(rows, batch_size=size, num_batches=num_batches, host_rows=held)
+        batches = evaluation_batches(
+            rows,
+            batch_size=size,
+            num_batches=num_batches,
+            host_rows=held,
+            transform=program.task.transform(config),
+        )
         for batch in tqdm(batches, total=total, desc=title, unit="batch"):
             is_text_BT = batch["segment_ids"] > 0
             on_devices = global_batch(batch, program.mesh, size, program.task.dims)

@@ -7,7 +7,7 @@ Examples:
     python -m launch.summary --config=configs/dense_tiny.py --compile
 
 Nothing is allocated or compiled: every number is counted from the config. FLOPs are those of
-training (forward and backward), averaged over the tokens of a causal row of
+training (forward and backward), averaged over the tokens of a row of
 config.data.sequence_length. Bytes of the table are those of the parameters in float32. The last
 line has the bytes of a training state on each device of config.mesh, without activations; an axis
 of size -1 counts as one device.
@@ -24,23 +24,23 @@ import math
 from absl import flags
 
 from launch import command_line
-from moe.config import MeshConfig, ModelConfig, RunConfig
+from moe.config import MeshConfig, RunConfig
 from moe.scaling.flops import (
-    active_parameters,
-    component_counts,
     embedding_parameters,
     planned_flops,
     planned_tokens,
-    total_parameters,
-    training_flops_per_token,
+    run_active_parameters,
+    run_counts,
+    run_parameters,
+    run_training_flops,
 )
 from moe.scaling.memory import WORD, state_bytes
 
 
-def summary(model: ModelConfig, sequence_length: int) -> str:
-    """Returns the table of a model's components, and its totals, as text."""
+def summary(config: RunConfig) -> str:
+    """Returns the table of the components of a run's model, and its totals, as text."""
     rows = [("component", "repeats", "shapes", "parameters", "training FLOPs/token", "bytes")]
-    for count in component_counts(model, sequence_length):
+    for count in run_counts(config):
         flops, size = 3 * count.forward_flops, count.parameters * WORD
         rows.append(
             (
@@ -52,12 +52,12 @@ def summary(model: ModelConfig, sequence_length: int) -> str:
                 f"{size:,}",
             )
         )
-    total, embeddings = total_parameters(model), embedding_parameters(model)
-    active, flops = active_parameters(model), training_flops_per_token(model, sequence_length)
+    total, embeddings = run_parameters(config), embedding_parameters(config.model)
+    active, flops = run_active_parameters(config), run_training_flops(config)
     totals = (
         f"parameters: {total:,} ({total - embeddings:,} without embeddings), "
         f"active per token: {active:,} ({active - embeddings:,} without embeddings)",
-        f"training FLOPs per token: {flops:,.0f} at sequence length {sequence_length} "
+        f"training FLOPs per token: {flops:,.0f} at sequence length {config.data.sequence_length} "
         f"(6N: {6 * active:,}, and {6 * (active - embeddings):,} without embeddings)",
     )
     return "\n".join([*_align(rows), *totals])
@@ -118,7 +118,7 @@ def _align(rows: list[tuple[str, ...]]) -> list[str]:
 
 def main(values: flags.FlagValues) -> None:
     config = command_line.read_run_config(values.config)
-    print(summary(config.model, config.data.sequence_length))
+    print(summary(config))
     print("\n".join(run_lines(config)))
     if values.compile:
         print(f"compiled step: {compiled_flops(config):,.0f} FLOPs per token, by XLA's count")

@@ -67,7 +67,7 @@ def planned_row(run: Run) -> Row:
         "vocab_size": model.vocab_size,
         "sequence_length": length,
         "memory_bytes": state_bytes(config, _ONE_DEVICE).total,
-        **model_columns(model),
+        **model_columns(config),
     }
     return {name: values.get(name) for name in COLUMNS}
 

@@ -117,12 +117,15 @@ WARMUP_STEPS = {
     "dense_7b": 2000,
     "dense_tiny": 50,
     "experiments.moe_vs_dense": 50,
+    "fill_in_the_middle_tiny": 50,
     "experiments.schedules": 50,
+    "masked_tiny": 50,
     "moe_1b_7b": 2000,
     "moe_30b_a3b": 2000,
     "moe_671b": 2000,
     "moe_8x7b": 2000,
     "moe_tiny": 50,
+    "span_corruption_tiny": 50,
 }
 
 

@@ -37,12 +37,15 @@ class DataConfig:
     # lists of messages, and answers alone are learnt.
     chat_template: str = ""
     sequence_length: int = 256  # the number of tokens in a row
+    # The share of documents whose middle task "fill_in_the_middle" moves to their end.
+    middle_rate: float = 0.5
     # The directory of TFDS's files and of the prepared rows. All hosts of a run must see it.
     directory: str = "~/.cache/moe"
 
     def __post_init__(self) -> None:
         check_types(self)
-        check_positive(self, "sequence_length")
+        check_positive(self, "sequence_length", "middle_rate")
+        check_range(self, 0.0, 1.0, "middle_rate")
         check_range(self, 1, MAX_SEQUENCE_LENGTH, "sequence_length")
         check_path("directory", self.directory)
         self._check_tokenizer()

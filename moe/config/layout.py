@@ -155,6 +155,11 @@ def _check_batch(config: "RunConfig", sizes: Mapping[str, int]) -> None:
             f"mesh.{'*'.join(time_axes)}={time_parts}: "
             f"set data.sequence_length to a multiple of {time_parts}"
         )
+    if config.task == "span_corruption" and time_parts > 1:
+        raise ConfigError(
+            f"mesh.{'*'.join(time_axes)}={time_parts} splits the tokens of a row, and those of "
+            "task='span_corruption' are too few in the decoder: set mesh.context to 1"
+        )
 
 
 def _check_context(config: "RunConfig", mesh: MeshConfig) -> None:

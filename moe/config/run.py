@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
@@ -20,6 +20,7 @@ from moe.config.checks import (
 from moe.config.data import BYTE_VOCABULARY, DataConfig
 from moe.config.layout import MeshConfig, check_layout
 from moe.config.model import ModelConfig
+from moe.config.objectives import SpanCounts, TaskName, corrupted_row, special_tokens
 from moe.config.training import OptimizerConfig, TrackingConfig, TrainConfig
 
 
@@ -27,8 +28,9 @@ from moe.config.training import OptimizerConfig, TrackingConfig, TrainConfig
 class RunConfig:
     """Holds everything that determines a run."""
 
-    # What the model learns. "custom" means that the program which trains it passes a Task to `fit`.
-    task: Literal["language_modelling", "custom"] = "language_modelling"
+    # What the model learns (docs/data/objectives.md). "custom" means that the program which trains
+    # it passes a Task to `fit`.
+    task: TaskName = "language_modelling"
     seed: int = 0  # the seed of the parameters, the row order and all other random numbers
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
@@ -41,24 +43,31 @@ class RunConfig:
         check_types(self, wide=("seed",))
         # JAX makes keys of 32 bits, so a larger seed would repeat the run of a smaller one.
         check_range(self, 0, 2**32 - 1, "seed")
-        if self.task == "language_modelling":
-            self._check_language_model()
+        if self.task != "custom":
+            self._check_vocabulary()
+            self._check_causal_experts()
         self._check_batch()
         self._check_capacity()
         # An axis of size -1 is checked as an axis of one device. If the run cannot be split over
         # the other axes then, it cannot be split over more devices either.
         check_layout(self, MeshConfig(*map(abs, self.mesh.sizes)))
 
-    def _check_language_model(self) -> None:
-        """Raises ConfigError for a model that cannot predict the next token of the data."""
+    def _check_vocabulary(self) -> None:
+        """Raises ConfigError for a model that lacks tokens of the tokenizer or of the task."""
         # A tokenizer's file is not read here, since a saved run may have been moved away from it.
-        byte_vocabulary = BYTE_VOCABULARY + len(self.data.special_tokens)
-        if self.data.tokenizer == "byte" and self.model.vocab_size < byte_vocabulary:
+        added = len({*self.data.special_tokens, *special_tokens(self.task)})
+        needed = BYTE_VOCABULARY + added
+        if self.data.tokenizer == "byte" and self.model.vocab_size < needed:
+            tokens = f" and the {added} special tokens of data and task" if added else ""
             raise ConfigError(
                 f"model.vocab_size={self.model.vocab_size} is smaller than the byte tokenizer's "
-                f"{byte_vocabulary}: set model.vocab_size to at least {byte_vocabulary}"
+                f"{BYTE_VOCABULARY}{tokens}: set model.vocab_size to at least {needed}"
             )
-        if self.model.moe.num_experts and self.model.moe.router == "expert_choice":
+
+    def _check_causal_experts(self) -> None:
+        """Raises ConfigError for a decoder whose experts choose their tokens."""
+        moe = self.model.moe
+        if moe.num_experts and moe.router == "expert_choice" and self.task != "masked_tokens":
             raise ConfigError(
                 "model.moe.router='expert_choice' looks at later tokens, which a decoder must not: "
                 "set model.moe.router to 'softmax'"
@@ -88,7 +97,7 @@ class RunConfig:
 
     def _check_capacity(self) -> None:
         """Raises ConfigError for a capacity of less than one token of a row."""
-        moe, length = self.model.moe, self.data.sequence_length
+        moe, length = self.model.moe, min(self.row_lengths)
         if not moe.num_experts or moe.dispatch != "capacity" or moe.row_share * length >= 1:
             return
         even_share = length * moe.experts_per_token / moe.num_experts
@@ -97,6 +106,18 @@ class RunConfig:
             "one token of a row: "
             f"set model.moe.capacity_factor to at least {math.ceil(1000 / even_share) / 1000}"
         )
+
+    @property
+    def corrupted_row(self) -> SpanCounts:
+        """Returns how many tokens a row of span corruption has, before and after it."""
+        return corrupted_row(self.data.sequence_length)
+
+    @property
+    def row_lengths(self) -> tuple[int, ...]:
+        """Returns the number of tokens in the rows of a batch: those of each stack of layers."""
+        if self.task == "span_corruption":
+            return self.corrupted_row.inputs, self.corrupted_row.targets
+        return (self.data.sequence_length,)
 
     @property
     def warmup_steps(self) -> int:

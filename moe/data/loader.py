@@ -7,45 +7,58 @@ import grain
 import numpy as np
 from grain.experimental import index_shuffle
 
-from moe.data.rows import Rows
+from moe.data.rows import Rows, Transform, unchanged
 
 # Reading a row is mostly Python, so more threads would only wait for each other.
 _READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)  # in batches
 
 
 def make_loader(
-    rows: Rows, *, batch_size: int, seed: int, examples: int, host_rows: np.ndarray | slice
+    rows: Rows,
+    *,
+    batch_size: int,
+    seed: int,
+    examples: int,
+    host_rows: np.ndarray | slice,
+    transform: Transform = unchanged,
 ) -> grain.DatasetIterator[dict[str, np.ndarray]]:
     """Starts reading the endless training batches, from the example number `examples` on.
 
-    A global batch is a function of (rows, seed, examples, batch_size) alone. This host reads the
-    rows `host_rows` of it, given as indices within the batch. A field that is [...] in a row is
-    [number of host_rows, ...] in the batch. `close()` ends the threads.
+    A global batch is a function of (rows, seed, examples, batch_size) and of `transform` alone.
+    This host reads the rows `host_rows` of it, given as indices within the batch. A field that is
+    [...] in a row is [number of host_rows, ...] in the batch. `close()` ends the threads.
     """
     offsets = np.arange(batch_size)[host_rows]
 
     def read(first: int) -> dict[str, np.ndarray]:
-        numbers = [row_of_example(int(example), len(rows), seed) for example in first + offsets]
-        return _stack([rows[number] for number in numbers])
+        numbers = [int(example) for example in first + offsets]
+        rows_read = [rows[row_of_example(number, len(rows), seed)] for number in numbers]
+        pairs = zip(rows_read, numbers, strict=True)
+        return _stack([transform(row, (seed, number)) for row, number in pairs])
 
     # Grain needs an end of the stream, so it ends at the last number that Grain can count to.
     return _start(grain.MapDataset.range(examples, sys.maxsize - batch_size, batch_size).map(read))
 
 
 def evaluation_batches(
-    rows: Rows, *, batch_size: int, num_batches: int, host_rows: np.ndarray | slice
+    rows: Rows,
+    *,
+    batch_size: int,
+    num_batches: int,
+    host_rows: np.ndarray | slice,
+    transform: Transform = unchanged,
 ) -> grain.DatasetIterator[dict[str, np.ndarray]]:
     """Starts reading the first `num_batches` batches, or all of them if that is 0, in order, once.
 
     Every host reads the same number of batches. Rows of zeros fill the last one up.
     """
     offsets = np.arange(batch_size)[host_rows]
-    padding = {name: np.zeros_like(field) for name, field in rows[0].items()}
+    padding = {name: np.zeros_like(field) for name, field in transform(rows[0], (0, 0)).items()}
     stop = min(num_batches * batch_size or len(rows), len(rows))
 
     def read(first: int) -> dict[str, np.ndarray]:
-        numbers = first + offsets
-        return _stack([rows[int(n)] if n < len(rows) else padding for n in numbers])
+        numbers = [int(number) for number in first + offsets]
+        return _stack([transform(rows[n], (0, n)) if n < len(rows) else padding for n in numbers])
 
     return _start(grain.MapDataset.range(0, stop, batch_size).map(read))
 

@@ -1,8 +1,19 @@
 """Declares what the loader reads rows from."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
+
+# Makes a row's fields of a batch from the fields that `Rows` holds, and from a key. In training the
+# key is (seed, number of the example), so that each epoch draws anew, and in an evaluation it is
+# (0, number of the row), so that each evaluation draws the same.
+Transform = Callable[[dict[str, np.ndarray], tuple[int, ...]], dict[str, np.ndarray]]
+
+
+def unchanged(row: dict[str, np.ndarray], key: tuple[int, ...]) -> dict[str, np.ndarray]:
+    """Returns a row as it is, which is the transform of tasks that draw nothing."""
+    return row
 
 
 class Rows(Protocol):

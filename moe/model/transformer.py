@@ -117,14 +117,16 @@ class Encoder(nn.Module):
 
     `apply(variables, batch)` gives hidden states. The fields of `batch` and the names in `capture`
     are those of `Transformer`. Since no token is to be predicted from those before it, experts may
-    choose their tokens (`moe.router="expert_choice"`).
+    choose their tokens (`moe.router="expert_choice"`). With `makes_logits` it has an `unembed`, for
+    tasks that predict the tokens themselves.
     """
 
     config: ModelConfig
     capture: tuple[str, ...] = ()
+    makes_logits: bool = False
 
     def setup(self) -> None:
-        self.vocabulary = Vocabulary(self.config, makes_logits=False)
+        self.vocabulary = Vocabulary(self.config, self.makes_logits)
         self.stack = Stack(self.config, causal=False, capture=self.capture)
         # The parameters of both lie directly in the model's tree, under no names of their own.
         nn.share_scope(self, self.vocabulary)
@@ -144,6 +146,11 @@ class Encoder(nn.Module):
     def embed(self, batch: Batch) -> jax.Array:
         """Returns the embeddings of `tokens`, [B, T, D], in the compute dtype."""
         return self.vocabulary.embed(batch)
+
+    @on_auto_axes(_hidden_spec)
+    def unembed(self, hidden_BTD: jax.Array) -> jax.Array:
+        """Returns logits [B, T, V] in float32. The encoder must have been made with them."""
+        return self.vocabulary.unembed(hidden_BTD)
 
 
 class EncoderDecoder(nn.Module):

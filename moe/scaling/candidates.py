@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from moe.config import ConfigError, ModelConfig, RunConfig
-from moe.scaling.flops import model_columns, planned_tokens, training_flops_per_token
+from moe.scaling.flops import model_columns, planned_tokens, run_training_flops
 from moe.scaling.shapes import scale_model, scale_run, tune
 
 WIDTH_STEP = 8  # widths are multiples of this
@@ -90,11 +90,10 @@ def _candidate(by_width: dict[int, RunConfig], width: int) -> Candidate | None:
     base = by_width[nearest]
     try:
         model = scale_model(base.model, width) if width != nearest else base.model
-        dataclasses.replace(base, model=model)  # asks whether the mesh can split it
+        run = dataclasses.replace(base, model=model)  # asks whether the mesh can split it
     except ConfigError:
         return None
-    flops = training_flops_per_token(model, base.data.sequence_length)
-    return Candidate(model, base, flops, model_columns(model), is_edge=False)
+    return Candidate(model, base, run_training_flops(run), model_columns(run), is_edge=False)
 
 
 def columns_at(candidates: Sequence[Candidate], budget: float) -> dict[str, np.ndarray]:

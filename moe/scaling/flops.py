@@ -41,15 +41,12 @@ def component_counts(
     exactly `experts_per_token` routed experts, although "capacity" may drop some and the "dense"
     dispatch computes all.
     """
-    d, v = config.model_dim, config.vocab_size
-    counts = [_embedding(config), *_stack_counts(config, sequence_length, mask)]
-    if config.tied_embeddings:
-        return [*counts, Count("unembedding (tied)", f"{d}x{v}", 1, 0, 0, 2.0 * d * v)]
-    return [*counts, _linear("unembedding", f"{d}x{v}", 1, d * v)]
+    stack = _stack_counts(config, sequence_length, mask)
+    return [_embedding(config), *stack, _unembedding(config)]
 
 
 def encoder_counts(config: ModelConfig, sequence_length: int) -> list[Count]:
-    """Returns the components of an encoder, whose tokens see their whole row."""
+    """Returns the components of an encoder without logits, whose tokens see their whole row."""
     return [_embedding(config), *_stack_counts(config, sequence_length, "none")]
 
 
@@ -75,6 +72,42 @@ def encoder_decoder_counts(
     embedding, *rest = component_counts(decoder, sequence_length, mask)
     cross = _cross_attention_counts(decoder, encoder_length, ratio)
     return [embedding, *encoder_stack, *rest[:-1], *cross, rest[-1]]
+
+
+def run_counts(config: RunConfig) -> list[Count]:
+    """Returns the components of the model that a run trains, which its task chooses.
+
+    FLOPs are per token of a row of `config.data.sequence_length`. In span corruption these are the
+    encoder's tokens, of which there are several for each one of the decoder.
+    """
+    model, length = config.model, config.data.sequence_length
+    match config.task:
+        case "masked_tokens":
+            return [*encoder_counts(model, length), _unembedding(model)]
+        case "span_corruption":
+            targets = config.corrupted_row.targets
+            counts = encoder_decoder_counts(model, model, targets, length)
+            return [
+                dataclasses.replace(count, forward_flops=count.forward_flops * targets / length)
+                for count in counts
+            ]
+        case _:
+            return component_counts(model, length)
+
+
+def run_training_flops(config: RunConfig) -> float:
+    """Returns the FLOPs of a run's forward and backward pass per token of its rows."""
+    return training_flops(run_counts(config))
+
+
+def run_parameters(config: RunConfig) -> int:
+    """Returns the number of all parameters of the model that a run trains."""
+    return sum(count.parameters for count in run_counts(config))
+
+
+def run_active_parameters(config: RunConfig) -> int:
+    """Returns how many parameters the forward pass of one token reads, in all of a run's model."""
+    return sum(count.active_parameters for count in run_counts(config))
 
 
 def training_flops(counts: Iterable[Count]) -> float:
@@ -113,18 +146,18 @@ def planned_tokens(config: RunConfig) -> int:
 
 def planned_flops(config: RunConfig) -> float:
     """Returns the FLOPs of a run's training."""
-    length = config.data.sequence_length
-    return planned_tokens(config) * training_flops_per_token(config.model, length)
+    return planned_tokens(config) * run_training_flops(config)
 
 
-def model_columns(config: ModelConfig) -> dict[str, float]:
+def model_columns(run: RunConfig) -> dict[str, float]:
     """Returns what the columns of a table of runs say of a model. A dense one is one expert."""
+    config = run.model
     moe, experts, active, width = config.moe, 1, 1, config.feed_forward_dim
     if moe.num_experts:
         experts, active, width = moe.num_experts, moe.experts_per_token, moe.expert_dim
     return {
-        "parameters": total_parameters(config),
-        "active_parameters": active_parameters(config),
+        "parameters": run_parameters(run),
+        "active_parameters": run_active_parameters(run),
         "embedding_parameters": embedding_parameters(config),
         "experts": experts,
         "experts_per_token": active,
@@ -137,6 +170,14 @@ def _embedding(config: ModelConfig) -> Count:
     """Returns the count of the embedding, which is looked up and not multiplied."""
     v, d = config.vocab_size, config.model_dim
     return Count("embedding", f"{v}x{d}", 1, v * d, v * d, 0.0)
+
+
+def _unembedding(config: ModelConfig) -> Count:
+    """Returns the count of the logits, whose matrix may be the embedding's own."""
+    d, v = config.model_dim, config.vocab_size
+    if config.tied_embeddings:
+        return Count("unembedding (tied)", f"{d}x{v}", 1, 0, 0, 2.0 * d * v)
+    return _linear("unembedding", f"{d}x{v}", 1, d * v)
 
 
 def _stack_counts(config: ModelConfig, sequence_length: int, mask: Mask) -> list[Count]:

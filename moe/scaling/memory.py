@@ -43,16 +43,21 @@ class StateBytes:
 
 
 def state_bytes(config: RunConfig, mesh: MeshConfig) -> StateBytes:
-    """Returns the bytes of a decoder's training state on each device of a resolved mesh.
+    """Returns the bytes of a run's training state on each device of a resolved mesh.
 
     All devices hold equally many. AdamW has two moments for each parameter.
     """
     sizes = dataclasses.asdict(mesh)
-    elements = sum(_elements_on_a_device(array, sizes) for array in _parameters(config.model))
+    arrays = list(_parameters(config.model))
+    stacks = 1
+    if config.task == "span_corruption":  # the encoder's stack, and what the decoder reads it with
+        arrays += [*_stack(config.model), *_cross_attention(config.model)]
+        stacks = 2
+    elements = sum(_elements_on_a_device(array, sizes) for array in arrays)
     return StateBytes(
         parameters=WORD * elements,
         optimizer=WORD * (2 * elements + OPTIMIZER_WORDS),
-        router_state=WORD * _router_biases(config.model),
+        router_state=WORD * stacks * _router_biases(config.model),
         progress=WORD * PROGRESS_WORDS,
         gradients=WORD * elements,
     )
@@ -69,11 +74,17 @@ def _elements_on_a_device(array: Array, sizes: dict[str, int]) -> int:
 
 
 def _parameters(config: ModelConfig) -> Iterator[Array]:
-    """Yields the parameters of a decoder. Layers of one kind are stacked, which splits nothing."""
+    """Yields the parameters of a decoder, and so of an encoder that makes logits."""
     d, v = config.model_dim, config.vocab_size
     yield Array("VD", (v, d))
     if not config.tied_embeddings:
         yield Array("DV", (d, v))
+    yield from _stack(config)
+
+
+def _stack(config: ModelConfig) -> Iterator[Array]:
+    """Yields the parameters of a stack. Layers of one kind are stacked, which splits nothing."""
+    d = config.model_dim
     yield Array("D", (d,))  # the final norm
     num_sparse = len(config.sparse_layers)
     num_dense = config.num_layers - num_sparse
@@ -87,13 +98,24 @@ def _parameters(config: ModelConfig) -> Iterator[Array]:
 
 def _attention(config: ModelConfig) -> Iterator[Array]:
     """Yields the weights of a layer's attention, and the scales of the layer's two norms."""
+    yield from _mixing(config)
+    yield Array("D", (config.model_dim,))
+    yield Array("D", (config.model_dim,))
+
+
+def _cross_attention(config: ModelConfig) -> Iterator[Array]:
+    """Yields the weights of all layers' cross-attention, and the scales of its norms."""
+    for dims, shape in (*_mixing(config), Array("D", (config.model_dim,))):
+        yield Array(f"L{dims}", (config.num_layers, *shape))
+
+
+def _mixing(config: ModelConfig) -> Iterator[Array]:
+    """Yields the four weights of an attention part."""
     d, h = config.model_dim, config.head_dim
     yield Array("DNH", (d, config.num_heads, h))
     yield Array("DKH", (d, config.num_kv_heads, h))
     yield Array("DKH", (d, config.num_kv_heads, h))
     yield Array("NHD", (config.num_heads, h, d))
-    yield Array("D", (d,))
-    yield Array("D", (d,))
 
 
 def _feed_forward(d: int, f: int) -> Iterator[Array]:

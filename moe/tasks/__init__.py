@@ -1,7 +1,10 @@
 """Provides the tasks that a run can train, each as a `Task`."""
 
 from moe.config import ConfigError, RunConfig
+from moe.tasks.fill_in_the_middle import fill_in_the_middle
 from moe.tasks.language_modelling import language_modelling
+from moe.tasks.masked_tokens import masked_tokens
+from moe.tasks.span_corruption import span_corruption
 from moe.tasks.task import Task
 
 __all__ = ["Task", "choose_task", "make_task"]
@@ -15,6 +18,12 @@ def make_task(config: RunConfig) -> Task:
     match config.task:
         case "language_modelling":
             return language_modelling(config)
+        case "fill_in_the_middle":
+            return fill_in_the_middle(config)
+        case "masked_tokens":
+            return masked_tokens(config)
+        case "span_corruption":
+            return span_corruption(config)
         case "custom":
             raise ConfigError(
                 "config.task='custom' needs a Task from the program that trains the run: "

@@ -13,7 +13,7 @@ from moe.data.rows import Rows
 from moe.losses import Sums
 from moe.model.stack import Output
 from moe.model.transformer import Transformer
-from moe.scaling.flops import training_flops_per_token
+from moe.scaling.flops import run_training_flops
 from moe.tasks.task import Batch, Task, Unembed
 
 DIMS: dict[str, str] = {
@@ -37,13 +37,8 @@ def language_modelling(config: RunConfig) -> Task:
         counts=counts,
         metrics=losses.metrics,
         score=score,
-        training_flops=training_flops,
+        training_flops=run_training_flops,
     )
-
-
-def training_flops(config: RunConfig) -> float:
-    """Returns the FLOPs of the forward and backward pass of the decoder per token."""
-    return training_flops_per_token(config.model, config.data.sequence_length)
 
 
 def prepare_rows(config: RunConfig, split: str) -> Rows:

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from moe.config import ModelConfig, RunConfig
-from moe.data.rows import Rows
+from moe.data.rows import Rows, Transform, unchanged
 from moe.losses import Sums
 from moe.model.stack import Output
 from moe.model.tokens import Batch
@@ -61,3 +61,10 @@ class Task(NamedTuple):
     # Returns the training FLOPs per token of a row (`moe.scaling.flops`). MFU is computed from it,
     # and is left out where it is None.
     training_flops: Callable[[RunConfig], float] | None = None
+
+    # The names of the tokens that the task adds to the vocabulary of the run's tokenizer.
+    special_tokens: tuple[str, ...] = ()
+
+    # Makes the function from a row that `rows` holds to the row's fields of a batch. It is pure
+    # NumPy and takes its random numbers from its key alone (`moe.data.rows.Transform`).
+    transform: Callable[[RunConfig], Transform] = lambda config: unchanged

@@ -59,6 +59,7 @@ def _sum_over_batches(
         batch_size=size,
         num_batches=config.train.eval_batches,
         host_rows=host_rows(program.mesh, size),
+        transform=program.task.transform(config),
     )
     totals: losses.Sums = {}
     with jax.set_mesh(program.mesh):

@@ -222,6 +222,7 @@ def _train_batches(run: _Run, examples: int) -> Iterator[Iterator[Batch]]:
         seed=run.config.seed,
         examples=examples,
         host_rows=host_rows(mesh, size),
+        transform=run.program.task.transform(run.config),
     )
     with contextlib.closing(loader):
         yield (global_batch(fields, mesh, size, run.program.task.dims) for fields in loader)

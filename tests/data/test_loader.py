@@ -211,3 +211,27 @@ def test_an_error_in_a_reading_thread_reaches_the_consumer(
     with pytest.raises(OSError, match=r"rows-00000\.array_record is damaged"):
         next(batches)
     batches.close()
+
+
+def with_key(row: dict[str, np.ndarray], key: tuple[int, ...]) -> dict[str, np.ndarray]:
+    """A transform that shows which row it was given, and with which key."""
+    return {"tokens": row["tokens"], "key": np.array(key) + 1}
+
+
+def test_a_transform_gets_the_rows_and_the_numbers_of_their_examples(few: PreparedRows):
+    """Each epoch draws anew, and a host's part of a batch has the keys of the whole batch."""
+    plain = train(few, 6, examples=3, seed=7)
+    options = {"batch_size": 4, "seed": 7, "examples": 3, "transform": with_key}
+    batch = take(make_loader(few, host_rows=EVERYTHING, **options), 6)
+    np.testing.assert_array_equal(batch["tokens"], plain["tokens"])
+    assert batch["key"].tolist() == [[8, number + 1] for number in range(3, 27)]
+    part = take(make_loader(few, host_rows=np.array([1, 3]), **options), 6)
+    np.testing.assert_array_equal(
+        part["key"], batch["key"].reshape(6, 4, 2)[:, [1, 3]].reshape(12, 2)
+    )
+
+
+def test_an_evaluation_draws_by_the_number_of_the_row(few: PreparedRows):
+    options = {"batch_size": 4, "num_batches": 0, "host_rows": EVERYTHING, "transform": with_key}
+    keys = take(evaluation_batches(few, **options), 99)["key"]
+    assert keys.tolist() == [[1, number + 1] for number in range(11)] + [[0, 0]]

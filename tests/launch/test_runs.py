@@ -109,7 +109,7 @@ def test_summary_counts_llama_2_7b():
         num_kv_heads=32,
         head_dim=128,
     )
-    text = summary(model, 4096)
+    text = summary(RunConfig(model=model, data=DataConfig(sequence_length=4096)))
     assert (
         "parameters: 6,738,415,616 (6,476,271,616 without embeddings), active per token: "
         "6,738,415,616 (6,476,271,616 without embeddings)" in text

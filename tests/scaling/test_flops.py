@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe.config import ModelConfig, MoEConfig
+from moe.config import DataConfig, ModelConfig, MoEConfig, RunConfig
 from moe.kernels.attention import Choice
 from moe.model import attention
 from moe.model.transformer import Encoder, EncoderDecoder, Transformer
 from moe.parameters import declarations, is_declared
 from moe.scaling import flops
+from moe.tasks import make_task
 from tests.scaling.program_matmuls import matmul_flops
 
 CONFIG = ModelConfig(
@@ -207,7 +208,7 @@ def program_flops(model, batch):
 
     def forward(variables):
         hidden = model.apply(variables, batch).hidden
-        if isinstance(model, Encoder):
+        if isinstance(model, Encoder) and not model.makes_logits:
             return hidden.sum()
         return model.apply(variables, hidden, method="unembed").sum()
 
@@ -262,6 +263,33 @@ def test_flops_equal_the_matmuls_of_encoders(reference_attention):
     counts = flops.encoder_decoder_counts(decoder, encoder, 24, LENGTH, mask="none")
     assert program_flops(EncoderDecoder(decoder, encoder), batch)[0] == pytest.approx(
         24 * flops.training_flops(counts) / 3 + statistics, rel=1e-12
+    )
+
+
+@pytest.mark.parametrize("task", ["masked_tokens", "span_corruption", "fill_in_the_middle"])
+def test_flops_of_a_run_equal_the_matmuls_of_its_model(task, reference_attention):
+    """A decoder's causal mask hides keys that the reference computes."""
+    config = RunConfig(
+        task=task,
+        model=dataclasses.replace(CONFIG, scan_layers=False),
+        data=DataConfig(sequence_length=LENGTH),
+    )
+    made = make_task(config)
+    batch = {name: row[:1] for name, row in made.random_rows(config, 1).items()}
+    forward, _ = program_flops(made.model(config.model), batch)
+    hidden_keys = {
+        "masked_tokens": 0,
+        "span_corruption": sum(range(config.row_lengths[-1])),
+        "fill_in_the_middle": sum(range(LENGTH)),
+    }
+    scores = CONFIG.num_layers * 4 * CONFIG.num_heads * CONFIG.head_dim * hidden_keys[task]
+    assert LENGTH * made.training_flops(config) / 3 + scores == pytest.approx(forward, rel=1e-12)
+    leaves = jax.tree.leaves(
+        declarations(made.model(config.model), made.init_batch), is_leaf=is_declared
+    )
+    assert flops.run_parameters(config) == sum(leaf.value.size for leaf in leaves)
+    assert flops.planned_flops(config) == pytest.approx(
+        1000 * 16 * LENGTH * made.training_flops(config)
     )
 
 

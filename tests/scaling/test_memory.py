@@ -98,6 +98,12 @@ def test_bytes_equal_those_of_the_shards_on_every_device(name, mesh):
     check_bytes(run_config(MODELS[name], mesh))
 
 
+@pytest.mark.parametrize("task", ["masked_tokens", "span_corruption", "fill_in_the_middle"])
+def test_bytes_of_a_run_equal_those_of_its_tasks_model(task):
+    config = run_config(MODELS["sparse"], MeshConfig(data=1, fsdp=2, expert=2, tensor=2))
+    check_bytes(dataclasses.replace(config, task=task))
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("mesh", MESHES, ids=lambda mesh: "x".join(map(str, mesh.sizes)))
 @pytest.mark.parametrize("name", MODELS)

@@ -1,0 +1,49 @@
+"""Defines masked tokens: an encoder predicts those tokens of a text that it does not see."""
+
+import functools
+
+import numpy as np
+
+from moe import losses
+from moe.config import RunConfig
+from moe.config.objectives import MASK_TOKEN, special_tokens
+from moe.data.objectives.masking import mask_tokens
+from moe.data.rows import Transform
+from moe.data.tokenizers import make_tokenizer
+from moe.model.transformer import Encoder
+from moe.scaling.flops import run_training_flops
+from moe.tasks.language_modelling import DIMS, counts, next_token_loss, prepare_rows, random_rows
+from moe.tasks.task import Task
+
+
+def masked_tokens(config: RunConfig) -> Task:
+    """Returns the task of an encoder that predicts masked tokens of packed documents.
+
+    Only the loss mask and the model differ from language modelling: a target is the token of its
+    own position, and a loss per masked token says nothing of bits per byte.
+    """
+    return Task(
+        model=functools.partial(Encoder, makes_logits=True),
+        dims=DIMS,
+        init_batch={"tokens": np.zeros((1, 1), np.int32)},
+        rows=prepare_rows,
+        random_rows=random_rows,
+        loss=next_token_loss(config.train.loss_chunk),
+        counts=counts,
+        metrics=losses.metrics,
+        score=lambda sums, rows: {},
+        training_flops=run_training_flops,
+        special_tokens=special_tokens("masked_tokens"),
+        transform=transform,
+    )
+
+
+def transform(config: RunConfig) -> Transform:
+    """Returns the function that masks the tokens of a prepared row."""
+    tokenizer = make_tokenizer(config.data, special_tokens(config.task))
+    return functools.partial(
+        mask_tokens,
+        mask_id=tokenizer.special_ids[MASK_TOKEN],
+        boundary_id=tokenizer.boundary_id,
+        vocab_size=tokenizer.vocab_size,
+    )
