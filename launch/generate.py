@@ -37,7 +37,7 @@ def generate(
     """
     _check_input(prompts, seed)
     # These load JAX, which --help need not wait for.
-    from moe.data.tokenizers import make_tokenizer
+    from moe.data.tokenizers import TextStream, make_tokenizer
     from moe.inference.generate import Sampling, check_sampling, generate
     from moe.training import start, trainer
 
@@ -57,7 +57,11 @@ def generate(
         seed=seed,
         sampling=sampling,
     )
-    return [tokenizer.decode(new) for new in continued]
+    # The prompt says whether a space belongs between it and the first word.
+    return [
+        (stream := TextStream(tokenizer, prompt)).push(new) + stream.finish()
+        for prompt, new in zip(tokens, continued, strict=True)
+    ]
 
 
 def _check_input(prompts: Sequence[str], seed: int) -> None:

@@ -11,7 +11,8 @@ Runs the first batches of the validation split through a checkpoint, and counts 
 which experts, layer by layer:
     load            each expert's share of all assignments; an even load gives each 1/E of them
     token classes   the same share among letters alone, digits alone, and so on. A class prefers an
-                    expert whose share is more than the even one
+                    expert whose share is more than the even one. A token of several characters
+                    counts as its first one that is no space
     co-activation   the share of an expert's tokens that also chose another expert
     vocabulary      the share of an id's tokens that chose the id's most frequent expert. It is 1
                     where the id alone decides. If ids decided nothing, it would be the share of all
@@ -87,6 +88,7 @@ def measure(
     """
     # These load JAX, which bad input need not wait for.
     from moe.data.prepare import prepare
+    from moe.data.tokenizers import make_tokenizer
     from moe.training import trainer
     from moe.workdir import checkpoint
 
@@ -113,7 +115,10 @@ def measure(
                 )
             )
             saturation[earlier_step] = rounded(routing_analysis.saturation(overlap))
-    classes = routing_analysis.token_classes(vocab_size, rows.boundary_id)
+    tokenizer = make_tokenizer(config.data)
+    special_ids = {tokenizer.boundary_id, *tokenizer.special_ids.values()}
+    texts = [tokenizer.decode([id]) for id in range(vocab_size)]
+    classes = routing_analysis.token_classes(texts, special_ids)
     return checkpoint_statistics(config, step, counts, classes) | {"saturation": saturation}
 
 

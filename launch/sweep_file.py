@@ -9,6 +9,7 @@ from launch.command_line import read_run_config
 from launch.config_file import ConfigFileErrors, check_config_file
 from moe.config import ConfigError, RunConfig
 from moe.data.sources import check_dataset
+from moe.data.tokenizers import check_tokenizer
 from moe.files import announce_wait
 from moe.scaling.sweep import Point, Run, expand, link, overrides_between
 from moe.storage.paths import RunPath
@@ -151,6 +152,8 @@ def check_runs(planned: Sequence[Planned], workdir: RunPath) -> None:
     """Raises ConfigError for a data set that is not there, or a directory of another run."""
     for data in {one.run.config.data for one in planned}:
         check_dataset(data)
+    for one in planned:
+        check_tokenizer(one.run.config)
     for one in distinct(planned):
         if (workdir / one.name / CONFIG_FILE).exists():
             check_workdir(workdir / one.name, one.run.config)

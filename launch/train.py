@@ -11,8 +11,9 @@ Examples:
     python -m launch.train --config=configs/experiments/schedules.py:wsd --workdir=runs/short \\
         --fork_from=runs/long --fork_step=400 --config.train.steps=500
 
-A run directory holds config.json, environment.jsonl, metrics.jsonl, tensorboard/, checkpoints/ and
-run.lock (lease/, on a mount or at gs://); that of a model with experts holds router.jsonl too. The
+A run directory holds config.json, environment.jsonl, metrics.jsonl, tensorboard/, checkpoints/,
+run.lock (lease/, on a mount or at gs://), and a copy of its tokenizer's file in tokenizer/; that
+of a model with experts holds router.jsonl too. The
 same command on an existing run directory goes on from its latest checkpoint, to the same numbers
 bit for bit. With more --config.train.steps a finished run goes on. From there it follows the
 learning rates of the schedule for the new number of steps. Ctrl-C (SIGINT) and SIGTERM save before
@@ -44,8 +45,10 @@ from absl import flags
 from launch import command_line
 from moe.config import ConfigError
 from moe.data.sources import check_dataset
+from moe.data.tokenizers import check_tokenizer
 from moe.exit_codes import DIVERGED, INTERRUPTED
 from moe.storage.paths import run_path
+from moe.workdir.identity import use_stored_tokenizer
 from moe.workdir.source import read_source
 
 
@@ -58,6 +61,7 @@ def main(values: flags.FlagValues) -> int:
     read_source(**sources)  # which tells mistakes that `fit` would tell only later
     steps = read_profile_steps(values.profile_steps, config.train.steps)
     check_dataset(config.data)
+    check_tokenizer(use_stored_tokenizer(workdir, config))
     # This loads JAX, which bad input need not wait for.
     from moe.training.trainer import Diverged, Interrupted, fit
 

@@ -14,12 +14,12 @@ The functions that return shares come after that, and divide the counts of the w
 
 import functools
 import string
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-# The classes of characters, by their ids in the byte tokenizer. `token_classes` adds two more.
+# The classes of characters. `token_classes` adds two more.
 _CHARACTERS = {
     "lower case": string.ascii_lowercase,
     "upper case": string.ascii_uppercase,
@@ -30,6 +30,7 @@ _CHARACTERS = {
     "operators": "+-*/%=<>&|^~@!",
     "punctuation": "\"'`#$,.:;?\\_",
 }
+_SPECIAL, _OTHER = "boundaries", "other characters"
 
 
 class ChoiceCounts(NamedTuple):
@@ -58,16 +59,20 @@ class VocabularySpecialisation(NamedTuple):
 Counts = TypeVar("Counts", ChoiceCounts, OverlapCounts)
 
 
-def token_classes(vocab_size: int, boundary_id: int) -> dict[str, np.ndarray]:
-    """Returns the byte tokenizer's ids by kind of character; every id is in exactly one class."""
-    classes = {
-        name: np.array([ord(character) for character in characters])
-        for name, characters in _CHARACTERS.items()
-    }
-    classes["boundaries"] = np.array([boundary_id])  # between documents
-    named = np.concatenate(list(classes.values()))
-    classes["other bytes"] = np.setdiff1d(np.arange(vocab_size), named)
-    return classes
+def token_classes(texts: Sequence[str], special_ids: Collection[int]) -> dict[str, np.ndarray]:
+    """Returns the ids of a vocabulary by kind of character; every id is in exactly one class.
+
+    `texts` holds the text of each id. A token of several characters belongs to the class of its
+    first one that is no space, tab or line end, since many tokens are a word with a space before
+    it. Where it has no other, the last one decides. `special_ids`, which stand for no text, are the
+    boundaries between documents and other special tokens.
+    """
+    names = {character: name for name, group in _CHARACTERS.items() for character in group}
+    classes: dict[str, list[int]] = {name: [] for name in (*_CHARACTERS, _SPECIAL, _OTHER)}
+    for id, text in enumerate(texts):
+        decisive = (text.lstrip(" \t\n\r") or text[-1:])[:1]
+        classes[_SPECIAL if id in special_ids else names.get(decisive, _OTHER)].append(id)
+    return {name: np.array(ids, int) for name, ids in classes.items()}
 
 
 def count_choices(

@@ -41,7 +41,7 @@ from moe.training.train_step import Program, TrainState, make_program
 from moe.workdir import checkpoint
 from moe.workdir.checkpoint import Checkpoints
 from moe.workdir.first_lines import first_lines
-from moe.workdir.identity import read_config, read_saved_config, write_config
+from moe.workdir.identity import read_config, read_saved_config, use_stored_tokenizer, write_config
 from moe.workdir.origin import find_origin, read_state, read_variables, write_origin
 from moe.workdir.source import Origin, Source
 from moe.workdir.tracking import MetricWriter, check_workdir, copy_lines, write_environment
@@ -273,7 +273,7 @@ def load_run(
     if there is no such run or step.
     """
     workdir = run_path(workdir)
-    config = read_config(workdir)
+    config = use_stored_tokenizer(workdir, read_config(workdir))
     devices = jax.device_count()
     mesh = MeshConfig(data=-1, fsdp=math.gcd(config.model.model_dim, devices))
     # The devices must be able to split a batch, so the batch size is rounded up to a multiple.

@@ -36,6 +36,7 @@ from moe.training.train_step import Program, TrainState, make_program
 from moe.training.vote import Vote, asks_to_stop
 from moe.workdir import checkpoint
 from moe.workdir.checkpoint import Checkpoints
+from moe.workdir.identity import use_stored_tokenizer
 from moe.workdir.source import Origin, read_source
 
 __all__ = ["Diverged", "Interrupted", "fit", "load_run"]
@@ -117,6 +118,7 @@ def _fit(
     profile_steps: range | None,
 ) -> dict[str, float]:
     """Trains as `fit` does, once this run's lock is held, and returns the last validation."""
+    given, config = config, use_stored_tokenizer(workdir, config)
     train_rows = program.task.rows(config, config.data.train_split)
     validation_rows = program.task.rows(config, config.data.validation_split)
     with contextlib.ExitStack() as stack:
@@ -124,7 +126,7 @@ def _fit(
         checkpoints = stack.enter_context(checkpoint.open_checkpoints(workdir, config, check))
         state = first_state(config, workdir, program, checkpoints, train_rows, origin, bar, check)
         report_new_schedule(workdir, config, state)
-        records = open_records(workdir, config, program, int(state.step), check)
+        records = open_records(workdir, given, program, int(state.step), check)
         records = stack.enter_context(records)
         save_seconds = lambda: checkpoints.longest_save_seconds
         vote = Vote(program.mesh, asks_to_stop(interrupted, os.environ, save_seconds))

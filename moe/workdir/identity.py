@@ -5,6 +5,7 @@ whole, and so marks the checkpoint as complete: a directory without one is never
 object store cannot rename a directory, but it can write one file whole.)
 """
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Collection
@@ -13,6 +14,7 @@ from typing import Any
 from moe.config import PLACE_FIELDS, ConfigError, RunConfig, flatten
 from moe.storage.owner import Check, unchecked
 from moe.storage.paths import RunPath, write_whole
+from moe.storage.tokenizer import check_same, local_copy, read_stored
 
 FORMAT_VERSION = 3
 CONFIG_FILE = "config.json"
@@ -151,7 +153,8 @@ def differing_fields(
 ) -> list[str]:
     """Returns a phrase for each field that makes `config` another experiment than `saved`.
 
-    The `allowed` fields may differ, and so may those that say where a run is computed.
+    The `allowed` fields may differ, and so may those that say where a run is computed. So may the
+    paths of two tokenizers, whose contents `use_stored_tokenizer` compares.
     """
     may_differ = {*allowed, *PLACE_FIELDS}
     return [
@@ -159,8 +162,27 @@ def differing_fields(
         for (name, before), (_, after) in zip(
             flatten(saved.to_dict()), flatten(config.to_dict()), strict=True
         )
-        if before != after and may_differ.isdisjoint((name, name.split(".")[0]))
+        if before != after
+        and may_differ.isdisjoint((name, name.split(".")[0]))
+        and (name != "data.tokenizer" or "byte" in (before, after))
     ]
+
+
+def use_stored_tokenizer(workdir: RunPath, config: RunConfig) -> RunConfig:
+    """Returns the config with the path of the run's own copy of its tokenizer.
+
+    A run that has not begun has none, and neither has one in bytes; their config is returned as it
+    is. Raises ConfigError if the config names a file that is another tokenizer, and for a damaged
+    copy.
+    """
+    if config.data.tokenizer == "byte" or read_saved_config(workdir) is None:
+        return config
+    stored = read_stored(workdir)
+    if stored is None:
+        return config
+    check_same(workdir, stored, config.data)
+    path = str(local_copy(stored, config.data))
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=path))
 
 
 def _digest(about: dict[str, Any]) -> str:

@@ -98,8 +98,11 @@ def test_saturation_ignores_the_order_of_choices_and_dropped_assignments() -> No
     assert saturation(OverlapCounts(np.array([0]), np.array([0]))).tolist() == [0]
 
 
+TEXTS = [bytes([id]).decode(errors="replace") for id in range(256)] + ["\ufffd"] * 44
+
+
 def test_every_id_is_in_one_class() -> None:
-    classes = token_classes(vocab_size=300, boundary_id=0xFF)
+    classes = token_classes(TEXTS, {0xFF})
     assert sorted(np.concatenate(list(classes.values()))) == list(range(300))
 
 
@@ -116,10 +119,23 @@ def test_every_id_is_in_one_class() -> None:
         (ord("="), "operators"),
         (ord("_"), "punctuation"),
         (0xFF, "boundaries"),
-        (0xE9, "other bytes"),
-        (299, "other bytes"),
+        (0xE9, "other characters"),
+        (299, "other characters"),
     ],
 )
 def test_an_id_is_in_the_class_of_its_character(token: int, name: str) -> None:
-    classes = token_classes(vocab_size=300, boundary_id=0xFF)
+    classes = token_classes(TEXTS, {0xFF})
     assert [found for found, ids in classes.items() if token in ids] == [name]
+
+
+def test_a_token_of_several_characters_is_in_the_class_of_its_first_visible_one() -> None:
+    texts = [" def", "\n    ", "    ", ").", "  \u6570", "", "<x>", "_Name"]
+    classes = token_classes(texts, {5, 6})
+    assert {name: ids.tolist() for name, ids in classes.items() if len(ids)} == {
+        "lower case": [0],
+        "spaces, tabs": [1, 2],
+        "brackets": [3],
+        "boundaries": [5, 6],
+        "other characters": [4],
+        "punctuation": [7],
+    }

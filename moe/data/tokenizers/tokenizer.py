@@ -12,6 +12,8 @@ from moe.config.checks import show
 
 REPLACEMENT = "\ufffd"  # what decoding gives for bytes that are not UTF-8, and for unknown ids
 
+_UNKNOWN, _TEXT, _DROPPED = range(3)  # what an id may stand for
+
 
 class Vocabulary(Protocol):
     """Turns text into ids and back, with no notion of special tokens or documents.
@@ -105,8 +107,8 @@ class Tokenizer:
         does each id that the tokenizer does not know: a model's vocabulary may be the larger one.
         """
         ids = np.asarray(ids, np.int64)
-        ids = ids[~np.isin(ids, self._dropped_ids)]
-        is_known = np.isin(ids, self.vocabulary.text_ids)
+        kinds = self._kinds[np.where(ids < 0, self.vocab_size, np.minimum(ids, self.vocab_size))]
+        ids, is_known = ids[kinds != _DROPPED], (kinds == _TEXT)[kinds != _DROPPED]
         starts = np.flatnonzero(np.diff(is_known)) + 1
         runs = zip(np.split(ids, starts), np.split(is_known, starts), strict=True)
         return "".join(
@@ -116,9 +118,12 @@ class Tokenizer:
         )
 
     @functools.cached_property
-    def _dropped_ids(self) -> np.ndarray:
-        """Returns the ids that stand for no text."""
-        return np.unique([self.boundary_id, *self.special_ids.values()])
+    def _kinds(self) -> np.ndarray:
+        """Returns the kind of each id, and of one beyond the vocabulary."""
+        kinds = np.full(self.vocab_size + 1, _UNKNOWN)
+        kinds[self.vocabulary.text_ids] = _TEXT
+        kinds[[self.boundary_id, *self.special_ids.values()]] = _DROPPED
+        return kinds
 
 
 class TextStream:
