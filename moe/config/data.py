@@ -21,10 +21,15 @@ MAX_SEQUENCE_LENGTH = 2**24  # rotary positions are float32, which cannot tell l
 class DataConfig:
     """Says where the text comes from and how it becomes rows of tokens."""
 
-    # The data set: "stdlib" (the Python standard library), or the TFDS name "name/config:version"
-    # of any data set that has a "text" feature.
+    # The data set: "text:PATH" (your own files: a file, a directory or a glob, here, at gs:// or at
+    # s3://), "arrow:PATH" (a directory that Hugging Face's datasets have saved), "tokens:PATH" (a
+    # directory of token files), "stdlib" (the Python standard library), or a TFDS name,
+    # "name/config:version".
     dataset: str = "stdlib"
     text_field: str = "text"  # the field of an example that holds its text
+    # Whether documents of "text:PATH" that cannot be read are counted and left out. They are errors
+    # otherwise.
+    skip_bad_documents: bool = False
     train_split: str = "train"  # the split that the model is trained on
     validation_split: str = "validation"  # the split that evaluations read
     # How text becomes token ids: "byte" takes its UTF-8 bytes. Otherwise this is the path of a

@@ -25,6 +25,7 @@ from moe.data.chat import read_template
 from moe.data.packing.concat import unpack
 from moe.data.shards import ShardCounts, ShardJob, decode_record, shard_name, write_shard
 from moe.data.sources import open_documents, source_name
+from moe.data.token_files import TokenFileRows, open_token_rows
 from moe.data.tokenizers import make_tokenizer
 from moe.files import flush, hold_lock
 
@@ -99,6 +100,12 @@ class PreparedRows:
             )
             for shard in range(len(self.rows_per_shard))
         ]
+
+
+def open_split(config: DataConfig, split: str) -> PreparedRows | TokenFileRows:
+    """Returns the rows of a split, which are prepared first unless they are files of tokens."""
+    is_tokens = config.dataset.startswith("tokens:")
+    return open_token_rows(config, split) if is_tokens else prepare(config, split)
 
 
 def prepare(config: DataConfig, split: str, num_workers: int | None = None) -> PreparedRows:

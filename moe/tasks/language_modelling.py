@@ -44,9 +44,9 @@ def language_modelling(config: RunConfig) -> Task:
 def prepare_rows(config: RunConfig, split: str) -> Rows:
     """Opens a split's packed rows, and prepares them first if they do not exist yet."""
     # Preparing data needs the packages of the extra `run`. The loss alone needs none of them.
-    from moe.data.prepare import prepare
+    from moe.data.prepare import open_split
 
-    return prepare(config.data, split)
+    return open_split(config.data, split)
 
 
 def random_rows(config: RunConfig, num_rows: int) -> dict[str, np.ndarray]:
@@ -87,7 +87,9 @@ def counts(batch: Batch) -> Sums:
 
 
 def score(sums: Sums, rows: Any) -> dict[str, float]:
-    """Returns an evaluation's bits per byte."""
+    """Returns an evaluation's bits per byte, if the rows know their bytes."""
+    if not rows.num_bytes:
+        return {}
     loss = float(losses.mean(sums["loss"], sums["targets"]))
     return {"bits_per_byte": bits_per_byte(loss, rows.num_targets, rows.num_bytes)}
 

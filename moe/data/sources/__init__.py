@@ -1,8 +1,13 @@
-"""Finds documents: data sets of TFDS, and the standard library's text as one of them."""
+"""Finds documents: the user's files, saved Hugging Face data sets, and data sets of TFDS.
+
+The prefix of `data.dataset` says which of them it is. Importing TFDS or Arrow takes a second, so a
+source is imported only where it is used.
+"""
 
 from moe.config import DataConfig
 from moe.data.sources import tfds
 from moe.data.sources.document import Document, Documents
+from moe.data.sources.listing import find_files
 
 __all__ = [
     "Document",
@@ -19,7 +24,17 @@ def source_name(config: DataConfig) -> str:
 
     Raises ConfigError for a data set that does not exist.
     """
-    return tfds.source_name(config)
+    match config.dataset.partition(":")[0]:
+        case "text":
+            from moe.data.sources import text_files
+
+            return text_files.source_name(config)
+        case "arrow":
+            from moe.data.sources import arrow
+
+            return arrow.source_name(config)
+        case _:
+            return tfds.source_name(config)
 
 
 def check_dataset(config: DataConfig) -> None:
@@ -27,7 +42,21 @@ def check_dataset(config: DataConfig) -> None:
 
     Nothing is downloaded or prepared, and JAX is not imported.
     """
-    tfds.check_dataset(config)
+    match config.dataset.partition(":")[0]:
+        case "text":
+            find_files(config.dataset.removeprefix("text:"))
+        case "arrow":
+            from moe.data.sources import arrow
+
+            for split in (config.train_split, config.validation_split):
+                arrow.open_arrow(config, split)
+        case "tokens":
+            from moe.data.token_files import open_token_rows
+
+            for split in (config.train_split, config.validation_split):
+                open_token_rows(config, split)
+        case _:
+            tfds.check_dataset(config)
 
 
 def open_documents(config: DataConfig, split: str) -> Documents:
@@ -36,9 +65,29 @@ def open_documents(config: DataConfig, split: str) -> Documents:
     Raises ConfigError for a data set or a split that does not exist or has no text, and OSError if
     preparing it fails.
     """
-    return tfds.open_documents(config, split)
+    match config.dataset.partition(":")[0]:
+        case "text":
+            from moe.data.sources import text_files
+
+            return text_files.open_text_files(config, split)
+        case "arrow":
+            from moe.data.sources import arrow
+
+            return arrow.open_arrow(config, split)
+        case _:
+            return tfds.open_documents(config, split)
 
 
 def reopen_documents(config: DataConfig, split: str, directory: str) -> Documents:
     """Returns the documents that `open_documents` has found in `directory`, in another process."""
-    return tfds.TfdsDocuments(directory, split, config.text_field)
+    match config.dataset.partition(":")[0]:
+        case "text":
+            from moe.data.sources.records import RecordDocuments
+
+            return RecordDocuments(directory, split)
+        case "arrow":
+            from moe.data.sources import arrow
+
+            return arrow.open_arrow(config, split)
+        case _:
+            return tfds.TfdsDocuments(directory, split, config.text_field)

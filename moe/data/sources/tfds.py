@@ -3,12 +3,13 @@
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import io
 import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -112,16 +113,28 @@ def open_documents(config: DataConfig, split: str) -> TfdsDocuments:
     """
     builder = _builder(config)
     _check_text(config, builder)
-    if not _is_prepared(builder):
-        with hold_lock(config.path / "tfds" / f"{builder.name}.lock") as has_lock:
-            # Killed processes may have left directories, which are deleted here. Without a lock,
-            # another process may still be writing to them.
-            if has_lock:
-                for stale in Path(builder.data_dir).parent.glob("incomplete.*"):
-                    shutil.rmtree(stale, ignore_errors=True)
-            builder = _download_and_prepare(config)
+    builder = prepare_builder(config, lambda: _builder(config))
     _check_split(config, builder, split)
     return TfdsDocuments(os.fspath(builder.data_dir), split, config.text_field)
+
+
+def prepare_builder(
+    config: DataConfig, make: Callable[[], "tfds.core.DatasetBuilder"]
+) -> "tfds.core.DatasetBuilder":
+    """Returns a builder that `make` makes, prepared by this process or by another one.
+
+    Raises ConfigError for examples that cannot be read, and OSError if preparing fails.
+    """
+    builder = make()
+    if is_prepared(builder):
+        return builder
+    with hold_lock(Path(builder.data_dir_root, f"{builder.name}.lock")) as has_lock:
+        # Killed processes may have left directories, which are deleted here. Without a lock,
+        # another process may still be writing to them.
+        if has_lock:
+            for stale in Path(builder.data_dir).parent.glob("incomplete.*"):
+                shutil.rmtree(stale, ignore_errors=True)
+        return _download_and_prepare(config, make)
 
 
 def check_dataset(config: DataConfig) -> None:
@@ -135,9 +148,35 @@ def check_dataset(config: DataConfig) -> None:
         return
     builder = _builder(config)
     _check_text(config, builder)
-    if _is_prepared(builder):
+    if is_prepared(builder):
         for split in splits:
             _check_split(config, builder, split)
+    else:
+        _tell_needs(config, builder)
+
+
+def _tell_needs(config: DataConfig, builder: "tfds.core.DatasetBuilder") -> None:
+    """Prints what preparing a data set downloads, and refuses one that needs TensorFlow.
+
+    TFDS tells neither. A builder that uses TensorFlow has it as a name of its file, where TFDS
+    loads it when it is first used.
+    """
+    names = vars(sys.modules[type(builder).__module__])
+    wanted = {"tf": "tensorflow", "tensorflow": "tensorflow", "beam": "apache_beam"}
+    for package in {wanted[name] for name in wanted if name in names}:
+        if importlib.util.find_spec(package) is None:
+            raise ConfigError(
+                f"data.dataset={config.dataset!r} needs {package} to be prepared, which is not "
+                "installed: prepare it where it is, by `tfds build --file_format=array_record`, "
+                f"and copy it to {builder.data_dir}"
+            )
+    urls = builder.url_infos or {}
+    if size := sum(url.size or 0 for url in urls.values()):
+        print(
+            f"data.dataset={config.dataset!r} is not prepared yet: TFDS downloads up to "
+            f"{size / 1e6:,.1f} MB before training",
+            file=sys.stderr,
+        )
 
 
 def _check_text(config: DataConfig, builder: "tfds.core.DatasetBuilder") -> None:
@@ -197,16 +236,18 @@ def _builder(config: DataConfig) -> "tfds.core.DatasetBuilder":
         ) from None
 
 
-def _is_prepared(builder: "tfds.core.DatasetBuilder") -> bool:
+def is_prepared(builder: "tfds.core.DatasetBuilder") -> bool:
     """Says whether TFDS has prepared the data set."""
     # The builder has a method for this, but it warns if nothing is there yet.
     return Path(builder.data_dir, "dataset_info.json").exists()
 
 
-def _download_and_prepare(config: DataConfig) -> "tfds.core.DatasetBuilder":
+def _download_and_prepare(
+    config: DataConfig, make: Callable[[], "tfds.core.DatasetBuilder"]
+) -> "tfds.core.DatasetBuilder":
     """Returns the builder of a data set after preparing it. Raises OSError if that fails."""
-    builder = _builder(config)
-    if _is_prepared(builder):  # another process has done so while this one waited for the lock
+    builder = make()
+    if is_prepared(builder):  # another process has done so while this one waited for the lock
         return builder
     import tensorflow_datasets as tfds
 
@@ -216,10 +257,12 @@ def _download_and_prepare(config: DataConfig) -> "tfds.core.DatasetBuilder":
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             builder.download_and_prepare()
+    except ConfigError:
+        raise
     except (ImportError, OSError, ValueError, AssertionError) as error:
-        builder = _builder(config)
+        builder = make()
         # If it is prepared now, another host was quicker: hosts need not see each other's locks.
-        if not _is_prepared(builder):
+        if not is_prepared(builder):
             reason = str(error).split("\n")[0]
             raise OSError(
                 f"data.dataset={config.dataset!r} could not be prepared in {builder.data_dir}: "

@@ -221,6 +221,33 @@ def test_what_a_killed_preparation_left_is_removed_under_the_lock(
     assert stale.exists() != locks  # without a lock another process may be at work there
 
 
+def test_a_download_is_told_before_anything_starts(
+    empty: DataConfig, capfd: pytest.CaptureFixture[str]
+):
+    check_dataset(dataclasses.replace(empty, dataset="imdb_reviews", validation_split="test"))
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line == (
+        "data.dataset='imdb_reviews' is not prepared yet: TFDS downloads up to 84.1 MB "
+        "before training"
+    )
+    check_dataset(empty)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", ["lm1b", "tiny_shakespeare"])
+def test_a_data_set_that_needs_tensorflow_is_refused_before_anything_starts(
+    empty: DataConfig, name: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("importlib.util.find_spec", lambda package: None)  # as it is not installed
+    with pytest.raises(
+        ConfigError,
+        match=rf"^data.dataset='{name}' needs tensorflow to be prepared, which is not installed: "
+        r"prepare it where it is, by `tfds build --file_format=array_record`, and copy it to \S+$",
+    ):
+        check_dataset(dataclasses.replace(empty, dataset=name))
+    assert not list(Path(empty.directory).iterdir())
+
+
 def test_a_data_set_without_text_is_refused_before_it_is_prepared(
     empty: DataConfig, monkeypatch: pytest.MonkeyPatch
 ):

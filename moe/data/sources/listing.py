@@ -1,0 +1,196 @@
+"""Finds the user's files of text: one file, a directory, or a glob, here, at gs:// or at s3://."""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import PurePosixPath
+from typing import IO, Any, NamedTuple
+
+from moe.config import ConfigError
+from moe.config.checks import show
+
+PLAIN = (".txt", ".md", ".py")
+LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+SUFFIXES = (*PLAIN, *LINES, ".parquet")
+_STORES = {"gs": "gcsfs", "s3": "s3fs"}  # and the package that each of them needs
+
+
+class SourceFile(NamedTuple):
+    """Describes one file as it was when it was found."""
+
+    path: str  # as its file system takes it
+    name: str  # relative to the directory that was listed, in which it is unique
+    size: int
+    version: str  # its etag, or the time of its last change: it tells whether the file has changed
+
+
+class Listing(NamedTuple):
+    """Holds the files of a path, in the order of their names."""
+
+    path: str  # as the config has it
+    file_system: Any  # fsspec's, whose methods have no useful types
+    files: tuple[SourceFile, ...]
+    num_left_out: int  # files that are hidden or of other kinds
+
+    @property
+    def size(self) -> int:
+        """Returns the bytes of all files."""
+        return sum(file.size for file in self.files)
+
+    @property
+    def fingerprint(self) -> str:
+        """Returns a text that is another one if any file is changed, added or removed."""
+        described = [file._replace(path="") for file in self.files]
+        return hashlib.sha256(json.dumps(described).encode()).hexdigest()
+
+    def open(self, file: SourceFile) -> IO[bytes]:
+        """Opens a file for reading."""
+        return self.file_system.open(file.path, "rb")
+
+    def address(self, file: SourceFile) -> str:
+        """Returns a file's path as messages show it."""
+        return self.file_system.unstrip_protocol(file.path).removeprefix("file://")
+
+
+def find_files(path: str) -> Listing:
+    """Returns the files of text at `path`. Raises ConfigError if there is none to read."""
+    file_system = _file_system(path)
+    with explained(path):
+        root = file_system._strip_protocol(path)
+        found = _find(file_system, root)
+        is_missing = not found and not file_system.exists(root)
+    if is_missing:
+        raise ConfigError(
+            f"data.dataset='text:{path}' does not exist: set it to text:PATH, "
+            "where PATH is a file, a directory or a glob"
+        )
+    base = _base(root, found)
+    readable = [
+        SourceFile(name, name.removeprefix(base).lstrip("/"), info["size"], _version(info))
+        for name, info in sorted(found.items())
+    ]
+    files = tuple(file for file in readable if _is_text(file.name))
+    if not files:
+        raise ConfigError(
+            f"data.dataset='text:{path}' holds no file of text: its {len(found)} files are hidden "
+            f"or of other kinds than {' '.join(SUFFIXES)}: convert or rename them"
+        )
+    return Listing(path, file_system, files, len(found) - len(files))
+
+
+def _file_system(path: str) -> Any:
+    """Returns the file system in which a path lies. Raises ConfigError for an unknown one."""
+    if not path or "\0" in path:
+        raise ConfigError(f"data.dataset={show(f'text:{path}')} has no path: set it to text:PATH")
+    scheme = match[1] if (match := re.match(r"(\w[\w+.-]*)://", path)) else "file"
+    if scheme not in ("file", *_STORES):
+        raise ConfigError(
+            f"data.dataset='text:{path}' is an address of another kind: "
+            "set it to a local path, or to one at gs:// or s3://"
+        )
+    import fsspec
+
+    # gcsfs's second implementation warns at each file of a bucket whose kind it may not ask for.
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    for name in ("gcsfs", "google.auth"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # they log the errors that they raise
+    try:
+        # A listing that is kept would hide files that have changed since.
+        return fsspec.filesystem(scheme, use_listings_cache=False)
+    except ImportError:
+        package = _STORES[scheme]
+        raise ConfigError(
+            f"data.dataset='text:{path}' needs a package: pip install {package}"
+        ) from None
+
+
+def _find(file_system: Any, root: str) -> dict[str, dict[str, Any]]:
+    """Returns the files at a path, or those that match it, and what is known of each."""
+    if not file_system.exists(root):
+        if not re.search(r"[*?\[]", root):
+            return {}
+        matches = file_system.glob(root, detail=True)
+    else:
+        matches = {root: file_system.info(root)}
+    found: dict[str, dict[str, Any]] = {}
+    for name, info in matches.items():
+        if info["type"] == "directory":
+            options = {"on_error": "raise"} if _is_local(file_system) else {}
+            found |= file_system.find(name, detail=True, **options)
+        else:
+            found[name] = info
+    if _is_local(file_system):  # a link changes when its file does
+        found = {
+            name: info | {"size": stat.st_size, "mtime": stat.st_mtime_ns}
+            for name, info in found.items()
+            if not os.path.isdir(name)
+            for stat in [os.stat(name)]
+        }
+    # Stores show directories as empty objects whose names end in a slash.
+    return {name: info for name, info in found.items() if info["type"] != "directory"}
+
+
+def _is_local(file_system: Any) -> bool:
+    return "file" in (file_system.protocol, *file_system.protocol)
+
+
+def _base(root: str, found: dict[str, Any]) -> str:
+    """Returns the directory to which the names of files are relative."""
+    if list(found) == [root]:
+        return root.rpartition("/")[0]
+    parts = root.split("/")
+    magic = [i for i, part in enumerate(parts) if re.search(r"[*?\[]", part)]
+    is_glob = magic and not all(name.startswith(root) for name in found)
+    return "/".join(parts[: magic[0]]) if is_glob else root
+
+
+def _version(info: dict[str, Any]) -> str:
+    """Returns what is another text once a file has changed."""
+    known = (info.get(name) for name in ("etag", "ETag", "mtime"))
+    return next(str(value) for value in known if value is not None)
+
+
+def _is_text(name: str) -> bool:
+    """Says whether a file is read: it is of a known kind, and it and its folders are not hidden."""
+    is_hidden = any(part.startswith(".") for part in PurePosixPath(name).parts)
+    return name.endswith(SUFFIXES) and not is_hidden
+
+
+def is_plain(file: SourceFile) -> bool:
+    """Says whether a file is text as it stands."""
+    return file.name.endswith(PLAIN)
+
+
+@contextlib.contextmanager
+def explained(path: str) -> Iterator[None]:
+    """Turns the error of a file system or of a store into a ConfigError of one line."""
+    try:
+        yield
+    except _errors() as error:
+        text = getattr(error, "strerror", None) or " ".join(str(error).split())
+        place = getattr(error, "filename", None) or path
+        raise ConfigError(
+            f"{place} cannot be read ({text[:300] or type(error).__name__}): "
+            "make it readable, or set data.dataset to another"
+        ) from None
+
+
+def _errors() -> tuple[type[Exception], ...]:
+    """Returns the errors of a file system, and those of the stores that are in use."""
+    errors: list[type[Exception]] = [OSError]
+    if "gcsfs" in sys.modules:
+        import google.auth.exceptions  # pyright: ignore[reportMissingImports]
+        from gcsfs import retry  # pyright: ignore[reportMissingImports]
+
+        errors += [retry.HttpError, retry.NonRetryableError, *retry.RETRIABLE_EXCEPTIONS]
+        errors.append(google.auth.exceptions.GoogleAuthError)
+    if "botocore" in sys.modules:
+        import botocore.exceptions  # pyright: ignore[reportMissingImports]
+
+        errors += [botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError]
+    return tuple(errors)

@@ -1,0 +1,173 @@
+"""Reads the documents of one file: plain text, one JSON object a line, or Parquet.
+
+Memory does not grow with a file: a plain one is cut into documents of at most 1 MiB, and the others
+are read one line or one batch at a time.
+"""
+
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from moe.data.sources.document import Document
+
+LARGEST_PLAIN = 2**20  # bytes of a document that is cut from a plain file
+_ROWS_AT_ONCE = 256  # of a Parquet file
+_FIX_LINE = "write one object a line"
+_CODECS = {".gz": "gzip", ".zst": "zstd"}
+
+# What is called with the place and the reason where a document cannot be read. It raises an error,
+# or it counts the document, which is then left out.
+Refuse = Callable[[str, str], None]
+
+
+def read_plain(
+    file: IO[bytes], name: str, refuse: Refuse, stops: Sequence[int]
+) -> Iterator[tuple[int, Document]]:
+    """Yields the documents of a plain file, each with the number of its part.
+
+    The parts end at the bytes `stops`. Each is one document, or several that end where lines end.
+    """
+    line = 1
+    for part, stop in enumerate(stops):
+        rest, is_last = b"", False
+        while not is_last:
+            block = rest + file.read(min(LARGEST_PLAIN + 1 - len(rest), stop - file.tell()))
+            is_last = len(block) <= LARGEST_PLAIN
+            end = len(block) if is_last else _end_of_line(block)
+            data, rest = block[:end], block[end:]
+            is_whole = is_last and line == 1 and len(stops) == 1
+            try:
+                text = data.decode()
+            except UnicodeDecodeError as error:
+                bad_line = line + data.count(b"\n", 0, error.start)
+                refuse(f"{name}:{bad_line}", not_utf8(error))
+            else:
+                yield part, Document(text, name if is_whole else f"{name}:{line}", {})
+            line += data.count(b"\n")
+
+
+def _end_of_line(block: bytes) -> int:
+    """Returns where to cut a block that is too long: after a line, or between two characters."""
+    if end := block.rfind(b"\n", 0, LARGEST_PLAIN) + 1:
+        return end
+    end = LARGEST_PLAIN
+    while end > LARGEST_PLAIN - 3 and block[end] & 0xC0 == 0x80:  # a byte inside a character
+        end -= 1
+    return end
+
+
+def read_lines(file: IO[bytes], name: str, refuse: Refuse, text_field: str) -> Iterator[Document]:
+    """Yields a document for each line of JSON objects, which may be compressed."""
+    number = 0
+    try:
+        for number, line in enumerate(_decompressed(file, name), 1):
+            origin = f"{name}:{number}"
+            if line.isspace():
+                continue
+            try:
+                # Windows writes a mark at the beginning of a file, which belongs to no line.
+                example = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except UnicodeDecodeError as error:
+                refuse(origin, not_utf8(error))
+            except json.JSONDecodeError as error:
+                refuse(origin, f"is not JSON ({error.msg}, column {error.colno}): {_FIX_LINE}")
+            except (ValueError, RecursionError) as error:  # too long a number, or nested too deeply
+                refuse(origin, f"is not JSON ({error}): {_FIX_LINE}")
+            else:
+                if document := read_example(example, origin, refuse, text_field):
+                    yield document
+    except (pa.ArrowException, OSError) as error:
+        refuse(f"{name}:{number + 1}", _damaged(error))
+
+
+def _decompressed(file: IO[bytes], name: str) -> IO[bytes]:
+    """Returns the lines of a file that may be compressed. Unlike zstandard, Arrow tells a cut."""
+    codec = next((codec for suffix, codec in _CODECS.items() if name.endswith(suffix)), None)
+    stream = pa.PythonFile(file, "r")
+    if codec:
+        return io.BufferedReader(pa.CompressedInputStream(stream, codec), 2**18)
+    return file
+
+
+def read_parquet(file: IO[bytes], name: str, refuse: Refuse, text_field: str) -> Iterator[Document]:
+    """Yields a document for each row of a Parquet file."""
+    number = 0
+    try:
+        table = pq.ParquetFile(file, pre_buffer=False)
+        columns = [
+            field.name
+            for field in table.schema_arrow
+            if field.name == text_field or not pa.types.is_nested(field.type)
+        ]
+        for batch in table.iter_batches(_ROWS_AT_ONCE, columns=columns):
+            for example in _examples(batch):
+                number += 1
+                origin = f"{name}:{number}"
+                if isinstance(example, UnicodeDecodeError):
+                    refuse(origin, not_utf8(example))
+                elif document := read_example(example, origin, refuse, text_field):
+                    yield document
+    except (pa.ArrowException, OSError) as error:
+        refuse(f"{name}:{number + 1}", _damaged(error))
+
+
+def _examples(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | UnicodeDecodeError]:
+    """Yields the rows of a batch, or the error of one that is not UTF-8."""
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:
+        for row in range(batch.num_rows):
+            try:
+                (example,) = batch.slice(row, 1).to_pylist()
+            except UnicodeDecodeError as error:
+                yield error
+            else:
+                yield example
+
+
+def read_example(example: Any, origin: str, refuse: Refuse, text_field: str) -> Document | None:
+    """Returns an example's text and its other fields. A list of messages becomes JSON text."""
+    if not isinstance(example, Mapping):
+        refuse(origin, f"is no JSON object: {_FIX_LINE}")
+        return None
+    text = example.get(text_field)
+    if isinstance(text, list):
+        text = json.dumps(text, ensure_ascii=False)
+    if not isinstance(text, str):
+        known = f"holds {type(text).__name__}, no text" if text_field in example else "is missing"
+        names = ", ".join(example) or "none"
+        refuse(origin, f"field {text_field!r} {known}: set data.text_field to one of ({names})")
+        return None
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        refuse(origin, f"has half a character, {text[error.start]!r}: write it as UTF-8")
+        return None
+    fields = {
+        name: value
+        for name, value in example.items()
+        if name != text_field and isinstance(value, str | int | float | bool)
+    }
+    return Document(text, origin, fields)
+
+
+def not_utf8(error: UnicodeDecodeError) -> str:
+    """Returns what is wrong with bytes that are no text, and the fix."""
+    bad = error.object[error.start]
+    return f"is not UTF-8 (byte 0x{bad:02x}): convert the file, as iconv does"
+
+
+def _damaged(error: Exception) -> str:
+    """Returns what is wrong with a file that ends too early or cannot be decompressed.
+
+    Raises the error again if it says that the file could not be read at all. Arrow's own errors
+    are plain OSErrors without a number.
+    """
+    if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
+        raise error
+    reason = " ".join(str(error).split())[:200]
+    return f"is damaged, as a file that was cut is ({reason}): copy or download it again"
