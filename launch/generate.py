@@ -5,9 +5,12 @@ Examples:
     python -m launch.generate --workdir=runs/dense_tiny --prompt="class " --prompt="import " \\
         --temperature=0.7 --top_k=40 --seed=1
     python -m launch.generate --workdir=runs/dense_tiny --prompt="" --max_new_tokens=500
+    python -m launch.generate --workdir=runs/fill_in_the_middle_tiny --prompt="def add(a, b):" \\
+        --suffix="    return total"
 
 Each prompt is the start of a document; after an empty one the model writes the document from its
-first token on. The same flags give the same text.
+first token on. With --suffix the model writes what stands between the prompt and the suffix, as a
+run of task "fill_in_the_middle" has learnt it. The same flags give the same text.
 """
 
 from collections.abc import Sequence
@@ -17,13 +20,16 @@ from absl import flags
 
 from launch import command_line
 from moe.config import ConfigError
+from moe.config.objectives import check_decoder
 from moe.storage.paths import RunPath, run_path
+from moe.workdir.identity import read_config
 
 
 def generate(
     workdir: RunPath,
     prompts: Sequence[str],
     *,
+    suffix: str | None = None,
     step: int | None = None,
     max_new_tokens: int = 256,
     temperature: float = 1.0,
@@ -33,12 +39,14 @@ def generate(
 ) -> list[str]:
     """Returns the continuation of each prompt by a run's checkpoint (the latest).
 
-    Raises ConfigError for an unknown run or step, and for a bad prompt or option.
+    With a `suffix` it is the text between prompt and suffix. Raises ConfigError for an unknown run
+    or step, and for a bad prompt or option.
     """
-    _check_input(prompts, seed)
+    _check_input(workdir, prompts, suffix, seed)
     # These load JAX, which --help need not wait for.
     from moe.data.tokenizers import TextStream, make_tokenizer
     from moe.inference.generate import Sampling, check_sampling, generate
+    from moe.tasks.fill_in_the_middle import middle_prompt
     from moe.training import start, trainer
 
     sampling = Sampling(temperature, top_k, top_p)
@@ -46,12 +54,14 @@ def generate(
     config, program, variables, step = trainer.load_run(workdir, step)
     start.check_finite(workdir / "checkpoints" / str(step), variables)
     tokenizer = make_tokenizer(config.data)
-    # A document begins with a boundary.
-    tokens = [np.array([tokenizer.boundary_id, *tokenizer.encode(prompt)]) for prompt in prompts]
+    if suffix is None:  # a document begins with a boundary
+        starts = [np.array([tokenizer.boundary_id, *tokenizer.encode(text)]) for text in prompts]
+    else:
+        starts = [middle_prompt(config, text, suffix) for text in prompts]
     continued = generate(
         program.model,
         variables,
-        tokens,
+        starts,
         max_new_tokens=max_new_tokens,
         end_id=tokenizer.boundary_id,
         seed=seed,
@@ -64,7 +74,19 @@ def generate(
     ]
 
 
-def _check_input(prompts: Sequence[str], seed: int) -> None:
+def _check_input(workdir: RunPath, prompts: Sequence[str], suffix: str | None, seed: int) -> None:
+    """Raises ConfigError for bad input, and for a run that has not learnt what it asks for."""
+    _check_texts([*prompts, suffix or ""], seed)
+    task = read_config(workdir).task
+    check_decoder(f"workdir={workdir}", task)
+    if suffix is not None and task != "fill_in_the_middle":
+        raise ConfigError(
+            f"suffix={suffix!r} needs a run of task 'fill_in_the_middle', and workdir={workdir} "
+            f"has task={task!r}: leave suffix out, or give another workdir"
+        )
+
+
+def _check_texts(prompts: Sequence[str], seed: int) -> None:
     if not 0 <= seed < 2**32:
         raise ConfigError(f"seed={seed} is out of range: set it to at least 0 and less than 2**32")
     for prompt in prompts:
@@ -77,6 +99,7 @@ def main(values: flags.FlagValues) -> None:
     texts = generate(
         run_path(values.workdir),
         values.prompt,
+        suffix=values.suffix,
         step=values.step,
         max_new_tokens=values.max_new_tokens,
         temperature=values.temperature,
@@ -85,12 +108,13 @@ def main(values: flags.FlagValues) -> None:
         seed=values.seed,
     )
     for prompt, text in zip(values.prompt, texts, strict=True):
-        print(f"{'-' * 80}\n{prompt}{text}")
+        print(f"{'-' * 80}\n{prompt}{text}{values.suffix or ''}")
 
 
 if __name__ == "__main__":
     command_line.define_workdir("The run directory, as given to launch.train.")
     flags.DEFINE_multi_string("prompt", ["def "], "A text to continue")
+    flags.DEFINE_string("suffix", None, "The text that follows what the model writes.")
     flags.DEFINE_integer("step", None, "The checkpoint's step; the latest by default.")
     flags.DEFINE_integer("max_new_tokens", 256, "Tokens to add to each prompt at most.")
     flags.DEFINE_float(

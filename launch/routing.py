@@ -41,6 +41,7 @@ from launch import command_line
 from launch.plotting import THEMES, Drawing, file_name, picture_html, write_drawing
 from launch.routing_figures import drawings
 from moe.config import ConfigError, RunConfig
+from moe.config.objectives import check_decoder
 from moe.inference import routing_analysis
 from moe.storage.paths import RunPath, make_directory, run_path, write_whole
 from moe.workdir.identity import read_config
@@ -63,7 +64,9 @@ def routing(
             f"--batches={batches} is no number of batches: set --batches to 1 or more, "
             "or to 0 for the whole split"
         )
-    if not read_config(workdir).model.moe.num_experts:
+    config = read_config(workdir)
+    check_decoder(f"--workdir={workdir}", config.task)
+    if not config.model.moe.num_experts:
         raise ConfigError(
             f"--workdir={workdir} is a dense run (model.moe.num_experts=0): "
             "set --workdir to a run that has experts"

@@ -28,6 +28,7 @@ from absl import flags
 
 from launch import command_line
 from moe.config import ConfigError, RunConfig
+from moe.config.objectives import check_decoder
 from moe.storage.owner import LEASE_DIRECTORY, LOCK_FILE
 from moe.storage.paths import RunPath, run_path, write_whole
 from moe.workdir.identity import UNFINISHED_FILE, read_config, write_config
@@ -57,6 +58,7 @@ def upcycle(
     from moe.training.train_step import make_program
 
     dense = read_config(source).model
+    check_decoder("config", config.task)
     check_upcycle(dense, config.model)
     program = make_program(config)
     check_memory(program.mesh, program.abstract_state)

@@ -35,6 +35,18 @@ def special_tokens(task: TaskName) -> tuple[str, ...]:
             return ()
 
 
+def check_decoder(name: str, task: TaskName) -> None:
+    """Raises ConfigError for a task whose model is no decoder alone; `name` says whose task it is.
+
+    Only such a decoder continues text.
+    """
+    if task in ("masked_tokens", "span_corruption"):
+        raise ConfigError(
+            f"{name} has task={task!r}, whose model does not continue text: give the run of a "
+            "decoder, whose task is 'language_modelling' or 'fill_in_the_middle'"
+        )
+
+
 class SpanCounts(NamedTuple):
     """Counts what becomes of a text of one document under span corruption."""
 

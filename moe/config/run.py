@@ -55,13 +55,14 @@ class RunConfig:
     def _check_vocabulary(self) -> None:
         """Raises ConfigError for a model that lacks tokens of the tokenizer or of the task."""
         # A tokenizer's file is not read here, since a saved run may have been moved away from it.
-        added = len({*self.data.special_tokens, *special_tokens(self.task)})
-        needed = BYTE_VOCABULARY + added
+        byte_vocabulary = BYTE_VOCABULARY + len(self.data.special_tokens)
+        added = set(special_tokens(self.task)) - set(self.data.special_tokens)
+        needed = byte_vocabulary + len(added)
         if self.data.tokenizer == "byte" and self.model.vocab_size < needed:
-            tokens = f" and the {added} special tokens of data and task" if added else ""
+            tokens = f" and the {len(added)} of task={self.task!r}" if added else ""
             raise ConfigError(
                 f"model.vocab_size={self.model.vocab_size} is smaller than the byte tokenizer's "
-                f"{BYTE_VOCABULARY}{tokens}: set model.vocab_size to at least {needed}"
+                f"{byte_vocabulary}{tokens}: set model.vocab_size to at least {needed}"
             )
 
     def _check_causal_experts(self) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from moe import losses
 from moe.config import RunConfig
 from moe.config.objectives import MIDDLE_TOKENS
-from moe.data.objectives.fill_in_the_middle import MiddleIds, move_middles
+from moe.data.objectives.fill_in_the_middle import MiddleIds, move_middles, prompt
 from moe.data.rows import Transform
 from moe.data.tokenizers import Tokenizer, make_tokenizer
 from moe.losses import Sums
@@ -58,6 +58,14 @@ def middle_ids(tokenizer: Tokenizer) -> MiddleIds:
     """Returns the ids of the task's special tokens, and of a document's end."""
     ids = (tokenizer.special_ids[name] for name in MIDDLE_TOKENS)
     return MiddleIds(*ids, end=tokenizer.boundary_id)
+
+
+def middle_prompt(config: RunConfig, prefix: str, suffix: str) -> np.ndarray:
+    """Returns the tokens after which a run's model writes what stands between two texts."""
+    tokenizer = make_tokenizer(config.data, MIDDLE_TOKENS)
+    ids = middle_ids(tokenizer)
+    parts = prompt(tokenizer.encode(prefix), tokenizer.encode(suffix), ids)
+    return np.concatenate([[ids.end], parts])  # a document begins with a boundary
 
 
 def loss(chunk: int) -> Callable[[Any, Unembed, Batch], Sums]:

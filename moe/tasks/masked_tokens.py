@@ -6,7 +6,7 @@ import numpy as np
 
 from moe import losses
 from moe.config import RunConfig
-from moe.config.objectives import MASK_TOKEN, special_tokens
+from moe.config.objectives import MASK_TOKEN
 from moe.data.objectives.masking import mask_tokens
 from moe.data.rows import Transform
 from moe.data.tokenizers import make_tokenizer
@@ -33,17 +33,17 @@ def masked_tokens(config: RunConfig) -> Task:
         metrics=losses.metrics,
         score=lambda sums, rows: {},
         training_flops=run_training_flops,
-        special_tokens=special_tokens("masked_tokens"),
+        special_tokens=(MASK_TOKEN,),
         transform=transform,
     )
 
 
 def transform(config: RunConfig) -> Transform:
     """Returns the function that masks the tokens of a prepared row."""
-    tokenizer = make_tokenizer(config.data, special_tokens(config.task))
+    tokenizer = make_tokenizer(config.data, (MASK_TOKEN,))
     return functools.partial(
         mask_tokens,
         mask_id=tokenizer.special_ids[MASK_TOKEN],
         boundary_id=tokenizer.boundary_id,
-        vocab_size=tokenizer.vocab_size,
+        vocab_size=tokenizer.vocabulary.size,
     )
