@@ -4,6 +4,7 @@ JAX is not imported here, so that a mistyped flag is answered within a second.
 """
 
 import contextlib
+import dataclasses
 import difflib
 import faulthandler
 import functools
@@ -22,7 +23,7 @@ from launch import logs
 from launch.compilation_cache import use_cache
 from launch.config_file import ConfigFileErrors, check_config_file
 from launch.help_text import config_fields, help_text
-from moe.config import ConfigError, RunConfig
+from moe.config import ConfigError, RunConfig, SourceConfig
 from moe.config.checks import expand_run_path, show
 from moe.exit_codes import BAD_INPUT, INTERRUPTED, NOT_JOINED, PEER_STUCK, UNREACHABLE
 from moe.files import announce_wait
@@ -309,15 +310,29 @@ def _check_config_flags(argv: list[str], path: str | None) -> None:
     for changed in filter(
         None, (re.match(r"--?(?:no)?config\.([^=]*)", argument) for argument in argv)
     ):
-        if changed[1] not in names:
-            near = difflib.get_close_matches(changed[1], names, n=1)
+        possible = [*names, *_names_in_mixture(changed[1])]
+        if changed[1] not in possible:
+            near = difflib.get_close_matches(changed[1], possible, n=1)
             hint = f"did you mean --config.{near[0]}?" if near else "--help lists the fields"
             raise ConfigError(f"{changed[0]} is not a field: {hint}")
 
 
+def _names_in_mixture(name: str) -> list[str]:
+    """Returns the fields of a source of data.mixture, if `name` is like the name of one of them.
+
+    Only the config file knows the names of the sources.
+    """
+    source = re.match(r"data\.mixture\.\w+\.", name)
+    fields = [field.name for field in dataclasses.fields(SourceConfig)[1:]]
+    return [f"{source[0]}{field}" for field in fields] if source else []
+
+
 def _parse_flags(argv: list[str], config_path: str | None) -> list[str]:
     with announce_wait(f"reading {config_path}"), ConfigFileErrors(config_path or "--config"):
-        rest = flags.FLAGS(argv)
+        try:
+            rest = flags.FLAGS(argv)
+        except (KeyError, AttributeError) as error:
+            raise _explain_missing(argv, error) or error from None
         if config_path:
             # config_flags keeps an OSError of get_config() back until an attribute is read.
             getattr(flags.FLAGS.config, "lock", None)
@@ -327,6 +342,21 @@ def _parse_flags(argv: list[str], config_path: str | None) -> list[str]:
             "write flags as --name=value, and quote values that have spaces"
         )
     return rest
+
+
+def _explain_missing(argv: list[str], error: Exception) -> ConfigError | None:
+    """Returns the error for a flag of a source, or of its field, that the config file lacks.
+
+    config_flags says only the name that is missing.
+    """
+    for argument in argv:
+        flag = re.match(r"--?config\.data\.mixture\.(\w+)\.(\w+)=", argument)
+        if flag and any(repr(name) in str(error.args[0]) for name in flag.groups()):
+            return ConfigError(
+                f"{argument}: the config file has no such field of a source: "
+                "set it there first, as SourceConfig.config_dict(...) does for every field"
+            )
+    return None
 
 
 def _explain(message: str) -> str:

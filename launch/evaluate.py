@@ -6,7 +6,8 @@ Examples:
 
 All devices of this machine share the work, however the run was laid out. Prints one JSON object.
 For a model with experts it also has max_vio and load_entropy, which say how even the experts' load
-is, and dropped_fraction, all as means over the sparse layers.
+is, and dropped_fraction, all as means over the sparse layers. For a run on a mixture, the numbers
+are those of all sources together, and NAME/loss and so on are those of the source NAME.
 """
 
 import dataclasses
@@ -32,14 +33,17 @@ def evaluate(
     finite.
     """
     data = read_config(workdir).data
-    check_dataset(dataclasses.replace(data, validation_split=split or data.validation_split))
+    data = data.with_validation_split(split) if split else data
+    check_dataset(data)
     # These load JAX, which bad input need not wait for.
+    from moe.data.mixtures import open_validation
     from moe.training import evaluation, trainer
 
     config, program, variables, step = trainer.load_run(workdir, step)
-    rows = program.task.rows(config, split or config.data.validation_split)
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, eval_batches=0))
-    result = evaluation.evaluate(config, program, variables, rows)
+    train = dataclasses.replace(config.train, eval_batches=0)
+    config = dataclasses.replace(config, train=train, data=data)
+    rows = open_validation(config, program.task.rows)
+    result = evaluation.evaluate_sources(config, program, variables, rows)
     for name, value in result.items():
         if not math.isfinite(value):
             raise ConfigError(

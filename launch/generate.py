@@ -70,7 +70,7 @@ def generate(
     # The prompt says whether a space belongs between it and the first word.
     return [
         (stream := TextStream(tokenizer, prompt)).push(new) + stream.finish()
-        for prompt, new in zip(tokens, continued, strict=True)
+        for prompt, new in zip(starts, continued, strict=True)
     ]
 
 

@@ -17,6 +17,7 @@ from absl import flags
 
 from moe.config import RunConfig
 from moe.config.checks import without_none
+from moe.config.run import named_class
 
 
 def help_text(description: str, config: RunConfig | None = None, path: str | None = None) -> str:
@@ -41,17 +42,23 @@ def config_fields(config: Any, path: str = "config") -> Iterator[tuple[str, Any]
         value, name = getattr(config, field.name), f"{path}.{field.name}"
         if dataclasses.is_dataclass(value):
             yield from config_fields(value, name)
+        elif named_class(types[field.name]):
+            for one in value:
+                fields = config_fields(one, f"{name}.{one.name}")
+                yield from (field for field in fields if field[0] != f"{name}.{one.name}.name")
         else:
             yield name, without_none(types[field.name])
 
 
-def _group(config: Any, path: str) -> Iterator[str]:
+def _group(config: Any, path: str, hidden: tuple[str, ...] = ()) -> Iterator[str]:
     """Yields the lines of one dataclass: its own fields, then the dataclasses within it.
 
-    Each of those stands under its docstring.
+    Each of those stands under its docstring. The fields `hidden` are left out.
     """
     types, comments = typing.get_type_hints(type(config)), field_comments(type(config))
-    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    fields = [field.name for field in dataclasses.fields(config) if field.name not in hidden]
+    values = {name: getattr(config, name) for name in fields}
+    named = {name: values.pop(name) for name in list(values) if named_class(types[name])}
     for name, value in values.items():
         if not dataclasses.is_dataclass(value):
             is_choice = typing.get_origin(types[name]) is typing.Literal
@@ -63,6 +70,11 @@ def _group(config: Any, path: str) -> Iterator[str]:
             yield ""
             yield flags.text_wrap(f"{path}.{name}: {inspect.getdoc(type(value))}")
             yield from _group(value, f"{path}.{name}")
+    for name, configs in named.items():
+        yield ""
+        yield flags.text_wrap(f"{path}.{name}: {comments[name]}")
+        for one in configs:
+            yield from _group(one, f"{path}.{name}.{one.name}", hidden=("name",))
 
 
 def field_comments(config_class: type) -> dict[str, str]:

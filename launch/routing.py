@@ -47,7 +47,7 @@ from moe.storage.paths import RunPath, make_directory, run_path, write_whole
 from moe.workdir.identity import read_config
 
 if TYPE_CHECKING:
-    from moe.data.prepare import PreparedRows
+    from moe.data.rows import Rows
     from moe.training.train_step import Program
 
 
@@ -90,7 +90,7 @@ def measure(
     Raises ConfigError for an unknown step.
     """
     # These load JAX, which bad input need not wait for.
-    from moe.data.prepare import prepare
+    from moe.data.mixtures import open_validation
     from moe.data.tokenizers import make_tokenizer
     from moe.training import trainer
     from moe.workdir import checkpoint
@@ -100,7 +100,7 @@ def measure(
         earlier_steps = earlier_checkpoints(saved, step, compare_step)
         config, program, variables, step = trainer.load_run(workdir, step)
         vocab_size, num_experts = config.model.vocab_size, config.model.moe.num_experts
-        rows = prepare(config.data, config.data.validation_split)
+        rows = open_validation(config, program.task.rows)
         read = choice_reader(config, program, rows, batches)
         counts = routing_analysis.sum_counts(
             routing_analysis.count_choices(experts_LNA, ids_N, vocab_size, num_experts)
@@ -146,7 +146,7 @@ ChoiceReader = Callable[[str, Sequence[Any]], Iterator[tuple[np.ndarray, list[np
 
 
 def choice_reader(
-    config: RunConfig, program: "Program", rows: "PreparedRows", num_batches: int
+    config: RunConfig, program: "Program", rows: "Rows", num_batches: int
 ) -> ChoiceReader:
     """Returns a function that runs the text through models, and shows a progress bar.
 
@@ -208,7 +208,7 @@ def checkpoint_statistics(
     vocabulary = routing_analysis.vocabulary_specialisation(counts)
     return {
         "step": step,
-        "split": config.data.validation_split,
+        "split": " and ".join(sorted({one.validation_split for one in config.data.sources})),
         "tokens": int(tokens_V.sum()),
         "num_experts": config.model.moe.num_experts,
         "experts_per_token": config.model.moe.experts_per_token,

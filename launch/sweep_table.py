@@ -62,7 +62,7 @@ def planned_row(run: Run) -> Row:
         "batch_tokens": config.train.batch_size * length,
         "warmup_steps": config.warmup_steps,
         "steps": config.train.steps,
-        "dataset": config.data.dataset,
+        "dataset": config.data.description,
         "tokenizer": config.data.tokenizer,
         "vocab_size": model.vocab_size,
         "sequence_length": length,
@@ -92,8 +92,11 @@ def write_result(
         if (workdir / run.name / METRICS_FILE).exists():
             row |= _measured(run.config, workdir / run.name)
         if status == "finished":
-            rows = prepare(run.config.data, run.config.data.train_split)
-            row["repeats"] = row["tokens"] / (len(rows) * rows.sequence_length)
+            data = run.config.data
+            num_rows = sum(
+                len(prepare(data.of_source(source), source.train_split)) for source in data.sources
+            )
+            row["repeats"] = row["tokens"] / (num_rows * data.sequence_length)
     except ConfigError as error:
         row |= {"status": "failed", "reason": str(error)}
     make_directory(workdir / RESULTS)

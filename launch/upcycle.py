@@ -53,6 +53,7 @@ def upcycle(
     # These load JAX, which bad input need not wait for.
     import jax
 
+    from moe.data.mixtures import open_training
     from moe.interop.upcycle import check_upcycle, upcycle
     from moe.training.start import check_memory
     from moe.training.train_step import make_program
@@ -63,7 +64,7 @@ def upcycle(
     program = make_program(config)
     check_memory(program.mesh, program.abstract_state)
     dense_params = _read_dense_params(source, dataclasses.replace(config, model=dense), step)
-    rows = program.task.rows(config, config.data.train_split)
+    rows = open_training(config, program.task.rows).rows
     state = program.init_state()
     shardings = jax.tree.map(lambda leaf: leaf.sharding, program.abstract_state.params)
     convert = jax.jit(
@@ -118,7 +119,7 @@ def _write_run(
             checkpoint.save(checkpoints, config, rows_sha256, state)
         if jax.process_index() == 0:
             write_config(workdir, config, check)
-            tracking.write_environment(workdir, program.attention, check)
+            tracking.write_environment(workdir, program.attention, check=check)
             check()
             unfinished.unlink()
 

@@ -6,7 +6,7 @@ imported: a mistake costs a second and one line, not a queue slot.
 """
 
 from moe.config.checks import ConfigError
-from moe.config.data import BYTE_VOCABULARY, DataConfig
+from moe.config.data import BYTE_VOCABULARY, MIXTURE_BLOCK, DataConfig, SourceConfig
 from moe.config.layout import AXES, RULES, MeshConfig, check_layout, split_axes
 from moe.config.model import AttentionConfig, ModelConfig
 from moe.config.run import PLACE_FIELDS, RunConfig, flatten
@@ -16,6 +16,7 @@ from moe.config.training import OptimizerConfig, TrackingConfig, TrainConfig
 __all__ = [
     "AXES",
     "BYTE_VOCABULARY",
+    "MIXTURE_BLOCK",
     "PLACE_FIELDS",
     "RULES",
     "AttentionConfig",
@@ -26,6 +27,7 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "RunConfig",
+    "SourceConfig",
     "TrackingConfig",
     "TrainConfig",
     "check_layout",

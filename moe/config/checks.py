@@ -60,25 +60,26 @@ def check_types(config: object, *, wide: tuple[str, ...] = ()) -> None:
 
     A string must be one of the options of its Literal. JAX must be able to compute with a number:
     a float is finite in float32, and an integer has 32 bits. Only the fields `wide` may hold
-    larger integers.
+    larger integers. A whole number may stand for a float, and a list, as JSON has it, for a tuple:
+    the field then holds the float or the tuple.
     """
     for name, declared in field_types(type(config)).items():
         value = getattr(config, name)
         if value is not None or not isinstance(declared, types.UnionType):
-            _check_field(config, name, without_none(declared), is_wide=name in wide)
+            checked = _checked(name, value, without_none(declared), is_wide=name in wide)
+            if checked is not value:
+                object.__setattr__(config, name, checked)
 
 
-def _check_field(config: object, name: str, expected: Any, is_wide: bool) -> None:
-    """Raises ConfigError if the value of one field is not of the `expected` type."""
-    value = getattr(config, name)
+def _checked(name: str, value: Any, expected: Any, is_wide: bool) -> Any:
+    """Returns a field's value in its declared type. Raises ConfigError if it is of another type."""
     if typing.get_origin(expected) is Literal:
         _check_option(name, value, typing.get_args(expected))
     elif typing.get_origin(expected) is tuple:
-        _check_tuple(config, name, typing.get_args(expected)[0])
+        return _checked_tuple(name, value, typing.get_args(expected)[0], is_wide)
     elif expected is float and isinstance(value, int) and not isinstance(value, bool):
-        # A whole number may stand for a float; the field then holds the float.
         _check_whole_float(name, value)
-        object.__setattr__(config, name, float(value))
+        return float(value)
     elif type(value) is not expected:
         raise ConfigError(
             f"{name}={show(value)} has type {type(value).__name__}: "
@@ -90,20 +91,20 @@ def _check_field(config: object, name: str, expected: Any, is_wide: bool) -> Non
         raise ConfigError(
             f"{name}={show(value)} does not fit an int32: set {name} to at most {LARGEST_INT}"
         )
+    return value
 
 
-def _check_tuple(config: object, name: str, expected: type) -> None:
-    """Raises ConfigError unless a field's value is a tuple or a list of the `expected` type.
-
-    A list, which is what JSON and ConfigDicts make of a tuple, becomes a tuple.
-    """
-    value = getattr(config, name)
-    if type(value) not in (tuple, list) or any(type(item) is not expected for item in value):
+def _checked_tuple(name: str, value: Any, expected: type, is_wide: bool) -> tuple[Any, ...]:
+    """Returns a field's values as a tuple, each in the declared type. Raises ConfigError."""
+    if not isinstance(value, list | tuple):
         raise ConfigError(
-            f"{name}={show(value)} is not a tuple of type {expected.__name__}: "
-            f"set {name} to one, such as {(expected(),)}"
+            f"{name}={show(value)} has type {type(value).__name__}: "
+            f"set {name} to a tuple of values of type {expected.__name__}"
         )
-    object.__setattr__(config, name, tuple(value))
+    return tuple(
+        _checked(f"{name}[{index}]", element, expected, is_wide)
+        for index, element in enumerate(value)
+    )
 
 
 def _check_option(name: str, value: object, options: tuple[str, ...]) -> None:

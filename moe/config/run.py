@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import math
+import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -160,7 +161,7 @@ class RunConfig:
     @classmethod
     def config_dict(cls) -> ConfigDict:
         """Returns every field with its default, as the ConfigDict that a config file changes."""
-        config = ConfigDict(dataclasses.asdict(cls()))
+        config = ConfigDict(cls().to_dict())
         model: Any = config.model
         optimizer: Any = config.optimizer
         # These fields are None, but a flag may set them.
@@ -189,45 +190,72 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 def _as_dict(config: Any) -> dict[str, Any]:
     """Returns a dataclass as nested dicts.
 
-    Its values cannot change, so they are not copied, which would take most of the time.
+    Its values cannot change, so they are not copied, which would take most of the time. Named
+    configs, such as the sources of a mixture, become a dict from each name to the other fields.
     """
-    values = {name: getattr(config, name) for name in field_types(type(config))}
-    return {
-        name: _as_dict(value) if dataclasses.is_dataclass(value) else value
-        for name, value in values.items()
-    }
+    values = {}
+    for name, declared in field_types(type(config)).items():
+        value = getattr(config, name)
+        if named_class(declared):
+            value = {one.name: _as_dict(one) for one in value}
+            for fields in value.values():
+                del fields["name"]
+        elif dataclasses.is_dataclass(value):
+            value = _as_dict(value)
+        values[name] = value
+    return values
 
 
-def _build(cls: type, values: Any, path: str) -> Any:
+def named_class(declared: Any) -> type | None:
+    """Returns the class C of a field that is declared as `tuple[C, ...]`, or None.
+
+    C is a dataclass with a field `name`.
+    """
+    if typing.get_origin(declared) is not tuple:
+        return None
+    element = typing.get_args(declared)[0]
+    return element if hasattr(element, "__dataclass_fields__") else None
+
+
+def _build(cls: type, values: Any, path: str, **name: str) -> Any:
     """Builds a config class from a dict of its fields.
 
     `path` is the dict's dotted name within the run's config, "" for the run's config itself. An
-    error names a field by its full path, such as model.num_heads.
+    error names a field by its full path, such as model.num_heads. The `name` of a named config is
+    no field of the dict.
     """
-    if isinstance(values, ConfigDict):
-        values = values.to_dict()  # a ConfigDict would fill many lines of a message
-    if not isinstance(values, Mapping):
-        raise ConfigError(
-            f"{path or 'config'}={show(values)} is not a group of fields: set its fields one by one"
-        )
+    values = _as_mapping(values, path, "set its fields one by one")
     prefix = f"{path}." if path else ""
-    _check_names(cls, values, prefix)
-    types = field_types(cls)
-    arguments = {
-        name: _build(types[name], values[name], f"{prefix}{name}")
-        if dataclasses.is_dataclass(types[name])
-        else values[name]
-        for name in values
-    }
+    types = {field: declared for field, declared in field_types(cls).items() if field not in name}
+    _check_names(list(types), values, prefix)
+    arguments: dict[str, Any] = dict(name)
+    for field, value in values.items():
+        if dataclasses.is_dataclass(types[field]):
+            value = _build(types[field], value, f"{prefix}{field}")
+        elif named := named_class(types[field]):
+            by_name = _as_mapping(value, prefix + field, f"set {field} to a dict of these by name")
+            value = tuple(
+                _build(named, fields, f"{prefix}{field}.{key}", name=str(key))
+                for key, fields in by_name.items()
+            )
+        arguments[field] = value
     try:
         return cls(**arguments)
     except ConfigError as error:
         raise ConfigError(f"{prefix}{error}") from None
 
 
-def _check_names(cls: type, values: Mapping[str, Any], prefix: str) -> None:
-    """Raises ConfigError for a name that is not a field of the class."""
-    fields = [field.name for field in dataclasses.fields(cls)]
+def _as_mapping(values: Any, path: str, fix: str) -> Mapping[str, Any]:
+    """Returns a group of fields as a dict. Raises ConfigError if it is no such group."""
+    if isinstance(values, ConfigDict):
+        values = values.to_dict()  # a ConfigDict would fill many lines of a message
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{path or 'config'}={show(values)} is not a group of fields: {fix}")
+    return values
+
+
+def _check_names(fields: list[str], values: Mapping[str, Any], prefix: str) -> None:
+    """Raises ConfigError for a name that is not one of the fields."""
     for name in values:
         if name not in fields:
             near = difflib.get_close_matches(str(name), fields, n=1)

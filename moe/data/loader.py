@@ -1,12 +1,11 @@
 """Reads batches of rows in Grain's background threads. One integer is the stream's whole state."""
 
-import functools
 import sys
 
 import grain
 import numpy as np
-from grain.experimental import index_shuffle
 
+from moe.data.mixtures import TrainingRows
 from moe.data.rows import Rows, Transform, unchanged
 
 # Reading a row is mostly Python, so more threads would only wait for each other.
@@ -14,27 +13,25 @@ _READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)  # in b
 
 
 def make_loader(
-    rows: Rows,
+    rows: TrainingRows,
     *,
     batch_size: int,
-    seed: int,
     examples: int,
     host_rows: np.ndarray | slice,
     transform: Transform = unchanged,
 ) -> grain.DatasetIterator[dict[str, np.ndarray]]:
     """Starts reading the endless training batches, from the example number `examples` on.
 
-    A global batch is a function of (rows, seed, examples, batch_size) and of `transform` alone.
-    This host reads the rows `host_rows` of it, given as indices within the batch. A field that is
-    [...] in a row is [number of host_rows, ...] in the batch. `close()` ends the threads.
+    A global batch is a function of (rows, mixture, seed, examples, batch_size) and of `transform`
+    alone. This host reads the rows `host_rows` of it, given as indices within the batch. A field
+    that is [...] in a row is [number of host_rows, ...] in the batch. `close()` ends the threads.
     """
     offsets = np.arange(batch_size)[host_rows]
 
     def read(first: int) -> dict[str, np.ndarray]:
-        numbers = [int(example) for example in first + offsets]
-        rows_read = [rows[row_of_example(number, len(rows), seed)] for number in numbers]
-        pairs = zip(rows_read, numbers, strict=True)
-        return _stack([transform(row, (seed, number)) for row, number in pairs])
+        numbers = [int(number) for number in first + offsets]
+        seed = rows.mixture.seed
+        return _stack([transform(rows.example(number), (seed, number)) for number in numbers])
 
     # Grain needs an end of the stream, so it ends at the last number that Grain can count to.
     return _start(grain.MapDataset.range(examples, sys.maxsize - batch_size, batch_size).map(read))
@@ -61,21 +58,6 @@ def evaluation_batches(
         return _stack([transform(rows[n], (0, n)) if n < len(rows) else padding for n in numbers])
 
     return _start(grain.MapDataset.range(0, stop, batch_size).map(read))
-
-
-def row_of_example(example: int, num_rows: int, seed: int) -> int:
-    """Returns the row that is the stream's example of this number.
-
-    Every epoch has each row once, in a random order of its own.
-    """
-    epoch, index = divmod(example, num_rows)
-    return index_shuffle(index, max_index=num_rows - 1, seed=_epoch_seed(seed, epoch), rounds=4)
-
-
-@functools.lru_cache(maxsize=16)
-def _epoch_seed(seed: int, epoch: int) -> int:
-    # With seed + epoch, the second epoch of seed 0 would have the order of seed 1's first.
-    return int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
 
 
 def _stack(rows: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:

@@ -18,6 +18,9 @@ from typing import Any, NamedTuple
 from moe.config import PLACE_FIELDS, ConfigError, RunConfig, flatten
 from moe.config.checks import show
 
+# These fields came after the first sweeps. At its default, such a field is no part of an identity,
+# so the results of older sweeps are found again.
+_LATER_FIELDS = ("data.text_field", "data.mixture", "data.stages")
 # Each part of a name is a directory, so it may not begin with a dot.
 _NAME = re.compile(r"\w[\w.=+-]*(/\w[\w.=+-]*)*", re.ASCII)
 
@@ -48,10 +51,12 @@ def identity(config: RunConfig) -> str:
     Paths and the mesh are left out. A fork computes what a run of its own would, so it needs no
     place in the hash.
     """
-    values = config.to_dict()
-    for name in PLACE_FIELDS:
+    values, defaults = config.to_dict(), RunConfig().to_dict()
+    for name in (*PLACE_FIELDS, *_LATER_FIELDS):
         group, _, field = name.rpartition(".")
-        del (values[group] if group else values)[field]
+        fields, default = (values[group], defaults[group]) if group else (values, defaults)
+        if name in PLACE_FIELDS or fields[field] == default[field]:
+            del fields[field]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -177,8 +182,13 @@ def _override(values: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str,
 
 def overrides_between(base: RunConfig, config: RunConfig) -> dict[str, Any]:
     """Returns the dotted fields in which a config differs from its base, with their values."""
-    before = dict(flatten(base.to_dict()))
-    return {name: value for name, value in flatten(config.to_dict()) if before[name] != value}
+    before, after = (dict(flatten(one.to_dict())) for one in (base, config))
+    if before.keys() != after.keys():
+        raise ConfigError(
+            "data.mixture has other sources than the base: "
+            "name all sources in get_config(), and change their fields in the points"
+        )
+    return {name: value for name, value in after.items() if before[name] != value}
 
 
 def grid(fields: Mapping[str, Sequence[Any]]) -> Iterator[Point]:

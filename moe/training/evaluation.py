@@ -9,7 +9,7 @@ import numpy as np
 from moe import losses
 from moe.config import RunConfig
 from moe.data.loader import evaluation_batches
-from moe.data.rows import Rows
+from moe.data.rows import JoinedRows, Rows
 from moe.parallel import watch
 from moe.parallel.mesh import global_batch, host_rows
 from moe.storage.paths import RunPath
@@ -35,9 +35,35 @@ def evaluate(
     batches, and is the mean over these layers. The result is empty if `stops`, which is asked after
     each batch with the sums up to it, says that the evaluation must end early.
     """
-    sums = _sum_over_batches(config, program, variables, rows, stops)
-    if not sums:
-        return {}
+    return evaluate_sources(config, program, variables, JoinedRows({"": rows}), stops)
+
+
+def evaluate_sources(
+    config: RunConfig,
+    program: Program,
+    variables: Any,
+    rows: JoinedRows,
+    stops: Callable[[Any], bool] = lambda sums: False,
+) -> dict[str, float]:
+    """Evaluates a model on each source, on as many batches of each as `evaluate` reads of one.
+
+    The values of a source with a name are returned as NAME/loss and so on. Those of all sources
+    together then follow from the sums over all their batches.
+    """
+    totals: losses.Sums = {}
+    values: dict[str, float] = {}
+    for name, one in rows.sources.items():
+        sums = _sum_over_batches(config, program, variables, one, stops)
+        if not sums:
+            return {}
+        prefix = f"{name}/" if name else ""
+        values |= {prefix + key: value for key, value in _values(program, sums, one).items()}
+        totals = jax.tree.map(lambda a, b: a + b, totals, sums) if totals else sums
+    return values if "" in rows.sources else _values(program, totals, rows) | values
+
+
+def _values(program: Program, sums: losses.Sums, rows: Rows) -> dict[str, float]:
+    """Returns the metrics and scores that follow from the sums over some rows."""
     metrics = program.task.metrics(sums)
     router = router_summary(metrics.pop("router", {}))
     values = {name: float(value) for name, value in metrics.items()}

@@ -12,14 +12,14 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
 from moe.config import ConfigError, MeshConfig, RunConfig
-from moe.data.rows import Rows
+from moe.data.mixtures import TrainingRows, describe_sources
 from moe.parallel import watch
 from moe.parallel.cluster import is_restarted
 from moe.parallel.distributed import from_first
@@ -40,7 +40,7 @@ from moe.training.progress import Bar, Stream
 from moe.training.train_step import Program, TrainState, make_program
 from moe.workdir import checkpoint
 from moe.workdir.checkpoint import Checkpoints
-from moe.workdir.first_lines import first_lines
+from moe.workdir.first_lines import first_lines, source_line
 from moe.workdir.identity import read_config, read_saved_config, use_stored_tokenizer, write_config
 from moe.workdir.origin import find_origin, read_state, read_variables, write_origin
 from moe.workdir.source import Origin, Source
@@ -152,7 +152,7 @@ def first_state(
     workdir: RunPath,
     program: Program,
     checkpoints: Checkpoints,
-    rows: Rows,
+    rows: TrainingRows,
     origin: Origin | None,
     bar: Bar,
     check: Check,
@@ -162,11 +162,12 @@ def first_state(
     The checkpoint must have been trained on these rows. A new run starts from `origin`, if there is
     one. It saves its first state at once, so that the other run is not needed later.
     """
+    rows_sha256 = rows.rows.sha256
     latest = from_first("the step to restore", checkpoints.latest_step)
     if latest is not None:
         bar.show(f"restoring step {latest}")
         wait_for_step(checkpoints, latest)
-        checkpoint.check_rows(checkpoints, rows.sha256, latest)
+        checkpoint.check_rows(checkpoints, rows_sha256, latest)
         return checkpoint.restore(checkpoints, program.abstract_state, latest)
     if origin is None:
         bar.show("initialising the parameters")
@@ -174,8 +175,8 @@ def first_state(
     bar.show(f"restoring step {origin.step} of {origin.run}")
     run_path(origin.run)  # whose bucket this host may be unable to reach
     start = fork_from if origin.is_fork else start_from
-    state = start(origin, workdir, program, rows, check)
-    checkpoint.save(checkpoints, config, rows.sha256, state)
+    state = start(origin, workdir, program, rows_sha256, check)
+    checkpoint.save(checkpoints, config, rows_sha256, state)
     return state
 
 
@@ -195,7 +196,7 @@ def wait_for_step(checkpoints: Checkpoints, step: int) -> None:
 
 
 def start_from(
-    origin: Origin, workdir: RunPath, program: Program, _: Rows, check: Check
+    origin: Origin, workdir: RunPath, program: Program, _: str, check: Check
 ) -> TrainState:
     """Returns a new run's state with the model's variables of another run's checkpoint.
 
@@ -211,14 +212,14 @@ def start_from(
 
 
 def fork_from(
-    origin: Origin, workdir: RunPath, program: Program, rows: Rows, check: Check
+    origin: Origin, workdir: RunPath, program: Program, rows_sha256: str, check: Check
 ) -> TrainState:
     """Returns the whole state of another run's checkpoint, from which this run goes on.
 
     It also writes down in `workdir` which checkpoint that is, and copies the metrics up to it.
     Raises ConfigError if the checkpoint was trained on other rows than these.
     """
-    state = read_state(origin, program.abstract_state, rows.sha256)
+    state = read_state(origin, program.abstract_state, rows_sha256)
     if jax.process_index() == 0:
         copy_lines(origin.run, workdir, origin.step, check)
         write_origin(workdir, origin, check)
@@ -229,6 +230,15 @@ def show_first_lines(config: RunConfig, workdir: RunPath, mesh: jax.sharding.Mes
     """Prints, on process 0 alone, what the run runs on and where it writes."""
     if jax.process_index() == 0:
         print(first_lines(config, workdir, mesh), file=Stream(sys.stderr), flush=True)
+
+
+def show_sources(config: RunConfig, rows: TrainingRows) -> list[dict[str, Any]]:
+    """Prints, on process 0 alone, how much the run reads of each source, and returns it."""
+    sources = describe_sources(config, rows)
+    if jax.process_index() == 0:
+        lines = [f"data:     {source_line(source)}" for source in sources]
+        print("\n".join(lines), file=Stream(sys.stderr), flush=True)
+    return sources
 
 
 def report_new_schedule(workdir: RunPath, config: RunConfig, state: TrainState) -> None:
@@ -245,7 +255,12 @@ def report_new_schedule(workdir: RunPath, config: RunConfig, state: TrainState) 
 
 @contextlib.contextmanager
 def open_records(
-    workdir: RunPath, config: RunConfig, program: Program, step: int, check: Check = unchecked
+    workdir: RunPath,
+    config: RunConfig,
+    program: Program,
+    sources: Sequence[Mapping[str, Any]],
+    step: int,
+    check: Check = unchecked,
 ) -> Iterator[Records]:
     """Yields the functions that write to the run's files.
 
@@ -256,7 +271,7 @@ def open_records(
         yield Records(lambda step, metrics, layers=None, /: None, lambda times: None, lambda: None)
         return
     write_config(workdir, config, check)
-    write_environment(workdir, program.attention, check)
+    write_environment(workdir, program.attention, sources, check)
     logging.info("attention: %s", program.attention)
     with MetricWriter(workdir, config.tracking, step, check) as writer:
         yield Records(writer.write, writer.write_hosts, writer.flush)

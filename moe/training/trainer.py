@@ -10,7 +10,8 @@ import jax
 
 from moe.config import RunConfig, TrainConfig
 from moe.data.loader import make_loader
-from moe.data.rows import Rows
+from moe.data.mixtures import TrainingRows, open_training, open_validation
+from moe.data.rows import JoinedRows
 from moe.parallel import watch
 from moe.parallel.distributed import from_first
 from moe.parallel.mesh import global_batch, host_rows
@@ -18,7 +19,7 @@ from moe.storage.owner import Check
 from moe.storage.paths import RunPath, run_path
 from moe.tasks import Task
 from moe.tasks.task import Batch
-from moe.training.evaluation import evaluate, is_validated, last_validation
+from moe.training.evaluation import evaluate_sources, is_validated, last_validation
 from moe.training.log import Log, Records
 from moe.training.profile import Profile, open_profile
 from moe.training.progress import Bar
@@ -31,6 +32,7 @@ from moe.training.start import (
     open_records,
     report_new_schedule,
     show_first_lines,
+    show_sources,
 )
 from moe.training.train_step import Program, TrainState, make_program
 from moe.training.vote import Vote, asks_to_stop
@@ -60,8 +62,8 @@ class _Run(NamedTuple):
 
     config: RunConfig
     program: Program
-    train_rows: Rows
-    validation_rows: Rows
+    train_rows: TrainingRows
+    validation_rows: JoinedRows
     checkpoints: Checkpoints
     records: Records
     bar: Bar
@@ -119,14 +121,15 @@ def _fit(
 ) -> dict[str, float]:
     """Trains as `fit` does, once this run's lock is held, and returns the last validation."""
     given, config = config, use_stored_tokenizer(workdir, config)
-    train_rows = program.task.rows(config, config.data.train_split)
-    validation_rows = program.task.rows(config, config.data.validation_split)
+    train_rows = open_training(config, program.task.rows)
+    validation_rows = open_validation(config, program.task.rows)
+    sources = show_sources(config, train_rows)
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(Bar(config.train.steps, shown=jax.process_index() == 0))
         checkpoints = stack.enter_context(checkpoint.open_checkpoints(workdir, config, check))
         state = first_state(config, workdir, program, checkpoints, train_rows, origin, bar, check)
         report_new_schedule(workdir, config, state)
-        records = open_records(workdir, given, program, int(state.step), check)
+        records = open_records(workdir, given, program, sources, int(state.step), check)
         records = stack.enter_context(records)
         save_seconds = lambda: checkpoints.longest_save_seconds
         vote = Vote(program.mesh, asks_to_stop(interrupted, os.environ, save_seconds))
@@ -180,7 +183,7 @@ def _train(run: _Run, state: TrainState, batches: Iterator[Batch]) -> TrainState
             run.bar.show(f"{'stopping: ' if must_stop else ''}saving step {step}")
             watch.report("saving")
             run.records.flush()
-            checkpoint.save(run.checkpoints, run.config, run.train_rows.sha256, state)
+            checkpoint.save(run.checkpoints, run.config, run.train_rows.rows.sha256, state)
         if must_stop:
             break
     return state
@@ -191,7 +194,7 @@ def _evaluate(run: _Run, state: TrainState) -> bool:
     run.bar.show(f"evaluating step {int(state.step)}")
     watch.report("evaluating")
     variables, rows = state.variables, run.validation_rows
-    values = evaluate(run.config, run.program, variables, rows, run.vote.stops)
+    values = evaluate_sources(run.config, run.program, variables, rows, run.vote.stops)
     if values:
         metrics = {f"validation/{name}": value for name, value in values.items()}
         run.records.metrics(int(state.step), metrics)
@@ -221,7 +224,6 @@ def _train_batches(run: _Run, examples: int) -> Iterator[Iterator[Batch]]:
     loader = make_loader(
         run.train_rows,
         batch_size=size,
-        seed=run.config.seed,
         examples=examples,
         host_rows=host_rows(mesh, size),
         transform=run.program.task.transform(run.config),

@@ -3,6 +3,7 @@
 import importlib.metadata
 import platform
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -34,3 +35,16 @@ def first_lines(config: RunConfig, workdir: RunPath, mesh: jax.sharding.Mesh) ->
             f"compiled programs: {cache if is_cached else 'not cached'}",
         ]
     )
+
+
+def source_line(source: Mapping[str, Any]) -> str:
+    """Returns what a run reads of a source in one line, from a dict of `describe_sources`."""
+    name = f"{source['name']}: " if source["name"] else ""
+    limit = f" of at most {source['max_epochs']:g}" if source["max_epochs"] else ""
+    line = (
+        f"{name}{source['source']}, {source['split']}: {source['share']:.1%} of the examples, "
+        f"{source['epochs']:.3g} epochs{limit} of {source['num_rows']:,} rows"
+    )
+    if source["fullness"] is not None:
+        line += f" ({source['fullness']:.1%} full, {source['num_cut']:,} documents cut)"
+    return line

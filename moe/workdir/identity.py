@@ -157,14 +157,15 @@ def differing_fields(
     paths of two tokenizers, whose contents `use_stored_tokenizer` compares.
     """
     may_differ = {*allowed, *PLACE_FIELDS}
+    before, after = (dict(flatten(one.to_dict())) for one in (saved, config))
+    show = lambda values, name: repr(values[name]) if name in values else "missing"
+    # One of two mixtures may have sources that the other one lacks.
     return [
-        f"{name} is {before!r} there and {after!r} here"
-        for (name, before), (_, after) in zip(
-            flatten(saved.to_dict()), flatten(config.to_dict()), strict=True
-        )
-        if before != after
-        and may_differ.isdisjoint((name, name.split(".")[0]))
-        and (name != "data.tokenizer" or "byte" in (before, after))
+        f"{name} is {show(before, name)} there and {show(after, name)} here"
+        for name in before | after
+        if name not in before or name not in after or before[name] != after[name]
+        if may_differ.isdisjoint((name, name.split(".")[0]))
+        if name != "data.tokenizer" or "byte" in (before[name], after[name])
     ]
 
 

@@ -238,8 +238,16 @@ def read_hosts(workdir: RunPath) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
     return _parse_lines(parts, lambda value: np.array(_decode(value), float))
 
 
-def write_environment(workdir: RunPath, attention: str, check: Check = unchecked) -> None:
-    """Appends the machine, the packages and the attention of this start to environment.jsonl."""
+def write_environment(
+    workdir: RunPath,
+    attention: str,
+    sources: Sequence[Mapping[str, Any]] = (),
+    check: Check = unchecked,
+) -> None:
+    """Appends the machine, the packages and the attention of this start to environment.jsonl.
+
+    `sources` says what the run reads of each source, as `describe_sources` does.
+    """
     environment = {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
@@ -248,6 +256,7 @@ def write_environment(workdir: RunPath, attention: str, check: Check = unchecked
         "packages": {name: _version(name) for name in _PACKAGES},
         "devices": _devices(),
         "attention": attention,
+        "sources": list(sources),
         "git": git_state(Path(__file__).resolve()),
     }
     path = workdir / ENVIRONMENT_FILE

@@ -138,8 +138,8 @@ def test_messages_have_one_line_where_a_config_dict_prints_many() -> None:
 @pytest.mark.parametrize(("section", "name", "default"), FIELDS)
 def test_every_field_refuses_a_wrong_type(section: str, name: str, default: Any) -> None:
     for wrong in (
-        ([1], 1.5)
-        if default is None
+        ("a", 1.5)
+        if default is None or isinstance(default, tuple)
         else ([1], None, 1 if isinstance(default, bool | str) else True)
     ):
         text = message(**{f"{section}__{name}": wrong})

@@ -8,8 +8,11 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from moe.data.loader import evaluation_batches, make_loader, row_of_example
+from moe.config import DataConfig
+from moe.data.loader import evaluation_batches, make_loader
+from moe.data.mixtures import TrainingRows, make_mixture, row_of_example
 from moe.data.prepare import PreparedRows
+from moe.data.rows import JoinedRows
 
 EVERYTHING = slice(None)
 
@@ -18,6 +21,11 @@ EVERYTHING = slice(None)
 def few(rows: PreparedRows) -> PreparedRows:
     """The first 11 rows: an epoch is no multiple of any batch below."""
     return dataclasses.replace(rows, num_rows=11)
+
+
+def alone(rows: PreparedRows, seed: int = 0) -> TrainingRows:
+    """The rows as the only source of a run."""
+    return TrainingRows(JoinedRows({"": rows}), make_mixture(DataConfig(), seed))
 
 
 def take(batches: Iterator[dict[str, np.ndarray]], count: int) -> dict[str, np.ndarray]:
@@ -36,7 +44,9 @@ def train(
     host_rows=EVERYTHING,
 ) -> dict:
     return take(
-        make_loader(rows, batch_size=batch_size, seed=seed, examples=examples, host_rows=host_rows),
+        make_loader(
+            alone(rows, seed), batch_size=batch_size, examples=examples, host_rows=host_rows
+        ),
         count,
     )
 
@@ -178,7 +188,7 @@ def reading_threads() -> set[threading.Thread]:
 @pytest.mark.parametrize("end", ["close", "abandon"])
 def test_no_thread_outlives_its_iterator(few: PreparedRows, end: str):
     before = reading_threads()
-    batches = make_loader(few, batch_size=4, seed=0, examples=0, host_rows=EVERYTHING)
+    batches = make_loader(alone(few), batch_size=4, examples=0, host_rows=EVERYTHING)
     next(batches)
     started = reading_threads() - before
     assert started
@@ -195,7 +205,7 @@ def test_no_thread_outlives_its_iterator(few: PreparedRows, end: str):
 def test_batches_are_read_ahead(few: PreparedRows, monkeypatch: pytest.MonkeyPatch):
     read = threading.Event()
     monkeypatch.setattr(PreparedRows, "__getitem__", lambda rows, index: read.set() or {})
-    batches = make_loader(few, batch_size=4, seed=0, examples=0, host_rows=EVERYTHING)
+    batches = make_loader(alone(few), batch_size=4, examples=0, host_rows=EVERYTHING)
     assert read.wait(100)
     batches.close()
 
@@ -207,7 +217,7 @@ def test_an_error_in_a_reading_thread_reaches_the_consumer(
         raise OSError("rows-00000.array_record is damaged")
 
     monkeypatch.setattr(PreparedRows, "__getitem__", fail)
-    batches = make_loader(rows, batch_size=4, seed=0, examples=0, host_rows=EVERYTHING)
+    batches = make_loader(alone(rows), batch_size=4, examples=0, host_rows=EVERYTHING)
     with pytest.raises(OSError, match=r"rows-00000\.array_record is damaged"):
         next(batches)
     batches.close()
@@ -221,11 +231,11 @@ def with_key(row: dict[str, np.ndarray], key: tuple[int, ...]) -> dict[str, np.n
 def test_a_transform_gets_the_rows_and_the_numbers_of_their_examples(few: PreparedRows):
     """Each epoch draws anew, and a host's part of a batch has the keys of the whole batch."""
     plain = train(few, 6, examples=3, seed=7)
-    options = {"batch_size": 4, "seed": 7, "examples": 3, "transform": with_key}
-    batch = take(make_loader(few, host_rows=EVERYTHING, **options), 6)
+    options = {"batch_size": 4, "examples": 3, "transform": with_key}
+    batch = take(make_loader(alone(few, seed=7), host_rows=EVERYTHING, **options), 6)
     np.testing.assert_array_equal(batch["tokens"], plain["tokens"])
     assert batch["key"].tolist() == [[8, number + 1] for number in range(3, 27)]
-    part = take(make_loader(few, host_rows=np.array([1, 3]), **options), 6)
+    part = take(make_loader(alone(few, seed=7), host_rows=np.array([1, 3]), **options), 6)
     np.testing.assert_array_equal(
         part["key"], batch["key"].reshape(6, 4, 2)[:, [1, 3]].reshape(12, 2)
     )

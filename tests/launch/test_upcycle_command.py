@@ -4,7 +4,6 @@ What it writes is a run at step 0 that evaluates as the dense one does, and trai
 """
 
 import dataclasses
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +27,7 @@ from moe.config import (
 from moe.training.train_step import make_program
 from moe.training.trainer import fit
 from moe.workdir import checkpoint
+from moe.workdir.identity import read_config
 from moe.workdir.tracking import read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -103,7 +103,7 @@ def test_everything_but_the_parameters_is_as_in_a_new_run(source, config, tmp_pa
     new = program.init_state()
     assert np.any(state.params["embedding"] != new.params["embedding"])
     jax.tree.map(np.testing.assert_array_equal, state.replace(params={}), new.replace(params={}))
-    assert json.loads((tmp_path / "config.json").read_text()) == config.to_dict()
+    assert read_config(tmp_path) == config
     assert len((tmp_path / "environment.jsonl").read_text().splitlines()) == 1
 
 

@@ -52,7 +52,7 @@ class Writers:
         write_config(self.run, CONFIG, self.check)
 
     def environment(self) -> None:
-        write_environment(self.run, "blockwise", self.check)
+        write_environment(self.run, "blockwise", check=self.check)
 
     def origin(self) -> None:
         write_origin(self.run, Origin(self.run, 1, False), self.check)

@@ -47,6 +47,7 @@ from moe.training import evaluation, log, signals, start, train_step, trainer
 from moe.training.optimizer import make_schedule
 from moe.training.signals import SIGNALS
 from moe.workdir import checkpoint
+from moe.workdir.identity import read_config
 from moe.workdir.origin import SHARED_MOE_FIELDS
 from moe.workdir.tracking import check_workdir, read_metrics, read_router
 
@@ -147,7 +148,7 @@ def test_a_run_logs_evaluates_and_learns(config, uninterrupted):
     assert [line["step"] for line in written if "train/loss" in line] == [1, 2, 3, 4, 5, 6, 7, 8]
     assert [line["step"] for line in written if "validation/loss" in line] == [4, 8]
     assert written[-1]["validation/loss"] < written[0]["train/loss"] - 0.1
-    assert json.loads((uninterrupted / "config.json").read_text()) == config.to_dict()
+    assert read_config(uninterrupted) == config
     state = saved_state(config, uninterrupted)
     assert (int(state.step), int(state.examples)) == (8, 64)
 
@@ -528,7 +529,7 @@ def test_other_rows_are_refused(config, uninterrupted, monkeypatch):
 
 def test_the_first_process_alone_writes(config, uninterrupted, tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    with start.open_records(tmp_path, config, make_program(config), 0) as records:
+    with start.open_records(tmp_path, config, make_program(config), [], 0) as records:
         records.metrics(1, {"train/loss": 1.0})
         records.hosts(HostTimes(1, [1.0], [1.0]))
         records.flush()
@@ -603,7 +604,7 @@ def test_a_run_without_its_config_json_is_still_that_run(config, uninterrupted, 
         trainer.fit(dataclasses.replace(config, seed=1), tmp_path)
     assert {path for path in tmp_path.rglob("*") if path.is_file()} == before.keys()
     trainer.fit(config, tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text()) == config.to_dict()
+    assert read_config(tmp_path) == config
     assert_same_run(config, tmp_path, uninterrupted)
 
 

@@ -4,7 +4,10 @@ The prefix of `data.dataset` says which of them it is. Importing TFDS or Arrow t
 source is imported only where it is used.
 """
 
-from moe.config import DataConfig
+import contextlib
+from collections.abc import Iterator
+
+from moe.config import ConfigError, DataConfig
 from moe.data.sources import tfds
 from moe.data.sources.document import Document, Documents
 from moe.data.sources.listing import find_files
@@ -13,6 +16,7 @@ __all__ = [
     "Document",
     "Documents",
     "check_dataset",
+    "naming_source",
     "open_documents",
     "reopen_documents",
     "source_name",
@@ -40,8 +44,14 @@ def source_name(config: DataConfig) -> str:
 def check_dataset(config: DataConfig) -> None:
     """Raises ConfigError for a data set that does not exist or cannot be read.
 
-    Nothing is downloaded or prepared, and JAX is not imported.
+    Nothing is downloaded or prepared, and JAX is not imported. Of a mixture, all sources are
+    checked.
     """
+    for source in config.mixture:
+        with naming_source(source.name):
+            check_dataset(config.of_source(source))
+    if config.mixture:
+        return
     match config.dataset.partition(":")[0]:
         case "text":
             find_files(config.dataset.removeprefix("text:"))
@@ -91,3 +101,14 @@ def reopen_documents(config: DataConfig, split: str, directory: str) -> Document
             return arrow.open_arrow(config, split)
         case _:
             return tfds.TfdsDocuments(directory, split, config.text_field)
+
+
+@contextlib.contextmanager
+def naming_source(name: str) -> Iterator[None]:
+    """Puts the name of a mixture's source before the message of a ConfigError."""
+    try:
+        yield
+    except ConfigError as error:
+        if not name:
+            raise
+        raise ConfigError(f"data.mixture.{name}: {error}") from None
