@@ -63,24 +63,30 @@ def look(config: RunConfig, split: str, num_rows: int) -> Look:
             streams = read_row(transform(one[number], (0, number)), tokenizer)
             rows.append((f"{name} {split} row {number}".strip(), streams))
     described = [Source.of_rows(name, one) for name, one in sources.items()]
-    counts = count_documents(_documents(config, split))
+    # Tokens that somebody else has prepared have no documents that could be read.
+    has_documents = not any(one.dataset.startswith("tokens:") for one in config.data.sources)
+    counts = count_documents(_documents(config, split)) if has_documents else None
     return Look(rows, described, counts, config.data.sequence_length * _bytes_per_token(described))
 
 
 def open_sources(config: RunConfig, open_rows: Any, split: str) -> Mapping[str, Any]:
     """Returns the rows of each source of a config, by its name."""
-    is_training = split == "train"
-    name = config.data.train_split if is_training else config.data.validation_split
-    return {"": open_rows(config, name)}
+    from moe.data.mixtures import open_training, open_validation
+
+    if split == "train":
+        return open_training(config, open_rows).rows.sources
+    return open_validation(config, open_rows).sources
 
 
 def _documents(config: RunConfig, split: str) -> Iterator[Document]:
-    """Yields the documents of all sources, with a progress bar."""
-    is_training = split == "train"
-    name = config.data.train_split if is_training else config.data.validation_split
-    documents = open_documents(config.data, name)
-    found = documents.between(0, len(documents))
-    yield from tqdm(found, "reading documents", len(documents), disable=None, leave=False)
+    """Yields the documents of all sources, with a progress bar for each."""
+    for source in config.data.sources:
+        data = config.data.of_source(source)
+        name = source.train_split if split == "train" else source.validation_split
+        documents = open_documents(data, name)
+        found = documents.between(0, len(documents))
+        text = f"reading documents {source.name}".strip()
+        yield from tqdm(found, text, len(documents), disable=None, leave=False)
 
 
 def _bytes_per_token(sources: list[Source]) -> float:

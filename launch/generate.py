@@ -10,7 +10,8 @@ Examples:
 
 Each prompt is the start of a document; after an empty one the model writes the document from its
 first token on. With --suffix the model writes what stands between the prompt and the suffix, as a
-run of task "fill_in_the_middle" has learnt it. The same flags give the same text.
+run of task "fill_in_the_middle" has learnt it. To a run that was trained on conversations, a prompt
+is what a user says, and its chat template asks for the answer. The same flags give the same text.
 """
 
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ import numpy as np
 from absl import flags
 
 from launch import command_line
-from moe.config import ConfigError
+from moe.config import ConfigError, RunConfig
 from moe.config.objectives import check_decoder
 from moe.storage.paths import RunPath, run_path
 from moe.workdir.identity import read_config
@@ -46,7 +47,6 @@ def generate(
     # These load JAX, which --help need not wait for.
     from moe.data.tokenizers import TextStream, make_tokenizer
     from moe.inference.generate import Sampling, check_sampling, generate
-    from moe.tasks.fill_in_the_middle import middle_prompt
     from moe.training import start, trainer
 
     sampling = Sampling(temperature, top_k, top_p)
@@ -54,16 +54,13 @@ def generate(
     config, program, variables, step = trainer.load_run(workdir, step)
     start.check_finite(workdir / "checkpoints" / str(step), variables)
     tokenizer = make_tokenizer(config.data)
-    if suffix is None:  # a document begins with a boundary
-        starts = [np.array([tokenizer.boundary_id, *tokenizer.encode(text)]) for text in prompts]
-    else:
-        starts = [middle_prompt(config, text, suffix) for text in prompts]
+    starts, end_id = _starts_and_end(config, prompts, suffix)
     continued = generate(
         program.model,
         variables,
         starts,
         max_new_tokens=max_new_tokens,
-        end_id=tokenizer.boundary_id,
+        end_id=end_id,
         seed=seed,
         sampling=sampling,
     )
@@ -72,6 +69,29 @@ def generate(
         (stream := TextStream(tokenizer, prompt)).push(new) + stream.finish()
         for prompt, new in zip(starts, continued, strict=True)
     ]
+
+
+def _starts_and_end(
+    config: RunConfig, prompts: Sequence[str], suffix: str | None
+) -> tuple[list[np.ndarray], int]:
+    """Returns the tokens after which the model writes, for each prompt, and the token that ends it.
+
+    A prompt to a run with a chat template is what a user says.
+    """
+    from moe.data.chat import make_chat
+    from moe.data.chat.messages import Message
+    from moe.data.tokenizers import make_tokenizer
+    from moe.tasks.fill_in_the_middle import middle_prompt
+
+    tokenizer = make_tokenizer(config.data)
+    boundary = tokenizer.boundary_id
+    if chat := make_chat(config.data, tokenizer):
+        starts = [chat.encode_prompt([Message("user", text)], "the prompt") for text in prompts]
+        return starts, chat.end_of_turn()
+    if suffix is not None:
+        return [middle_prompt(config, text, suffix) for text in prompts], boundary
+    # A document begins with a boundary.
+    return [np.array([boundary, *tokenizer.encode(text)]) for text in prompts], boundary
 
 
 def _check_input(workdir: RunPath, prompts: Sequence[str], suffix: str | None, seed: int) -> None:
@@ -107,8 +127,10 @@ def main(values: flags.FlagValues) -> None:
         top_p=values.top_p,
         seed=values.seed,
     )
+    # An answer begins a line of its own, and other text continues the prompt.
+    between = "\n" if read_config(run_path(values.workdir)).data.chat_template else ""
     for prompt, text in zip(values.prompt, texts, strict=True):
-        print(f"{'-' * 80}\n{prompt}{text}{values.suffix or ''}")
+        print(f"{'-' * 80}\n{prompt}{between}{text}{values.suffix or ''}")
 
 
 if __name__ == "__main__":
