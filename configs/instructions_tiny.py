@@ -1,6 +1,11 @@
 """Trains a small decoder to write functions of Python's standard library from their docstrings.
 
+The answers alone are learnt. With `--config.data.dataset=stdlib_functions/without_input` the same
+answers follow empty requests, which shows what the requests are worth.
+
 Command:  python -m launch.train --config=configs/instructions_tiny.py --workdir=runs/instructions
+Hardware: 2 CPU cores.
+Result:   not measured to its end yet.
 """
 
 from ml_collections import ConfigDict

@@ -58,9 +58,8 @@ def evaluate(
     from moe.training import evaluation, trainer
 
     config, program, variables, step = trainer.load_run(workdir, step)
-    train = dataclasses.replace(config.train, eval_batches=0)
     # The run's own copies of its tokenizer and template are used, and the data that was asked for.
-    config = dataclasses.replace(config, train=train)
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, eval_batches=0))
     data = evaluated_data(config.data, split, datasets)
     if not datasets:
         config = dataclasses.replace(config, data=data[""])

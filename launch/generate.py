@@ -45,7 +45,6 @@ def generate(
     """
     _check_input(workdir, prompts, suffix, seed)
     # These load JAX, which --help need not wait for.
-    from moe.data.tokenizers import TextStream, make_tokenizer
     from moe.inference.generate import Sampling, check_sampling, generate
     from moe.training import start, trainer
 
@@ -53,7 +52,6 @@ def generate(
     check_sampling(sampling, max_new_tokens)
     config, program, variables, step = trainer.load_run(workdir, step)
     start.check_finite(workdir / "checkpoints" / str(step), variables)
-    tokenizer = make_tokenizer(config.data)
     starts, end_id = _starts_and_end(config, prompts, suffix)
     continued = generate(
         program.model,
@@ -64,6 +62,16 @@ def generate(
         seed=seed,
         sampling=sampling,
     )
+    return _texts(config, starts, continued)
+
+
+def _texts(
+    config: RunConfig, starts: Sequence[np.ndarray], continued: Sequence[np.ndarray]
+) -> list[str]:
+    """Returns the texts of new tokens, each after the tokens that it continues."""
+    from moe.data.tokenizers import TextStream, make_tokenizer
+
+    tokenizer = make_tokenizer(config.data)
     # The prompt says whether a space belongs between it and the first word.
     return [
         (stream := TextStream(tokenizer, prompt)).push(new) + stream.finish()
