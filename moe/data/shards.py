@@ -20,7 +20,7 @@ from typing import TypedDict
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from moe.config import DataConfig
+from moe.config import ConfigError, DataConfig
 from moe.data.chat import make_chat
 from moe.data.packing.concat import pack
 from moe.data.packing.targets import count_targets, mark_targets, split_targets
@@ -170,7 +170,8 @@ def main(arguments: list[str]) -> None:
             line = json.dumps(write_shard(job, shard)) + "\n"
             # The workers share the pipe. os.write writes the line at once, and print may not.
             os.write(sys.stdout.fileno(), line.encode())
-    except OSError as error:  # a full disk, or a pipe without a reader after the parent was killed
+    # A bad document, a full disk, or a pipe without a reader after the parent was killed.
+    except (ConfigError, OSError) as error:
         sys.exit(f"preparing the data failed: {error}")
 
 
