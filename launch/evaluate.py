@@ -3,58 +3,190 @@
 Examples:
     python -m launch.evaluate --workdir=runs/dense_tiny
     python -m launch.evaluate --workdir=runs/dense_tiny --step=500 --split=train
+    python -m launch.evaluate --workdir=runs/dense_tiny --data=text:notes --data=text:code
+    python -m launch.evaluate --workdir=runs/dense_tiny --data=text:notes --slice=language
+    python -m launch.evaluate --workdir=runs/dense_tiny --tasks=keywords --task_directory=tasks
 
 All devices of this machine share the work, however the run was laid out. Prints one JSON object.
 For a model with experts it also has max_vio and load_entropy, which say how even the experts' load
 is, and dropped_fraction, all as means over the sparse layers. For a run on a mixture, the numbers
 are those of all sources together, and NAME/loss and so on are those of the source NAME.
+
+--data names any data set that data.dataset may name, in place of the run's; it may be given again.
+Of the user's own files (text:PATH) all documents are read, unless --split names a part of them.
+--slice names a field of the examples, and FIELD=VALUE/loss and so on are those of the documents
+with this value. --tasks runs tasks of EleutherAI's lm-evaluation-harness, by their names.
 """
 
 import dataclasses
 import json
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from absl import flags
 
 from launch import command_line
-from moe.config import ConfigError
+from launch.slices import open_slices, splits_of
+from moe.config import ConfigError, DataConfig, RunConfig
+from moe.config.objectives import check_decoder
 from moe.data.sources import check_dataset
 from moe.storage.paths import RunPath, run_path
 from moe.workdir.identity import read_config
 
 
 def evaluate(
-    workdir: RunPath, step: int | None = None, split: str | None = None
+    workdir: RunPath,
+    step: int | None = None,
+    split: str | None = None,
+    *,
+    datasets: Sequence[str] = (),
+    slice_by: str | None = None,
 ) -> dict[str, float]:
     """Returns `step`, `loss` and `bits_per_byte` of a checkpoint (the latest) on a whole split.
 
-    The split is the validation split by default. A model with sparse layers adds the statistics of
+    The split is the validation split by default. With `datasets`, these are evaluated and not the
+    run's own. `slice_by` is a field of the examples: the values of the documents that share a value
+    of it are returned under FIELD=VALUE/loss. A model with sparse layers adds the statistics of
     their load. Raises ConfigError for an unknown run, step or split, and where a number is not
     finite.
     """
-    data = read_config(workdir).data
-    data = data.with_validation_split(split) if split else data
-    check_dataset(data)
+    data = evaluated_data(read_config(workdir).data, split, datasets)
+    for one in data.values():
+        check_dataset(one)
     # These load JAX, which bad input need not wait for.
-    from moe.data.mixtures import open_validation
     from moe.training import evaluation, trainer
 
     config, program, variables, step = trainer.load_run(workdir, step)
-    train = dataclasses.replace(config.train, eval_batches=0)
-    config = dataclasses.replace(config, train=train, data=data)
-    rows = open_validation(config, program.task.rows)
+    # The run's own copies of its tokenizer and template are used, and the data that was asked for.
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, eval_batches=0))
+    data = evaluated_data(config.data, split, datasets)
+    if not datasets:
+        config = dataclasses.replace(config, data=data[""])
+    rows = _open_rows(config, program, data, split)
     result = evaluation.evaluate_sources(config, program, variables, rows)
-    for name, value in result.items():
+    if slice_by:
+        sources = [one.of_source(source) for one in data.values() for source in one.sources]
+        splits = {
+            one: splits_of(one, split if datasets else one.validation_split) for one in sources
+        }
+        with open_slices(config, splits, program.task.rows, slice_by) as slices:
+            sliced = evaluation.evaluate_sources(config, program, variables, slices)
+        result |= {name: value for name, value in sliced.items() if "=" in name}
+    _check_finite(result, workdir, step)
+    return {"step": step, **with_perplexities(result)}
+
+
+def _open_rows(
+    config: RunConfig, program: Any, data: Mapping[str, DataConfig], split: str | None
+) -> Any:
+    """Returns the rows of each data set by its name, or those of the run's own sources."""
+    from moe.data.mixtures import open_validation
+    from moe.data.rows import JoinedRows
+
+    if "" in data:
+        return open_validation(config, program.task.rows)
+    opened = {}
+    for name, one in data.items():
+        one_config = dataclasses.replace(config, data=one)
+        splits = splits_of(one, split)
+        opened[name] = JoinedRows({part: program.task.rows(one_config, part) for part in splits})
+    return JoinedRows(opened)
+
+
+def evaluated_data(
+    data: DataConfig, split: str | None, datasets: Sequence[str]
+) -> dict[str, DataConfig]:
+    """Returns the config of each data set to evaluate, by the name that its values have.
+
+    The run's own data has the name "", and may be a mixture.
+    """
+    if not datasets:
+        return {"": data.with_validation_split(split) if split else data}
+    own = DataConfig()
+    fields = {"mixture": (), "stages": own.stages, "text_field": data.sources[0].text_field}
+    split = split or own.validation_split
+    return {
+        name: dataclasses.replace(data, dataset=name, validation_split=split, **fields)
+        for name in datasets
+    }
+
+
+def with_perplexities(values: Mapping[str, float]) -> dict[str, float]:
+    """Returns the values with the perplexity behind each loss, which is its exponential."""
+    found = {}
+    for name, value in values.items():
+        found[name] = value
+        prefix, _, last = name.rpartition("/")
+        if last == "loss":
+            # The exponential of a loss beyond 709 is not a float.
+            found[f"{prefix}/perplexity".lstrip("/")] = math.exp(min(value, 700))
+    return found
+
+
+def _check_finite(values: Mapping[str, float], workdir: RunPath, step: int) -> None:
+    """Raises ConfigError for a value that is not finite."""
+    for name, value in values.items():
         if not math.isfinite(value):
             raise ConfigError(
                 f"{workdir / 'checkpoints' / str(step)} has a {name} that is not finite: "
                 "set --step to an earlier checkpoint"
             )
-    return {"step": step, **result}
+
+
+def run_tasks(
+    workdir: RunPath,
+    names: Sequence[str],
+    step: int | None = None,
+    *,
+    directory: str | None = None,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+) -> dict[str, Any]:
+    """Returns the results of tasks of the lm-evaluation-harness, by their names.
+
+    `directory` holds the user's own task files. Raises ConfigError for an unknown run or task.
+    """
+    check_decoder(f"workdir={workdir}", read_config(workdir).task)
+    try:
+        from launch import harness
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"--tasks needs the package {error.name}: pip install lm-eval") from None
+    manager = harness.find_tasks(names, directory)
+    from moe.data.chat import make_chat
+    from moe.data.tokenizers import make_tokenizer
+    from moe.training import trainer
+
+    config, program, variables, step = trainer.load_run(workdir, step)
+    tokenizer = make_tokenizer(config.data)
+    run = harness.LoadedRun(
+        program.model,
+        variables,
+        program.mesh,
+        config.train.batch_size,
+        config.data.sequence_length,
+        tokenizer,
+        make_chat(config.data, tokenizer),
+    )
+    results = harness.evaluate_tasks(run, names, manager, limit=limit, num_fewshot=num_fewshot)
+    return {"step": step, "tasks": results}
 
 
 def main(values: flags.FlagValues) -> None:
-    result = evaluate(run_path(values.workdir), values.step, values.split)
+    workdir = run_path(values.workdir)
+    if values.tasks:
+        result = run_tasks(
+            workdir,
+            values.tasks,
+            values.step,
+            directory=values.task_directory,
+            limit=values.limit,
+            num_fewshot=values.num_fewshot,
+        )
+    else:
+        result = evaluate(
+            workdir, values.step, values.split, datasets=values.data, slice_by=values.slice
+        )
     print(json.dumps(result, allow_nan=False))
 
 
@@ -64,4 +196,10 @@ if __name__ == "__main__":
     flags.DEFINE_string(
         "split", None, "The split to evaluate on; the config's validation split by default."
     )
+    flags.DEFINE_multi_string("data", [], "A data set to evaluate on, in place of the run's.")
+    flags.DEFINE_string("slice", None, "A field of the examples, by whose values to evaluate.")
+    flags.DEFINE_list("tasks", [], "Tasks of the lm-evaluation-harness to run instead.")
+    flags.DEFINE_string("task_directory", None, "A directory with task files of your own.")
+    flags.DEFINE_integer("limit", None, "How many examples of each task to run; all by default.")
+    flags.DEFINE_integer("num_fewshot", None, "How many examples stand before a question.")
     command_line.run(main, __doc__, devices=True)

@@ -10,11 +10,11 @@ Examples:
 
 Each prompt is the start of a document; after an empty one the model writes the document from its
 first token on. With --suffix the model writes what stands between the prompt and the suffix, as a
-run of task "fill_in_the_middle" has learnt it. The same flags give the same text.
+run of task "fill_in_the_middle" has learnt it. To a run that was trained on conversations, a prompt
+is what a user says, and its chat template asks for the answer. The same flags give the same text.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 from absl import flags
@@ -24,12 +24,6 @@ from moe.config import ConfigError, RunConfig
 from moe.config.objectives import check_decoder
 from moe.storage.paths import RunPath, run_path
 from moe.workdir.identity import read_config
-
-if TYPE_CHECKING:
-    from moe.data.tokenizers import Tokenizer
-
-if TYPE_CHECKING:
-    from moe.data.tokenizers import TextStream
 
 
 def generate(
@@ -51,7 +45,6 @@ def generate(
     """
     _check_input(workdir, prompts, suffix, seed)
     # These load JAX, which --help need not wait for.
-    from moe.data.tokenizers import TextStream, make_tokenizer
     from moe.inference.generate import Sampling, check_sampling, generate
     from moe.training import start, trainer
 
@@ -59,35 +52,54 @@ def generate(
     check_sampling(sampling, max_new_tokens)
     config, program, variables, step = trainer.load_run(workdir, step)
     start.check_finite(workdir / "checkpoints" / str(step), variables)
-    tokenizer = make_tokenizer(config.data)
+    starts, end_id = _starts_and_end(config, prompts, suffix)
     continued = generate(
         program.model,
         variables,
-        [_start(config, tokenizer, prompt, suffix) for prompt in prompts],
+        starts,
         max_new_tokens=max_new_tokens,
-        end_id=tokenizer.boundary_id,
+        end_id=end_id,
         seed=seed,
         sampling=sampling,
     )
-    streams = [TextStream(tokenizer, prompt) for prompt in tokens]
-    return list(map(_continuation, streams, continued))
+    return _texts(config, starts, continued)
 
 
-def _continuation(stream: "TextStream", new_ids: np.ndarray) -> str:
-    """Returns the text of new ids, with the space that belongs between it and the prompt."""
-    return stream.push(new_ids) + stream.finish()
+def _texts(
+    config: RunConfig, starts: Sequence[np.ndarray], continued: Sequence[np.ndarray]
+) -> list[str]:
+    """Returns the texts of new tokens, each after the tokens that it continues."""
+    from moe.data.tokenizers import TextStream, make_tokenizer
+
+    tokenizer = make_tokenizer(config.data)
+    # The prompt says whether a space belongs between it and the first word.
+    return [
+        (stream := TextStream(tokenizer, prompt)).push(new) + stream.finish()
+        for prompt, new in zip(starts, continued, strict=True)
+    ]
 
 
-def _start(
-    config: RunConfig, tokenizer: "Tokenizer", prompt: str, suffix: str | None
-) -> np.ndarray:
-    """Returns the tokens after which the model writes."""
+def _starts_and_end(
+    config: RunConfig, prompts: Sequence[str], suffix: str | None
+) -> tuple[list[np.ndarray], int]:
+    """Returns the tokens after which the model writes, for each prompt, and the token that ends it.
+
+    A prompt to a run with a chat template is what a user says.
+    """
+    from moe.data.chat import make_chat
+    from moe.data.chat.messages import Message
+    from moe.data.tokenizers import make_tokenizer
     from moe.tasks.fill_in_the_middle import middle_prompt
 
+    tokenizer = make_tokenizer(config.data)
+    boundary = tokenizer.boundary_id
+    if chat := make_chat(config.data, tokenizer):
+        starts = [chat.encode_prompt([Message("user", text)], "the prompt") for text in prompts]
+        return starts, chat.end_of_turn()
     if suffix is not None:
-        return middle_prompt(config, prompt, suffix)
+        return [middle_prompt(config, text, suffix) for text in prompts], boundary
     # A document begins with a boundary.
-    return np.array([tokenizer.boundary_id, *tokenizer.encode(prompt)])
+    return [np.array([boundary, *tokenizer.encode(text)]) for text in prompts], boundary
 
 
 def _check_input(workdir: RunPath, prompts: Sequence[str], suffix: str | None, seed: int) -> None:
@@ -123,8 +135,10 @@ def main(values: flags.FlagValues) -> None:
         top_p=values.top_p,
         seed=values.seed,
     )
+    # An answer begins a line of its own, and other text continues the prompt.
+    between = "\n" if read_config(run_path(values.workdir)).data.chat_template else ""
     for prompt, text in zip(values.prompt, texts, strict=True):
-        print(f"{'-' * 80}\n{prompt}{text}{values.suffix or ''}")
+        print(f"{'-' * 80}\n{prompt}{between}{text}{values.suffix or ''}")
 
 
 if __name__ == "__main__":

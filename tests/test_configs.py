@@ -117,6 +117,7 @@ WARMUP_STEPS = {
     "dense_7b": 2000,
     "dense_tiny": 50,
     "mixture_tiny": 50,
+    "instructions_tiny": 25,
     "experiments.moe_vs_dense": 50,
     "fill_in_the_middle_tiny": 50,
     "experiments.schedules": 50,

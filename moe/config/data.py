@@ -99,6 +99,9 @@ class DataConfig:
     split_pattern: str = ""  # the regular expression that a tiktoken file needs and does not hold
     # Tokens that no text ever becomes. Those that the tokenizer's file lacks get the next ids.
     special_tokens: tuple[str, ...] = ()
+    # The path of a Jinja template that turns conversations into text. The text field then holds
+    # lists of messages, and answers alone are learnt.
+    chat_template: str = ""
     sequence_length: int = 256  # the number of tokens in a row
     # How documents become rows: "concat" lays them end to end and cuts them at the ends of rows,
     # "best_fit" cuts only those that are longer than a row, and "pad" gives each a row of its own.
@@ -123,6 +126,8 @@ class DataConfig:
         if self.mixture:
             self._check_mixture()
         self._check_tokenizer()
+        if self.chat_template:
+            check_path("chat_template", self.chat_template)
 
     def _check_tokenizer(self) -> None:
         """Raises ConfigError for fields of the tokenizer that cannot belong together."""

@@ -13,6 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from moe.config import ConfigError, DataConfig
+from moe.data.chat import read_template
 from moe.data.prepared_rows import PreparedRows, open_rows
 from moe.data.shards import SUMS, ShardJob, write_shard
 from moe.data.sources import open_documents, source_name
@@ -63,6 +64,8 @@ def prepare(config: DataConfig, split: str, num_workers: int | None = None) -> P
         "packing": config.packing,
         "format_version": _FORMAT_VERSION,
     }
+    if template := read_template(config):
+        identity["chat_template"] = template.fingerprint
     # Version 1 divided large splits into more shards. Runs go on with rows that they began with.
     older = _directory(config, identity | {"format_version": 1})
     if older.exists():

@@ -35,12 +35,14 @@ class PreparedRows:
     sha256: str  # of all rows, so that two machines can tell whether they have the same ones
     num_rows: int
     num_tokens: int  # of all documents, boundaries included
-    num_bytes: int  # of all documents, as UTF-8
+    num_bytes: int  # of all documents, as UTF-8; of conversations, their answers alone
     num_documents: int
+    num_targets: int  # tokens that an epoch predicts
     rows_per_shard: tuple[int, ...]
     # Rows that an older version has prepared do not know these.
     num_cut: int | None = None  # documents whose targets are not all in one row
     num_placed: int | None = None  # tokens in all rows; a token at a cut is in two
+    chat_template: str = ""  # the checksum of the template of conversations
 
     @property
     def fullness(self) -> float | None:
@@ -48,11 +50,6 @@ class PreparedRows:
         if self.num_placed is None:
             return None
         return self.num_placed / (self.num_rows * (self.sequence_length + 1))
-
-    @property
-    def num_targets(self) -> int:
-        """Returns how many tokens an epoch predicts: all but the first of each document."""
-        return self.num_tokens - self.num_documents
 
     def __len__(self) -> int:
         return self.num_rows
@@ -112,6 +109,8 @@ def open_rows(directory: Path) -> PreparedRows:
     try:
         metadata = json.loads(text)
         rows_per_shard = tuple(metadata["rows_per_shard"])
+        # Rows that an older version has prepared predict all tokens but each document's first.
+        metadata.setdefault("num_targets", metadata["num_tokens"] - metadata["num_documents"])
         rows = PreparedRows(directory, **metadata | {"rows_per_shard": rows_per_shard})
         is_consistent = _is_consistent(rows)
     except (ValueError, TypeError, LookupError, RecursionError):
@@ -128,6 +127,7 @@ def _is_consistent(rows: PreparedRows) -> bool:
         rows.num_tokens,
         rows.num_bytes,
         rows.num_documents,
+        rows.num_targets,
         rows.sequence_length,
         *rows.rows_per_shard,
         *(count for count in (rows.num_cut, rows.num_placed) if count is not None),

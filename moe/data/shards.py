@@ -22,13 +22,23 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from moe.config import ConfigError, DataConfig
+from moe.data.chat import make_chat
 from moe.data.packing import is_cut, pack
-from moe.data.packing.targets import mark_targets, split_targets
-from moe.data.sources import reopen_documents
-from moe.data.tokenizers import make_tokenizer
+from moe.data.packing.targets import count_targets, mark_targets, split_targets
+from moe.data.sources import Document, reopen_documents
+from moe.data.tokenizers import Tokenizer, make_tokenizer
 from moe.files import flush
 
-SUMS = ("num_rows", "num_tokens", "num_bytes", "num_documents", "num_cut", "num_placed")
+# What is counted in each shard, and added up over all of them.
+SUMS = (
+    "num_rows",
+    "num_tokens",
+    "num_bytes",
+    "num_documents",
+    "num_targets",
+    "num_cut",
+    "num_placed",
+)
 _TELL_SECONDS = 0.5  # the time between two messages about how far a shard is
 
 
@@ -52,6 +62,7 @@ class ShardCounts(TypedDict):
     num_tokens: int
     num_bytes: int
     num_documents: int
+    num_targets: int
     num_cut: int
     num_placed: int
     sha256: str  # of the shard's records
@@ -93,6 +104,21 @@ def _token_type(vocab_size: int) -> str:
     return "<u2" if vocab_size <= 2**16 else "<u4"
 
 
+def document_encoder(
+    config: DataConfig, tokenizer: Tokenizer
+) -> Callable[[Document], tuple[np.ndarray, int]]:
+    """Returns the function from a document to its tokens and the bytes of text that they predict.
+
+    A conversation goes through the config's chat template, if there is one.
+    """
+    if chat := make_chat(config, tokenizer):
+        return lambda document: chat.encode_document(document.text, document.origin)
+    return lambda document: (
+        tokenizer.encode_document(document.text),
+        len(document.text.encode()),
+    )
+
+
 def write_shard(job: ShardJob, shard: int, advance: Callable[[int], object]) -> ShardCounts:
     """Tokenises, packs and writes the documents of one shard, and counts them.
 
@@ -102,14 +128,16 @@ def write_shard(job: ShardJob, shard: int, advance: Callable[[int], object]) -> 
     tokenizer = make_tokenizer(job.config)
     zeros = dict.fromkeys(SUMS, 0)
     counts = ShardCounts(**zeros, shard=shard, sha256="")  # pyright: ignore[reportArgumentType]
+    encode = document_encoder(job.config, tokenizer)
 
     def encoded_documents() -> Iterator[np.ndarray]:
-        for text in _texts(job, shard, advance):
-            tokens = tokenizer.encode_document(text)
+        for document in _documents(job, shard, advance):
+            tokens, num_bytes = encode(document)
             counts["num_cut"] += is_cut(job.config, counts["num_tokens"], len(tokens))
             counts["num_tokens"] += len(tokens)
-            counts["num_bytes"] += len(text.encode())
+            counts["num_bytes"] += num_bytes
             counts["num_documents"] += 1
+            counts["num_targets"] += count_targets(tokens)
             yield tokens
 
     path = Path(job.target, shard_name(shard))
@@ -132,14 +160,14 @@ def write_shard(job: ShardJob, shard: int, advance: Callable[[int], object]) -> 
     return counts
 
 
-def _texts(job: ShardJob, shard: int, advance: Callable[[int], object]) -> Iterator[str]:
-    """Yields the texts of a shard that are not empty, and tells now and then how many were read."""
+def _documents(job: ShardJob, shard: int, advance: Callable[[int], object]) -> Iterator[Document]:
+    """Yields the documents of a shard with any text, and tells now and then how many were read."""
     first = shard * job.documents_per_shard
     documents = reopen_documents(job.config, job.split, job.source)
     told, num_read = time.monotonic(), 0
     for document in documents.between(first, first + job.documents_per_shard):
         if document.text:
-            yield document.text
+            yield document
         num_read += 1
         if time.monotonic() - told > _TELL_SECONDS:
             advance(num_read)

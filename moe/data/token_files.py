@@ -78,9 +78,13 @@ class TokenFileRows:
         """
         return len(self._tokens) - 1
 
-    @functools.cached_property
+    @property
     def sha256(self) -> str:
         """Returns a checksum of the files' lengths and of parts of them, spread evenly."""
+        return self._digest
+
+    @functools.cached_property
+    def _digest(self) -> str:
         digest = hashlib.sha256()
         for path in (self.path, self.path.with_suffix(".idx")):
             if path.exists():

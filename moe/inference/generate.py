@@ -34,10 +34,12 @@ def generate(
     end_id: int,
     seed: int = 0,
     sampling: Sampling = PLAIN,
+    pad_to: int = 0,
 ) -> list[np.ndarray]:
     """Continues each prompt until `end_id`, or for at most `max_new_tokens` tokens.
 
     A prompt is an array of at least one token id. The result holds its new ids, without `end_id`.
+    Shorter prompts are padded to `pad_to` tokens, so that batches of prompts share a program.
     It depends on the variables, the prompt, the sampling, the seed and the prompt's place in
     `prompts`. The other prompts change its logits only within float tolerance. Raises ConfigError
     for options or prompts that make no sense, and for a cache that does not fit in memory.
@@ -50,17 +52,15 @@ def generate(
             "give at least one prompt, each of one token or more"
         )
     check_tokens(prompts, model.config.vocab_size)
-    check_cache_memory(model, len(prompts), int(lengths_B.max()), max_new_tokens)
-    prompts_BT = np.zeros((len(prompts), lengths_B.max()), np.int32)
-    for row_T, prompt in zip(prompts_BT, prompts, strict=True):
-        row_T[: len(prompt)] = prompt
+    length = max(int(lengths_B.max()), pad_to)
+    check_cache_memory(model, len(prompts), length, max_new_tokens)
     new_BT = _generate(
         model.without_jitter(),
         max_new_tokens,
         end_id,
         sampling,
         variables,
-        prompts_BT,
+        np.stack([np.pad(prompt, (0, length - len(prompt))) for prompt in prompts], dtype=np.int32),
         lengths_B,
         jax.random.key(seed),
     )

@@ -14,7 +14,7 @@ from typing import Any
 from moe.config import PLACE_FIELDS, ConfigError, RunConfig, flatten
 from moe.storage.owner import Check, unchecked
 from moe.storage.paths import RunPath, write_whole
-from moe.storage.tokenizer import check_same, local_copy, read_stored
+from moe.storage.tokenizer import FIELDS, check_same, local_copy, names_file, read_stored
 
 FORMAT_VERSION = 3
 CONFIG_FILE = "config.json"
@@ -154,11 +154,9 @@ def differing_fields(
     """Returns a phrase for each field that makes `config` another experiment than `saved`.
 
     The `allowed` fields may differ, and so may those that say where a run is computed. So may the
-    paths of two tokenizers, whose contents `use_stored_tokenizer` compares.
+    paths of two tokenizers or templates, whose contents `use_stored_tokenizer` compares.
     """
     may_differ = {*allowed, *PLACE_FIELDS}
-    if "byte" not in (saved.data.tokenizer, config.data.tokenizer):
-        may_differ.add("data.tokenizer")
     before, after = (dict(flatten(one.to_dict())) for one in (saved, config))
     show = lambda values, name: repr(values[name]) if name in values else "missing"
     # One of two mixtures may have sources that the other one lacks.
@@ -167,24 +165,31 @@ def differing_fields(
         for name in before | after
         if name not in before or name not in after or before[name] != after[name]
         if may_differ.isdisjoint((name, name.split(".")[0]))
+        if not _are_files(name, saved, config)
     ]
 
 
-def use_stored_tokenizer(workdir: RunPath, config: RunConfig) -> RunConfig:
-    """Returns the config with the path of the run's own copy of its tokenizer.
+def _are_files(name: str, saved: RunConfig, config: RunConfig) -> bool:
+    """Returns whether a field names a file of the run in both configs."""
+    field = name.removeprefix("data.")
+    return field in FIELDS and all(names_file(one.data, field) for one in (saved, config))
 
-    A run that has not begun has none, and neither has one in bytes; their config is returned as it
-    is. Raises ConfigError if the config names a file that is another tokenizer, and for a damaged
-    copy.
+
+def use_stored_tokenizer(workdir: RunPath, config: RunConfig) -> RunConfig:
+    """Returns the config with the paths of the run's own copies of tokenizer and chat template.
+
+    A run that has not begun has none; its config is returned as it is. Raises ConfigError if the
+    config names a file with another content, and for a damaged copy.
     """
-    if config.data.tokenizer == "byte" or read_saved_config(workdir) is None:
+    fields = [field for field in FIELDS if names_file(config.data, field)]
+    if not fields or read_saved_config(workdir) is None:
         return config
-    stored = read_stored(workdir)
-    if stored is None:
-        return config
-    check_same(workdir, stored, config.data)
-    path = str(local_copy(stored, config.data))
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=path))
+    paths = {}
+    for field in fields:
+        if stored := read_stored(workdir, field):
+            check_same(workdir, stored, config.data)
+            paths[field] = str(local_copy(stored, config.data))
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, **paths))
 
 
 def _digest(about: dict[str, Any]) -> str:

@@ -32,7 +32,7 @@ from moe.parallel.hub import HostTimes
 from moe.storage.lines import LineWriter, line_parts, read_lines
 from moe.storage.owner import Check, unchecked
 from moe.storage.paths import RunPath, is_lost, make_directory, open_whole, write_whole
-from moe.storage.tokenizer import read_stored, store_tokenizer
+from moe.storage.tokenizer import FIELDS, names_file, read_stored, store_tokenizer
 from moe.workdir.identity import (
     UNFINISHED_FILE,
     checkpoint_steps,
@@ -67,13 +67,13 @@ T = TypeVar("T")
 def check_workdir(workdir: RunPath, config: RunConfig) -> None:
     """Creates a new run directory, or checks that the run in it has the same config.
 
-    A new run gets a copy of its tokenizer's file. `mesh`, `data.directory` and the path of the
-    tokenizer's file, though not its content, may differ: they say where a run is computed, and are
-    no part of the experiment. `train.steps` may differ too, if the run has not trained that many
-    steps yet: from its latest checkpoint on, it follows the schedule for the new number. (With the
-    schedule "wsd" the learning rates so far must be those of the new number.) Where config.json is
-    missing, the latest checkpoint says which run this is. Raises ConfigError that names all other
-    differences.
+    A new run gets copies of its tokenizer's file and of its chat template. `mesh`, `data.directory`
+    and the paths of the two files, though not their contents, may differ: they say where a run is
+    computed, and are no part of the experiment. `train.steps` may differ too, if the run has not
+    trained that many steps yet: from its latest checkpoint on, it follows the schedule for the new
+    number. (With the schedule "wsd" the learning rates so far must be those of the new number.)
+    Where config.json is missing, the latest checkpoint says which run this is. Raises ConfigError
+    that names all other differences.
     """
     make_directory(workdir)
     unfinished = workdir / UNFINISHED_FILE
@@ -91,7 +91,8 @@ def check_workdir(workdir: RunPath, config: RunConfig) -> None:
             "set another --workdir"
         )
     use_stored_tokenizer(workdir, config)
-    if read_stored(workdir) is None:
+    files = [field for field in FIELDS if names_file(config.data, field)]
+    if any(read_stored(workdir, field) is None for field in files):
         store_tokenizer(workdir, config.data)
     if config.train.steps != saved.train.steps:
         _check_steps(workdir, saved, config)

@@ -73,6 +73,7 @@ def test_a_shard_holds_its_documents_alone(job: ShardJob):
         "num_tokens": 6,
         "num_bytes": 4,
         "num_documents": 1,
+        "num_targets": 5,
         "num_cut": 0,
         "num_placed": 6,
         "sha256": sha256,

@@ -21,3 +21,9 @@ def split_targets(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
     if tokens.dtype.names:
         return tokens["token"], tokens["target"]
     return tokens, None
+
+
+def count_targets(tokens: np.ndarray) -> int:
+    """Counts the targets of a document, whose first token has nothing that it could follow from."""
+    _, is_target = split_targets(tokens)
+    return len(tokens) - 1 if is_target is None else int(is_target[1:].sum())

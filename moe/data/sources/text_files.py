@@ -219,3 +219,8 @@ def source_name(config: DataConfig) -> str:
     """Returns a name that is another one if any of the files is changed, added or removed."""
     builder = TextFiles(config)
     return f"text/{builder.content}/{builder.version}"
+
+
+def splits_with_documents(config: DataConfig) -> tuple[str, ...]:
+    """Returns the splits of the user's files that hold documents, which are copied if need be."""
+    return tuple(prepare_builder(config, lambda: TextFiles(config)).info.splits)

@@ -220,7 +220,8 @@ def _builder(config: DataConfig) -> "tfds.core.DatasetBuilder":
     import tensorflow_datasets as tfds
 
     # TFDS knows the name of a builder as soon as its class is defined.
-    import moe.data.sources.stdlib  # noqa: F401
+    import moe.data.sources.stdlib
+    import moe.data.sources.stdlib_functions  # noqa: F401
 
     directory = config.path / "tfds"
     try:

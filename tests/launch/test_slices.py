@@ -1,0 +1,112 @@
+"""Tests evaluations of other data than the run's, and of slices, up to the numbers themselves."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from launch.evaluate import evaluate, evaluated_data, with_perplexities
+from launch.generate import generate
+from launch.slices import MAX_SLICES, divide, splits_of
+from moe.config import ConfigError, DataConfig, ModelConfig, RunConfig, TrainConfig
+from moe.data.sources import Document
+
+
+def documents(values: list[object]) -> list[Document]:
+    return [Document(f"text {n}", f"a.jsonl:{n + 1}", {"by": v}) for n, v in enumerate(values)]
+
+
+def test_documents_are_divided_by_their_values(tmp_path: Path):
+    folders = divide(documents(["x", 3, "x"]), "by", tmp_path)
+    assert folders.keys() == {"x", "3"}
+    lines = (folders["x"] / "validation" / "documents.jsonl").read_text().splitlines()
+    assert [json.loads(line)["text"] for line in lines] == ["text 0", "text 2"]
+    data = DataConfig(dataset=f"text:{folders['x']}", directory=str(tmp_path / "cache"))
+    assert splits_of(data, None) == ("validation",) and splits_of(data, "train") == ("train",)
+
+
+def test_a_field_must_be_there_and_have_few_values(tmp_path: Path):
+    with pytest.raises(
+        ConfigError, match=r"--slice=on is no field of a.jsonl:1, which has by: set"
+    ):
+        divide(documents(["x"]), "on", tmp_path)
+    with pytest.raises(ConfigError, match=r"--slice=by has more than 50 values, such as '50'"):
+        divide(documents(list(range(MAX_SLICES + 1))), "by", tmp_path)
+
+
+def test_every_loss_has_its_perplexity():
+    found = with_perplexities({"loss": 1.0, "text:a/loss": 0.0, "by=x/loss": 1e9, "bits": 2.0})
+    assert found["perplexity"] == pytest.approx(math.e)
+    assert (found["text:a/perplexity"], found["bits"]) == (1.0, 2.0)
+    assert math.isfinite(found["by=x/perplexity"])
+    json.dumps(found, allow_nan=False)
+
+
+def test_other_data_keeps_the_runs_tokenizer():
+    data = DataConfig(special_tokens=("<a>",), sequence_length=32)
+    other = evaluated_data(data, None, ["text:a", "stdlib"])
+    assert [(name, one.dataset) for name, one in other.items()] == [
+        ("text:a", "text:a"),
+        ("stdlib", "stdlib"),
+    ]
+    assert all(one.special_tokens == ("<a>",) for one in other.values())
+    assert evaluated_data(data, "train", [])[""].validation_split == "train"
+
+
+MODEL = ModelConfig(
+    vocab_size=260,
+    num_layers=1,
+    model_dim=16,
+    feed_forward_dim=24,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
+    compute_dtype="float32",
+)
+
+
+@pytest.mark.slow
+def test_a_run_on_conversations_is_evaluated_and_answers(tmp_path: Path):
+    """It is trained for two steps, and needs nothing but its directory afterwards."""
+    from moe.training.trainer import fit
+
+    template = tmp_path / "chat.jinja"
+    template.write_text(
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    lines = [
+        {
+            "text": [
+                {"role": "user", "content": f"{n} + 1?"},
+                {"role": "assistant", "content": f"{n + 1}"},
+            ],
+            "kind": "odd" if n % 2 else "even",
+        }
+        for n in range(80)
+    ]
+    for split, part in (("train", lines[:60]), ("validation", lines[60:])):
+        (tmp_path / "text" / split).mkdir(parents=True)
+        path = tmp_path / "text" / split / "a.jsonl"
+        path.write_text("".join(json.dumps(line) + "\n" for line in part))
+    data = DataConfig(
+        dataset=f"text:{tmp_path}/text",
+        chat_template=str(template),
+        special_tokens=("<|user|>", "<|assistant|>", "<|end|>"),
+        sequence_length=64,
+        directory=str(tmp_path / "cache"),
+    )
+    train = TrainConfig(batch_size=8, steps=2, eval_every=2, checkpoint_every=2)
+    workdir = tmp_path / "run"
+    fit(RunConfig(model=MODEL, data=data, train=train), workdir)
+    template.unlink()
+    values = evaluate(workdir, slice_by="kind")
+    assert values["perplexity"] == pytest.approx(math.exp(values["loss"]))
+    # The slices have as many answers of as many bytes, and cover all of them.
+    slices = [values[f"kind={kind}/loss"] for kind in ("even", "odd")]
+    assert sum(slices) / 2 == pytest.approx(values["loss"], rel=0.05)
+    whole = evaluate(workdir, datasets=[data.dataset])
+    assert whole[f"{data.dataset}/loss"] == whole["loss"] != values["loss"]
+    (text,) = generate(workdir, ["1 + 1?"], max_new_tokens=5)
+    assert isinstance(text, str)
