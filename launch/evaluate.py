@@ -41,6 +41,8 @@ def evaluate(
 
     config, program, variables, step = trainer.load_run(workdir, step)
     train = dataclasses.replace(config.train, eval_batches=0)
+    # The run's own copy of its tokenizer is in the config that `load_run` returns.
+    data = dataclasses.replace(data, tokenizer=config.data.tokenizer)
     config = dataclasses.replace(config, train=train, data=data)
     rows = open_validation(config, program.task.rows)
     result = evaluation.evaluate_sources(config, program, variables, rows)
