@@ -20,7 +20,7 @@ from moe.data.rows import Transform
 from moe.tasks import make_task
 from moe.training.trainer import fit
 
-STEPS = 200
+STEPS = 600
 # Smaller than the configs, so that the six runs take minutes together.
 SMALL = {
     "model": {
