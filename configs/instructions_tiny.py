@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
     config.data.dataset = "stdlib_functions/described"
     config.data.chat_template = "configs/chat.jinja"
     config.data.special_tokens = ("<|user|>", "<|assistant|>", "<|end|>")
-    config.data.sequence_length = 512
+    config.data.update(sequence_length=512, packing="pad")
     config.optimizer.update(learning_rate=4e-3, warmup_fraction=0.0625)
     config.train.update(batch_size=16, steps=400, eval_every=100, checkpoint_every=400)
     return config

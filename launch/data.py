@@ -52,7 +52,7 @@ def look(config: RunConfig, split: str, num_rows: int) -> Look:
     from moe.tasks import make_task
 
     task = make_task(config)
-    check_tokenizer(config, task.special_tokens)
+    check_tokenizer(config)
     tokenizer = make_tokenizer(config.data, task.special_tokens)
     transform = task.transform(config)
     sources = open_sources(config, task.rows, split)

@@ -127,7 +127,8 @@ class DataConfig:
             self._check_mixture()
         self._check_tokenizer()
         if self.chat_template:
-            check_path("chat_template", self.chat_template)
+            self._check_chat()
+        self._check_token_files()
 
     def _check_tokenizer(self) -> None:
         """Raises ConfigError for fields of the tokenizer that cannot belong together."""
@@ -143,6 +144,26 @@ class DataConfig:
                 raise ConfigError(
                     f"special_tokens={show(self.special_tokens)} {what}: "
                     "set special_tokens to names that differ"
+                )
+
+    def _check_chat(self) -> None:
+        """Raises ConfigError for conversations that would be cut."""
+        check_path("chat_template", self.chat_template)
+        if self.packing == "concat":
+            raise ConfigError(
+                "packing='concat' cuts conversations at the ends of rows, so that an answer may "
+                "stand without its question: set packing to 'best_fit' or 'pad'"
+            )
+
+    def _check_token_files(self) -> None:
+        """Raises ConfigError for fields that token files, which are read in place, cannot heed."""
+        is_read_in_place = any(one.dataset.startswith("tokens:") for one in self.sources)
+        for name in ("packing", "chat_template"):
+            value = getattr(self, name)
+            if is_read_in_place and value != getattr(DataConfig, name):
+                raise ConfigError(
+                    f"{name}={show(value)} has no effect on the token files of dataset='tokens:"
+                    f"...', which are read as they are: leave {name} out"
                 )
 
     def _check_stages(self) -> None:

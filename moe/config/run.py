@@ -44,6 +44,11 @@ class RunConfig:
         check_types(self, wide=("seed",))
         # JAX makes keys of 32 bits, so a larger seed would repeat the run of a smaller one.
         check_range(self, 0, 2**32 - 1, "seed")
+        if self.data.chat_template and self.task not in ("language_modelling", "custom"):
+            raise ConfigError(
+                f"task={self.task!r} does not learn answers alone, as data.chat_template asks: "
+                "set task to 'language_modelling', or leave data.chat_template out"
+            )
         if self.task != "custom":
             self._check_vocabulary()
             self._check_causal_experts()

@@ -122,7 +122,7 @@ def _fit(
     """Trains as `fit` does, once this run's lock is held, and returns the last validation."""
     given, config = config, use_stored_tokenizer(workdir, config)
     train_rows = open_training(config, program.task.rows)
-    validation_rows = open_validation(config, program.task.rows)
+    rows = train_rows, open_validation(config, program.task.rows)
     sources = show_sources(config, train_rows)
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(Bar(config.train.steps, shown=jax.process_index() == 0))
@@ -134,17 +134,7 @@ def _fit(
         save_seconds = lambda: checkpoints.longest_save_seconds
         vote = Vote(program.mesh, asks_to_stop(interrupted, os.environ, save_seconds))
         profile = stack.enter_context(open_profile(workdir, profile_steps, int(state.step), check))
-        run = _Run(
-            config,
-            program,
-            train_rows,
-            validation_rows,
-            checkpoints,
-            records,
-            bar,
-            vote,
-            profile,
-        )
+        run = _Run(config, program, *rows, checkpoints, records, bar, vote, profile)
         batches = stack.enter_context(_train_batches(run, int(state.examples)))
         stack.enter_context(jax.set_mesh(program.mesh))
         # The run may have been stopped in the evaluation of the step that it goes on from.

@@ -93,6 +93,7 @@ def test_a_run_on_conversations_is_evaluated_and_answers(tmp_path: Path):
     data = DataConfig(
         dataset=f"text:{tmp_path}/text",
         chat_template=str(template),
+        packing="pad",
         special_tokens=("<|user|>", "<|assistant|>", "<|end|>"),
         sequence_length=64,
         directory=str(tmp_path / "cache"),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from moe.config import ConfigError, DataConfig, RunConfig
 from moe.config.checks import expand_path
+from moe.config.objectives import special_tokens
 from moe.data.tokenizers.byte import ByteVocabulary
 from moe.data.tokenizers.huggingface import HuggingFaceVocabulary
 from moe.data.tokenizers.sentence_piece import SentencePieceVocabulary
@@ -49,12 +50,12 @@ def tokenizer_path(config: DataConfig) -> Path | None:
     return Path(expand_path("data.tokenizer", config.tokenizer))
 
 
-def check_tokenizer(config: RunConfig, special_tokens: Sequence[str] = ()) -> None:
+def check_tokenizer(config: RunConfig) -> None:
     """Raises ConfigError for a tokenizer that is wrong or larger than the model's vocabulary.
 
     It reads the tokenizer's file, and imports no JAX.
     """
-    tokenizer = make_tokenizer(config.data, special_tokens)
+    tokenizer = make_tokenizer(config.data, special_tokens(config.task))
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(
             f"model.vocab_size={config.model.vocab_size} is smaller than the "

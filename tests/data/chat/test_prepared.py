@@ -47,6 +47,7 @@ def config(tmp_path: Path) -> DataConfig:
     return DataConfig(
         dataset="talks",
         chat_template=str(template),
+        packing="best_fit",
         sequence_length=12,
         directory=str(tmp_path),
     )
