@@ -1,4 +1,4 @@
-"""Trains dense models of five sizes at each of four budgets of FLOPs, for a first scaling law.
+"""Trains dense models of several sizes at each of four budgets of FLOPs, for a first scaling law.
 
 The text is Python's standard library, in bytes. Every budget's best size should lie within its
 range: at 4e12 FLOPs it is between the widths 48 and 96, and it grows with the budget. Shapes,
@@ -23,7 +23,9 @@ run show the seed's noise.
 Command:  python -m launch.sweep --sweep=configs/sweeps/isoflop_tiny.py --workdir=runs/isoflop_tiny
           --jobs=2
 Hardware: 2 CPU cores.
-Time, result: not measured yet.
+Time:     99 minutes, beside other work.
+Result:   a law fitted to the three smaller budgets predicts the largest one's losses to 0.42 %
+          (docs/scaling_laws.md, docs/scaling_laws/isoflop_tiny.csv).
 """
 
 from collections.abc import Iterator
