@@ -61,9 +61,11 @@ def _group(config: Any, path: str, hidden: tuple[str, ...] = ()) -> Iterator[str
     named = {name: values.pop(name) for name in list(values) if named_class(types[name])}
     for name, value in values.items():
         if not dataclasses.is_dataclass(value):
-            is_choice = typing.get_origin(types[name]) is typing.Literal
-            options = f"  ({' or '.join(typing.get_args(types[name]))})" if is_choice else ""
-            yield f"  --{path}.{name}={value}{options}"
+            field, choices = f"  --{path}.{name}={value}", _choices(types[name])
+            fits = len(f"{field}  {choices}") <= 80
+            yield f"{field}  {choices}".rstrip() if fits else field
+            if not fits:
+                yield flags.text_wrap(choices, indent="      ")
             yield flags.text_wrap(comments[name], indent="      ")
     for name, value in values.items():
         if dataclasses.is_dataclass(value):
@@ -75,6 +77,14 @@ def _group(config: Any, path: str, hidden: tuple[str, ...] = ()) -> Iterator[str
         yield flags.text_wrap(f"{path}.{name}: {comments[name]}")
         for one in configs:
             yield from _group(one, f"{path}.{name}.{one.name}", hidden=("name",))
+
+
+def _choices(declared: Any) -> str:
+    """Returns the values that a field may have in brackets, or "" if its type alone limits them."""
+    if typing.get_origin(declared) is not typing.Literal:
+        return ""
+    *others, last = typing.get_args(declared)
+    return f"({', '.join(others)} or {last})"
 
 
 def field_comments(config_class: type) -> dict[str, str]:

@@ -15,11 +15,11 @@ from moe.config import ConfigError, DataConfig, SourceConfig
 from moe.data import prepare as module
 from moe.data.prepare import PreparedRows, prepare
 from moe.data.rows import JoinedRows
-from moe.data.tokenizers.byte import ByteTokenizer
+from moe.data.tokenizers import make_tokenizer
 from tests.data.conftest import TRAIN
 from tests.data.test_prepare import contents
 
-DOCUMENTS = [ByteTokenizer().encode_document(text) for text in TRAIN if text]
+DOCUMENTS = make_tokenizer(DataConfig()).encode_documents([text for text in TRAIN if text])
 
 
 def packed(config: DataConfig, packing: str, length: int = 24) -> DataConfig:

@@ -291,9 +291,11 @@ Flags:
       How many. (default: 4)
 
 Fields of --config, with their default values:
-  --config.task=language_modelling  (language_modelling or custom)
-      What the model learns. "custom" means that the program which trains it
-      passes a Task to `fit`.
+  --config.task=language_modelling
+      (language_modelling, fill_in_the_middle, masked_tokens, span_corruption or
+      custom)
+      What the model learns (docs/data/objectives.md). "custom" means that the
+      program which trains it passes a Task to `fit`.
   --config.seed=0
       the seed of the parameters, the row order and all other random numbers
 

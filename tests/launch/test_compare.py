@@ -34,7 +34,7 @@ from moe.scaling.sweep import Point, repeat
 from tests.launch.compared_runs import TINY
 
 def get_config():
-    return ConfigDict(dataclasses.asdict(TINY))
+    return ConfigDict(TINY.to_dict())
 
 def get_sweep():
     points = [Point("dense", {}), Point("sparse", {"model.moe.num_experts": 4})]
@@ -80,7 +80,9 @@ def test_an_experiment_is_a_sweep_of_variants_and_seeds(tmp_path: Path) -> None:
 
 def test_config_files_are_variants(tmp_path: Path) -> None:
     for name, steps in (("short", 5), ("long", 9)):
-        text = EXPERIMENT.replace("(TINY)", f"(TINY) | {{'train': {{'steps': {steps}}}}}")
+        text = EXPERIMENT.replace(
+            "TINY.to_dict()", f"TINY.to_dict() | {{'train': {{'steps': {steps}}}}}"
+        )
         (tmp_path / f"{name}.py").write_text(text)
     files = [str(tmp_path / f"{name}.py") for name in ("short", "long")]
     values = SimpleNamespace(sweep=None, configs=files, seeds=["3", "4"], set=[])

@@ -66,12 +66,9 @@ MODEL = ModelConfig(
 )
 
 
-@pytest.mark.slow
-def test_a_run_on_conversations_is_evaluated_and_answers(tmp_path: Path):
-    """It is trained for two steps, and needs nothing but its directory afterwards."""
-    from moe.training.trainer import fit
-
-    template = tmp_path / "chat.jinja"
+def conversations(directory: Path) -> DataConfig:
+    """Writes conversations of two kinds, and a template, and returns the config of this data."""
+    template = directory / "chat.jinja"
     template.write_text(
         "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
         "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -87,21 +84,29 @@ def test_a_run_on_conversations_is_evaluated_and_answers(tmp_path: Path):
         for n in range(80)
     ]
     for split, part in (("train", lines[:60]), ("validation", lines[60:])):
-        (tmp_path / "text" / split).mkdir(parents=True)
-        path = tmp_path / "text" / split / "a.jsonl"
+        (directory / "text" / split).mkdir(parents=True)
+        path = directory / "text" / split / "a.jsonl"
         path.write_text("".join(json.dumps(line) + "\n" for line in part))
-    data = DataConfig(
-        dataset=f"text:{tmp_path}/text",
+    return DataConfig(
+        dataset=f"text:{directory}/text",
         chat_template=str(template),
         packing="pad",
         special_tokens=("<|user|>", "<|assistant|>", "<|end|>"),
         sequence_length=64,
-        directory=str(tmp_path / "cache"),
+        directory=str(directory / "cache"),
     )
+
+
+@pytest.mark.slow
+def test_a_run_on_conversations_is_evaluated_and_answers(tmp_path: Path):
+    """It is trained for two steps, and needs nothing but its directory afterwards."""
+    from moe.training.trainer import fit
+
+    data = conversations(tmp_path)
     train = TrainConfig(batch_size=8, steps=2, eval_every=2, checkpoint_every=2)
     workdir = tmp_path / "run"
     fit(RunConfig(model=MODEL, data=data, train=train), workdir)
-    template.unlink()
+    Path(data.chat_template).unlink()
     values = evaluate(workdir, slice_by="kind")
     assert values["perplexity"] == pytest.approx(math.exp(values["loss"]))
     # The slices have as many answers of as many bytes, and cover all of them.

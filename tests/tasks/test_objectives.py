@@ -27,6 +27,7 @@ from moe.config import (
     TrainConfig,
 )
 from moe.data.loader import make_loader
+from moe.data.mixtures import open_training
 from moe.parallel.mesh import global_batch
 from moe.tasks import make_task
 from moe.tasks.fill_in_the_middle import middle_prompt
@@ -87,9 +88,8 @@ def first_batch(config: RunConfig) -> dict[str, np.ndarray]:
     """Returns the first batch of a run's real text."""
     task = make_task(config)
     loader = make_loader(
-        task.rows(config, "train"),
+        open_training(config, task.rows),
         batch_size=config.train.batch_size,
-        seed=config.seed,
         examples=0,
         host_rows=slice(None),
         transform=task.transform(config),

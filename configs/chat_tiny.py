@@ -3,9 +3,9 @@
 The answers alone are learnt. With `--config.data.dataset=stdlib_functions/without_input` the same
 answers follow empty requests, which shows what the requests are worth.
 
-Command:  python -m launch.train --config=configs/instructions_tiny.py --workdir=runs/instructions
+Command:  python -m launch.train --config=configs/chat_tiny.py --workdir=runs/chat_tiny
 Hardware: 2 CPU cores.
-Result:   not measured to its end yet.
+Time, result: not measured yet.
 """
 
 from ml_collections import ConfigDict
