@@ -17,7 +17,7 @@ FLOPs, and below with 0.99 at 4e12:
     width 96   0.005: 1.460                                  the rule: 0.0049
 
 Small batches need a beta2 of more than 0.95, as Porian et al. 2024 found. Each run is evaluated on
-the whole validation split, so that all of them predict the same 0.5M bytes. Seeds 1 and 2 of one
+the whole validation split, so that all of them predict the same 0.42M bytes. Seeds 1 and 2 of one
 run show the seed's noise.
 
 Command:  python -m launch.sweep --sweep=configs/sweeps/isoflop_tiny.py --workdir=runs/isoflop_tiny
