@@ -152,7 +152,7 @@ def main(values: flags.FlagValues) -> None:
     config = command_line.read_run_config(values.config)
     found = look(config, values.split, values.rows)
     if path:
-        write_whole(path, html_page(found, f"Data of {config.data.dataset}"))
+        write_whole(path, html_page(found, f"Data of {config.data.description}"))
         print(f"wrote {path}")
     else:
         print(text_page(found, sys.stdout.isatty()))

@@ -65,7 +65,8 @@ def _predicted_tokens(fields: Mapping[str, np.ndarray]) -> _Tokens:
     """
     tokens, targets = fields["tokens"], fields["targets"]
     loss_mask, segments = fields["loss_mask"], fields["segment_ids"]
-    is_next = np.array_equal(targets[:-1][loss_mask[:-1]], tokens[1:][loss_mask[:-1]])
+    followed = loss_mask[:-1] & (segments[1:] == segments[:-1])
+    is_next = np.array_equal(targets[:-1][followed], tokens[1:][followed])
     if not is_next:
         return _Tokens(np.where(loss_mask, targets, tokens), loss_mask, tokens, segments)
     # Which document the last target belongs to is known only if it is predicted.

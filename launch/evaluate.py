@@ -105,9 +105,17 @@ def evaluated_data(
         return {"": data.with_validation_split(split) if split else data}
     own = DataConfig()
     fields = {"mixture": (), "stages": own.stages, "text_field": data.sources[0].text_field}
+    as_they_are = {"packing": own.packing, "chat_template": own.chat_template}
     split = split or own.validation_split
     return {
-        name: dataclasses.replace(data, dataset=name, validation_split=split, **fields)
+        name: dataclasses.replace(
+            data,
+            dataset=name,
+            train_split=split,
+            validation_split=split,
+            **fields,
+            **(as_they_are if name.startswith("tokens:") else {}),
+        )
         for name in datasets
     }
 
@@ -158,7 +166,7 @@ def run_tasks(
     from moe.training import trainer
 
     config, program, variables, step = trainer.load_run(workdir, step)
-    tokenizer = make_tokenizer(config.data)
+    tokenizer = make_tokenizer(config.data, program.task.special_tokens)
     run = harness.LoadedRun(
         program.model,
         variables,

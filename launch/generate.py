@@ -21,7 +21,7 @@ from absl import flags
 
 from launch import command_line
 from moe.config import ConfigError, RunConfig
-from moe.config.objectives import check_decoder
+from moe.config.objectives import check_decoder, special_tokens
 from moe.storage.paths import RunPath, run_path
 from moe.workdir.identity import read_config
 
@@ -71,7 +71,7 @@ def _texts(
     """Returns the texts of new tokens, each after the tokens that it continues."""
     from moe.data.tokenizers import TextStream, make_tokenizer
 
-    tokenizer = make_tokenizer(config.data)
+    tokenizer = make_tokenizer(config.data, special_tokens(config.task))
     # The prompt says whether a space belongs between it and the first word.
     return [
         (stream := TextStream(tokenizer, prompt)).push(new) + stream.finish()
@@ -91,7 +91,7 @@ def _starts_and_end(
     from moe.data.tokenizers import make_tokenizer
     from moe.tasks.fill_in_the_middle import middle_prompt
 
-    tokenizer = make_tokenizer(config.data)
+    tokenizer = make_tokenizer(config.data, special_tokens(config.task))
     boundary = tokenizer.boundary_id
     if chat := make_chat(config.data, tokenizer):
         starts = [chat.encode_prompt([Message("user", text)], "the prompt") for text in prompts]

@@ -120,8 +120,10 @@ def limits(facts: Facts) -> Iterator[str]:
     """Yields the limits that follow from how the model was trained."""
     config = facts.config
     tokens_per_parameter = facts.tokens / run_active_parameters(config)
+    answers = bool(config.data.chat_template)
+    untrained = "refuse any request" if answers else "follow instructions or to refuse any"
     found = [
-        f"{_KINDS[config.task].use} It was not trained to follow instructions or to refuse any.",
+        f"{_KINDS[config.task].use} It was not trained to {untrained}.",
         f"It was trained on rows of {config.data.sequence_length:,} tokens, and has not seen text "
         "that reaches further back.",
         f"It saw {facts.tokens:,} tokens in this run, {tokens_per_parameter:.3g} for each active "

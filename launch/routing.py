@@ -29,6 +29,7 @@ is run after this. The plots are drawn for light and for dark pages. Where a run
 layers, four at even distances are drawn; the tables have all.
 """
 
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
@@ -47,7 +48,7 @@ from moe.storage.paths import RunPath, make_directory, run_path, write_whole
 from moe.workdir.identity import read_config
 
 if TYPE_CHECKING:
-    from moe.data.rows import Rows
+    from moe.data.rows import JoinedRows
     from moe.data.tokenizers import Tokenizer
     from moe.training.train_step import Program
 
@@ -119,7 +120,7 @@ def measure(
                 )
             )
             saturation[earlier_step] = rounded(routing_analysis.saturation(overlap))
-    classes = classes_of(make_tokenizer(config.data), vocab_size)
+    classes = classes_of(make_tokenizer(config.data, program.task.special_tokens), vocab_size)
     return checkpoint_statistics(config, step, counts, classes) | {"saturation": saturation}
 
 
@@ -151,7 +152,7 @@ ChoiceReader = Callable[[str, Sequence[Any]], Iterator[tuple[np.ndarray, list[np
 
 
 def choice_reader(
-    config: RunConfig, program: "Program", rows: "Rows", num_batches: int
+    config: RunConfig, program: "Program", rows: "JoinedRows", num_batches: int
 ) -> ChoiceReader:
     """Returns a function that runs the text through models, and shows a progress bar.
 
@@ -167,7 +168,9 @@ def choice_reader(
     model = Transformer(config.model, capture=("experts",)).without_jitter()
     size = config.train.batch_size
     held = host_rows(program.mesh, size)
-    total = -(-min(num_batches * size or len(rows), len(rows)) // size)
+    sources = rows.sources.values()
+    total = sum(-(-min(num_batches * size or len(one), len(one)) // size) for one in sources)
+    transform = program.task.transform(config)
 
     @jax.jit
     def choose(variables: Any, batch: dict[str, jax.Array]) -> jax.Array:
@@ -175,12 +178,15 @@ def choice_reader(
         return losses.in_layer_order(captured)["experts"]
 
     def read(title: str, models: Sequence[Any]) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
-        batches = evaluation_batches(
-            rows,
-            batch_size=size,
-            num_batches=num_batches,
-            host_rows=held,
-            transform=program.task.transform(config),
+        batches = itertools.chain.from_iterable(
+            evaluation_batches(
+                one,
+                batch_size=size,
+                num_batches=num_batches,
+                host_rows=held,
+                transform=transform,
+            )
+            for one in sources
         )
         for batch in tqdm(batches, total=total, desc=title, unit="batch"):
             is_text_BT = batch["segment_ids"] > 0

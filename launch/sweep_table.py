@@ -5,6 +5,7 @@ results/IDENTITY.json. Its name is the hash of the run's config. So the result o
 whatever the run is called. The table, runs.parquet and runs.csv, is gathered from these files.
 """
 
+import dataclasses
 import io
 import json
 import math
@@ -14,7 +15,7 @@ from typing import Any
 
 from launch.series import read_series
 from moe.config import ConfigError, MeshConfig, RunConfig
-from moe.data.prepare import prepare
+from moe.data.prepare import open_split
 from moe.scaling.flops import model_columns, planned_flops, planned_tokens
 from moe.scaling.memory import state_bytes
 from moe.scaling.sweep import Run, identity
@@ -92,16 +93,21 @@ def write_result(
         if (workdir / run.name / METRICS_FILE).exists():
             row |= _measured(run.config, workdir / run.name)
         if status == "finished":
-            data = run.config.data
-            num_rows = sum(
-                len(prepare(data.of_source(source), source.train_split)) for source in data.sources
-            )
-            row["repeats"] = row["tokens"] / (num_rows * data.sequence_length)
+            row["repeats"] = row["tokens"] / _distinct_tokens(run.config)
     except ConfigError as error:
         row |= {"status": "failed", "reason": str(error)}
     make_directory(workdir / RESULTS)
     write_whole(result_path(workdir, run.identity), json.dumps(row, indent=1) + "\n")
     return row
+
+
+def _distinct_tokens(config: RunConfig) -> int:
+    """Returns how many tokens an epoch of a run's training data has, in its rows."""
+    data = config.data
+    if config.task == "span_corruption":
+        data = dataclasses.replace(data, sequence_length=config.corrupted_row.tokens)
+    rows = [open_split(data.of_source(source), source.train_split) for source in data.sources]
+    return sum(map(len, rows)) * config.data.sequence_length
 
 
 def result_path(workdir: RunPath, key: str) -> RunPath:

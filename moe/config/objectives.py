@@ -18,6 +18,8 @@ MIDDLE_TOKENS = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
 MAX_SENTINELS = 100
 SENTINELS = tuple(f"<extra_id_{number}>" for number in range(MAX_SENTINELS))
 
+TASK_TOKENS = (MASK_TOKEN, *MIDDLE_TOKENS, *SENTINELS)  # of all tasks
+
 NOISE_DENSITY = 0.15  # the share of tokens that masking and span corruption hide
 _MEAN_SPAN_LENGTH = 3.0
 

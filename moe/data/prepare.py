@@ -64,6 +64,8 @@ def prepare(config: DataConfig, split: str, num_workers: int | None = None) -> P
         "packing": config.packing,
         "format_version": _FORMAT_VERSION,
     }
+    if config.special_tokens:
+        identity["special_tokens"] = json.dumps(config.special_tokens)
     if template := read_template(config):
         identity["chat_template"] = template.fingerprint
     # Version 1 divided large splits into more shards. Runs go on with rows that they began with.

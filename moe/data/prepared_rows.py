@@ -42,6 +42,7 @@ class PreparedRows:
     # Rows that an older version has prepared do not know these.
     num_cut: int | None = None  # documents whose targets are not all in one row
     num_placed: int | None = None  # tokens in all rows; a token at a cut is in two
+    special_tokens: str = ""  # those of the config, as JSON
     chat_template: str = ""  # the checksum of the template of conversations
 
     @property

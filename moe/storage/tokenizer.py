@@ -48,8 +48,9 @@ def _store(directory: RunPath, field: str, config: DataConfig, check: Check) -> 
     content = source.read_bytes()
     check()
     make_directory(directory)
-    write_whole(directory / source.name, content)
-    about = {"file": source.name, "sha256": hashlib.sha256(content).hexdigest()}
+    name = source.name if source.name != _ABOUT_FILE else f"copy-{source.name}"
+    write_whole(directory / name, content)
+    about = {"file": name, "sha256": hashlib.sha256(content).hexdigest()}
     write_whole(directory / _ABOUT_FILE, json.dumps(about, indent=1) + "\n")
 
 

@@ -1,7 +1,7 @@
 """Evaluates a model on a split, and summarises the statistics of its routers."""
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -52,6 +52,7 @@ def evaluate_sources(
     """
     totals: losses.Sums = {}
     values: dict[str, float] = {}
+    read = _Read(0.0, 0.0)
     for name, one in rows.sources.items():
         sums = _sum_over_batches(config, program, variables, one, stops)
         if not sums:
@@ -59,10 +60,28 @@ def evaluate_sources(
         prefix = f"{name}/" if name else ""
         values |= {prefix + key: value for key, value in _values(program, sums, one).items()}
         totals = jax.tree.map(lambda a, b: a + b, totals, sums) if totals else sums
-    return values if "" in rows.sources else _values(program, totals, rows) | values
+        read = read.and_of(float(sums["targets"]), one)
+    return values if "" in rows.sources else _values(program, totals, read) | values
 
 
-def _values(program: Program, sums: losses.Sums, rows: Rows) -> dict[str, float]:
+class _Read(NamedTuple):
+    """Counts what was read of several sources, as the rows of one source count all of it."""
+
+    num_targets: float
+    num_bytes: float  # 0 if it is not known of a source
+
+    def and_of(self, num_targets: float, rows: Any) -> "_Read":
+        """Returns the counts with so many targets of `rows` added, and the bytes that they have.
+
+        An evaluation may read a part of each source, so the bytes of whole sources would not do.
+        """
+        all_bytes = getattr(rows, "num_bytes", 0)
+        is_known = all_bytes and (self.num_bytes or not self.num_targets)
+        num_bytes = self.num_bytes + num_targets * all_bytes / rows.num_targets if is_known else 0.0
+        return _Read(self.num_targets + num_targets, num_bytes)
+
+
+def _values(program: Program, sums: losses.Sums, rows: Any) -> dict[str, float]:
     """Returns the metrics and scores that follow from the sums over some rows."""
     metrics = program.task.metrics(sums)
     router = router_summary(metrics.pop("router", {}))

@@ -289,7 +289,7 @@ def load_run(
     if there is no such run or step.
     """
     workdir = run_path(workdir)
-    config = use_stored_tokenizer(workdir, read_config(workdir))
+    config = use_stored_tokenizer(workdir, read_config(workdir), must_match=False)
     devices = jax.device_count()
     mesh = MeshConfig(data=-1, fsdp=math.gcd(config.model.model_dim, devices))
     # The devices must be able to split a batch, so the batch size is rounded up to a multiple.

@@ -175,7 +175,9 @@ def _are_files(name: str, saved: RunConfig, config: RunConfig) -> bool:
     return field in FIELDS and all(names_file(one.data, field) for one in (saved, config))
 
 
-def use_stored_tokenizer(workdir: RunPath, config: RunConfig) -> RunConfig:
+def use_stored_tokenizer(
+    workdir: RunPath, config: RunConfig, *, must_match: bool = True
+) -> RunConfig:
     """Returns the config with the paths of the run's own copies of tokenizer and chat template.
 
     A run that has not begun has none; its config is returned as it is. Raises ConfigError if the
@@ -187,7 +189,8 @@ def use_stored_tokenizer(workdir: RunPath, config: RunConfig) -> RunConfig:
     paths = {}
     for field in fields:
         if stored := read_stored(workdir, field):
-            check_same(workdir, stored, config.data)
+            if must_match:
+                check_same(workdir, stored, config.data)
             paths[field] = str(local_copy(stored, config.data))
     return dataclasses.replace(config, data=dataclasses.replace(config.data, **paths))
 

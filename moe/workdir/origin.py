@@ -7,6 +7,7 @@ from moe.config import ConfigError, ModelConfig, RunConfig
 from moe.interop.upcycle import SHARED_FIELDS, check_fields
 from moe.storage.owner import Check
 from moe.storage.paths import RunPath, resolve, run_path, write_whole
+from moe.storage.tokenizer import check_same, names_file, read_stored
 from moe.workdir import checkpoint
 from moe.workdir.identity import (
     CONFIG_FILE,
@@ -71,7 +72,20 @@ def find_origin(workdir: RunPath, config: RunConfig, source: Source | None) -> O
         check_fork(source, saved, config)
     else:
         check_model(saved.model, config.model)
+        _check_tokenizer(source, saved, config)
     return Origin(resolve(source.run), _choose_step(source), source.is_fork)
+
+
+def _check_tokenizer(source: Source, saved: RunConfig, config: RunConfig) -> None:
+    """Raises ConfigError if the tokens of the config are not those that `source` has learnt."""
+    has_file = names_file(config.data, "tokenizer")
+    if names_file(saved.data, "tokenizer") != has_file:
+        raise ConfigError(
+            f"data.tokenizer={config.data.tokenizer} is another tokenizer than "
+            f"{saved.data.tokenizer} of {source.run}: set the same one"
+        )
+    if has_file and (stored := read_stored(source.run, "tokenizer")):
+        check_same(source.run, stored, config.data)
 
 
 def _is_same(source: Source, origin: Origin) -> bool:

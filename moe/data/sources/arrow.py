@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from moe.config import ConfigError, DataConfig
 from moe.config.checks import expand_path
 from moe.data.sources.document import Document
-from moe.data.sources.readers import read_example
+from moe.data.sources.readers import examples, not_utf8, read_example
 
 _ROWS_AT_ONCE = 256
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # Arrow's columnar format, "IPC Streaming Format"
@@ -181,9 +181,11 @@ class ArrowDocuments:
                 raise ConfigError(f"{file.parent / place} {reason}")
 
             for batch in read(file, numbers, columns):
-                for example in batch.to_pylist():
+                for example in examples(batch):
                     number += 1
                     origin = f"{file.name}:{number}"
+                    if isinstance(example, UnicodeDecodeError):
+                        refuse(origin, not_utf8(example))
                     if document := read_example(example, origin, refuse, self.text_field):
                         yield document
 

@@ -104,7 +104,7 @@ def read_parquet(file: IO[bytes], name: str, refuse: Refuse, text_field: str) ->
             if field.name == text_field or not pa.types.is_nested(field.type)
         ]
         for batch in table.iter_batches(_ROWS_AT_ONCE, columns=columns):
-            for example in _examples(batch):
+            for example in examples(batch):
                 number += 1
                 origin = f"{name}:{number}"
                 if isinstance(example, UnicodeDecodeError):
@@ -115,7 +115,7 @@ def read_parquet(file: IO[bytes], name: str, refuse: Refuse, text_field: str) ->
         refuse(f"{name}:{number + 1}", _damaged(error))
 
 
-def _examples(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | UnicodeDecodeError]:
+def examples(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | UnicodeDecodeError]:
     """Yields the rows of a batch, or the error of one that is not UTF-8."""
     try:
         yield from batch.to_pylist()

@@ -101,8 +101,10 @@ def source_name(config: DataConfig) -> str:
     Raises ConfigError for a data set that TFDS does not know.
     """
     if config.dataset == "stdlib":
-        return "stdlib/" + ".".join(map(str, sys.version_info[:3]))
-    return _builder(config).info.full_name
+        name = "stdlib/" + ".".join(map(str, sys.version_info[:3]))
+    else:
+        name = _builder(config).info.full_name
+    return name if config.text_field == "text" else f"{name}#{config.text_field}"
 
 
 def open_documents(config: DataConfig, split: str) -> TfdsDocuments:

@@ -10,6 +10,7 @@ import numpy as np
 
 from moe.config import ConfigError
 from moe.config.checks import show
+from moe.config.objectives import TASK_TOKENS
 from moe.data.tokenizers.errors import damage_error, ordinary_error
 
 if TYPE_CHECKING:
@@ -58,10 +59,11 @@ class HuggingFaceVocabulary:
         Raises ConfigError for a wanted token that is one of the ordinary vocabulary.
         """
         added = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
-        for name in wanted:
+        # Tasks' tokens are special in all commands, also where only text is read or prepared.
+        for name in dict.fromkeys([*wanted, *TASK_TOKENS]):
             if name in added:
                 self._tokenizer.add_special_tokens([name])
-            elif self._tokenizer.token_to_id(name) is not None:
+            elif name in wanted and self._tokenizer.token_to_id(name) is not None:
                 raise ordinary_error(path, name)
 
     def _find_special_ids(self, saved: Mapping[str, Any]) -> dict[str, int]:

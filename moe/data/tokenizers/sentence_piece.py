@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from moe.config.objectives import TASK_TOKENS
 from moe.data.tokenizers.errors import damage_error, ordinary_error
 
 
@@ -26,11 +27,13 @@ class SentencePieceVocabulary:
         try:
             model.ParseFromString(content)
             types = messages.ModelProto.SentencePiece.Type
+            # Tasks' tokens are special in all commands, also where only text is read or prepared.
+            special = {*wanted, *TASK_TOKENS}
             for piece in model.pieces:
-                if piece.piece in wanted and piece.type != types.CONTROL:
-                    if piece.type != types.USER_DEFINED:
-                        raise ordinary_error(path, piece.piece)
+                if piece.piece in special and piece.type == types.USER_DEFINED:
                     piece.type = types.CONTROL
+                elif piece.piece in wanted and piece.type != types.CONTROL:
+                    raise ordinary_error(path, piece.piece)
             self._processor.LoadFromSerializedProto(model.SerializeToString())
         except (DecodeError, RuntimeError) as error:
             raise damage_error(path, "SentencePiece model", error) from None
