@@ -56,13 +56,13 @@ def report(workdir: RunPath) -> RunPath:
     """
     lines = _read_metrics(workdir)
     config, last_step = read_config(workdir), lines[-1]["step"]
-    router_lines, every = read_router_lines(workdir, config.model)
+    router_lines, every = read_router_lines(workdir, config)
     metrics = read_all_series(worst_layers(router_lines) + lines)
     sections = metric_sections(metrics, last_step)
     if hosts := hosts_section(workdir):
         sections.append(hosts)
     if config.model.sparse_layers:
-        drawings = [load_drawing(load_map) for load_map in load_maps(router_lines, config.model)]
+        drawings = [load_drawing(load_map) for load_map in load_maps(router_lines, config)]
         note = _load_note(every) if drawings else ""
         sections += [Section("Load of the experts", drawings, note), routing_section(workdir)]
     directory = workdir / "report"

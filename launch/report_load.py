@@ -17,7 +17,7 @@ from launch.plotting import (
     set_steps,
     set_whole_ticks,
 )
-from moe.config import ConfigError, ModelConfig
+from moe.config import ConfigError, RunConfig
 from moe.storage.lines import line_parts
 from moe.storage.paths import RunPath, size
 from moe.workdir.tracking import ROUTER_FILE, read_router
@@ -47,17 +47,17 @@ class LoadMap:
     load: np.ndarray  # [columns, E], each expert's load over the even share
 
 
-def read_router_lines(workdir: RunPath, model: ModelConfig) -> tuple[list[RouterLine], int]:
+def read_router_lines(workdir: RunPath, config: RunConfig) -> tuple[list[RouterLine], int]:
     """Returns every n-th line of router.jsonl, and that n: 1, or more if the file is large.
 
     Raises ConfigError for a line whose arrays do not fit the model's layers and experts.
     """
-    path, layers = workdir / ROUTER_FILE, len(model.sparse_layers)
+    path, layers = workdir / ROUTER_FILE, len(_layer_names(config))
     if not layers or not path.exists():
         return [], 1
     every = 1 + sum(map(size, line_parts(path))) // MAX_BYTES
     shapes = {
-        "load": (layers, model.moe.num_experts),
+        "load": (layers, config.model.moe.num_experts),
         "load_entropy": (layers,),
         "dropped_fraction": (layers,),
     }
@@ -74,7 +74,15 @@ def read_router_lines(workdir: RunPath, model: ModelConfig) -> tuple[list[Router
     return lines, every
 
 
-def load_maps(lines: list[RouterLine], model: ModelConfig) -> list[LoadMap]:
+def _layer_names(config: RunConfig) -> list[str]:
+    """Returns the names of the sparse layers, in the order in which their statistics are logged."""
+    layers = config.model.sparse_layers
+    if config.task != "span_corruption":
+        return [f"layer {layer}" for layer in layers]
+    return [f"{part} layer {layer}" for part in ("decoder", "encoder") for layer in layers]
+
+
+def load_maps(lines: list[RouterLine], config: RunConfig) -> list[LoadMap]:
     """Returns a heat map for each of at most MAX_LAYERS sparse layers.
 
     If there are more, it takes layers at even distances, the first and the last included. Layers
@@ -83,17 +91,20 @@ def load_maps(lines: list[RouterLine], model: ModelConfig) -> list[LoadMap]:
     """
     if not lines:
         return []
-    layers = model.sparse_layers
-    chosen = np.linspace(0, len(layers) - 1, min(len(layers), MAX_LAYERS)).round().astype(int)
+    names = _layer_names(config)
+    chosen = np.linspace(0, len(names) - 1, min(len(names), MAX_LAYERS)).round().astype(int)
     columns = min(len(lines), MAX_COLUMNS)
     blocks = np.array_split([line.step for line in lines], columns)
     ends = np.array([block[-1] for block in blocks])
     maps = []
     for index in chosen:
         loads = np.array_split([line.arrays["load"][index] for line in lines], columns)
-        ratios = model.moe.num_experts * np.array([np.mean(block, axis=0) for block in loads])
-        title = f"Load of the experts in layer {layers[index]}"
-        maps.append(LoadMap(f"load_{layers[index]}", title, ends, ratios))
+        ratios = config.model.moe.num_experts * np.array(
+            [np.mean(block, axis=0) for block in loads]
+        )
+        title = f"Load of the experts in {names[index]}"
+        stem = f"load_{names[index].removeprefix('layer ').replace(' ', '_')}"
+        maps.append(LoadMap(stem, title, ends, ratios))
     return maps
 
 

@@ -13,7 +13,7 @@ from launch import report_load
 from launch.plotting import THEMES
 from launch.report import report
 from launch.report_load import RouterLine, load_maps, read_router_lines
-from moe.config import ConfigError, ModelConfig, MoEConfig
+from moe.config import ConfigError, ModelConfig, MoEConfig, RunConfig
 from tests.launch.report_runs import colours, images, make_run, text
 
 SPARSE = MoEConfig(num_experts=4, layer_period=4)  # of 8 layers, numbers 3 and 7 are sparse
@@ -106,7 +106,9 @@ def test_eight_of_many_sparse_layers_are_drawn_at_even_distances() -> None:
     model = ModelConfig(
         num_layers=31, moe=MoEConfig(num_experts=2, layer_period=2)
     )  # 15 sparse layers: 1, 3, ..., 29
-    maps = load_maps([RouterLine(10, {"load": np.tile([0.25, 0.75], (15, 1))})], model)
+    maps = load_maps(
+        [RouterLine(10, {"load": np.tile([0.25, 0.75], (15, 1))})], RunConfig(model=model)
+    )
     assert [load_map.stem for load_map in maps] == [
         "load_1",
         "load_5",
@@ -125,7 +127,7 @@ def test_a_heat_map_of_many_steps_has_means_of_neighbouring_ones() -> None:
     lines = [
         RouterLine(step, {"load": np.array([[step % 2, 1 - step % 2]])}) for step in range(1, 801)
     ]
-    (load_map,) = load_maps(lines, model)
+    (load_map,) = load_maps(lines, RunConfig(model=model))
     np.testing.assert_array_equal(load_map.steps, np.arange(2, 801, 2))
     np.testing.assert_array_equal(load_map.load, np.ones((400, 2)))
 
@@ -137,7 +139,7 @@ def test_every_nth_line_of_a_large_router_file_is_read(
     size = (tmp_path / "router.jsonl").stat().st_size
     monkeypatch.setattr(report_load, "MAX_BYTES", size // 3)
     model = ModelConfig(num_layers=8, moe=SPARSE)
-    lines, every = read_router_lines(tmp_path, model)
+    lines, every = read_router_lines(tmp_path, RunConfig(model=model))
     assert every == 4 and [line.step for line in lines] == list(range(1, 41, 4))
     assert "one of every 4 lines is shown" in text(report(tmp_path))
 

@@ -150,7 +150,7 @@ def test_an_upcycling_that_is_cut_off_leaves_no_run(source, config, tmp_path, mo
     ):
         workdir = tmp_path / str(number)
         with monkeypatch.context() as patch:
-            patch.setattr(module, name, lambda *_: 1 / 0)
+            patch.setattr(module, name, lambda *_, **__: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 upcycle(source, config, workdir)
         reason = r"launch\.upcycle from .* did not finish"

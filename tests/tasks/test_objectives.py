@@ -14,6 +14,7 @@ from launch.benchmark import benchmark
 from launch.evaluate import evaluate
 from launch.generate import generate
 from launch.report import report
+from launch.report_card import write_card
 from launch.routing import routing
 from moe.config import (
     ConfigError,
@@ -201,12 +202,13 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(runs):
 def test_evaluate_report_and_benchmark_know_the_task(runs, tmp_path):
     config, workdir, _ = runs
     last = [line for line in read_metrics(workdir) if "validation/loss" in line][-1]
-    measured = evaluate(workdir, eval_batches=config.train.eval_batches)
-    assert measured["loss"] == pytest.approx(last["validation/loss"], rel=1e-6)
+    # Another part of the split than the two batches of training.
+    measured = evaluate(workdir, split="validation[:10%]")
+    assert measured["loss"] == pytest.approx(last["validation/loss"], rel=0.1)
     assert ("middle_loss" in measured) == (config.task == "fill_in_the_middle")
     assert "bits_per_byte" not in measured
-    report(workdir, card=True)
-    card = (workdir / "MODEL_CARD.md").read_text()
+    assert report(workdir).exists()
+    card = write_card(workdir, read_metrics(workdir), []).read_text()
     assert ("decoder-only" in card) == (config.task == "fill_in_the_middle")
     timed = benchmark(config, trials=1)
     assert timed["tokens_per_second"] > 0 and timed["ratio_to_matmul"] > 0
