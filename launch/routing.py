@@ -29,6 +29,7 @@ is run after this. The plots are drawn for light and for dark pages. Where a run
 layers, four at even distances are drawn; the tables have all.
 """
 
+import functools
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -167,10 +168,14 @@ def choice_reader(
 
     model = Transformer(config.model, capture=("experts",)).without_jitter()
     size = config.train.batch_size
-    held = host_rows(program.mesh, size)
     sources = rows.sources.values()
-    total = sum(-(-min(num_batches * size or len(one), len(one)) // size) for one in sources)
-    transform = program.task.transform(config)
+    batches_of = functools.partial(
+        evaluation_batches,
+        batch_size=size,
+        num_batches=num_batches,
+        host_rows=host_rows(program.mesh, size),
+        transform=program.task.transform(config),
+    )
 
     @jax.jit
     def choose(variables: Any, batch: dict[str, jax.Array]) -> jax.Array:
@@ -178,16 +183,8 @@ def choice_reader(
         return losses.in_layer_order(captured)["experts"]
 
     def read(title: str, models: Sequence[Any]) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
-        batches = itertools.chain.from_iterable(
-            evaluation_batches(
-                one,
-                batch_size=size,
-                num_batches=num_batches,
-                host_rows=held,
-                transform=transform,
-            )
-            for one in sources
-        )
+        batches = itertools.chain.from_iterable(map(batches_of, sources))
+        total = _num_batches(rows, size, num_batches)
         for batch in tqdm(batches, total=total, desc=title, unit="batch"):
             is_text_BT = batch["segment_ids"] > 0
             on_devices = global_batch(batch, program.mesh, size, program.task.dims)
@@ -196,6 +193,11 @@ def choice_reader(
             yield batch["tokens"][is_text_BT], [experts[:, is_text_BT] for experts in choices]
 
     return read
+
+
+def _num_batches(rows: "JoinedRows", size: int, limit: int) -> int:
+    """Returns the number of batches of all sources, of each at most `limit`, or all if that is 0."""
+    return sum(-(-min(limit * size or len(one), len(one)) // size) for one in rows.sources.values())
 
 
 def rounded(shares: np.ndarray) -> Any:

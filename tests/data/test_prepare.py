@@ -21,7 +21,7 @@ import pytest
 from moe.config import ConfigError, DataConfig
 from moe.data import prepare as module
 from moe.data import workers
-from moe.data.prepare import PreparedRows, prepare
+from moe.data.prepare import PreparedRows, open_rows, prepare
 from moe.data.tokenizers import make_tokenizer
 from tests.data.conftest import TRAIN
 
@@ -376,3 +376,14 @@ def run(program: str, *arguments: str) -> str:
     return subprocess.run(
         command, capture_output=True, text=True, env=environment(), check=True
     ).stdout
+
+
+def test_special_tokens_are_part_of_what_rows_are(fresh: DataConfig):
+    """Their order gives them their ids."""
+    names = ("<a>", "<b>")
+    one, other = (
+        prepare(dataclasses.replace(fresh, special_tokens=tokens), "validation")
+        for tokens in (names, names[::-1])
+    )
+    assert one.directory != other.directory
+    assert open_rows(one.directory) == one

@@ -39,6 +39,12 @@ def test_a_row_of_packed_documents():
     ]
 
 
+def test_a_row_that_ends_in_padding_hides_nothing():
+    fields = unpack(np.array([B, *b"ab", B]), np.array([4]), 8)
+    fields["targets"][3] = 0
+    assert shown(fields)[1] == "<boundary>ab<boundary>"
+
+
 def test_the_answers_of_a_conversation_are_marked():
     tokens = np.array([B, *b"2+2?", *b"4", END, B])
     is_target = np.isin(np.arange(len(tokens)), [5, 6])

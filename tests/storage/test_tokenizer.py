@@ -71,6 +71,9 @@ def test_another_tokenizer_is_refused_and_the_same_elsewhere_is_not(
     with pytest.raises(ConfigError, match=message):
         check_workdir(workdir, config_with(other))
     assert (workdir / "tokenizer" / "mine.json").read_bytes() == file.read_bytes()
+    # A command that reads the run uses its copy, whatever has become of the file.
+    used = use_stored_tokenizer(workdir, config_with(other), must_match=False)
+    assert Path(used.data.tokenizer) == workdir / "tokenizer" / "mine.json"
     for config in (
         RunConfig(),
         config_with(file, split_pattern="x"),

@@ -48,7 +48,8 @@ def test_each_source_has_its_metrics_and_the_total_is_over_all(program: Any):
     rows = JoinedRows({"a": FakeRows(10, 5), "b": FakeRows(30, 3)})
     assert evaluate_sources(RunConfig(), program, None, rows) == {
         "loss": 1.0,
-        "targets_per_byte": 0.2,
+        # 2 of the 5 targets of 10 bytes were read, and 6 of 3, those of 30 bytes, twice.
+        "targets_per_byte": (2 + 6) / (4 + 60),
         "a/loss": 3.0,
         "a/targets_per_byte": 0.5,
         "b/loss": pytest.approx(1 / 3),

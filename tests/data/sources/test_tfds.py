@@ -290,3 +290,9 @@ def test_a_lock_is_free_again_when_it_is_left(tmp_path: Path):
 
 def _environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+
+
+def test_another_field_of_text_is_another_source(small: DataConfig):
+    name = source_name(small)
+    assert source_name(dataclasses.replace(small, text_field="title")) != name
+    assert source_name(DataConfig()) != source_name(DataConfig(text_field="path"))
