@@ -157,7 +157,7 @@ def choice_reader(
 ) -> ChoiceReader:
     """Returns a function that runs the text through models, and shows a progress bar.
 
-    It leaves padding out. All models have the same shapes, so that they share one compiled program.
+    It leaves padding out. All models have the same shapes, and share one compiled program.
     """
     import jax
 
@@ -168,7 +168,7 @@ def choice_reader(
 
     model = Transformer(config.model, capture=("experts",)).without_jitter()
     size = config.train.batch_size
-    sources = rows.sources.values()
+    sources, total = rows.sources.values(), _num_batches(rows, size, num_batches)
     batches_of = functools.partial(
         evaluation_batches,
         batch_size=size,
@@ -184,7 +184,6 @@ def choice_reader(
 
     def read(title: str, models: Sequence[Any]) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
         batches = itertools.chain.from_iterable(map(batches_of, sources))
-        total = _num_batches(rows, size, num_batches)
         for batch in tqdm(batches, total=total, desc=title, unit="batch"):
             is_text_BT = batch["segment_ids"] > 0
             on_devices = global_batch(batch, program.mesh, size, program.task.dims)
@@ -196,7 +195,7 @@ def choice_reader(
 
 
 def _num_batches(rows: "JoinedRows", size: int, limit: int) -> int:
-    """Returns the number of batches of all sources, of each at most `limit`, or all if that is 0."""
+    """Returns how many batches all sources have, of each at most `limit`, or all if that is 0."""
     return sum(-(-min(limit * size or len(one), len(one)) // size) for one in rows.sources.values())
 
 
