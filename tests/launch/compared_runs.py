@@ -50,7 +50,7 @@ def write_run(
 
     `losses` are its validations, of which the last is that of the last step, `router` pairs of
     MaxVio and dropped fraction, and `speeds` tokens per second: each a logged value for every step
-    from 1 on. A finished run needs `launch.sweep_table.prepare` to be replaced.
+    from 1 on. A finished run needs `launch.sweep_table.open_split` to be replaced.
     """
     directory, steps = workdir / one.name, one.run.config.train.steps
     directory.mkdir(parents=True)

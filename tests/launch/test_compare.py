@@ -44,7 +44,7 @@ def get_sweep():
 
 @pytest.fixture(autouse=True)
 def small_data(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep_table, "prepare", lambda config, split: Rows())
+    monkeypatch.setattr(sweep_table, "open_split", lambda config, split: Rows())
 
 
 def plan_runs(variants: list[str], seeds: tuple[int, ...]) -> list[Planned]:

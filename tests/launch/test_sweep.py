@@ -84,7 +84,7 @@ class Pretender:
 def pretender(monkeypatch: pytest.MonkeyPatch) -> Pretender:
     pretender = Pretender({})
     monkeypatch.setattr(sweep_runs, "start_run", pretender.start_run)
-    monkeypatch.setattr(sweep_table, "prepare", lambda config, split: Rows())
+    monkeypatch.setattr(sweep_table, "open_split", lambda config, split: Rows())
     return pretender
 
 

@@ -16,7 +16,7 @@ from tests.launch.compared_runs import TINY, Rows, write_run
 
 @pytest.fixture(autouse=True)
 def small_data(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep_table, "prepare", lambda config, split: Rows())
+    monkeypatch.setattr(sweep_table, "open_split", lambda config, split: Rows())
 
 
 def test_a_row_has_medians_and_means_of_the_last_steps(tmp_path: Path) -> None:
