@@ -69,7 +69,7 @@ class PreparedRows:
             # The row is read by its bounds. A list of indices or ArrayRecordDataSource would take
             # longer the longer the file is.
             (record,) = _open_reader(self._key, path).read(row, row + 1)
-        except (RuntimeError, IndexError) as error:
+        except (RuntimeError, IndexError, OSError) as error:
             # Without this, a file that could not be opened once could never be read again.
             self.__dict__.pop("_key", None)
             raise _read_error(path, str(error)) from error
@@ -96,8 +96,10 @@ class PreparedRows:
 def _open_reader(key: object, path: Path) -> ArrayRecordReader:
     """Returns an open reader of a file of rows. The file that was not read for longest is closed.
 
-    A thread that still reads from that file holds it open until it is done.
+    A thread that still reads from that file holds it open until it is done. Raises OSError for a
+    file that cannot be opened, of which the reader itself would say that it is empty.
     """
+    path.open("rb").close()
     return ArrayRecordReader(
         str(path), options="readahead_buffer_size:0", file_reader_buffer_size=2**15
     )
