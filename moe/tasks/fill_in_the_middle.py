@@ -15,10 +15,8 @@ from moe.data.rows import Transform
 from moe.data.tokenizers import Tokenizer, make_tokenizer
 from moe.losses import Sums
 from moe.model.stack import Output
-from moe.model.transformer import Transformer
-from moe.scaling.flops import run_training_flops
 from moe.tasks.language_modelling import DIMS as TEXT_DIMS
-from moe.tasks.language_modelling import counts, prepare_rows
+from moe.tasks.language_modelling import counts, language_modelling, no_score
 from moe.tasks.language_modelling import random_rows as random_text
 from moe.tasks.task import Batch, Task, Unembed
 
@@ -32,17 +30,12 @@ def fill_in_the_middle(config: RunConfig) -> Task:
     2022. The loss of the middles is a metric of its own. Rows hold other tokens than the text, so
     their loss says nothing of its bits per byte.
     """
-    return Task(
-        model=Transformer,
+    return language_modelling(config)._replace(
         dims=DIMS,
-        init_batch={"tokens": np.zeros((1, 1), np.int32)},
-        rows=prepare_rows,
         random_rows=random_rows,
         loss=loss(config.train.loss_chunk),
-        counts=counts,
         metrics=metrics,
-        score=lambda sums, rows: {},
-        training_flops=run_training_flops,
+        score=no_score,
         special_tokens=MIDDLE_TOKENS,
         transform=transform,
     )

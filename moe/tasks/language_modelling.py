@@ -94,6 +94,11 @@ def score(sums: Sums, rows: Any) -> dict[str, float]:
     return {"bits_per_byte": bits_per_byte(loss, rows.num_targets, rows.num_bytes)}
 
 
+def no_score(sums: Sums, rows: Any) -> dict[str, float]:
+    """Returns nothing: a loss on parts of a text, or on other tokens, says no bits per byte."""
+    return {}
+
+
 def bits_per_byte(nats_per_target: float, num_targets: int, num_bytes: int) -> float:
     """Converts a mean loss to bits per byte of text, which does not depend on the tokenizer."""
     return nats_per_target * num_targets / num_bytes / math.log(2)

@@ -2,17 +2,13 @@
 
 import functools
 
-import numpy as np
-
-from moe import losses
 from moe.config import RunConfig
 from moe.config.objectives import MASK_TOKEN
 from moe.data.objectives.masking import mask_tokens
 from moe.data.rows import Transform
 from moe.data.tokenizers import make_tokenizer
 from moe.model.transformer import Encoder
-from moe.scaling.flops import run_training_flops
-from moe.tasks.language_modelling import DIMS, counts, next_token_loss, prepare_rows, random_rows
+from moe.tasks.language_modelling import language_modelling, no_score
 from moe.tasks.task import Task
 
 
@@ -22,17 +18,9 @@ def masked_tokens(config: RunConfig) -> Task:
     Only the loss mask and the model differ from language modelling: a target is the token of its
     own position, and a loss per masked token says nothing of bits per byte.
     """
-    return Task(
+    return language_modelling(config)._replace(
         model=functools.partial(Encoder, makes_logits=True),
-        dims=DIMS,
-        init_batch={"tokens": np.zeros((1, 1), np.int32)},
-        rows=prepare_rows,
-        random_rows=random_rows,
-        loss=next_token_loss(config.train.loss_chunk),
-        counts=counts,
-        metrics=losses.metrics,
-        score=lambda sums, rows: {},
-        training_flops=run_training_flops,
+        score=no_score,
         special_tokens=(MASK_TOKEN,),
         transform=transform,
     )

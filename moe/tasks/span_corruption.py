@@ -8,7 +8,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from moe import losses
 from moe.config import ModelConfig, RunConfig
 from moe.config.objectives import SENTINELS
 from moe.data.objectives.span_corruption import corrupt_spans
@@ -16,10 +15,9 @@ from moe.data.rows import Rows, Transform
 from moe.data.tokenizers import make_tokenizer
 from moe.losses import Sums
 from moe.model.transformer import EncoderDecoder
-from moe.scaling.flops import run_training_flops
 from moe.tasks.language_modelling import DIMS as DECODER_DIMS
 from moe.tasks.language_modelling import counts as decoder_counts
-from moe.tasks.language_modelling import next_token_loss
+from moe.tasks.language_modelling import language_modelling, next_token_loss, no_score
 from moe.tasks.language_modelling import prepare_rows as prepare_text
 from moe.tasks.language_modelling import random_rows as random_text
 from moe.tasks.task import Batch, Task, Unembed
@@ -35,7 +33,7 @@ def span_corruption(config: RunConfig) -> Task:
     the rows are prepared with as many tokens more as the spans hide.
     """
     ids = np.zeros((1, 1), np.int32)
-    return Task(
+    return language_modelling(config)._replace(
         model=make_model,
         dims=DIMS,
         init_batch={"tokens": ids, "encoder_tokens": ids},
@@ -43,9 +41,7 @@ def span_corruption(config: RunConfig) -> Task:
         random_rows=random_rows,
         loss=loss(config.train.loss_chunk),
         counts=counts,
-        metrics=losses.metrics,
-        score=lambda sums, rows: {},
-        training_flops=run_training_flops,
+        score=no_score,
         special_tokens=SENTINELS,
         transform=transform,
     )
