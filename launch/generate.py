@@ -15,15 +15,20 @@ is what a user says, and its chat template asks for the answer. The same flags g
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from absl import flags
 
 from launch import command_line
 from moe.config import ConfigError, RunConfig
+from moe.config.checks import is_unicode
 from moe.config.objectives import check_decoder, special_tokens
 from moe.storage.paths import RunPath, run_path
 from moe.workdir.identity import read_config
+
+if TYPE_CHECKING:
+    from moe.data.tokenizers import Tokenizer
 
 
 def generate(
@@ -45,6 +50,7 @@ def generate(
     """
     _check_input(workdir, prompts, suffix, seed)
     # These load JAX, which --help need not wait for.
+    from moe.data.tokenizers import make_tokenizer
     from moe.inference.generate import Sampling, check_sampling, generate
     from moe.training import start, trainer
 
@@ -52,7 +58,8 @@ def generate(
     check_sampling(sampling, max_new_tokens)
     config, program, variables, step = trainer.load_run(workdir, step)
     start.check_finite(workdir / "checkpoints" / str(step), variables)
-    starts, end_id = _starts_and_end(config, prompts, suffix)
+    tokenizer = make_tokenizer(config.data, special_tokens(config.task))
+    starts, end_id = _starts_and_end(config, tokenizer, prompts, suffix)
     continued = generate(
         program.model,
         variables,
@@ -62,16 +69,15 @@ def generate(
         seed=seed,
         sampling=sampling,
     )
-    return _texts(config, starts, continued)
+    return _texts(tokenizer, starts, continued)
 
 
 def _texts(
-    config: RunConfig, starts: Sequence[np.ndarray], continued: Sequence[np.ndarray]
+    tokenizer: "Tokenizer", starts: Sequence[np.ndarray], continued: Sequence[np.ndarray]
 ) -> list[str]:
     """Returns the texts of new tokens, each after the tokens that it continues."""
-    from moe.data.tokenizers import TextStream, make_tokenizer
+    from moe.data.tokenizers import TextStream
 
-    tokenizer = make_tokenizer(config.data, special_tokens(config.task))
     # The prompt says whether a space belongs between it and the first word.
     return [
         (stream := TextStream(tokenizer, prompt)).push(new) + stream.finish()
@@ -80,7 +86,7 @@ def _texts(
 
 
 def _starts_and_end(
-    config: RunConfig, prompts: Sequence[str], suffix: str | None
+    config: RunConfig, tokenizer: "Tokenizer", prompts: Sequence[str], suffix: str | None
 ) -> tuple[list[np.ndarray], int]:
     """Returns the tokens after which the model writes, for each prompt, and the token that ends it.
 
@@ -88,18 +94,15 @@ def _starts_and_end(
     """
     from moe.data.chat import make_chat
     from moe.data.chat.messages import Message
-    from moe.data.tokenizers import make_tokenizer
     from moe.tasks.fill_in_the_middle import middle_prompt
 
-    tokenizer = make_tokenizer(config.data, special_tokens(config.task))
     boundary = tokenizer.boundary_id
     if chat := make_chat(config.data, tokenizer):
         starts = [chat.encode_prompt([Message("user", text)], "the prompt") for text in prompts]
         return starts, chat.end_of_turn()
     if suffix is not None:
         return [middle_prompt(config, text, suffix) for text in prompts], boundary
-    # A document begins with a boundary.
-    return [np.array([boundary, *tokenizer.encode(text)]) for text in prompts], boundary
+    return [tokenizer.encode_prompt(text) for text in prompts], boundary
 
 
 def _check_input(workdir: RunPath, prompts: Sequence[str], suffix: str | None, seed: int) -> None:
@@ -118,8 +121,7 @@ def _check_texts(prompts: Sequence[str], seed: int) -> None:
     if not 0 <= seed < 2**32:
         raise ConfigError(f"seed={seed} is out of range: set it to at least 0 and less than 2**32")
     for prompt in prompts:
-        # Python keeps bytes of the command line that are not UTF-8 as surrogates.
-        if prompt.encode(errors="ignore").decode() != prompt:
+        if not is_unicode(prompt):
             raise ConfigError(f"prompt={prompt!r} is not UTF-8: write it in UTF-8")
 
 

@@ -116,13 +116,12 @@ class RunModel(LM):
 
     def _context(self, context: str) -> np.ndarray:
         """Returns the tokens of a context, at most as many as a row has."""
-        tokens = self._prompts[context] if context in self._prompts else self._encode(context)
+        if context in self._prompts:
+            tokens = self._prompts[context]
+        else:
+            tokens = self._run.tokenizer.encode_prompt(context)
         self.num_cut += len(tokens) > self._run.max_length
         return tokens[-self._run.max_length :]
-
-    def _encode(self, text: str) -> np.ndarray:
-        tokenizer = self._run.tokenizer
-        return np.array([tokenizer.boundary_id, *tokenizer.encode(text)])
 
     def _part(self, context: str, continuation: str) -> Part:
         """Returns the tokens of a context and its continuation, which is to be scored."""
@@ -132,8 +131,8 @@ class RunModel(LM):
             # As everywhere in the harness, spaces belong to the word behind them, and the
             # continuation's tokens are those that it adds to the context's.
             bare = context.rstrip()
-            before = self._encode(bare)
-            scored = self._encode(context + continuation)[len(before) :]
+            before = self._run.tokenizer.encode_prompt(bare)
+            scored = self._run.tokenizer.encode_prompt(context + continuation)[len(before) :]
             if not len(scored):  # the tokenizer has joined it with the context's last token
                 scored = self._run.tokenizer.encode(context[len(bare) :] + continuation)
         longest = self._run.max_length

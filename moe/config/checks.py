@@ -185,11 +185,18 @@ def _check_text(name: str, path: str) -> None:
     """Raises ConfigError for a text that no file can have as its name."""
     if not path:
         raise ConfigError(f"{name}='' is empty: set it to a path")
-    # Bytes of a command line that are not UTF-8 arrive as surrogates, which encoding drops.
-    if "\0" in path or path.encode(errors="ignore").decode() != path:
+    if "\0" in path or not is_unicode(path):
         raise ConfigError(
             f"{name}={show(path)} is not UTF-8, or has a NUL: set it to a path in UTF-8 without NUL"
         )
+
+
+def is_unicode(text: str) -> bool:
+    """Says whether a text can be encoded: halves of a surrogate pair alone cannot.
+
+    Bytes of a command line that are not UTF-8 arrive as such halves.
+    """
+    return text.encode(errors="ignore").decode() == text
 
 
 def expand_path(name: str, path: str) -> str:

@@ -4,7 +4,7 @@ import json
 from typing import Any, NamedTuple, NoReturn
 
 from moe.config import ConfigError
-from moe.config.checks import show
+from moe.config.checks import is_unicode, show
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -59,11 +59,6 @@ def _read_message(value: Any, number: int, origin: str) -> Message:
             "write the answer, or delete the conversation",
         )
     return Message(role, content)
-
-
-def is_unicode(text: str) -> bool:
-    """Says whether a text can be encoded: halves of a surrogate pair alone cannot."""
-    return text.encode(errors="ignore").decode() == text
 
 
 def _fail(origin: str, what: str, fix: str) -> NoReturn:

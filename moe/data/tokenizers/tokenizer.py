@@ -89,6 +89,10 @@ class Tokenizer:
         dtype = np.uint16 if self.vocab_size <= 2**16 else np.uint32
         return [np.asarray(ids, dtype) for ids in self.vocabulary.encode(texts)]
 
+    def encode_prompt(self, text: str) -> np.ndarray:
+        """Returns the ids of `text` after a boundary, as a document begins."""
+        return np.insert(self.encode(text), 0, self.boundary_id)
+
     def encode_document(self, text: str) -> np.ndarray:
         """Returns the ids of `text` between two boundaries.
 
