@@ -20,8 +20,8 @@ import pyarrow.parquet as pq
 
 from moe.config import ConfigError, DataConfig
 from moe.config.checks import expand_path
-from moe.data.sources.document import Document
-from moe.data.sources.readers import examples, not_utf8, read_example
+from moe.data.sources.document import Document, parts_between
+from moe.data.sources.readers import columns_to_read, read_batch
 
 _ROWS_AT_ONCE = 256
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # Arrow's columnar format, "IPC Streaming Format"
@@ -135,12 +135,8 @@ class ArrowDocuments:
 
     def between(self, start: int, stop: int) -> Iterator[Document]:
         """Yields the documents from `start` to `stop`, or to the last one."""
-        first = 0  # the number of a file's first document
-        for file, length in zip(self.files, self._lengths, strict=True):
-            inside = range(max(start - first, 0), min(stop - first, length))
-            if inside:
-                yield from self._read(file, inside)
-            first += length
+        for file, inside in parts_between(self._lengths, start, stop):
+            yield from self._read(self.files[file], inside)
 
     def check(self) -> None:
         """Raises ConfigError for a file without the field of the text, or that was cut."""
@@ -169,11 +165,7 @@ class ArrowDocuments:
     def _read(self, file: Path, numbers: range) -> Iterator[Document]:
         """Yields the documents of one file."""
         with _explained(file):
-            columns = [
-                field.name
-                for field in _schema(file)
-                if field.name == self.text_field or not pa.types.is_nested(field.type)
-            ]
+            columns = columns_to_read(_schema(file), self.text_field)
             read = _parquet_batches if file.suffix == ".parquet" else _arrow_batches
             number = numbers.start
 
@@ -181,13 +173,8 @@ class ArrowDocuments:
                 raise ConfigError(f"{file.parent / place} {reason}")
 
             for batch in read(file, numbers, columns):
-                for example in examples(batch):
-                    number += 1
-                    origin = f"{file.name}:{number}"
-                    if isinstance(example, UnicodeDecodeError):
-                        refuse(origin, not_utf8(example))
-                    if document := read_example(example, origin, refuse, self.text_field):
-                        yield document
+                yield from read_batch(batch, file.name, number, refuse, self.text_field)
+                number += len(batch)
 
 
 def _arrow_batches(file: Path, numbers: range, columns: list[str]) -> Iterator[pa.RecordBatch]:
@@ -202,19 +189,15 @@ def _parquet_batches(file: Path, numbers: range, columns: list[str]) -> Iterator
     A group of rows can only be read from its beginning.
     """
     with pq.ParquetFile(file, memory_map=True) as parquet:
-        first = 0  # the number of a group's first row
-        for group in range(parquet.num_row_groups):
-            length = parquet.metadata.row_group(group).num_rows
-            if first < numbers.stop and first + length > numbers.start:
-                begin = first
-                for batch in parquet.iter_batches(_ROWS_AT_ONCE, [group], columns):
-                    inside = range(
-                        max(numbers.start - begin, 0), min(numbers.stop - begin, batch.num_rows)
-                    )
-                    if inside:
-                        yield batch.slice(inside.start, len(inside))
-                    begin += batch.num_rows
-            first += length
+        groups = range(parquet.num_row_groups)
+        lengths = [parquet.metadata.row_group(group).num_rows for group in groups]
+        for group, wanted in parts_between(lengths, numbers.start, numbers.stop):
+            begin = 0  # the number of a batch's first row in its group
+            for batch in parquet.iter_batches(_ROWS_AT_ONCE, [group], columns):
+                rows = range(max(wanted.start - begin, 0), min(wanted.stop - begin, len(batch)))
+                if rows:
+                    yield batch.slice(rows.start, len(rows))
+                begin += len(batch)
 
 
 def _schema(file: Path) -> pa.Schema:

@@ -1,6 +1,6 @@
 """Declares what every source gives: documents, which are read by their numbers."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 
@@ -25,3 +25,16 @@ class Documents(Protocol):
     def between(self, start: int, stop: int) -> Iterator[Document]:
         """Yields the documents from `start` to `stop`, or to the last one."""
         ...
+
+
+def parts_between(lengths: Sequence[int], start: int, stop: int) -> Iterator[tuple[int, range]]:
+    """Yields which parts hold the items from `start` to `stop`, and the items' numbers in each.
+
+    The parts have these lengths and lie one after the other.
+    """
+    first = 0  # the number of a part's first item
+    for part, length in enumerate(lengths):
+        inside = range(max(start - first, 0), min(stop - first, length))
+        if inside:
+            yield part, inside
+        first += length

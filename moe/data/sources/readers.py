@@ -98,24 +98,36 @@ def read_parquet(file: IO[bytes], name: str, refuse: Refuse, text_field: str) ->
     number = 0
     try:
         table = pq.ParquetFile(file, pre_buffer=False)
-        columns = [
-            field.name
-            for field in table.schema_arrow
-            if field.name == text_field or not pa.types.is_nested(field.type)
-        ]
+        columns = columns_to_read(table.schema_arrow, text_field)
         for batch in table.iter_batches(_ROWS_AT_ONCE, columns=columns):
-            for example in examples(batch):
-                number += 1
-                origin = f"{name}:{number}"
-                if isinstance(example, UnicodeDecodeError):
-                    refuse(origin, not_utf8(example))
-                elif document := read_example(example, origin, refuse, text_field):
-                    yield document
+            yield from read_batch(batch, name, number, refuse, text_field)
+            number += len(batch)
     except (pa.ArrowException, OSError) as error:
         refuse(f"{name}:{number + 1}", _damaged(error))
 
 
-def examples(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | UnicodeDecodeError]:
+def columns_to_read(schema: pa.Schema, text_field: str) -> list[str]:
+    """Returns the columns of the text, and of the numbers and strings by which to slice."""
+    return [
+        field.name
+        for field in schema
+        if field.name == text_field or not pa.types.is_nested(field.type)
+    ]
+
+
+def read_batch(
+    batch: pa.RecordBatch, name: str, num_before: int, refuse: Refuse, text_field: str
+) -> Iterator[Document]:
+    """Yields a document for each row of a batch, before which the file has `num_before` rows."""
+    for number, example in enumerate(_examples(batch), num_before + 1):
+        origin = f"{name}:{number}"
+        if isinstance(example, UnicodeDecodeError):
+            refuse(origin, not_utf8(example))
+        elif document := read_example(example, origin, refuse, text_field):
+            yield document
+
+
+def _examples(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | UnicodeDecodeError]:
     """Yields the rows of a batch, or the error of one that is not UTF-8."""
     try:
         yield from batch.to_pylist()

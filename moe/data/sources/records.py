@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from tensorflow_datasets.proto import tf_example_pb2
 
-from moe.data.sources.document import Document
+from moe.data.sources.document import Document, parts_between
 from moe.files import flush
 
 if TYPE_CHECKING:
@@ -100,12 +100,8 @@ class RecordDocuments:
 
     def between(self, start: int, stop: int) -> Iterator[Document]:
         """Yields the documents from `start` to `stop`, or to the last one."""
-        first = 0  # the number of a shard's first document
-        for path, length in zip(self._info.filepaths, self._info.shard_lengths, strict=True):
-            inside = range(max(start - first, 0), min(stop - first, length))
-            if inside:
-                yield from _read(Path(path), inside)
-            first += length
+        for shard, inside in parts_between(self._info.shard_lengths, start, stop):
+            yield from _read(Path(self._info.filepaths[shard]), inside)
 
     @functools.cached_property
     def _info(self) -> "tfds.core.SplitInfo | tfds.core.SubSplitInfo":

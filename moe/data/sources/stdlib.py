@@ -21,10 +21,7 @@ class Stdlib(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version(".".join(map(str, sys.version_info[:3])))
 
     def _info(self) -> tfds.core.DatasetInfo:
-        features = tfds.features.FeaturesDict(
-            {"text": tfds.features.Text(), "path": tfds.features.Text()}
-        )
-        return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+        return text_with_path(self)
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
         return {
@@ -33,9 +30,23 @@ class Stdlib(tfds.core.GeneratorBasedBuilder):
         }
 
     def _generate_examples(self, validation: bool) -> Iterator[tuple[str, dict[str, str]]]:
-        for path, text in python_files(Path(sysconfig.get_path("stdlib"))):
-            if is_validation(text) == validation:
-                yield path, {"text": text, "path": path}
+        for path, text in files_of_split(validation):
+            yield path, {"text": text, "path": path}
+
+
+def text_with_path(builder: tfds.core.DatasetBuilder) -> tfds.core.DatasetInfo:
+    """Returns what TFDS is told of a data set of texts and the paths of their files, in order."""
+    features = {"text": tfds.features.Text(), "path": tfds.features.Text()}
+    return tfds.core.DatasetInfo(
+        builder=builder, features=tfds.features.FeaturesDict(features), disable_shuffling=True
+    )
+
+
+def files_of_split(validation: bool) -> Iterator[tuple[str, str]]:
+    """Yields the path and the text of each file of the library in the validation or train split."""
+    for path, text in python_files(Path(sysconfig.get_path("stdlib"))):
+        if is_validation(text) == validation:
+            yield path, text
 
 
 def python_files(root: Path) -> Iterator[tuple[str, str]]:

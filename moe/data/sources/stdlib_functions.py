@@ -3,14 +3,12 @@
 import ast
 import inspect
 import json
-import sysconfig
 from collections.abc import Iterator
-from pathlib import Path
 from typing import ClassVar
 
 import tensorflow_datasets as tfds
 
-from moe.data.sources.stdlib import Stdlib, is_validation, python_files
+from moe.data.sources.stdlib import Stdlib, files_of_split, text_with_path
 
 _LONGEST = 440  # bytes of a description and its function together
 
@@ -28,10 +26,7 @@ class StdlibFunctions(tfds.core.GeneratorBasedBuilder):
     ]
 
     def _info(self) -> tfds.core.DatasetInfo:
-        features = tfds.features.FeaturesDict(
-            {"text": tfds.features.Text(), "path": tfds.features.Text()}
-        )
-        return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+        return text_with_path(self)
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
         return {
@@ -41,16 +36,14 @@ class StdlibFunctions(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, validation: bool) -> Iterator[tuple[str, dict[str, str]]]:
         is_described = self.builder_config is not None and self.builder_config.name == "described"
-        for path, text in python_files(Path(sysconfig.get_path("stdlib"))):
-            # All functions of a file are in the split of the file.
-            if is_validation(text) == validation:
-                for number, (request, answer) in enumerate(described_functions(text)):
-                    messages = [
-                        {"role": "user", "content": request if is_described else ""},
-                        {"role": "assistant", "content": answer},
-                    ]
-                    example = {"text": json.dumps(messages), "path": path}
-                    yield f"{path}:{number}", example
+        # All functions of a file are in the split of the file.
+        for path, text in files_of_split(validation):
+            for number, (request, answer) in enumerate(described_functions(text)):
+                messages = [
+                    {"role": "user", "content": request if is_described else ""},
+                    {"role": "assistant", "content": answer},
+                ]
+                yield f"{path}:{number}", {"text": json.dumps(messages), "path": path}
 
 
 def described_functions(source: str) -> Iterator[tuple[str, str]]:

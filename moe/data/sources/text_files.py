@@ -193,8 +193,9 @@ def open_text_files(config: DataConfig, split: str) -> RecordDocuments:
 
     Raises ConfigError for files that cannot be read and for a split without documents.
     """
-    is_new = not is_prepared(TextFiles(config))
-    builder = prepare_builder(config, lambda: TextFiles(config))
+    builder = TextFiles(config)
+    is_new = not is_prepared(builder)
+    builder = prepare_builder(config, builder, lambda: TextFiles(config))
     skipped = Path(builder.data_dir, _SKIPPED)
     if is_new and skipped.exists() and (places := skipped.read_text().splitlines()):
         print(
@@ -223,4 +224,5 @@ def source_name(config: DataConfig) -> str:
 
 def splits_with_documents(config: DataConfig) -> tuple[str, ...]:
     """Returns the splits of the user's files that hold documents, which are copied if need be."""
-    return tuple(prepare_builder(config, lambda: TextFiles(config)).info.splits)
+    builder = prepare_builder(config, TextFiles(config), lambda: TextFiles(config))
+    return tuple(builder.info.splits)

@@ -115,19 +115,21 @@ def open_documents(config: DataConfig, split: str) -> TfdsDocuments:
     """
     builder = _builder(config)
     _check_text(config, builder)
-    builder = prepare_builder(config, lambda: _builder(config))
+    builder = prepare_builder(config, builder, lambda: _builder(config))
     _check_split(config, builder, split)
     return TfdsDocuments(os.fspath(builder.data_dir), split, config.text_field)
 
 
 def prepare_builder(
-    config: DataConfig, make: Callable[[], "tfds.core.DatasetBuilder"]
+    config: DataConfig,
+    builder: "tfds.core.DatasetBuilder",
+    make: Callable[[], "tfds.core.DatasetBuilder"],
 ) -> "tfds.core.DatasetBuilder":
-    """Returns a builder that `make` makes, prepared by this process or by another one.
+    """Returns the builder if it is prepared, or a new one that this process or another prepares.
 
-    Raises ConfigError for examples that cannot be read, and OSError if preparing fails.
+    `make` makes the builder anew. Raises ConfigError for examples that cannot be read, and OSError
+    if preparing fails.
     """
-    builder = make()
     if is_prepared(builder):
         return builder
     with hold_lock(Path(builder.data_dir_root, f"{builder.name}.lock")) as has_lock:
