@@ -7,25 +7,11 @@ Time, result: not measured.
 
 from ml_collections import ConfigDict
 
-from moe.config import RunConfig
+from configs import masked_tiny
 
 
 def get_config() -> ConfigDict:
-    config = RunConfig.config_dict()
+    config = masked_tiny.get_config()  # whose vocabulary has room for the 3 tokens of this task
     config.task = "fill_in_the_middle"
-    config.model.update(
-        vocab_size=264,  # the bytes and the 3 tokens of the task, as a multiple of 8
-        num_layers=4,
-        model_dim=128,
-        feed_forward_dim=352,
-        num_heads=4,
-        num_kv_heads=4,
-        head_dim=32,
-    )
-    config.model.compute_dtype = "float32"  # CPUs have no faster arithmetic than this
-    config.data.sequence_length = 128
     config.data.middle_rate = 0.9
-    config.optimizer.update(learning_rate=3e-3, warmup_steps=50)
-    config.train.update(batch_size=32, steps=600, eval_every=200, checkpoint_every=200)
-    config.train.eval_batches = 40
     return config

@@ -1,4 +1,4 @@
-"""Trains a dense decoder of 3M parameters on two sources, whose weights change before the end.
+"""Trains the model of `dense_tiny` on two sources, whose weights change before the end.
 
 The sources are the two halves of Python's standard library, by the names of its files, so that
 every machine has them. The first half has most of the examples of the first three quarters of the
@@ -11,16 +11,12 @@ Time, result: not measured yet.
 
 from ml_collections import ConfigDict
 
-from moe.config import RunConfig, SourceConfig
+from configs import dense_tiny
+from moe.config import SourceConfig
 
 
 def get_config() -> ConfigDict:
-    config = RunConfig.config_dict()
-    config.model.update(
-        num_layers=4, model_dim=256, feed_forward_dim=704, num_heads=4, num_kv_heads=2, head_dim=64
-    )
-    config.model.compute_dtype = "float32"  # CPUs have no faster arithmetic than this
-    config.data.sequence_length = 256
+    config = dense_tiny.get_config()
     config.data.packing = "best_fit"
     config.data.mixture.first = SourceConfig.config_dict(
         dataset="stdlib",
@@ -37,6 +33,4 @@ def get_config() -> ConfigDict:
         max_epochs=4.0,
     )
     config.data.stages = (0, 9600)  # the second stage begins after 600 of the 800 steps
-    config.optimizer.update(learning_rate=3e-3, warmup_fraction=0.0625)
-    config.train.update(batch_size=16, steps=800, eval_every=200, checkpoint_every=200)
     return config

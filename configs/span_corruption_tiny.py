@@ -7,24 +7,13 @@ Time, result: not measured.
 
 from ml_collections import ConfigDict
 
-from moe.config import RunConfig
+from configs import masked_tiny
 
 
 def get_config() -> ConfigDict:
-    config = RunConfig.config_dict()
+    config = masked_tiny.get_config()
     config.task = "span_corruption"
-    config.model.update(
-        vocab_size=360,  # the bytes and 100 sentinels, as a multiple of 8
-        num_layers=3,  # of the encoder, and as many of the decoder
-        model_dim=128,
-        feed_forward_dim=352,
-        num_heads=4,
-        num_kv_heads=4,
-        head_dim=32,
-    )
-    config.model.compute_dtype = "float32"  # CPUs have no faster arithmetic than this
+    config.model.vocab_size = 360  # the bytes and 100 sentinels, as a multiple of 8
+    config.model.num_layers = 3  # of the encoder, and as many of the decoder
     config.data.sequence_length = 128  # of the encoder; 142 bytes of text, and 29 targets
-    config.optimizer.update(learning_rate=3e-3, warmup_steps=50)
-    config.train.update(batch_size=32, steps=600, eval_every=200, checkpoint_every=200)
-    config.train.eval_batches = 40
     return config
