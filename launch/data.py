@@ -26,6 +26,7 @@ from launch.data_rows import LEGEND, STYLE, Stream, read_row, row_html, row_text
 from launch.data_statistics import DocumentCounts, Source, count_documents, histogram, source_table
 from launch.html_page import table, whole_page
 from moe.config import ConfigError, RunConfig
+from moe.config.data import is_token_files
 from moe.data.sources import Document, check_dataset, open_documents
 from moe.data.tokenizers import check_tokenizer, make_tokenizer
 from moe.files import write_whole
@@ -64,7 +65,7 @@ def look(config: RunConfig, split: str, num_rows: int) -> Look:
             rows.append((f"{name} {split} row {number}".strip(), streams))
     described = [Source.of_rows(name, one) for name, one in sources.items()]
     # Tokens that somebody else has prepared have no documents that could be read.
-    has_documents = not any(one.dataset.startswith("tokens:") for one in config.data.sources)
+    has_documents = not any(is_token_files(one.dataset) for one in config.data.sources)
     counts = count_documents(_documents(config, split)) if has_documents else None
     return Look(rows, described, counts, config.data.sequence_length * _bytes_per_token(described))
 

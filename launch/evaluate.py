@@ -29,6 +29,7 @@ from absl import flags
 from launch import command_line
 from launch.slices import open_slices, splits_of
 from moe.config import ConfigError, DataConfig, RunConfig
+from moe.config.data import is_token_files
 from moe.config.objectives import check_decoder
 from moe.data.sources import check_dataset
 from moe.storage.paths import RunPath, run_path
@@ -114,7 +115,7 @@ def evaluated_data(
             train_split=split,
             validation_split=split,
             **fields,
-            **(as_they_are if name.startswith("tokens:") else {}),
+            **(as_they_are if is_token_files(name) else {}),
         )
         for name in datasets
     }

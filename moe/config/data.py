@@ -157,7 +157,7 @@ class DataConfig:
 
     def _check_token_files(self) -> None:
         """Raises ConfigError for fields that token files, which are read in place, cannot heed."""
-        is_read_in_place = any(one.dataset.startswith("tokens:") for one in self.sources)
+        is_read_in_place = any(is_token_files(one.dataset) for one in self.sources)
         for name in ("packing", "chat_template"):
             value = getattr(self, name)
             if is_read_in_place and value != getattr(DataConfig, name):
@@ -264,6 +264,11 @@ _FIELDS_OF_A_SOURCE = tuple(
     for field in dataclasses.fields(SourceConfig)
     if field.name in {field.name for field in dataclasses.fields(DataConfig)}
 )
+
+
+def is_token_files(dataset: str) -> bool:
+    """Says whether a data set is a directory of token files, which are read in place."""
+    return dataset.startswith("tokens:")
 
 
 def _largest_remainders(weights: Sequence[float]) -> tuple[int, ...]:

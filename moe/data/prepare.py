@@ -13,6 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from moe.config import ConfigError, DataConfig
+from moe.config.data import is_token_files
 from moe.data.chat import read_template
 from moe.data.prepared_rows import PreparedRows, open_rows
 from moe.data.shards import SUMS, ShardJob, write_shard
@@ -35,8 +36,9 @@ _SLOW_DOCUMENTS_PER_WORKER = 256
 
 def open_split(config: DataConfig, split: str) -> PreparedRows | TokenFileRows:
     """Returns the rows of a split, which are prepared first unless they are files of tokens."""
-    is_tokens = config.dataset.startswith("tokens:")
-    return open_token_rows(config, split) if is_tokens else prepare(config, split)
+    if is_token_files(config.dataset):
+        return open_token_rows(config, split)
+    return prepare(config, split)
 
 
 def prepare(config: DataConfig, split: str, num_workers: int | None = None) -> PreparedRows:

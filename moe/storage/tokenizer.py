@@ -78,12 +78,9 @@ def local_copy(stored: StoredFile, config: DataConfig) -> Path:
     Raises ConfigError if the file is damaged, and OSError if it cannot be read or copied.
     """
     cached = config.path / f"{stored.field}s" / stored.sha256 / stored.path.name
-    if isinstance(stored.path, Path):
-        content = stored.path.read_bytes()
-    elif _sha256(cached) == stored.sha256:
+    if not isinstance(stored.path, Path) and _sha256(cached) == stored.sha256:
         return cached
-    else:
-        content = stored.path.read_bytes()
+    content = stored.path.read_bytes()
     if hashlib.sha256(content).hexdigest() != stored.sha256:
         raise ConfigError(
             f"{stored.path} is not the file that was stored (its SHA-256 is another): restore it, "
