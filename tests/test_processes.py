@@ -12,7 +12,6 @@ import pytest
 from moe.config import (
     DataConfig,
     MeshConfig,
-    ModelConfig,
     OptimizerConfig,
     RunConfig,
     TrackingConfig,
@@ -21,18 +20,11 @@ from moe.config import (
 from moe.training.trainer import fit, load_run
 from moe.workdir.tracking import read_metrics
 from tests.jobs import free_port
+from tests.tiny import TINY_MODEL
 
 ROOT = Path(__file__).parents[1]
 CONFIG = RunConfig(
-    model=ModelConfig(
-        num_layers=2,
-        model_dim=16,
-        feed_forward_dim=24,
-        num_heads=2,
-        num_kv_heads=1,
-        head_dim=8,
-        compute_dtype="float32",
-    ),
+    model=dataclasses.replace(TINY_MODEL, num_layers=2),
     data=DataConfig(sequence_length=64),
     optimizer=OptimizerConfig(learning_rate=0.01, warmup_fraction=1 / 3),
     mesh=MeshConfig(data=2, fsdp=2),

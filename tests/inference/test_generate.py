@@ -7,23 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe.config import ModelConfig
 from moe.inference.generate import Sampling, _generate, generate, keep_likeliest
 from moe.model.transformer import Transformer
 from moe.parameters import unbox
+from tests.tiny import TINY_MODEL
 
-MODEL = Transformer(
-    ModelConfig(
-        vocab_size=16,
-        num_layers=2,
-        model_dim=16,
-        feed_forward_dim=24,
-        num_heads=2,
-        num_kv_heads=1,
-        head_dim=8,
-        compute_dtype="float32",
-    )
-)
+MODEL = Transformer(dataclasses.replace(TINY_MODEL, vocab_size=16, num_layers=2))
 VARIABLES = jax.jit(lambda key: unbox(MODEL.init(key, {"tokens": jnp.zeros((1, 1), jnp.int32)})))(
     jax.random.key(0)
 )

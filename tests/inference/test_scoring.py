@@ -1,28 +1,20 @@
 """Tests scores of sequences against full forward passes in float64, token by token."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe.config import ConfigError, MeshConfig, ModelConfig, RunConfig, TrainConfig
+from moe.config import ConfigError, MeshConfig, RunConfig, TrainConfig
 from moe.inference.scoring import Part, _score, padded_length, score_parts
 from moe.model.transformer import Transformer
 from moe.parallel.mesh import make_mesh
 from moe.parameters import unbox
+from tests.tiny import TINY_MODEL
 
-MODEL = Transformer(
-    ModelConfig(
-        vocab_size=16,
-        num_layers=2,
-        model_dim=16,
-        feed_forward_dim=24,
-        num_heads=2,
-        num_kv_heads=1,
-        head_dim=8,
-        compute_dtype="float32",
-    )
-)
+MODEL = Transformer(dataclasses.replace(TINY_MODEL, vocab_size=16, num_layers=2))
 CONFIG = RunConfig(mesh=MeshConfig(data=-1), train=TrainConfig(batch_size=8))
 VARIABLES = jax.jit(lambda key: unbox(MODEL.init(key, {"tokens": jnp.zeros((1, 1), jnp.int32)})))(
     jax.random.key(0)

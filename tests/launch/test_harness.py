@@ -1,5 +1,6 @@
 """Runs the lm-evaluation-harness on a small model, offline, with task files of our own."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -18,25 +19,15 @@ from launch.harness import (
     find_tasks,
     read_generation_options,
 )
-from moe.config import ConfigError, DataConfig, MeshConfig, ModelConfig, RunConfig, TrainConfig
+from moe.config import ConfigError, DataConfig, MeshConfig, RunConfig, TrainConfig
 from moe.data.tokenizers import make_tokenizer
 from moe.inference.generate import Sampling
 from moe.model.transformer import Transformer
 from moe.parallel.mesh import make_mesh
 from moe.parameters import unbox
+from tests.tiny import TINY_MODEL
 
-MODEL = Transformer(
-    ModelConfig(
-        vocab_size=258,
-        num_layers=1,
-        model_dim=16,
-        feed_forward_dim=24,
-        num_heads=2,
-        num_kv_heads=1,
-        head_dim=8,
-        compute_dtype="float32",
-    )
-)
+MODEL = Transformer(dataclasses.replace(TINY_MODEL, vocab_size=258))
 ROW = 32
 CONFIG = RunConfig(mesh=MeshConfig(data=-1), train=TrainConfig(batch_size=8))
 BOUNDARY = 255

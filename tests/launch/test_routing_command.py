@@ -37,17 +37,10 @@ from moe.parallel.mesh import global_batch
 from moe.training import trainer
 from moe.workdir import checkpoint
 from tests.launch.report_runs import colours
+from tests.tiny import TINY_MODEL
 
 ROOT = Path(__file__).parents[2]
-MODEL = ModelConfig(
-    num_layers=4,
-    model_dim=16,
-    feed_forward_dim=24,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-    compute_dtype="float32",
-)
+MODEL = dataclasses.replace(TINY_MODEL, num_layers=4)
 
 
 def test_sparse_layers_keep_their_numbers_among_dense_ones():

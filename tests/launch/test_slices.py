@@ -1,5 +1,6 @@
 """Tests evaluations of other data than the run's, and of slices, up to the numbers themselves."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -9,8 +10,9 @@ import pytest
 from launch.evaluate import evaluate, evaluated_data, with_perplexities
 from launch.generate import generate
 from launch.slices import MAX_SLICES, divide, splits_of
-from moe.config import ConfigError, DataConfig, ModelConfig, RunConfig, TrainConfig
+from moe.config import ConfigError, DataConfig, RunConfig, TrainConfig
 from moe.data.sources import Document
+from tests.tiny import TINY_MODEL
 
 
 def documents(values: list[object]) -> list[Document]:
@@ -54,16 +56,7 @@ def test_other_data_keeps_the_runs_tokenizer():
     assert evaluated_data(data, "train", [])[""].validation_split == "train"
 
 
-MODEL = ModelConfig(
-    vocab_size=260,
-    num_layers=1,
-    model_dim=16,
-    feed_forward_dim=24,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-    compute_dtype="float32",
-)
+MODEL = dataclasses.replace(TINY_MODEL, vocab_size=260)
 
 
 def conversations(directory: Path) -> DataConfig:

@@ -18,7 +18,6 @@ import pytest
 from moe.config import (
     DataConfig,
     MeshConfig,
-    ModelConfig,
     OptimizerConfig,
     RunConfig,
     SourceConfig,
@@ -29,21 +28,14 @@ from moe.exit_codes import INTERRUPTED, PEER_DIED, PEER_STUCK
 from moe.workdir.identity import checkpoint_steps
 from moe.workdir.tracking import read_metrics
 from tests.jobs import free_port, wait_for_step
+from tests.tiny import TINY_MODEL
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 ROOT = Path(__file__).parents[2]
 HOST = socket.gethostname()
 CONFIG = RunConfig(
-    model=ModelConfig(
-        num_layers=1,
-        model_dim=16,
-        feed_forward_dim=24,
-        num_heads=2,
-        num_kv_heads=1,
-        head_dim=8,
-        compute_dtype="float32",
-    ),
+    model=TINY_MODEL,
     data=DataConfig(sequence_length=64),
     optimizer=OptimizerConfig(learning_rate=0.01, warmup_fraction=0.01),
     mesh=MeshConfig(data=2, fsdp=2),

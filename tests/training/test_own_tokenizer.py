@@ -1,5 +1,6 @@
 """A run with a tokenizer of its own is trained, resumed, evaluated and read without the file."""
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -7,26 +8,18 @@ import pytest
 
 from launch.evaluate import evaluate
 from launch.generate import generate
-from moe.config import ConfigError, DataConfig, ModelConfig, RunConfig, TrainConfig
+from moe.config import ConfigError, DataConfig, RunConfig, TrainConfig
 from moe.data.prepare import prepare
 from moe.data.sources import open_documents
 from moe.data.tokenizers import make_tokenizer
 from moe.data.tokenizers.training import train_bpe
 from moe.training.trainer import fit
+from tests.tiny import TINY_MODEL
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 ROOT = Path(__file__).parents[2]
 TEXTS = [path.read_text() for path in sorted((ROOT / "moe" / "config").glob("*.py"))]
-MODEL = ModelConfig(
-    vocab_size=512,
-    num_layers=1,
-    model_dim=16,
-    feed_forward_dim=24,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-    compute_dtype="float32",
-)
+MODEL = dataclasses.replace(TINY_MODEL, vocab_size=512)
 
 
 def run_of(steps: int, file: Path, data_directory: str) -> RunConfig:

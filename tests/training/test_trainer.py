@@ -39,6 +39,7 @@ from moe.config import (
     TrainConfig,
 )
 from moe.data import prepare
+from moe.data.rows import JoinedRows
 from moe.files import try_lock
 from moe.interop.upcycle import SHARED_FIELDS
 from moe.parallel.hub import HostTimes
@@ -50,16 +51,9 @@ from moe.workdir import checkpoint
 from moe.workdir.identity import read_config
 from moe.workdir.origin import SHARED_MOE_FIELDS
 from moe.workdir.tracking import check_workdir, read_metrics, read_router
+from tests.tiny import TINY_MODEL
 
-MODEL = ModelConfig(
-    num_layers=2,
-    model_dim=16,
-    feed_forward_dim=24,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-    compute_dtype="float32",
-)
+MODEL = dataclasses.replace(TINY_MODEL, num_layers=2)
 
 DETERMINISTIC = (
     "step",
@@ -325,8 +319,8 @@ def test_a_new_run_starts_from_anothers_parameters(config, uninterrupted, tmp_pa
     )
     assert (int(first.step), int(first.examples)) == (0, 0)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(first.opt_state))
-    rows = prepare.prepare(fork.data, "validation")
-    loss = evaluation.evaluate(fork, make_program(fork), first.variables, rows)["loss"]
+    rows = JoinedRows({"": prepare.prepare(fork.data, "validation")})
+    loss = evaluation.evaluate_sources(fork, make_program(fork), first.variables, rows)["loss"]
     assert loss == pytest.approx(lines(source)[-1]["validation/loss"], rel=1e-5)
     trainer.fit(fork, workdir, init_from=source, init_step=8)  # the same flags again
     shutil.rmtree(source)
@@ -850,15 +844,12 @@ def test_fit_may_run_in_a_thread():
 
 def test_evaluation_covers_the_split_whatever_the_batch_size(config, uninterrupted):
     rows = prepare.prepare(config.data, "validation")
+    variables, sources = saved_state(config, uninterrupted).variables, JoinedRows({"": rows})
     results = []
     for batch_size in (64, 1000):
         train = dataclasses.replace(config.train, eval_batches=0, batch_size=batch_size)
         whole = dataclasses.replace(config, train=train)
-        results.append(
-            evaluation.evaluate(
-                whole, make_program(whole), saved_state(config, uninterrupted).variables, rows
-            )
-        )
+        results.append(evaluation.evaluate_sources(whole, make_program(whole), variables, sources))
     assert results[0] == pytest.approx(results[1], rel=1e-5)
     expected = results[0]["loss"] * rows.num_targets / rows.num_bytes / np.log(2)
     assert results[0]["bits_per_byte"] == pytest.approx(expected)
