@@ -21,23 +21,6 @@ _ROUTER_NAMES = ("max_vio", "load_entropy", "dropped_fraction")
 Fields = Mapping[str, np.ndarray]  # this host's part of a batch
 
 
-def evaluate(
-    config: RunConfig,
-    program: Program,
-    variables: Any,
-    rows: Rows,
-    stops: Callable[[Any], bool] = lambda sums: False,
-) -> dict[str, float]:
-    """Evaluates a model on the first `config.train.eval_batches` batches of a split (0: on all).
-
-    Returns the task's metrics and scores. For a model with sparse layers it also returns
-    `max_vio`, `load_entropy` and `dropped_fraction`: each is computed from a layer's sums over all
-    batches, and is the mean over these layers. The result is empty if `stops`, which is asked after
-    each batch with the sums up to it, says that the evaluation must end early.
-    """
-    return evaluate_sources(config, program, variables, JoinedRows({"": rows}), stops)
-
-
 def evaluate_sources(
     config: RunConfig,
     program: Program,
@@ -45,10 +28,14 @@ def evaluate_sources(
     rows: JoinedRows,
     stops: Callable[[Any], bool] = lambda sums: False,
 ) -> dict[str, float]:
-    """Evaluates a model on each source, on as many batches of each as `evaluate` reads of one.
+    """Evaluates a model on the first `config.train.eval_batches` batches of sources (0: on all).
 
-    The values of a source with a name are returned as NAME/loss and so on. Those of all sources
-    together then follow from the sums over all their batches.
+    Returns the task's metrics and scores. For a model with sparse layers it also returns
+    `max_vio`, `load_entropy` and `dropped_fraction`: each is computed from a layer's sums over all
+    batches, and is the mean over these layers. The values of a source with a name are returned as
+    NAME/loss and so on, and those of all sources together follow from the sums over all their
+    batches. The result is empty if `stops`, which is asked after each batch with the sums up to it,
+    says that the evaluation must end early.
     """
     totals: losses.Sums = {}
     values: dict[str, float] = {}

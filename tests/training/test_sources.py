@@ -9,7 +9,7 @@ import pytest
 from moe.config import RunConfig
 from moe.data.rows import JoinedRows, source_line
 from moe.training import evaluation
-from moe.training.evaluation import evaluate, evaluate_sources
+from moe.training.evaluation import evaluate_sources
 
 
 class FakeRows:
@@ -59,7 +59,8 @@ def test_each_source_has_its_metrics_and_the_total_is_over_all(program: Any):
 
 def test_a_source_without_a_name_has_the_metrics_alone(program: Any):
     expected = {"loss": 3.0, "targets_per_byte": 0.5}
-    assert evaluate(RunConfig(), program, None, FakeRows(10, 5)) == expected
+    rows = JoinedRows({"": FakeRows(10, 5)})
+    assert evaluate_sources(RunConfig(), program, None, rows) == expected
 
 
 def test_an_evaluation_that_must_end_has_no_result(program: Any):
