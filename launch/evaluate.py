@@ -6,6 +6,7 @@ Examples:
     python -m launch.evaluate --workdir=runs/dense_tiny --data=text:notes --data=text:code
     python -m launch.evaluate --workdir=runs/dense_tiny --data=text:notes --slice=language
     python -m launch.evaluate --workdir=runs/dense_tiny --tasks=keywords --task_directory=tasks
+    python -m launch.evaluate --workdir=runs/dense_tiny --data=text:notes --slice=language --record
 
 All devices of this machine share the work, however the run was laid out. Prints one JSON object.
 For a model with experts it also has max_vio and load_entropy, which say how even the experts' load
@@ -16,17 +17,20 @@ are those of all sources together, and NAME/loss and so on are those of the sour
 Of the user's own files (text:PATH) all documents are read, unless --split names a part of them.
 --slice names a field of the examples, and FIELD=VALUE/loss and so on are those of the documents
 with this value. --tasks runs tasks of EleutherAI's lm-evaluation-harness, by their names.
+--record keeps the result in the run directory, so that launch.report --card writes it down.
 """
 
 import dataclasses
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from absl import flags
 
 from launch import command_line
+from launch.recorded_evaluations import Evaluation, record_evaluation
 from launch.slices import open_slices, splits_of
 from moe.config import ConfigError, DataConfig, RunConfig
 from moe.config.data import is_token_files
@@ -196,7 +200,29 @@ def main(values: flags.FlagValues) -> None:
         result = evaluate(
             workdir, values.step, values.split, datasets=values.data, slice_by=values.slice
         )
-    print(json.dumps(result, allow_nan=False))
+    print(json.dumps(result, allow_nan=False), flush=True)
+    if values.record:
+        print(f"wrote {record_evaluation(workdir, _evaluation(values, result))}", file=sys.stderr)
+
+
+def _evaluation(values: flags.FlagValues, result: Mapping[str, Any]) -> Evaluation:
+    """Returns the result of a command with what it was asked to evaluate."""
+    metrics = {name: result[name] for name in result if name != "step"}
+    if values.tasks:
+        return Evaluation(
+            step=int(result["step"]),
+            values=metrics["tasks"],
+            tasks=tuple(values.tasks),
+            limit=values.limit,
+            num_fewshot=values.num_fewshot,
+        )
+    return Evaluation(
+        step=int(result["step"]),
+        values=metrics,
+        split=values.split,
+        datasets=tuple(values.data),
+        slice_by=values.slice,
+    )
 
 
 if __name__ == "__main__":
@@ -211,4 +237,5 @@ if __name__ == "__main__":
     flags.DEFINE_string("task_directory", None, "A directory with task files of your own.")
     flags.DEFINE_integer("limit", None, "How many examples of each task to run; all by default.")
     flags.DEFINE_integer("num_fewshot", None, "How many examples stand before a question.")
+    flags.DEFINE_bool("record", False, "Whether to keep the result in the run directory.")
     command_line.run(main, __doc__, devices=True)

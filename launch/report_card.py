@@ -9,6 +9,7 @@ import re
 from typing import Any
 
 from launch import report_card_sections as sections
+from launch.recorded_evaluations import read_evaluations
 from launch.report_card_sections import Facts
 from launch.series import Metrics
 from moe.config import ConfigError, RunConfig
@@ -25,7 +26,7 @@ _REQUESTS = {
     "details": "developers, license, languages of the text, contact.",
     "uses": "intended uses and users, and uses that are out of scope.",
     "risks": "known biases of the data, harms, ethical considerations, advice to users.",
-    "evaluation": "results by slice of the data and on other tasks, with their numbers.",
+    "evaluation": "what these results mean, and results that no command here can give.",
     "citation": "how to cite this model.",
 }
 _NOTE = (
@@ -59,6 +60,7 @@ def write_card(workdir: RunPath, metrics: Metrics, environments: list[dict[str, 
         rows_sha256=sha256,
         rows=_find_rows(config, sha256),
         origin=read_origin(workdir),
+        evaluations=read_evaluations(workdir),
     )
     write_whole(path, card(facts, written))
     return path
@@ -108,6 +110,7 @@ def card(facts: Facts, written: dict[str, str]) -> str:
         "```",
         *sections.training(facts),
         *sections.evaluation(facts),
+        *sections.recorded_evaluations(facts),
         person("evaluation"),
         *sections.routing(facts),
         *sections.compute(facts),

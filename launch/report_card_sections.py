@@ -1,10 +1,11 @@
 """Writes the sections of a model card that a run's files say: tables and sentences in Markdown."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from launch.recorded_evaluations import Evaluation
 from launch.series import Metrics
 from moe.config import RunConfig
 from moe.data.rows import source_line
@@ -27,6 +28,7 @@ class Facts(NamedTuple):
     rows_sha256: str | None  # of the rows that it was trained on; None before the first checkpoint
     rows: dict[str, Any]  # what the prepared rows say of themselves, if they are on this machine
     origin: Origin | None  # the checkpoint of another run that it started from
+    evaluations: list[Evaluation]  # what launch.evaluate --record kept
 
     @property
     def step(self) -> int:
@@ -207,7 +209,7 @@ def evaluation(facts: Facts) -> Iterator[str]:
     yield "## Evaluation"
     lines = [line for line in facts.metrics if "validation/loss" in line]
     if not lines:
-        yield "The run has not been evaluated yet."
+        yield "The run has not been evaluated during training."
         return
     names = dict.fromkeys(source.validation_split for source in data.sources)
     splits = "the split " + " and ".join(f"`{name}`" for name in names)
@@ -221,6 +223,54 @@ def evaluation(facts: Facts) -> Iterator[str]:
     names = [name for name in lines[-1] if name.startswith("validation/")]
     rows = [(name.removeprefix("validation/"), f"{lines[-1][name]:.4f}") for name in names]
     yield _table(("metric", "value"), rows)
+
+
+def recorded_evaluations(facts: Facts) -> Iterator[str]:
+    """Yields the results by slice of the data, on other data and on tasks that were recorded."""
+    for one in facts.evaluations:
+        if one.tasks:
+            yield f"### Evaluation on Tasks of the lm-evaluation-harness\n\n{_asked(one)}."
+            rows = [
+                (task, name, f"{value:.4f}" if isinstance(value, float) else f"{value}")
+                for task, values in one.values.items()
+                for name, value in values.items()
+                if name != "alias"
+            ]
+            yield _table(("task", "metric", "value"), rows)
+            continue
+        by = f" by {one.slice_by}" if one.slice_by else ""
+        data = " and ".join(f"`{name}`" for name in one.datasets) or "the Run's Own Data"
+        yield f"### Evaluation on {data}{by}\n\n{_asked(one)}."
+        yield _table(*_parts(one.values))
+
+
+def _asked(one: Evaluation) -> str:
+    """Returns at which step a run was evaluated, and on which part of what it was asked."""
+    parts = [f"At step {one.step:,}"]
+    if one.split:
+        parts.append(f"on the split `{one.split}`")
+    if one.num_fewshot:
+        parts.append(f"with {one.num_fewshot} examples before each question")
+    if one.limit:
+        parts.append(f"on the first {one.limit:,} examples of each")
+    return ", ".join(parts)
+
+
+def _parts(values: Mapping[str, float]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Returns the head and the rows of a table: a row for each part of the data, with its metrics.
+
+    The values of a part are named PART/METRIC, and those of all parts together METRIC.
+    """
+    parts: dict[str, dict[str, float]] = {}
+    for name, value in values.items():
+        part, _, metric = name.rpartition("/")
+        parts.setdefault(part or "all", {})[metric] = value
+    metrics = list(dict.fromkeys(metric for row in parts.values() for metric in row))
+    rows = [
+        (part, *(f"{row[metric]:.4f}" if metric in row else "" for metric in metrics))
+        for part, row in parts.items()
+    ]
+    return ("part", *metrics), rows
 
 
 def routing(facts: Facts) -> Iterator[str]:
@@ -291,8 +341,8 @@ def _repeats(facts: Facts) -> float:
     return facts.step * facts.config.train.batch_size / facts.rows["num_rows"] if facts.rows else 0
 
 
-def _table(head: tuple[str, str], rows: Iterable[tuple[str, str]]) -> str:
+def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     """Returns a table in Markdown, in which a value cannot end a cell or a line."""
-    lines = [head, ("---", "---"), *rows]
+    lines = [head, ("---",) * len(head), *rows]
     cell = lambda text: " ".join(str(text).replace("|", "\\|").split())
-    return "\n".join(f"| {cell(left)} | {cell(right)} |" for left, right in lines)
+    return "\n".join(f"| {' | '.join(map(cell, line))} |" for line in lines)

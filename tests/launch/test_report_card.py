@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from launch import report_card, report_card_sections
+from launch.recorded_evaluations import Evaluation, record_evaluation
 from launch.report import main
 from launch.report_card import CARD_FILE
 from launch.series import Metrics
@@ -79,7 +80,7 @@ def test_a_card_says_what_the_files_of_a_run_say(tmp_path: Path) -> None:
 
 def test_a_card_of_a_run_that_has_hardly_begun_leaves_out_what_is_not_known(tmp_path: Path) -> None:
     card = write_card(make_run(tmp_path, [(10, {"train/loss": 2.5, "train/skipped_steps": 1})]))
-    assert "has not been evaluated yet" in card and "nan" not in card
+    assert "has not been evaluated during training" in card and "nan" not in card
     assert not {"hours of training steps", "median MFU", "code"} & cells(card).keys()
     assert cells(card)["skipped updates"] == "1" and cells(card)["devices"] == "unknown"
 
@@ -143,7 +144,7 @@ def test_the_hours_stand_for_all_steps(tmp_path: Path) -> None:
     lines: Metrics = [{"step": 1}]
     for step, speed in ((2, 100.0), (4, 50.0)):
         lines.append({"step": step, "train/tokens_per_second": speed})
-    facts = report_card_sections.Facts("x", config, lines, [], None, {}, None)
+    facts = report_card_sections.Facts("x", config, lines, [], None, {}, None, [])
     compute = "\n\n".join(report_card_sections.compute(facts))
     # One step of a second and two of two seconds: 5 seconds for 3 of 4 steps.
     assert cells(compute)["hours of training steps"] == f"{5 * 4 / 3 / 3600:.3g}"
@@ -187,3 +188,37 @@ def test_the_card_of_a_real_sparse_run_and_of_its_fork(data_directory, tmp_path,
     assert "Both include the steps before the fork" in card
     assert "jax" in found["software"] and "x cpu" in found["devices"]
     assert f"wrote {fork / CARD_FILE}" in capsys.readouterr().out
+
+
+def test_recorded_evaluations_are_tables_of_the_card(tmp_path: Path) -> None:
+    """One is of slices, whose values are named FIELD=VALUE/METRIC, and one of tasks."""
+    workdir = make_run(tmp_path, [(10, LINE)])
+    values = {"loss": 2.0, "bits_per_byte": 1.5, "kind=a|b/loss": 2.5, "kind=a|b/max_vio": 0.25}
+    slices = Evaluation(10, values, datasets=("text:notes",), slice_by="kind")
+    record_evaluation(workdir, dataclasses.replace(slices, step=5, values={"loss": 9.0}))
+    record_evaluation(workdir, slices)
+    tasks = {"arc": {"alias": "arc", "acc,none": 0.5, "sample_len": 7}}
+    record_evaluation(workdir, Evaluation(10, tasks, tasks=("arc",), limit=100, num_fewshot=2))
+    card = write_card(workdir)
+    assert (
+        "### Evaluation on `text:notes` by kind\n\nAt step 10.\n\n"
+        "| part | loss | bits_per_byte | max_vio |\n"
+        "| --- | --- | --- | --- |\n"
+        "| all | 2.0000 | 1.5000 |  |\n"
+        "| kind=a\\|b | 2.5000 |  | 0.2500 |\n"
+    ) in card
+    assert (
+        "At step 10, with 2 examples before each question, on the first 100 examples of each.\n\n"
+        "| task | metric | value |\n| --- | --- | --- |\n"
+        "| arc | acc,none | 0.5000 |\n| arc | sample_len | 7 |\n"
+    ) in card
+    assert "9.0000" not in card  # the later record of the same subject replaced it
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", '{"step": 1}', '{"step": 1, "values": 2, "x": 3}'])
+def test_a_damaged_record_of_an_evaluation_is_named(tmp_path: Path, damage: str) -> None:
+    workdir = make_run(tmp_path, [(10, LINE)])
+    path = record_evaluation(workdir, Evaluation(10, {"loss": 2.0}))
+    path.write_text(damage)
+    with pytest.raises(ConfigError, match=rf"{path} is damaged: delete it, and run"):
+        write_card(workdir)

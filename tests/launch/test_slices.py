@@ -3,12 +3,15 @@
 import dataclasses
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from launch.evaluate import evaluate, evaluated_data, with_perplexities
 from launch.generate import generate
+from launch.recorded_evaluations import read_evaluations
 from launch.slices import MAX_SLICES, divide, splits_of
 from moe.config import ConfigError, DataConfig, RunConfig, TrainConfig
 from moe.data.sources import Document
@@ -100,7 +103,11 @@ def test_a_run_on_conversations_is_evaluated_and_answers(tmp_path: Path):
     workdir = tmp_path / "run"
     fit(RunConfig(model=MODEL, data=data, train=train), workdir)
     Path(data.chat_template).unlink()
-    values = evaluate(workdir, slice_by="kind")
+    command = [sys.executable, "-m", "launch.evaluate", f"--workdir={workdir}", "--slice=kind"]
+    printed = subprocess.run([*command, "--record"], check=True, stdout=subprocess.PIPE).stdout
+    values = json.loads(printed)
+    (recorded,) = read_evaluations(workdir)
+    assert {"step": recorded.step, **recorded.values} == values and recorded.slice_by == "kind"
     assert values["perplexity"] == pytest.approx(math.exp(values["loss"]))
     # The slices have as many answers of as many bytes, and cover all of them.
     slices = [values[f"kind={kind}/loss"] for kind in ("even", "odd")]
