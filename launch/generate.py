@@ -12,9 +12,12 @@ Each prompt is the start of a document; after an empty one the model writes the 
 first token on. With --suffix the model writes what stands between the prompt and the suffix, as a
 run of task "fill_in_the_middle" has learnt it. To a run that was trained on conversations, a prompt
 is what a user says, and its chat template asks for the answer. The same flags give the same text.
+
+The text of the first prompt is shown while it is written, and that of the others after it.
 """
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,6 +28,7 @@ from moe.config import ConfigError, RunConfig
 from moe.config.checks import is_unicode
 from moe.config.objectives import check_decoder, special_tokens
 from moe.storage.paths import RunPath, run_path
+from moe.training.progress import Stream
 from moe.workdir.identity import read_config
 
 if TYPE_CHECKING:
@@ -48,10 +52,42 @@ def generate(
     With a `suffix` it is the text between prompt and suffix. Raises ConfigError for an unknown run
     or step, and for a bad prompt or option.
     """
+    parts = stream(
+        workdir,
+        prompts,
+        suffix=suffix,
+        step=step,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+    )
+    return ["".join(texts) for texts in zip(*parts, strict=True)]
+
+
+def stream(
+    workdir: RunPath,
+    prompts: Sequence[str],
+    *,
+    suffix: str | None = None,
+    step: int | None = None,
+    max_new_tokens: int = 256,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> Iterator[list[str]]:
+    """Yields the next characters of each prompt's continuation while they are sampled.
+
+    All parts of a prompt, one after another, are what `generate` returns for it. A part may be
+    empty. The arguments and errors are those of `generate`.
+    """
     _check_input(workdir, prompts, suffix, seed)
     # These load JAX, which --help need not wait for.
     from moe.data.tokenizers import make_tokenizer
-    from moe.inference.generate import Sampling, check_sampling, generate
+    from moe.inference.generate import Sampling, check_sampling
+    from moe.inference.generate import stream as stream_tokens
     from moe.training import start, trainer
 
     sampling = Sampling(temperature, top_k, top_p)
@@ -60,7 +96,7 @@ def generate(
     start.check_finite(workdir / "checkpoints" / str(step), variables)
     tokenizer = make_tokenizer(config.data, special_tokens(config.task))
     starts, end_id = _starts_and_end(config, tokenizer, prompts, suffix)
-    continued = generate(
+    parts = stream_tokens(
         program.model,
         variables,
         starts,
@@ -69,20 +105,20 @@ def generate(
         seed=seed,
         sampling=sampling,
     )
-    return _texts(tokenizer, starts, continued)
+    return _decode(tokenizer, starts, parts)
 
 
-def _texts(
-    tokenizer: "Tokenizer", starts: Sequence[np.ndarray], continued: Sequence[np.ndarray]
-) -> list[str]:
-    """Returns the texts of new tokens, each after the tokens that it continues."""
+def _decode(
+    tokenizer: "Tokenizer", starts: Sequence[np.ndarray], parts: Iterable[Sequence[np.ndarray]]
+) -> Iterator[list[str]]:
+    """Yields the text of each part of the new tokens, in whole characters."""
     from moe.data.tokenizers import TextStream
 
     # The prompt says whether a space belongs between it and the first word.
-    return [
-        (stream := TextStream(tokenizer, prompt)).push(new) + stream.finish()
-        for prompt, new in zip(starts, continued, strict=True)
-    ]
+    streams = [TextStream(tokenizer, prompt) for prompt in starts]
+    for new in parts:
+        yield [stream.push(ids) for stream, ids in zip(streams, new, strict=True)]
+    yield [stream.finish() for stream in streams]
 
 
 def _starts_and_end(
@@ -126,7 +162,7 @@ def _check_texts(prompts: Sequence[str], seed: int) -> None:
 
 
 def main(values: flags.FlagValues) -> None:
-    texts = generate(
+    parts = stream(
         run_path(values.workdir),
         values.prompt,
         suffix=values.suffix,
@@ -139,8 +175,19 @@ def main(values: flags.FlagValues) -> None:
     )
     # An answer begins a line of its own, and other text continues the prompt.
     between = "\n" if read_config(run_path(values.workdir)).data.chat_template else ""
-    for prompt, text in zip(values.prompt, texts, strict=True):
-        print(f"{'-' * 80}\n{prompt}{between}{text}{values.suffix or ''}")
+    heads = [f"{'-' * 80}\n{prompt}{between}" for prompt in values.prompt]
+    written = [""] * len(heads)
+    print(heads[0], end="")
+    for texts in parts:
+        print(texts[0], end="", flush=True)
+        if isinstance(sys.stdout, Stream) and sys.stdout.is_abandoned:
+            print("stopped: nobody reads the text any more", file=sys.stderr)
+            return
+        written = [text + new for text, new in zip(written, texts, strict=True)]
+    tail = values.suffix or ""
+    print(tail)
+    for head, text in zip(heads[1:], written[1:], strict=True):
+        print(f"{head}{text}{tail}")
 
 
 if __name__ == "__main__":

@@ -7,12 +7,13 @@ cost every worker seconds, and on an accelerator its memory.
 """
 
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
+import select
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -175,9 +176,10 @@ def _documents(job: ShardJob, shard: int, advance: Callable[[int], object]) -> I
     advance(num_read)
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: list[str]) -> int:
     """Writes a worker's shards, and after each of them a line of JSON to stdout.
 
+    Returns the exit code.
     The arguments are the job, the number of the first shard, and the distance to the next ones.
     """
     # Ctrl-C is left to the parent, which ends its workers.
@@ -190,7 +192,9 @@ def main(arguments: list[str]) -> None:
     except ConfigError as error:  # a document that the source or the tokenizer refuses
         _send({"refused": str(error)[:2000]})
     except OSError as error:  # a full disk, or a pipe without a reader after the parent was killed
-        sys.exit(f"preparing the data failed: {error}")
+        print(f"preparing the data failed: {error}", file=sys.stderr, flush=True)
+        return 1
+    return 0
 
 
 def _send(message: Mapping[str, Any]) -> None:
@@ -202,14 +206,27 @@ def _send(message: Mapping[str, Any]) -> None:
 
 
 def _end_with_parent() -> None:
-    """Ends this process when its input ends.
+    """Makes the system end this process, by SIGIO, when its input ends.
 
-    Only the parent holds the other end of the input, so this happens even if it is killed.
+    Only the parent holds the other end of the input, so this happens even if the parent is killed.
+    A thread that waits for the end would not do: it needs Python's lock, which it does not get
+    while a library holds it, nor after Python has begun to end.
     """
-    os.read(sys.stdin.fileno(), 1)
+    signal.signal(signal.SIGIO, signal.SIG_DFL)
+    fcntl.fcntl(0, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(0, fcntl.F_SETFL, fcntl.fcntl(0, fcntl.F_GETFL) | os.O_ASYNC)
+    if select.select([0], [], [], 0)[0]:  # the input had ended before
+        os._exit(1)
+
+
+def _fail(*error: Any) -> None:
+    """Prints the traceback of an error and ends this process."""
+    sys.__excepthook__(*error)
     os._exit(1)
 
 
 if __name__ == "__main__":
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    main(sys.argv[1:])
+    _end_with_parent()
+    sys.excepthook = _fail
+    # Python's own way out waits for threads of libraries, which may wait for each other.
+    os._exit(main(sys.argv[1:]))

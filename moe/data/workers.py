@@ -42,10 +42,12 @@ def write_in_processes(
     try:
         with open(read_end, "rb", buffering=0) as pipe:
             yield from _read_counts(pipe, workers, shards_left, advance)
-        for worker in workers:
-            worker.wait()
-        _check_workers(workers, shards_left)
+        if any(shards_left):
+            for worker in workers:
+                worker.wait()
+            _check_workers(workers, shards_left)
     finally:
+        # All that is to be written is on disk, so nobody waits for how a worker ends.
         for worker in workers:
             worker.kill()
             worker.wait()
@@ -76,14 +78,14 @@ def _read_counts(
     shards_left: list[list[int]],
     advance: Callable[[int], object],
 ) -> Iterator[ShardCounts]:
-    """Yields the counts that the workers write into the pipe, until all of them have closed it.
+    """Yields the counts of all shards, or those that come until all workers have closed the pipe.
 
     If nothing comes for a while, it prints what each worker does.
     """
     poll = select.poll()
     poll.register(pipe, select.POLLIN)
     unread, begun, patience = b"", time.monotonic(), _PATIENCE
-    while True:
+    while any(shards_left):
         if not poll.poll(500):  # milliseconds
             if time.monotonic() - begun > patience:
                 tqdm.write(f"waiting for {_describe(workers, shards_left)}", file=sys.stderr)
@@ -132,4 +134,4 @@ def _describe(workers: list[subprocess.Popen[bytes]], shards_left: list[list[int
         advice = f", which is stopped (kill -CONT {worker.pid} lets it go on)"
         stopped = advice if state == "T" else ""
         texts.append(f"data worker {worker.pid} writing {shard_name(left[0])}{stopped}")
-    return "; ".join(texts) or "data workers to end"
+    return "; ".join(texts)

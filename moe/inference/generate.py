@@ -1,7 +1,7 @@
 """Continues prompts by sampling from a decoder with a key/value cache."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
@@ -24,6 +24,8 @@ class Sampling(NamedTuple):
 
 PLAIN = Sampling()  # samples from the model's own distribution
 
+_CHUNK = 16  # new tokens of each row between two looks at what is there
+
 
 def generate(
     model: nn.Module,
@@ -44,6 +46,36 @@ def generate(
     `prompts`. The other prompts change its logits only within float tolerance. Raises ConfigError
     for options or prompts that make no sense, and for a cache that does not fit in memory.
     """
+    chunks = stream(
+        model,
+        variables,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        end_id=end_id,
+        seed=seed,
+        sampling=sampling,
+        pad_to=pad_to,
+    )
+    return [np.concatenate(parts) for parts in zip(*chunks, strict=True)]
+
+
+def stream(
+    model: nn.Module,
+    variables: Any,
+    prompts: Sequence[np.ndarray],
+    *,
+    max_new_tokens: int,
+    end_id: int,
+    seed: int = 0,
+    sampling: Sampling = PLAIN,
+    pad_to: int = 0,
+) -> Iterator[list[np.ndarray]]:
+    """Yields the next few new ids of each prompt while they are sampled.
+
+    All parts of a prompt, one after another, are what `generate` returns for it. A prompt whose
+    end has come has empty parts until all have ended. The arguments and errors are those of
+    `generate`, and the errors are raised by the call itself.
+    """
     check_sampling(sampling, max_new_tokens)
     lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
     if not len(lengths_B) or lengths_B.min() < 1:
@@ -54,17 +86,14 @@ def generate(
     check_tokens(prompts, model.config.vocab_size)
     length = max(int(lengths_B.max()), pad_to)
     check_cache_memory(model, len(prompts), length, max_new_tokens)
-    new_BT = _generate(
-        model.without_jitter(),
-        max_new_tokens,
-        end_id,
-        sampling,
+    padded = [np.pad(prompt, (0, length - len(prompt))) for prompt in prompts]
+    return _stream(
+        _Loop(model.without_jitter(), max_new_tokens, end_id, sampling),
         variables,
-        np.stack([np.pad(prompt, (0, length - len(prompt))) for prompt in prompts], dtype=np.int32),
+        np.stack(padded, dtype=np.int32),
         lengths_B,
         jax.random.key(seed),
     )
-    return [_before_end(row_T, end_id) for row_T in np.asarray(new_BT)]
 
 
 def check_sampling(sampling: Sampling, max_new_tokens: int) -> None:
@@ -113,53 +142,82 @@ def check_cache_memory(model: nn.Module, batch_size: int, length: int, max_new_t
         )
 
 
+class _Loop(NamedTuple):
+    """Holds what the loop over new tokens is compiled for."""
+
+    model: nn.Module
+    max_new_tokens: int
+    end_id: int
+    sampling: Sampling
+
+
 class _Progress(NamedTuple):
     """Holds what the loop over new tokens carries from one token to the next."""
 
     index: jax.Array  # how many new tokens are written
     token_B: jax.Array  # the next token of each row, which is not written yet
-    new_BT: jax.Array  # the new tokens, end_id where none is written
     cache: Any
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _generate(
-    model: nn.Module,
-    max_new_tokens: int,
-    end_id: int,
-    sampling: Sampling,
-    variables: Any,
-    prompts_BT: jax.Array,
-    lengths_B: jax.Array,
-    key: jax.Array,
-) -> jax.Array:
-    """Returns the new tokens [B, max_new_tokens] of each row, with end_id from its end on."""
+def _stream(
+    loop: _Loop, variables: Any, prompts_BT: np.ndarray, lengths_B: np.ndarray, key: jax.Array
+) -> Iterator[list[np.ndarray]]:
+    """Yields the new tokens of each row, a chunk at a time, until each row has ended."""
+    progress = _read_prompts(loop, variables, prompts_BT, lengths_B, key)
+    is_unfinished_B = np.ones(len(lengths_B), bool)
+    for first in range(0, loop.max_new_tokens, _CHUNK):
+        progress, new_BT = _extend(loop, variables, progress, lengths_B, key)
+        rows = [_before_end(row_T, loop.end_id) for row_T in np.asarray(new_BT)]
+        rows = [row[: loop.max_new_tokens - first] for row in rows]
+        yield rows
+        is_unfinished_B &= [len(row) == _CHUNK for row in rows]
+        if not is_unfinished_B.any():
+            return
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _read_prompts(
+    loop: _Loop, variables: Any, prompts_BT: jax.Array, lengths_B: jax.Array, key: jax.Array
+) -> _Progress:
+    """Returns the first new token of each row, and a cache with the prompts' keys and values."""
     batch_size, length = prompts_BT.shape
     # Padding is in segment 0, so that it takes no room at the experts.
     is_prompt_BT = jnp.arange(length, dtype=jnp.int32)[None] < lengths_B[:, None]
     batch = {"tokens": prompts_BT, "segment_ids": is_prompt_BT.astype(jnp.int32)}
-    cache = model.init_cache(batch_size, length + max_new_tokens)
-    hidden_BTD, cache = _forward(model, variables, batch, cache)
+    cache = loop.model.init_cache(batch_size, length + loop.max_new_tokens)
+    hidden_BTD, cache = _forward(loop.model, variables, batch, cache)
     last_BD = hidden_BTD[jnp.arange(batch_size), lengths_B - 1]
-    first_B = _sample(model, variables, last_BD, key, lengths_B, sampling)
+    first_B = _sample(loop.model, variables, last_BD, key, lengths_B, loop.sampling)
+    return _Progress(jnp.int32(0), first_B, cache)
 
-    def is_unfinished(progress: _Progress) -> jax.Array:
-        return (progress.index < max_new_tokens) & jnp.any(progress.token_B != end_id)
 
-    def extend(progress: _Progress) -> _Progress:
-        index, token_B, new_BT, cache = progress
-        new_BT = new_BT.at[:, index].set(token_B)
+# The cache is donated: each chunk writes into the memory of the one before.
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _extend(
+    loop: _Loop, variables: Any, progress: _Progress, lengths_B: jax.Array, key: jax.Array
+) -> tuple[_Progress, jax.Array]:
+    """Returns the progress and the new tokens [B, _CHUNK], with end_id where none is written."""
+    model, max_new_tokens, end_id, sampling = loop
+    first = progress.index
+    end = jnp.minimum(first + _CHUNK, max_new_tokens)
+
+    def is_unfinished(carried: tuple[_Progress, jax.Array]) -> jax.Array:
+        progress, _ = carried
+        return (progress.index < end) & jnp.any(progress.token_B != end_id)
+
+    def extend(carried: tuple[_Progress, jax.Array]) -> tuple[_Progress, jax.Array]:
+        (index, token_B, cache), new_BT = carried
+        new_BT = new_BT.at[:, index - first].set(token_B)
         position_B = lengths_B + index
         batch = {"tokens": token_B[:, None], "positions": position_B[:, None]}
         hidden_BTD, cache = _forward(model, variables, batch, cache)
         next_B = _sample(model, variables, hidden_BTD[:, 0], key, position_B + 1, sampling)
         # A row that has ended stays at its end while others go on.
         next_B = jnp.where(token_B == end_id, end_id, next_B)
-        return _Progress(index + 1, next_B, new_BT, cache)
+        return _Progress(index + 1, next_B, cache), new_BT
 
-    new_BT = jnp.full((batch_size, max_new_tokens), end_id, jnp.int32)
-    start = _Progress(jnp.int32(0), first_B, new_BT, cache)
-    return jax.lax.while_loop(is_unfinished, extend, start).new_BT
+    new_BT = jnp.full((len(lengths_B), _CHUNK), end_id, jnp.int32)
+    return jax.lax.while_loop(is_unfinished, extend, (progress, new_BT))
 
 
 def _forward(

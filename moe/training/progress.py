@@ -23,6 +23,7 @@ class Stream:
     def __init__(self, stream: TextIO | None):
         # It is None if it was closed before Python began (`2>&-`).
         self._stream = _Nowhere() if stream is None else stream
+        self.is_abandoned = False  # whether the reader of a pipe has left
 
     def write(self, text: str) -> int:
         try:
@@ -43,6 +44,7 @@ class Stream:
         The buffer still holds text, and Python would fail to write it at exit.
         """
         if isinstance(error, BrokenPipeError):
+            self.is_abandoned = True
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
             os.close(nowhere)

@@ -307,6 +307,14 @@ def test_a_killed_worker_is_reported_with_its_signal_and_file(
     assert not list(Path(fresh.directory, "rows").glob(".*"))
 
 
+def test_a_worker_that_does_not_end_is_ended(
+    fresh: DataConfig, rows: PreparedRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Its rows are all there, and threads of libraries may keep it for ever."""
+    worker_script(tmp_path, f'{sys.executable} "$@"; exec sleep 6000', monkeypatch)
+    assert contents(prepare(fresh, "train", num_workers=2).directory) == contents(rows.directory)
+
+
 def test_a_stopped_worker_is_named(
     fresh: DataConfig,
     rows: PreparedRows,

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -145,4 +146,28 @@ def test_a_worker_ends_with_its_input(job: ShardJob):
         assert worker.stdout.readline()
         worker.stdin.close()
         worker.stdout.read()  # ends with the worker
-    assert worker.returncode == 1 and not Path(job.target, "rows-99999.array_record").exists()
+    assert (
+        worker.returncode == -signal.SIGIO
+        and not Path(job.target, "rows-99999.array_record").exists()
+    )
+
+
+def test_a_worker_that_holds_pythons_lock_ends_with_its_input():
+    """As one does that waits inside a library, where no thread of Python could end it."""
+    program = """
+import ctypes
+from moe.data import shards
+shards._end_with_parent()
+print("ready", flush=True)
+ctypes.PyDLL(None).sleep(600)
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=environment,
+    ) as worker:
+        assert worker.stdout.readline() == b"ready\n"
+        worker.stdin.close()
+    assert worker.returncode == -signal.SIGIO

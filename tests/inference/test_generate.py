@@ -1,13 +1,15 @@
 """Tests sampling against full forward passes, between rows, and its truncations by hand."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe.inference.generate import Sampling, _generate, generate, keep_likeliest
+from moe.inference import generate as module
+from moe.inference.generate import Sampling, generate, keep_likeliest, stream
 from moe.model.transformer import Transformer
 from moe.parameters import unbox
 from tests.tiny import TINY_MODEL
@@ -25,30 +27,74 @@ def all_logits(tokens_BT):
     return MODEL.apply(VARIABLES, hidden, method="unembed")
 
 
-def greedy_without_a_cache(prompt, count):
-    tokens, length = np.zeros(16, np.int32), len(prompt)
-    tokens[:length] = prompt
-    for index in range(length, length + count):
-        tokens[index] = np.argmax(all_logits(tokens[None])[0, index - 1])
-    return tokens[length : length + count].tolist()
+def check_choices(prompt, text, choose):
+    """Checks each new token against `choose`, from the logits of one full forward pass."""
+    tokens = np.zeros(64, np.int32)
+    tokens[: len(prompt) + len(text)] = [*prompt, *text]
+    places = np.arange(len(prompt), len(prompt) + len(text))
+    assert text.tolist() == choose(all_logits(tokens[None])[0][places - 1], places).tolist()
 
 
 def test_greedy_equals_full_forward_passes():
     texts = generate(
-        MODEL, VARIABLES, PROMPTS, max_new_tokens=6, end_id=-1, sampling=Sampling(temperature=0)
+        MODEL, VARIABLES, PROMPTS, max_new_tokens=36, end_id=-1, sampling=Sampling(temperature=0)
     )
     for prompt, text in zip(PROMPTS, texts, strict=True):
-        assert text.tolist() == greedy_without_a_cache(prompt, 6)
+        assert len(text) == 36
+        check_choices(prompt, text, lambda logits, _: logits.argmax(-1))
+
+
+def test_samples_depend_on_seed_row_and_position_alone():
+    """They are those of full forward passes, so no place at which the loop stops can matter."""
+    texts = generate(MODEL, VARIABLES, PROMPTS, max_new_tokens=36, end_id=-1, seed=3)
+    for row, (prompt, text) in enumerate(zip(PROMPTS, texts, strict=True)):
+        check_choices(prompt, text, functools.partial(sample, jax.random.key(3), row))
+
+
+@jax.jit
+def sample(key, row, logits, places):
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, row), places)
+    return jax.vmap(jax.random.categorical)(keys, logits)
+
+
+def test_text_arrives_in_parts_while_it_is_sampled(monkeypatch):
+    options = {"max_new_tokens": 36, "end_id": -1, "seed": 3}
+    whole = generate(MODEL, VARIABLES, PROMPTS, **options)
+    runs = []
+    extend = module._extend
+    monkeypatch.setattr(module, "_extend", lambda *rest: runs.append(0) or extend(*rest))
+    for number, parts in enumerate(stream(MODEL, VARIABLES, PROMPTS, **options)):
+        assert len(runs) == number + 1, "later tokens were sampled before these were given"
+        for text, part in zip(whole, parts, strict=True):
+            assert part.tolist() == text[16 * number : 16 * (number + 1)].tolist()
+    assert len(runs) == 3
+
+
+def test_rows_may_end_anywhere_in_a_part(monkeypatch):
+    """Parts have three tokens. A row ends at the start of a part, in it, and at its end."""
+    monkeypatch.setattr(module, "_CHUNK", 3)
+    module._extend.clear_cache()
+    options = {"max_new_tokens": 10, "seed": 3}
+    whole = generate(MODEL, VARIABLES, PROMPTS, end_id=-1, **options)
+    firsts = [index for index, token in enumerate(whole[0]) if token not in whole[0][:index]]
+    for remainder in (0, 1, 2):
+        end_id = int(whole[0][next(i for i in firsts if i > 2 and i % 3 == remainder)])
+        parts = [*stream(MODEL, VARIABLES, PROMPTS, end_id=end_id, **options)]
+        expected = [[*text, end_id].index(end_id) for text in whole]
+        for text, length, row in zip(whole, expected, zip(*parts, strict=True), strict=True):
+            assert np.concatenate(row).tolist() == text[:length].tolist()
+        # At most one part is empty, where no row has any token left.
+        assert len(parts) <= max(expected) // 3 + 1
+    module._extend.clear_cache()
 
 
 def test_generation_ends_at_the_end_token():
-    expected = greedy_without_a_cache(PROMPTS[0], 6)
+    options = {"max_new_tokens": 6, "sampling": Sampling(temperature=0)}
+    expected = generate(MODEL, VARIABLES, PROMPTS, end_id=-1, **options)[0].tolist()
     end = next(
         token for index, token in enumerate(expected) if index and token not in expected[:index]
     )
-    texts = generate(
-        MODEL, VARIABLES, PROMPTS, max_new_tokens=6, end_id=end, sampling=Sampling(temperature=0)
-    )
+    texts = generate(MODEL, VARIABLES, PROMPTS, end_id=end, **options)
     assert texts[0].tolist() == expected[: expected.index(end)]
 
 
@@ -66,19 +112,23 @@ def test_a_row_does_not_depend_on_the_others_and_the_seed_decides():
 def test_memory_is_that_of_one_cache(dtype):
     """The loops over tokens and layers neither copy nor convert the cache that they carry."""
     model = Transformer(dataclasses.replace(MODEL.config, num_layers=6, compute_dtype=dtype))
-    declared = jax.eval_shape(
+    variables = jax.eval_shape(
         lambda key: unbox(model.init(key, {"tokens": jnp.zeros((1, 1), jnp.int32)})),
         jax.random.key(0),
     )
-    arrays = (
-        declared,
-        jax.ShapeDtypeStruct((2, 8), jnp.int32),
-        jax.ShapeDtypeStruct((2,), jnp.int32),
-        jax.random.key(0),
-    )
-    compiled = _generate.lower(model, 4088, -1, Sampling(temperature=0), *arrays).compile()
+    loop = module._Loop(model, 4088, -1, Sampling(temperature=0))
+    lengths_B, key = jax.ShapeDtypeStruct((2,), jnp.int32), jax.random.key(0)
+    tokens_BT = jax.ShapeDtypeStruct((2, 8), jnp.int32)
+    read = module._read_prompts.lower(loop, variables, tokens_BT, lengths_B, key)
+    progress = jax.eval_shape(module._read_prompts, loop, variables, tokens_BT, lengths_B, key)
+    extend = module._extend.lower(loop, variables, progress, lengths_B, key)
     cache = sum(x.nbytes for x in jax.tree.leaves(model.init_cache(2, 4096)))
-    assert compiled.memory_analysis().temp_size_in_bytes < 1.3 * cache
+    for lowered in (read, extend):
+        memory = lowered.compile().memory_analysis()
+        # What a program returns in place of an argument takes no memory of its own.
+        returned = memory.output_size_in_bytes - memory.alias_size_in_bytes
+        is_argument = lowered is extend
+        assert memory.temp_size_in_bytes + returned + is_argument * cache < 1.3 * cache
 
 
 def test_keep_likeliest_by_hand():

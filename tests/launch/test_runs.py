@@ -3,14 +3,17 @@
 Training is killed, interrupted and resumed.
 """
 
+import io
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from launch import generate as generate_command
 from launch.benchmark import benchmark
 from launch.evaluate import evaluate
 from launch.generate import generate
@@ -26,6 +29,7 @@ from moe.config import (
     TrainConfig,
 )
 from moe.scaling.flops import component_counts
+from moe.training.progress import Stream
 from moe.training.trainer import fit
 from moe.workdir.tracking import read_metrics
 from tests.jobs import SMALL_MODEL, answers_within, wait_for_step
@@ -97,6 +101,50 @@ def test_generate_is_a_function_of_its_arguments(workdir):
         generate(workdir, ["def "], top_p=2.0)
     with pytest.raises(ConfigError, match="set max_new_tokens to less than"):
         generate(workdir, ["def "], max_new_tokens=10**12)
+
+
+def test_text_is_given_while_it_is_sampled(workdir):
+    prompts, options = ["def ", "é"], {"max_new_tokens": 40, "seed": 1}
+    parts = [*generate_command.stream(workdir, prompts, **options)]
+    assert ["".join(texts) for texts in zip(*parts, strict=True)] == generate(
+        workdir, prompts, **options
+    )
+    assert len(parts) == 4  # three of at most 16 tokens, and what was held back
+
+
+def show(monkeypatch, stdout, parts):
+    monkeypatch.setattr(sys, "stdout", stdout)
+    monkeypatch.setattr(generate_command, "stream", lambda *_, **__: iter(parts))
+    options = ("step", "max_new_tokens", "temperature", "top_k", "top_p", "seed")
+    values = dict.fromkeys(options) | {"workdir": "run", "prompt": ["a", "b"], "suffix": "~"}
+    monkeypatch.setattr(generate_command, "read_config", lambda workdir: RunConfig())
+    generate_command.main(SimpleNamespace(**values))
+
+
+def test_the_first_text_is_shown_at_once_and_the_others_after_it(monkeypatch):
+    shown, line = io.StringIO(), "-" * 80
+
+    def parts():
+        for text in ("", "1", "12"):
+            assert shown.getvalue() == f"{line}\na{text}"
+            yield ["2" if text else "1", "x"]
+
+    show(monkeypatch, Stream(shown), parts())
+    assert shown.getvalue() == f"{line}\na122~\n{line}\nbxxx~\n"
+
+
+def test_a_reader_who_leaves_ends_generation_in_one_line(monkeypatch, capfd):
+    reader, writer = os.pipe()
+
+    def parts():
+        yield ["1", "x"]
+        os.close(reader)
+        yield ["2", "x"]
+        raise AssertionError("text was sampled that nobody reads")
+
+    with os.fdopen(writer, "w") as pipe:
+        show(monkeypatch, Stream(pipe), parts())
+    assert capfd.readouterr().err == "stopped: nobody reads the text any more\n"
 
 
 def test_summary_counts_llama_2_7b():
