@@ -243,7 +243,15 @@ def test_another_host_may_write_them_first(
     ]
 
 
-def test_a_killed_process_leaves_nothing_half_read(fresh: DataConfig, rows: PreparedRows):
+@pytest.mark.parametrize("packing", ["concat", "best_fit", "pad"])
+def test_a_killed_process_leaves_nothing_half_read(
+    fresh: DataConfig, rows: PreparedRows, tmp_path: Path, packing: str
+):
+    config = dataclasses.replace(fresh, packing=packing, sequence_length=24)
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "whole" / "tfds").symlink_to(tmp_path / "tfds")
+    directory = str(tmp_path / "whole")
+    whole = prepare(dataclasses.replace(config, directory=directory), "train").directory
     program = """
 import json, sys, time
 from moe.config import DataConfig
@@ -260,15 +268,15 @@ prepare.open_documents = lambda config, split: reopen_documents(config, split, s
 prepare.prepare(DataConfig(**json.loads(sys.argv[1])), "train")
 """
     source = str(Path(fresh.directory, "tfds", rows.source))
-    command = [sys.executable, "-c", program, json.dumps(dataclasses.asdict(fresh)), source]
+    command = [sys.executable, "-c", program, json.dumps(dataclasses.asdict(config)), source]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment()) as process:
         assert process.stdout.readline() == "one shard is written\n"
         process.send_signal(signal.SIGKILL)
     left = Path(fresh.directory, "rows")
     (half,) = left.glob(".*")
     assert [path.name for path in half.iterdir()] == ["rows-00000.array_record"]
-    assert not (left / rows.directory.name).exists()
-    assert contents(prepare(fresh, "train").directory) == contents(rows.directory)
+    assert not (left / whole.name).exists()
+    assert contents(prepare(config, "train").directory) == contents(whole)
     assert not half.exists()
 
 

@@ -4,16 +4,21 @@
 one on which they were set.
 """
 
+import gzip
+import json
 import os
+import statistics
 import subprocess
 import sys
+import sysconfig
 import textwrap
 import time
 from pathlib import Path
 
 import pytest
+import zstandard
 
-from moe.config import DataConfig
+from moe.config import DataConfig, RunConfig
 from moe.data.loader import make_loader
 from moe.data.mixtures import TrainingRows, make_mixture
 from moe.data.prepare import prepare
@@ -44,6 +49,52 @@ def test_the_loader_is_far_ahead_of_the_tiny_models_step(tmp_path: Path):
     # Of processor time, since other processes may take the rest.
     assert megabytes > 3
     assert speed > 20 * STEP_TOKENS
+
+
+@pytest.mark.parametrize("ending", ["txt", "jsonl", "jsonl.gz", "jsonl.zst", "parquet"])
+def test_text_is_copied_faster_than_it_is_prepared(tmp_path: Path, ending: str):
+    """One process copies the user's files, so this must not be what preparation waits for."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    library = Path(sysconfig.get_path("stdlib"))
+    texts = [path.read_text(encoding="utf-8") for path in sorted(library.glob("*.py"))] * 8
+    folder = tmp_path / "text" / "train"
+    for split in ("train", "validation"):
+        (tmp_path / "text" / split).mkdir(parents=True)
+    (tmp_path / "text" / "validation" / "held_out.txt").write_text("text")
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    match ending:
+        case "txt":
+            for number, text in enumerate(texts):
+                (folder / f"{number}.txt").write_text(text, encoding="utf-8")
+        case "parquet":
+            pq.write_table(pa.table({"text": texts}), folder / "a.parquet", row_group_size=200)
+        case _:
+            compress = {"gz": gzip.compress, "zst": zstandard.compress, "jsonl": lambda text: text}
+            (folder / f"a.{ending}").write_bytes(compress[ending.rpartition(".")[2]](lines))
+    config = DataConfig(dataset=f"text:{tmp_path}/text", directory=str(tmp_path / "cache"))
+    begun = time.process_time()
+    open_documents(config, "train")
+    seconds = time.process_time() - begun
+    megabytes = sum(len(text.encode()) for text in texts) / 1e6
+    print(f"{ending}: copied {megabytes:.1f} MB in {seconds:.2f} s, {megabytes / seconds:.0f} MB/s")
+    assert megabytes / seconds > 10
+
+
+def test_a_step_does_not_wait_for_data_after_the_first(tmp_path: Path):
+    """The first line of metrics includes the time in which the threads begin to read ahead."""
+    from configs import dense_tiny
+    from moe.training.trainer import fit
+    from moe.workdir.tracking import read_metrics
+
+    config = dense_tiny.get_config()
+    config.train.update(steps=40, log_every=5, eval_every=40, eval_batches=1, checkpoint_every=40)
+    fit(RunConfig.from_config_dict(config), tmp_path)
+    name = "train/data_wait_fraction"
+    waited = [line[name] for line in read_metrics(tmp_path) if name in line][1:]
+    print(f"the share of a step's time spent waiting for data: {waited}")
+    assert len(waited) >= 6 and statistics.median(waited) < 0.02
 
 
 def test_a_million_documents_take_less_than_a_gibibyte(tmp_path: Path):

@@ -20,8 +20,10 @@ from launch.harness import (
     read_generation_options,
 )
 from moe.config import ConfigError, DataConfig, MeshConfig, RunConfig, TrainConfig
+from moe.data.chat import make_chat
 from moe.data.tokenizers import make_tokenizer
 from moe.inference.generate import Sampling
+from moe.inference.scoring import score_parts
 from moe.model.transformer import Transformer
 from moe.parallel.mesh import make_mesh
 from moe.parameters import unbox
@@ -175,6 +177,57 @@ def test_the_harness_runs_task_files_of_our_own(
     hits = [answer == ["yes", "no"][n % 2] for n, answer in enumerate(likelier)]
     assert results["our_choice"]["acc,none"] == pytest.approx(np.mean(hits))
     assert results["our_answer"]["exact_match,none"] == 0.0
+
+
+ROLES = ("<|user|>", "<|assistant|>", "<|end|>")
+
+
+def run_on_conversations(run: LoadedRun, template: Path) -> LoadedRun:
+    """Returns a run whose tokenizer and chat template know the roles."""
+    template.write_text(
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    data = DataConfig(packing="pad", chat_template=str(template), special_tokens=ROLES)
+    tokenizer = make_tokenizer(data)
+    model = Transformer(dataclasses.replace(MODEL.config, vocab_size=264))
+    init = lambda key: unbox(model.init(key, {"tokens": jnp.zeros((1, 1), jnp.int32)}))
+    return run._replace(
+        model=model,
+        variables=jax.jit(init)(jax.random.key(0)),
+        max_length=128,
+        tokenizer=tokenizer,
+        chat=make_chat(data, tokenizer),
+    )
+
+
+@pytest.mark.filterwarnings("ignore")  # of the harness's own packages
+def test_questions_and_examples_before_them_go_through_the_chat_template(
+    run: LoadedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The model is asked in tokens: special ones around what each role says."""
+    asked = run_on_conversations(run, tmp_path / "chat.jinja")
+    scored: list[list[int]] = []
+
+    def keep_parts(model: Any, variables: Any, parts: Any, **options: Any) -> Any:
+        scored.extend(part.tokens.tolist() for part in parts)
+        return score_parts(model, variables, parts, **options)
+
+    monkeypatch.setattr("launch.harness.score_parts", keep_parts)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setitem(TASKS["our_choice"], "fewshot_split", "test")
+    write_tasks(tmp_path)
+    manager = find_tasks(["our_choice"], str(tmp_path))
+    evaluate_tasks(asked, ["our_choice"], manager, limit=3, num_fewshot=1)
+    assert len(scored) == 6
+    user, assistant, end = (asked.tokenizer.special_ids[name] for name in ROLES)
+    for number, tokens in enumerate(scored):
+        question = f"Is {number // 2} even?".encode()
+        answer = [end, assistant, *["yes", "no"][number % 2].encode()]
+        assert tokens[:2] == [BOUNDARY, user] and tokens.count(BOUNDARY) == 1
+        assert tokens[-len(question) - len(answer) :] == [*question, *answer]
+        # The example before the question is there too.
+        assert bytes(token for token in tokens if token < BOUNDARY).count(b"even?") == 2
 
 
 def test_an_unknown_directory_of_tasks_is_refused(tmp_path: Path):

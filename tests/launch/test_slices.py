@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from launch.evaluate import evaluate, evaluated_data, with_perplexities
@@ -14,7 +15,8 @@ from launch.generate import generate
 from launch.recorded_evaluations import read_evaluations
 from launch.slices import MAX_SLICES, divide, splits_of
 from moe.config import ConfigError, DataConfig, RunConfig, TrainConfig
-from moe.data.sources import Document
+from moe.data.sources import Document, check_dataset
+from moe.data.token_files import open_token_rows
 from tests.tiny import TINY_MODEL
 
 
@@ -57,6 +59,18 @@ def test_other_data_keeps_the_runs_tokenizer():
     ]
     assert all(one.special_tokens == ("<a>",) for one in other.values())
     assert evaluated_data(data, "train", [])[""].validation_split == "train"
+
+
+@pytest.mark.parametrize("split", ["validation", "train"])
+def test_token_files_of_one_split_are_evaluated(tmp_path: Path, split: str):
+    """The other split is not read, so it need not be there."""
+    np.save(tmp_path / f"{split}.npy", np.arange(64, dtype=np.uint16) % 250)
+    name = f"tokens:{tmp_path}"
+    asked = None if split == "validation" else split
+    run = DataConfig(packing="pad", sequence_length=8, chat_template="chat.jinja")
+    data = evaluated_data(run, asked, [name])[name]
+    check_dataset(data)
+    assert len(open_token_rows(data, splits_of(data, asked)[0])) == 8
 
 
 MODEL = dataclasses.replace(TINY_MODEL, vocab_size=260)

@@ -12,6 +12,8 @@ from moe.config import ConfigError, RunConfig
 from moe.storage.paths import RunPath, run_path
 from moe.storage.tokenizer import local_copy, read_stored, store_tokenizer
 from moe.workdir.identity import use_stored_tokenizer, write_config
+from moe.workdir.origin import find_origin
+from moe.workdir.source import Source
 from moe.workdir.tracking import check_workdir
 
 
@@ -47,6 +49,33 @@ def test_a_new_run_keeps_a_copy_which_is_used_from_then_on(tmp_path: Path, file:
     used = use_stored_tokenizer(moved, config)
     assert used == config_with(moved / "tokenizer" / "mine.json")
     assert use_stored_tokenizer(moved, config_with("/elsewhere/mine.json")) == used
+
+
+def test_a_file_of_the_name_that_the_description_has_is_kept_too(tmp_path: Path) -> None:
+    file = tmp_path / "about.json"
+    file.write_text("a tokenizer's file")
+    workdir, config = tmp_path / "run", config_with(file)
+    begin(workdir, config)
+    used = use_stored_tokenizer(workdir, config)
+    assert used == config_with(workdir / "tokenizer" / "copy-about.json")
+    assert Path(used.data.tokenizer).read_text() == file.read_text()
+    check_workdir(workdir, config)
+
+
+@pytest.mark.parametrize("is_file", [True, False])
+def test_a_run_does_not_start_from_one_with_another_tokenizer(
+    tmp_path: Path, file: Path, is_file: bool
+) -> None:
+    other = tmp_path / "other.json"
+    other.write_text("another file")
+    begin(tmp_path / "source", config_with(file))
+    source = Source(tmp_path / "source", step=None, is_fork=False)
+    new = config_with(other if is_file else "byte")
+    with pytest.raises(ConfigError, match=r"^data.tokenizer=\S+ is another tokenizer than"):
+        find_origin(tmp_path / "new", new, source)
+    # The same tokenizer gets as far as the checkpoint, which is not there.
+    with pytest.raises(ConfigError, match=r"holds no checkpoint"):
+        find_origin(tmp_path / "new", config_with(file), source)
 
 
 def test_bytes_have_no_file(tmp_path: Path) -> None:

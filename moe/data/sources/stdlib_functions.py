@@ -16,13 +16,14 @@ _LONGEST = 440  # bytes of a description and its function together
 class StdlibFunctions(tfds.core.GeneratorBasedBuilder):
     """Asks for each short function by its name and docstring, and answers with its source.
 
-    The config "without_input" has the same answers to empty requests.
+    The docstring stands in the source too, as people write functions. The config "without_request"
+    has the same answers to empty requests.
     """
 
     VERSION = Stdlib.VERSION
     BUILDER_CONFIGS: ClassVar = [
-        tfds.core.BuilderConfig(name="described"),
-        tfds.core.BuilderConfig(name="without_input"),
+        tfds.core.BuilderConfig(name="with_request"),
+        tfds.core.BuilderConfig(name="without_request"),
     ]
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -35,21 +36,23 @@ class StdlibFunctions(tfds.core.GeneratorBasedBuilder):
         }
 
     def _generate_examples(self, validation: bool) -> Iterator[tuple[str, dict[str, str]]]:
-        is_described = self.builder_config is not None and self.builder_config.name == "described"
+        config = self.builder_config
+        has_request = config is not None and config.name == "with_request"
         # All functions of a file are in the split of the file.
         for path, text in files_of_split(validation):
             for number, (request, answer) in enumerate(described_functions(text)):
                 messages = [
-                    {"role": "user", "content": request if is_described else ""},
+                    {"role": "user", "content": request if has_request else ""},
                     {"role": "assistant", "content": answer},
                 ]
                 yield f"{path}:{number}", {"text": json.dumps(messages), "path": path}
 
 
 def described_functions(source: str) -> Iterator[tuple[str, str]]:
-    """Yields a request for each short function that has a docstring, and the function without it.
+    """Yields a request for each short function that has a docstring, and the function.
 
-    Files that this version of Python cannot parse have none.
+    The request has the function's name and the first paragraph of its docstring. Files that this
+    version of Python cannot parse have none.
     """
     try:
         tree = ast.parse(source)
@@ -61,12 +64,10 @@ def described_functions(source: str) -> Iterator[tuple[str, str]]:
             continue
         docstring = ast.get_docstring(node)
         description = " ".join((docstring or "").split("\n\n")[0].split())
-        first, second = node.body[:2]
-        # A function whose body stands on the line of its docstring is left out.
-        if not description or first.lineno <= node.lineno or second.lineno <= first.lineno:
+        # A function that stands on the line of its docstring is left out.
+        if not description or node.body[0].lineno <= node.lineno:
             continue
-        kept = lines[node.lineno - 1 : first.lineno - 1] + lines[first.end_lineno : node.end_lineno]
-        answer = inspect.cleandoc("\n" + "\n".join(kept))
+        answer = inspect.cleandoc("\n" + "\n".join(lines[node.lineno - 1 : node.end_lineno]))
         request = f"{node.name}: {description}"
         if len((request + answer).encode()) <= _LONGEST:
             yield request, answer

@@ -106,6 +106,8 @@ def only_documented():
 
 
 def test_functions_are_asked_for_by_their_docstrings():
-    answer = "def f(self, x):\n    # By addition.\n    return x + x"
-    assert list(described_functions(SOURCE)) == [("f: Doubles a number.", answer)]
+    ((request, answer),) = described_functions(SOURCE)
+    assert request == "f: Doubles a number."
+    assert answer.startswith('def f(self, x):\n    """Doubles\n    a number.\n\n    Not more.\n')
+    assert answer.endswith('    """\n    # By addition.\n    return x + x')
     assert list(described_functions("print 'of Python 2'")) == []

@@ -226,8 +226,11 @@ def test_a_token_of_the_file_that_is_found_in_text_can_be_made_special(
     found = make_tokenizer(config)
     assert "<call>" not in found.special_ids and len(found.encode("<call>")) == 1
     special = make_tokenizer(DataConfig(tokenizer=config.tokenizer, special_tokens=("<call>",)))
-    assert special.special_ids["<call>"] == found.encode("<call>")[0]
-    assert special.special_ids["<call>"] not in special.encode("a<call>b")
+    of_task = make_tokenizer(config, ["<call>"])  # as a task declares its mask
+    for tokenizer in (special, of_task):
+        assert tokenizer.special_ids["<call>"] == found.encode("<call>")[0]
+        assert tokenizer.special_ids["<call>"] not in tokenizer.encode("a<call>b")
+        assert tokenizer.decode(tokenizer.encode("a<call>b")) == "a<call>b"
 
 
 def test_a_piece_that_a_model_finds_in_text_can_be_made_special(files: dict[str, Path]) -> None:
