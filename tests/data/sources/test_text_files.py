@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -238,6 +239,11 @@ BAD = {
     "h.jsonl": (b"[" * 10**5, r"h.jsonl:1 is not JSON"),
     "i.jsonl.gz": (gzip.compress(b'{"text": "a"}\n' * 9)[:-9], r"i.jsonl.gz:\d+ is damaged, as a"),
     "j.jsonl.gz": (b"text", r"j.jsonl.gz:1 is damaged"),
+    "empty.jsonl.gz": (
+        b"",
+        r"empty.jsonl.gz:1 is damaged, as a file that was cut is \(it has no by",
+    ),
+    "empty.jsonl.zst": (b"", r"empty.jsonl.zst:1 is damaged"),
     "k.jsonl.zst": (zstandard.compress(b'{"text": "a"}\n' * 9)[:-2], r"k.jsonl.zst:\d+ is damaged"),
     "l.parquet": (b"PAR1 and no more", r"l.parquet:1 is damaged, as a file that was cut is \("),
     "m.parquet": ([{"words": "a"}], r"m.parquet:1 field 'text' is missing: .* \(words\)"),
@@ -270,6 +276,25 @@ def test_what_cannot_be_read_is_told_in_one_line_or_counted(
     (line,) = capfd.readouterr().err.splitlines()
     assert re.match(rf"text:{folder}: 1 documents were skipped, such as {folder}/{message}", line)
     assert Path(documents.directory, "skipped.txt").read_text().count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])
+@pytest.mark.parametrize(("count", "size"), [(600, 300), (400, 3000)])  # bytes: 0.4 and 2.4 MB
+def test_the_documents_before_a_cut_stay(folder: Path, name: str, count: int, size: int):
+    random = np.random.default_rng(0)
+    texts = [f"{i} {random.bytes(size).hex()}" for i in range(count)]
+    lines = [json.dumps({"text": text}) + "\n" for text in texts]
+    compress = gzip.compress if name.endswith(".gz") else zstandard.compress
+    whole = compress("".join(lines).encode())
+    write(folder / "train" / name, whole[: len(whole) * 2 // 3])
+    write(folder / "validation/b.txt", "b")
+    config = config_for(folder, skip_bad_documents=True)
+    documents = read(config, "train")
+    # Of zstandard, the block of 128 KiB in which the cut is cannot be read.
+    assert count / 4 < len(documents) < count * 3 / 4
+    assert [document.text for document in documents] == texts[: len(documents)]
+    skipped = Path(open_documents(config, "train").directory, "skipped.txt").read_text()
+    assert skipped.startswith(f"{folder}/train/{name}:{len(documents) + 1} is damaged")
 
 
 def test_rows_beside_one_that_is_not_utf8_are_read(folder: Path):
