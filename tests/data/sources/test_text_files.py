@@ -185,6 +185,26 @@ def test_links_are_read_and_change_with_their_files(folder: Path):
         check_dataset(config_for(folder))
 
 
+@pytest.mark.parametrize("name", [".#a.txt", ".git/a.txt", "latest", "image.png"])
+def test_a_file_that_is_left_out_may_be_a_link_to_nothing(folder: Path, name: str):
+    write(folder / "a.jsonl", "\n".join(LINES))
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).symlink_to("user@host.1234")  # as Emacs marks a file that is being edited
+    assert len(read(config_for(folder))) == 35
+
+
+def test_a_name_that_is_not_utf8_is_refused_before_anything_starts(folder: Path):
+    write(folder / "a.jsonl", "\n".join(LINES))
+    Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.txt")).write_text("a")
+    for skips in (False, True):
+        with pytest.raises(ConfigError) as error:
+            check_dataset(config_for(folder, skip_bad_documents=skips))
+        assert str(error.value).encode().endswith(b"' is not UTF-8: rename it")
+        assert f"{folder}/caf" in str(error.value)
+    os.rename(os.fsencode(folder) + b"/caf\xe9.txt", os.fsencode(folder) + b"/caf\xe9.png")
+    check_dataset(config_for(folder))
+
+
 def test_a_glob_names_the_files(folder: Path):
     for name in ("a1.jsonl", "a2.jsonl", "b.jsonl", "deep/a3.jsonl"):
         write(folder / name, "\n".join(LINES))
