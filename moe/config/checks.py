@@ -36,6 +36,11 @@ def show(value: object) -> str:
     return text if len(text) <= 300 else f"{text[:200]}..."
 
 
+def is_file_name(name: object) -> bool:
+    """Says whether a value names something in a directory, and leads nowhere else."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not {*name} & {*"/\\\0"}
+
+
 def as_float32(value: float) -> float:
     """Returns the nearest float32, which is what a program computes with; it may be infinite."""
     try:
