@@ -17,6 +17,7 @@ from moe.config.checks import show
 PLAIN = (".txt", ".md", ".py")
 LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 SUFFIXES = (*PLAIN, *LINES, ".parquet")
+SPLITS = ("train", "validation")  # and the folders that hold them, if PATH has these
 _STORES = {"gs": "gcsfs", "s3": "s3fs"}  # and the package that each of them needs
 
 
@@ -84,7 +85,29 @@ def find_files(path: str) -> Listing:
             f"or of other kinds than {' '.join(SUFFIXES)}: convert or rename them"
         )
     _check_names(files)
-    return Listing(path, file_system, files, len(found) - len(files))
+    listing = Listing(path, file_system, files, len(found) - len(files))
+    if base == root:
+        _check_folders(listing, root)
+    return listing
+
+
+def _check_folders(listing: Listing, root: str) -> None:
+    """Raises ConfigError if the folder of one split has text, and that of the other has none.
+
+    The held-out documents would be drawn from the first one, and the user would not know of it.
+    """
+    folders = {file.name.partition("/")[0] for file in listing.files if "/" in file.name}
+    missing = {*SPLITS} - folders
+    if len(missing) != 1:
+        return
+    (split,) = missing
+    with explained(listing.path):
+        is_there = listing.file_system.isdir(f"{root}/{split}")
+    if is_there:
+        raise ConfigError(
+            f"data.dataset='text:{listing.path}' has the folders train and validation, and "
+            f"{split} holds no file of text: convert or rename its files, or rename the folders"
+        )
 
 
 def _check_names(files: tuple[SourceFile, ...]) -> None:

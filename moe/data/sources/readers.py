@@ -147,12 +147,23 @@ def read_parquet(file: IO[bytes], name: str, refuse: Refuse, text_field: str) ->
 
 
 def columns_to_read(schema: pa.Schema, text_field: str) -> list[str]:
-    """Returns the columns of the text, and of the numbers and strings by which to slice."""
+    """Returns the columns of the text, and of the numbers and strings by which to slice.
+
+    The others are not read, since Python cannot hold every value of them, such as a date of the
+    year 10000.
+    """
     return [
-        field.name
-        for field in schema
-        if field.name == text_field or not pa.types.is_nested(field.type)
+        field.name for field in schema if field.name == text_field or _can_be_sliced(field.type)
     ]
+
+
+def _can_be_sliced(kind: pa.DataType) -> bool:
+    """Says whether a column holds numbers, truth values or strings."""
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    kinds = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+    numbers = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean)
+    return any(is_kind(kind) for is_kind in (*kinds, *numbers))
 
 
 def read_batch(
@@ -188,7 +199,13 @@ def read_example(example: Any, origin: str, refuse: Refuse, text_field: str) -> 
         return None
     text = example.get(text_field)
     if isinstance(text, list):
-        text = json.dumps(text, ensure_ascii=False)
+        try:
+            text = json.dumps(text, ensure_ascii=False)
+        except TypeError as error:  # a date or bytes, which Parquet can hold
+            names = ", ".join(example)[:300]
+            fix = f"set data.text_field to one of ({names})"
+            refuse(origin, f"field {text_field!r} holds a list that is no JSON ({error}): {fix}")
+            return None
     if not isinstance(text, str):
         known = f"holds {type(text).__name__}, no text" if text_field in example else "is missing"
         names = ", ".join(example)[:300]

@@ -1,6 +1,7 @@
 """Tests which documents are made of the user's files, in which splits, and what is refused."""
 
 import dataclasses
+import datetime
 import gzip
 import json
 import os
@@ -157,6 +158,16 @@ def test_folders_may_be_the_splits(folder: Path, capfd: pytest.CaptureFixture[st
     assert ": 2 files are read, and 1 left out, " in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(("empty", "full"), [("train", "validation"), ("validation", "train")])
+def test_a_folder_of_a_split_without_text_is_refused(folder: Path, empty: str, full: str):
+    write(folder / full / "a.jsonl", "\n".join(LINES))
+    assert len(read(config_for(folder))) == 35  # one folder alone is a folder as any other
+    for name in (".hidden.txt", "held.TXT"):
+        write(folder / empty / name, "a")
+        with pytest.raises(ConfigError, match=rf"and {empty} holds no file of text: convert or"):
+            check_dataset(config_for(folder))
+
+
 def test_files_of_other_kinds_and_hidden_ones_are_counted(
     folder: Path, capfd: pytest.CaptureFixture[str]
 ):
@@ -248,6 +259,8 @@ def test_prepared_text_is_read_without_its_files(folder: Path):
     assert (rows.num_documents, prepare(config, "validation").num_documents) == (30, 5)
 
 
+TIME = datetime.datetime(2026, 1, 2)
+
 BAD = {
     "a.txt": (b"one\ntwo\xff\n", r"a.txt:2 is not UTF-8 \(byte 0xff\): convert the file"),
     "b.jsonl": (b'{"text": "a"}\n{"text": "\xe9"}\n', r"b.jsonl:2 is not UTF-8 \(byte 0xe9\)"),
@@ -267,6 +280,8 @@ BAD = {
     "k.jsonl.zst": (zstandard.compress(b'{"text": "a"}\n' * 9)[:-2], r"k.jsonl.zst:\d+ is damaged"),
     "l.parquet": (b"PAR1 and no more", r"l.parquet:1 is damaged, as a file that was cut is \("),
     "m.parquet": ([{"words": "a"}], r"m.parquet:1 field 'text' is missing: .* \(words\)"),
+    "o.parquet": ([{"text": [TIME]}], r"o.parquet:1 field 'text' holds a list that is no JSON"),
+    "p.parquet": ([{"text": [{"content": b"a"}]}], r"p.parquet:1 field 'text' holds a list that"),
     "n.parquet": ([{"text": "a"}, {"text": None}], r"n.parquet:2 field 'text' holds NoneType"),
 }
 
@@ -315,6 +330,21 @@ def test_the_documents_before_a_cut_stay(folder: Path, name: str, count: int, si
     assert [document.text for document in documents] == texts[: len(documents)]
     skipped = Path(open_documents(config, "train").directory, "skipped.txt").read_text()
     assert skipped.startswith(f"{folder}/train/{name}:{len(documents) + 1} is damaged")
+
+
+def test_columns_that_python_cannot_hold_are_not_read(folder: Path):
+    columns = {
+        "text": pa.array([TRAINED_ON[0]]),
+        "late": pa.array([2**60], pa.timestamp("us")),  # beyond the year 9999
+        "exact": pa.array([1], pa.timestamp("ns")),
+        "raw": pa.array([b"\xff"]),
+        "n": pa.array([1], pa.uint8()),
+        "flag": pa.array([True]),
+        "name": pa.array(["a"]).dictionary_encode(),
+    }
+    pq.write_table(pa.table(columns), folder / "a.parquet")
+    (document,) = read(config_for(folder), "train")
+    assert document.fields == {"n": 1, "flag": True, "name": "a"}
 
 
 def test_rows_beside_one_that_is_not_utf8_are_read(folder: Path):
