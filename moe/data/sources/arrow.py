@@ -62,12 +62,13 @@ def _saved_files(directory: Path) -> list[Path]:
 
 def _read_names(path: Path, field: str) -> list[str]:
     """Returns the names of splits or files that a file lists. They must lie beside it."""
-    names = _read_json(path).get(field)
-    if isinstance(names, list):
-        names = [name.get("filename") if isinstance(name, dict) else name for name in names]
-    if not isinstance(names, list) or not names or not all(map(is_file_name, names)):
+    listed = _read_json(path).get(field)
+    values = listed if isinstance(listed, list) else []
+    values = [value.get("filename") if isinstance(value, dict) else value for value in values]
+    names = [value for value in values if is_file_name(value)]
+    if not names or len(names) < len(values):
         raise ConfigError(
-            f"{path} holds {show(names)} as {field!r}, and not the names of what lies beside it: "
+            f"{path} holds {show(listed)} as {field!r}, and not the names of what lies beside it: "
             "save the data set again"
         )
     return names
