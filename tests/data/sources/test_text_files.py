@@ -19,10 +19,11 @@ import tensorflow_datasets as tfds
 import zstandard
 
 from moe.config import ConfigError, DataConfig
+from moe.data import prepare as prepare_module
 from moe.data.prepare import prepare
 from moe.data.sources import check_dataset, open_documents, records, reopen_documents, source_name
 from moe.data.sources import readers as readers_module
-from moe.data.sources.document import Document
+from moe.data.sources.document import Document, Documents
 from moe.data.sources.stdlib import is_validation
 
 HELD_OUT = [str(i) for i in range(4000) if is_validation(str(i))]
@@ -260,6 +261,25 @@ def test_prepared_text_is_read_without_its_files(folder: Path):
 
 
 TIME = datetime.datetime(2026, 1, 2)
+
+
+def test_rows_of_files_that_change_before_they_are_read_are_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    write(folder / "a.jsonl", "\n".join(LINES))
+    config = config_for(folder, sequence_length=8)
+
+    def change_and_open(config: DataConfig, split: str) -> Documents:
+        write(folder / "a.jsonl", "\n".join(LINES[1:]))
+        return open_documents(config, split)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(prepare_module, "open_documents", change_and_open)
+        with pytest.raises(ConfigError, match=r"has changed while its rows were made: run the"):
+            prepare(config, "train")
+    assert prepare(config, "train").source == source_name(config)
+    assert prepare(config, "train").num_documents == 29
+
 
 BAD = {
     "a.txt": (b"one\ntwo\xff\n", r"a.txt:2 is not UTF-8 \(byte 0xff\): convert the file"),
