@@ -8,7 +8,7 @@ import struct
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 _SCHEME = re.compile(r"[A-Za-z][\w+.-]*://")
 # A bucket and a name in it. Clients of Google Cloud Storage take #, ?, * and [ for more than text.
@@ -34,6 +34,11 @@ def show(value: object) -> str:
     except RecursionError:
         return f"a {type(value).__name__} nested too deeply"
     return text if len(text) <= 300 else f"{text[:200]}..."
+
+
+def is_file_name(name: object) -> TypeGuard[str]:
+    """Says whether a value names something in a directory, and leads nowhere else."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not {*name} & {*"/\\\0"}
 
 
 def as_float32(value: float) -> float:

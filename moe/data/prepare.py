@@ -109,6 +109,12 @@ def _write(
         begun = time.monotonic()
         metadata = identity | _write_rows(config, identity["split"], target, num_workers)
         seconds = time.monotonic() - begun
+        # The identity was read before the documents were opened.
+        if source_name(config) != identity["source"]:
+            raise ConfigError(
+                f"data.dataset={config.dataset!r} has changed while its rows were made: "
+                "run the same command again when its files are complete"
+            )
         (target / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n")
         flush(target / "metadata.json")
         flush(target)

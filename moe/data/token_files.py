@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from moe.config import ConfigError, DataConfig
-from moe.config.checks import expand_path
+from moe.config.checks import expand_path, is_file_name, show
 from moe.data.packing.concat import unpack
 from moe.data.tokenizers import make_tokenizer
 
@@ -114,9 +114,10 @@ class TokenFileRows:
         if self._index is not None:
             return np.memmap(self.path, self._index.dtype, "r")
         try:
-            tokens = np.load(self.path, mmap_mode="r")
-        except ValueError as error:
-            raise _damaged(self.path, str(error)) from None
+            # np.load would also open archives and pickled objects.
+            tokens = np.lib.format.open_memmap(self.path, mode="r")
+        except (ValueError, EOFError) as error:
+            raise _damaged(self.path, " ".join(str(error).split())) from None
         if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
             raise ConfigError(
                 f"{self.path} holds {tokens.dtype} of shape {tokens.shape}: "
@@ -191,6 +192,11 @@ def open_token_rows(config: DataConfig, split: str) -> TokenFileRows:
     its first and last row show.
     """
     directory = Path(expand_path("data.dataset", config.dataset.removeprefix("tokens:")))
+    if not is_file_name(split):
+        raise ConfigError(
+            f"split {show(split)} of data.dataset={config.dataset!r} is no name of a file in it: "
+            "set data.dataset to the directory of the file, and the split to its name"
+        )
     paths = [directory / f"{split}{suffix}" for suffix in (".bin", ".npy")]
     found = [path for path in paths if path.is_file()]
     if len(found) != 1 or (found[0].suffix == ".bin" and not found[0].with_suffix(".idx").exists()):

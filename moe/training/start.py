@@ -20,7 +20,7 @@ import numpy as np
 
 from moe.config import ConfigError, MeshConfig, RunConfig
 from moe.data.mixtures import TrainingRows, describe_sources
-from moe.data.rows import source_line
+from moe.data.rows import JoinedRows, source_line
 from moe.parallel import watch
 from moe.parallel.cluster import is_restarted
 from moe.parallel.distributed import from_first
@@ -154,21 +154,24 @@ def first_state(
     program: Program,
     checkpoints: Checkpoints,
     rows: TrainingRows,
+    validation: JoinedRows,
     origin: Origin | None,
     bar: Bar,
     check: Check,
 ) -> TrainState:
     """Returns the state of the run's latest checkpoint, or that of a new run.
 
-    The checkpoint must have been trained on these rows. A new run starts from `origin`, if there is
-    one. It saves its first state at once, so that the other run is not needed later.
+    The checkpoint must be of a run on these rows, which all processes must have. A new run starts
+    from `origin`, if there is one. It saves its first state at once, so that the other run is not
+    needed later.
     """
-    rows_sha256 = rows.rows.sha256
+    rows_sha256, validation_sha256 = rows.rows.sha256, validation.sha256
+    _check_same_rows(rows_sha256, validation_sha256)
     latest = from_first("the step to restore", checkpoints.latest_step)
     if latest is not None:
         bar.show(f"restoring step {latest}")
         wait_for_step(checkpoints, latest)
-        checkpoint.check_rows(checkpoints, rows_sha256, latest)
+        checkpoint.check_rows(checkpoints, rows_sha256, latest, validation_sha256)
         return checkpoint.restore(checkpoints, program.abstract_state, latest)
     if origin is None:
         bar.show("initialising the parameters")
@@ -177,8 +180,19 @@ def first_state(
     run_path(origin.run)  # whose bucket this host may be unable to reach
     start = fork_from if origin.is_fork else start_from
     state = start(origin, workdir, program, rows_sha256, check)
-    checkpoint.save(checkpoints, config, rows_sha256, state)
+    checkpoint.save(checkpoints, config, rows_sha256, state, validation_sha256)
     return state
+
+
+def _check_same_rows(*checksums: str) -> None:
+    """Raises ConfigError if process 0, whose files may be others, has other rows than this one."""
+    first = from_first("the checksums of the rows", lambda: checksums)
+    for split, ours, theirs in zip(("train", "validation"), checksums, first, strict=True):
+        if ours != theirs:
+            raise ConfigError(
+                f"data.directory on this host has {split} rows with checksum {ours[:8]}, and on "
+                f"that of process 0 with {theirs[:8]}: give all hosts the same files"
+            )
 
 
 def wait_for_step(checkpoints: Checkpoints, step: int) -> None:

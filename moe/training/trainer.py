@@ -127,7 +127,7 @@ def _fit(
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(Bar(config.train.steps, shown=jax.process_index() == 0))
         checkpoints = stack.enter_context(checkpoint.open_checkpoints(workdir, config, check))
-        state = first_state(config, workdir, program, checkpoints, train_rows, origin, bar, check)
+        state = first_state(config, workdir, program, checkpoints, *rows, origin, bar, check)
         report_new_schedule(workdir, config, state)
         records = open_records(workdir, given, program, sources, int(state.step), check)
         records = stack.enter_context(records)
@@ -182,7 +182,8 @@ def _train(run: _Run, state: TrainState, batches: Iterator[Batch]) -> TrainState
             run.bar.show(f"{'stopping: ' if must_stop else ''}saving step {step}")
             watch.report("saving")
             run.records.flush()
-            checkpoint.save(run.checkpoints, run.config, run.train_rows.rows.sha256, state)
+            sha256, validation_sha256 = run.train_rows.rows.sha256, run.validation_rows.sha256
+            checkpoint.save(run.checkpoints, run.config, sha256, state, validation_sha256)
         if must_stop:
             break
     return state

@@ -204,8 +204,16 @@ def read_checkpoints(workdir: RunPath) -> Checkpoints:
     return Checkpoints(workdir, read_config(workdir))
 
 
-def save(checkpoints: Checkpoints, config: RunConfig, rows_sha256: str, state: Any) -> None:
+def save(
+    checkpoints: Checkpoints,
+    config: RunConfig,
+    rows_sha256: str,
+    state: Any,
+    validation_sha256: str | None = None,
+) -> None:
     """Starts writing a train state, which may be donated as soon as this returns.
+
+    The checksums are those of the rows that it was trained on, and that evaluations read.
 
     A state that is saved already is not written again. Raises ConfigError if the directory holds
     another state of this step, or a later step: a resumed run would take that one instead. Raises
@@ -218,6 +226,7 @@ def save(checkpoints: Checkpoints, config: RunConfig, rows_sha256: str, state: A
         "config": config.to_dict(),
         "layer_groups": config.model.layer_groups,
         "rows_sha256": rows_sha256,
+        "validation_sha256": validation_sha256,
         "arrays": describe(state),
     }
     if latest is not None and step <= latest:
@@ -231,18 +240,27 @@ def save(checkpoints: Checkpoints, config: RunConfig, rows_sha256: str, state: A
     checkpoints.start_saving(about, state)
 
 
-def check_rows(checkpoints: Checkpoints, rows_sha256: str, step: int) -> None:
-    """Raises ConfigError if the checkpoint of `step` was trained on other rows than these.
+def check_rows(
+    checkpoints: Checkpoints, rows_sha256: str, step: int, validation_sha256: str | None = None
+) -> None:
+    """Raises ConfigError if the run of the checkpoint of `step` had other rows than these.
 
-    The stream of batches would not continue as it began.
+    The stream of batches would not continue as it began, or the evaluations could not be compared.
+    Rows of validation are not compared if one of the checksums is not known, as in checkpoints of
+    older versions.
     """
-    saved = _open_step(checkpoints, step)[1]["rows_sha256"]
-    if saved != rows_sha256:
-        raise ConfigError(
-            f"{checkpoints.directory} was trained on rows with checksum {saved[:8]}, and those "
-            f"now under data.directory have {rows_sha256[:8]}: "
-            "set data.directory to the former, or another --workdir"
-        )
+    about = _open_step(checkpoints, step)[1]
+    pairs = {
+        "trained": (about["rows_sha256"], rows_sha256),
+        "evaluated": (about.get("validation_sha256") or validation_sha256, validation_sha256),
+    }
+    for verb, (saved, now) in pairs.items():
+        if now is not None and saved != now:
+            raise ConfigError(
+                f"{checkpoints.directory} was {verb} on rows with checksum {saved[:8]}, and those "
+                f"now under data.directory have {now[:8]}: "
+                "set data.directory to the former, or another --workdir"
+            )
 
 
 def restore(checkpoints: Checkpoints, abstract: Any, step: int | None = None) -> Any:

@@ -236,6 +236,28 @@ def test_a_cut_numpy_file_is_refused(config: DataConfig, tmp_path: Path):
         open_token_rows(config, "held_out")
 
 
+@pytest.mark.parametrize("kind", ["empty", "archive", "text"])
+def test_what_is_no_numpy_file_is_refused_in_one_line(
+    config: DataConfig, tmp_path: Path, kind: str
+):
+    path = tmp_path / "held_out.npy"
+    path.write_bytes(b"text" if kind == "text" else b"")
+    if kind == "archive":
+        np.savez(tmp_path / "a.npz", np.zeros(9, np.uint16))
+        (tmp_path / "a.npz").rename(path)
+    with pytest.raises(ConfigError) as error:
+        open_token_rows(config, "held_out")
+    assert re.fullmatch(rf"{path} is damaged \(.+\): copy or write it again", str(error.value))
+
+
+@pytest.mark.parametrize("split", ["../outside", "", "/", "a\0"])
+def test_a_split_leads_to_no_other_directory(config: DataConfig, tmp_path: Path, split: str):
+    np.save(tmp_path / "outside.npy", np.zeros(9, np.uint16))
+    inside = dataclasses.replace(config, dataset=f"tokens:{tmp_path / 'inside'}")
+    with pytest.raises(ConfigError, match=r"is no name of a file in it: set data.dataset to the"):
+        open_token_rows(inside, split)
+
+
 def test_an_id_in_the_middle_is_told_where_it_is_read(config: DataConfig, tmp_path: Path):
     np.save(tmp_path / "held_out.npy", np.array([1] * 10 + [300] + [1] * 10, np.uint16))
     rows = open_token_rows(config, "held_out")

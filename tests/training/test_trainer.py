@@ -521,6 +521,34 @@ def test_other_rows_are_refused(config, uninterrupted, monkeypatch):
         trainer.fit(config, uninterrupted)
 
 
+def test_other_rows_of_validation_are_refused(config, uninterrupted, monkeypatch):
+    original = prepare.prepare
+
+    def changed(data, split):
+        rows = original(data, split)
+        return rows if split == "train" else dataclasses.replace(rows, sha256="0" * 64)
+
+    monkeypatch.setattr(prepare, "prepare", changed)
+    with pytest.raises(ConfigError, match=r"was evaluated on rows with checksum .* have 00000000:"):
+        trainer.fit(config, uninterrupted)
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_rows_that_are_not_those_of_process_0_are_refused(config, tmp_path, monkeypatch, split):
+    def told(name, make):
+        if name != "the checksums of the rows":
+            return make()
+        return tuple(
+            "1" * 64 if split == one else other
+            for one, other in zip(("train", "validation"), make(), strict=True)
+        )
+
+    monkeypatch.setattr(start, "from_first", told)
+    match = rf"has {split} rows with checksum \w{{8}}, and on that of process 0 with 11111111: give"
+    with pytest.raises(ConfigError, match=match):
+        trainer.fit(config, tmp_path)
+
+
 def test_the_first_process_alone_writes(config, uninterrupted, tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     with start.open_records(tmp_path, config, make_program(config), [], 0) as records:

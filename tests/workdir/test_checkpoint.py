@@ -441,6 +441,18 @@ def test_a_checksum_of_64_bit_words_needs_no_64_bit_arithmetic():
     assert len({*first, *second}) == 3 and first[0] == second[1]
 
 
+def test_rows_of_validation_are_compared_where_both_are_known(tmp_path):
+    identity.write_config(tmp_path, CONFIG)
+    with checkpoint.open_checkpoints(tmp_path, CONFIG) as checkpoints:
+        checkpoint.save(checkpoints, CONFIG, ROWS, make_state(1))  # as older versions did
+        checkpoint.save(checkpoints, CONFIG, ROWS, make_state(2), "a")
+        checkpoints.wait()
+        for step, validation_sha256 in ((1, "b"), (1, None), (2, "a"), (2, None)):
+            checkpoint.check_rows(checkpoints, ROWS, step, validation_sha256)
+        with pytest.raises(ConfigError, match="was evaluated on rows with checksum a, and those"):
+            checkpoint.check_rows(checkpoints, ROWS, 2, "b")
+
+
 def test_the_longest_save_is_known_to_the_start_that_goes_on(tmp_path, monkeypatch):
     """So that it stops early enough before the end of its job."""
     times = iter([0, 500, 600, 700])  # when each of two saves begins and ends

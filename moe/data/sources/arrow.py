@@ -13,13 +13,13 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from moe.config import ConfigError, DataConfig
-from moe.config.checks import expand_path
+from moe.config.checks import expand_path, is_file_name, show
 from moe.data.sources.document import Document, parts_between
 from moe.data.sources.readers import columns_to_read, read_batch
 
@@ -39,7 +39,7 @@ def find_splits(config: DataConfig) -> dict[str, list[Path]]:
             "where `save_to_disk` has written or Parquet files lie"
         )
     if (path / "dataset_dict.json").exists():
-        names = _read_json(path / "dataset_dict.json")["splits"]
+        names = _read_names(path / "dataset_dict.json", "splits")
         return {name: _saved_files(path / name) for name in names}
     if (path / "state.json").exists():
         raise ConfigError(
@@ -57,14 +57,31 @@ def _saved_files(directory: Path) -> list[Path]:
             f"{directory} holds a selection of rows, by an old version of `datasets`: save "
             "`dataset.flatten_indices()` again"
         )
-    return [directory / file["filename"] for file in state["_data_files"]]
+    return [directory / name for name in _read_names(directory / "state.json", "_data_files")]
 
 
-def _read_json(path: Path) -> dict:
+def _read_names(path: Path, field: str) -> list[str]:
+    """Returns the names of splits or files that a file lists. They must lie beside it."""
+    listed = _read_json(path).get(field)
+    values = listed if isinstance(listed, list) else []
+    values = [value.get("filename") if isinstance(value, dict) else value for value in values]
+    names = [value for value in values if is_file_name(value)]
+    if not names or len(names) < len(values):
+        raise ConfigError(
+            f"{path} holds {show(listed)} as {field!r}, and not the names of what lies beside it: "
+            "save the data set again"
+        )
+    return names
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read ({error}): save the data set again") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} holds {show(content)}, no object: save the data set again")
+    return content
 
 
 def _parquet_splits(config: DataConfig, path: Path) -> dict[str, list[Path]]:

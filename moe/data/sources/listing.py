@@ -17,6 +17,7 @@ from moe.config.checks import show
 PLAIN = (".txt", ".md", ".py")
 LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 SUFFIXES = (*PLAIN, *LINES, ".parquet")
+SPLITS = ("train", "validation")  # and the folders that hold them, if PATH has these
 _STORES = {"gs": "gcsfs", "s3": "s3fs"}  # and the package that each of them needs
 
 
@@ -70,17 +71,57 @@ def find_files(path: str) -> Listing:
             "where PATH is a file, a directory or a glob"
         )
     base = _base(root, found)
-    readable = [
-        SourceFile(name, name.removeprefix(base).lstrip("/"), info["size"], _version(info))
-        for name, info in sorted(found.items())
-    ]
-    files = tuple(file for file in readable if _is_text(file.name))
+    names = {name: name.removeprefix(base).lstrip("/") for name in sorted(found)}
+    with explained(path):
+        files = tuple(
+            SourceFile(full_name, name, info["size"], _version(info))
+            for full_name, name in names.items()
+            if _is_text(name)
+            for info in [_follow(file_system, full_name, found[full_name])]
+        )
     if not files:
         raise ConfigError(
             f"data.dataset='text:{path}' holds no file of text: its {len(found)} files are hidden "
             f"or of other kinds than {' '.join(SUFFIXES)}: convert or rename them"
         )
-    return Listing(path, file_system, files, len(found) - len(files))
+    _check_names(files)
+    listing = Listing(path, file_system, files, len(found) - len(files))
+    if base == root:
+        _check_folders(listing, root)
+    return listing
+
+
+def _check_folders(listing: Listing, root: str) -> None:
+    """Raises ConfigError if the folder of one split has text, and that of the other has none.
+
+    The held-out documents would be drawn from the first one, and the user would not know of it.
+    """
+    folders = {file.name.partition("/")[0] for file in listing.files if "/" in file.name}
+    missing = {*SPLITS} - folders
+    if len(missing) != 1:
+        return
+    (split,) = missing
+    with explained(listing.path):
+        is_there = listing.file_system.isdir(f"{root}/{split}")
+    if is_there:
+        raise ConfigError(
+            f"data.dataset='text:{listing.path}' has the folders train and validation, and "
+            f"{split} holds no file of text: convert or rename its files, or rename the folders"
+        )
+
+
+def _check_names(files: tuple[SourceFile, ...]) -> None:
+    """Raises ConfigError for a name that is not UTF-8, which no document could tell as its origin.
+
+    Python holds such bytes as halves of characters.
+    """
+    for file in files:
+        try:
+            file.name.encode()
+        except UnicodeEncodeError:
+            raise ConfigError(
+                f"the name of the file {show(file.path)} is not UTF-8: rename it"
+            ) from None
 
 
 def _file_system(path: str) -> Any:
@@ -124,15 +165,20 @@ def _find(file_system: Any, root: str) -> dict[str, dict[str, Any]]:
             found |= file_system.find(name, detail=True, **options)
         else:
             found[name] = info
-    if _is_local(file_system):  # a link changes when its file does
-        found = {
-            name: info | {"size": stat.st_size, "mtime": stat.st_mtime_ns}
-            for name, info in found.items()
-            if not os.path.isdir(name)
-            for stat in [os.stat(name)]
-        }
     # Stores show directories as empty objects whose names end in a slash.
-    return {name: info for name, info in found.items() if info["type"] != "directory"}
+    return {
+        name: info
+        for name, info in found.items()
+        if info["type"] != "directory" and not (_is_local(file_system) and os.path.isdir(name))
+    }
+
+
+def _follow(file_system: Any, path: str, info: dict[str, Any]) -> dict[str, Any]:
+    """Returns what is known of a file. A link changes when its file does."""
+    if not _is_local(file_system):
+        return info
+    stat = os.stat(path)
+    return info | {"size": stat.st_size, "mtime": stat.st_mtime_ns}
 
 
 def _is_local(file_system: Any) -> bool:

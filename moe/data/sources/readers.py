@@ -17,6 +17,7 @@ from moe.data.sources.document import Document
 LARGEST_PLAIN = 2**20  # bytes of a document that is cut from a plain file
 _ROWS_AT_ONCE = 256  # of a Parquet file
 _FIX_LINE = "write one object a line"
+_BLOCK = 2**18  # bytes that are decompressed at once
 _CODECS = {".gz": "gzip", ".zst": "zstd"}
 
 # What is called with the place and the reason where a document cannot be read. It raises an error,
@@ -85,12 +86,51 @@ def read_lines(file: IO[bytes], name: str, refuse: Refuse, text_field: str) -> I
 
 
 def _decompressed(file: IO[bytes], name: str) -> IO[bytes]:
-    """Returns the lines of a file that may be compressed. Unlike zstandard, Arrow tells a cut."""
+    """Returns the lines of a file that may be compressed."""
     codec = next((codec for suffix, codec in _CODECS.items() if name.endswith(suffix)), None)
-    stream = pa.PythonFile(file, "r")
-    if codec:
-        return io.BufferedReader(pa.CompressedInputStream(stream, codec), 2**18)
-    return file
+    return io.BufferedReader(_Decompressed(file, codec), _BLOCK) if codec else file
+
+
+class _Decompressed(io.RawIOBase):
+    """Decompresses a file, and raises the error of a damaged one after all that comes before it.
+
+    Unlike zstandard, Arrow tells that a file was cut. But its read that finds the cut drops what it
+    has decompressed by then, so that those bytes are read once more, one at a time.
+    """
+
+    def __init__(self, file: IO[bytes], codec: str) -> None:
+        self._file, self._codec = file, codec
+        # All streams are kept: the first one's end would close the file.
+        self._streams = [self._open()]
+        self._num_read, self._at_once = 0, _BLOCK
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        try:
+            data = self._streams[-1].read(min(len(buffer), self._at_once))
+        except (pa.ArrowException, OSError) as error:
+            if self._at_once == 1 or _is_failure(error):
+                raise
+            self._read_again()
+            return self.readinto(buffer)
+        if not data and not self._num_read and not self._file.tell():
+            raise pa.ArrowInvalid("it has no bytes")
+        buffer[: len(data)] = data
+        self._num_read += len(data)
+        return len(data)
+
+    def _open(self) -> pa.NativeFile:
+        return pa.CompressedInputStream(pa.PythonFile(self._file, "r"), self._codec)
+
+    def _read_again(self) -> None:
+        """Begins the file again, and goes on behind the bytes that were read."""
+        self._file.seek(0)
+        self._streams.append(self._open())
+        for start in range(0, self._num_read, _BLOCK):
+            self._streams[-1].read(min(_BLOCK, self._num_read - start))
+        self._at_once = 1
 
 
 def read_parquet(file: IO[bytes], name: str, refuse: Refuse, text_field: str) -> Iterator[Document]:
@@ -107,12 +147,23 @@ def read_parquet(file: IO[bytes], name: str, refuse: Refuse, text_field: str) ->
 
 
 def columns_to_read(schema: pa.Schema, text_field: str) -> list[str]:
-    """Returns the columns of the text, and of the numbers and strings by which to slice."""
+    """Returns the columns of the text, and of the numbers and strings by which to slice.
+
+    The others are not read, since Python cannot hold every value of them, such as a date of the
+    year 10000.
+    """
     return [
-        field.name
-        for field in schema
-        if field.name == text_field or not pa.types.is_nested(field.type)
+        field.name for field in schema if field.name == text_field or _can_be_sliced(field.type)
     ]
+
+
+def _can_be_sliced(kind: pa.DataType) -> bool:
+    """Says whether a column holds numbers, truth values or strings."""
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    kinds = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+    numbers = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean)
+    return any(is_kind(kind) for is_kind in (*kinds, *numbers))
 
 
 def read_batch(
@@ -148,7 +199,13 @@ def read_example(example: Any, origin: str, refuse: Refuse, text_field: str) -> 
         return None
     text = example.get(text_field)
     if isinstance(text, list):
-        text = json.dumps(text, ensure_ascii=False)
+        try:
+            text = json.dumps(text, ensure_ascii=False)
+        except TypeError as error:  # a date or bytes, which Parquet can hold
+            names = ", ".join(example)[:300]
+            fix = f"set data.text_field to one of ({names})"
+            refuse(origin, f"field {text_field!r} holds a list that is no JSON ({error}): {fix}")
+            return None
     if not isinstance(text, str):
         known = f"holds {type(text).__name__}, no text" if text_field in example else "is missing"
         names = ", ".join(example)[:300]
@@ -176,10 +233,17 @@ def not_utf8(error: UnicodeDecodeError) -> str:
 def _damaged(error: Exception) -> str:
     """Returns what is wrong with a file that ends too early or cannot be decompressed.
 
-    Raises the error again if it says that the file could not be read at all. Arrow's own errors
-    are plain OSErrors without a number.
+    Raises the error again if it says that the file could not be read at all.
     """
-    if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
+    if _is_failure(error):
         raise error
     reason = " ".join(str(error).split())[:200]
     return f"is damaged, as a file that was cut is ({reason}): copy or download it again"
+
+
+def _is_failure(error: Exception) -> bool:
+    """Says whether a file could not be read at all, and is not just damaged.
+
+    Arrow's own errors are plain OSErrors without a number.
+    """
+    return isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None)

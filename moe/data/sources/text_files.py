@@ -22,6 +22,7 @@ from moe.data.sources import readers
 from moe.data.sources.document import Document
 from moe.data.sources.listing import (
     LINES,
+    SPLITS,
     Listing,
     SourceFile,
     explained,
@@ -32,7 +33,6 @@ from moe.data.sources.records import FEATURES, RecordDocuments, RecordWriter
 from moe.data.sources.stdlib import is_validation
 from moe.data.sources.tfds import is_prepared, prepare_builder
 
-SPLITS = ("train", "validation")
 _TRAIN_SHARE = 0.95  # of the bytes of a single plain file
 _SKIPPED = "skipped.txt"  # the file that lists the documents which could not be read
 

@@ -149,6 +149,31 @@ def test_a_lone_data_set_says_how_to_make_splits(tmp_path: Path):
         check_dataset(config)
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("dataset_dict.json", content)
+        for content in ({}, [], {"splits": []}, {"splits": 3}, {"splits": [3]}, "[" * 10**5)
+    ]
+    + [("dataset_dict.json", {"splits": [name]}) for name in ("../out", "/", "..", "", "a\0")]
+    + [("train/state.json", content) for content in ({}, [], {"_data_files": []}, "{")]
+    + [
+        ("train/state.json", {"_data_files": [name]})
+        for name in (3, {}, {"filename": None}, {"filename": "../test/data-00000-of-00003.arrow"})
+    ],
+)
+def test_a_description_that_names_no_data_is_refused_in_one_line(
+    tmp_path: Path, file: str, content: object
+):
+    save_arrow(tmp_path / "saved")
+    text = content if isinstance(content, str) else json.dumps(content)
+    (tmp_path / "saved" / file).write_text(text)
+    with pytest.raises(ConfigError) as error:
+        check_dataset(DataConfig(dataset=f"arrow:{tmp_path / 'saved'}"))
+    assert str(error.value).startswith(f"{tmp_path / 'saved' / file} ")
+    assert str(error.value).endswith(": save the data set again") and "\n" not in str(error.value)
+
+
 def test_several_data_sets_in_one_directory_are_refused(tmp_path: Path):
     for language in ("en", "fr"):
         save_parquet(tmp_path / "saved" / language, "{split}-0-of-1.parquet")

@@ -1,6 +1,7 @@
 """Tests which documents are made of the user's files, in which splits, and what is refused."""
 
 import dataclasses
+import datetime
 import gzip
 import json
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -17,10 +19,11 @@ import tensorflow_datasets as tfds
 import zstandard
 
 from moe.config import ConfigError, DataConfig
+from moe.data import prepare as prepare_module
 from moe.data.prepare import prepare
 from moe.data.sources import check_dataset, open_documents, records, reopen_documents, source_name
 from moe.data.sources import readers as readers_module
-from moe.data.sources.document import Document
+from moe.data.sources.document import Document, Documents
 from moe.data.sources.stdlib import is_validation
 
 HELD_OUT = [str(i) for i in range(4000) if is_validation(str(i))]
@@ -156,6 +159,16 @@ def test_folders_may_be_the_splits(folder: Path, capfd: pytest.CaptureFixture[st
     assert ": 2 files are read, and 1 left out, " in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(("empty", "full"), [("train", "validation"), ("validation", "train")])
+def test_a_folder_of_a_split_without_text_is_refused(folder: Path, empty: str, full: str):
+    write(folder / full / "a.jsonl", "\n".join(LINES))
+    assert len(read(config_for(folder))) == 35  # one folder alone is a folder as any other
+    for name in (".hidden.txt", "held.TXT"):
+        write(folder / empty / name, "a")
+        with pytest.raises(ConfigError, match=rf"and {empty} holds no file of text: convert or"):
+            check_dataset(config_for(folder))
+
+
 def test_files_of_other_kinds_and_hidden_ones_are_counted(
     folder: Path, capfd: pytest.CaptureFixture[str]
 ):
@@ -182,6 +195,26 @@ def test_links_are_read_and_change_with_their_files(folder: Path):
         ConfigError, match=rf"^{folder}/b.jsonl cannot be read \(No such file or directory\): make"
     ):
         check_dataset(config_for(folder))
+
+
+@pytest.mark.parametrize("name", [".#a.txt", ".git/a.txt", "latest", "image.png"])
+def test_a_file_that_is_left_out_may_be_a_link_to_nothing(folder: Path, name: str):
+    write(folder / "a.jsonl", "\n".join(LINES))
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).symlink_to("user@host.1234")  # as Emacs marks a file that is being edited
+    assert len(read(config_for(folder))) == 35
+
+
+def test_a_name_that_is_not_utf8_is_refused_before_anything_starts(folder: Path):
+    write(folder / "a.jsonl", "\n".join(LINES))
+    Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.txt")).write_text("a")
+    for skips in (False, True):
+        with pytest.raises(ConfigError) as error:
+            check_dataset(config_for(folder, skip_bad_documents=skips))
+        assert str(error.value).encode().endswith(b"' is not UTF-8: rename it")
+        assert f"{folder}/caf" in str(error.value)
+    os.rename(os.fsencode(folder) + b"/caf\xe9.txt", os.fsencode(folder) + b"/caf\xe9.png")
+    check_dataset(config_for(folder))
 
 
 def test_a_glob_names_the_files(folder: Path):
@@ -227,6 +260,27 @@ def test_prepared_text_is_read_without_its_files(folder: Path):
     assert (rows.num_documents, prepare(config, "validation").num_documents) == (30, 5)
 
 
+TIME = datetime.datetime(2026, 1, 2)
+
+
+def test_rows_of_files_that_change_before_they_are_read_are_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    write(folder / "a.jsonl", "\n".join(LINES))
+    config = config_for(folder, sequence_length=8)
+
+    def change_and_open(config: DataConfig, split: str) -> Documents:
+        write(folder / "a.jsonl", "\n".join(LINES[1:]))
+        return open_documents(config, split)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(prepare_module, "open_documents", change_and_open)
+        with pytest.raises(ConfigError, match=r"has changed while its rows were made: run the"):
+            prepare(config, "train")
+    assert prepare(config, "train").source == source_name(config)
+    assert prepare(config, "train").num_documents == 29
+
+
 BAD = {
     "a.txt": (b"one\ntwo\xff\n", r"a.txt:2 is not UTF-8 \(byte 0xff\): convert the file"),
     "b.jsonl": (b'{"text": "a"}\n{"text": "\xe9"}\n', r"b.jsonl:2 is not UTF-8 \(byte 0xe9\)"),
@@ -238,9 +292,16 @@ BAD = {
     "h.jsonl": (b"[" * 10**5, r"h.jsonl:1 is not JSON"),
     "i.jsonl.gz": (gzip.compress(b'{"text": "a"}\n' * 9)[:-9], r"i.jsonl.gz:\d+ is damaged, as a"),
     "j.jsonl.gz": (b"text", r"j.jsonl.gz:1 is damaged"),
+    "empty.jsonl.gz": (
+        b"",
+        r"empty.jsonl.gz:1 is damaged, as a file that was cut is \(it has no by",
+    ),
+    "empty.jsonl.zst": (b"", r"empty.jsonl.zst:1 is damaged"),
     "k.jsonl.zst": (zstandard.compress(b'{"text": "a"}\n' * 9)[:-2], r"k.jsonl.zst:\d+ is damaged"),
     "l.parquet": (b"PAR1 and no more", r"l.parquet:1 is damaged, as a file that was cut is \("),
     "m.parquet": ([{"words": "a"}], r"m.parquet:1 field 'text' is missing: .* \(words\)"),
+    "o.parquet": ([{"text": [TIME]}], r"o.parquet:1 field 'text' holds a list that is no JSON"),
+    "p.parquet": ([{"text": [{"content": b"a"}]}], r"p.parquet:1 field 'text' holds a list that"),
     "n.parquet": ([{"text": "a"}, {"text": None}], r"n.parquet:2 field 'text' holds NoneType"),
 }
 
@@ -270,6 +331,40 @@ def test_what_cannot_be_read_is_told_in_one_line_or_counted(
     (line,) = capfd.readouterr().err.splitlines()
     assert re.match(rf"text:{folder}: 1 documents were skipped, such as {folder}/{message}", line)
     assert Path(documents.directory, "skipped.txt").read_text().count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])
+@pytest.mark.parametrize(("count", "size"), [(600, 300), (400, 3000)])  # bytes: 0.4 and 2.4 MB
+def test_the_documents_before_a_cut_stay(folder: Path, name: str, count: int, size: int):
+    random = np.random.default_rng(0)
+    texts = [f"{i} {random.bytes(size).hex()}" for i in range(count)]
+    lines = [json.dumps({"text": text}) + "\n" for text in texts]
+    compress = gzip.compress if name.endswith(".gz") else zstandard.compress
+    whole = compress("".join(lines).encode())
+    write(folder / "train" / name, whole[: len(whole) * 2 // 3])
+    write(folder / "validation/b.txt", "b")
+    config = config_for(folder, skip_bad_documents=True)
+    documents = read(config, "train")
+    # Of zstandard, the block of 128 KiB in which the cut is cannot be read.
+    assert count / 4 < len(documents) < count * 3 / 4
+    assert [document.text for document in documents] == texts[: len(documents)]
+    skipped = Path(open_documents(config, "train").directory, "skipped.txt").read_text()
+    assert skipped.startswith(f"{folder}/train/{name}:{len(documents) + 1} is damaged")
+
+
+def test_columns_that_python_cannot_hold_are_not_read(folder: Path):
+    columns = {
+        "text": pa.array([TRAINED_ON[0]]),
+        "late": pa.array([2**60], pa.timestamp("us")),  # beyond the year 9999
+        "exact": pa.array([1], pa.timestamp("ns")),
+        "raw": pa.array([b"\xff"]),
+        "n": pa.array([1], pa.uint8()),
+        "flag": pa.array([True]),
+        "name": pa.array(["a"]).dictionary_encode(),
+    }
+    pq.write_table(pa.table(columns), folder / "a.parquet")
+    (document,) = read(config_for(folder), "train")
+    assert document.fields == {"n": 1, "flag": True, "name": "a"}
 
 
 def test_rows_beside_one_that_is_not_utf8_are_read(folder: Path):
