@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import socket
@@ -17,7 +18,7 @@ from moe.config.data import is_token_files
 from moe.data.chat import read_template
 from moe.data.prepared_rows import PreparedRows, open_rows
 from moe.data.shards import SUMS, ShardJob, write_shard
-from moe.data.sources import open_documents, source_name
+from moe.data.sources import Documents, open_documents, source_name
 from moe.data.token_files import TokenFileRows, open_token_rows
 from moe.data.tokenizers import make_tokenizer
 from moe.data.workers import write_in_processes
@@ -26,12 +27,15 @@ from moe.files import flush, hold_lock
 __all__ = ["PreparedRows", "open_rows", "prepare"]
 
 _FORMAT_VERSION = 2
+# A shard has at least so many documents, or so many bytes of text, whichever are fewer documents.
 _DOCUMENTS_PER_SHARD = 256
+_BYTES_PER_SHARD = 2**24
 _MAX_SHARDS = 32  # a file of rows that is not open costs milliseconds before it can be read
-# Starting a process takes about as long as packing so many documents of bytes. With other
-# tokenizers a document takes longer.
-_DOCUMENTS_PER_WORKER = {"byte": 2048}
-_SLOW_DOCUMENTS_PER_WORKER = 256
+# Starting a process takes about as long as packing so many documents of bytes, or so many bytes of
+# text. With other tokenizers a document takes eight times as long.
+_DOCUMENTS_PER_WORKER = 2048
+_BYTES_PER_WORKER = 2**25
+_SAMPLED_DOCUMENTS = 16
 
 
 def open_split(config: DataConfig, split: str) -> PreparedRows | TokenFileRows:
@@ -137,7 +141,9 @@ def _write_rows(
     documents = open_documents(config, split)
     # The division into shards depends only on the corpus, so the files do not depend on how many
     # processes write them.
-    per_shard = max(_DOCUMENTS_PER_SHARD, -(-len(documents) // _MAX_SHARDS))
+    mean_bytes = _mean_bytes(documents)
+    fewest = min(_DOCUMENTS_PER_SHARD, math.ceil(_BYTES_PER_SHARD / mean_bytes))
+    per_shard = max(fewest, -(-len(documents) // _MAX_SHARDS))
     job = ShardJob(
         config,
         split,
@@ -147,8 +153,7 @@ def _write_rows(
         num_shards=-(-len(documents) // per_shard),
     )
     if num_workers is None:
-        per_worker = _DOCUMENTS_PER_WORKER.get(config.tokenizer, _SLOW_DOCUMENTS_PER_WORKER)
-        num_workers = min(len(os.sched_getaffinity(0)), len(documents) // per_worker)
+        num_workers = _worthwhile_workers(config, len(documents), mean_bytes)
     num_workers = min(num_workers, job.num_shards)
     title = f"preparing {split}"
     with tqdm(desc=title, total=len(documents), unit=" documents", disable=None) as bar:
@@ -169,6 +174,26 @@ def _write_rows(
         "sha256": hashlib.sha256(digests.encode()).hexdigest(),
         "rows_per_shard": [counts["num_rows"] for counts in shards],
     }
+
+
+def _worthwhile_workers(config: DataConfig, num_documents: int, mean_bytes: float) -> int:
+    """Returns how many processes are worth starting, at most one for each core."""
+    per_worker = min(_DOCUMENTS_PER_WORKER, _BYTES_PER_WORKER / mean_bytes)
+    if config.tokenizer != "byte":
+        per_worker /= 8
+    return min(len(os.sched_getaffinity(0)), int(num_documents / per_worker))
+
+
+def _mean_bytes(documents: Documents) -> float:
+    """Returns about how many bytes a document has, from a few that are spread evenly."""
+    count = min(_SAMPLED_DOCUMENTS, len(documents))
+    starts = [number * len(documents) // count for number in range(count)]
+    sizes = [
+        len(document.text.encode(errors="replace"))
+        for start in starts
+        for document in documents.between(start, start + 1)
+    ]
+    return max(1.0, sum(sizes) / max(1, count))
 
 
 def _summary(rows: PreparedRows, seconds: float) -> str:

@@ -16,6 +16,7 @@ from moe.data import prepare as module
 from moe.data.prepare import PreparedRows, prepare
 from moe.data.rows import JoinedRows
 from moe.data.tokenizers import make_tokenizer
+from moe.data.workers import write_in_processes
 from tests.data.conftest import TRAIN
 from tests.data.test_prepare import contents
 
@@ -35,6 +36,28 @@ def test_other_packings_have_the_same_bytes_whatever_the_number_of_workers(
     moved = tmp_path / "moved"
     alone.directory.rename(moved)
     assert contents(prepare(config, "train", 2).directory) == contents(moved)
+
+
+def test_few_large_documents_are_shared_by_processes(
+    fresh: DataConfig, monkeypatch: pytest.MonkeyPatch
+):
+    """A large plain file is cut into documents of a mebibyte, of which a gibibyte has few."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1})
+    asked = []
+
+    def write(job, num_workers, advance):
+        asked.append((job.num_shards, num_workers))
+        return write_in_processes(job, num_workers, advance)
+
+    monkeypatch.setattr(module, "write_in_processes", write)
+    prepare(packed(fresh, "concat", 32), "train")
+    assert asked == []  # 594 small documents
+    monkeypatch.setattr(module, "_BYTES_PER_SHARD", 200)
+    monkeypatch.setattr(module, "_BYTES_PER_WORKER", 1000)
+    rows = prepare(packed(fresh, "concat"), "train")
+    ((num_shards, num_workers),) = asked
+    assert num_shards > 20 and num_workers == 2
+    assert rows.num_documents == len(DOCUMENTS)
 
 
 @pytest.mark.parametrize("packing", ["concat", "best_fit", "pad"])
