@@ -35,8 +35,7 @@ def fitting_layouts(config: RunConfig, devices: int, chip: Chip) -> list[Layout]
     """Returns the layouts on so many chips that fit their memory, the shortest step first.
 
     For each mesh and each choice of remat, it has the fewest microbatches that fit. Layouts of
-    equal time come with the most free memory first. Only the axes that the config's model can use
-    are divided: `expert` for experts, and `context` where attention can be.
+    equal time come with the least to hide behind it first, then with the most free memory.
     """
     found = []
     for mesh in _meshes(config, devices):
@@ -45,7 +44,11 @@ def fitting_layouts(config: RunConfig, devices: int, chip: Chip) -> list[Layout]
         for remat in ("none", "full"):
             if fit := _first_fit(config, mesh, remat, chip):
                 found.append(Layout(fit, estimate(fit, mesh, chip)))
-    order = lambda layout: (layout.estimate.step_seconds, layout.estimate.memory.total)
+    order = lambda layout: (
+        layout.estimate.step_seconds,
+        sum(layout.estimate.seconds.values()),
+        layout.estimate.memory.total,
+    )
     return sorted(found, key=order)
 
 
