@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from moe.config import AXES, ConfigError, MeshConfig, RunConfig, check_layout
+from moe.config import ConfigError, MeshConfig, RunConfig, check_layout
 from moe.config.layout import count_batch_parts
 from moe.scaling.hardware import Chip
 from moe.scaling.memory import state_bytes, step_bytes
@@ -139,7 +139,7 @@ def _meshes(config: RunConfig, devices: int) -> Iterator[MeshConfig]:
     """Yields the meshes of so many devices that could suit a config."""
     experts = max(1, config.model.moe.num_experts)
     limits = {"expert": experts, "tensor": config.model.num_heads}
-    axes = [axis for axis in AXES if axis != "data"]
+    axes = ("fsdp", "expert", "context", "tensor")  # `data` takes what remains
     divisors = [n for n in range(1, devices + 1) if devices % n == 0]
     choices = [[n for n in divisors if n <= limits.get(axis, devices)] for axis in axes]
     for sizes in itertools.product(*choices):
