@@ -92,6 +92,7 @@ def h200s(topology):
     [
         ("dense_125m", "1x1x1"),
         ("dense_1b", "1x1x8"),
+        ("dense_1b_32k", "1x1x8"),
         ("dense_7b", "1x8x8"),
         ("moe_1b_7b", "1x8x8"),
     ],
