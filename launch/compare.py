@@ -8,10 +8,11 @@ Examples:
     python -m launch.compare --sweep=configs/experiments/moe_vs_dense.py \\
         --workdir=runs/moe_vs_dense --report_only
 
-An experiment is a sweep whose runs are named VARIANT/seed_N, as moe.scaling.sweep.repeat names
-them. It is trained as launch.sweep trains it: in the same directories, with the same table, and
-either command goes on with what the other has begun. Or name config files and seeds; each file is a
-variant. All variants are trained with the first seed before any is with the second one.
+An experiment is a sweep whose runs are named VARIANT/seed_N, as
+moe.scaling.experiments.sweep.repeat names them. It is trained as launch.sweep trains it: in the
+same directories, with the same table, and either command goes on with what the other has begun. Or
+name config files and seeds; each file is a variant. All variants are trained with the first seed
+before any is with the second one.
 
 Writes and prints DIR/comparison.md: losses with standard errors, the paired differences from the
 first variant with a t-test, and the variants on the Pareto fronts of loss against FLOPs,

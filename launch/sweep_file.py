@@ -11,7 +11,7 @@ from moe.config import ConfigError, RunConfig
 from moe.data.sources import check_dataset
 from moe.data.tokenizers import check_tokenizer
 from moe.files import announce_wait
-from moe.scaling.sweep import Point, Run, expand, link, overrides_between
+from moe.scaling.experiments.sweep import Point, Run, expand, link, overrides_between
 from moe.storage.paths import RunPath
 from moe.workdir.identity import CONFIG_FILE, checkpoint_steps, read_config
 from moe.workdir.tracking import check_workdir

@@ -16,9 +16,9 @@ from typing import Any
 from launch.series import read_series
 from moe.config import ConfigError, MeshConfig, RunConfig
 from moe.data.prepare import open_split
+from moe.scaling.experiments.sweep import Run, identity
 from moe.scaling.flops import model_columns, planned_flops, planned_tokens
 from moe.scaling.memory import state_bytes
-from moe.scaling.sweep import Run, identity
 from moe.storage.paths import RunPath, make_directory, write_whole
 from moe.workdir.tracking import METRICS_FILE, read_metrics
 

@@ -24,7 +24,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from moe.config import RunConfig
-from moe.scaling.sweep import Point, repeat
+from moe.scaling.experiments.sweep import Point, repeat
 
 SEEDS = (0, 1, 2)
 

@@ -2,9 +2,9 @@
 
 The text is Python's standard library, in bytes. Every budget's best size should lie within its
 range: at 4e12 FLOPs it is between the widths 48 and 96, and it grows with the budget. Shapes,
-learning rates, batches and warm-ups follow the rules of moe/scaling/shapes.py, with a factor on the
-learning rate that a few runs have shown. These are losses by learning rate, with beta2=0.95 at 1e12
-FLOPs, and below with 0.99 at 4e12:
+learning rates, batches and warm-ups follow the rules of moe/scaling/experiments/shapes.py, with a
+factor on the learning rate that a few runs have shown. These are losses by learning rate, with
+beta2=0.95 at 1e12 FLOPs, and below with 0.99 at 4e12:
 
     width 32   0.0106: 1.653, 0.0212: 1.626                  the rule: 0.0176
     width 48   0.0082: 1.647, 0.0165: 1.630, 0.0274: 1.647   the rule: 0.0137
@@ -33,8 +33,8 @@ from collections.abc import Iterator
 from ml_collections import ConfigDict
 
 from moe.config import RunConfig
-from moe.scaling.ladders import iso_flop_ladder
-from moe.scaling.sweep import Point, repeat
+from moe.scaling.experiments.ladders import iso_flop_ladder
+from moe.scaling.experiments.sweep import Point, repeat
 
 WIDTHS = {
     4e12: (40, 48, 64, 80, 96),

@@ -19,8 +19,8 @@ from ml_collections import ConfigDict
 
 from configs.sweeps import isoflop_tiny
 from moe.config import RunConfig
-from moe.scaling.ladders import sparsity_ladder
-from moe.scaling.sweep import Point
+from moe.scaling.experiments.ladders import sparsity_ladder
+from moe.scaling.experiments.sweep import Point
 
 TOKENS = 3e6
 

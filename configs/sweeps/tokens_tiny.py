@@ -16,8 +16,8 @@ from ml_collections import ConfigDict
 
 from configs.sweeps import isoflop_tiny
 from moe.config import RunConfig
-from moe.scaling.ladders import token_ladder
-from moe.scaling.sweep import Point
+from moe.scaling.experiments.ladders import token_ladder
+from moe.scaling.experiments.sweep import Point
 
 
 def get_config() -> ConfigDict:

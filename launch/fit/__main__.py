@@ -25,10 +25,10 @@ first: they say when the numbers above them mean little, and what to do about it
 
 --budget finds the best model for a number of training FLOPs: the law is minimised over models. If
 the table has a column `config`, as tables of launch.sweep have, these are the models of the table
-and models scaled from them by the rules of moe/scaling/shapes.py, with exact FLOPs; otherwise they
-are dense models of any size, at 6 FLOPs for each parameter and token. --emit writes the config of
-the best model for the largest budget, to train it with launch.train. A law that cannot say what is
-asked for is refused in one line.
+and models scaled from them by the rules of moe/scaling/experiments/shapes.py, with exact FLOPs;
+otherwise they are dense models of any size, at 6 FLOPs for each parameter and token. --emit writes
+the config of the best model for the largest budget, to train it with launch.train. A law that
+cannot say what is asked for is refused in one line.
 
 Writes to --output, by default DIRECTORY_OF_TABLE/fit_LAW: index.html, a page that holds everything
 and needs no network; its figures as PNG files; and fit.json, with the coefficients, best models and
@@ -55,7 +55,7 @@ from launch.plotting import Drawing, write_drawing
 from moe.config import ConfigError
 from moe.config.checks import expand_path
 from moe.files import write_whole
-from moe.scaling.candidates import Candidate
+from moe.scaling.experiments.candidates import Candidate
 
 LEAST_BOOTSTRAPS = 100  # fewer have no 95 % interval worth the name
 

@@ -8,13 +8,13 @@ import numpy as np
 
 from launch.fit.axes import count_text, power_text
 from moe.config import ConfigError, RunConfig
-from moe.scaling.candidates import Candidate, columns_at
+from moe.scaling.experiments.candidates import Candidate, columns_at
+from moe.scaling.experiments.optimum import Columns, Loss, Optimum, best_point, best_size, summarise
+from moe.scaling.experiments.runs import Runs, list_rows, make_runs
 from moe.scaling.flops import planned_flops, planned_tokens
 from moe.scaling.laws import Fit, Law, predict_samples
 from moe.scaling.laws.isoflop import IsoFlop
 from moe.scaling.laws.warnings import EPOCHS
-from moe.scaling.optimum import Columns, Loss, Optimum, best_point, best_size, summarise
-from moe.scaling.runs import Runs, list_rows, make_runs
 
 SPARSE_INPUTS = {"experts", "granularity", "density"}  # what only models with experts have
 FAR = 10.0  # times the largest run: budgets beyond this get a note

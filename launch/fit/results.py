@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from launch.fit.axes import count_text, power_text
+from moe.scaling.experiments.optimum import Optimum
 from moe.scaling.laws import Fit
 from moe.scaling.laws.hyperparameters import StepLaw
 from moe.scaling.laws.isoflop import IsoFlop
-from moe.scaling.optimum import Optimum
 
 SAME = 1e-4  # two searches whose objectives differ by less than this share found the same optimum
 

@@ -26,13 +26,13 @@ from launch.fit.results import (
 )
 from launch.plotting import Drawing
 from moe.config import ConfigError, RunConfig
-from moe.scaling.candidates import Candidate, list_candidates
+from moe.scaling.experiments.candidates import Candidate, list_candidates
+from moe.scaling.experiments.optimum import Optimum
+from moe.scaling.experiments.run_checks import check_runs
+from moe.scaling.experiments.runs import Runs
 from moe.scaling.laws import LAWS, fit
 from moe.scaling.laws.hyperparameters import fit_step_law
 from moe.scaling.laws.isoflop import fit_isoflop
-from moe.scaling.optimum import Optimum
-from moe.scaling.run_checks import check_runs
-from moe.scaling.runs import Runs
 
 Progress = Callable[[int, int, str], None]
 Models = Sequence[tuple[Optimum, RunConfig | None]]

@@ -30,12 +30,12 @@ from launch.fit.prediction import (
 from launch.fit.rates import best_rate_drawing, rate_drawing
 from launch.plotting import Drawing
 from moe.config import ConfigError
-from moe.scaling.candidates import Candidate
+from moe.scaling.experiments.candidates import Candidate
+from moe.scaling.experiments.optimum import FLOPS_PER_PARAMETER, Optimum
+from moe.scaling.experiments.runs import Runs, make_runs
 from moe.scaling.laws import Fit, HeldOut, predict
 from moe.scaling.laws.hyperparameters import StepLaw
 from moe.scaling.laws.isoflop import Curve, IsoFlop, fit_isoflop
-from moe.scaling.optimum import FLOPS_PER_PARAMETER, Optimum
-from moe.scaling.runs import Runs, make_runs
 
 LINE_POINTS = 25  # budgets at which the best model is sought for a line
 EVERY = 5  # one of so many samples of the bootstrap makes the band around a line

@@ -8,7 +8,7 @@ from pathlib import Path
 from absl import flags
 
 from moe.config import ConfigError
-from moe.scaling.runs import Runs, read_bytes, read_runs
+from moe.scaling.experiments.runs import Runs, read_bytes, read_runs
 
 # The help lists the flags that are defined here as the command's own.
 flags.disclaim_key_flags()

@@ -1,1 +1,1 @@
-"""Counts what models cost, plans sweeps over them, and fits scaling laws to the runs."""
+"""Counts what models and their layouts cost, and holds the rules and laws of experiments."""

@@ -7,7 +7,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from moe.config import ConfigError, DataConfig, RunConfig, SourceConfig
-from moe.scaling.sweep import Point, expand, identity, overrides_between
+from moe.scaling.experiments.sweep import Point, expand, identity, overrides_between
 from moe.workdir.identity import differing_fields
 
 CODE = {"dataset": "stdlib", "weights": (3.0, 1.0)}

@@ -18,8 +18,8 @@ from launch import sweep_table
 from launch.compare import compare, group, read_planned
 from launch.sweep_file import Planned, plan, read_sweep
 from moe.config import ConfigError, MoEConfig, RunConfig
+from moe.scaling.experiments.sweep import Point, repeat
 from moe.scaling.flops import training_flops_per_token
-from moe.scaling.sweep import Point, repeat
 from moe.workdir.tracking import read_metrics
 from tests.launch.compared_runs import TINY, Rows, write_run
 from tests.launch.report_runs import colours
@@ -30,7 +30,7 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from moe.scaling.sweep import Point, repeat
+from moe.scaling.experiments.sweep import Point, repeat
 from tests.launch.compared_runs import TINY
 
 def get_config():

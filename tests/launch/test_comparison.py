@@ -16,7 +16,7 @@ from launch.comparison import (
     summarize,
 )
 from launch.sweep_table import Row, planned_row
-from moe.scaling.sweep import Point, expand
+from moe.scaling.experiments.sweep import Point, expand
 from tests.launch.compared_runs import TINY
 
 PLANNED = planned_row(expand(TINY, [Point("a", {})])[0])

@@ -26,7 +26,11 @@ from launch.fit.results import as_json, as_text
 from launch.fit.study import fit_curves
 from launch.plotting import write_drawing
 from moe.config import ConfigError, RunConfig
-from moe.scaling.candidates import list_candidates
+from moe.scaling.experiments.candidates import list_candidates
+from moe.scaling.experiments.ladders import iso_flop_ladder, with_experts
+from moe.scaling.experiments.runs import make_runs
+from moe.scaling.experiments.shapes import scale_model, scale_run
+from moe.scaling.experiments.sweep import expand
 from moe.scaling.flops import (
     active_parameters,
     planned_flops,
@@ -34,11 +38,7 @@ from moe.scaling.flops import (
     total_parameters,
     training_flops_per_token,
 )
-from moe.scaling.ladders import iso_flop_ladder, with_experts
 from moe.scaling.laws.isoflop import fit_isoflop
-from moe.scaling.runs import make_runs
-from moe.scaling.shapes import scale_model, scale_run
-from moe.scaling.sweep import expand
 from moe.workdir.tracking import read_metrics
 
 ROOT = Path(__file__).parents[2]

@@ -34,8 +34,8 @@ from launch.fit.results import (
 )
 from launch.plotting import THEMES, Drawing, style
 from moe.config import ConfigError, RunConfig
-from moe.scaling.optimum import Optimum
-from moe.scaling.runs import make_runs
+from moe.scaling.experiments.optimum import Optimum
+from moe.scaling.experiments.runs import make_runs
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 # Its last run waits in step 30 until the test opens the gate.
 SWEEP = """
 from moe.config import RunConfig
-from moe.scaling.sweep import Point
+from moe.scaling.experiments.sweep import Point
 from tests.launch import gated
 
 def get_config():

@@ -23,7 +23,7 @@ from launch.sweep_process import Slot
 from launch.sweep_runs import Sweep, report_rows
 from launch.sweep_table import COLUMNS, gather, read_result
 from moe.config import ConfigError, OptimizerConfig
-from moe.scaling.sweep import Point
+from moe.scaling.experiments.sweep import Point
 from moe.storage.paths import RunPath
 from moe.workdir.identity import ABOUT_FILE, write_config
 from moe.workdir.tracking import read_metrics
@@ -32,7 +32,7 @@ from tests.launch.compared_runs import TINY, Rows
 ROOT = Path(__file__).parents[2]
 SWEEP = """
 from moe.config import RunConfig
-from moe.scaling.sweep import Point
+from moe.scaling.experiments.sweep import Point
 
 def get_config():
     return RunConfig.config_dict()

@@ -17,7 +17,7 @@ from launch.sweep_progress import last_step
 ROOT = Path(__file__).parents[2]
 SWEEP = """
 from moe.config import RunConfig
-from moe.scaling.sweep import Point
+from moe.scaling.experiments.sweep import Point
 
 def get_config():
     config = RunConfig.config_dict()

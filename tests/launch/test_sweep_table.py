@@ -9,7 +9,7 @@ from launch import sweep_table
 from launch.sweep_file import plan
 from launch.sweep_table import COLUMNS, planned_row, read_result, write_result
 from moe.config import MoEConfig
-from moe.scaling.sweep import Point, expand
+from moe.scaling.experiments.sweep import Point, expand
 from moe.workdir.tracking import MetricWriter
 from tests.launch.compared_runs import TINY, Rows, write_run
 

@@ -2,8 +2,8 @@
 
 import numpy as np
 
+from moe.scaling.experiments.runs import Runs, make_runs
 from moe.scaling.laws import LAWS, predict
-from moe.scaling.runs import Runs, make_runs
 
 TRUTH = {"E": 1.8, "A": 480.0, "alpha": 0.35, "B": 2100.0, "beta": 0.37}
 

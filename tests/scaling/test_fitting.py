@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from moe.config import ConfigError
+from moe.scaling.experiments.runs import make_runs
 from moe.scaling.laws import LAWS, fit, predict, predict_samples
 from moe.scaling.laws.formulas import Objective, read_inputs
 from moe.scaling.laws.minimise import Problem, gauss_newton
 from moe.scaling.laws.refits import bootstrap, exactly_determined_share, group_values
-from moe.scaling.runs import make_runs
 from tests.scaling.tables import TRUTH, isoflop_runs
 from tests.scaling.test_formulas import PAPERS
 

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
+from moe.scaling.experiments.runs import make_runs
 from moe.scaling.laws import LAWS, predict
 from moe.scaling.laws.formulas import read_inputs
-from moe.scaling.runs import make_runs
 
 # Coefficients as the papers print them.
 PAPERS = {

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from moe.config import ConfigError
+from moe.scaling.experiments.runs import make_runs
 from moe.scaling.laws import LAWS, fit, fit_isoflop, power_law, predict
-from moe.scaling.runs import make_runs
 
 
 def parabolic_runs(exponent: float = 0.5, curvature: float = 0.05, budgets: int = 4, noise=0.0):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from moe.config import ConfigError
+from moe.scaling.experiments.runs import Runs, read_runs
 from moe.scaling.laws import LAWS, fit, fit_isoflop, power_law, predict
-from moe.scaling.runs import Runs, read_runs
 
 DATA = Path(__file__).parents[1] / "data" / "laws"
 FEW = {"num_starts": 30, "num_bootstraps": 40}

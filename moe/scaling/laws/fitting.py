@@ -4,6 +4,8 @@ import dataclasses
 
 import numpy as np
 
+from moe.scaling.experiments.run_checks import check_runs
+from moe.scaling.experiments.runs import Runs
 from moe.scaling.laws.formulas import CHINCHILLA, KAPLAN, OVERTRAINING, Law, read_inputs
 from moe.scaling.laws.minimise import Problem, Progress
 from moe.scaling.laws.optimum import condition_number, find_optimum
@@ -11,8 +13,6 @@ from moe.scaling.laws.refits import bootstrap, drift, predict_largest_budget
 from moe.scaling.laws.result import Fit, named, predict
 from moe.scaling.laws.routed import CLARK, FINE_GRAINED, JOINT, SPARSITY
 from moe.scaling.laws.warnings import find_warnings, why_not_identifiable
-from moe.scaling.run_checks import check_runs
-from moe.scaling.runs import Runs
 
 LAWS = {
     law.name: law

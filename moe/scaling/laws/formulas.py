@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 
-from moe.scaling.runs import Runs
+from moe.scaling.experiments.runs import Runs
 
 Inputs = dict[str, np.ndarray]
 # Returns the logarithms of the predicted losses, [P, N], and their derivatives, [P, N, K].

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 import numpy as np
 
 from moe.config.checks import ConfigError
+from moe.scaling.experiments.run_checks import check_values, leave_out
+from moe.scaling.experiments.runs import Runs
 from moe.scaling.laws.refits import group_values
 from moe.scaling.laws.result import named_intervals
 from moe.scaling.laws.warnings import SINGULAR, runs_left_out, too_few, wide_exponent
-from moe.scaling.run_checks import check_values, leave_out
-from moe.scaling.runs import Runs
 
 _NEAR = 0.0025  # runs with a loss at most this far above the lowest one of their grid count
 _RATE = ("learning_rate_factor", "learning_rate_N_exponent", "learning_rate_D_exponent")

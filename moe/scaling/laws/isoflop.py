@@ -9,11 +9,11 @@ from collections.abc import Iterator
 import numpy as np
 
 from moe.config.checks import ConfigError
+from moe.scaling.experiments.run_checks import check_runs
+from moe.scaling.experiments.runs import Runs
 from moe.scaling.laws.refits import group_values
 from moe.scaling.laws.result import named_intervals
 from moe.scaling.laws.warnings import repeated_text, runs_left_out
-from moe.scaling.run_checks import check_runs
-from moe.scaling.runs import Runs
 
 COLUMNS = ("active_parameters", "tokens", "flops")
 COEFFICIENTS = ("N_factor", "N_exponent", "D_factor", "D_exponent")

@@ -4,11 +4,11 @@ import dataclasses
 
 import numpy as np
 
+from moe.scaling.experiments.runs import Runs
 from moe.scaling.laws.formulas import Law, read_inputs
 from moe.scaling.laws.minimise import Problem, Progress, gauss_newton
 from moe.scaling.laws.optimum import polish
 from moe.scaling.laws.result import HeldOut, named, predict
-from moe.scaling.runs import Runs
 
 DELTAS = (1e-4, 1e-3, 1e-2, np.inf)
 _OTHER_STARTS = 4

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
+from moe.scaling.experiments.runs import Runs
 from moe.scaling.laws.formulas import Law, read_inputs
-from moe.scaling.runs import Runs
 
 INTERVAL = (0.025, 0.975)  # the quantiles of bootstraps between which 95 % lie
 

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from moe.scaling.experiments.runs import Runs
 from moe.scaling.laws.formulas import exponent, read_inputs
 from moe.scaling.laws.refits import exactly_determined_share
 from moe.scaling.laws.result import INTERVAL, Fit
-from moe.scaling.runs import Runs
 
 # An exponent that is uncertain by this factor does not say whether ten times the size saves as much
 # as a hundred times.

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from moe.scaling.optimum import best_point, best_size
+from moe.scaling.experiments.optimum import best_point, best_size
 
 # Hoffmann et al.'s law as Besiroglu et al. 2024 (arXiv 2404.10102) refitted it.
 A, B, E, ALPHA, BETA = 482.0, 2085.0, 1.817, 0.348, 0.366

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from moe.config import ConfigError, DataConfig, MeshConfig, RunConfig, TrainConfig
-from moe.scaling.sweep import Point, expand, grid, identity, overrides_between, repeat
+from moe.scaling.experiments.sweep import Point, expand, grid, identity, overrides_between, repeat
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 BASE = RunConfig()
 
 
@@ -154,7 +154,7 @@ def test_ten_thousand_runs_are_specified_within_ten_seconds() -> None:
         from launch.sweep import describe
         from launch.sweep_file import plan
         from moe.config import RunConfig
-        from moe.scaling.sweep import grid
+        from moe.scaling.experiments.sweep import grid
         from pathlib import Path
         rates = [0.001 * (1 + n) for n in range(100)]
         points = list(grid({"optimizer.learning_rate": rates, "seed": range(100)}))

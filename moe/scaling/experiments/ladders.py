@@ -9,8 +9,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from moe.config import ConfigError, ModelConfig, RunConfig
-from moe.scaling.shapes import scale_model, scale_run, tokens_for
-from moe.scaling.sweep import Point, overrides_between
+from moe.scaling.experiments.shapes import scale_model, scale_run, tokens_for
+from moe.scaling.experiments.sweep import Point, overrides_between
 
 _KEPT = 40  # checkpoints of a trunk, at most, unless its forks need others
 

@@ -1,8 +1,8 @@
 """Lists the configs that could spend a budget: those of a table of runs, scaled to other widths.
 
 A width that the table has keeps the table's own model. For any other width, the nearest model with
-the same experts is scaled by the rule of moe/scaling/shapes.py. Learning rate, batch, warm-up and
-steps follow from the size and the tokens by the same file's rules.
+the same experts is scaled by the rule of moe/scaling/experiments/shapes.py. Learning rate, batch,
+warm-up and steps follow from the size and the tokens by the same file's rules.
 """
 
 import dataclasses
@@ -12,8 +12,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from moe.config import ConfigError, ModelConfig, RunConfig
+from moe.scaling.experiments.shapes import scale_model, scale_run, tune
 from moe.scaling.flops import model_columns, planned_tokens, run_training_flops
-from moe.scaling.shapes import scale_model, scale_run, tune
 
 WIDTH_STEP = 8  # widths are multiples of this
 GROWTH = 1.04  # the ratio of two neighbouring widths, where WIDTH_STEP is less than that

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 
 from moe.config import ModelConfig, MoEConfig, RunConfig
+from moe.scaling.experiments.shapes import scale_model, scale_run, tokens_for, tune
 from moe.scaling.flops import total_parameters, training_flops_per_token
-from moe.scaling.shapes import scale_model, scale_run, tokens_for, tune
 
 BASE = ModelConfig(
     num_layers=4, model_dim=128, feed_forward_dim=344, num_heads=4, num_kv_heads=2, head_dim=32

@@ -10,9 +10,9 @@ import pytest
 from pyarrow import parquet
 
 from moe.config import ConfigError
+from moe.scaling.experiments.run_checks import check_runs
+from moe.scaling.experiments.runs import make_runs, read_runs
 from moe.scaling.laws import LAWS
-from moe.scaling.run_checks import check_runs
-from moe.scaling.runs import make_runs, read_runs
 from tests.scaling.tables import isoflop_runs
 
 TABLE = """name,N,D,L,set
@@ -215,7 +215,7 @@ def test_a_dense_law_refuses_a_table_of_different_mixtures():
 def test_a_bad_table_is_told_before_anything_slow_is_imported():
     program = """
 import sys
-import moe.scaling.laws, moe.scaling.runs
+import moe.scaling.laws, moe.scaling.experiments.runs
 print(sorted({"jax", "flax", "scipy", "matplotlib", "pandas"} & sys.modules.keys()))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

@@ -12,9 +12,14 @@ from moe.config import (
     RunConfig,
     TrainConfig,
 )
+from moe.scaling.experiments.ladders import (
+    iso_flop_ladder,
+    sparsity_ladder,
+    token_ladder,
+    tuning_grid,
+)
+from moe.scaling.experiments.sweep import Run, expand
 from moe.scaling.flops import training_flops_per_token
-from moe.scaling.ladders import iso_flop_ladder, sparsity_ladder, token_ladder, tuning_grid
-from moe.scaling.sweep import Run, expand
 
 BASE = RunConfig(
     model=ModelConfig(

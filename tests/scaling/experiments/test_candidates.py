@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from moe.config import MeshConfig, ModelConfig, MoEConfig, RunConfig, TrainConfig
-from moe.scaling.candidates import (
+from moe.scaling.experiments.candidates import (
     candidate_widths,
     columns_at,
     list_candidates,
     rate_factor,
 )
+from moe.scaling.experiments.shapes import scale_run
 from moe.scaling.flops import planned_flops, total_parameters, training_flops_per_token
-from moe.scaling.shapes import scale_run
 
 SMALL = ModelConfig(num_layers=2, model_dim=64, feed_forward_dim=256, num_heads=4, head_dim=16)
 # 96 / 64 of the depth would be 3: this model is not what the rule makes of SMALL.

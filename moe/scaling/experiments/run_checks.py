@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from moe.config.checks import ConfigError
-from moe.scaling.runs import Runs, list_rows
+from moe.scaling.experiments.runs import Runs, list_rows
 
 _ARCHITECTURE = (
     "parameters",
