@@ -27,6 +27,10 @@ another run whose model is the same. --fork_from starts one from the whole state
 whose config is the same but for train.steps, at a step before the learning rate of either falls.
 It becomes, bit for bit, the run of that many steps.
 
+Before anything is compiled, the memory that a step takes is counted. A config that cannot fit the
+devices is refused in one line, which names the cheapest change that makes it fit. --force starts it
+all the same.
+
 SIGUSR1 makes a process write the stacks of all its threads to stderr and go on.
 
 Exit codes: 0 trained to the end; 2 bad input, told in one line; 3 diverged: too many updates in a
@@ -63,7 +67,11 @@ def main(values: flags.FlagValues) -> int:
     check_dataset(config.data)
     check_tokenizer(use_stored_tokenizer(workdir, config))
     # This loads JAX, which bad input need not wait for.
+    from launch.plan_fit import check_fit
     from moe.training.trainer import Diverged, Interrupted, fit
+
+    if not values.force:
+        check_fit(config)
 
     try:
         metrics = fit(
@@ -118,6 +126,9 @@ def define_flags() -> None:
     )
     flags.DEFINE_integer(
         "fork_step", None, "The step of the checkpoint of --fork_from, before its decay."
+    )
+    flags.DEFINE_bool(
+        "force", False, "Whether to start even if counting says that the step cannot fit in memory."
     )
     flags.DEFINE_string(
         "profile_steps",

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from launch.summary import summary
+from launch.plan_components import summary
 from moe.config import ConfigError, DataConfig, ModelConfig, MoEConfig, OptimizerConfig, RunConfig
 from moe.config.checks import LARGEST_FLOAT, LARGEST_INT, SMALLEST_FLOAT, nearest_divisors
 from tests.config.test_config import FIELDS, ROOT, message, run_config

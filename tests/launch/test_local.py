@@ -397,7 +397,7 @@ def test_bad_input_is_one_line(arguments: list[str], error: str) -> None:
         ({"restarts": -1}, ["launch.train"], "--restarts=-1: set it to 0 or more"),
         ({}, [], "the command is missing: write it behind --, as in -- launch.train"),
         ({}, ["python"], "'python' is no command that uses devices: write one of launch.b"),
-        ({}, ["launch.summary"], "'launch.summary' is no command that uses devices: "),
+        ({}, ["launch.plan"], "'launch.plan' is no command that uses devices: "),
         ({}, ["launch.train", "--workdir"], "Missing value for flag --workdir"),
     ],
 )

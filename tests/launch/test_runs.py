@@ -1,4 +1,4 @@
-"""The commands around one small run: train, evaluate, generate, benchmark and summary.
+"""The commands around one small run: train, evaluate, generate, benchmark and plan.
 
 Training is killed, interrupted and resumed.
 """
@@ -14,7 +14,7 @@ import pytest
 from launch.benchmark import benchmark
 from launch.evaluate import evaluate
 from launch.generate import generate
-from launch.summary import compiled_flops, run_lines, summary
+from launch.plan_components import compiled_flops, run_lines, summary
 from moe.config import (
     ConfigError,
     DataConfig,
@@ -285,7 +285,7 @@ DENSE = "--config=configs/dense_tiny.py"
         ("train", (DENSE, "--workdir="), "workdir"),
         ("train", (DENSE, "--workdir=x", "--init_step=3"), "set --init_from"),
         ("train", (DENSE, "--workdir=x", "--fork_from=y"), "set --fork_step"),
-        ("summary", ("--config=configs/none.py",), "configs/none.py"),
+        ("plan", ("--config=configs/none.py",), "configs/none.py"),
         ("report", ("--workdir={empty}",), "metrics.jsonl"),
         ("evaluate", ("--workdir={empty}",), "config.json"),
     ],
@@ -329,7 +329,7 @@ def test_bad_input_that_needs_jax_or_a_data_set_is_answered_in_one_line(
         "train",
         "evaluate",
         "generate",
-        "summary",
+        "plan",
         "benchmark",
         "report",
         "routing",

@@ -1,29 +1,13 @@
-"""Prints the components that a config builds: shapes, parameters, FLOPs per token, and bytes.
+"""Counts the components that a config builds: shapes, parameters, FLOPs per token, and bytes.
 
-Examples:
-    python -m launch.summary --config=configs/dense_125m.py
-    python -m launch.summary --config=configs/dense_125m.py --config.model.num_layers=24
-    python -m launch.summary --config=configs/moe_8x7b.py
-    python -m launch.summary --config=configs/dense_tiny.py --compile
-
-Nothing is allocated or compiled: every number is counted from the config. FLOPs are those of
-training (forward and backward), averaged over the tokens of a row of
-config.data.sequence_length. Bytes of the table are those of the parameters in float32. The last
-line has the bytes of a training state on each device of config.mesh, without activations; an axis
-of size -1 counts as one device.
-
---compile also compiles the training step for one device, and prints how many FLOPs XLA counts in
-it. XLA counts the body of a loop once. Layers, microbatches and chunks of the loss are written out
-for this, but attention and dropless experts remain loops, of which XLA counts less than is done.
-docs/scaling_laws/counting.md compares the counts.
+Every number is counted from the config. FLOPs are those of training (forward and backward),
+averaged over the tokens of a row of config.data.sequence_length. Bytes of the table are those of
+the parameters in float32.
 """
 
 import dataclasses
 import math
 
-from absl import flags
-
-from launch import command_line
 from moe.config import MeshConfig, RunConfig
 from moe.scaling.flops import (
     embedding_parameters,
@@ -60,7 +44,7 @@ def summary(config: RunConfig) -> str:
         f"training FLOPs per token: {flops:,.0f} at sequence length {config.data.sequence_length} "
         f"(6N: {6 * active:,}, and {6 * (active - embeddings):,} without embeddings)",
     )
-    return "\n".join([*_align(rows), *totals])
+    return "\n".join([*align(rows), *totals])
 
 
 def run_lines(config: RunConfig) -> list[str]:
@@ -77,7 +61,12 @@ def run_lines(config: RunConfig) -> list[str]:
 
 
 def compiled_flops(config: RunConfig) -> float:
-    """Returns the FLOPs per token that XLA counts in a training step without loops of ours."""
+    """Returns the FLOPs per token that XLA counts in a training step without loops of ours.
+
+    XLA counts the body of a loop once. Layers, microbatches and chunks of the loss are written out
+    for this, but attention and dropless experts remain loops, of which XLA counts less than is
+    done. docs/scaling_laws/counting.md compares the counts.
+    """
     import jax
 
     from moe.training.train_step import make_program
@@ -101,12 +90,12 @@ def compiled_flops(config: RunConfig) -> float:
     return compiled.cost_analysis()["flops"] / (rows * length)
 
 
-def _align(rows: list[tuple[str, ...]]) -> list[str]:
+def align(rows: list[tuple[str, ...]]) -> list[str]:
     """Returns the rows as aligned lines, with a rule under the first one and after the last."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     cells = [
         [
-            cell.rjust(width) if cell[0].isdigit() else cell.ljust(width)
+            cell.rjust(width) if cell[:1].isdigit() else cell.ljust(width)
             for cell, width in zip(row, widths, strict=True)
         ]
         for row in rows
@@ -114,17 +103,3 @@ def _align(rows: list[tuple[str, ...]]) -> list[str]:
     rule = "  ".join("-" * width for width in widths)
     lines = ["  ".join(row).rstrip() for row in cells]
     return [lines[0], rule, *lines[1:], rule]
-
-
-def main(values: flags.FlagValues) -> None:
-    config = command_line.read_run_config(values.config)
-    print(summary(config))
-    print("\n".join(run_lines(config)))
-    if values.compile:
-        print(f"compiled step: {compiled_flops(config):,.0f} FLOPs per token, by XLA's count")
-
-
-if __name__ == "__main__":
-    command_line.define_config()
-    flags.DEFINE_bool("compile", False, "Whether to compile the step and print XLA's count too.")
-    command_line.run(main, __doc__)

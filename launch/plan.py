@@ -1,0 +1,102 @@
+"""Says beforehand what a run costs: its components, and what a layout takes on a chip.
+
+Examples:
+    python -m launch.plan --config=configs/dense_125m.py
+    python -m launch.plan --config=configs/dense_tiny.py --compile
+    python -m launch.plan --estimate --config=configs/dense_7b.py --chip=h200 --devices=64
+    python -m launch.plan --estimate --config=configs/moe_671b.py --chip=v5p --devices=1024 \\
+        --config.train.accumulation=30
+    python -m launch.plan --estimate --config=configs/dense_1b.py --chip=v5e --devices=64 --search
+    python -m launch.plan --estimate --config=configs/dense_tiny.py --chip=cpu
+
+Without --chip it prints the components that the config builds, with shapes, parameters and FLOPs,
+and the bytes of a training state on each device of config.mesh. An axis of size -1 counts as one
+device. --compile also compiles the training step for one device, and prints XLA's count of FLOPs.
+
+With --chip it adds what the run takes on so many of these chips: the memory of a device by kind,
+what each device must send in a step, and the time of a step at best. All of it is counted from the
+config: nothing is allocated or compiled, and no such chip is needed. --search lists the layouts
+that fit, the shortest step first, and plans the first one. The plan is also written as a page.
+docs/planning.md explains each figure.
+
+--chip=cpu measures this machine, which takes a minute, and predicts the time of a step on it.
+"""
+
+import math
+from pathlib import Path
+
+from absl import flags
+
+from launch import command_line
+from launch.plan_components import compiled_flops, run_lines, summary
+from launch.plan_page import plan_page
+from launch.plan_text import layout_lines, plan_lines
+from moe.config import ConfigError, RunConfig, check_layout
+from moe.files import write_whole
+from moe.scaling.hardware import CHIPS, Chip, find_chip
+from moe.scaling.layouts import Layout, fitting_layouts
+from moe.scaling.roofline import estimate
+
+
+def plan(values: flags.FlagValues, config: RunConfig) -> None:
+    """Prints the plan of a run on the chips that the flags name, and writes its page."""
+    chip = _read_chip(values.chip)
+    devices = values.devices or math.prod(abs(size) for size in config.mesh.sizes)
+    if values.search:
+        layouts = fitting_layouts(config, devices, chip)
+        if not layouts:
+            raise ConfigError(
+                f"--devices={devices} of {chip.name} have no layout that fits: "
+                "set more devices, or take a smaller model"
+            )
+        print("\n".join(layout_lines(layouts)))
+        layout = layouts[0]
+    else:
+        mesh = config.mesh.resolve(devices)
+        check_layout(config, mesh)
+        layout = Layout(config, estimate(config, mesh, chip))
+    print("\n".join(plan_lines(layout, chip)))
+    write_whole(Path(values.page), plan_page(layout, chip))
+    print(f"The page is {values.page}")
+
+
+def _read_chip(name: str) -> Chip:
+    """Returns the chip that --chip names. That of "cpu" is measured."""
+    if name != "cpu":
+        return find_chip(name)
+    from launch.plan_cpu import measure_cpu
+
+    return measure_cpu()
+
+
+def main(values: flags.FlagValues) -> None:
+    config = command_line.read_run_config(values.config)
+    for name in ("devices", "estimate", "search"):
+        if values[name].value and not values.chip:
+            raise ConfigError(
+                f"--{name} plans for a chip, and none is named: add --chip={'|'.join(CHIPS)}|cpu"
+            )
+    if values.chip and not values.estimate:
+        raise ConfigError(f"--chip={values.chip} is planned by counting alone: add --estimate")
+    print(summary(config))
+    print("\n".join(run_lines(config)))
+    if values.compile:
+        print(f"compiled step: {compiled_flops(config):,.0f} FLOPs per token, by XLA's count")
+    if values.chip:
+        plan(values, config)
+
+
+if __name__ == "__main__":
+    command_line.define_config()
+    flags.DEFINE_bool("compile", False, "Whether to compile the step and print XLA's count too.")
+    flags.DEFINE_string("chip", None, f"The chip to plan for: {', '.join(CHIPS)}, or cpu.")
+    flags.DEFINE_integer(
+        "devices",
+        None,
+        "How many devices there are, as JAX counts them; by default as many as config.mesh needs.",
+        lower_bound=1,
+    )
+    flags.DEFINE_bool("estimate", False, "Whether to count alone, without compiling anything.")
+    flags.DEFINE_bool("search", False, "Whether to list the layouts that fit, best first.")
+    flags.DEFINE_string("page", "plan.html", "The file to write the plan's page to.")
+    command_line.run(main, __doc__)

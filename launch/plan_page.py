@@ -1,0 +1,67 @@
+"""Writes the page of a plan, which needs no other file: bars of the memory by kind, and tables."""
+
+import dataclasses
+import html
+
+from launch.html_page import table, whole_page
+from launch.plan_text import (
+    GIB,
+    collective_rows,
+    fit_line,
+    headline,
+    memory_rows,
+    speed_line,
+    time_rows,
+)
+from moe.scaling.hardware import Chip
+from moe.scaling.layouts import Layout
+
+
+def plan_page(layout: Layout, chip: Chip) -> str:
+    """Returns the page of a plan as HTML."""
+    parts = [
+        f"<h1>A plan for {html.escape(chip.name)}</h1>",
+        _paragraph(headline(layout, chip)),
+        "<h2>Memory of a device</h2>",
+        _bars(layout, chip),
+        _paragraph(fit_line(layout, chip)),
+        _table(memory_rows(layout, chip)),
+        "<h2>Time of a step</h2>",
+        _paragraph(speed_line(layout)),
+        _table(time_rows(layout)),
+        "<h2>What each device sends</h2>",
+        _table(collective_rows(layout)),
+        "<h2>The layout</h2>",
+        _paragraph(layout.flags),
+    ]
+    return whole_page(f"Plan for {chip.name}", "\n".join(parts))
+
+
+def _bars(layout: Layout, chip: Chip) -> str:
+    """Returns one bar for each kind of memory, as long as its share of the chip's memory.
+
+    A layout that does not fit fills the width with its total, and a line marks the chip's memory.
+    """
+    memory = layout.estimate.memory
+    scale = max(memory.total, chip.memory_bytes)
+    limit = 100 * chip.memory_bytes / scale
+    colour = "var(--first)" if memory.total <= chip.memory_bytes else "var(--alarm)"
+    start, rows = 0.0, []
+    for kind, size in dataclasses.asdict(memory).items():
+        width = 100 * size / scale
+        rows.append(
+            f"<tr><td>{kind}</td><td style='width:75%'><div style='border-right:2px solid "
+            f"var(--muted);width:{limit:.2f}%'><div style='margin-left:{100 * start / limit:.2f}%;"
+            f"width:{100 * width / limit:.2f}%;min-width:1px;height:1.1rem;background:{colour}'>"
+            f"</div></div></td><td>{size / GIB:.2f} GiB</td></tr>"
+        )
+        start += width
+    return f"<div class='card scroll'><table class=bars>{''.join(rows)}</table></div>"
+
+
+def _table(rows: list[tuple[str, ...]]) -> str:
+    return table(rows[0], rows[1:])
+
+
+def _paragraph(text: str) -> str:
+    return f"<p>{html.escape(text)}</p>"

@@ -1,0 +1,129 @@
+"""Writes plans as text: what a layout takes, and the layouts that fit."""
+
+import dataclasses
+
+from launch.plan_components import align
+from moe.scaling.hardware import Chip
+from moe.scaling.layouts import Layout, cheapest_fit
+
+GIB = 2**30
+SHOWN_LAYOUTS = 10
+
+
+def plan_lines(layout: Layout, chip: Chip) -> list[str]:
+    """Returns a plan as lines: memory by kind, what is sent, and the time of a step."""
+    return [
+        "",
+        f"{headline(layout, chip)}",
+        "",
+        *align(memory_rows(layout, chip)),
+        fit_line(layout, chip),
+        "",
+        *align(collective_rows(layout)),
+        "",
+        *align(time_rows(layout)),
+        speed_line(layout),
+    ]
+
+
+def headline(layout: Layout, chip: Chip) -> str:
+    """Returns which devices a layout is for, and how they are divided."""
+    mesh = dataclasses.asdict(layout.estimate.mesh)
+    devices = 1
+    for size in mesh.values():
+        devices *= size
+    divided = ", ".join(f"{axis}={size}" for axis, size in mesh.items() if size > 1)
+    train, model = layout.config.train, layout.config.model
+    return (
+        f"{devices} {chip.name} as {divided or 'one device'}; {train.batch_size} rows in "
+        f"{train.accumulation} microbatches, remat={model.remat}: counted, not compiled"
+    )
+
+
+def memory_rows(layout: Layout, chip: Chip) -> list[tuple[str, ...]]:
+    """Returns the table of a device's memory by kind."""
+    memory = layout.estimate.memory
+    kinds = {**dataclasses.asdict(memory), "total": memory.total}
+    rows = [("memory of a device", "GiB", "of the chip")]
+    for kind, size in kinds.items():
+        rows.append((kind, f"{size / GIB:.2f}", f"{100 * size / chip.memory_bytes:.1f} %"))
+    return rows
+
+
+def fit_line(layout: Layout, chip: Chip) -> str:
+    """Returns whether a layout fits a chip, and otherwise what would make it fit."""
+    memory, room = layout.estimate.memory, chip.memory_bytes
+    if memory.total <= room:
+        return f"It fits: {(room - memory.total) / GIB:.1f} of {room / GIB:.1f} GiB stay free."
+    change = cheapest_fit(layout.config, layout.estimate.mesh, chip)
+    fix = (
+        f"set {change}" if change else "no change of remat, microbatches or fsdp does; use --search"
+    )
+    largest = memory.largest
+    return (
+        f"It does not fit {room / GIB:.1f} GiB. {largest.capitalize()} take most, "
+        f"{getattr(memory, largest) / GIB:.1f} GiB. To make it fit, {fix}."
+    )
+
+
+def collective_rows(layout: Layout) -> list[tuple[str, ...]]:
+    """Returns the table of the least that each device sends in a step."""
+    rows = [("least sent in a step", "over", "what", "times", "GiB")]
+    for collective in layout.estimate.collectives:
+        rows.append(
+            (
+                collective.kind,
+                ", ".join(collective.axes),
+                collective.what,
+                f"{collective.count:,.0f}",
+                f"{collective.bytes / GIB:.3f}",
+            )
+        )
+    total = sum(collective.bytes for collective in layout.estimate.collectives)
+    return [*rows, ("total", "", "", "", f"{total / GIB:.3f}")]
+
+
+def time_rows(layout: Layout) -> list[tuple[str, ...]]:
+    """Returns the table of what bounds a step's time."""
+    seconds = layout.estimate.seconds
+    return [("time of a step at least", "seconds")] + [
+        (name, f"{value:.4g}") for name, value in sorted(seconds.items(), key=lambda x: -x[1])
+    ]
+
+
+def speed_line(layout: Layout) -> str:
+    """Returns the estimated time of a step, its MFU, and what bounds it."""
+    plan, train = layout.estimate, layout.config.train
+    tokens = train.batch_size * layout.config.data.sequence_length
+    return (
+        f"A step takes at least {plan.step_seconds:.4g} s ({tokens / plan.step_seconds:,.0f} "
+        f"tokens/s, MFU {100 * plan.mfu:.0f} %), bounded by {plan.bound}; "
+        f"{train.steps:,} steps, {train.steps * plan.step_seconds / 3600:,.1f} hours."
+    )
+
+
+def layout_lines(layouts: list[Layout]) -> list[str]:
+    """Returns the table of the layouts that fit, and the flags of the best one."""
+    rows = [("", "mesh", "remat", "microbatches", "GiB", "seconds", "MFU", "bounded by")]
+    for number, layout in enumerate(layouts[:SHOWN_LAYOUTS], 1):
+        plan = layout.estimate
+        mesh = dataclasses.asdict(plan.mesh)
+        rows.append(
+            (
+                str(number),
+                " ".join(f"{axis}={size}" for axis, size in mesh.items() if size > 1) or "-",
+                layout.config.model.remat,
+                str(layout.config.train.accumulation),
+                f"{plan.memory.total / GIB:.1f}",
+                f"{plan.step_seconds:.4g}",
+                f"{100 * plan.mfu:.0f} %",
+                plan.bound,
+            )
+        )
+    shown = min(SHOWN_LAYOUTS, len(layouts))
+    return [
+        "",
+        f"{len(layouts)} layouts fit; the best {shown}, the shortest step first:",
+        *align(rows),
+        f"The first one: {layouts[0].flags}",
+    ]

@@ -1,0 +1,199 @@
+"""Counts what a step keeps in memory beside the training state, from the config and mesh alone.
+
+A step is at its largest in one of a few moments, and each moment is a list of arrays:
+
+- in the backward pass of a layer, whose forward pass full remat has computed again;
+- in the loss, while the logits of a chunk and the gradient of the unembedding exist;
+- where the gradient of the embedding is added up.
+
+What all moments share: the inputs of all layers (or, without remat, everything that their backward
+passes read), and the gradients. docs/planning.md explains the arrays one by one. Compilers add
+copies of their own, and how well they pack arrays can't be known beforehand.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from moe.config import ModelConfig, RunConfig
+from moe.scaling.arrays import parameters
+from moe.scaling.communication import FLOAT32, ITEM, local_tokens
+from moe.scaling.hardware import Platform
+
+# The arrays [B, T, D] in the backward pass of a layer: its input, the two normed inputs of its
+# parts and the stream between them, and the gradients of output, stream and normed input.
+MADE_STREAMS, GRADIENT_STREAMS = 4, 3
+# The arrays [B, T, F]: gate, up and their product, and the gradients of gate and up.
+MADE_WIDTHS, GRADIENT_WIDTHS = 3, 2
+NORMS = 2  # of a layer
+BATCH_BYTES = 17  # of a token: four int32 (token, target, segment and position) and a mask
+BLOCK_ROWS = 64  # to which dropless pads the rows of each expert
+
+
+class Activations(NamedTuple):
+    """Says how many bytes of one device a step takes beside its state and gradients."""
+
+    saved: int  # what the layers' backward passes read, in all layers
+    layer: int  # what one layer's backward pass makes, with its whole weights and their gradients
+    loss: int  # what the loss makes
+    embedding: int  # what the gradient of the embedding takes
+
+    @property
+    def temporaries(self) -> int:
+        """Returns the bytes of the moment that takes most, without what is saved for it."""
+        return max(self.layer, self.loss, self.embedding)
+
+
+class Widths(NamedTuple):
+    """Says how many numbers of each kind a token has on one device."""
+
+    stream: int
+    queries: int
+    keys: int
+    heads: int
+    vocabulary: int
+
+
+def weight_copies(config: RunConfig, sizes: Mapping[str, int], platform: Platform) -> int:
+    """Returns the bytes of the weights that a compiler copies for all layers before the loop.
+
+    That of GPUs reorders, in float32, the parts of weights that are gathered along another
+    dimension than their first. That of TPUs casts all weights of layers to the compute dtype, and
+    reorders those of attention.
+    """
+    total = 0
+    for array in parameters(config):
+        size = array.repeats * array.elements(sizes)
+        if platform == "gpu" and array.axes("D", sizes) and array.dims[0] != "D":
+            total += FLOAT32 * size
+        elif platform == "tpu" and array.repeats > 1 and len(array.dims) > 1:
+            total += ITEM[config.model.compute_dtype] * size
+            total += FLOAT32 * size if "attention" in array.name else 0
+    return total
+
+
+def activations(config: RunConfig, sizes: Mapping[str, int]) -> Activations:
+    """Returns the bytes that activations take on each device of a mesh of such axes."""
+    model, tokens = config.model, local_tokens(config, sizes)
+    item, widths = ITEM[model.compute_dtype], _widths(model, sizes)
+    stream = item * tokens * widths.stream
+    sparse = len(model.sparse_layers)
+    stacks = 2 if config.task == "span_corruption" else 1
+    if model.remat == "full":
+        saved = model.num_layers * stream
+    else:
+        saved = model.num_layers * tokens * _attention_residuals(widths, item)
+        saved += (model.num_layers - sparse) * _dense_residuals(model, sizes, tokens)
+        saved += sparse * _sparse_residuals(config, sizes, tokens) if sparse else 0
+    return Activations(
+        saved=stacks * saved,
+        layer=_layer(config, sizes, saved),
+        loss=_loss(config, widths, tokens),
+        embedding=FLOAT32 * widths.vocabulary * widths.stream + 2 * stream,
+    )
+
+
+def _widths(model: ModelConfig, sizes: Mapping[str, int]) -> Widths:
+    tensor, keys = sizes["tensor"], model.num_kv_heads
+    return Widths(
+        stream=model.model_dim,
+        queries=model.num_heads * model.head_dim // tensor,
+        keys=(keys // tensor if keys % tensor == 0 else keys) * model.head_dim,
+        heads=model.num_heads // tensor,
+        vocabulary=model.vocab_size // tensor,
+    )
+
+
+def _attention_residuals(widths: Widths, item: int) -> int:
+    """Returns the bytes of a token that the backward pass of attention and norms reads.
+
+    Each norm saves its input and the normed input in float32, and its result. Attention saves
+    queries, keys, values, the log-sum-exp, and the output twice: for itself and for the matmul that
+    follows. (In bfloat16 compilers merge these two, but then it saves what was rounded off.)
+    """
+    norms = NORMS * (2 * FLOAT32 + item) * widths.stream
+    heads = 3 * widths.queries + 2 * widths.keys
+    return norms + item * heads + FLOAT32 * widths.heads
+
+
+def _dense_residuals(model: ModelConfig, sizes: Mapping[str, int], tokens: int) -> int:
+    """Returns the bytes that the backward pass of a dense feed-forward part reads."""
+    width = MADE_WIDTHS * model.feed_forward_dim // sizes["tensor"]
+    return ITEM[model.compute_dtype] * tokens * width
+
+
+def _sparse_residuals(config: RunConfig, sizes: Mapping[str, int], tokens: int) -> int:
+    """Returns the bytes that the backward pass of a sparse part reads.
+
+    These are its input, in the compute dtype and for a router of float32, the scores of all
+    experts, gate and up of each row, and those of the shared experts with their product.
+    """
+    model, item = config.model, ITEM[config.model.compute_dtype]
+    router = FLOAT32 * model.model_dim if item < FLOAT32 else 0
+    shared = MADE_WIDTHS * model.moe.num_shared_experts * model.moe.expert_dim // sizes["tensor"]
+    per_token = item * (model.model_dim + shared) + router + 2 * FLOAT32 * model.moe.num_experts
+    width = model.moe.expert_dim // sizes["tensor"]
+    return tokens * per_token + 2 * item * expert_rows(config, sizes, tokens) * width
+
+
+def expert_rows(config: RunConfig, sizes: Mapping[str, int], tokens: int) -> int:
+    """Returns how many rows the experts of a device have room for in a microbatch."""
+    moe, length = config.model.moe, config.data.sequence_length
+    devices = sizes["expert"]
+    assignments, experts = tokens * moe.experts_per_token, moe.num_experts // devices
+    if devices > 1 and moe.exchange == "ragged_all_to_all":
+        room = math.ceil(assignments * moe.receive_factor)
+        return room + experts * BLOCK_ROWS
+    match moe.dispatch:
+        case "dense":
+            return tokens * devices * experts
+        case "capacity":
+            room = math.ceil(moe.row_share * min(length, tokens))
+            return experts * devices * max(1, tokens // length) * room
+        case "dropless":
+            return assignments * devices + experts * BLOCK_ROWS
+
+
+def _layer(config: RunConfig, sizes: Mapping[str, int], saved: int) -> int:
+    """Returns the bytes that the backward pass of the largest layer takes.
+
+    Full remat makes the layer's arrays again. Without remat, the backward pass takes the layer's
+    part of what is saved out of the arrays of all layers.
+    """
+    model, tokens = config.model, local_tokens(config, sizes)
+    item, widths = ITEM[model.compute_dtype], _widths(model, sizes)
+    heads = 2 * (widths.queries + widths.keys)
+    is_full = model.remat == "full"
+    streams = GRADIENT_STREAMS + (MADE_STREAMS if is_full else 0)
+    common = item * tokens * (streams * widths.stream + (heads if is_full else 0))
+    arrays = GRADIENT_WIDTHS + (MADE_WIDTHS if is_full else 0)
+    sparse, dense = 0, item * tokens * arrays * model.feed_forward_dim // sizes["tensor"]
+    if model.sparse_layers:
+        sparse = _sparse_layer(config, sizes, tokens)
+        dense = dense if len(model.sparse_layers) < model.num_layers else 0
+    return common + max(sparse, dense) + (0 if is_full else saved // model.num_layers)
+
+
+def _sparse_layer(config: RunConfig, sizes: Mapping[str, int], tokens: int) -> int:
+    """Returns the bytes that the backward pass of a sparse part takes beside the stream."""
+    model, item = config.model, ITEM[config.model.compute_dtype]
+    rows = expert_rows(config, sizes, tokens)
+    width = model.moe.expert_dim // sizes["tensor"]
+    arrays = GRADIENT_WIDTHS + (MADE_WIDTHS if model.remat == "full" else 0)
+    weights = [array for array in parameters(config) if array.name == "experts"]
+    # The gradients of all three weights leave the kernel together, before they are scattered.
+    whole = sum(array.elements(sizes, whole=("fsdp",)) for array in weights)
+    return item * rows * (2 * model.model_dim + arrays * width) + (item + FLOAT32) * whole
+
+
+def _loss(config: RunConfig, widths: Widths, tokens: int) -> int:
+    """Returns the bytes that the loss takes: logits of a chunk, and the unembedding's gradient.
+
+    The gradient of each chunk is made before it is added to that of the chunks before. Hidden
+    states and their gradient are those of the whole row.
+    """
+    item = ITEM[config.model.compute_dtype]
+    chunks = math.ceil(config.data.sequence_length / config.train.loss_chunk)
+    logits = (FLOAT32 + item) * math.ceil(tokens / chunks) * widths.vocabulary
+    weight = (item + 2 * FLOAT32) * widths.vocabulary * widths.stream
+    return logits + weight + 3 * item * tokens * widths.stream

@@ -1,0 +1,102 @@
+"""Lists the parameters of a run's model, and says how a mesh splits them, from the config alone.
+
+The arrays are listed here as the model declares them, and split as `moe.config.layout.RULES` say. A
+test compares both with the real state.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from moe.config import ModelConfig, RunConfig, split_axes
+
+_UNEVEN = "BTK"  # dimensions that stay whole where their size cannot be split
+
+
+class Array(NamedTuple):
+    """Names one parameter, and its dimensions by the letters of the legend with their sizes."""
+
+    name: str
+    dims: str
+    shape: tuple[int, ...]
+    repeats: int = 1  # the number of layers that have it
+
+    def elements(self, sizes: Mapping[str, int], whole: tuple[str, ...] = ()) -> int:
+        """Returns how many elements of one layer's array a device holds: as many as each other one.
+
+        The axes in `whole` count as if they split nothing, as after a gather over them.
+        """
+        elements = math.prod(self.shape)
+        splits = split_axes(self.dims, sizes)
+        for dim, size, axes in zip(self.dims, self.shape, splits, strict=True):
+            parts = math.prod(sizes[axis] for axis in axes)
+            if size % parts == 0 or dim not in _UNEVEN:
+                elements //= math.prod(sizes[axis] for axis in axes if axis not in whole)
+        return elements
+
+    def axes(self, dim: str, sizes: Mapping[str, int]) -> tuple[str, ...]:
+        """Returns the axes with several devices that split a dimension of the array."""
+        splits = dict(zip(self.dims, split_axes(self.dims, sizes), strict=True))
+        return tuple(axis for axis in splits.get(dim, ()) if sizes[axis] > 1)
+
+
+def parameters(config: RunConfig) -> list[Array]:
+    """Returns the parameters of the model that a run trains, which its task chooses."""
+    model = config.model
+    d, v = model.model_dim, model.vocab_size
+    arrays = [Array("embedding", "VD", (v, d))]
+    if not model.tied_embeddings:
+        arrays.append(Array("unembedding", "DV", (d, v)))
+    arrays += _stack(model)
+    if config.task == "span_corruption":  # the encoder's stack, and what the decoder reads it with
+        cross = [*_mixing(model), ("D", (d,))]
+        arrays += [*_stack(model), *_repeat(model.num_layers, "cross-attention", cross)]
+    return arrays
+
+
+def _stack(config: ModelConfig) -> Iterator[Array]:
+    """Yields the parameters of a stack."""
+    d = config.model_dim
+    num_sparse = len(config.sparse_layers)
+    num_dense = config.num_layers - num_sparse
+    yield Array("norms", "D", (d,))  # the final norm
+    yield from _repeat(config.num_layers, "attention", list(_mixing(config)))
+    yield from _repeat(config.num_layers, "norms", [("D", (d,)), ("D", (d,))])
+    width = config.feed_forward_dim
+    yield from _repeat(num_dense, "feed-forward", list(_feed_forward(d, width)))
+    if num_sparse:
+        yield from _sparse(config, num_sparse)
+
+
+def _repeat(repeats: int, name: str, arrays: list[tuple[str, tuple[int, ...]]]) -> Iterator[Array]:
+    """Yields arrays that several layers have."""
+    yield from (Array(name, dims, shape, repeats) for dims, shape in arrays if repeats)
+
+
+def _mixing(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yields the four weights of an attention part."""
+    d, h = config.model_dim, config.head_dim
+    yield "DNH", (d, config.num_heads, h)
+    yield "DKH", (d, config.num_kv_heads, h)
+    yield "DKH", (d, config.num_kv_heads, h)
+    yield "NHD", (config.num_heads, h, d)
+
+
+def _feed_forward(d: int, f: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yields the weights of a dense feed-forward part, or of shared experts."""
+    yield "DF", (d, f)
+    yield "DF", (d, f)
+    yield "FD", (f, d)
+
+
+def _sparse(config: ModelConfig, layers: int) -> Iterator[Array]:
+    """Yields the weights of the layers' routers and experts."""
+    moe, d = config.moe, config.model_dim
+    e, f = moe.num_experts, moe.expert_dim
+    if moe.router != "hash":
+        yield Array("router", "DE", (d, e), layers)
+    experts = [("EDF", (e, d, f)), ("EDF", (e, d, f)), ("EFD", (e, f, d))]
+    yield from _repeat(layers, "experts", experts)
+    if moe.num_shared_experts:
+        shared = _feed_forward(d, moe.num_shared_experts * f)
+        yield from _repeat(layers, "shared experts", list(shared))

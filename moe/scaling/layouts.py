@@ -1,0 +1,147 @@
+"""Searches the layouts of a run: meshes, remat and microbatches that fit the memory of a chip."""
+
+import bisect
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from moe.config import AXES, ConfigError, MeshConfig, RunConfig, check_layout
+from moe.config.layout import count_batch_parts
+from moe.scaling.hardware import Chip
+from moe.scaling.memory import state_bytes, step_bytes
+from moe.scaling.roofline import Estimate, estimate
+
+
+class Layout(NamedTuple):
+    """Holds a config whose mesh is resolved, and what it takes."""
+
+    config: RunConfig
+    estimate: Estimate
+
+    @property
+    def flags(self) -> str:
+        """Returns the flags that choose the layout."""
+        mesh = dataclasses.asdict(self.config.mesh)
+        fields = {f"mesh.{axis}": size for axis, size in mesh.items()} | {
+            "model.remat": self.config.model.remat,
+            "train.accumulation": self.config.train.accumulation,
+        }
+        return " ".join(f"--config.{name}={value}" for name, value in fields.items())
+
+
+def fitting_layouts(config: RunConfig, devices: int, chip: Chip) -> list[Layout]:
+    """Returns the layouts on so many chips that fit their memory, the shortest step first.
+
+    For each mesh and each choice of remat, it has the fewest microbatches that fit. Layouts of
+    equal time come with the most free memory first. Only the axes that the config's model can use
+    are divided: `expert` for experts, and `context` where attention can be.
+    """
+    found = []
+    for mesh in _meshes(config, devices):
+        if state_bytes(config, mesh).total > chip.memory_bytes:
+            continue  # most meshes of a large model end here
+        for remat in ("none", "full"):
+            if fit := _first_fit(config, mesh, remat, chip):
+                found.append(Layout(fit, estimate(fit, mesh, chip)))
+    order = lambda layout: (layout.estimate.step_seconds, layout.estimate.memory.total)
+    return sorted(found, key=order)
+
+
+def _first_fit(config: RunConfig, mesh: MeshConfig, remat: str, chip: Chip) -> RunConfig | None:
+    """Returns the config with the fewest microbatches that fit a chip, or None if none do."""
+    fits = lambda number: _fits(_change(config, mesh, remat, number), chip)
+    first, *rest = _microbatches(config, mesh)
+    if not fits(first):
+        # Two microbatches need a sum of gradients more. From there on, more of them need less.
+        place = bisect.bisect_left(rest, True, key=fits)
+        if place == len(rest):
+            return None
+        first = rest[place]
+    return _change(config, mesh, remat, first)
+
+
+def cheapest_fit(config: RunConfig, mesh: MeshConfig, chip: Chip) -> str | None:
+    """Returns the change of remat, microbatches or fsdp that fits a chip at the least cost.
+
+    The fewest changes are cheapest, and of equally many the shortest step. The result names the
+    fields to set, as "model.remat=full, train.accumulation=8", or is None if nothing fits.
+    """
+    is_full = config.model.remat == "full"
+    fits = []
+    for split in _more_fsdp(mesh):
+        if not _is_possible(config, split):
+            continue
+        numbers = [n for n in _microbatches(config, split) if n >= config.train.accumulation]
+        for remat, number in itertools.product(("full",) if is_full else ("none", "full"), numbers):
+            changed = _change(config, split, remat, number)
+            if _fits(changed, chip):
+                changes = _changes(config, mesh, changed, split)
+                time = estimate(changed, split, chip).step_seconds
+                fits.append((len(changes), time, changes))
+    return ", ".join(min(fits)[2]) if fits else None
+
+
+def _changes(config: RunConfig, mesh: MeshConfig, new: RunConfig, split: MeshConfig) -> list[str]:
+    """Returns the fields that differ between two layouts, with their new values."""
+    changes = []
+    if new.model.remat != config.model.remat:
+        changes.append(f"model.remat={new.model.remat}")
+    if new.train.accumulation != config.train.accumulation:
+        changes.append(f"train.accumulation={new.train.accumulation}")
+    if split != mesh:
+        changes.append(f"mesh.data={split.data} and mesh.fsdp={split.fsdp}")
+    return changes
+
+
+def _more_fsdp(mesh: MeshConfig) -> Iterator[MeshConfig]:
+    """Yields a mesh, and those that turn replicas into parts of the parameters."""
+    for factor in range(1, mesh.data + 1):
+        if mesh.data % factor == 0:
+            yield dataclasses.replace(mesh, data=mesh.data // factor, fsdp=mesh.fsdp * factor)
+
+
+def _fits(config: RunConfig, chip: Chip) -> bool:
+    """Returns whether a config whose mesh is resolved fits the memory of a chip."""
+    return step_bytes(config, config.mesh, chip.platform).total <= chip.memory_bytes
+
+
+def _microbatches(config: RunConfig, mesh: MeshConfig) -> list[int]:
+    """Returns the numbers of microbatches into which the rows of each device can be divided."""
+    rows = config.train.batch_size // count_batch_parts(dataclasses.asdict(mesh))
+    return [number for number in range(1, rows + 1) if rows % number == 0]
+
+
+def _change(config: RunConfig, mesh: MeshConfig, remat: str, accumulation: int) -> RunConfig:
+    """Returns a config with another mesh, remat and number of microbatches."""
+    return dataclasses.replace(
+        config,
+        mesh=mesh,
+        model=dataclasses.replace(config.model, remat=remat),
+        train=dataclasses.replace(config.train, accumulation=accumulation),
+    )
+
+
+def _is_possible(config: RunConfig, mesh: MeshConfig) -> bool:
+    """Returns whether the model, and the batch as one microbatch, can be split over a mesh."""
+    try:
+        check_layout(_change(config, mesh, config.model.remat, 1), mesh)
+    except ConfigError:
+        return False
+    return True
+
+
+def _meshes(config: RunConfig, devices: int) -> Iterator[MeshConfig]:
+    """Yields the meshes of so many devices that could suit a config."""
+    experts = max(1, config.model.moe.num_experts)
+    limits = {"expert": experts, "tensor": config.model.num_heads}
+    axes = [axis for axis in AXES if axis != "data"]
+    divisors = [n for n in range(1, devices + 1) if devices % n == 0]
+    choices = [[n for n in divisors if n <= limits.get(axis, devices)] for axis in axes]
+    for sizes in itertools.product(*choices):
+        used = math.prod(sizes)
+        if devices % used == 0:
+            mesh = MeshConfig(data=devices // used, **dict(zip(axes, sizes, strict=True)))
+            if _is_possible(config, mesh):
+                yield mesh
