@@ -46,8 +46,13 @@ from moe.scaling.roofline import estimate
 
 def plan(values: flags.FlagValues, config: RunConfig) -> None:
     """Prints the plan of a run on the chips that the flags name, and writes its page."""
-    chip = _read_chip(values.chip)
     devices = values.devices or math.prod(abs(size) for size in config.mesh.sizes)
+    if values.chip == "cpu" and devices > 1:
+        raise ConfigError(
+            f"--chip=cpu measures this machine as one device, and the plan is for {devices}: "
+            "set --devices=1, and config.mesh to one device"
+        )
+    chip = _read_chip(values.chip)
     if values.search:
         layouts = fitting_layouts(config, devices, chip)
         if not layouts:

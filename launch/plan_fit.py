@@ -30,7 +30,7 @@ def check_fit(config: RunConfig) -> None:
     largest = memory.largest
     raise ConfigError(
         f"config takes about {memory.total / 2**30:.1f} GiB on each device, which has "
-        f"{room / 2**30:.1f} GiB, and {largest} take most, "
+        f"{room / 2**30:.1f} GiB; the largest part is {largest}, "
         f"{getattr(memory, largest) / 2**30:.1f} GiB: set "
         f"{change or 'a mesh of more devices, or a smaller model'} (--force starts it all the same)"
     )

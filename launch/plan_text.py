@@ -61,7 +61,7 @@ def fit_line(layout: Layout, chip: Chip) -> str:
     )
     largest = memory.largest
     return (
-        f"It does not fit {room / GIB:.1f} GiB. {largest.capitalize()} take most, "
+        f"It does not fit {room / GIB:.1f} GiB. The largest part is {largest}, "
         f"{getattr(memory, largest) / GIB:.1f} GiB. To make it fit, {fix}."
     )
 

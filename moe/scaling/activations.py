@@ -78,7 +78,9 @@ def activations(config: RunConfig, sizes: Mapping[str, int]) -> Activations:
     item, widths = ITEM[model.compute_dtype], _widths(model, sizes)
     stream = item * tokens * widths.stream
     sparse = len(model.sparse_layers)
-    stacks = 2 if config.task == "span_corruption" else 1
+    stacks = 1.0
+    if config.task == "span_corruption":  # the decoder has as many layers, and fewer tokens
+        stacks += config.corrupted_row.targets / config.data.sequence_length
     if model.remat == "full":
         saved = model.num_layers * stream
     else:
@@ -86,7 +88,7 @@ def activations(config: RunConfig, sizes: Mapping[str, int]) -> Activations:
         saved += (model.num_layers - sparse) * _dense_residuals(model, sizes, tokens)
         saved += sparse * _sparse_residuals(config, sizes, tokens) if sparse else 0
     return Activations(
-        saved=stacks * saved,
+        saved=round(stacks * saved),
         layer=_layer(config, sizes, saved),
         loss=_loss(config, widths, tokens),
         embedding=FLOAT32 * widths.vocabulary * widths.stream + 2 * stream,

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from moe.config import AXES, ConfigError, MeshConfig, RunConfig, check_layout
+from moe.config import ConfigError, MeshConfig, RunConfig, check_layout
 from moe.config.layout import count_batch_parts
 from moe.scaling.hardware import Chip
 from moe.scaling.memory import state_bytes, step_bytes
@@ -35,8 +35,7 @@ def fitting_layouts(config: RunConfig, devices: int, chip: Chip) -> list[Layout]
     """Returns the layouts on so many chips that fit their memory, the shortest step first.
 
     For each mesh and each choice of remat, it has the fewest microbatches that fit. Layouts of
-    equal time come with the most free memory first. Only the axes that the config's model can use
-    are divided: `expert` for experts, and `context` where attention can be.
+    equal time come with the least to hide behind it first, then with the most free memory.
     """
     found = []
     for mesh in _meshes(config, devices):
@@ -45,7 +44,11 @@ def fitting_layouts(config: RunConfig, devices: int, chip: Chip) -> list[Layout]
         for remat in ("none", "full"):
             if fit := _first_fit(config, mesh, remat, chip):
                 found.append(Layout(fit, estimate(fit, mesh, chip)))
-    order = lambda layout: (layout.estimate.step_seconds, layout.estimate.memory.total)
+    order = lambda layout: (
+        layout.estimate.step_seconds,
+        sum(layout.estimate.seconds.values()),
+        layout.estimate.memory.total,
+    )
     return sorted(found, key=order)
 
 
@@ -136,7 +139,7 @@ def _meshes(config: RunConfig, devices: int) -> Iterator[MeshConfig]:
     """Yields the meshes of so many devices that could suit a config."""
     experts = max(1, config.model.moe.num_experts)
     limits = {"expert": experts, "tensor": config.model.num_heads}
-    axes = [axis for axis in AXES if axis != "data"]
+    axes = ("fsdp", "expert", "context", "tensor")  # `data` takes what remains
     divisors = [n for n in range(1, devices + 1) if devices % n == 0]
     choices = [[n for n in divisors if n <= limits.get(axis, devices)] for axis in axes]
     for sizes in itertools.product(*choices):

@@ -108,7 +108,7 @@ def _devices_in_slice(axes: tuple[str, ...], sizes: Mapping[str, int], chip: Chi
     """Returns how many devices of a group over some axes lie in one slice."""
     inside, room = 1, chip.devices_per_slice
     for axis in reversed(AXES):
-        part = math.gcd(sizes[axis], room) if room % sizes[axis] else sizes[axis]
+        part = sizes[axis] if sizes[axis] <= room else math.gcd(sizes[axis], room)
         if axis in axes:
             inside *= part
         room //= part

@@ -51,7 +51,7 @@ def test_a_layout_that_does_not_fit_names_its_largest_part_and_a_change_that_fit
     config = read(dense_7b, **{"train.accumulation": 1, "mesh.tensor": 1})
     layout = layout_on(config, 64, H200)
     text = "\n".join(plan_lines(layout, dataclasses.replace(H200, memory_bytes=20e9)))
-    assert "It does not fit 18.6 GiB. Activations take most" in text
+    assert "It does not fit 18.6 GiB. The largest part is activations" in text
     change = text.split("To make it fit, set ")[1].split(".\n")[0]
     name, value = change.split("=")
     changed = read(dense_7b, **{"mesh.tensor": 1, name: int(value)})
@@ -83,7 +83,9 @@ def test_a_run_that_cannot_fit_is_refused_and_one_that_may_fit_is_not(monkeypatc
     monkeypatch.setattr(plan_fit, "memory_bytes", lambda _: 8 * 0.95 * needed)
     plan_fit.check_fit(config)
     monkeypatch.setattr(plan_fit, "memory_bytes", lambda _: 8 * 0.8 * needed)
-    with pytest.raises(ConfigError, match=r"activations take most.*: set .*\(--force") as caught:
+    with pytest.raises(
+        ConfigError, match=r"largest part is activations.*: set .*\(--force"
+    ) as caught:
         plan_fit.check_fit(config)
     assert "\n" not in str(caught.value)
 

@@ -61,6 +61,14 @@ def test_devices_of_a_slice_share_what_crosses_to_another():
     assert seconds(("fsdp", "expert"), fsdp=4, expert=4) == 30.0
 
 
+def test_a_slice_need_not_be_full():
+    """All 4 devices lie in a slice that has room for 6, which 4 does not divide."""
+    collective = Collective("all-gather", ("fsdp",), "x", 1200.0, 1)
+    chip = dataclasses.replace(CHIP, devices_per_slice=6)
+    times = network_seconds((collective,), sizes(fsdp=2, tensor=2), chip)
+    assert times == {"network over fsdp": 12.0}
+
+
 def test_pairs_of_an_all_to_all_share_nothing():
     """Of the 7 other devices 4 lie in another slice, and get 4/7 of the bytes."""
     assert seconds(("expert",), "all-to-all", expert=8) == pytest.approx(1200 * 4 / 7 / 10)

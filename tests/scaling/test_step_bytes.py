@@ -1,0 +1,104 @@
+"""Compares the counted bytes of a step with those that compiled programs take.
+
+Small models are compiled for virtual CPU devices here, and the committed configs for the hardware
+that they name ahead of time (marker aot).
+"""
+
+import dataclasses
+import importlib
+from pathlib import Path
+
+import jax
+import pytest
+from jax.sharding import NamedSharding
+
+from moe.config import DataConfig, MeshConfig, ModelConfig, RunConfig, TrainConfig
+from moe.parallel.mesh import spec
+from moe.scaling.hardware import device_platform
+from moe.scaling.memory import MARGIN, step_bytes
+from moe.training.train_step import make_program
+
+DENSE = ModelConfig(
+    num_layers=4,
+    model_dim=128,
+    feed_forward_dim=352,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=32,
+    compute_dtype="float32",
+)
+SMALL = RunConfig(
+    model=DENSE, data=DataConfig(sequence_length=256), train=TrainConfig(batch_size=16)
+)
+
+
+def program_bytes(config, devices, platform):
+    """Returns the bytes that the compiled step of a config takes on each device."""
+    program = make_program(config, devices)
+    rows = program.task.random_rows(config, config.train.batch_size)
+    batch = {
+        name: jax.ShapeDtypeStruct(
+            field.shape,
+            field.dtype,
+            sharding=NamedSharding(
+                program.mesh, spec(program.task.dims[name], field.shape, program.mesh)
+            ),
+        )
+        for name, field in rows.items()
+    }
+    step, mesh = program.train_step, program.mesh
+    with (
+        jax.set_mesh(mesh)
+        if platform == "cpu"
+        else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+    ):
+        traced = step.func.trace(*step.args, program.abstract_state, batch)
+        memory = traced.lower(lowering_platforms=(platform,)).compile().memory_analysis()
+    kept = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return memory.argument_size_in_bytes + memory.temp_size_in_bytes + kept
+
+
+def counted_over_program(config, devices, platform="cpu"):
+    mesh = config.mesh.resolve(len(devices))
+    counted = step_bytes(config, mesh, device_platform(devices[0].device_kind)).total
+    return counted / program_bytes(config, devices, platform)
+
+
+@pytest.mark.parametrize(
+    ("rows", "accumulation", "mesh"),
+    [(16, 1, MeshConfig(data=1)), (256, 2, MeshConfig(data=2, fsdp=4))],
+)
+def test_small_programs_take_what_is_counted(rows, accumulation, mesh):
+    """Each device has 16 rows in a microbatch, whose activations are most of what it holds."""
+    train = dataclasses.replace(SMALL.train, batch_size=rows, accumulation=accumulation)
+    config = dataclasses.replace(SMALL, mesh=mesh, train=train)
+    devices = jax.devices()[: mesh.data * mesh.fsdp]
+    assert counted_over_program(config, devices) == pytest.approx(1, abs=MARGIN)
+
+
+def h200s(topology):
+    """Returns H200s that are not here, as `topology` names them: slices x hosts x devices."""
+    pytest.importorskip("jax_cuda13_plugin", reason="needs pip install -e '.[aot]'")
+    from jax.experimental import topologies
+
+    target = (Path(__file__).parents[1] / "h200.textproto").read_text()
+    found = topologies.get_topology_desc(platform="cuda", target_config=target, topology=topology)
+    return found.devices
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(
+    ("name", "topology"),
+    [
+        ("dense_125m", "1x1x1"),
+        ("dense_1b", "1x1x8"),
+        ("dense_1b_32k", "1x1x8"),
+        ("dense_7b", "1x8x8"),
+        ("moe_1b_7b", "1x8x8"),
+    ],
+)
+def test_programs_for_h200_take_what_is_counted(name, topology):
+    module = importlib.import_module(f"configs.{name}")
+    config = RunConfig.from_config_dict(module.get_config())
+    ratio = counted_over_program(config, list(h200s(topology)), "cuda")
+    assert ratio == pytest.approx(1, abs=MARGIN)
