@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -160,20 +160,20 @@ def program_collective_rows(
     collectives: Sequence[Collective], least: Sequence[Collective]
 ) -> list[tuple[str, ...]]:
     """Returns the table of what a program sends along the axes of the mesh, beside the least."""
-    sent: Counter[tuple[str, ...]] = Counter()
-    times: Counter[tuple[str, ...]] = Counter()
-    needed: Counter[tuple[str, ...]] = Counter()
+    sent: dict[tuple[str, str], float] = defaultdict(float)
+    times: dict[tuple[str, str], float] = defaultdict(float)
+    needed: dict[tuple[str, str], float] = defaultdict(float)
     for use in collectives:
         key = use.kind, ", ".join(use.axes)
         sent[key] += use.bytes
         times[key] += use.count
     for use in least:
         needed[use.kind, ", ".join(use.axes)] += use.bytes
-    rows = [("sent in a step", "over", "times", "GiB", "least", "ratio")]
+    rows: list[tuple[str, ...]] = [("sent in a step", "over", "times", "GiB", "least", "ratio")]
     for key in sorted(sent.keys() | needed.keys(), key=lambda key: -sent[key]):
         rows.append((*key, f"{times[key]:,.0f}", *_beside(sent[key], needed[key])))
-    total = f"{times.total():,.0f}", *_beside(sent.total(), needed.total())
-    return [*rows, ("total", "", *total)]
+    total = _beside(sum(sent.values()), sum(needed.values()))
+    return [*rows, ("total", "", f"{sum(times.values()):,.0f}", *total)]
 
 
 def _beside(sent: float, least: float) -> tuple[str, str, str]:
