@@ -24,7 +24,7 @@ setup(
         "lm_eval": ["lm-eval>=0.4.11"],
         "cuda13": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
-        # Compilers for chips that the machine need not have, for `pytest -m aot`.
+        # Compilers for chips that the machine need not have, for launch.plan and `pytest -m aot`.
         "aot": ["jax-cuda13-plugin<0.12", "jax[tpu]"],
         "test": [
             "basedpyright==1.40.*",

@@ -3,6 +3,7 @@
 Examples:
     python -m launch.plan --config=configs/dense_125m.py
     python -m launch.plan --config=configs/dense_tiny.py --compile
+    python -m launch.plan --config=configs/dense_7b.py --chip=h200 --devices=64
     python -m launch.plan --estimate --config=configs/dense_7b.py --chip=h200 --devices=64
     python -m launch.plan --estimate --config=configs/moe_671b.py --chip=v5p --devices=1024 \\
         --config.train.accumulation=30
@@ -14,10 +15,13 @@ and the bytes of a training state on each device of config.mesh. An axis of size
 device. --compile also compiles the training step for one device, and prints XLA's count of FLOPs.
 
 With --chip it adds what the run takes on so many of these chips: the memory of a device by kind,
-what each device must send in a step, and the time of a step at best. All of it is counted from the
-config: nothing is allocated or compiled, and no such chip is needed. --search lists the layouts
-that fit, the shortest step first, and plans the first one. The plan is also written as a page.
-docs/planning.md explains each figure.
+what each device must send in a step, and the time of a step at best, all counted from the config.
+Then it compiles the real train step for a slice of these chips, and shows the program's memory and
+what it sends, beside the least. The compiler comes with pip install '.[aot]'; without it the
+program is one for virtual CPU devices, and marked as such. --estimate counts alone, in seconds. No
+such chip is needed, and nothing is allocated. --search lists the layouts that fit, the shortest
+step first, and plans the first one. The plan is also written as a page. docs/planning.md explains
+each figure.
 
 --chip=cpu measures this machine, which takes a minute, and predicts the time of a step on it.
 """
@@ -30,7 +34,9 @@ from absl import flags
 from launch import command_line
 from launch.plan_components import compiled_flops, run_lines, summary
 from launch.plan_page import plan_page
+from launch.plan_program import StepProgram, compile_step, program_lines
 from launch.plan_text import layout_lines, plan_lines
+from launch.topologies import find_target
 from moe.config import ConfigError, RunConfig, check_layout
 from moe.files import write_whole
 from moe.scaling.hardware import CHIPS, Chip, find_chip
@@ -61,8 +67,27 @@ def plan(values: flags.FlagValues, config: RunConfig) -> None:
         check_layout(config, mesh)
         layout = Layout(config, estimate(config, mesh, chip))
     print("\n".join(plan_lines(layout, chip)))
+    # A page's path that cannot be written must not cost minutes of compiling.
     write_whole(Path(values.page), plan_page(layout, chip))
+    if not values.estimate and values.chip != "cpu":
+        program = _compile(layout, chip, devices)
+        if program is not None:
+            print("\n".join(program_lines(program, layout.estimate.collectives, chip)))
+            write_whole(Path(values.page), plan_page(layout, chip, program))
     print(f"The page is {values.page}")
+
+
+def _compile(layout: Layout, chip: Chip, devices: int) -> StepProgram | None:
+    """Returns the program of a layout's step, or says why there is none and returns None."""
+    exchange, num_parts = layout.config.model.moe.exchange, layout.estimate.mesh.expert
+    is_ragged = exchange == "ragged_all_to_all" and num_parts > 1
+    if is_ragged and find_target(chip, devices).platform == "cpu":
+        print(
+            f"\nNot compiled, so the plan is an estimate: the compiler for {chip.name} is not "
+            f"installed (pip install '.[aot]'), and CPUs have no {exchange}."
+        )
+        return None
+    return compile_step(layout.config, chip, devices)
 
 
 def _read_chip(name: str) -> Chip:
@@ -81,8 +106,6 @@ def main(values: flags.FlagValues) -> None:
             raise ConfigError(
                 f"--{name} plans for a chip, and none is named: add --chip={'|'.join(CHIPS)}|cpu"
             )
-    if values.chip and not values.estimate:
-        raise ConfigError(f"--chip={values.chip} is planned by counting alone: add --estimate")
     print(summary(config))
     print("\n".join(run_lines(config)))
     if values.compile:

@@ -4,6 +4,13 @@ import dataclasses
 import html
 
 from launch.html_page import table, whole_page
+from launch.plan_program import (
+    StepProgram,
+    place_rows,
+    program_collective_rows,
+    program_headline,
+    program_memory_rows,
+)
 from launch.plan_text import (
     GIB,
     collective_rows,
@@ -17,8 +24,8 @@ from moe.scaling.hardware import Chip
 from moe.scaling.layouts import Layout
 
 
-def plan_page(layout: Layout, chip: Chip) -> str:
-    """Returns the page of a plan as HTML."""
+def plan_page(layout: Layout, chip: Chip, program: StepProgram | None = None) -> str:
+    """Returns the page of a plan as HTML, with the compiled program if there is one."""
     parts = [
         f"<h1>A plan for {html.escape(chip.name)}</h1>",
         _paragraph(headline(layout, chip)),
@@ -31,10 +38,22 @@ def plan_page(layout: Layout, chip: Chip) -> str:
         _table(time_rows(layout)),
         "<h2>What each device sends</h2>",
         _table(collective_rows(layout)),
+        *(_program(program, layout, chip) if program else ()),
         "<h2>The layout</h2>",
         _paragraph(layout.flags),
     ]
     return whole_page(f"Plan for {chip.name}", "\n".join(parts))
+
+
+def _program(program: StepProgram, layout: Layout, chip: Chip) -> list[str]:
+    """Returns the part of a page that shows what was compiled."""
+    return [
+        "<h2>The compiled program</h2>",
+        _paragraph(program_headline(program)),
+        _table(program_memory_rows(program.memory, chip)),
+        _table(program_collective_rows(program.collectives, layout.estimate.collectives)),
+        _table(place_rows(program.collectives)),
+    ]
 
 
 def _bars(layout: Layout, chip: Chip) -> str:

@@ -2,10 +2,9 @@
 8 H200 or TPUs (marker aot).
 """
 
-import collections
-import math
-import re
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,9 @@ from moe.config import MoEConfig
 from moe.model.experts import MoE
 from moe.parallel.mesh import AXES, shardings, spec
 from moe.parameters import unbox
+from moe.scaling.programs import read_collectives
 
+ROOT = Path(__file__).parents[1]
 ROWS, LENGTH, D = 16, 64, 32
 MOE = MoEConfig(
     num_experts=16,
@@ -27,22 +28,6 @@ MOE = MoEConfig(
     exchange="all_to_all",
     capacity_factor=1.25,
 )
-BYTES = {"f32": 4, "bf16": 2, "s32": 4, "pred": 1, "u32": 4, "s64": 8}
-
-
-def collectives(program: str) -> dict[str, list[int]]:
-    """Bytes of each collective's result on one device, by kind: a tuple's parts added up, without
-    the operands of an asynchronous start.
-    """
-    found = collections.defaultdict(list)
-    kinds = r"all-gather|all-to-all|all-reduce|reduce-scatter|collective-permute|ragged-all-to-all"
-    for shape, kind, start in re.findall(rf"= (.*?) ({kinds})(-start)?\(", program):
-        sizes = [
-            BYTES[dtype] * math.prod(map(int, filter(None, dims.split(","))))
-            for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shape)
-        ]
-        found[kind].append(sum(sizes[len(sizes) // 2 :] if start else sizes))
-    return found
 
 
 def compile_forward(config: MoEConfig, mesh: jax.sharding.Mesh, platform: str = "cpu"):
@@ -75,49 +60,46 @@ def make_mesh(devices: list, **sizes: int) -> jax.sharding.Mesh:
     )
 
 
-def sent(results: list[int], devices: int) -> float:
-    """Bytes that leave a device: a part of each all-to-all stays."""
-    return sum(results) * (devices - 1) / devices
+def sent(program: Any, mesh: jax.sharding.Mesh) -> Counter[str]:
+    """Returns the bytes that a device sends, by the kind of collective and by its kind and axes."""
+    found: Counter[str] = Counter()
+    for use in read_collectives(program.as_text(), mesh.shape):
+        found[use.kind] += round(use.bytes)
+        found[f"{use.kind} {'*'.join(use.axes)}"] += round(use.bytes)
+    return found
 
 
-def check_all_to_all(found: dict[str, list[int]], experts: int) -> None:
+def rows_sent(experts: int) -> float:
+    """Returns the bytes of rows that leave a device under an even load, there and back."""
+    tokens = ROWS * LENGTH / 8
+    return 2 * tokens * MOE.experts_per_token * D * 4 * (experts - 1) / experts
+
+
+def check_all_to_all(found: Counter[str], experts: int) -> None:
     """At most 1.3 times the rows that travel under an even load, there and back; no weight is
     gathered.
     """
-    tokens = ROWS * LENGTH / 8
-    needed = 2 * tokens * MOE.experts_per_token * D * 4 * (experts - 1) / experts
-    assert 0.9 * needed < sent(found["all-to-all"], experts) <= 1.3 * needed
-    assert (
-        sum(found["all-gather"]) <= D * MOE.num_experts * 4
-    )  # the router's weight: no expert's, and no activations
+    assert 0.9 * rows_sent(experts) < found["all-to-all"] <= 1.3 * rows_sent(experts)
+    # The router's weight is gathered: no expert's, and no activations.
+    assert found["all-gather"] <= D * MOE.num_experts * 4
     assert not found["reduce-scatter"] and not found["collective-permute"]
 
 
 def test_all_to_all_sends_the_rows_and_no_weights() -> None:
-    check_all_to_all(
-        collectives(compile_forward(MOE, make_mesh(jax.devices(), expert=8)).as_text()), 8
-    )
+    mesh = make_mesh(jax.devices(), expert=8)
+    check_all_to_all(sent(compile_forward(MOE, mesh), mesh), 8)
 
 
 def test_fsdp_gathers_each_weight_once() -> None:
     """Three weights of a device's 4 experts, whole along D; and the router's small one, over expert
     and then over fsdp.
     """
-    found = collectives(compile_forward(MOE, make_mesh(jax.devices(), fsdp=2, expert=4)).as_text())
-    weight = MOE.num_experts // 4 * D * MOE.expert_dim * 4
-    assert sorted(found["all-gather"])[-3:] == [weight] * 3
-    assert sum(found["all-gather"]) <= 3 * weight + 2 * D * MOE.num_experts * 4
-    rows = 2 * ROWS * LENGTH / 8 * MOE.experts_per_token * D * 4 * 3 / 4
-    assert sent(found["all-to-all"], 4) <= 1.3 * rows
-
-
-def test_the_parser_adds_up_tuples() -> None:
-    program = """
-      %a = (f32[2,3]{1,0}, bf16[4]{0}) all-reduce(%x, %y), replica_groups={}
-      %b = f32[8]{0} all-to-all(%z)
-      %c = f32[8]{0} add(%z, %z)
-    """
-    assert collectives(program) == {"all-reduce": [32], "all-to-all": [32]}
+    mesh = make_mesh(jax.devices(), fsdp=2, expert=4)
+    found = sent(compile_forward(MOE, mesh), mesh)
+    weights = 3 * MOE.num_experts // 4 * D * MOE.expert_dim * 4 / 2  # a device sends its half
+    assert weights <= found["all-gather fsdp"] <= weights + D * MOE.num_experts * 4
+    assert found["all-gather"] <= weights + 2 * D * MOE.num_experts * 4
+    assert found["all-to-all expert"] == found["all-to-all"] <= 1.3 * rows_sent(4)
 
 
 def h200s() -> list:
@@ -129,26 +111,30 @@ def h200s() -> list:
     )
     from jax.experimental import topologies
 
-    target = (Path(__file__).parent / "h200.textproto").read_text()
+    target = (ROOT / "moe" / "scaling" / "programs" / "h200.textproto").read_text()
     return topologies.get_topology_desc(
         platform="cuda", target_config=target, topology="1x1x8"
     ).devices
 
 
+def check_ragged(found: Counter[str]) -> None:
+    """Exactly the rows of an even load, there and back; and the plans of the exchange."""
+    assert rows_sent(8) <= found["all-to-all expert"] <= 1.01 * rows_sent(8)
+
+
+RAGGED = MoEConfig(num_experts=16, experts_per_token=2, expert_dim=48, exchange="ragged_all_to_all")
+
+
 @pytest.mark.aot
 def test_all_to_all_for_8_h200() -> None:
-    check_all_to_all(
-        collectives(compile_forward(MOE, make_mesh(h200s(), expert=8), "cuda").as_text()), 8
-    )
+    mesh = make_mesh(h200s(), expert=8)
+    check_all_to_all(sent(compile_forward(MOE, mesh, "cuda"), mesh), 8)
 
 
 @pytest.mark.aot
-def test_ragged_exchange_compiles_for_8_h200() -> None:
-    config = MoEConfig(
-        num_experts=16, experts_per_token=2, expert_dim=48, exchange="ragged_all_to_all"
-    )
-    found = collectives(compile_forward(config, make_mesh(h200s(), expert=8), "cuda").as_text())
-    assert len(found["ragged-all-to-all"]) == 2
+def test_ragged_exchange_for_8_h200() -> None:
+    mesh = make_mesh(h200s(), expert=8)
+    check_ragged(sent(compile_forward(RAGGED, mesh, "cuda"), mesh))
 
 
 def v5ps(monkeypatch: pytest.MonkeyPatch) -> list:
@@ -163,18 +149,11 @@ def v5ps(monkeypatch: pytest.MonkeyPatch) -> list:
 
 @pytest.mark.aot
 def test_all_to_all_for_8_v5p(monkeypatch: pytest.MonkeyPatch) -> None:
-    check_all_to_all(
-        collectives(compile_forward(MOE, make_mesh(v5ps(monkeypatch), expert=8), "tpu").as_text()),
-        8,
-    )
+    mesh = make_mesh(v5ps(monkeypatch), expert=8)
+    check_all_to_all(sent(compile_forward(MOE, mesh, "tpu"), mesh), 8)
 
 
 @pytest.mark.aot
-def test_ragged_exchange_compiles_for_8_v5p(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = MoEConfig(
-        num_experts=16, experts_per_token=2, expert_dim=48, exchange="ragged_all_to_all"
-    )
-    found = collectives(
-        compile_forward(config, make_mesh(v5ps(monkeypatch), expert=8), "tpu").as_text()
-    )
-    assert len(found["ragged-all-to-all"]) == 2
+def test_ragged_exchange_for_8_v5p(monkeypatch: pytest.MonkeyPatch) -> None:
+    mesh = make_mesh(v5ps(monkeypatch), expert=8)
+    check_ragged(sent(compile_forward(RAGGED, mesh, "tpu"), mesh))

@@ -121,7 +121,7 @@ def test_the_wheel_holds_moe_and_the_kernels_and_nothing_else(tree: Path, wheel:
         name.replace("kernels/", "moe/kernels/", 1) if name.startswith("kernels/") else name
         for name in names
     }
-    assert packed == names | {"moe/py.typed"}
+    assert packed == names | {"moe/py.typed", "moe/scaling/programs/h200.textproto"}
     assert {"moe/kernels/probe/tuning.json", "moe/kernels/probe/tables/chip.json"} <= packed
 
 

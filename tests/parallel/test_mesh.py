@@ -307,7 +307,7 @@ def check_mesh(name, devices):
 def test_a_config_has_a_mesh_on_the_h200s_that_it_names(name):
     pytest.importorskip("jax_cuda13_plugin", reason="needs jax-cuda13-plugin jax-cuda13-pjrt")
     number, num_hosts = (int(text.replace(",", "")) for text in named_hardware(name).groups()[:2])
-    target = (ROOT / "tests" / "h200.textproto").read_text()
+    target = (ROOT / "moe" / "scaling" / "programs" / "h200.textproto").read_text()
     devices = topologies.get_topology_desc(
         platform="cuda",
         target_config=target,

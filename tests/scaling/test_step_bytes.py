@@ -81,7 +81,7 @@ def h200s(topology):
     pytest.importorskip("jax_cuda13_plugin", reason="needs pip install -e '.[aot]'")
     from jax.experimental import topologies
 
-    target = (Path(__file__).parents[1] / "h200.textproto").read_text()
+    target = (Path(__file__).parents[2] / "moe/scaling/programs/h200.textproto").read_text()
     found = topologies.get_topology_desc(platform="cuda", target_config=target, topology=topology)
     return found.devices
 

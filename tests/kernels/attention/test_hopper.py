@@ -26,7 +26,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from moe.kernels.attention import Inputs, Options
 from moe.kernels.attention.hopper import backward, forward, fused
 
-target = pathlib.Path("tests/h200.textproto").read_text()
+target = pathlib.Path("moe/scaling/programs/h200.textproto").read_text()
 topology = topologies.get_topology_desc(
     platform="cuda", target_config=target, topology="1x1x8"
 )
