@@ -16,7 +16,7 @@ WORD = 4  # bytes of a float32, an int32 and a uint32: nothing else is in a trai
 OPTIMIZER_WORDS = 2
 # The step, the two words of the examples consumed, and two counts of skipped updates.
 PROGRESS_WORDS = 5
-_UNEVEN = "BTK"  # dimensions that stay whole where their size cannot be split
+_UNEVEN = "BTKL"  # dimensions that stay whole where their size cannot be split
 
 
 class Array(NamedTuple):
@@ -83,17 +83,17 @@ def _parameters(config: ModelConfig) -> Iterator[Array]:
 
 
 def _stack(config: ModelConfig) -> Iterator[Array]:
-    """Yields the parameters of a stack. Layers of one kind are stacked, which splits nothing."""
+    """Yields the parameters of a stack. The layers of a group are stacked."""
     d = config.model_dim
     yield Array("D", (d,))  # the final norm
-    num_sparse = len(config.sparse_layers)
-    num_dense = config.num_layers - num_sparse
-    for repeats, arrays in (
-        (config.num_layers, _attention(config)),
-        (num_dense, _feed_forward(d, config.feed_forward_dim)),
-        (num_sparse, _sparse(config)),
-    ):
-        yield from (Array(f"L{array.dims}", (repeats, *array.shape)) for array in arrays)
+    feed_forward = {
+        "dense": list(_feed_forward(d, config.feed_forward_dim)),
+        "moe": list(_sparse(config)),
+    }
+    for kinds, repeats in config.layer_groups:
+        for kind in kinds:
+            for dims, shape in (*_attention(config), *feed_forward[kind]):
+                yield Array(f"L{dims}", (repeats, *shape))
 
 
 def _attention(config: ModelConfig) -> Iterator[Array]:
