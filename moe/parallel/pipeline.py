@@ -33,6 +33,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from moe.config import RunConfig, Schedule
+from moe.parallel.mesh import constrain
 
 AXIS = "pipeline"
 _LAYER_INPUT = "layer input"  # the name of the arrays that remat "full" stores
@@ -228,11 +229,13 @@ def _move(hands: Hands, schedule: Schedule) -> Hands:
 
 
 def _gather(x: jax.Array) -> jax.Array:
-    """Returns the arrays of all stages, stacked in a new first dimension."""
-    if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-        return jax.lax.all_gather(x, AXIS)
-    data = jax.lax.all_gather(jax.random.key_data(x), AXIS)  # keys themselves cannot be gathered
-    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+    """Returns an array [M, B, ...] of all stages, stacked in a new first dimension."""
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):  # keys themselves cannot be gathered
+        data = jax.lax.all_gather(jax.random.key_data(x), AXIS)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+    # Without this the partitioner would gather the rows of all devices as well.
+    dims = "MBT---"[: x.ndim]
+    return constrain(jax.lax.all_gather(constrain(x, dims), AXIS), f"-{dims}")
 
 
 def _place_pieces(x: jax.Array, stage: jax.Array, schedule: Schedule) -> jax.Array:

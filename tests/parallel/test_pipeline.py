@@ -3,12 +3,15 @@
 import dataclasses
 import functools
 import itertools
+import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
+from jax.sharding import NamedSharding, PartitionSpec
 
 from moe.config import (
     ConfigError,
@@ -18,18 +21,24 @@ from moe.config import (
     RunConfig,
     Schedule,
 )
+from moe.model.layers import look_up
 from moe.model.transformer import EncoderDecoder
-from moe.parallel.mesh import global_batch, make_mesh, shardings
+from moe.parallel.mesh import constrain, global_batch, make_mesh, shardings, spec
 from moe.parameters import unbox
 from moe.tasks import make_task
 from moe.tasks.language_modelling import DIMS
+from moe.training.optimizer import make_schedule
 from moe.training.train_step import (
     make_eval_step,
     make_program,
+    make_train_step,
+    new_state,
     on_schedule,
 )
 from moe.workdir import checkpoint, identity
 from tests.test_invariance import (
+    KEEP_GRADIENT,
+    LENGTH,
     MODEL,
     MOE,
     ROWS,
@@ -226,6 +235,7 @@ def test_an_evaluation_has_the_sums_of_one_device() -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), *sums)
 
 
+@pytest.mark.slow
 def test_checkpoints_move_between_a_pipeline_and_none_bit_for_bit(tmp_path: Any) -> None:
     """The parameters have the same names and shapes, and the same layer in each place."""
     configs = {
@@ -279,3 +289,73 @@ def test_an_encoder_goes_through_a_pipeline() -> None:
 def test_a_model_without_stages_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"^mesh.pipeline=2 needs .*: set mesh.pipeline to 1$"):
         on_schedule(EncoderDecoder(DENSE, DENSE), Schedule(2, 1, 2))
+
+
+def stored_shapes(jaxpr: Any, ticks: int) -> set[tuple[int, ...]]:
+    """Returns the shapes of what loops of so many ticks store for each tick."""
+    shapes = set()
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "scan" and eqn.params["length"] == ticks:
+            stored = eqn.outvars[eqn.params["num_carry"] :]
+            shapes |= {x.aval.shape[1:] for x in stored}
+        for inner in jaxprs_in_params(eqn.params):
+            shapes |= stored_shapes(inner, ticks)
+    return shapes
+
+
+@pytest.mark.parametrize("remat", [pytest.param("none", marks=pytest.mark.slow), "full"])
+def test_a_tick_stores_activations_alone(remat: str) -> None:
+    """Parameters of a tick's piece are cut out again in the backward pass.
+
+    With remat "full" a tick stores the input of each layer, and what it knows of the tokens.
+    """
+    model = dataclasses.replace(DENSE, num_layers=8, remat=remat)
+    config = run_of(model, {"pipeline": 2}, rounds=2)
+    task = make_task(config)
+    declared, _ = drawn(model)
+    params, rows, layers = unbox(declared["params"]), ROWS // 4, 2
+    step = make_train_step(config, task.model(model), KEEP_GRADIENT, task, make_schedule(config))
+    state = jax.eval_shape(lambda params: new_state(params, KEEP_GRADIENT.init(params), {}), params)
+    with jax.set_mesh(make_mesh(config, jax.devices()[:2])):
+        jaxpr = jax.make_jaxpr(step)(state, batch_rows())
+    shapes = stored_shapes(jaxpr.jaxpr, Schedule(2, 2, 4).ticks)
+    weights = {(layers, *leaf.shape[1:]) for leaf in jax.tree.leaves(params["layers_0"])}
+    assert not shapes & weights
+    large = {shape for shape in shapes if np.prod(shape) >= rows * LENGTH * model.model_dim}
+    assert (layers, rows, LENGTH, model.model_dim) in large
+    assert len(large) == 1 or remat == "none"
+
+
+def test_the_gradient_of_the_embedding_gathers_no_activations() -> None:
+    """Each device adds up its own tokens first. The partitioner would gather those of all."""
+    vocabulary, dim, shape = 256, 64, (8, 16)
+    config = run_of(DENSE, {"pipeline": 2, "fsdp": 2, "tensor": 2})
+    ids = jax.random.randint(jax.random.key(0), shape, -1, vocabulary + 1)  # some are no row's
+    factors = jax.random.normal(jax.random.key(1), (*shape, dim))
+    table = jax.random.normal(jax.random.key(2), (vocabulary, dim))
+
+    def gradient(table: jax.Array, ids: jax.Array, factors: jax.Array) -> jax.Array:
+        wrong = (ids < 0) | (ids >= vocabulary)
+        found = lambda table: constrain(look_up("float32", table, constrain(ids, "BT")), "BTD")
+        return jax.grad(
+            lambda table: jnp.sum(jnp.where(wrong[..., None], 0, found(table)) * factors)
+        )(table)
+
+    staged = jax.shard_map(
+        lambda *arrays: jax.lax.pmean(gradient(*arrays), "pipeline"),
+        in_specs=(PartitionSpec(),) * 3,
+        out_specs=PartitionSpec(),
+        axis_names={"pipeline"},
+        check_vma=False,
+    )
+    mesh = make_mesh(config)
+    arrays = [
+        jax.device_put(x, NamedSharding(mesh, spec(dims, x.shape, mesh)))
+        for x, dims in ((table, "VD"), (ids, "BT"), (factors, "BTD"))
+    ]
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(staged).lower(*arrays).compile()
+        actual = compiled(*arrays)
+    np.testing.assert_allclose(actual, gradient(table, ids, factors), rtol=1e-5, atol=1e-5)
+    gathered = re.findall(r"= \w+\[([\d,]+)\]\S* all-gather\(", compiled.as_text())
+    assert not [shape for shape in gathered if shape.split(",")[:2] == ["8", "16"]]
