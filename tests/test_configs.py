@@ -127,6 +127,8 @@ WARMUP_STEPS = {
     "moe_1b_7b": 2000,
     "moe_30b_a3b": 2000,
     "moe_671b": 2000,
+    "moe_671b_pipeline": 2000,
+    "moe_pipeline_tiny": 50,
     "moe_8x7b": 2000,
     "moe_tiny": 50,
     "packages_tiny": 50,

@@ -198,24 +198,32 @@ KEEP_GRADIENT = optax.GradientTransformation(
 
 def step(config: RunConfig, rows: dict[str, np.ndarray] | None = None) -> dict[str, Any]:
     """Returns everything that one step computes of the rows, as named arrays."""
-    rows = rows or batch_rows(config.data.sequence_length)
     first_dense_layers = config.model.moe.first_dense_layers
+    return step_from(config, declared(first_dense_layers), variables(first_dense_layers), rows)
+
+
+def step_from(
+    config: RunConfig,
+    declared: Any,
+    variables: Any,
+    rows: dict[str, np.ndarray] | None = None,
+) -> dict[str, Any]:
+    """Returns the same from given variables, whose declarations are `declared`."""
+    rows = rows or batch_rows(config.data.sequence_length)
     mesh = make_mesh(config, jax.devices()[: int(np.prod(config.mesh.sizes))])
-    model = Transformer(config.model)
-    layout = shardings(declared(first_dense_layers), mesh)
-    placed = jax.device_put(variables(first_dense_layers), layout)
+    task = make_task(config)
+    model = task.model(config.model)
+    placed = jax.device_put(variables, shardings(declared, mesh))
     opt_state = KEEP_GRADIENT.init(placed["params"])
     state = new_state(placed["params"], opt_state, placed["router_state"])
-    train_step = make_train_step(
-        config, model, KEEP_GRADIENT, make_task(config), make_schedule(config)
-    )
+    train_step = make_train_step(config, model, KEEP_GRADIENT, task, make_schedule(config))
     with jax.set_mesh(mesh):
         batch = global_batch(rows, mesh, ROWS, DIMS)
         new, metrics = jax.jit(train_step)(state, batch)
     leaves = {
         "gradient": new.opt_state,
         "bias": new.router_state,
-        "statistics": metrics["router"],
+        "statistics": metrics.get("router", {}),
         "loss": metrics["loss"],
     }
     return {

@@ -7,7 +7,7 @@ imported: a mistake costs a second and one line, not a queue slot.
 
 from moe.config.checks import ConfigError
 from moe.config.data import BYTE_VOCABULARY, MIXTURE_BLOCK, DataConfig, SourceConfig
-from moe.config.layout import AXES, RULES, MeshConfig, check_layout, split_axes
+from moe.config.layout import AXES, RULES, MeshConfig, Schedule, check_layout, split_axes
 from moe.config.model import AttentionConfig, ModelConfig
 from moe.config.run import PLACE_FIELDS, RunConfig, flatten
 from moe.config.sparse import MoEConfig
@@ -27,6 +27,7 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "RunConfig",
+    "Schedule",
     "SourceConfig",
     "TrackingConfig",
     "TrainConfig",

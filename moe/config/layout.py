@@ -5,9 +5,10 @@ it is split: `w_DF` is split over fsdp, expert and tensor, `x_BTD` over the batc
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moe.config.checks import ConfigError, check_types
 
@@ -19,8 +20,10 @@ if TYPE_CHECKING:
 # - w_DF: fsdp and expert split D, and tensor splits F.
 # - w_EDF: E takes expert, so fsdp alone splits D.
 # - x_BTD: B takes fsdp and expert, so D stays whole.
-# Dimensions that are not listed (H, L, and so on) are never split.
+# - w_LDF, stacked over layers: pipeline splits L, and the rest is as in w_DF.
+# Dimensions that are not listed (H, A, and so on) are never split.
 RULES: dict[str, tuple[str, ...]] = {
+    "L": ("pipeline",),
     "B": ("data", "fsdp", "expert"),
     "T": ("context",),
     "D": ("fsdp", "expert"),
@@ -51,6 +54,7 @@ class MeshConfig:
     """Says how many devices each mesh axis has; one axis may be -1 and takes those that remain."""
 
     data: int = -1  # splits the batch; every replica holds all parameters
+    pipeline: int = 1  # splits the layers into stages, which microbatches go through one by one
     fsdp: int = 1  # splits the parameters and the batch
     expert: int = 1  # splits the experts, the other parameters and the batch
     context: int = 1  # splits the tokens of each row
@@ -97,6 +101,60 @@ class MeshConfig:
 AXES = tuple(field.name for field in dataclasses.fields(MeshConfig))
 
 
+class Turn(NamedTuple):
+    """Says what a stage of a pipeline does at one tick: integers, or arrays of them."""
+
+    is_busy: Any  # False while the pipeline fills or empties: the stage's result is not used
+    group: Any  # the number of the group of microbatches
+    round: Any  # the number of the round that the group is in
+    member: Any  # the number of the microbatch within its group
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Says which stage of a pipeline works on which microbatch at each tick.
+
+    With one round this is GPipe (Huang et al. 2019): a stage holds consecutive layers, and each
+    microbatch goes through the stages once. With more rounds it is the circular, or interleaved,
+    schedule (Narayanan et al. 2021, section 2.2): the layers are cut into `rounds * stages` pieces,
+    stage s computes the pieces s, s + stages, s + 2 stages, ..., and a microbatch goes around once
+    for each round. Microbatches go in groups of as many as there are stages, so that the last stage
+    hands one to the first stage just when that can take it.
+    """
+
+    stages: int
+    rounds: int
+    microbatches: int
+
+    @property
+    def ticks(self) -> int:
+        """Returns the number of ticks, in each of which every stage computes one piece."""
+        return self.rounds * self.microbatches + self.stages - 1
+
+    @property
+    def groups(self) -> int:
+        """Returns the number of groups, which is also how many microbatches a stage loads."""
+        return self.microbatches // self.stages
+
+    def turn(self, tick: Any, stage: Any) -> Turn:
+        """Returns what a stage does at a tick."""
+        number = tick - stage  # of the turn, among those of this stage
+        group, rest = divmod(number, self.rounds * self.stages)
+        round_, member = divmod(rest, self.stages)
+        is_busy = (number >= 0) & (number < self.rounds * self.microbatches)
+        return Turn(is_busy, group, round_, member)
+
+    @property
+    def bubble(self) -> float:
+        """Returns the fraction of all turns that are idle, counted tick by tick.
+
+        It equals (stages - 1) / (rounds * microbatches + stages - 1).
+        """
+        places = itertools.product(range(self.ticks), range(self.stages))
+        idle = sum(not self.turn(tick, stage).is_busy for tick, stage in places)
+        return idle / (self.ticks * self.stages)
+
+
 def check_layout(config: "RunConfig", mesh: MeshConfig) -> None:
     """Raises ConfigError if the batch or the model cannot be split over the mesh.
 
@@ -105,6 +163,7 @@ def check_layout(config: "RunConfig", mesh: MeshConfig) -> None:
     sizes = dataclasses.asdict(mesh)
     _check_batch(config, sizes)
     _check_context(config, mesh)
+    _check_pipeline(config, mesh)
     model = config.model
     # Fewer key/value heads than devices on the tensor axis are copied, so either number may divide
     # the other.
@@ -182,4 +241,35 @@ def _check_context(config: "RunConfig", mesh: MeshConfig) -> None:
         raise ConfigError(
             f"model.num_heads={num_heads} cannot be split over mesh.context*tensor={split}, "
             "as Ulysses does: set model.attention.context_parallelism to 'ring'"
+        )
+
+
+def _check_pipeline(config: "RunConfig", mesh: MeshConfig) -> None:
+    """Raises ConfigError if layers or microbatches cannot be dealt out to the pipeline's stages."""
+    stages, rounds, microbatches = (
+        mesh.pipeline,
+        config.train.pipeline_rounds,
+        config.train.accumulation,
+    )
+    if stages == 1:
+        return
+    if config.task == "span_corruption":
+        raise ConfigError(
+            f"mesh.pipeline={stages} cuts one stack of layers into stages, and "
+            "task='span_corruption' has an encoder and a decoder: set mesh.pipeline to 1"
+        )
+    if microbatches % stages:
+        raise ConfigError(
+            f"train.accumulation={microbatches} microbatches cannot be dealt out to "
+            f"mesh.pipeline={stages} stages: "
+            f"set train.accumulation to a multiple of {stages}"
+        )
+    model, pieces = config.model, stages * rounds
+    kinds, repeats = model.layer_groups[model.pipelined_group]
+    if repeats % pieces:
+        fitting = max(1, repeats // pieces) * pieces
+        raise ConfigError(
+            f"model.num_layers={model.num_layers} has {repeats} repeats of {'+'.join(kinds)} "
+            f"layers, which mesh.pipeline*train.pipeline_rounds={pieces} pieces cannot share: "
+            f"set model.num_layers to {model.num_layers + (fitting - repeats) * len(kinds)}"
         )

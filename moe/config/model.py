@@ -155,6 +155,15 @@ class ModelConfig:
         return tuple(group for group in groups if group[1])
 
     @property
+    def pipelined_group(self) -> int:
+        """Returns the number of the group whose layers are the stages of a pipeline.
+
+        It is the group with the experts, or that of all layers. The few dense layers before and
+        after the experts are no part of any stage.
+        """
+        return next((n for n, (kinds, _) in enumerate(self.layer_groups) if "moe" in kinds), 0)
+
+    @property
     def sparse_layers(self) -> list[int]:
         """Returns the numbers of the layers that have experts, counting all layers from 0."""
         kinds = [kind for kinds, repeats in self.layer_groups for kind in kinds * repeats]

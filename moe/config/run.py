@@ -180,7 +180,7 @@ class RunConfig:
 
 
 # The fields and groups of fields that say where a run is computed, and are no part of what it is.
-PLACE_FIELDS = ("mesh", "data.directory")
+PLACE_FIELDS = ("mesh", "train.pipeline_rounds", "data.directory")
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

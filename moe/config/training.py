@@ -63,6 +63,9 @@ class TrainConfig:
     steps: int = 1000  # the number of updates of the parameters
     batch_size: int = 16  # the number of rows in a step, over all devices and microbatches
     accumulation: int = 1  # the number of microbatches into which a step's batch is divided
+    # How often each microbatch goes around the stages of mesh.pipeline: 1 is GPipe's schedule, and
+    # more rounds of fewer layers each are the circular one, whose stages wait less.
+    pipeline_rounds: int = 1
     loss_chunk: int = 128  # the number of positions of each row whose logits are in memory at once
     log_every: int = 10  # the number of steps between two lines of metrics
     eval_every: int = 500  # the number of steps between two evaluations
@@ -81,6 +84,7 @@ class TrainConfig:
         check_positive(
             self, "steps", "batch_size", "accumulation", "loss_chunk", "log_every", "eval_every"
         )
+        check_positive(self, "pipeline_rounds")
         check_positive(self, "checkpoint_every", "keep_last", "max_skipped_steps")
         check_not_negative(self, "eval_batches", "keep_every")
         if self.batch_size % self.accumulation:

@@ -6,7 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from moe.parallel.mesh import constrain, on_auto_axes
+from moe.config import AXES, split_axes
+from moe.parallel.mesh import axis_size, constrain, on_auto_axes, per_shard
 from moe.parameters import parameter
 
 
@@ -110,12 +111,42 @@ def _look_up_backward(
 ) -> tuple[jax.Array, None]:
     table_VD, ids_BT = residuals
     sum_dtype = jnp.promote_types(table_VD.dtype, jnp.float32)
-    zeros_VD = jnp.zeros(table_VD.shape, sum_dtype)
     rows_BT = _row_numbers(ids_BT, table_VD)
-    grad_VD = zeros_VD.at[rows_BT].add(grad_BTD.astype(sum_dtype), mode="drop")
+    add = _add_shards if axis_size("pipeline") > 1 else _add_to_rows
+    grad_VD = add(grad_BTD.astype(sum_dtype), rows_BT, table_VD.shape[0])
     # Each device sums what its own tokens add to the whole table. If the sum were split along D,
     # the partitioner would move activations instead.
     return constrain(grad_VD, "V-").astype(table_VD.dtype), None
+
+
+def _add_to_rows(x_BTD: jax.Array, rows_BT: jax.Array, num_rows: int) -> jax.Array:
+    """Adds each token's `x` to its row of [V, D]; a number that is no row's is left out."""
+    zeros_VD = jnp.zeros((num_rows, x_BTD.shape[-1]), x_BTD.dtype)
+    return zeros_VD.at[rows_BT].add(x_BTD, mode="drop")
+
+
+def _add_shards(x_BTD: jax.Array, rows_BT: jax.Array, num_rows: int) -> jax.Array:
+    """Does what `_add_to_rows` does, on each device's tokens before they are added up.
+
+    On the stages of a pipeline, where one axis is Manual and the others are Auto, the partitioner
+    would gather the `x` of all tokens instead.
+    """
+    whole = x_BTD.shape
+
+    def add_shard(x_BTD: jax.Array, rows_BT: jax.Array) -> tuple[jax.Array]:
+        size = num_rows // axis_size("tensor")  # of this device's part of V
+        first = jax.lax.axis_index("tensor") * size if size < num_rows else 0
+        own_rows_BT = jnp.where(rows_BT < first, size, rows_BT - first)
+        sums_VD = _add_to_rows(x_BTD, own_rows_BT, size)
+        split = [
+            axis
+            for dim, axes in enumerate(split_axes("BT", AXES))
+            for axis in axes
+            if x_BTD.shape[dim] < whole[dim] and axis_size(axis) > 1
+        ]
+        return (jax.lax.psum(sums_VD, split) if split else sums_VD,)
+
+    return per_shard(add_shard, ("BTD", "BT"), ("V-",), x_BTD, rows_BT)[0]
 
 
 look_up.defvjp(_look_up_forward, _look_up_backward)

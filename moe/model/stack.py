@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax.sharding import PartitionSpec
 
-from moe.config import ConfigError, ModelConfig
+from moe.config import ConfigError, ModelConfig, Schedule
 from moe.losses import RouterStats
 from moe.model.attention import Attention, CrossAttention
 from moe.model.cache import Cache, MemoryCache, init_cache, init_memory_cache
@@ -17,6 +17,7 @@ from moe.model.experts import MoE
 from moe.model.layers import FeedForward, RMSNorm, residual_scale
 from moe.model.tokens import TokenInfo
 from moe.parallel.mesh import constrain, on_auto_axes
+from moe.parallel.pipeline import name_layer_input, run_layers
 
 
 @struct.dataclass
@@ -152,6 +153,7 @@ class Period(nn.Module):
                 name=f"block_{index}",
             )
             number = self.first_layer + len(self.kinds) * repeat + index
+            x_BTD = name_layer_input(x_BTD)
             cache = None if carry.caches is None else carry.caches[index]
             output = layer(x_BTD, tokens.for_layer(number), cache, repeat)
             x_BTD = output.hidden_BTD
@@ -171,6 +173,11 @@ def output_specs(rows: PartitionSpec) -> Output:
     return Output(hidden, stats=PartitionSpec(), cache=cache, captured=captured)
 
 
+def group_name(index: int) -> str:
+    """Returns the name of a group of layers in the tree of parameters."""
+    return f"layers_{index}"
+
+
 class Stack(nn.Module):
     """Applies groups of layers and the final norm: a decoder if `causal`, else an encoder.
 
@@ -183,6 +190,9 @@ class Stack(nn.Module):
     cross_attention: bool = False
     capture: tuple[str, ...] = ()
     first_layer: int = 0  # the number of the first layer, which its random draws depend on
+    # How microbatches go through the stages of a pipeline, on which the stack is applied by
+    # `parallel.pipeline.on_stages`; None outside of it.
+    schedule: Schedule | None = None
 
     def setup(self) -> None:
         c = self.config
@@ -195,10 +205,18 @@ class Stack(nn.Module):
         first_layers = itertools.accumulate(sizes, initial=self.first_layer)
         groups = zip(c.layer_groups, first_layers, strict=False)
         self.groups = [
-            self._scan_periods(kinds, repeats, first_layer, name=f"layers_{index}")
+            self._scan_periods(
+                kinds, self._scanned(index, repeats), first_layer, name=group_name(index)
+            )
             for index, ((kinds, repeats), first_layer) in enumerate(groups)
         ]
         self.final_norm = RMSNorm(c.norm_epsilon)
+
+    def _scanned(self, group: int, repeats: int) -> int:
+        """Returns how many repeats of a group are looped over at once."""
+        if self.schedule is None or group != self.config.pipelined_group:
+            return repeats
+        return repeats // (self.schedule.stages * self.schedule.rounds)
 
     def _scan_periods(
         self, kinds: tuple[str, ...], repeats: int, first_layer: int, name: str
@@ -223,6 +241,22 @@ class Stack(nn.Module):
             name=name,
         )
 
+    def _run_stages(
+        self, group: nn.Module, x_BTD: jax.Array, tokens: TokenInfo, schedule: Schedule
+    ) -> tuple[jax.Array, PeriodOutput]:
+        """Applies a group of layers as the stages of a pipeline. It returns nothing captured."""
+        unbound, variables = group.unbind()
+
+        def layers(
+            piece: Any, numbers: jax.Array, x_BTD: jax.Array, tokens: TokenInfo
+        ) -> tuple[jax.Array, Any]:
+            result: Any = unbound.apply(piece, Carry(x_BTD, None), tokens, numbers)
+            carry, output = result
+            return carry.hidden_BTD, output.stats
+
+        x_BTD, stats = run_layers(layers, variables, x_BTD, tokens, schedule, self.config.remat)
+        return x_BTD, PeriodOutput(stats, captured=())
+
     @on_auto_axes(output_specs)
     def __call__(
         self, x_BTD: jax.Array, tokens: TokenInfo, cache: StackCache | None = None
@@ -231,6 +265,10 @@ class Stack(nn.Module):
         outputs, new_caches = [], []
         for index, group in enumerate(self.groups):
             _, repeats = self.config.layer_groups[index]
+            if self.schedule and index == self.config.pipelined_group:
+                x_BTD, output = self._run_stages(group, x_BTD, tokens, self.schedule)
+                outputs.append(output)
+                continue
             carry = Carry(x_BTD, None if cache is None else cache[index])
             carry, output = group(carry, tokens, jnp.arange(repeats, dtype=jnp.int32))
             x_BTD = carry.hidden_BTD

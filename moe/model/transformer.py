@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from moe.config import ConfigError, ModelConfig
+from moe.config import ConfigError, ModelConfig, Schedule
 from moe.model.cache import fits_cache, fits_memory_cache
 from moe.model.layers import check_static, einsum, look_up
 from moe.model.stack import Output, Stack, StackCache, init_stack_cache, output_specs
@@ -75,10 +75,11 @@ class Transformer(nn.Module):
 
     config: ModelConfig
     capture: tuple[str, ...] = ()
+    schedule: Schedule | None = None  # of a pipeline, on whose stages the model is applied
 
     def setup(self) -> None:
         self.vocabulary = Vocabulary(self.config)
-        self.stack = Stack(self.config, capture=self.capture)
+        self.stack = Stack(self.config, capture=self.capture, schedule=self.schedule)
         # The parameters of both lie directly in the model's tree, under no names of their own.
         nn.share_scope(self, self.vocabulary)
         nn.share_scope(self, self.stack)
@@ -124,10 +125,11 @@ class Encoder(nn.Module):
     config: ModelConfig
     capture: tuple[str, ...] = ()
     makes_logits: bool = False
+    schedule: Schedule | None = None  # of a pipeline, on whose stages the model is applied
 
     def setup(self) -> None:
         self.vocabulary = Vocabulary(self.config, self.makes_logits)
-        self.stack = Stack(self.config, causal=False, capture=self.capture)
+        self.stack = Stack(self.config, causal=False, capture=self.capture, schedule=self.schedule)
         # The parameters of both lie directly in the model's tree, under no names of their own.
         nn.share_scope(self, self.vocabulary)
         nn.share_scope(self, self.stack)

@@ -20,6 +20,11 @@ class Array(NamedTuple):
     dims: str
     shape: tuple[int, ...]
     repeats: int = 1  # the number of layers that have it
+    is_pipelined: bool = False  # whether its layers are the stages of a pipeline
+
+    def layers(self, sizes: Mapping[str, int]) -> int:
+        """Returns how many of the layers that have it are on one device."""
+        return self.repeats // sizes["pipeline"] if self.is_pipelined else self.repeats
 
     def elements(self, sizes: Mapping[str, int], whole: tuple[str, ...] = ()) -> int:
         """Returns how many elements of one layer's array a device holds: as many as each other one.
@@ -56,16 +61,18 @@ def parameters(config: RunConfig) -> list[Array]:
 
 def _stack(config: ModelConfig) -> Iterator[Array]:
     """Yields the parameters of a stack."""
-    d = config.model_dim
-    num_sparse = len(config.sparse_layers)
-    num_dense = config.num_layers - num_sparse
+    d, width = config.model_dim, config.feed_forward_dim
     yield Array("norms", "D", (d,))  # the final norm
-    yield from _repeat(config.num_layers, "attention", list(_mixing(config)))
-    yield from _repeat(config.num_layers, "norms", [("D", (d,)), ("D", (d,))])
-    width = config.feed_forward_dim
-    yield from _repeat(num_dense, "feed-forward", list(_feed_forward(d, width)))
-    if num_sparse:
-        yield from _sparse(config, num_sparse)
+    for number, (kinds, repeats) in enumerate(config.layer_groups):
+        arrays = [
+            *_repeat(len(kinds) * repeats, "attention", list(_mixing(config))),
+            *_repeat(len(kinds) * repeats, "norms", [("D", (d,)), ("D", (d,))]),
+        ]
+        num_dense, num_sparse = (repeats * kinds.count(kind) for kind in ("dense", "moe"))
+        arrays += _repeat(num_dense, "feed-forward", list(_feed_forward(d, width)))
+        arrays += _sparse(config, num_sparse) if num_sparse else []
+        is_pipelined = number == config.pipelined_group
+        yield from (array._replace(is_pipelined=is_pipelined) for array in arrays)
 
 
 def _repeat(repeats: int, name: str, arrays: list[tuple[str, tuple[int, ...]]]) -> Iterator[Array]:

@@ -43,7 +43,7 @@ def state_bytes(config: RunConfig, mesh: MeshConfig) -> StateBytes:
     All devices hold equally many. AdamW has two moments for each parameter.
     """
     sizes = dataclasses.asdict(mesh)
-    elements = sum(array.repeats * array.elements(sizes) for array in parameters(config))
+    elements = sum(array.layers(sizes) * array.elements(sizes) for array in parameters(config))
     stacks = 2 if config.task == "span_corruption" else 1
     return StateBytes(
         parameters=WORD * elements,

@@ -37,7 +37,15 @@ class Estimate:
 
 
 def estimate(config: RunConfig, mesh: MeshConfig, chip: Chip) -> Estimate:
-    """Returns what a run takes on a resolved mesh of chips."""
+    """Returns what a run takes on a resolved mesh of chips.
+
+    Raises ConfigError for a pipeline: what its stages keep and send is not counted.
+    """
+    if mesh.pipeline > 1:
+        raise ConfigError(
+            f"mesh.pipeline={mesh.pipeline}: what the stages of a pipeline keep and send is not "
+            "counted: set mesh.pipeline to 1 to plan"
+        )
     sizes = dataclasses.asdict(mesh)
     devices = math.prod(mesh.sizes)
     tokens = config.train.batch_size * config.data.sequence_length

@@ -15,9 +15,11 @@ from flax import struct
 from jax.sharding import Mesh
 
 from moe import losses
-from moe.config import RunConfig
+from moe.config import ConfigError, RunConfig, Schedule
 from moe.model.attention import choose_implementation
 from moe.model.routing import update_bias
+from moe.model.stack import group_name
+from moe.parallel import pipeline
 from moe.parallel.mesh import make_mesh, shardings
 from moe.parameters import declarations, unbox
 from moe.tasks import Task, choose_task
@@ -295,7 +297,16 @@ def make_eval_step(config: RunConfig, task: Task) -> Callable[[Any, Batch], loss
     model = task.model(config.model.without_jitter())
 
     def eval_step(variables: Any, batch: Batch) -> losses.Sums:
-        return _sums(model, task, variables, batch)
+        schedule = pipeline.choose_schedule(config)
+        if schedule is None:
+            return _sums(model, task, variables, batch)
+        staged = on_schedule(model, schedule)
+
+        def stage_sums(variables: Any, batch: Batch) -> tuple[losses.Sums]:
+            return (_sums(staged, task, variables, pipeline.own_rows(batch, schedule)),)
+
+        group = group_name(config.model.pipelined_group)
+        return pipeline.on_stages(stage_sums, schedule, group, (None,))(variables, batch)[0]
 
     return eval_step
 
@@ -315,6 +326,9 @@ def _accumulate(
     config: RunConfig, model: nn.Module, task: Task, variables: Any, batch: Batch
 ) -> tuple[Any, losses.Sums]:
     """Returns the gradient of the whole batch's loss, and its sums, one microbatch at a time."""
+    schedule = pipeline.choose_schedule(config)
+    if schedule is not None:
+        return _pipeline_gradient(config, model, task, variables, batch, schedule)
     global_counts, microbatches = task.counts(batch), config.train.accumulation
 
     @jax.jit  # traced once, for its shapes and for the loop
@@ -340,3 +354,47 @@ def _accumulate(
     )
     total, _ = jax.lax.scan(add, zeros, split)
     return total
+
+
+def on_schedule(model: nn.Module, schedule: Schedule) -> nn.Module:
+    """Returns the same model for the stages of a pipeline.
+
+    Raises ConfigError if the model, of the caller's own task, has no stages.
+    """
+    if "schedule" not in {field.name for field in dataclasses.fields(model)}:
+        raise ConfigError(
+            f"mesh.pipeline={schedule.stages} needs a model with a field `schedule`, which "
+            f"{type(model).__name__} has not: set mesh.pipeline to 1"
+        )
+    return model.clone(schedule=schedule)
+
+
+def _pipeline_gradient(
+    config: RunConfig,
+    model: nn.Module,
+    task: Task,
+    variables: Any,
+    batch: Batch,
+    schedule: Schedule,
+) -> tuple[Any, losses.Sums]:
+    """Returns what `_accumulate` does, from all microbatches at once in the stages of a pipeline.
+
+    Each stage computes its own microbatches' part of the objective. Its gradient reaches all stages
+    backwards along the pipeline.
+    """
+    staged = on_schedule(model, schedule)
+
+    def stage_gradient(
+        variables: Any, batch: Batch, global_counts: losses.Sums
+    ) -> tuple[Any, losses.Sums]:
+        rows = pipeline.own_rows(batch, schedule)
+
+        def objective(params: Any) -> tuple[jax.Array, losses.Sums]:
+            sums = _sums(staged, task, variables | {"params": params}, rows)
+            return losses.objective(sums, global_counts, config.model.moe), sums
+
+        return jax.grad(objective, has_aux=True)(variables["params"])
+
+    group = group_name(config.model.pipelined_group)
+    run = pipeline.on_stages(stage_gradient, schedule, group, (variables["params"], None))
+    return run(variables, batch, task.counts(batch))

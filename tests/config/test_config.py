@@ -216,8 +216,8 @@ POSITIVE = {
     "rope_base norm_epsilon",
     "data": "sequence_length",
     "optimizer": "learning_rate clip_norm",
-    "train": "steps batch_size accumulation loss_chunk log_every eval_every checkpoint_every "
-    "keep_last max_skipped_steps",
+    "train": "steps batch_size accumulation pipeline_rounds loss_chunk log_every eval_every "
+    "checkpoint_every keep_last max_skipped_steps",
 }
 NOT_NEGATIVE = {"optimizer": "weight_decay", "train": "eval_batches keep_every"}
 
@@ -364,6 +364,22 @@ def test_values_out_of_range(changes: dict[str, Any], expected: str) -> None:
             "set model.attention.context_parallelism to 'ring'",
         ),
         (
+            {"mesh__pipeline": 2, "train__accumulation": 3, "train__batch_size": 12},
+            "train.accumulation=3 microbatches cannot be dealt out to mesh.pipeline=2 stages: "
+            "set train.accumulation to a multiple of 2",
+        ),
+        (
+            {"mesh__pipeline": 2, "train__accumulation": 2, "train__pipeline_rounds": 4},
+            "model.num_layers=4 has 4 repeats of dense layers, which "
+            "mesh.pipeline*train.pipeline_rounds=8 pieces cannot share: set model.num_layers to 8",
+        ),
+        (
+            {"mesh__pipeline": 4, "train__accumulation": 4, "model__moe__num_experts": 4}
+            | {"model__moe__first_dense_layers": 1, "model__num_layers": 7},
+            "model.num_layers=7 has 6 repeats of moe layers, which "
+            "mesh.pipeline*train.pipeline_rounds=4 pieces cannot share: set model.num_layers to 5",
+        ),
+        (
             {"mesh__tensor": 3},
             "model.num_kv_heads=2 and mesh.tensor=3 do not divide each other: "
             "set mesh.tensor to a divisor of 2",
@@ -402,6 +418,8 @@ def test_the_fixes_that_messages_name_are_accepted() -> None:
     run_config(mesh__expert=4, train__batch_size=8, train__accumulation=2)
     run_config(mesh__context=3, data__sequence_length=6)
     run_config(mesh__tensor=8, model__num_heads=8)
+    pipeline = {"mesh__pipeline": 2, "train__accumulation": 2}
+    run_config(**pipeline, train__pipeline_rounds=4, model__num_layers=8)
     run_config(seed=2**32 - 1)
 
 
@@ -460,11 +478,11 @@ def test_key_value_heads_may_be_fewer_than_the_tensor_axis_splits() -> None:
 @pytest.mark.parametrize(
     ("mesh", "num_devices", "expected"),
     [
-        (MeshConfig(), 8, (8, 1, 1, 1, 1)),
-        (MeshConfig(data=1, fsdp=-1, tensor=2), 8, (1, 4, 1, 1, 2)),
-        (MeshConfig(data=2, fsdp=2, tensor=2), 8, (2, 2, 1, 1, 2)),
-        (MeshConfig(tensor=8), 8, (1, 1, 1, 1, 8)),
-        (MeshConfig(data=1), 1, (1, 1, 1, 1, 1)),
+        (MeshConfig(), 8, (8, 1, 1, 1, 1, 1)),
+        (MeshConfig(data=1, fsdp=-1, tensor=2), 8, (1, 1, 4, 1, 1, 2)),
+        (MeshConfig(data=2, fsdp=2, tensor=2), 8, (2, 1, 2, 1, 1, 2)),
+        (MeshConfig(tensor=8), 8, (1, 1, 1, 1, 1, 8)),
+        (MeshConfig(data=1), 1, (1, 1, 1, 1, 1, 1)),
     ],
 )
 def test_a_mesh_takes_the_devices_that_remain(
@@ -476,10 +494,10 @@ def test_a_mesh_takes_the_devices_that_remain(
 @pytest.mark.parametrize(
     ("mesh", "num_devices", "shape"),
     [
-        (MeshConfig(tensor=3), 8, "data=-1, fsdp=1, expert=1, context=1, tensor=3"),
-        (MeshConfig(tensor=16), 8, "data=-1, fsdp=1, expert=1, context=1, tensor=16"),
-        (MeshConfig(data=2), 8, "data=2, fsdp=1, expert=1, context=1, tensor=1"),
-        (MeshConfig(data=16), 8, "data=16, fsdp=1, expert=1, context=1, tensor=1"),
+        (MeshConfig(tensor=3), 8, "data=-1, pipeline=1, fsdp=1, expert=1, context=1, tensor=3"),
+        (MeshConfig(tensor=16), 8, "data=-1, pipeline=1, fsdp=1, expert=1, context=1, tensor=16"),
+        (MeshConfig(data=2), 8, "data=2, pipeline=1, fsdp=1, expert=1, context=1, tensor=1"),
+        (MeshConfig(data=16), 8, "data=16, pipeline=1, fsdp=1, expert=1, context=1, tensor=1"),
     ],
 )
 def test_a_mesh_that_does_not_fit_is_refused(

@@ -14,7 +14,7 @@ from moe.kernels.attention import Choice, flash_attention
 from moe.kernels.attention.inputs import Options, visible_span
 from moe.kernels.attention.masks import key_blocks, make_mask
 from moe.parallel import context
-from moe.parallel.ring_steps import chunk_order, ring_steps
+from moe.parallel.context.ring_steps import chunk_order, ring_steps
 
 B, T, N, K, H = 2, 64, 8, 4, 8
 SEGMENTS = np.repeat(

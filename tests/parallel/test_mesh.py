@@ -41,7 +41,7 @@ def test_parameters_and_activations_follow_one_table():
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     batch, dim = ("data", "fsdp", "expert"), ("fsdp", "expert")
     assert spec("DF", (64, 64), mesh) == P(dim, "tensor")
-    assert spec("LNHD", (3, 8, 5, 64), mesh) == P((), "tensor", (), dim)
+    assert spec("LNHD", (3, 8, 5, 64), mesh) == P("pipeline", "tensor", (), dim)
     assert spec("VD", (64, 64), mesh) == P("tensor", dim)
     # An expert's own weights have given the expert axis to E.
     assert spec("EDF", (8, 64, 64), mesh) == P("expert", "fsdp", "tensor")
@@ -200,14 +200,14 @@ def test_64_chips_of_a_torus_make_every_axis_of_8(sizes):
     assert {device.id for device in mesh.flat} == set(range(64))
     # The last axis that splits anything has a compact part of the torus: half of a 4x4 plane.
     last = mesh.reshape(-1, 8)
-    if mesh.shape[1] != 64:
+    if mesh.shape[2] != 64:
         assert max(max(distances(group)) for group in last) <= 3
 
 
 def test_the_data_axis_spans_the_slices_of_tpus():
     mesh = arrange_devices(MeshConfig(data=4, fsdp=4), tpus(2, 2, 2, num_slices=2))
     slices = places(mesh, "slice_index")
-    np.testing.assert_array_equal(slices[:, :, 0, 0, 0], [[0] * 4] * 2 + [[1] * 4] * 2)
+    np.testing.assert_array_equal(slices[:, 0, :, 0, 0, 0], [[0] * 4] * 2 + [[1] * 4] * 2)
     assert {device.id for device in mesh.flat} == set(range(16))
 
 
@@ -225,7 +225,7 @@ def test_the_last_axes_stay_within_a_host_of_gpus():
         for number in range(16)
     ]
     mesh = arrange_devices(MeshConfig(data=1, fsdp=4, tensor=4), gpus)
-    hosts = places(mesh, "slice_index")[0, :, 0, 0, :]
+    hosts = places(mesh, "slice_index")[0, 0, :, 0, 0, :]
     np.testing.assert_array_equal(hosts, [[0] * 4] * 2 + [[1] * 4] * 2)
     # Slices of GPUs are hosts, and every axis may span them.
     hosts = places(arrange_devices(MeshConfig(data=1, fsdp=16), gpus), "slice_index")

@@ -98,6 +98,15 @@ def test_bytes_equal_those_of_the_shards_on_every_device(name, mesh):
     check_bytes(run_config(MODELS[name], mesh))
 
 
+def test_bytes_of_a_pipeline_equal_those_of_its_stages():
+    """Stages share the sparse layers. The dense layer before them is whole on each device."""
+    model = dataclasses.replace(MODELS["sparse"], num_layers=MOE.first_dense_layers + 4)
+    config = run_config(model, MeshConfig())
+    mesh = MeshConfig(data=1, pipeline=2, fsdp=2, tensor=2)
+    train = dataclasses.replace(config.train, accumulation=2, pipeline_rounds=2)
+    check_bytes(dataclasses.replace(config, mesh=mesh, train=train))
+
+
 @pytest.mark.parametrize("task", ["masked_tokens", "span_corruption", "fill_in_the_middle"])
 def test_bytes_of_a_run_equal_those_of_its_tasks_model(task):
     config = run_config(MODELS["sparse"], MeshConfig(data=1, fsdp=2, expert=2, tensor=2))

@@ -119,3 +119,9 @@ def test_the_table_of_chips_is_that_of_the_devices():
     assert 2 * PEAK_FLOPS["TPU7x"] == 2307e12
     with pytest.raises(ConfigError, match="--chip=h300 is no chip of the table: set it to h200"):
         find_chip("h300")
+
+
+def test_a_pipeline_is_not_planned_as_if_it_were_none():
+    mesh = MeshConfig(data=1, pipeline=2)
+    with pytest.raises(ConfigError, match=r"^mesh.pipeline=2: .* set mesh.pipeline to 1 to plan$"):
+        estimate(RunConfig(mesh=mesh), mesh, CHIPS["h200"])

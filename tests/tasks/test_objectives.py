@@ -294,6 +294,8 @@ def test_configs_that_an_objective_cannot_train_are_refused():
         dataclasses.replace(config, data=long)
     with pytest.raises(ConfigError, match=r"^mesh.context=2 splits .*: set mesh.context to 1$"):
         dataclasses.replace(config, mesh=MeshConfig(context=2))
+    with pytest.raises(ConfigError, match=r"^mesh.pipeline=2 cuts .*: set mesh.pipeline to 1$"):
+        dataclasses.replace(config, mesh=MeshConfig(pipeline=2))
     choice = dataclasses.replace(MODEL, moe=CHOICE)
     assert make_config("masked_tokens", "unused", moe=CHOICE).model == choice
     for task in ("span_corruption", "fill_in_the_middle"):

@@ -33,7 +33,7 @@ from moe.kernels.attention.inputs import (
     make_options,
     make_request,
 )
-from moe.parallel.ring_steps import Order, RingStep, chunk_order, ring_steps
+from moe.parallel.context.ring_steps import Order, RingStep, chunk_order, ring_steps
 
 
 def ring_attention(
