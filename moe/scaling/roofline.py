@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
-from moe.config import AXES, MeshConfig, RunConfig
+from moe.config import AXES, ConfigError, MeshConfig, RunConfig
 from moe.scaling.activations import activations
 from moe.scaling.communication import Collective, least_collectives
 from moe.scaling.flops import run_training_flops
