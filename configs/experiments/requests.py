@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ml_collections import ConfigDict
-from moe.scaling.sweep import Point, repeat
+from moe.scaling.experiments.sweep import Point, repeat
 
 from configs import chat_tiny
 

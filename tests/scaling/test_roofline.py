@@ -124,4 +124,4 @@ def test_the_table_of_chips_is_that_of_the_devices():
 def test_a_pipeline_is_not_planned_as_if_it_were_none():
     mesh = MeshConfig(data=1, pipeline=2)
     with pytest.raises(ConfigError, match=r"^mesh.pipeline=2: .* set mesh.pipeline to 1 to plan$"):
-        estimate(RunConfig(mesh=mesh), mesh, CHIPS["h200"])
+        estimate(dataclasses.replace(run_config(accumulation=2), mesh=mesh), mesh, CHIPS["h200"])
