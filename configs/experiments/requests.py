@@ -18,9 +18,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from ml_collections import ConfigDict
-from moe.scaling.experiments.sweep import Point, repeat
 
 from configs import chat_tiny
+from moe.scaling.experiments.sweep import Point, repeat
 
 SEEDS = (0, 1, 2)
 
