@@ -265,15 +265,16 @@ def test_checkpoints_move_between_a_pipeline_and_none_bit_for_bit(tmp_path: Any)
 
 @pytest.mark.slow
 def test_a_bfloat16_pipeline_rounds_as_one_device_does() -> None:
-    """Only the order of a few sums differs, so gradients differ by less than bfloat16 rounds."""
-    fields = {"compute_dtype": "bfloat16", "remat": "full"}
-    model = dataclasses.replace(SPARSE, **fields)
+    """It is as far from float32 as one device is. Rounding also changes what routers choose."""
+    model = dataclasses.replace(SPARSE, compute_dtype="bfloat16", remat="full")
     declared, values = drawn(SPARSE)
-    expected = step_from(run_of(model, {}), declared, values)
-    actual = step_from(run_of(model, {"pipeline": 2, "fsdp": 2}, rounds=2), declared, values)
-    for name, value in expected.items():
-        error = np.linalg.norm(actual[name] - value) / (np.linalg.norm(value) + 1e-12)
-        assert error < 0.02, f"{name} differs by {error:.1e}"
+    exact = step_from(run_of(SPARSE, {}), declared, values)
+    alone = step_from(run_of(model, {}), declared, values)
+    staged = step_from(run_of(model, {"pipeline": 2, "fsdp": 2}, rounds=2), declared, values)
+    for name, value in exact.items():
+        limit = 2 * np.linalg.norm(alone[name] - value) + 1e-6
+        error = np.linalg.norm(staged[name] - value)
+        assert error <= limit, f"{name} differs by {error:.1e}, more than {limit:.1e}"
 
 
 @pytest.mark.slow
