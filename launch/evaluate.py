@@ -20,18 +20,19 @@ with this value. --tasks runs tasks of EleutherAI's lm-evaluation-harness, by th
 --record keeps the result in the run directory, so that launch.report --card writes it down.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from absl import flags
 
 from launch import command_line
 from launch.recorded_evaluations import Evaluation, record_evaluation
-from launch.slices import open_slices, splits_of
+from launch.slices import check_documents, open_slices, splits_of
 from moe.config import ConfigError, DataConfig, RunConfig
 from moe.config.data import is_token_files
 from moe.config.objectives import check_decoder
@@ -59,6 +60,8 @@ def evaluate(
     data = evaluated_data(read_config(workdir).data, split, datasets)
     for one in data.values():
         check_dataset(one)
+        if slice_by:
+            check_documents(one, slice_by)
     # These load JAX, which bad input need not wait for.
     from moe.training import evaluation, trainer
 
@@ -69,17 +72,37 @@ def evaluate(
     if not datasets:
         config = dataclasses.replace(config, data=data[""])
     rows = _open_rows(config, program, data, split)
-    result = evaluation.evaluate_sources(config, program, variables, rows)
-    if slice_by:
-        sources = [one.of_source(source) for one in data.values() for source in one.sources]
-        splits = {
-            one: splits_of(one, split if datasets else one.validation_split) for one in sources
-        }
-        with open_slices(config, splits, program.task.rows, slice_by) as slices:
-            sliced = evaluation.evaluate_sources(config, program, variables, slices)
-        result |= {name: value for name, value in sliced.items() if "=" in name}
+    # The slices are opened first: what is wrong with them need not wait for an evaluation.
+    with _open_slices(config, program, data, split, slice_by) as slices:
+        result, *sliced = (
+            evaluation.evaluate_sources(config, program, variables, one) for one in (rows, *slices)
+        )
+    for values in sliced:
+        result |= {name: value for name, value in values.items() if "=" in name}
     _check_finite(result, workdir, step)
     return {"step": step, **with_perplexities(result)}
+
+
+@contextlib.contextmanager
+def _open_slices(
+    config: RunConfig,
+    program: Any,
+    data: Mapping[str, DataConfig],
+    split: str | None,
+    slice_by: str | None,
+) -> Iterator[list[Any]]:
+    """Yields the rows of all slices in a list, which is empty where none are asked for."""
+    if not slice_by:
+        yield []
+        return
+    splits = [
+        # Of the user's own files that --data names, all documents are read.
+        (source, splits_of(source, split if name else source.validation_split))
+        for name, one in data.items()
+        for source in map(one.of_source, one.sources)
+    ]
+    with open_slices(config, splits, program.task.rows, slice_by) as slices:
+        yield [slices]
 
 
 def _open_rows(
