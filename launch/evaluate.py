@@ -34,6 +34,7 @@ from launch import command_line
 from launch.recorded_evaluations import Evaluation, record_evaluation
 from launch.slices import check_documents, open_slices, splits_of
 from moe.config import ConfigError, DataConfig, RunConfig
+from moe.config.checks import show
 from moe.config.data import is_token_files
 from moe.config.objectives import check_decoder
 from moe.data.sources import check_dataset
@@ -208,7 +209,25 @@ def run_tasks(
     return {"step": step, "tasks": results}
 
 
+_DATA_FLAGS = ("data", "slice", "split")
+_TASK_FLAGS = ("limit", "num_fewshot", "task_directory")  # they need --tasks
+
+
+def check_flags(values: flags.FlagValues) -> None:
+    """Raises ConfigError for a flag that would have no effect, or whose number is too small."""
+    for name in _DATA_FLAGS if values.tasks else _TASK_FLAGS:
+        if (value := values[name].value) not in (None, []):
+            other = "with" if values.tasks else "without"
+            raise ConfigError(
+                f"--{name}={show(value)} has no effect {other} --tasks: leave --{name} out"
+            )
+    for name, least in (("limit", 1), ("num_fewshot", 0)):
+        if (value := values[name].value) is not None and value < least:
+            raise ConfigError(f"--{name}={value} is too small: set it to {least} or more")
+
+
 def main(values: flags.FlagValues) -> None:
+    check_flags(values)
     workdir = run_path(values.workdir)
     if values.tasks:
         result = run_tasks(
@@ -248,17 +267,40 @@ def _evaluation(values: flags.FlagValues, result: Mapping[str, Any]) -> Evaluati
     )
 
 
+def define_flags(values: flags.FlagValues) -> None:
+    """Defines the flags that say what to evaluate."""
+    flags.DEFINE_string(
+        "split",
+        None,
+        "The split to evaluate on; the config's validation split by default.",
+        flag_values=values,
+    )
+    flags.DEFINE_multi_string(
+        "data", [], "A data set to evaluate on, in place of the run's.", flag_values=values
+    )
+    flags.DEFINE_string(
+        "slice", None, "A field of the examples, by whose values to evaluate.", flag_values=values
+    )
+    flags.DEFINE_list(
+        "tasks", [], "Tasks of the lm-evaluation-harness to run instead.", flag_values=values
+    )
+    flags.DEFINE_string(
+        "task_directory", None, "A directory with task files of your own.", flag_values=values
+    )
+    flags.DEFINE_integer(
+        "limit",
+        None,
+        "How many examples of each task to run; all by default.",
+        flag_values=values,
+    )
+    flags.DEFINE_integer(
+        "num_fewshot", None, "How many examples stand before a question.", flag_values=values
+    )
+
+
 if __name__ == "__main__":
     command_line.define_workdir("The run directory, as given to launch.train.")
     flags.DEFINE_integer("step", None, "The checkpoint's step; the latest by default.")
-    flags.DEFINE_string(
-        "split", None, "The split to evaluate on; the config's validation split by default."
-    )
-    flags.DEFINE_multi_string("data", [], "A data set to evaluate on, in place of the run's.")
-    flags.DEFINE_string("slice", None, "A field of the examples, by whose values to evaluate.")
-    flags.DEFINE_list("tasks", [], "Tasks of the lm-evaluation-harness to run instead.")
-    flags.DEFINE_string("task_directory", None, "A directory with task files of your own.")
-    flags.DEFINE_integer("limit", None, "How many examples of each task to run; all by default.")
-    flags.DEFINE_integer("num_fewshot", None, "How many examples stand before a question.")
+    define_flags(flags.FLAGS)
     flags.DEFINE_bool("record", False, "Whether to keep the result in the run directory.")
     command_line.run(main, __doc__, devices=True)

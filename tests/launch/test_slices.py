@@ -10,8 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from absl import flags
 
-from launch.evaluate import evaluate, evaluated_data, with_perplexities
+from launch.evaluate import (
+    check_flags,
+    define_flags,
+    evaluate,
+    evaluated_data,
+    with_perplexities,
+)
 from launch.generate import generate
 from launch.recorded_evaluations import read_evaluations
 from launch.slices import MAX_SLICES, check_documents, divide, open_slices, splits_of
@@ -99,6 +106,27 @@ def test_slices_are_opened_before_anything_is_evaluated(
     monkeypatch.setattr("moe.training.trainer.load_run", lambda workdir, step: loaded)
     with pytest.raises(ConfigError, match="--slice=on is no field"):
         evaluate(tmp_path, split="train", slice_by="on")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tasks=a", "--data=text:b"], r"--data=\['text:b'\] has no effect with --tasks"),
+        (["--tasks=a", "--split=train"], "--split='train' has no effect with --tasks"),
+        (["--tasks=a", "--slice=by"], "--slice='by' has no effect with --tasks: leave --slice out"),
+        (["--limit=3"], "--limit=3 has no effect without --tasks"),
+        (["--num_fewshot=0"], "--num_fewshot=0 has no effect without --tasks"),
+        (["--task_directory=d"], "--task_directory='d' has no effect without --tasks"),
+        (["--tasks=a", "--limit=0"], "--limit=0 is too small: set it to 1 or more"),
+        (["--tasks=a", "--num_fewshot=-1"], "--num_fewshot=-1 is too small: set it to 0 or more"),
+    ],
+)
+def test_flags_that_could_not_be_heeded_are_refused(arguments: list[str], message: str):
+    values = flags.FlagValues()
+    define_flags(values)
+    values(["evaluate", *arguments])
+    with pytest.raises(ConfigError, match=message):
+        check_flags(values)
 
 
 def test_every_loss_has_its_perplexity():
