@@ -142,6 +142,7 @@ def evaluated_data(
             dataset=name,
             train_split=split,
             validation_split=split,
+            skip_bad_documents=data.skip_bad_documents and name.startswith("text:"),
             **fields,
             **(as_they_are if is_token_files(name) else {}),
         )

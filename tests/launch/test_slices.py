@@ -146,6 +146,9 @@ def test_other_data_keeps_the_runs_tokenizer():
     ]
     assert all(one.special_tokens == ("<a>",) for one in other.values())
     assert evaluated_data(data, "train", [])[""].validation_split == "train"
+    skipping = dataclasses.replace(data, dataset="text:a", skip_bad_documents=True)
+    others = evaluated_data(skipping, None, ["text:b", "stdlib"]).values()
+    assert [one.skip_bad_documents for one in others] == [True, False]
 
 
 @pytest.mark.parametrize("split", ["validation", "train"])
