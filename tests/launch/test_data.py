@@ -131,6 +131,16 @@ def test_the_table_says_what_is_unknown():
     assert rows[1] == ("other", "?", "?", "?", "?", "3", "?", "?", "75.0%")
 
 
+def test_bytes_per_token_of_conversations_are_unknown():
+    """Their bytes are those of the answers, and their tokens are those of whole conversations."""
+    rows = Source("chats", 2, 100, 50, 1, 0.985, 0)
+    found = Source.of_rows("chats", rows, are_conversations=True)
+    assert found == rows._replace(num_bytes=None)
+    ((*_, per_token, _, _, _, _),) = source_table([found])[1]
+    assert per_token == "?"
+    assert Source.of_rows("chats", rows) == rows
+
+
 def test_a_config_is_shown_whole(tmp_path: Path):
     """Both pages name every part, for data that is prepared on the way."""
     texts = "".join(f'{{"text": "<b>number {n % 7}"}}\n' for n in range(200))
