@@ -61,7 +61,8 @@ def look(config: RunConfig, split: str, num_rows: int) -> Look:
     for name, one in sources.items():
         for number in range(min(num_rows, len(one))):
             # A row is transformed as it is in an evaluation, whatever the split.
-            streams = read_row(transform(one[number], (0, number)), tokenizer)
+            row = transform(one[number], (0, number))
+            streams = read_row(row, tokenizer, predicts_next=config.task != "masked_tokens")
             rows.append((f"{name} {split} row {number}".strip(), streams))
     described = [
         Source.of_rows(name, one, are_conversations=bool(config.data.chat_template))

@@ -21,9 +21,10 @@ TOKENIZER = make_tokenizer(DataConfig(special_tokens=("<|end|>", "[MASK]")))
 B, END, MASK = 255, 256, 257
 
 
-def shown(fields: Mapping[str, np.ndarray]) -> list[str]:
+def shown(fields: Mapping[str, np.ndarray], *, predicts_next: bool = True) -> list[str]:
     """Returns the lines of a row without the rules around documents."""
-    lines = row_text(read_row(fields, TOKENIZER), in_colour=False).split("\n")
+    streams = read_row(fields, TOKENIZER, predicts_next=predicts_next)
+    lines = row_text(streams, in_colour=False).split("\n")
     return [line.rstrip("─ ") for line in lines]
 
 
@@ -60,9 +61,20 @@ def test_hidden_tokens_are_shown_with_what_they_hide():
         "loss_mask": np.array([0, 0, 1, 1, 0, 0], bool),
         "segment_ids": np.ones(6, np.int32),
     }
-    assert shown(fields)[1] == "<boundary>a{[MASK][MASK] → bc}d<boundary>"
-    page = row_html(read_row(fields, TOKENIZER))
+    assert shown(fields, predicts_next=False)[1] == "<boundary>a{[MASK][MASK] → bc}d<boundary>"
+    page = row_html(read_row(fields, TOKENIZER, predicts_next=False))
     assert "<span class=hidden>[MASK][MASK]</span><span class=target>bc</span>" in page
+
+
+def test_a_hidden_token_may_equal_the_next_one():
+    """Only the task can say that the target is not the next token, which is the same."""
+    fields = {
+        "tokens": np.array([B, MASK, *b"a", B]),
+        "targets": np.array([B, *b"aa", B]),
+        "loss_mask": np.array([0, 1, 0, 0], bool),
+        "segment_ids": np.ones(4, np.int32),
+    }
+    assert shown(fields, predicts_next=False)[1] == "<boundary>{[MASK] → a}a<boundary>"
 
 
 def test_an_encoder_has_a_sequence_of_its_own():
