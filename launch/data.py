@@ -40,7 +40,7 @@ class Look(NamedTuple):
     rows: list[tuple[str, list[Stream]]]  # the first rows, each with its heading
     sources: list[Source]
     counts: DocumentCounts | None  # None where there are only rows, and no documents
-    row_bytes: float  # how many bytes of text fill a row
+    row_bytes: float  # how many bytes of text fill a row; 0 where that is not known
 
 
 def look(config: RunConfig, split: str, num_rows: int) -> Look:
@@ -61,9 +61,13 @@ def look(config: RunConfig, split: str, num_rows: int) -> Look:
     for name, one in sources.items():
         for number in range(min(num_rows, len(one))):
             # A row is transformed as it is in an evaluation, whatever the split.
-            streams = read_row(transform(one[number], (0, number)), tokenizer)
+            row = transform(one[number], (0, number))
+            streams = read_row(row, tokenizer, predicts_next=config.task != "masked_tokens")
             rows.append((f"{name} {split} row {number}".strip(), streams))
-    described = [Source.of_rows(name, one) for name, one in sources.items()]
+    described = [
+        Source.of_rows(name, one, are_conversations=bool(config.data.chat_template))
+        for name, one in sources.items()
+    ]
     # Tokens that somebody else has prepared have no documents that could be read.
     has_documents = not any(is_token_files(one.dataset) for one in config.data.sources)
     counts = count_documents(_documents(config, split)) if has_documents else None

@@ -45,19 +45,24 @@ class _Tokens(NamedTuple):
     segments: np.ndarray  # 0 on padding
 
 
-def read_row(fields: Mapping[str, np.ndarray], tokenizer: Tokenizer) -> list[Stream]:
-    """Returns the sequences of a row, from its fields in a batch [T], as tasks define them."""
+def read_row(
+    fields: Mapping[str, np.ndarray], tokenizer: Tokenizer, *, predicts_next: bool = True
+) -> list[Stream]:
+    """Returns the sequences of a row, from its fields in a batch [T], as tasks define them.
+
+    `predicts_next` says whether each target is the next token, or one in its own place.
+    """
     streams = []
     if "encoder_tokens" in fields:
         ids = fields["encoder_tokens"]
         unpredicted = np.zeros(len(ids), bool)
         tokens = _Tokens(ids, unpredicted, ids, fields["encoder_segment_ids"])
         streams.append(_stream("encoder", tokens, tokenizer))
-    streams.append(_stream("", _predicted_tokens(fields), tokenizer))
+    streams.append(_stream("", _predicted_tokens(fields, predicts_next), tokenizer))
     return streams
 
 
-def _predicted_tokens(fields: Mapping[str, np.ndarray]) -> _Tokens:
+def _predicted_tokens(fields: Mapping[str, np.ndarray], predicts_next: bool) -> _Tokens:
     """Returns the tokens of a sequence that has targets.
 
     A model predicts the next token, or tokens in their own places, from the others around them. In
@@ -65,9 +70,7 @@ def _predicted_tokens(fields: Mapping[str, np.ndarray]) -> _Tokens:
     """
     tokens, targets = fields["tokens"], fields["targets"]
     loss_mask, segments = fields["loss_mask"], fields["segment_ids"]
-    followed = loss_mask[:-1] & (segments[1:] == segments[:-1])
-    is_next = np.array_equal(targets[:-1][followed], tokens[1:][followed])
-    if not is_next:
+    if not predicts_next:
         return _Tokens(np.where(loss_mask, targets, tokens), loss_mask, tokens, segments)
     # Which document the last target belongs to is known only if it is predicted.
     end = len(targets) if loss_mask[-1] else len(targets) - 1

@@ -35,9 +35,15 @@ class Source(NamedTuple):
     num_cut: int | None  # documents that lie in several rows
 
     @classmethod
-    def of_rows(cls, name: str, rows: Any) -> "Source":
-        """Returns what the rows of a source know of themselves."""
+    def of_rows(cls, name: str, rows: Any, *, are_conversations: bool = False) -> "Source":
+        """Returns what the rows of a source know of themselves.
+
+        Of conversations they know only how many bytes the answers have, which would be wrong beside
+        the tokens of whole conversations.
+        """
         known: dict[str, Any] = {field: getattr(rows, field, None) for field in cls._fields[1:]}
+        if are_conversations:
+            known["num_bytes"] = None
         return cls(name, **known)
 
 

@@ -20,19 +20,21 @@ with this value. --tasks runs tasks of EleutherAI's lm-evaluation-harness, by th
 --record keeps the result in the run directory, so that launch.report --card writes it down.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from absl import flags
 
 from launch import command_line
 from launch.recorded_evaluations import Evaluation, record_evaluation
-from launch.slices import open_slices, splits_of
+from launch.slices import check_documents, open_slices, splits_of
 from moe.config import ConfigError, DataConfig, RunConfig
+from moe.config.checks import show
 from moe.config.data import is_token_files
 from moe.config.objectives import check_decoder
 from moe.data.sources import check_dataset
@@ -59,6 +61,8 @@ def evaluate(
     data = evaluated_data(read_config(workdir).data, split, datasets)
     for one in data.values():
         check_dataset(one)
+        if slice_by:
+            check_documents(one, slice_by)
     # These load JAX, which bad input need not wait for.
     from moe.training import evaluation, trainer
 
@@ -69,17 +73,37 @@ def evaluate(
     if not datasets:
         config = dataclasses.replace(config, data=data[""])
     rows = _open_rows(config, program, data, split)
-    result = evaluation.evaluate_sources(config, program, variables, rows)
-    if slice_by:
-        sources = [one.of_source(source) for one in data.values() for source in one.sources]
-        splits = {
-            one: splits_of(one, split if datasets else one.validation_split) for one in sources
-        }
-        with open_slices(config, splits, program.task.rows, slice_by) as slices:
-            sliced = evaluation.evaluate_sources(config, program, variables, slices)
-        result |= {name: value for name, value in sliced.items() if "=" in name}
+    # The slices are opened first: what is wrong with them need not wait for an evaluation.
+    with _open_slices(config, program, data, split, slice_by) as slices:
+        result, *sliced = (
+            evaluation.evaluate_sources(config, program, variables, one) for one in (rows, *slices)
+        )
+    for values in sliced:
+        result |= {name: value for name, value in values.items() if "=" in name}
     _check_finite(result, workdir, step)
     return {"step": step, **with_perplexities(result)}
+
+
+@contextlib.contextmanager
+def _open_slices(
+    config: RunConfig,
+    program: Any,
+    data: Mapping[str, DataConfig],
+    split: str | None,
+    slice_by: str | None,
+) -> Iterator[list[Any]]:
+    """Yields the rows of all slices in a list, which is empty where none are asked for."""
+    if not slice_by:
+        yield []
+        return
+    splits = [
+        # Of the user's own files that --data names, all documents are read.
+        (source, splits_of(source, split if name else source.validation_split))
+        for name, one in data.items()
+        for source in map(one.of_source, one.sources)
+    ]
+    with open_slices(config, splits, program.task.rows, slice_by) as slices:
+        yield [slices]
 
 
 def _open_rows(
@@ -118,6 +142,7 @@ def evaluated_data(
             dataset=name,
             train_split=split,
             validation_split=split,
+            skip_bad_documents=data.skip_bad_documents and name.startswith("text:"),
             **fields,
             **(as_they_are if is_token_files(name) else {}),
         )
@@ -185,7 +210,25 @@ def run_tasks(
     return {"step": step, "tasks": results}
 
 
+_DATA_FLAGS = ("data", "slice", "split")
+_TASK_FLAGS = ("limit", "num_fewshot", "task_directory")  # they need --tasks
+
+
+def check_flags(values: flags.FlagValues) -> None:
+    """Raises ConfigError for a flag that would have no effect, or whose number is too small."""
+    for name in _DATA_FLAGS if values.tasks else _TASK_FLAGS:
+        if (value := values[name].value) not in (None, []):
+            other = "with" if values.tasks else "without"
+            raise ConfigError(
+                f"--{name}={show(value)} has no effect {other} --tasks: leave --{name} out"
+            )
+    for name, least in (("limit", 1), ("num_fewshot", 0)):
+        if (value := values[name].value) is not None and value < least:
+            raise ConfigError(f"--{name}={value} is too small: set it to {least} or more")
+
+
 def main(values: flags.FlagValues) -> None:
+    check_flags(values)
     workdir = run_path(values.workdir)
     if values.tasks:
         result = run_tasks(
@@ -225,17 +268,40 @@ def _evaluation(values: flags.FlagValues, result: Mapping[str, Any]) -> Evaluati
     )
 
 
+def define_flags(values: flags.FlagValues) -> None:
+    """Defines the flags that say what to evaluate."""
+    flags.DEFINE_string(
+        "split",
+        None,
+        "The split to evaluate on; the config's validation split by default.",
+        flag_values=values,
+    )
+    flags.DEFINE_multi_string(
+        "data", [], "A data set to evaluate on, in place of the run's.", flag_values=values
+    )
+    flags.DEFINE_string(
+        "slice", None, "A field of the examples, by whose values to evaluate.", flag_values=values
+    )
+    flags.DEFINE_list(
+        "tasks", [], "Tasks of the lm-evaluation-harness to run instead.", flag_values=values
+    )
+    flags.DEFINE_string(
+        "task_directory", None, "A directory with task files of your own.", flag_values=values
+    )
+    flags.DEFINE_integer(
+        "limit",
+        None,
+        "How many examples of each task to run; all by default.",
+        flag_values=values,
+    )
+    flags.DEFINE_integer(
+        "num_fewshot", None, "How many examples stand before a question.", flag_values=values
+    )
+
+
 if __name__ == "__main__":
     command_line.define_workdir("The run directory, as given to launch.train.")
     flags.DEFINE_integer("step", None, "The checkpoint's step; the latest by default.")
-    flags.DEFINE_string(
-        "split", None, "The split to evaluate on; the config's validation split by default."
-    )
-    flags.DEFINE_multi_string("data", [], "A data set to evaluate on, in place of the run's.")
-    flags.DEFINE_string("slice", None, "A field of the examples, by whose values to evaluate.")
-    flags.DEFINE_list("tasks", [], "Tasks of the lm-evaluation-harness to run instead.")
-    flags.DEFINE_string("task_directory", None, "A directory with task files of your own.")
-    flags.DEFINE_integer("limit", None, "How many examples of each task to run; all by default.")
-    flags.DEFINE_integer("num_fewshot", None, "How many examples stand before a question.")
+    define_flags(flags.FLAGS)
     flags.DEFINE_bool("record", False, "Whether to keep the result in the run directory.")
     command_line.run(main, __doc__, devices=True)

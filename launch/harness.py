@@ -202,7 +202,8 @@ def read_generation_options(options: Mapping[str, Any]) -> tuple[Sampling, int, 
     if options.keys() >= {"do_sample"}:
         values["temperature"] = options.get("temperature", 1.0) if options["do_sample"] else 0.0
     until = values["until"]
-    stops = [until] if isinstance(until, str) else [stop for stop in until if stop]
+    # A task may write "" or null where nothing ends an answer.
+    stops = [stop for stop in ([until] if isinstance(until, str) else until or []) if stop]
     sampling = Sampling(float(values["temperature"]), int(values["top_k"]), float(values["top_p"]))
     return sampling, int(values["max_gen_toks"]), stops
 

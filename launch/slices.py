@@ -4,12 +4,13 @@ import contextlib
 import dataclasses
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
 from moe.config import ConfigError, DataConfig, RunConfig
 from moe.config.checks import show
+from moe.config.data import is_token_files
 from moe.data.rows import JoinedRows, Rows
 from moe.data.sources import Document, open_documents
 
@@ -25,23 +26,33 @@ def splits_of(data: DataConfig, split: str | None) -> tuple[str, ...]:
     return (split or data.validation_split,)
 
 
+def check_documents(data: DataConfig, field: str) -> None:
+    """Raises ConfigError for data without documents, which no field can divide."""
+    for source in data.sources:
+        if is_token_files(source.dataset):
+            raise ConfigError(
+                f"--slice={field} needs documents, and {source.dataset} holds only tokens: "
+                "leave --slice out, or name other data"
+            )
+
+
 @contextlib.contextmanager
 def open_slices(
     config: RunConfig,
-    data: Mapping[DataConfig, Sequence[str]],
+    data: Sequence[tuple[DataConfig, Sequence[str]]],
     open_rows: Callable[[RunConfig, str], Rows],
     field: str,
 ) -> Iterator[JoinedRows]:
     """Yields the rows of the documents with each value of a field, under the name FIELD=VALUE.
 
-    `data` maps each data set to its splits. Each slice is packed by itself, from a copy on disk
+    `data` holds each data set with its splits. Each slice is packed by itself, from a copy on disk
     that is deleted at the end. Raises ConfigError for a field that documents lack, and for one with
     too many values.
     """
     with tempfile.TemporaryDirectory(prefix="slices-") as directory:
         documents = (
             document
-            for one, splits in data.items()
+            for one, splits in data
             for split in splits
             for documents in [open_documents(one, split)]
             for document in documents.between(0, len(documents))
@@ -49,7 +60,7 @@ def open_slices(
         rows = {}
         for value, folder in sorted(divide(documents, field, Path(directory)).items()):
             place = {"dataset": f"text:{folder}", "text_field": "text", "directory": directory}
-            one = dataclasses.replace(next(iter(data)), **place)
+            one = dataclasses.replace(data[0][0], **place)
             rows[f"{field}={value}"] = open_rows(
                 dataclasses.replace(config, data=one), "validation"
             )
@@ -57,12 +68,17 @@ def open_slices(
 
 
 def divide(documents: Iterable[Document], field: str, directory: Path) -> dict[str, Path]:
-    """Copies documents into one folder for each value of a field. Returns them by the values."""
+    """Copies documents into one folder for each value of a field. Returns them by the values.
+
+    Empty documents are left out, as they are from rows.
+    """
     folders: dict[str, Path] = {}
     files: dict[str, IO[str]] = {}
     with contextlib.ExitStack() as stack:
         for document in documents:
             value = _value(document, field)
+            if not document.text:
+                continue
             if value not in files:
                 if len(files) == MAX_SLICES:
                     raise ConfigError(

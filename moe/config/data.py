@@ -129,6 +129,7 @@ class DataConfig:
         if self.chat_template:
             self._check_chat()
         self._check_token_files()
+        self._check_skipping()
 
     def _check_tokenizer(self) -> None:
         """Raises ConfigError for fields of the tokenizer that cannot belong together."""
@@ -165,6 +166,15 @@ class DataConfig:
                     f"{name}={show(value)} has no effect on the token files of dataset='tokens:"
                     f"...', which are read as they are: leave {name} out"
                 )
+
+    def _check_skipping(self) -> None:
+        """Raises ConfigError where bad documents would be skipped, and none ever are."""
+        has_own_files = any(source.dataset.startswith("text:") for source in self.sources)
+        if self.skip_bad_documents and not has_own_files:
+            raise ConfigError(
+                f"skip_bad_documents=True has no effect on dataset={show(self.dataset)}, only on "
+                "'text:...': leave skip_bad_documents out"
+            )
 
     def _check_stages(self) -> None:
         """Raises ConfigError for stages that do not follow each other, or that change nothing."""

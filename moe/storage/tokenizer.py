@@ -29,7 +29,8 @@ class StoredFile(NamedTuple):
 
 def names_file(config: DataConfig, field: str) -> bool:
     """Returns whether a field of the config names a file: bytes have none, and plain text too."""
-    return getattr(config, field) not in ("byte", "")
+    # A chat template may lie in a file of any name, "byte" too.
+    return getattr(config, field) != ("byte" if field == "tokenizer" else "")
 
 
 def store_tokenizer(workdir: RunPath, config: DataConfig, check: Check = unchecked) -> None:

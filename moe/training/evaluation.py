@@ -94,21 +94,30 @@ def _sum_over_batches(
         transform=program.task.transform(config),
     )
     totals: losses.Sums = {}
+    sums: losses.Sums = {}
     with jax.set_mesh(program.mesh):
         for number, fields in _watched(batches):
             batch = global_batch(fields, program.mesh, size, program.task.dims)
-            sums, before = program.eval_step(variables, batch), totals
-            totals = jax.tree.map(lambda a, b: a + b, totals, sums) if totals else sums
+            before, sums = sums, program.eval_step(variables, batch)
             if number > 1:
                 watch.report("waiting")
-            # The devices have one more batch to work on, and the watch knows how far they are.
-            jax.block_until_ready(before)
-            if stops(totals):
+                # The devices have one more batch to work on, and the watch knows how far they are.
+                totals = add_on_host(totals, before)
+            if stops(sums):
                 return {}
         watch.report("waiting")
-        jax.block_until_ready(totals)
+        totals = add_on_host(totals, sums)
         watch.report("evaluating")  # what follows is no batch, and may take any time
     return totals
+
+
+def add_on_host(totals: losses.Sums, sums: losses.Sums) -> losses.Sums:
+    """Waits for a batch's sums, and returns them added to `totals` in float64.
+
+    A float32 total of more than 2**24 targets would lose whole targets.
+    """
+    on_host = jax.tree.map(np.float64, jax.device_get(sums))
+    return jax.tree.map(np.add, totals, on_host) if totals else on_host
 
 
 def _watched(batches: Iterator[Fields]) -> Iterator[tuple[int, Fields]]:

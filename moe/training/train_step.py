@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import struct
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moe import losses
 from moe.config import ConfigError, RunConfig, Schedule
@@ -142,7 +142,7 @@ def make_program(
         abstract_state=abstract,
         init_state=init_state,
         train_step=_jit_train_step(config, model, task, declared, state_shardings),
-        eval_step=jax.jit(make_eval_step(config, task)),
+        eval_step=_jit_eval_step(config, task, mesh),
     )
 
 
@@ -158,6 +158,14 @@ def _jit_train_step(
 
     jitted = jax.jit(train_step, donate_argnums=1, out_shardings=(state_shardings, None))
     return functools.partial(jitted, choose_decay(config))
+
+
+def _jit_eval_step(
+    config: RunConfig, task: Task, mesh: Mesh
+) -> Callable[[Any, Batch], losses.Sums]:
+    """Returns the jitted evaluation step, whose sums every process holds whole, to read them."""
+    whole = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(make_eval_step(config, task), out_shardings=whole)
 
 
 def _make_init(

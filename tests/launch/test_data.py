@@ -21,9 +21,10 @@ TOKENIZER = make_tokenizer(DataConfig(special_tokens=("<|end|>", "[MASK]")))
 B, END, MASK = 255, 256, 257
 
 
-def shown(fields: Mapping[str, np.ndarray]) -> list[str]:
+def shown(fields: Mapping[str, np.ndarray], *, predicts_next: bool = True) -> list[str]:
     """Returns the lines of a row without the rules around documents."""
-    lines = row_text(read_row(fields, TOKENIZER), in_colour=False).split("\n")
+    streams = read_row(fields, TOKENIZER, predicts_next=predicts_next)
+    lines = row_text(streams, in_colour=False).split("\n")
     return [line.rstrip("─ ") for line in lines]
 
 
@@ -60,9 +61,20 @@ def test_hidden_tokens_are_shown_with_what_they_hide():
         "loss_mask": np.array([0, 0, 1, 1, 0, 0], bool),
         "segment_ids": np.ones(6, np.int32),
     }
-    assert shown(fields)[1] == "<boundary>a{[MASK][MASK] → bc}d<boundary>"
-    page = row_html(read_row(fields, TOKENIZER))
+    assert shown(fields, predicts_next=False)[1] == "<boundary>a{[MASK][MASK] → bc}d<boundary>"
+    page = row_html(read_row(fields, TOKENIZER, predicts_next=False))
     assert "<span class=hidden>[MASK][MASK]</span><span class=target>bc</span>" in page
+
+
+def test_a_hidden_token_may_equal_the_next_one():
+    """Only the task can say that the target is not the next token, which is the same."""
+    fields = {
+        "tokens": np.array([B, MASK, *b"a", B]),
+        "targets": np.array([B, *b"aa", B]),
+        "loss_mask": np.array([0, 1, 0, 0], bool),
+        "segment_ids": np.ones(4, np.int32),
+    }
+    assert shown(fields, predicts_next=False)[1] == "<boundary>{[MASK] → a}a<boundary>"
 
 
 def test_an_encoder_has_a_sequence_of_its_own():
@@ -129,6 +141,16 @@ def test_the_table_says_what_is_unknown():
     assert len(head) == len(rows[0])
     assert rows[0] == ("code", "2", "100", "50", "2.000", "1", "98.5%", "0", "25.0%")
     assert rows[1] == ("other", "?", "?", "?", "?", "3", "?", "?", "75.0%")
+
+
+def test_bytes_per_token_of_conversations_are_unknown():
+    """Their bytes are those of the answers, and their tokens are those of whole conversations."""
+    rows = Source("chats", 2, 100, 50, 1, 0.985, 0)
+    found = Source.of_rows("chats", rows, are_conversations=True)
+    assert found == rows._replace(num_bytes=None)
+    ((*_, per_token, _, _, _, _),) = source_table([found])[1]
+    assert per_token == "?"
+    assert Source.of_rows("chats", rows) == rows
 
 
 def test_a_config_is_shown_whole(tmp_path: Path):

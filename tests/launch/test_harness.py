@@ -112,6 +112,8 @@ def test_answers_end_at_their_stops():
     assert read_generation_options(options) == (Sampling(temperature=0.0), 256, ["\n"])
     options = {"until": "x", "max_gen_toks": 5, "do_sample": True, "top_p": 0.9}
     assert read_generation_options(options) == (Sampling(1.0, 0, 0.9), 5, ["x"])
+    for nothing in ("", None, [], [""]):
+        assert read_generation_options({"until": nothing})[2] == []
     with pytest.raises(ConfigError, match="a task sets num_beams=4 for generation"):
         read_generation_options({"num_beams": 4})
 

@@ -5,17 +5,26 @@ import json
 import math
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
+from absl import flags
 
-from launch.evaluate import evaluate, evaluated_data, with_perplexities
+from launch.evaluate import (
+    check_flags,
+    define_flags,
+    evaluate,
+    evaluated_data,
+    with_perplexities,
+)
 from launch.generate import generate
 from launch.recorded_evaluations import read_evaluations
-from launch.slices import MAX_SLICES, divide, splits_of
+from launch.slices import MAX_SLICES, check_documents, divide, open_slices, splits_of
 from moe.config import ConfigError, DataConfig, RunConfig, TrainConfig
-from moe.data.sources import Document, check_dataset
+from moe.data.rows import Rows
+from moe.data.sources import Document, check_dataset, open_documents
 from moe.data.token_files import open_token_rows
 from tests.tiny import TINY_MODEL
 
@@ -42,6 +51,84 @@ def test_a_field_must_be_there_and_have_few_values(tmp_path: Path):
         divide(documents(list(range(MAX_SLICES + 1))), "by", tmp_path)
 
 
+def test_empty_documents_make_no_slice(tmp_path: Path):
+    """Rows leave them out, so a slice of nothing else would have no rows."""
+    empty = Document("", "a.jsonl:9", {"by": "y"})
+    assert divide([*documents(["x"]), empty], "by", tmp_path).keys() == {"x"}
+
+
+def test_a_data_set_that_a_mixture_names_twice_is_sliced_twice(tmp_path: Path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one", "by": "x"}\n')
+    data = DataConfig(dataset=f"text:{tmp_path}", directory=str(tmp_path / "cache"))
+    (split,) = splits_of(data, None)
+    found = []
+
+    def open_rows(config: RunConfig, split: str) -> Rows:
+        documents = open_documents(config.data, split)
+        found.extend(document.text for document in documents.between(0, len(documents)))
+        return StandInRows()
+
+    with open_slices(RunConfig(), [(data, [split])] * 2, open_rows, "by") as slices:
+        assert list(slices.sources) == ["by=x"]
+    assert found == ["one", "one"]
+
+
+class StandInRows:
+    """Stands in for the rows of a slice that nothing reads."""
+
+    sha256 = ""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        return {}
+
+
+def test_tokens_have_no_fields_to_slice_by():
+    data = DataConfig(dataset="tokens:here")
+    with pytest.raises(ConfigError, match="--slice=by needs documents, and tokens:here holds only"):
+        check_documents(data, "by")
+
+
+def test_slices_are_opened_before_anything_is_evaluated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "a.jsonl").write_text('{"text": "one", "by": "x"}\n')
+    data = DataConfig(
+        dataset=f"text:{tmp_path}", validation_split="train", directory=str(tmp_path / "cache")
+    )
+    config = RunConfig(data=data)
+    rows = lambda config, split: StandInRows()
+    program = types.SimpleNamespace(task=types.SimpleNamespace(rows=rows))
+    loaded = (config, program, {}, 1)
+    monkeypatch.setattr("launch.evaluate.read_config", lambda workdir: config)
+    monkeypatch.setattr("moe.training.trainer.load_run", lambda workdir, step: loaded)
+    with pytest.raises(ConfigError, match="--slice=on is no field"):
+        evaluate(tmp_path, split="train", slice_by="on")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tasks=a", "--data=text:b"], r"--data=\['text:b'\] has no effect with --tasks"),
+        (["--tasks=a", "--split=train"], "--split='train' has no effect with --tasks"),
+        (["--tasks=a", "--slice=by"], "--slice='by' has no effect with --tasks: leave --slice out"),
+        (["--limit=3"], "--limit=3 has no effect without --tasks"),
+        (["--num_fewshot=0"], "--num_fewshot=0 has no effect without --tasks"),
+        (["--task_directory=d"], "--task_directory='d' has no effect without --tasks"),
+        (["--tasks=a", "--limit=0"], "--limit=0 is too small: set it to 1 or more"),
+        (["--tasks=a", "--num_fewshot=-1"], "--num_fewshot=-1 is too small: set it to 0 or more"),
+    ],
+)
+def test_flags_that_could_not_be_heeded_are_refused(arguments: list[str], message: str):
+    values = flags.FlagValues()
+    define_flags(values)
+    values(["evaluate", *arguments])
+    with pytest.raises(ConfigError, match=message):
+        check_flags(values)
+
+
 def test_every_loss_has_its_perplexity():
     found = with_perplexities({"loss": 1.0, "text:a/loss": 0.0, "by=x/loss": 1e9, "bits": 2.0})
     assert found["perplexity"] == pytest.approx(math.e)
@@ -59,6 +146,9 @@ def test_other_data_keeps_the_runs_tokenizer():
     ]
     assert all(one.special_tokens == ("<a>",) for one in other.values())
     assert evaluated_data(data, "train", [])[""].validation_split == "train"
+    skipping = dataclasses.replace(data, dataset="text:a", skip_bad_documents=True)
+    others = evaluated_data(skipping, None, ["text:b", "stdlib"]).values()
+    assert [one.skip_bad_documents for one in others] == [True, False]
 
 
 @pytest.mark.parametrize("split", ["validation", "train"])

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from moe.config import ConfigError, RunConfig
+from moe.config import ConfigError, DataConfig, RunConfig
 from moe.storage.paths import RunPath, run_path
-from moe.storage.tokenizer import local_copy, read_stored, store_tokenizer
+from moe.storage.tokenizer import FIELDS, local_copy, names_file, read_stored, store_tokenizer
 from moe.workdir.identity import use_stored_tokenizer, write_config
 from moe.workdir.origin import find_origin
 from moe.workdir.source import Source
@@ -49,6 +49,12 @@ def test_a_new_run_keeps_a_copy_which_is_used_from_then_on(tmp_path: Path, file:
     used = use_stored_tokenizer(moved, config)
     assert used == config_with(moved / "tokenizer" / "mine.json")
     assert use_stored_tokenizer(moved, config_with("/elsewhere/mine.json")) == used
+
+
+def test_a_template_whose_file_is_called_byte_is_kept_too() -> None:
+    named = DataConfig(chat_template="byte", packing="pad")
+    assert [names_file(named, field) for field in FIELDS] == [False, True]
+    assert not any(names_file(DataConfig(), field) for field in FIELDS)
 
 
 def test_a_file_of_the_name_that_the_description_has_is_kept_too(tmp_path: Path) -> None:

@@ -3,13 +3,14 @@
 import types
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from moe.config import RunConfig
 from moe.data.rows import JoinedRows, source_line
 from moe.training import evaluation
-from moe.training.evaluation import evaluate_sources
+from moe.training.evaluation import add_on_host, evaluate_sources
 
 
 class FakeRows:
@@ -67,6 +68,17 @@ def test_an_evaluation_that_must_end_has_no_result(program: Any):
     rows = JoinedRows({"a": FakeRows(10, 5), "b": FakeRows(30, 3)})
     asked = iter([False, True])
     assert evaluate_sources(RunConfig(), program, None, rows, lambda sums: next(asked)) == {}
+
+
+def test_targets_are_counted_exactly_beyond_float32():
+    """In float32, 2**24 + 1 is 2**24."""
+    ones = {"targets": jnp.ones(()), "router": {"load": jnp.ones(2)}}
+    totals = {"targets": np.float64(2**24), "router": {"load": np.full(2, 2.0**24)}}
+    for _ in range(3):
+        totals = add_on_host(totals, ones)
+    assert totals["targets"] == 2**24 + 3
+    np.testing.assert_array_equal(totals["router"]["load"], 2**24 + 3)
+    assert add_on_host({}, ones)["targets"] == 1
 
 
 def test_what_is_read_of_a_source_is_one_line():

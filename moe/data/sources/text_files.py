@@ -122,7 +122,9 @@ def read_documents(
         for folder, file in chosen:
             for part, document in _read_file(listing, file, text_field, refuse, is_alone, bar):
                 if is_alone:
-                    yield SPLITS[part], document
+                    # A file of one line has nothing for training, and its split must not exist.
+                    if document.text:
+                        yield SPLITS[part], document
                 else:
                     is_held_out = is_validation(document.text)
                     yield folder if has_folders else SPLITS[is_held_out], document

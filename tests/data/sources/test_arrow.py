@@ -59,6 +59,12 @@ def saved(request: pytest.FixtureRequest, tmp_path: Path) -> DataConfig:
     )
 
 
+@pytest.mark.parametrize("dataset", ["arrow:saved", "stdlib", "tokens:here"])
+def test_skipping_is_refused_where_nothing_is_skipped(dataset: str):
+    with pytest.raises(ConfigError, match="skip_bad_documents=True has no effect on dataset='"):
+        DataConfig(dataset=dataset, skip_bad_documents=True)
+
+
 def test_documents_are_read_by_their_numbers(saved: DataConfig):
     check_dataset(saved)
     documents = open_documents(saved, "train")

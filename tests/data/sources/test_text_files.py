@@ -413,6 +413,14 @@ def test_an_empty_split_says_how_to_make_one(folder: Path):
         open_documents(config_for(folder), "test")
 
 
+def test_a_single_line_says_how_to_make_the_split(folder: Path):
+    write(folder / "a.txt", "one line\n")
+    config = DataConfig(dataset=f"text:{folder}/a.txt", directory=str(folder / "cache"))
+    assert len(open_documents(config, "validation")) == 1
+    with pytest.raises(ConfigError, match=r"^split 'train' .* make a directory with the folders"):
+        open_documents(config, "train")
+
+
 def test_files_that_change_while_they_are_read_are_refused(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
