@@ -6,7 +6,9 @@ run, and the second half most of the last quarter. No file that fits into a row 
 
 Command:  python -m launch.train --config=configs/mixture_tiny.py --workdir=runs/mixture_tiny
 Hardware: 2 CPU cores.
-Time, result: not measured yet.
+Time:     18 min, while other work took the cores.
+Result:   1.301 nats per byte (1.876 bits) of held-out text: 1.294 in the first half, and 1.305 in
+          the second.
 """
 
 from ml_collections import ConfigDict

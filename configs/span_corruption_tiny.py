@@ -2,7 +2,9 @@
 
 Command:  python -m launch.train --config=configs/span_corruption_tiny.py --workdir=runs/span_corruption_tiny
 Hardware: 2 CPU cores.
-Time, result: not measured.
+Time:     7 min, while other work took the cores.
+Result:   2.198 nats per byte of the decoder's text. It learns late to read the encoder's output, as
+          docs/data/objectives.md shows.
 """  # noqa: E501
 
 from ml_collections import ConfigDict
