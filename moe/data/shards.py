@@ -162,12 +162,15 @@ def write_shard(job: ShardJob, shard: int, advance: Callable[[int], object]) -> 
 
 
 def _documents(job: ShardJob, shard: int, advance: Callable[[int], object]) -> Iterator[Document]:
-    """Yields the documents of a shard with any text, and tells now and then how many were read."""
+    """Yields the documents of a shard with any text, and tells now and then how many were read.
+
+    A conversation without text is no conversation, and is left to what reads it to refuse.
+    """
     first = shard * job.documents_per_shard
     documents = reopen_documents(job.config, job.split, job.source)
     told, num_read = time.monotonic(), 0
     for document in documents.between(first, first + job.documents_per_shard):
-        if document.text:
+        if document.text or job.config.chat_template:
             yield document
         num_read += 1
         if time.monotonic() - told > _TELL_SECONDS:

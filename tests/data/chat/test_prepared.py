@@ -32,7 +32,8 @@ class Talks(tfds.core.GeneratorBasedBuilder):
             )
             for answer in ANSWERS
         ]
-        splits = {"train": texts, "damaged": [texts[0], "not messages"]}
+        damaged = {"damaged": [texts[0], "not messages"], "empty": [texts[0], ""]}
+        splits = {"train": texts, **damaged}
         return {name: self._generate_examples(split) for name, split in splits.items()}
 
     def _generate_examples(self, texts: list[str]) -> Iterator[tuple[int, dict[str, str]]]:
@@ -53,8 +54,12 @@ def config(tmp_path: Path) -> DataConfig:
     )
 
 
-def test_answers_and_their_ends_are_the_targets_of_prepared_rows(config: DataConfig):
+def test_answers_and_their_ends_are_the_targets_of_prepared_rows(
+    config: DataConfig, capsys: pytest.CaptureFixture[str]
+):
     rows = prepare(config, "train")
+    told = capsys.readouterr().err
+    assert f" {rows.num_bytes} bytes of answers, " in told and "bytes per token" not in told
     targets = [rows[i]["targets"][rows[i]["loss_mask"]] for i in range(len(rows))]
     expected = b"".join(answer.encode() + b"\xff" for answer in ANSWERS)
     assert np.concatenate(targets).tolist() == list(expected)
@@ -74,6 +79,8 @@ def test_another_template_has_other_rows(config: DataConfig):
 def test_what_is_wrong_is_named_with_its_place(config: DataConfig):
     with pytest.raises(ConfigError, match=r"damaged.* 1.*: the conversation 'not messages' is no"):
         prepare(config, "damaged")
+    with pytest.raises(ConfigError, match=r"empty.* 1.*: the conversation '' is no"):
+        prepare(config, "empty")
     short = dataclasses.replace(config, sequence_length=7)
     with pytest.raises(ConfigError, match="conversation has 9 tokens, and a row has room for 8"):
         prepare(short, "train")
