@@ -276,17 +276,6 @@ def test_a_changed_file_is_read_again(files: dict[str, Path], tmp_path: Path) ->
     assert after.name != before.name and after.vocab_size == before.vocab_size + 1
 
 
-def without_bytes(saved: dict) -> None:
-    saved["model"] |= {"vocab": {"a": 0, "b": 1}, "merges": []}
-    saved["pre_tokenizer"] = None
-
-
-def test_a_bpe_that_drops_characters_is_refused(files: dict[str, Path], tmp_path: Path) -> None:
-    config = changed(files["bpe.json"], tmp_path, without_bytes)
-    with pytest.raises(ConfigError, match="drops characters that it does not know: take a BPE"):
-        make_tokenizer(config)
-
-
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
