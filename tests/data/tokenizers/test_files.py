@@ -285,6 +285,10 @@ def test_a_changed_file_is_read_again(files: dict[str, Path], tmp_path: Path) ->
         ("x.model", b"\x00\x01garbage", "cannot be read as a SentencePiece model"),
         ("x.tiktoken", b"QQ== 0\nQg== x\n", r"tiktoken file, line 2 \("),
         ("x.tiktoken", b"QQ== 0\n", r"tiktoken file \(it has no byte 0\)"),
+        ("x.tiktoken", b"QQ== 0\nQg== 0\n", r"line 2 \(it has the token or the rank of line 1\)"),
+        ("x.tiktoken", b"QQ== 0\nQQ== 1\n", r"line 2 \(it has the token or the rank of line 1\)"),
+        ("x.tiktoken", b"QQ== 0\nQg== -5\n", r"line 2 \(rank -5 is not between 0 and"),
+        ("x.tiktoken", b"QQ== 9999999999\n", r"line 1 \(rank 9999999999 is not between 0 and"),
     ],
 )
 def test_a_damaged_file_is_told_in_one_line(
