@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from moe.config import ConfigError, DataConfig
-from moe.data.tokenizers import make_tokenizer
+from moe.data.tokenizers import TextStream, make_tokenizer
 from moe.data.tokenizers.huggingface import _EVERYWHERE
 from tests.data.tokenizers.conftest import byte_characters
 
@@ -108,3 +108,15 @@ def test_a_file_of_all_bytes_is_taken(
 )
 def test_a_token_for_what_is_unknown_is_enough(model: models.Model, tmp_path: Path) -> None:
     assert make_tokenizer(config_of(model, tmp_path)).encode("z").tolist() == [1]
+
+
+def test_a_stream_keeps_what_it_has_shown_before_a_broken_character(tmp_path: Path) -> None:
+    """The package decodes all bytes that stand together as U+FFFD if one of them is wrong."""
+    model = models.BPE(LETTERS | FALLBACK, [], byte_fallback=True)
+    tokenizer = make_tokenizer(config_of(model, tmp_path))
+    ids = tokenizer.encode("好好")
+    for end, shown, at_once in ((6, "好好", "好好"), (5, "好" + "\ufffd" * 4, "\ufffd" * 5)):
+        stream = TextStream(tokenizer)
+        parts = [stream.push([id]) for id in ids[:end]]
+        assert "".join([*parts, stream.finish()]) == shown
+        assert tokenizer.decode(ids[:end]) == at_once
