@@ -46,12 +46,11 @@ class Chat:
         The targets are the answers with the end-of-turn token after each, or what the template has
         in {% generation %} if it has that. `text` is a list of messages in JSON, and `origin` the
         place that it comes from. Raises ConfigError for messages that are none, where the template
-        fails on them, and for a conversation that is longer than a row.
+        fails on them or ends no answer, and for a conversation that is longer than a row.
         """
         messages = read_messages(text, origin)
         runs = list(self._runs(messages, self.template.parts(messages, origin), origin))
-        if not any(run.is_target for run in runs):
-            self.template.fail(origin, "writes nothing that is to be learnt")
+        self._end_of_last_answer(runs, origin)
         tokens, is_target = self._encode(runs)
         boundary = self._tokenizer.boundary_id
         if tokens[0] != boundary:
@@ -101,7 +100,29 @@ class Chat:
                 f"data.chat_template={show(self.template.name)} writes other text with "
                 "add_generation_prompt than before an answer: let it write the same"
             )
-        return int(marked["token"][marked["target"]][-1])
+        runs = list(self._runs(messages, self.template.parts(messages, origin), origin))
+        return self._end_of_last_answer(runs, origin)
+
+    def _end_of_last_answer(self, runs: Sequence[Run], origin: str) -> int:
+        """Returns the id of the last target that is not white space: a special token.
+
+        It is the boundary where the text ends with an answer. Raises ConfigError if there is no
+        target, and for targets that text follows without a special token between.
+        """
+        end_id = None
+        groups = [list(group) for _, group in itertools.groupby(runs, lambda run: run.is_target)]
+        for group in groups:
+            # A block of the template often holds the line break after the end of a turn as well.
+            written = [run for run in group if run.special_id is not None or run.text.strip()]
+            if not (written and group[0].is_target):
+                continue
+            end_id = written[-1].special_id
+            if end_id is None and group is not groups[-1]:
+                self._fail_without_end(origin, written[-1].text, "in {% generation %}", "after it")
+            end_id = self._tokenizer.boundary_id if end_id is None else end_id
+        if end_id is None:
+            self.template.fail(origin, "writes nothing that is to be learnt")
+        return end_id
 
     def _runs(
         self, messages: Sequence[Message], parts: Sequence[Part], origin: str
@@ -133,10 +154,12 @@ class Chat:
             if piece:
                 yield piece, self._tokenizer.special_ids[piece] if number % 2 else None
 
-    def _fail_without_end(self, origin: str, text: str) -> NoReturn:
+    def _fail_without_end(
+        self, origin: str, text: str, place: str = "after an answer", missing: str = "first"
+    ) -> NoReturn:
         self.template.fail(
             origin,
-            f"writes {show(text)} after an answer and no special token (such as eos_token) first, "
+            f"writes {show(text)} {place} and no special token (such as eos_token) {missing}, "
             "so that a model could not learn where answers end",
         )
 

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 # Texts that spell a special token, in which a file must not find it.
 _SPELLINGS = ("{}", "a{}a", " {} ", "{}{}", "\n{}\n")
+# Characters from all over Unicode. Together, they have all bytes that occur in UTF-8.
+_EVERYWHERE = "".join(
+    map(chr, [*range(0x100), *range(0x100, 0xD800, 64), *range(0xE000, 0x110000, 0x1000)])
+)
 
 
 class HuggingFaceVocabulary:
@@ -44,6 +48,7 @@ class HuggingFaceVocabulary:
         self.name = f"huggingface {fingerprint}"
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        _check_model(path, saved["model"], self._tokenizer)
         self._declare(path, wanted)
         self.special_ids = self._find_special_ids(saved)
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True).values()
@@ -51,7 +56,6 @@ class HuggingFaceVocabulary:
         self.size = 1 + max(vocabulary, default=0)
         self._tokenizer.encode_special_tokens = True
         self._keep_out_of_text(path)
-        _check_model(path, saved["model"], self._tokenizer)
 
     def _declare(self, path: str, wanted: Sequence[str]) -> None:
         """Makes added tokens of the file special, if they are wanted as special tokens.
@@ -127,12 +131,46 @@ def _escape(text: str) -> str:
 
 
 def _check_model(path: str, model: Mapping[str, Any], tokenizer: "Tokenizer") -> None:
-    """Raises ConfigError for a BPE that would drop the characters that it does not know."""
-    if model.get("type") != "BPE" or model.get("unk_token") or model.get("byte_fallback"):
-        return
-    # U+0378 is assigned to no character, so only a vocabulary of bytes has it.
-    if not tokenizer.encode("\u0378", add_special_tokens=False).ids:
+    """Raises ConfigError for a model that drops what it does not know, or fails on it."""
+    token = _missing_token(model, tokenizer)
+    if token is not None:
         raise ConfigError(
-            f"data.tokenizer={path} drops characters that it does not know: "
-            "take a BPE of bytes, or one with byte_fallback or an unk_token"
+            f"data.tokenizer={path} would lose text: its vocabulary lacks {show(token)}, and a "
+            "token for what is unknown: take a tokenizer of all bytes (ByteLevel or a BPE with "
+            "byte_fallback), or one whose unk_token is in its vocabulary"
         )
+
+
+def _missing_token(model: Mapping[str, Any], tokenizer: "Tokenizer") -> str | None:
+    """Returns a token that the model lacks for some text, or None if it has all that it needs."""
+    kind = type(tokenizer.model).__name__
+    vocabulary = model["vocab"]
+    if kind == "Unigram":
+        vocabulary = {piece for piece, _ in vocabulary}
+    unknown = model.get("unk_token")
+    if unknown in vocabulary or model.get("unk_id") is not None:
+        return None
+    if kind in ("WordLevel", "WordPiece"):  # for which any word may be unknown
+        return unknown
+    prefix = model.get("continuing_subword_prefix") or ""
+    suffix = model.get("end_of_word_suffix") or ""
+    for character in _characters(tokenizer):
+        for symbol in (character, prefix + character, character + suffix):
+            needed = [symbol]
+            # The package's Unigram fails without an unk_id even if it has all the bytes.
+            if symbol not in vocabulary and model.get("byte_fallback") and kind == "BPE":
+                needed = [f"<0x{byte:02X}>" for byte in symbol.encode()]
+            for token in needed:
+                if token not in vocabulary:
+                    return token
+    return None
+
+
+def _characters(tokenizer: "Tokenizer") -> list[str]:
+    """Returns characters that reach the model: those of all bytes, if it is one of bytes."""
+    text = _EVERYWHERE
+    if tokenizer.normalizer is not None:
+        text = tokenizer.normalizer.normalize_str(text)
+    if tokenizer.pre_tokenizer is not None:
+        text = "".join(piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text))
+    return sorted(set(text))

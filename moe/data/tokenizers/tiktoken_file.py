@@ -12,6 +12,7 @@ from moe.config.checks import show
 from moe.data.tokenizers.errors import damage_error, ordinary_error
 
 LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?(?:\n|\Z)")
+_MOST_IDS = 2**24  # far beyond any vocabulary; an array has a number for each id
 # The package's regular expressions end the process with an error where about a million characters
 # could be matched in as many ways, such as a million spaces.
 _LONG = 100_000
@@ -85,11 +86,18 @@ class TiktokenVocabulary:
 def _read_ranks(path: str, content: bytes) -> dict[bytes, int]:
     """Returns the tokens of a file with their ids. Raises ConfigError for a damaged file."""
     ranks: dict[bytes, int] = {}
+    lines: dict[int, int] = {}  # the line of each rank
     for number, line in enumerate(content.splitlines(), start=1):
         try:
             if line:
-                token, rank = line.split()
-                ranks[base64.b64decode(token, validate=True)] = int(rank)
+                encoded, digits = line.split()
+                token, rank = base64.b64decode(encoded, validate=True), int(digits)
+                if not 0 <= rank < _MOST_IDS:
+                    raise ValueError(f"rank {rank} is not between 0 and {_MOST_IDS - 1}")
+                if token in ranks or rank in lines:
+                    earlier = lines[ranks.get(token, rank)]
+                    raise ValueError(f"it has the token or the rank of line {earlier}")
+                ranks[token], lines[rank] = rank, number
         except ValueError as error:  # binascii's error is one
             raise damage_error(path, f"tiktoken file, line {number}", error) from None
     if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:

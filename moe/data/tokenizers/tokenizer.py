@@ -134,9 +134,11 @@ class TextStream:
     """Decodes ids as they arrive, and holds back a character until all of its bytes are there.
 
     The texts that `push` and `finish` return, one after another, are the text that
-    `Tokenizer.decode` gives for all ids at once. If the ids continue a prompt, its ids are given
-    first: with some tokenizers the space before a word belongs to the word, and a text has none
-    at its start.
+    `Tokenizer.decode` gives for all ids at once, if the ids hold whole characters. Otherwise they
+    may differ: the package `tokenizers` decodes neighbouring bytes of `byte_fallback` as a whole,
+    and where one is wrong it gives U+FFFD for all, also for those of characters that a stream has
+    shown. If the ids continue a prompt, its ids are given first: with some tokenizers the space
+    before a word belongs to the word, and a text has none at its start.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] | np.ndarray = ()):

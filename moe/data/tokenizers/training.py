@@ -68,14 +68,18 @@ def train_bpe(texts: Iterable[str], vocab_size: int, show_progress: bool = False
 def sample_texts(documents: Documents, max_bytes: int) -> Iterator[str]:
     """Yields texts of at most `max_bytes` together, from all over the documents.
 
-    The same documents give the same texts. Where all of them fit, all are taken.
+    The same documents give the same texts. Where all of them fit, all are taken. Otherwise the last
+    text is cut, so that a document that is larger than the sample still gives one.
     """
     starts = range(0, len(documents), _AT_ONCE)
     order = np.random.RandomState(0).permutation(len(starts))  # whose values never change
     room = max_bytes
     for start in (starts[index] for index in order):
         for document in documents.between(start, start + _AT_ONCE):
-            room -= len(document.text.encode(errors="replace"))
-            if room < 0:
+            encoded = document.text.encode(errors="replace")
+            if len(encoded) > room:
+                if beginning := encoded[:room].decode(errors="ignore"):
+                    yield beginning
                 return
+            room -= len(encoded)
             yield document.text

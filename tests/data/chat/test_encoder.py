@@ -89,6 +89,60 @@ def test_a_template_may_name_the_targets():
     assert tokens == expected
 
 
+BLOCK = (
+    "{% for m in messages %}{{ m.role }}:{% if m.role == 'assistant' %}{% generation %}"
+    "{{ m.content }}INSIDE{% endgeneration %}OUTSIDE{% else %}{{ m.content }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+def block(inside: str, outside: str) -> str:
+    """Returns a template that writes these after an answer, in and after its block."""
+    return BLOCK.replace("INSIDE", inside).replace("OUTSIDE", outside)
+
+
+@pytest.mark.parametrize(
+    ("inside", "outside", "end"),
+    [
+        ("<|end|>", "", 257),
+        ("<|end|>{{ '\\n' }}", "", 257),  # as many templates are written
+        ("<|end|> ", "{{ '\\n' }}", 257),
+        ("<|start|><|end|>", "", 257),
+        ("{{ eos_token }}", "<|end|>", B),
+        ("", "", B),  # the boundary after the text
+    ],
+)
+def test_the_end_of_a_block_is_the_end_of_turn(inside: str, outside: str, end: int):
+    speaker = chat(block(inside, outside))
+    assert speaker.end_of_turn() == end
+    tokens = speaker.encode_document(conversation("a", "b"), "a.jsonl:17").tokens
+    assert end in tokens["token"][tokens["target"]]
+
+
+@pytest.mark.parametrize(
+    ("inside", "outside", "text"),
+    [
+        ("", "<|end|>", "b"),
+        ("", "{{ '\\n' }}<|end|>", "b"),
+        ("<|end|>.", "<|end|>", "."),
+    ],
+)
+def test_a_block_without_an_end_of_turn_is_refused(inside: str, outside: str, text: str):
+    """A run on it would stop its answers at that letter, which is the last target."""
+    speaker = chat(block(inside, outside))
+    message = f"writes {text!r} in {{% generation %}} and no special token .* after it"
+    with pytest.raises(ConfigError, match=f"^a.jsonl:17: .*{message}"):
+        speaker.encode_document(conversation("a", "b"), "a.jsonl:17")
+    with pytest.raises(ConfigError, match=message):
+        speaker.end_of_turn()
+
+
+def test_the_boundary_ends_only_the_last_answer_of_a_block():
+    with pytest.raises(ConfigError, match=r"writes 'b' in \{% generation %\}"):
+        chat(block("", "")).encode_document(conversation("a", "b", "c", "d"), "a.jsonl:17")
+
+
 def test_a_prompt_is_the_beginning_of_its_conversation():
     speaker = chat(TURNS)
     prompt = speaker.encode_prompt([Message("user", "hello")], "the prompt")

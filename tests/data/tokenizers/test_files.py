@@ -276,17 +276,6 @@ def test_a_changed_file_is_read_again(files: dict[str, Path], tmp_path: Path) ->
     assert after.name != before.name and after.vocab_size == before.vocab_size + 1
 
 
-def without_bytes(saved: dict) -> None:
-    saved["model"] |= {"vocab": {"a": 0, "b": 1}, "merges": []}
-    saved["pre_tokenizer"] = None
-
-
-def test_a_bpe_that_drops_characters_is_refused(files: dict[str, Path], tmp_path: Path) -> None:
-    config = changed(files["bpe.json"], tmp_path, without_bytes)
-    with pytest.raises(ConfigError, match="drops characters that it does not know: take a BPE"):
-        make_tokenizer(config)
-
-
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -296,6 +285,10 @@ def test_a_bpe_that_drops_characters_is_refused(files: dict[str, Path], tmp_path
         ("x.model", b"\x00\x01garbage", "cannot be read as a SentencePiece model"),
         ("x.tiktoken", b"QQ== 0\nQg== x\n", r"tiktoken file, line 2 \("),
         ("x.tiktoken", b"QQ== 0\n", r"tiktoken file \(it has no byte 0\)"),
+        ("x.tiktoken", b"QQ== 0\nQg== 0\n", r"line 2 \(it has the token or the rank of line 1\)"),
+        ("x.tiktoken", b"QQ== 0\nQQ== 1\n", r"line 2 \(it has the token or the rank of line 1\)"),
+        ("x.tiktoken", b"QQ== 0\nQg== -5\n", r"line 2 \(rank -5 is not between 0 and"),
+        ("x.tiktoken", b"QQ== 9999999999\n", r"line 1 \(rank 9999999999 is not between 0 and"),
     ],
 )
 def test_a_damaged_file_is_told_in_one_line(

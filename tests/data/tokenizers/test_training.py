@@ -61,6 +61,20 @@ def test_a_sample_comes_from_everywhere_within_its_bytes() -> None:
     assert sorted(map(int, sample_texts(Numbered(1000), 10**6))) == [*range(1000)]
 
 
+def test_a_document_that_does_not_fit_is_cut() -> None:
+    """Without that, a first document that is too large would leave nothing to train on."""
+    samples = {room: list(sample_texts(Numbered(64), room)) for room in (5, 10, 12)}
+    assert samples == {5: ["0" * 5], 10: ["0" * 10], 12: ["0" * 10, "00"]}
+
+
+def test_no_character_is_cut() -> None:
+    class Accented(Numbered):
+        def between(self, start: int, stop: int) -> Iterator[Document]:
+            yield Document("éé", "", {})
+
+    assert list(sample_texts(Accented(1), 3)) == ["é"]
+
+
 def test_the_command_writes_a_file_and_prints_a_table(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
