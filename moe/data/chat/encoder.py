@@ -169,8 +169,8 @@ class Chat:
         Neighbouring texts become one if both are targets or neither is, so that the tokens before
         an answer are the same in training and in a prompt.
         """
-        ids: list[np.ndarray] = []
-        is_target: list[np.ndarray] = []
+        ids = [np.zeros(0, np.uint32)]
+        is_target = [np.zeros(0, bool)]
         for (special_id, target), group in itertools.groupby(runs, lambda run: run[1:]):
             texts = [run.text for run in group]
             if special_id is None:

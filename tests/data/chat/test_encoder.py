@@ -269,3 +269,9 @@ def test_messages_that_are_none_are_named_with_their_place(text: str, what: str)
     with pytest.raises(ConfigError, match=f"^a.jsonl:17: .*{what}.*: ") as caught:
         chat(TURNS).encode_document(text, "a.jsonl:17")
     assert len(str(caught.value)) < 500
+
+
+def test_a_prompt_of_nothing_is_the_boundary_alone():
+    speaker = chat("{% for m in messages %}{{ m.content }}{% endfor %}")
+    prompt = speaker.encode_prompt([Message("user", "")], "the prompt")
+    assert prompt.tolist() == [speaker.encode_prompt([Message("user", "x")], "x")[0]]
