@@ -245,7 +245,7 @@ def test_a_piece_that_a_model_finds_in_text_can_be_made_special(files: dict[str,
 
 @pytest.mark.parametrize(
     ("kind", "name"),
-    [("bpe.json", "expert"), ("unigram.model", "▁the"), ("ranks.tiktoken", " the")],
+    [("bpe.json", "self"), ("unigram.model", "▁the"), ("ranks.tiktoken", " the")],
 )
 def test_an_ordinary_token_cannot_be_special(kind: str, name: str, files: dict[str, Path]) -> None:
     with pytest.raises(ConfigError, match=f"names '{name}', an ordinary token of .*{kind}"):
