@@ -155,7 +155,8 @@ def _missing_token(model: Mapping[str, Any], tokenizer: "Tokenizer") -> str | No
     prefix = model.get("continuing_subword_prefix") or ""
     suffix = model.get("end_of_word_suffix") or ""
     for character in _characters(tokenizer):
-        for symbol in (character, prefix + character, character + suffix):
+        # It may begin a word, stand within it, end it, or be the whole of it.
+        for symbol in (start + character + end for start in ("", prefix) for end in ("", suffix)):
             needed = [symbol]
             # The package's Unigram fails without an unk_id even if it has all the bytes.
             if symbol not in vocabulary and model.get("byte_fallback") and kind == "BPE":

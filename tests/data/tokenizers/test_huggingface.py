@@ -18,6 +18,9 @@ ALPHABET = {symbol: id for id, symbol in enumerate(sorted(byte_characters()))}
 IN_UTF8 = [s for s, byte in byte_characters().items() if byte in _EVERYWHERE.encode()]
 USED = {symbol: id for id, symbol in enumerate(IN_UTF8)}
 FALLBACK = {f"<0x{byte:02X}>": 2 + byte for byte in range(256)}
+BOTH = {"continuing_subword_prefix": "#", "end_of_word_suffix": "$"}
+# The symbols of all bytes wherever they stand in a word, but those at the end of a longer one.
+PLACED = [form.format(s) for s in ALPHABET for form in ("{}", "#{}", "{}$")]
 TEXT = "az \0 naïve 数学 🙂 \u0378 \U0010ffff"
 
 
@@ -56,6 +59,7 @@ def test_all_bytes_of_utf8_are_asked_for() -> None:
         (models.BPE(without(ALPHABET, "Í"), []), True, "Í"),
         (models.BPE(without(ALPHABET, "Í"), [], unk_token="<unk>"), True, "Í"),
         (models.BPE(ALPHABET, [], end_of_word_suffix="$"), True, "!$"),
+        (models.BPE({s: id for id, s in enumerate(PLACED)}, [], **BOTH), True, "#!$"),
         (models.BPE(LETTERS, [], byte_fallback=True), False, "<0x00>"),
         (
             models.BPE(LETTERS | without(FALLBACK, "<0xCD>"), [], byte_fallback=True),
