@@ -198,15 +198,14 @@ def _mean_bytes(documents: Documents) -> float:
 
 def _summary(rows: PreparedRows, seconds: float) -> str:
     """Returns what was prepared, and how fast, in one line."""
-    # Of conversations only the answers' bytes are counted, and the tokens of all messages.
-    size = (
-        f"{rows.num_bytes:,} bytes of answers"
-        if rows.chat_template
-        else f"{rows.num_bytes / rows.num_tokens:.2f} bytes per token"
-    )
+    speed = f"{rows.num_tokens / seconds:,.0f} tokens/s"
+    if rows.chat_template:  # of which only the answers' bytes are counted, and all tokens
+        size = f"{rows.num_bytes:,} bytes of answers, {speed}"
+    else:
+        size = f"{rows.num_bytes / rows.num_tokens:.2f} bytes per token, {speed} "
+        size += f"({rows.num_bytes / seconds / 1e6:.1f} MB/s)"
     return (
         f"prepared {rows.source}, {rows.split}: {rows.num_documents:,} documents, "
-        f"{rows.num_tokens:,} tokens, {size}, "
-        f"{rows.num_tokens / seconds:,.0f} tokens/s ({rows.num_bytes / seconds / 1e6:.1f} MB/s); "
+        f"{rows.num_tokens:,} tokens, {size}; "
         f"{rows.num_rows:,} rows, {rows.fullness or 0:.1%} full, {rows.num_cut:,} documents cut"
     )
