@@ -117,9 +117,10 @@ def h200s() -> list:
     ).devices
 
 
-def check_ragged(found: Counter[str]) -> None:
+def check_ragged(found: Counter[str], width: int = D) -> None:
     """Exactly the rows of an even load, there and back; and the plans of the exchange."""
-    assert rows_sent(8) <= found["all-to-all expert"] <= 1.01 * rows_sent(8)
+    rows = rows_sent(8) * width / D
+    assert rows <= found["all-to-all expert"] <= 1.01 * rows
 
 
 RAGGED = MoEConfig(num_experts=16, experts_per_token=2, expert_dim=48, exchange="ragged_all_to_all")
@@ -156,4 +157,5 @@ def test_all_to_all_for_8_v5p(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.aot
 def test_ragged_exchange_for_8_v5p(monkeypatch: pytest.MonkeyPatch) -> None:
     mesh = make_mesh(v5ps(monkeypatch), expert=8)
-    check_ragged(sent(compile_forward(RAGGED, mesh, "tpu"), mesh))
+    # Its program pads each row to 128 numbers.
+    check_ragged(sent(compile_forward(RAGGED, mesh, "tpu"), mesh), width=128)
