@@ -29,6 +29,7 @@ _ERRORS = (
     LookupError,
     AttributeError,
     RecursionError,
+    MemoryError,
 )
 # The marks that do not stand for contents: special tokens that a template takes from variables, and
 # the ends of a {% generation %} block.
@@ -169,7 +170,7 @@ def _raise_exception(message: str) -> NoReturn:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _unused_word(texts: Sequence[str]) -> str:

@@ -186,6 +186,7 @@ def test_contents_are_json_where_the_template_says_so():
         (SQUARE, "fails with 'System role is not supported'"),
         ("{{ messages[7].content }}", "fails with 'list object has no element 7'"),
         ("{{ 1 / 0 }}", "fails with 'division by zero'"),
+        ("{{ messages[0].content * 10**18 }}", "fails with 'MemoryError'"),
         ("{{ messages[0].content }}", "drops or repeats the content of message 2"),
         (
             "{% for m in messages %}{{ m.content | upper }}{% endfor %}",
