@@ -23,10 +23,21 @@ def gpu_names(environment: Mapping[str, str]) -> list[str]:
 def ending_with_parent() -> Callable[[], None] | None:
     """Returns what a new process calls so that the system kills it once this one has ended.
 
-    It is None where the system has no such call: Linux alone has it.
+    It is None where the system has no such call: Linux alone has it. To call it, Python forks,
+    which it must not where JAX runs threads: a program of ours calls `end_with` itself instead.
     """
-    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    prctl = _find_prctl()
     return functools.partial(_end_with_parent, prctl, os.getpid()) if prctl else None
+
+
+def end_with(parent: int) -> None:
+    """Lets the system kill this process once its parent, of this number, has ended."""
+    if prctl := _find_prctl():
+        _end_with_parent(prctl, parent)
+
+
+def _find_prctl() -> Any:
+    return getattr(ctypes.CDLL(None), "prctl", None)
 
 
 def _end_with_parent(prctl: Any, parent: int) -> None:

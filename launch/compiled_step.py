@@ -18,6 +18,7 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
+from launch.child_processes import end_with
 from moe.config import ConfigError, RunConfig
 from moe.files import write_whole
 from moe.parallel.mesh import spec
@@ -109,6 +110,7 @@ def _device_bytes(tree: Any) -> int:
 
 if __name__ == "__main__":
     request = json.load(sys.stdin)
+    end_with(request["parent"])
     try:
         result = main(request)
     except ConfigError as error:

@@ -11,7 +11,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.child_processes import ending_with_parent
 from launch.plan_components import align
 from launch.plan_text import GIB
 from launch.topologies import Target, find_target
@@ -68,6 +67,7 @@ def compile_step(config: RunConfig, chip: Chip, num_devices: int) -> StepProgram
             "platform": target.platform,
             "topology": target.topology,
             "result": str(path),
+            "parent": os.getpid(),
         }
         _run_compiler(json.dumps(request), target)
         found = json.loads(path.read_text())
@@ -105,7 +105,6 @@ def _run_compiler(request: str, target: Target) -> None:
         stdin=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=ending_with_parent(),
     )
     assert process.stdin is not None and process.stderr is not None
     with contextlib.suppress(BrokenPipeError), process.stdin as pipe:

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 
+import jax
 import pytest
 
 from configs import dense_7b, moe_8x7b
@@ -146,6 +147,7 @@ def check_state(program: StepProgram, config: RunConfig, mesh: MeshConfig) -> No
 
 @pytest.mark.slow
 def test_a_step_is_compiled_for_virtual_devices(no_compiler, capsys) -> None:
+    jax.devices()  # starts threads, beside which a process must not be forked
     program = compile_step(TINY, CHIPS["h200"], 8)
     check_state(program, TINY, TINY.mesh)
     assert program.mesh == dict.fromkeys(program.mesh, 1) | {"data": 2, "fsdp": 4}
