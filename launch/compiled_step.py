@@ -6,7 +6,6 @@ and writes the result to the file that the request names.
 """
 
 import json
-import math
 import sys
 import time
 from collections.abc import Mapping
@@ -19,13 +18,12 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
 from launch.child_processes import end_with
+from launch.plan_program import PROGRESS
 from moe.config import ConfigError, RunConfig
 from moe.files import write_whole
-from moe.parallel.mesh import spec
+from moe.parallel.mesh import device_bytes, spec
 from moe.scaling.programs import read_collectives
 from moe.training.train_step import Program, make_program
-
-PROGRESS = "plan: "  # begins the lines that people should see, among those of compilers
 
 
 def main(request: Mapping[str, Any]) -> dict[str, Any]:
@@ -38,20 +36,17 @@ def main(request: Mapping[str, Any]) -> dict[str, Any]:
 
     report("laying out the state")
     program = make_program(config, _devices(request["platform"], request["topology"]))
-    step, mesh = program.train_step, program.mesh
-    batch = _abstract_batch(config, program)
+    batch = abstract_batch(config, program)
     report("tracing the step")
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        traced = step.func.trace(*step.args, program.abstract_state, batch)
-        lowered = traced.lower(lowering_platforms=(request["platform"],))
-        report("compiling the step")
-        compiled = lowered.compile()
+    lowered = lower_step(program, batch, request["platform"])
+    report("compiling the step")
+    compiled = lowered.compile()
     report("reading the program")
-    collectives = read_collectives(compiled.as_text(), mesh.shape)
+    collectives = read_collectives(compiled.as_text() or "", program.mesh.shape)
     report("done")
     return {
         **_memory(compiled, program.abstract_state, batch),
-        "mesh": dict(mesh.shape),
+        "mesh": dict(program.mesh.shape),
         "collectives": [vars(collective) for collective in collectives],
         "seconds": time.monotonic() - begin,
     }
@@ -72,7 +67,7 @@ def _devices(platform: str, topology: str) -> list[Any]:
     return list(found.devices)
 
 
-def _abstract_batch(config: RunConfig, program: Program) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract_batch(config: RunConfig, program: Program) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns shapes and shardings of a batch. Only one row of numbers is made."""
 
     def field(name: str, row: Any) -> jax.ShapeDtypeStruct:
@@ -84,28 +79,28 @@ def _abstract_batch(config: RunConfig, program: Program) -> dict[str, jax.ShapeD
     return {name: field(name, row) for name, row in rows.items()}
 
 
+def lower_step(program: Program, batch: Mapping[str, Any], platform: str) -> jax.stages.Lowered:
+    """Traces a program's train step for a batch of shapes, and lowers it for a platform."""
+    step = program.train_step
+    with jax.sharding.use_abstract_mesh(program.mesh.abstract_mesh):
+        traced = step.func.trace(*step.args, program.abstract_state, batch)
+        return traced.lower(lowering_platforms=(platform,))
+
+
 def _memory(compiled: Any, state: Any, batch: Any) -> dict[str, int]:
     """Returns the bytes of one device: those of the state's parts, and the compiler's own count."""
     analysis = compiled.memory_analysis()
-    parameters, optimizer = _device_bytes(state.params), _device_bytes(state.opt_state)
+    parameters, optimizer = device_bytes(state.params), device_bytes(state.opt_state)
     return {
         "parameters": parameters,
         "optimizer": optimizer,
-        "rest_of_state": _device_bytes(state) - parameters - optimizer,
-        "batch": _device_bytes(batch),
+        "rest_of_state": device_bytes(state) - parameters - optimizer,
+        "batch": device_bytes(batch),
         "arguments": analysis.argument_size_in_bytes,
         "temporaries": analysis.temp_size_in_bytes,
         "outputs": analysis.output_size_in_bytes,
         "aliased": analysis.alias_size_in_bytes,
     }
-
-
-def _device_bytes(tree: Any) -> int:
-    """Returns the bytes of the shards that one device holds of a tree of shapes."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-    )
 
 
 if __name__ == "__main__":

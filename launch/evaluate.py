@@ -251,20 +251,15 @@ def main(values: flags.FlagValues) -> None:
 def _evaluation(values: flags.FlagValues, result: Mapping[str, Any]) -> Evaluation:
     """Returns the result of a command with what it was asked to evaluate."""
     metrics = {name: result[name] for name in result if name != "step"}
-    if values.tasks:
-        return Evaluation(
-            step=int(result["step"]),
-            values=metrics["tasks"],
-            tasks=tuple(values.tasks),
-            limit=values.limit,
-            num_fewshot=values.num_fewshot,
-        )
     return Evaluation(
         step=int(result["step"]),
-        values=metrics,
+        values=metrics["tasks"] if values.tasks else metrics,
         split=values.split,
         datasets=tuple(values.data),
         slice_by=values.slice,
+        tasks=tuple(values.tasks),
+        limit=values.limit,
+        num_fewshot=values.num_fewshot,
     )
 
 

@@ -12,13 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch.plan_components import align
-from launch.plan_text import GIB
+from launch.plan_text import GIB, share_rows
 from launch.topologies import Target, find_target
 from moe.config import ConfigError, RunConfig
 from moe.scaling.communication import Collective
 from moe.scaling.hardware import Chip
 
 ROOT = Path(__file__).parents[1]
+PROGRESS = "plan: "  # begins the lines that people should see, among those of compilers
 _SHOWN = 20  # of the places in the model that send most
 
 
@@ -112,7 +113,7 @@ def _run_compiler(request: str, target: Target) -> None:
     other_lines = []
     with process.stderr as lines:
         for line in lines:
-            if line.startswith("plan: "):
+            if line.startswith(PROGRESS):
                 print(line, end="", file=sys.stderr, flush=True)
             else:
                 other_lines.append(line)
@@ -149,10 +150,7 @@ def program_memory_rows(memory: ProgramMemory, chip: Chip) -> list[tuple[str, ..
         "results beside the new state": memory.outputs - memory.aliased,
         "total": memory.total,
     }
-    rows = [("memory of a device, compiled", "GiB", "of the chip")]
-    for name, size in parts.items():
-        rows.append((name, f"{size / GIB:.2f}", f"{100 * size / chip.memory_bytes:.1f} %"))
-    return rows
+    return share_rows("memory of a device, compiled", parts, chip)
 
 
 def program_collective_rows(

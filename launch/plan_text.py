@@ -1,6 +1,8 @@
 """Writes plans as text: what a layout takes, and the layouts that fit."""
 
 import dataclasses
+import math
+from collections.abc import Mapping
 
 from launch.plan_components import align
 from moe.scaling.hardware import Chip
@@ -29,9 +31,7 @@ def plan_lines(layout: Layout, chip: Chip) -> list[str]:
 def headline(layout: Layout, chip: Chip) -> str:
     """Returns which devices a layout is for, and how they are divided."""
     mesh = dataclasses.asdict(layout.estimate.mesh)
-    devices = 1
-    for size in mesh.values():
-        devices *= size
+    devices = math.prod(mesh.values())
     divided = ", ".join(f"{axis}={size}" for axis, size in mesh.items() if size > 1)
     train, model = layout.config.train, layout.config.model
     return (
@@ -44,9 +44,14 @@ def memory_rows(layout: Layout, chip: Chip) -> list[tuple[str, ...]]:
     """Returns the table of a device's memory by kind."""
     memory = layout.estimate.memory
     kinds = {**dataclasses.asdict(memory), "total": memory.total}
-    rows = [("memory of a device", "GiB", "of the chip")]
-    for kind, size in kinds.items():
-        rows.append((kind, f"{size / GIB:.2f}", f"{100 * size / chip.memory_bytes:.1f} %"))
+    return share_rows("memory of a device", kinds, chip)
+
+
+def share_rows(heading: str, parts: Mapping[str, int], chip: Chip) -> list[tuple[str, ...]]:
+    """Returns a table of bytes by name, with their shares of a chip's memory."""
+    rows = [(heading, "GiB", "of the chip")]
+    for name, size in parts.items():
+        rows.append((name, f"{size / GIB:.2f}", f"{100 * size / chip.memory_bytes:.1f} %"))
     return rows
 
 

@@ -304,6 +304,14 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(sharding, tree, is_leaf=is_declared)
 
 
+def device_bytes(tree: Any) -> int:
+    """Returns the bytes of the shards that one device holds of a tree of arrays or shapes."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
 def host_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
     """Returns the rows of a global batch that this process's devices hold, in ascending order."""
     sharding = NamedSharding(mesh, spec("B", (batch_size,), mesh))

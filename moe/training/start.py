@@ -24,6 +24,7 @@ from moe.data.rows import JoinedRows, source_line
 from moe.parallel import watch
 from moe.parallel.cluster import is_restarted
 from moe.parallel.distributed import from_first
+from moe.parallel.mesh import device_bytes
 from moe.scaling.hardware import memory_bytes
 from moe.storage.owner import (
     RESTART_WAIT_SECONDS,
@@ -61,11 +62,7 @@ def check_memory(mesh: jax.sharding.Mesh, *trees: Any) -> None:
     ]
     # A CPU's virtual devices share the machine's memory.
     sharers = len(devices) if devices[0].platform == "cpu" else 1
-    device_bytes = sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(trees)
-    )
-    needed, memory = sharers * device_bytes, memory_bytes(devices[0])
+    needed, memory = sharers * device_bytes(trees), memory_bytes(devices[0])
     if needed > memory:
         raise ConfigError(
             f"config.model takes {needed / 2**30:.1f} GiB of memory without its activations, and "

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import jax
 import pytest
-from jax.sharding import NamedSharding
 
+from launch.compiled_step import abstract_batch, lower_step
 from moe.config import DataConfig, MeshConfig, ModelConfig, RunConfig, TrainConfig
-from moe.parallel.mesh import spec
 from moe.scaling.hardware import device_platform
 from moe.scaling.memory import MARGIN, step_bytes
 from moe.training.train_step import make_program
@@ -35,25 +34,8 @@ SMALL = RunConfig(
 def program_bytes(config, devices, platform):
     """Returns the bytes that the compiled step of a config takes on each device."""
     program = make_program(config, devices)
-    rows = program.task.random_rows(config, config.train.batch_size)
-    batch = {
-        name: jax.ShapeDtypeStruct(
-            field.shape,
-            field.dtype,
-            sharding=NamedSharding(
-                program.mesh, spec(program.task.dims[name], field.shape, program.mesh)
-            ),
-        )
-        for name, field in rows.items()
-    }
-    step, mesh = program.train_step, program.mesh
-    with (
-        jax.set_mesh(mesh)
-        if platform == "cpu"
-        else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
-    ):
-        traced = step.func.trace(*step.args, program.abstract_state, batch)
-        memory = traced.lower(lowering_platforms=(platform,)).compile().memory_analysis()
+    lowered = lower_step(program, abstract_batch(config, program), platform)
+    memory = lowered.compile().memory_analysis()
     kept = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return memory.argument_size_in_bytes + memory.temp_size_in_bytes + kept
 
