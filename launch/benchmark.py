@@ -10,10 +10,10 @@ MFU = tokens/s x training FLOPs per token / peak FLOP/s (Chowdhery et al. 2022, 
 the causal half of attention's scores is counted, and recomputation is not counted. The peak is the
 bfloat16 rate of all devices by their data sheet. A CPU has no such rate, and gets no MFU.
 
-ratio_to_matmul divides the step's FLOP/s (tokens/s x training FLOPs per token) by those of a 2048^3
-matmul on all devices. Every trial times the matmul right before the step, since a busy machine
-slows both, and the result is the median of the trials' ratios. It is not a share of a peak, and may
-exceed 1.
+ratio_to_matmul divides the step's FLOP/s (tokens/s x training FLOPs per token) by those of a matmul
+on all devices, of 2048^3 on CPUs and 8192^3 elsewhere. Every trial times the matmul right before
+the step, since a busy machine slows both, and the result is the median of the trials' ratios. It is
+not a share of a peak, and may exceed 1.
 
 With --layer it measures one sparse layer instead, forward and backward. Beside it, in pairs, it
 measures a dense layer of the same active FLOPs.
@@ -87,10 +87,13 @@ def _time_steps(
     tokens = config.train.batch_size * config.data.sequence_length
     flops = tokens * run_training_flops(config)
     # All virtual devices of a CPU share its cores, which a single matmul already keeps busy.
-    matmul_devices = 1 if devices[0].platform == "cpu" else len(devices)
+    is_cpu = devices[0].platform == "cpu"
+    matmul_devices = 1 if is_cpu else len(devices)
+    # A GPU needs a large matmul to be busy longer than it takes to start it.
+    size = 2048 if is_cpu else 8192
     seconds, matmul, ratios = [], [], []
     for _ in trange(trials, desc="steps", disable=jax.process_index() > 0):
-        rate = matmul_flops(devices[0], config.model.compute_dtype, trials=3)
+        rate = matmul_flops(devices[0], config.model.compute_dtype, size, trials=3)
         matmul.append(rate * matmul_devices)
         begin = time.perf_counter()
         state = step(state)

@@ -60,10 +60,9 @@ def choose(chip: str, q: Shaped, k: Shaped, v: Shaped, **keywords: Any) -> Choic
     of the arrays are read, so jax.ShapeDtypeStruct will do. The keywords are flash_attention's.
     """
     request = describe(q, k, v, **keywords)
-    # The Hopper kernels are not candidates, since they have not run on a device yet: they must be
-    # asked for by name. "hopper_fused" will never be a candidate: the last bits of its gradients
-    # differ from run to run, so a caller must ask for that.
-    candidates = () if chip == "cpu" else ("tpu", "cudnn")
+    # docs/kernels.md has the times that this order comes from. "hopper_fused" is no candidate,
+    # since the last bits of its gradients differ from run to run: a caller must ask for that.
+    candidates = () if chip == "cpu" else ("tpu", "hopper", "cudnn")
     able = (name for name in candidates if obstacle(name, request, chip) is None)
     name = next(able, "blockwise")
     return Choice(name, tuned_blocks().get(chip, {}).get(tuning_key(name, request)))

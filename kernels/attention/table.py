@@ -13,6 +13,9 @@ import jax
 from moe.kernels.attention import blockwise, cudnn, reference
 from moe.kernels.attention.inputs import Gradients, Inputs, Options, Request
 
+# The longest rows that cuDNN gets a mask for, of 2 T² bytes: 128 MiB here.
+_LONGEST_MASK = 8192
+
 # How many queries and how many keys make a block.
 Blocks = tuple[int, int]
 
@@ -165,9 +168,10 @@ def _obstacle_to_cudnn(request: Request, chip: str | None) -> str | None:
     if request.options.right != 0:
         # Its windows that are not causal see later keys: jax issue 39576.
         return "it takes causal attention alone"
+    if request.segments and length > _LONGEST_MASK:
+        return f"it takes segments in rows of up to {_LONGEST_MASK}, not of {length}"
     unknown = {
         "softcap": request.options.softcap is not None,
-        "segments": request.segments,
         "sinks": request.sinks,
         "offsets": request.offsets,
         "lse": request.lse,

@@ -163,28 +163,28 @@ def measure(
         if "xla" in others and 4 * shape[0] * length**2 > 2**31:
             refused["xla"] = "it would hold several arrays of scores, each of more than 2 GiB"
             del others["xla"]
-        for name, attention in {chosen.name: ours, **others}.items():
+        for label, attention in {chosen.name: ours, **others}.items():
             try:
-                calls |= {(name, which): call for which, call in passes(attention, arrays).items()}
+                calls |= {(label, which): call for which, call in passes(attention, arrays).items()}
             except (NotImplementedError, ValueError, RuntimeError) as error:
                 if attention is ours:
                     raise
-                refused[name] = str(error).splitlines()[0]
+                refused[label] = str(error).splitlines()[0]
         seconds = median_seconds(calls, repeats)
         pairs = visible_pairs(length, keywords) * shape[0] * shape[2]
-        for (name, which), time_s in seconds.items():
+        for (label, which), time_s in seconds.items():
             flops = flops_of_pair[which] * pairs
             yield {
                 "mask": mask,
                 "length": length,
                 "pass": which,
-                "implementation": name,
+                "implementation": label,
                 "ms": time_s * 1e3,
                 "tflops": flops / time_s / 1e12,
             }
         yield from (
-            {"mask": mask, "length": length, "implementation": name, "refused": why}
-            for name, why in refused.items()
+            {"mask": mask, "length": length, "implementation": label, "refused": why}
+            for label, why in refused.items()
         )
 
 
@@ -205,7 +205,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument(
         "--implementation",
-        choices=["blockwise", "tpu", "hopper", "hopper_fused"],
+        choices=["blockwise", "tpu", "hopper", "hopper_fused", "cudnn"],
         help="which of ours to time; by default what `choose` returns",
     )
     parser.add_argument("--repeats", type=int, default=20, help="calls whose median is taken")

@@ -113,7 +113,7 @@ def memory_bytes(device: "Device") -> int:
     return stats.get("bytes_limit", machine_memory())
 
 
-def matmul_flops(device: "Device", dtype: str, size: int = 2048, trials: int = 5) -> float:
+def matmul_flops(device: "Device", dtype: str, size: int, trials: int) -> float:
     """Measures the FLOP/s of a size³ matmul on one device, as the median of `trials`."""
     import jax
     import jax.numpy as jnp

@@ -29,6 +29,7 @@ def array(width: int = 128, length: int = 4096, dtype: str = "bfloat16") -> jax.
 
 IDS = jax.ShapeDtypeStruct((1, 4096), "int32")
 SEGMENTS = {"q_segment_ids": IDS, "kv_segment_ids": IDS}
+LONG = dict.fromkeys(SEGMENTS, jax.ShapeDtypeStruct((1, 16_384), "int32"))
 
 
 @pytest.mark.parametrize(
@@ -43,9 +44,13 @@ SEGMENTS = {"q_segment_ids": IDS, "kv_segment_ids": IDS}
         ("NVIDIA A100-SXM4-80GB", array(), {}, "blockwise"),
         ("NVIDIA A100-SXM4-80GB", array(256), {"causal": True}, "blockwise"),
         ("NVIDIA A100-SXM4-80GB", array(dtype="float32"), {"causal": True}, "blockwise"),
-        ("NVIDIA A100-SXM4-80GB", array(), {"causal": True, **SEGMENTS}, "blockwise"),
+        ("NVIDIA A100-SXM4-80GB", array(), {"causal": True, **SEGMENTS}, "cudnn"),
+        ("NVIDIA B200", array(), {"causal": True, **SEGMENTS}, "cudnn"),
+        ("NVIDIA A100-SXM4-80GB", array(length=16_384), {"causal": True, **LONG}, "blockwise"),
         ("NVIDIA A100-SXM4-80GB", array(), {"causal": True, "q_offset": jnp.int32(0)}, "blockwise"),
-        ("NVIDIA H200", array(), {"causal": True, **SEGMENTS}, "blockwise"),
+        ("NVIDIA H100 80GB HBM3", array(), {"causal": True}, "hopper"),
+        ("NVIDIA H200", array(256), {"causal": True, "softcap": 30.0, **SEGMENTS}, "hopper"),
+        ("NVIDIA H200", array(dtype="float32"), {"causal": True, **SEGMENTS}, "blockwise"),
     ],
 )
 def test_the_chip_and_the_call_decide(chip, q, keywords, name):

@@ -55,6 +55,19 @@ def test_the_benchmark_checks_times_and_writes(tmp_path, monkeypatch, capsys):
         )
 
 
+def test_the_benchmark_times_one_implementation_under_every_mask(monkeypatch):
+    masks = {"causal": {"causal": True}, "window 9": {"causal": True, "window": (8, 0)}}
+    monkeypatch.setattr(benchmark, "masks", lambda length: masks)
+    rows = benchmark.measure("cpu", 64, (2, 1, 16), "float32", repeats=1, name="blockwise")
+    found = [(row["mask"], row["pass"], row["implementation"]) for row in rows]
+    assert found == [
+        (mask, which, name)
+        for mask in masks
+        for name in ("blockwise", "xla")
+        for which in ("forward", "backward")
+    ]
+
+
 def test_the_benchmark_counts_the_pairs_that_a_mask_leaves():
     distance, documents = np.arange(64)[:, None] - np.arange(64), np.arange(64) // 8
     causal, ids = distance >= 0, benchmark.masks(16_384)["8 documents"]
