@@ -29,7 +29,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train test lint
+.PHONY: help train test lint gpu
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +45,9 @@ lint: $(TESTING) ## Check style, formatting and types
 	.venv/bin/python -m ruff check .
 	.venv/bin/python -m ruff format --check .
 	.venv/bin/python -m basedpyright --pythonpath .venv/bin/python
+
+gpu: $(TESTING) ## Run the checks and measurements that need a GPU, or go on with them
+	.venv/bin/python -m launch.gpu --out=docs/benchmarks/gpu $(ARGS)
 
 $(RUNTIME): requirements.txt pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \

@@ -188,6 +188,11 @@ def measure(
         )
 
 
+def versions() -> dict[str, str]:
+    """Returns the versions of Python and JAX, which belong to every result."""
+    return {"jax": jax.__version__, "python": sys.version.split()[0]}
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -205,7 +210,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument(
         "--implementation",
-        choices=["blockwise", "tpu", "hopper", "hopper_fused", "cudnn"],
+        choices=["blockwise", "tpu", "hopper", "hopper_fused"],
         help="which of ours to time; by default what `choose` returns",
     )
     parser.add_argument("--repeats", type=int, default=20, help="calls whose median is taken")
@@ -244,10 +249,9 @@ def main() -> None:
             rows.append(row)
             print_row(row)
     if arguments.json:
-        versions = {"jax": jax.__version__, "python": sys.version.split()[0]}
         document = {
             "device": chip,
-            "versions": versions,
+            "versions": versions(),
             "shape": shape,
             "dtype": arguments.dtype,
             "worst_difference": worst,

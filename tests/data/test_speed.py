@@ -97,41 +97,44 @@ def test_a_step_does_not_wait_for_data_after_the_first(tmp_path: Path):
     assert len(waited) >= 6 and statistics.median(waited) < 0.02
 
 
+# Prepares a million documents, and prints their number and the process's peak of memory in KiB.
+PREPARE_A_MILLION = r"""
+import re, sys
+from pathlib import Path
+
+from moe.config import DataConfig
+from moe.data import prepare, shards
+from moe.data.sources import Document
+
+class Many:
+    directory = "/nonexistent"
+
+    def __len__(self):
+        return 1_000_000
+
+    def between(self, start, stop):
+        for number in range(start, min(stop, len(self))):
+            yield Document(f"document {number}: " + "x" * (number % 50), "", {})
+
+prepare.source_name = lambda config: "many/1.0.0"
+prepare.open_documents = lambda config, split: Many()
+shards.reopen_documents = lambda config, split, directory: Many()
+packing, directory = sys.argv[1:]
+config = DataConfig(packing=packing, sequence_length=1024, directory=directory)
+rows = prepare.prepare(config, "train", 1)
+rows[0], rows[len(rows) - 1]
+# getrusage's ru_maxrss would begin with the peak of the process that started this one.
+peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+print(rows.num_documents, peak[1])
+"""
+
+
 def test_a_million_documents_take_less_than_a_gibibyte(tmp_path: Path):
     """The process that is measured also does a worker's part."""
-    program = textwrap.dedent("""
-        import re, sys
-        from pathlib import Path
-
-        from moe.config import DataConfig
-        from moe.data import prepare, shards
-        from moe.data.sources import Document
-
-        class Many:
-            directory = "/nonexistent"
-
-            def __len__(self):
-                return 1_000_000
-
-            def between(self, start, stop):
-                for number in range(start, min(stop, len(self))):
-                    yield Document(f"document {number}: " + "x" * (number % 50), "", {})
-
-        prepare.source_name = lambda config: "many/1.0.0"
-        prepare.open_documents = lambda config, split: Many()
-        shards.reopen_documents = lambda config, split, directory: Many()
-        packing, directory = sys.argv[1:]
-        config = DataConfig(packing=packing, sequence_length=1024, directory=directory)
-        rows = prepare.prepare(config, "train", 1)
-        rows[0], rows[len(rows) - 1]
-        # getrusage's ru_maxrss would begin with the peak of the process that started this one.
-        peak = re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())
-        print(rows.num_documents, peak[1])
-    """)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     for packing in ("concat", "best_fit"):
         done = subprocess.run(
-            [sys.executable, "-c", program, packing, str(tmp_path)],
+            [sys.executable, "-c", PREPARE_A_MILLION, packing, str(tmp_path)],
             capture_output=True,
             text=True,
             env=environment,

@@ -1,0 +1,186 @@
+"""Runs every check and measurement that needs a GPU, and prints what beats what.
+
+Examples:
+    python -m launch.gpu --out=docs/benchmarks/h100
+    python -m launch.gpu --out=docs/benchmarks/h100 --only=attention,dense_1b
+
+The kernels are first held against float64, then they are timed beside other libraries, and whole
+training steps are measured. Each step of the list is a command of its own, and its result is the
+file --out/NAME.json. A step whose file is there is not run again, so a run that was cut short goes
+on where it stopped. What a step printed is in --out/logs/NAME.log.
+
+docs/gpu_queue.md lists the steps. All together take about 10 minutes on an H100.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from absl import flags
+
+from launch import command_line
+from moe.config import ConfigError
+from moe.files import write_whole
+
+_BENCHMARK = ("-m", "launch.benchmark", "--config.train.accumulation=1")
+
+
+class Step(NamedTuple):
+    """A command of `python`, and the seconds that it may take.
+
+    {json} in its arguments is the file that it writes. A check writes none: that it has ended
+    without an error is its result.
+    """
+
+    arguments: tuple[str, ...]
+    limit_s: int
+
+
+def _train_step(config: str, *fields: str) -> Step:
+    config_fields = tuple(f"--config.{field}" for field in fields)
+    return Step(
+        (*_BENCHMARK, f"--config=configs/{config}.py", *config_fields, "--json={json}"), 240
+    )
+
+
+def _attention(name: str, *arguments: str) -> Step:
+    module = "moe.kernels.benchmarks.attention"
+    return Step(("-m", module, f"--implementation={name}", *arguments, "--json={json}"), 240)
+
+
+# Cases compile for longer than they run, so several processes share the GPU.
+_NUMERICS = ("-m", "pytest", "-m", "gpu", "-q", "-p", "no:benchmark", "--numprocesses=8")
+
+STEPS: dict[str, Step] = {
+    "numerics_attention": Step((*_NUMERICS, "tests/kernels/attention"), 400),
+    "numerics_grouped_matmul": Step((*_NUMERICS, "tests/kernels/grouped_matmul"), 400),
+    "attention": _attention("hopper"),
+    "attention_fused": _attention("hopper_fused", "--lengths", "4096", "16384"),
+    "decode": Step(("-m", "moe.kernels.benchmarks.decode", "--json={json}"), 120),
+    "moe_layer_64x8": Step(
+        (
+            "-m",
+            "launch.benchmark",
+            "--config=configs/benchmark_moe.py:64x8",
+            "--config.model.compute_dtype=bfloat16",
+            "--layer",
+            "--json={json}",
+        ),
+        120,
+    ),
+    "dense_125m": _train_step("dense_125m", "train.batch_size=32"),
+    "dense_1b": _train_step("dense_1b", "train.batch_size=16"),
+    "moe_1b_7b_4_layers": _train_step(
+        "moe_1b_7b", "model.num_layers=4", "train.batch_size=8", "mesh.fsdp=1"
+    ),
+}
+
+
+def run_step(name: str, step: Step, out: Path) -> str | None:
+    """Runs a step unless its result is there. Returns what went wrong, or None."""
+    result, log = out / f"{name}.json", out / "logs" / f"{name}.log"
+    if result.exists():
+        print(f"{name}: done before")
+        return None
+    unfinished = result.with_suffix(".unfinished")
+    unfinished.unlink(missing_ok=True)
+    begin = time.monotonic()
+    if problem := _execute(step, unfinished, log):
+        return f"{problem}: see {log}"
+    if not unfinished.exists():
+        last_line = log.read_text(encoding="utf-8").strip().splitlines()[-1]
+        write_whole(unfinished, json.dumps({"passed": last_line}, indent=1) + "\n")
+    unfinished.rename(result)
+    print(f"{name}: done in {time.monotonic() - begin:.0f} s", flush=True)
+    return None
+
+
+def _execute(step: Step, result: Path, log: Path) -> str | None:
+    """Runs the command of a step. Returns what went wrong, or None."""
+    arguments = [argument.replace("{json}", str(result)) for argument in step.arguments]
+    # With a share of the memory for each process, those of the numerics would not fit.
+    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    environment["PYTHONPATH"] = os.pathsep.join([os.getcwd(), *filter(None, sys.path)])
+    with log.open("w", encoding="utf-8") as lines:
+        try:
+            code = subprocess.run(
+                [sys.executable, *arguments],
+                stdout=lines,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                timeout=step.limit_s,
+                check=False,
+            ).returncode
+        except subprocess.TimeoutExpired:
+            return f"took more than {step.limit_s} s"
+    return f"ended with exit code {code}" if code else None
+
+
+def summary(out: Path) -> list[str]:
+    """Returns a line for each result in the folder: a ratio, a share of the peak, or a verdict."""
+    lines = []
+    for name in STEPS:
+        path = out / f"{name}.json"
+        if path.exists():
+            result = json.loads(path.read_text(encoding="utf-8"))
+            lines += [f"{name}: {line}" for line in _describe(result)]
+    return lines
+
+
+def _describe(result: dict[str, Any]) -> list[str]:
+    if "rows" in result:
+        return _compare_rows(result["rows"])
+    if "mfu" in result:
+        return [f"{result['tokens_per_second']:,.0f} tokens/s, MFU {result['mfu']:.1%}"]
+    if "sparse_over_dense" in result:
+        return [f"{result['sparse_over_dense']:.2f} times the time of a dense layer"]
+    return [str(result["passed"])]
+
+
+def _compare_rows(rows: list[dict[str, Any]]) -> list[str]:
+    """Returns how fast the first implementation of each case is beside the best of the others.
+
+    A case is all that its rows have in common beside the implementation and its time.
+    """
+    cases: dict[tuple[Any, ...], dict[str, float]] = {}
+    for row in rows:
+        if "ms" in row:
+            ignored = ("implementation", "ms", "tflops")
+            case = tuple(value for key, value in row.items() if key not in ignored)
+            cases.setdefault(case, {})[row["implementation"]] = row["ms"]
+    lines = []
+    for case, times in cases.items():
+        (ours, time_ms), *others = times.items()
+        text = f"{' '.join(map(str, case))}: {ours} {time_ms:.2f} ms"
+        if others:
+            best, best_ms = min(others, key=lambda other: other[1])
+            text += f", {best_ms / time_ms:.2f} times as fast as {best}"
+        lines.append(text)
+    return lines
+
+
+def main(values: flags.FlagValues) -> int:
+    unknown = [name for name in values.only or () if name not in STEPS]
+    if unknown:
+        raise ConfigError(f"--only={unknown[0]} is no step: set it to some of {', '.join(STEPS)}")
+    out = Path(values.out)
+    (out / "logs").mkdir(parents=True, exist_ok=True)
+    failed = {}
+    for name in values.only or STEPS:
+        if problem := run_step(name, STEPS[name], out):
+            failed[name] = problem
+            print(f"{name}: {problem}", flush=True)
+    print("\n".join(["", *summary(out)]))
+    if failed:
+        print(f"error: {len(failed)} of the steps failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("out", None, "The folder for the results. Required.", required=True)
+    flags.DEFINE_list("only", None, "The steps to run, by name; by default all of them.")
+    command_line.run(main, __doc__)
