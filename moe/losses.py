@@ -4,10 +4,8 @@ Sums add up over microbatches and shards. This file alone divides them, once, by
 """
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import einops
 import jax
 import jax.numpy as jnp
 
@@ -112,86 +110,3 @@ def router_metrics(stats: RouterStats) -> dict[str, jax.Array]:
         "dead_experts": jnp.sum(load_LE == 0, axis=-1, dtype=jnp.float32),
         "dropped_fraction": stats.dropped / assignments_L,
     } | {name: getattr(stats, name) / tokens_L for name in MEANS}
-
-
-def cross_entropy_sum(
-    hidden_BTD: jax.Array,
-    unembed: Callable[[jax.Array], jax.Array],
-    targets_BT: jax.Array,
-    mask_BT: jax.Array,
-    chunk: int,
-) -> jax.Array:
-    """Returns the sum over unmasked positions of the cross-entropy in nats, in float32.
-
-    The cross-entropy of a position is -log softmax(unembed(hidden))[target]. Logits exist for
-    `chunk` positions of each row at a time, and the backward pass computes them again. A masked
-    position changes nothing, even if it holds NaN. An unmasked target outside [0, V) makes the sum
-    and its gradients NaN.
-    """
-    return cross_entropy_sums(hidden_BTD, unembed, targets_BT, mask_BT, (), chunk)[0]
-
-
-def cross_entropy_sums(
-    hidden_BTD: jax.Array,
-    unembed: Callable[[jax.Array], jax.Array],
-    targets_BT: jax.Array,
-    mask_BT: jax.Array,
-    parts_BT: tuple[jax.Array, ...],
-    chunk: int,
-) -> tuple[jax.Array, ...]:
-    """Returns `cross_entropy_sum`, and then its part at the positions of each mask in `parts_BT`.
-
-    The logits are made once for all of them. A position that `mask_BT` hides is in no part.
-    """
-
-    def chunk_sum(
-        totals: tuple[jax.Array, ...], inputs: tuple[Any, ...]
-    ) -> tuple[tuple[jax.Array, ...], None]:
-        hidden, targets, mask, *parts = inputs
-        sums = _cross_entropy_sums(hidden, unembed, targets, mask, tuple(parts))
-        return tuple(total + sum_ for total, sum_ in zip(totals, sums, strict=True)), None
-
-    length = targets_BT.shape[1]
-    zeros = tuple(jnp.zeros((), jnp.float32) for _ in range(1 + len(parts_BT)))
-    if not length:
-        return zeros
-    # The chunks get nearly equal sizes, so that the last one needs less padding.
-    num_chunks = -(-length // chunk)
-    chunk = -(-length // num_chunks)
-    if chunk == length:
-        return _cross_entropy_sums(hidden_BTD, unembed, targets_BT, mask_BT, parts_BT)
-    padding = -length % chunk
-    arrays = (hidden_BTD, targets_BT, mask_BT, *parts_BT)
-    inputs = tuple(_split_time(x, chunk, padding) for x in arrays)
-    totals, _ = jax.lax.scan(jax.checkpoint(chunk_sum, prevent_cse=False), zeros, inputs)
-    return totals
-
-
-def _cross_entropy_sums(
-    hidden_BTD: jax.Array,
-    unembed: Callable[[jax.Array], jax.Array],
-    targets_BT: jax.Array,
-    mask_BT: jax.Array,
-    parts_BT: tuple[jax.Array, ...],
-) -> tuple[jax.Array, ...]:
-    """Returns `cross_entropy_sums` with the logits of all positions made at once."""
-    # Masked positions become zeros before anything multiplies them: 0 times NaN would be NaN, also
-    # in the gradient of the unembedding.
-    logits_BTV = unembed(jnp.where(mask_BT[..., None], hidden_BTD, 0)).astype(jnp.float32)
-    # A comparison rather than a gather: it fuses, its gradient needs no scatter, and it splits over
-    # vocabulary shards.
-    is_target_BTV = jax.nn.one_hot(targets_BT.astype(jnp.int32), logits_BTV.shape[-1], dtype=bool)
-    target_logits_BT = jnp.sum(jnp.where(is_target_BTV, logits_BTV, 0.0), axis=-1)
-    losses_BT = jax.nn.logsumexp(logits_BTV, axis=-1) - target_logits_BT
-    in_vocabulary_BT = (targets_BT >= 0) & (targets_BT < logits_BTV.shape[-1])
-    # A product makes the gradient NaN as well; otherwise it would be the logsumexp's alone.
-    losses_BT = losses_BT * jnp.where(in_vocabulary_BT | jnp.logical_not(mask_BT), 1.0, jnp.nan)
-    losses_BT = jnp.where(mask_BT, losses_BT, 0.0)
-    parts = tuple(jnp.sum(jnp.where(part_BT, losses_BT, 0.0)) for part_BT in parts_BT)
-    return jnp.sum(losses_BT), *parts
-
-
-def _split_time(x_BT: jax.Array, chunk: int, padding: int) -> jax.Array:
-    """Splits [B, T, ...] into [number of chunks, B, chunk, ...], padding the last with zeros."""
-    padded = jnp.pad(x_BT, ((0, 0), (0, padding)) + ((0, 0),) * (x_BT.ndim - 2))
-    return einops.rearrange(padded, "b (n c) ... -> n b c ...", c=chunk)

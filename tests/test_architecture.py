@@ -26,7 +26,7 @@ FLOORS = (
     ("config",),
     ("parameters", "data", "scaling", "storage"),
     ("parallel",),
-    ("losses",),
+    ("losses", "cross_entropy"),
     ("model", "interop"),
     ("inference", "tasks", "workdir"),
     ("training",),

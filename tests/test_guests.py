@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from moe import losses
 from moe.config import DataConfig, ModelConfig, MoEConfig, OptimizerConfig, RunConfig, TrainConfig
+from moe.cross_entropy import Unembedding, cross_entropy_sum
 from moe.inference.generate import Sampling, generate, keep_likeliest
 from moe.kernels.attention import flash_attention
 from moe.model import routing
@@ -95,9 +96,7 @@ def model_loss(config):
 
     def loss(variables, batch):
         output = model.apply(variables, batch)
-        sums = loss_fn(
-            output, lambda hidden: model.apply(variables, hidden, method="unembed"), batch
-        )
+        sums = loss_fn(output, model.apply(variables, method="unembedding"), batch)
         return losses.objective(sums, counts(batch), config.moe), losses.metrics(sums)
 
     return loss
@@ -466,7 +465,7 @@ def test_pure_functions_take_explicit_axes_as_they_are():
 
     def function(x, tokens):
         routed = routing.route(x[..., :4], config, tokens > 9)
-        loss = losses.cross_entropy_sum(x, lambda hidden: hidden, tokens % 16, tokens > 9, chunk=4)
+        loss = cross_entropy_sum(x, Unembedding(jnp.eye(16)), tokens % 16, tokens > 9, chunk=4)
         return routed, loss, routing.hash_logits(tokens, config) == 0
 
     arrays, mesh = (activations(), rows()["tokens"]), jax.make_mesh((4, 2), ("data", "fsdp"))

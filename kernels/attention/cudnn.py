@@ -45,7 +45,7 @@ def _sees_a_key(options: Options, inputs: Inputs) -> jax.Array:
     The bias that stands for a mask is a large number, so that a query which sees no key would get
     the mean of all values.
     """
-    positions = (jnp.arange(length) for length in inputs.lengths)
-    mask_BTS = make_mask(options, *positions, *inputs.segment_ids)
+    q_positions, k_positions = (jnp.arange(length) for length in inputs.lengths)
+    mask_BTS = make_mask(options, q_positions, k_positions, *inputs.segment_ids)
     assert mask_BTS is not None  # a causal mask is a mask
     return jnp.any(mask_BTS, axis=-1)

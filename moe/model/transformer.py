@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from moe.config import ConfigError, ModelConfig, Schedule
+from moe.cross_entropy import Unembedding
 from moe.model.cache import fits_cache, fits_memory_cache
 from moe.model.layers import check_static, einsum, look_up
 from moe.model.stack import Output, Stack, StackCache, init_stack_cache, output_specs
@@ -46,11 +47,14 @@ class Vocabulary(nn.Module):
 
     def unembed(self, hidden_BTD: jax.Array) -> jax.Array:
         """Returns logits [B, T, V] in float32."""
+        weight, dims = self.unembedding()
+        return constrain(einsum(f"BTD,{dims}->BTV", hidden_BTD, weight, jnp.float32), "BTV")
+
+    def unembedding(self) -> Unembedding:
+        """Returns the weight that makes logits."""
         if self.config.tied_embeddings:
-            logits_BTV = einsum("BTD,VD->BTV", hidden_BTD, self.embedding_VD, jnp.float32)
-        else:
-            logits_BTV = einsum("BTD,DV->BTV", hidden_BTD, self.unembedding_DV, jnp.float32)
-        return constrain(logits_BTV, "BTV")
+            return Unembedding(self.embedding_VD, "VD")
+        return Unembedding(self.unembedding_DV, "DV")
 
 
 def _hidden_spec(rows: PartitionSpec) -> PartitionSpec:
@@ -108,6 +112,10 @@ class Transformer(nn.Module):
         """Returns logits [B, T, V] in float32."""
         return self.vocabulary.unembed(hidden_BTD)
 
+    def unembedding(self) -> Unembedding:
+        """Returns the weight that makes logits, for a loss that makes few of them at a time."""
+        return self.vocabulary.unembedding()
+
     def init_cache(self, batch_size: int, length: int) -> StackCache:
         """Returns an empty key/value cache for rows of at most `length` tokens."""
         return init_stack_cache(self.config, batch_size, length)
@@ -153,6 +161,10 @@ class Encoder(nn.Module):
     def unembed(self, hidden_BTD: jax.Array) -> jax.Array:
         """Returns logits [B, T, V] in float32. The encoder must have been made with them."""
         return self.vocabulary.unembed(hidden_BTD)
+
+    def unembedding(self) -> Unembedding:
+        """Returns the weight that makes logits, for a loss that makes few of them at a time."""
+        return self.vocabulary.unembedding()
 
 
 class EncoderDecoder(nn.Module):
@@ -235,6 +247,10 @@ class EncoderDecoder(nn.Module):
     def unembed(self, hidden_BTD: jax.Array) -> jax.Array:
         """Returns logits [B, T, V] in float32."""
         return self.vocabulary.unembed(hidden_BTD)
+
+    def unembedding(self) -> Unembedding:
+        """Returns the weight that makes logits, for a loss that makes few of them at a time."""
+        return self.vocabulary.unembedding()
 
     def init_cache(self, batch_size: int, length: int, encoder_length: int) -> StackCache:
         """Returns an empty cache, for rows of at most `length` and `encoder_length` tokens."""

@@ -82,6 +82,13 @@ def spec(dims: str, shape: tuple[int, ...], mesh: AnyMesh) -> PartitionSpec:
 
 def _spec_over(dims: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> PartitionSpec:
     """Returns the spec of an array over the axes in `sizes` alone."""
+    return PartitionSpec(*_axes_over(dims, shape, sizes))
+
+
+def _axes_over(
+    dims: str, shape: tuple[int, ...], sizes: Mapping[str, int]
+) -> list[tuple[str, ...]]:
+    """Returns which of the axes in `sizes` split each dimension of an array."""
     entries: list[tuple[str, ...]] = []
     # If a dimension has to stay whole, its axes split no other dimension either: an axis that
     # cannot split an activation's B must not split its D instead.
@@ -93,7 +100,12 @@ def _spec_over(dims: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> P
                 f"it cannot be split over {'*'.join(axes)}={num_parts}"
             )
         entries.append(() if size % num_parts else axes)
-    return PartitionSpec(*entries)
+    return entries
+
+
+def splitting_axes(dims: str, shape: tuple[int, ...]) -> list[tuple[str, ...]]:
+    """Returns which Auto axes of the mesh that was set split each dimension, by RULES."""
+    return _axes_over(dims, shape, _auto_sizes(jax.sharding.get_abstract_mesh()))
 
 
 def constrain(x: jax.Array, dims: str) -> jax.Array:

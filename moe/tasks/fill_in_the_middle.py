@@ -10,6 +10,7 @@ import numpy as np
 from moe import losses
 from moe.config import RunConfig
 from moe.config.objectives import MIDDLE_TOKENS
+from moe.cross_entropy import Unembedding, cross_entropy_sums
 from moe.data.objectives.fill_in_the_middle import MiddleIds, move_middles, prompt
 from moe.data.rows import Transform
 from moe.data.tokenizers import Tokenizer, make_tokenizer
@@ -18,7 +19,7 @@ from moe.model.stack import Output
 from moe.tasks.language_modelling import DIMS as TEXT_DIMS
 from moe.tasks.language_modelling import counts, language_modelling, no_score
 from moe.tasks.language_modelling import random_rows as random_text
-from moe.tasks.task import Batch, Task, Unembed
+from moe.tasks.task import Batch, Task
 
 DIMS = TEXT_DIMS | {"in_middle": "BT"}
 
@@ -61,13 +62,13 @@ def middle_prompt(config: RunConfig, prefix: str, suffix: str) -> np.ndarray:
     return np.concatenate([[ids.end], parts])  # a document begins with a boundary
 
 
-def loss(chunk: int) -> Callable[[Any, Unembed, Batch], Sums]:
+def loss(chunk: int) -> Callable[[Any, Unembedding, Batch], Sums]:
     """Makes the loss function, which also sums over the middles alone."""
 
-    def sums(output: Output, unembed: Unembed, batch: Batch) -> Sums:
-        total, middle = losses.cross_entropy_sums(
+    def sums(output: Output, unembedding: Unembedding, batch: Batch) -> Sums:
+        total, middle = cross_entropy_sums(
             output.hidden,
-            unembed,
+            unembedding,
             batch["targets"],
             batch["loss_mask"],
             (batch["in_middle"],),

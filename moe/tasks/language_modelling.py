@@ -9,12 +9,13 @@ import numpy as np
 
 from moe import losses
 from moe.config import RunConfig
+from moe.cross_entropy import Unembedding, cross_entropy_sum
 from moe.data.rows import Rows
 from moe.losses import Sums
 from moe.model.stack import Output
 from moe.model.transformer import Transformer
 from moe.scaling.flops import run_training_flops
-from moe.tasks.task import Batch, Task, Unembed
+from moe.tasks.task import Batch, Task
 
 DIMS: dict[str, str] = {
     "tokens": "BT",
@@ -62,12 +63,12 @@ def random_rows(config: RunConfig, num_rows: int) -> dict[str, np.ndarray]:
     }
 
 
-def next_token_loss(chunk: int) -> Callable[[Any, Unembed, Batch], Sums]:
+def next_token_loss(chunk: int) -> Callable[[Any, Unembedding, Batch], Sums]:
     """Makes the loss function, which computes the logits of `chunk` positions at a time."""
 
-    def loss(output: Output, unembed: Unembed, batch: Batch) -> Sums:
-        total = losses.cross_entropy_sum(
-            output.hidden, unembed, batch["targets"], batch["loss_mask"], chunk
+    def loss(output: Output, unembedding: Unembedding, batch: Batch) -> Sums:
+        total = cross_entropy_sum(
+            output.hidden, unembedding, batch["targets"], batch["loss_mask"], chunk
         )
         return {"loss": total, "router": losses.in_layer_order(output.stats), **counts(batch)}
 

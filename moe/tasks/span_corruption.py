@@ -10,6 +10,7 @@ import numpy as np
 
 from moe.config import ModelConfig, RunConfig
 from moe.config.objectives import SENTINELS
+from moe.cross_entropy import Unembedding
 from moe.data.objectives.span_corruption import corrupt_spans
 from moe.data.rows import Rows, Transform
 from moe.data.tokenizers import make_tokenizer
@@ -20,7 +21,7 @@ from moe.tasks.language_modelling import counts as decoder_counts
 from moe.tasks.language_modelling import language_modelling, next_token_loss, no_score
 from moe.tasks.language_modelling import prepare_rows as prepare_text
 from moe.tasks.language_modelling import random_rows as random_text
-from moe.tasks.task import Batch, Task, Unembed
+from moe.tasks.task import Batch, Task
 
 _ENCODER_FIELDS = ("tokens", "segment_ids", "positions")
 DIMS = DECODER_DIMS | {f"encoder_{name}": DECODER_DIMS[name] for name in _ENCODER_FIELDS}
@@ -70,10 +71,10 @@ def transform(config: RunConfig) -> Transform:
     )
 
 
-def loss(chunk: int) -> Callable[[Any, Unembed, Batch], Sums]:
+def loss(chunk: int) -> Callable[[Any, Unembedding, Batch], Sums]:
     """Makes the loss function, which is that of language modelling over the decoder's targets."""
     next_token = next_token_loss(chunk)
-    return lambda output, unembed, batch: next_token(output, unembed, batch) | counts(batch)
+    return lambda output, unembedding, batch: next_token(output, unembedding, batch) | counts(batch)
 
 
 def counts(batch: Batch) -> Sums:

@@ -4,16 +4,14 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
-import jax
 import numpy as np
 
 from moe.config import ModelConfig, RunConfig
+from moe.cross_entropy import Unembedding
 from moe.data.rows import Rows, Transform, unchanged
 from moe.losses import Sums
 from moe.model.stack import Output
 from moe.model.tokens import Batch
-
-Unembed = Callable[[jax.Array], jax.Array]  # hidden states [..., D] to logits [..., V]
 
 
 class Task(NamedTuple):
@@ -23,8 +21,8 @@ class Task(NamedTuple):
     microbatches, devices and evaluation batches, so they must be sums over rows, never means.
     """
 
-    # Makes the model. `model.apply(variables, batch)` returns an `Output`, and the
-    # model's method `unembed` maps hidden states to logits.
+    # Makes the model. `model.apply(variables, batch)` returns an `Output`, and the model's method
+    # `unembedding` an `Unembedding`, which turns hidden states into logits.
     model: Callable[[ModelConfig], nn.Module]
 
     # The dimension letters of each field of a batch, such as {"tokens": "BT", "label": "B"}. The
@@ -44,7 +42,7 @@ class Task(NamedTuple):
     # Returns float32 sums over a batch: `loss`, which training minimises; `router`, which is
     # `losses.in_layer_order(output.stats)`; everything that `counts` returns; and whatever
     # `metrics` and `score` need besides.
-    loss: Callable[[Output, Unembed, Batch], Sums]
+    loss: Callable[[Output, Unembedding, Batch], Sums]
 
     # Returns what sums are divided by, from the batch alone: `targets`, the number of terms in
     # `loss`, and `tokens`, the number of tokens that sparse layers route.

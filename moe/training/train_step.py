@@ -322,12 +322,8 @@ def make_eval_step(config: RunConfig, task: Task) -> Callable[[Any, Batch], loss
 def _sums(model: nn.Module, task: Task, variables: Any, batch: Batch) -> losses.Sums:
     """Returns the task's sums and counts for a batch, by applying the model to it."""
     output: Any = model.apply(variables, batch)
-
-    def unembed(hidden: jax.Array) -> jax.Array:
-        logits: Any = model.apply(variables, hidden, method="unembed")
-        return logits
-
-    return task.loss(output, unembed, batch)
+    unembedding: Any = model.apply(variables, method="unembedding")
+    return task.loss(output, unembedding, batch)
 
 
 def _accumulate(

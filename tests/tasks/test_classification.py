@@ -25,6 +25,7 @@ from moe.config import (
     TrackingConfig,
     TrainConfig,
 )
+from moe.cross_entropy import Unembedding
 from moe.data.rows import Rows
 from moe.model.layers import einsum
 from moe.model.transformer import Encoder
@@ -54,9 +55,9 @@ class Classifier(nn.Module):
     def __call__(self, batch):
         return self.encoder(batch)
 
-    def unembed(self, hidden_BD):
-        """Returns the logits of the classes, [B, V], of one hidden state for each row."""
-        return einsum("BD,DV->BV", hidden_BD, self.head_DV, jnp.float32)
+    def unembedding(self):
+        """Returns the weight that makes the logits of the classes."""
+        return Unembedding(self.head_DV)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,12 +110,13 @@ def counts(batch):
     }
 
 
-def loss(output, unembed, batch):
+def loss(output, unembedding, batch):
     """Sums the cross-entropy of the labels and the number of rows that are classified right."""
     is_text_BT1 = (batch["segment_ids"] > 0)[..., None]
     has_label_B = jnp.any(is_text_BT1, axis=(1, 2))
     summed_BD = jnp.sum(jnp.where(is_text_BT1, output.hidden, 0), axis=1, dtype=jnp.float32)
-    logits_BV = unembed(losses.mean(summed_BD, jnp.sum(is_text_BT1, axis=1)))
+    mean_BD = losses.mean(summed_BD, jnp.sum(is_text_BT1, axis=1))
+    logits_BV = einsum("BD,DV->BV", mean_BD, unembedding.weight, jnp.float32)
     log_probabilities_BV = jax.nn.log_softmax(logits_BV)
     is_label_BV = jax.nn.one_hot(batch["label"], NUM_CLASSES, dtype=bool)
     losses_B = -jnp.sum(jnp.where(is_label_BV, log_probabilities_BV, 0), axis=1)

@@ -8,6 +8,7 @@ import pytest
 
 from moe import losses
 from moe.config import ConfigError, RunConfig
+from moe.cross_entropy import Unembedding
 from moe.model.stack import Output
 from moe.tasks import choose_task, make_task
 from moe.tasks.language_modelling import bits_per_byte, next_token_loss
@@ -22,7 +23,7 @@ def test_hand_worked_loss():
         "loss_mask": jnp.array([[True, True, False]]),
         "segment_ids": jnp.array([[1, 1, 1]]),
     }
-    sums = next_token_loss(chunk=2)(Output(logits, (), None), lambda hidden: hidden, batch)
+    sums = next_token_loss(chunk=2)(Output(logits, (), None), Unembedding(jnp.eye(2)), batch)
     np.testing.assert_allclose(sums["loss"], np.log(4) + np.log(4 / 3), rtol=1e-6)
     assert sums["targets"] == 2
     np.testing.assert_allclose(

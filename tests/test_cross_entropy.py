@@ -1,0 +1,190 @@
+"""Cross-entropy in chunks against the plain formula, on one device and on eight."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+
+from moe.cross_entropy import Unembedding, cross_entropy_sum, cross_entropy_sums
+from moe.parallel.mesh import spec
+from moe.scaling.programs import read_collectives
+
+
+@jax.jit
+def plain_cross_entropy(hidden, weight_DV, targets, mask):
+    log_probs = jax.nn.log_softmax((hidden @ weight_DV).astype(jnp.float64), axis=-1)
+    picked = jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
+    return -jnp.sum(jnp.where(mask, picked, 0.0))
+
+
+def inputs(batch=3, length=13, width=8, vocab=11, dtype=np.float64):
+    rng = np.random.default_rng(0)
+    hidden = rng.normal(size=(batch, length, width)).astype(dtype)
+    weight = rng.normal(size=(width, vocab)).astype(dtype)
+    targets = rng.integers(0, vocab, (batch, length)).astype(np.int32)
+    return hidden, weight, targets, rng.random((batch, length)) > 0.3
+
+
+@functools.cache
+def expected_loss_and_gradients():
+    with jax.enable_x64(True):
+        return jax.jit(jax.value_and_grad(plain_cross_entropy, argnums=(0, 1)))(*inputs())
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 5, 13, 100])
+def test_chunks_equal_the_plain_formula(chunk):
+    hidden, weight, targets, mask = inputs()
+
+    def chunked(hidden, weight):
+        return cross_entropy_sum(hidden, Unembedding(weight), targets, mask, chunk)
+
+    with jax.enable_x64(True):
+        value, gradients = jax.jit(jax.value_and_grad(chunked, argnums=(0, 1)))(hidden, weight)
+    expected, expected_gradients = expected_loss_and_gradients()
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    for gradient, wanted in zip(gradients, expected_gradients, strict=True):
+        np.testing.assert_allclose(
+            gradient, wanted, rtol=1e-5, atol=1e-5
+        )  # sums of up to 39 terms of size 1
+
+
+@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.value_and_grad, argnums=(1, 2))
+def loss_and_gradients(chunk, hidden, weight, targets, mask):
+    return cross_entropy_sum(hidden, Unembedding(weight), targets, mask, chunk)
+
+
+@pytest.mark.parametrize("chunk", [4, 100])
+@pytest.mark.parametrize("wrong", [-100, -1, 11, 300])
+def test_a_target_outside_the_vocabulary_is_nan_unless_it_is_masked(wrong, chunk):
+    hidden, weight, targets, mask = inputs(dtype=np.float32)
+    targets[1, 2], mask[1, 2] = wrong, True
+    for leaf in jax.tree.leaves(loss_and_gradients(chunk, hidden, weight, targets, mask)):
+        assert np.isnan(leaf).any()
+    mask[1, 2] = False
+    value, gradients = loss_and_gradients(chunk, hidden, weight, targets, mask)
+    with jax.enable_x64(True):
+        expected = plain_cross_entropy(hidden, weight, np.clip(targets, 0, 10), mask)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    assert all(np.isfinite(gradient).all() for gradient in gradients) and not np.any(
+        gradients[0][1, 2]
+    )
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("chunk", [4, 100])
+def test_what_a_masked_position_holds_changes_nothing(chunk, value):
+    hidden, weight, targets, mask = inputs(dtype=np.float32)
+    spoilt = np.where(mask[..., None], hidden, value).astype(np.float32)
+    expected = loss_and_gradients(chunk, hidden, weight, targets, mask)
+    actual = loss_and_gradients(chunk, spoilt, weight, targets, mask)
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+@pytest.mark.parametrize("shape", [(2, 0), (0, 5)])
+def test_no_position_has_no_loss(shape):
+    hidden, weight = jnp.ones((*shape, 8)), jnp.ones((8, 11))
+    targets, mask = jnp.zeros(shape, jnp.int32), jnp.ones(shape, bool)
+    total = lambda weight: cross_entropy_sum(hidden, Unembedding(weight), targets, mask, 4)
+    value, gradient = jax.value_and_grad(total)(weight)
+    assert value == 0 and not gradient.any()
+
+
+def test_chunks_are_as_equal_as_can_be():
+    hidden, weight, targets, mask = inputs(length=513, dtype=np.float32)
+    total = lambda weight: cross_entropy_sum(hidden, Unembedding(weight), targets, mask, chunk=512)
+    program = str(jax.make_jaxpr(total)(weight))
+    assert "f32[3,257,11]" in program and "f32[3,512,11]" not in program
+
+
+def test_memory_stays_under_a_quarter_of_the_logits():
+    vocab, length, width = 128 * 1024, 4096, 512
+    weight = jax.ShapeDtypeStruct((width, vocab), jnp.float32)
+    hidden = jax.ShapeDtypeStruct((1, length, width), jnp.float32)
+    targets = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    mask = jax.ShapeDtypeStruct((1, length), jnp.bool_)
+
+    def loss(hidden, weight, targets, mask):
+        return cross_entropy_sum(hidden, Unembedding(weight), targets, mask, chunk=256)
+
+    compiled = jax.jit(jax.value_and_grad(loss)).lower(hidden, weight, targets, mask).compile()
+    logits = 4 * vocab * length
+    assert compiled.memory_analysis().temp_size_in_bytes < logits / 4
+
+
+MESHES = [
+    {"data": 2, "fsdp": 2, "tensor": 2},
+    {"fsdp": 2, "expert": 2, "context": 2},
+    {"fsdp": 4, "tensor": 2},
+    {"expert": 8},
+]
+
+
+def loss_on_a_mesh(sizes, dims, dtype=np.float32, batch=4):
+    """Returns the jitted loss and gradients, their mesh and their arguments, laid out on it."""
+    hidden, weight, targets, mask = inputs(batch, length=12, width=8, vocab=16, dtype=np.float32)
+    weight = weight if dims == "DV" else weight.T
+    mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), (AxisType.Auto,) * len(sizes))
+    lay_out = lambda x, dims: jax.device_put(x, NamedSharding(mesh, spec(dims, x.shape, mesh)))
+    arguments = lay_out(jnp.asarray(hidden, dtype), "BTD"), lay_out(weight, dims)
+    part = np.arange(12) % 3 == 0
+
+    def loss(hidden, weight):
+        sums = cross_entropy_sums(
+            hidden,
+            Unembedding(weight, dims),
+            targets,
+            mask,
+            (jnp.broadcast_to(part, mask.shape),),
+            3,
+        )
+        return sums[0], sums[1]
+
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)), mesh, arguments
+
+
+@pytest.mark.parametrize("dims", ["DV", "VD"])
+@pytest.mark.parametrize("sizes", MESHES)
+@pytest.mark.parametrize("batch", [4, 3, 8])
+def test_eight_devices_equal_one(sizes, dims, batch):
+    """Three rows cannot be split, so every device has all of them."""
+    function, mesh, arguments = loss_on_a_mesh(sizes, dims, batch=batch)
+    expected = function(*jax.device_get(arguments))
+    with jax.set_mesh(mesh):
+        actual = function(*arguments)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5), actual, expected
+    )
+
+
+def test_a_weight_is_gathered_once_and_its_gradient_is_summed_once():
+    """Nothing that stays the same is sent again for each chunk."""
+    function, mesh, arguments = loss_on_a_mesh({"data": 2, "fsdp": 4}, "DV", jnp.bfloat16, batch=8)
+    with jax.set_mesh(mesh):
+        program = function.lower(*arguments).compile().as_text()
+    sent = [
+        (found.kind, found.axes, found.what, found.count)
+        for found in read_collectives(program, dict(mesh.shape))
+        if found.bytes > 16
+    ]
+    assert sorted(sent) == [
+        ("all-gather", ("fsdp",), "f32[2,16]", 1),
+        ("all-reduce", ("data",), "f32[2,16]", 1),
+        ("reduce-scatter", ("fsdp",), "f32[8,16]", 1),
+    ]
+
+
+def test_a_part_has_no_gradient_and_no_masked_position():
+    hidden, weight, targets, mask = inputs(dtype=np.float32)
+    every = np.ones_like(mask)
+
+    def part(hidden):
+        return cross_entropy_sums(hidden, Unembedding(weight), targets, mask, (every,), 4)[1]
+
+    value, gradient = jax.value_and_grad(part)(hidden)
+    total = cross_entropy_sum(hidden, Unembedding(weight), targets, mask, 4)
+    np.testing.assert_allclose(value, total, rtol=1e-6)
+    assert not gradient.any()
