@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from moe.config import AXES, split_axes
 from moe.parallel.mesh import axis_size, constrain, on_auto_axes, per_shard
+from moe.parallel.weights import are_split, gather_weight
 from moe.parameters import parameter
 
 
@@ -19,6 +20,8 @@ def einsum(
     precision: str | None = None,
 ) -> jax.Array:
     """Multiplies activations by a weight, and sums the weight's gradient in float32.
+
+    The weight is whole along D while it is multiplied by, and its gradient is split as it is.
 
     All matmuls with weights go through here, except those of experts (`parallel.expert`).
 
@@ -34,9 +37,7 @@ def einsum(
 def _multiply(
     equation: str, x: jax.Array, w: jax.Array, dtype: jnp.dtype | None, precision: str | None
 ) -> jax.Array:
-    return jnp.einsum(
-        equation, x, w.astype(x.dtype), preferred_element_type=dtype, precision=precision
-    )
+    return _einsum_forward(equation, x, w, dtype, precision)[0]
 
 
 _einsum = jax.custom_vjp(_multiply, nondiff_argnums=(0, 3, 4))
@@ -44,18 +45,24 @@ _einsum = jax.custom_vjp(_multiply, nondiff_argnums=(0, 3, 4))
 
 def _einsum_forward(
     equation: str, x: jax.Array, w: jax.Array, dtype: jnp.dtype | None, precision: str | None
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _multiply(equation, x, w, dtype, precision), (x, w)
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
+    _, w_dims = equation.split("->")[0].split(",")
+    whole_w = gather_weight(w, x.dtype, w_dims)
+    y = jnp.einsum(equation, x, whole_w, preferred_element_type=dtype, precision=precision)
+    # What is gathered is kept, so that a recomputed forward pass gathers for the gradient of x as
+    # well. Where nothing is gathered, nothing is kept beside the weight itself.
+    is_split = are_split(w.shape[w_dims.index("D")])
+    return y, (x, whole_w if is_split else w, jnp.zeros((0,), w.dtype))
 
 
 def _einsum_backward(
     equation: str,
     _: jnp.dtype | None,
     precision: str | None,
-    residuals: tuple[jax.Array, jax.Array],
+    residuals: tuple[jax.Array, jax.Array, jax.Array],
     grad_out: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    x, w = residuals
+    x, w, like_w = residuals
     grad_out = grad_out.astype(x.dtype)
     operands, out_dims = equation.split("->")
     x_dims, w_dims = operands.split(",")
@@ -72,10 +79,10 @@ def _einsum_backward(
         f"{left_dims},{right_dims}->{w_dims}",
         left,
         right,
-        preferred_element_type=w.dtype,
+        preferred_element_type=like_w.dtype,
         precision=precision,
     )
-    return grad_x, grad_w
+    return grad_x, constrain(grad_w, w_dims)
 
 
 _einsum.defvjp(_einsum_forward, _einsum_backward)

@@ -18,6 +18,8 @@ from moe.model.layers import FeedForward, RMSNorm, residual_scale
 from moe.model.tokens import TokenInfo
 from moe.parallel.mesh import constrain, on_auto_axes
 from moe.parallel.pipeline import name_layer_input, run_layers
+from moe.parallel.weights import are_split as weights_are_split
+from moe.parallel.weights import forget_gathered
 
 
 @struct.dataclass
@@ -140,8 +142,12 @@ class Period(nn.Module):
         """Applies the blocks of repeat number `repeat` of the period."""
         # Without a loop the compiler would merge the recomputation with the forward pass, unless
         # prevent_cse forbids it. Inside a loop it cannot.
-        remat_block = nn.remat(Block, prevent_cse=not self.config.scan_layers)
-        block = {"none": Block, "full": remat_block}[self.config.remat]
+        prevent_cse = not self.config.scan_layers
+        block = Block
+        if self.config.remat == "full":
+            block = nn.remat(Block, prevent_cse=prevent_cse)
+        elif weights_are_split(self.config.model_dim):
+            block = nn.remat(Block, prevent_cse=prevent_cse, policy=forget_gathered)
         x_BTD, outputs = carry.hidden_BTD, []
         for index, kind in enumerate(self.kinds):
             layer = block(

@@ -34,6 +34,7 @@ from jax.sharding import PartitionSpec
 
 from moe.config import RunConfig, Schedule
 from moe.parallel.mesh import constrain
+from moe.parallel.weights import forget_gathered
 
 AXIS = "pipeline"
 _LAYER_INPUT = "layer input"  # the name of the arrays that remat "full" stores
@@ -186,9 +187,13 @@ def _make_work(layers: Layers, schedule: Schedule, remat: str) -> Callable[..., 
         layer_numbers = (turn.round * schedule.stages + stage) * size + jnp.arange(size)
         return layers(piece, layer_numbers.astype(jnp.int32), x_BTD, tokens)
 
-    # Otherwise each tick would store a copy of its piece's parameters for the backward pass.
+    def forget_weights(primitive: Any, *avals: Any, **params: Any) -> bool:
+        """Else each tick would store copies of its piece's parameters for the backward pass."""
+        is_copy = primitive is jax.lax.dynamic_slice_p
+        return not is_copy and forget_gathered(primitive, *avals, **params)
+
     policies = {
-        "none": lambda primitive, *_, **__: primitive is not jax.lax.dynamic_slice_p,
+        "none": forget_weights,
         "full": jax.checkpoint_policies.save_only_these_names(_LAYER_INPUT),
     }
     return jax.checkpoint(work, policy=policies[remat], prevent_cse=False)

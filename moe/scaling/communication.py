@@ -23,9 +23,9 @@ from moe.scaling.arrays import Array, parameters
 Kind = Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute"]
 ITEM = {"float32": 4, "bfloat16": 2}  # bytes of a number
 FLOAT32 = 4
-# How often the table of embeddings and the weights of a matmul are gathered for each microbatch. A
-# tied table serves both, and is gathered as a matmul's weights are.
-LOOKUP_GATHERS, MATMUL_GATHERS = 1, 2
+# How often a weight is gathered for each microbatch. The table of embeddings and the unembedding
+# serve one pass each: the loss takes its gradient in the forward pass. A tied table serves both.
+VOCABULARY_GATHERS, MATMUL_GATHERS = 1, 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,8 +94,10 @@ def _weights(config: RunConfig, sizes: Mapping[str, int]) -> Iterator[Collective
         axes = array.axes("D", sizes)
         if not axes:
             continue
-        is_lookup = array.name == "embedding" and not config.model.tied_embeddings
-        gathers = (LOOKUP_GATHERS if is_lookup else MATMUL_GATHERS) * microbatches * array.repeats
+        of_vocabulary = array.name in ("embedding", "unembedding")
+        gathers_once = of_vocabulary and not config.model.tied_embeddings
+        gathers = VOCABULARY_GATHERS if gathers_once else MATMUL_GATHERS
+        gathers *= microbatches * array.repeats
         scatters = microbatches * array.repeats
         whole = array.elements(sizes, whole=axes)
         gathered = _sent(_gather_dtype(array, config) * whole, axes, sizes)
