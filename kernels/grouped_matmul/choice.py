@@ -52,12 +52,22 @@ def choose(chip: str | None, shapes: Shapes) -> Choice:
     """
     # "hopper" is no candidate, since it has not run on a device yet: it must be asked for by name.
     candidates: tuple[Name, ...] = ("blockwise",)  # the fastest first
-    obstacles = {name: IMPLEMENTATIONS[name].obstacle(shapes, chip) for name in candidates}
+    obstacles = {name: why_not(name, chip, shapes) for name in candidates}
     for name in candidates:
         if obstacles[name] is None:
-            return Choice(name, IMPLEMENTATIONS[name].blocks(shapes))
+            return with_blocks(name, shapes)
     reasons = "; ".join(f"{name!r} cannot: {reason}" for name, reason in obstacles.items())
     raise NotImplementedError(f"no implementation computes this grouped matmul. {reasons}")
+
+
+def why_not(name: Name, chip: str | None, shapes: Shapes) -> str | None:
+    """Returns what keeps an implementation from computing a call on a chip, or None."""
+    return IMPLEMENTATIONS[name].obstacle(shapes, chip)
+
+
+def with_blocks(name: Name, shapes: Shapes) -> Choice:
+    """Returns an implementation with the blocks that suit a call."""
+    return Choice(name, IMPLEMENTATIONS[name].blocks(shapes))
 
 
 def block_rows(shapes: Shapes) -> int:

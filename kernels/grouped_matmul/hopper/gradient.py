@@ -52,9 +52,6 @@ def grouped_weight_gradient(
     first_column, width = columns or (0, grad_IO.shape[1])
     tiling = tiling or choose_tiling(width)
     num_tiles = num_experts * (dim // TILE) * (width // tiling.columns)
-    # The blocks of expert e are those from bounds[e] on, up to bounds[e + 1].
-    every_expert = jnp.arange(num_experts + 1, dtype=jnp.int32)
-    bounds = jnp.searchsorted(experts_G, every_expert, side="left").astype(jnp.int32)
     return plgpu.kernel(
         functools.partial(_kernel, tiling, first_column),
         out_type=jax.ShapeDtypeStruct((num_experts, dim, width), jnp.float32),
@@ -66,7 +63,13 @@ def grouped_weight_gradient(
         num_threads=3,
         thread_name="warpgroup",
         compiler_params=PARAMS,
-    )(bounds, rows_IK, grad_IO)
+    )(_bounds(experts_G, num_experts), rows_IK, grad_IO)
+
+
+def _bounds(experts_G: jax.Array, num_experts: int) -> jax.Array:
+    """Returns int32 [E + 1]: the blocks of expert e are bounds[e] to bounds[e + 1] - 1."""
+    every_expert = jnp.arange(num_experts + 1, dtype=jnp.int32)
+    return jnp.searchsorted(experts_G, every_expert, side="left").astype(jnp.int32)
 
 
 def _kernel(

@@ -29,11 +29,7 @@ def backward(
     inputs: Inputs, gate_up: jax.Array, weights_I: jax.Array, grad_y_ND: jax.Array
 ) -> Gradients:
     """Returns the gradients, those of the weights in float32."""
-    dtype, num_experts, (_, dim, width) = (
-        inputs.x_ND.dtype,
-        inputs.num_experts,
-        inputs.w_gate_EDF.shape,
-    )
+    dtype, (num_experts, dim, width) = inputs.x_ND.dtype, inputs.w_gate_EDF.shape
     inputs, experts_G = _prepare(inputs)
     padded_width = inputs.w_gate_EDF.shape[2]
     x_ID = _gather_rows(inputs.x_ND, inputs.tokens_I)
