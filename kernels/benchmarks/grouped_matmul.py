@@ -44,6 +44,19 @@ SHAPES = ["32768,4096,14336,8", "65536,2048,1024,64"]
 MOST_BYTES = 24 * 2**30
 # So many FLOPs, but at most 10 calls, are started before the clock is read again.
 FLOPS_OF_TURN, MOST_CALLS = 2e12, 10
+# How another library, or the compiler, may fail. NotImplementedError is a RuntimeError.
+FAILURES = (
+    AssertionError,
+    AttributeError,
+    ExceptionGroup,
+    ImportError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 Call = Callable[[], Any]
 
@@ -247,7 +260,7 @@ def measure(problem: Problem, repeats: int) -> Iterator[dict[str, Any]]:
         try:
             call = prepare()
             jax.block_until_ready(call())
-        except Exception as error:  # a competitor may fail in any way
+        except FAILURES as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             refused.append({"pass": which, "implementation": name, "refused": reason})
         else:
