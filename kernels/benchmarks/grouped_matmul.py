@@ -118,7 +118,7 @@ def our_calls(problem: Problem) -> Iterator[tuple[str, Callable[[], Call]]]:
     """Yields the name of each pass, and what prepares a call of it."""
     inputs, name = problem.inputs, problem.implementation
     if name == "hopper":
-        yield from _hopper_calls(problem)
+        yield from _hopper_calls(problem, None)
     forward = jax.jit(lambda inputs: grouped_swiglu(inputs, name))
     backward = jax.jit(lambda *arrays: grouped_swiglu_backward(*arrays, name))
     weights_I = (inputs.tokens_I < problem.shape.num_rows).astype(jnp.float32)
@@ -131,18 +131,26 @@ def our_calls(problem: Problem) -> Iterator[tuple[str, Callable[[], Call]]]:
     )
 
 
-def _hopper_calls(problem: Problem) -> Iterator[tuple[str, Callable[[], Call]]]:
+def _hopper_calls(
+    problem: Problem, sizes: tuple[int, ...] | None
+) -> Iterator[tuple[str, Callable[[], Call]]]:
+    """Yields the passes of one matmul. `sizes` are those of a Tiling, None for the usual one."""
     from moe.kernels.grouped_matmul.hopper.gradient import grouped_weight_gradient
     from moe.kernels.grouped_matmul.hopper.matmul import grouped_matmul
+    from moe.kernels.grouped_matmul.hopper.pipeline import Tiling
+
+    tiling = None if sizes is None else Tiling(*sizes)
 
     inputs, experts_G = problem.inputs, problem.inputs.experts_G
     weight = inputs.w_gate_EDF
     # The arrays are arguments: as constants of a program, they would be copied into it.
-    multiply = jax.jit(lambda x, w, experts: grouped_matmul(x, (w,), experts))
+    multiply = jax.jit(lambda x, w, experts: grouped_matmul(x, (w,), experts, tiling=tiling))
     multiply_transposed = jax.jit(
-        lambda grad, w, experts: grouped_matmul(grad, (w,), experts, transposed=True)
+        lambda grad, w, experts: grouped_matmul(grad, (w,), experts, transposed=True, tiling=tiling)
     )
-    sum_rows = jax.jit(functools.partial(grouped_weight_gradient, num_experts=inputs.num_experts))
+    sum_rows = jax.jit(
+        functools.partial(grouped_weight_gradient, num_experts=inputs.num_experts, tiling=tiling)
+    )
     x_ID, grad_IF = (
         x.at[inputs.tokens_I].get(mode="fill", fill_value=0)
         for x in (problem.x_RD, problem.grad_RF)
@@ -249,13 +257,17 @@ def check_numbers(implementation: Name, dtype: str) -> float:
     return worst
 
 
-def measure(problem: Problem, repeats: int) -> Iterator[dict[str, Any]]:
+def measure(
+    problem: Problem, repeats: int, tilings: list[tuple[int, ...]]
+) -> Iterator[dict[str, Any]]:
     """Yields a row for each pass and implementation. One that cannot be run is a row that says so.
 
     All are refused alike, ours too, so that one failure does not cost the other rows.
     """
     shape, calls, refused = problem.shape, {}, []
     ours = [(problem.implementation, *call) for call in our_calls(problem)]
+    for sizes in tilings:
+        ours += [(f"hopper {sizes}", *call) for call in _hopper_calls(problem, sizes)]
     for name, which, prepare in (*ours, *other_calls(problem)):
         try:
             call = prepare()
@@ -305,6 +317,13 @@ def parse_arguments() -> argparse.Namespace:
         choices=["blockwise", "hopper"],
         help="which of ours to time: by default 'hopper' on its GPUs, else what `choose` returns",
     )
+    parser.add_argument(
+        "--tilings",
+        nargs="+",
+        type=lambda text: tuple(map(int, text.split(","))),
+        default=[],
+        help="other tilings of 'hopper' to time: columns of a tile, stages, tiles of a band",
+    )
     parser.add_argument("--repeats", type=int, default=10, help="turns whose median is taken")
     parser.add_argument(
         "--json", type=Path, help="where to write the rows, with the device and the versions"
@@ -326,7 +345,8 @@ def main() -> None:
     for text in arguments.shapes:
         shape = Shape(*map(int, text.split(",")))
         print(" ".join(f"{field}={size}" for field, size in zip("RDFE", shape, strict=True)))
-        for row in measure(make_problem(shape, name, arguments.dtype), arguments.repeats):
+        problem = make_problem(shape, name, arguments.dtype)
+        for row in measure(problem, arguments.repeats, arguments.tilings):
             rows.append(row)
             print_row(row)
     if arguments.json:

@@ -50,7 +50,7 @@ def grouped_weight_gradient(
         )
         return padded[:, :dim]
     first_column, width = columns or (0, grad_IO.shape[1])
-    tiling = tiling or choose_tiling(width)
+    tiling = choose_tiling(width, tiling)
     num_tiles = num_experts * (dim // TILE) * (width // tiling.columns)
     return plgpu.kernel(
         functools.partial(_kernel, tiling, first_column),

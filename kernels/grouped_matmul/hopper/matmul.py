@@ -46,7 +46,7 @@ def grouped_matmul(
     _, first_dim, last_dim = weights[0].shape
     width = first_dim if transposed else last_dim * len(weights)
     # A tile's columns belong to one weight.
-    tiling = tiling or choose_tiling(first_dim if transposed else last_dim)
+    tiling = choose_tiling(first_dim if transposed else last_dim, tiling)
     output = jax.ShapeDtypeStruct((num_rows, width), dtype or rows_IK.dtype)
     right = (tiling.columns, STEP) if transposed else (STEP, tiling.columns)
     num_tiles = num_rows // TILE * (width // tiling.columns)

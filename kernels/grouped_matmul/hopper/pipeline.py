@@ -42,11 +42,16 @@ class Tiling(NamedTuple):
     band: int  # how many tiles of one column follow one another before the next column
 
 
-def choose_tiling(width: int) -> Tiling:
-    """Returns the tiling of an output whose width is a multiple of 64.
+def choose_tiling(width: int, wanted: Tiling | None = None) -> Tiling:
+    """Returns the tiling of an output whose width is a multiple of 64: `wanted`, if it is given.
 
-    Wide tiles load the fewest bytes for a FLOP. All columns belong to whole tiles.
+    Wide tiles load the fewest bytes for a FLOP. All columns belong to whole tiles, so another
+    tiling raises ValueError.
     """
+    if wanted is not None:
+        if width % wanted.columns:
+            raise ValueError(f"tiles of {wanted.columns} columns do not divide a width of {width}")
+        return wanted
     columns = next(columns for columns in (256, 192, 128, 64) if width % columns == 0)
     bytes_of_stage = 2 * STEP * (TILE + columns)
     return Tiling(columns, stages=min(8, RING_BYTES // bytes_of_stage), band=16)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from moe.kernels.grouped_matmul import Inputs, grouped_swiglu
-from moe.kernels.grouped_matmul.hopper.pipeline import choose_tiling, tile_in_bands
+from moe.kernels.grouped_matmul.hopper.pipeline import Tiling, choose_tiling, tile_in_bands
 from tests.kernels.programs import check_compiled_kernels, compile_for_h200, run
 
 
@@ -29,6 +29,8 @@ def test_tiles_in_bands_are_all_tiles_once(rows, columns, band):
 )
 def test_tiles_divide_the_width(width, columns, stages):
     assert choose_tiling(width)[:2] == (columns, stages)
+    with pytest.raises(ValueError, match="tiles of 100 columns do not divide a width of"):
+        choose_tiling(width, Tiling(100, 4, 16))
 
 
 def test_blocks_of_other_sizes_are_refused():
