@@ -322,7 +322,7 @@ def parse_arguments() -> argparse.Namespace:
         nargs="+",
         type=lambda text: tuple(map(int, text.split(","))),
         default=[],
-        help="other tilings of 'hopper' to time: columns of a tile, stages, tiles of a band",
+        help="other tilings of 'hopper' to time: columns of a tile, stages, band and buffers",
     )
     parser.add_argument("--repeats", type=int, default=10, help="turns whose median is taken")
     parser.add_argument(

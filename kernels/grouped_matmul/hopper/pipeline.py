@@ -40,6 +40,7 @@ class Tiling(NamedTuple):
     columns: int  # of a tile
     stages: int  # the buffers of the ring
     band: int  # how many tiles of one column follow one another before the next column
+    buffers: int = 2  # of each warpgroup, from which parts of a tile are copied out
 
 
 def choose_tiling(width: int, wanted: Tiling | None = None) -> Tiling:
@@ -62,7 +63,7 @@ class Scratch(NamedTuple):
 
     left: Ref  # ring
     right: Ref  # ring
-    staged: Ref  # two buffers for each warpgroup, from which parts of a tile are copied out
+    staged: Ref  # the buffers of each warpgroup, from which parts of a tile are copied out
     full: Ref  # completes when both operands of a step have arrived
     free: Ref  # completes when both warpgroups have read a buffer
 
@@ -75,7 +76,7 @@ def scratch(
     return Scratch(
         left=_matrices((tiling.stages, *left), dtype),
         right=_matrices((tiling.stages, *right), dtype),
-        staged=_matrices((2, 2, ROWS, staged_columns), output_dtype),
+        staged=_matrices((2, tiling.buffers, ROWS, staged_columns), output_dtype),
         full=plgpu.Barrier(num_barriers=tiling.stages, num_arrivals=2),
         free=plgpu.Barrier(num_barriers=tiling.stages, num_arrivals=2),
     )
@@ -164,7 +165,7 @@ def multiply_tiles(work: Work, tiling: Tiling, smem: Scratch) -> None:
                 functools.partial(_multiply, work, tiling, smem, warpgroup, tile.steps, count),
                 plgpu.ACC((ROWS, tiling.columns), jnp.float32),
             )
-            _store(work, smem, warpgroup, tile, values)
+            _store(work, tiling, smem, warpgroup, tile, values)
 
         visit_tiles(compute_tile)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -216,17 +217,30 @@ def _multiply(
     return values
 
 
-def _store(work: Work, smem: Scratch, warpgroup: Index, tile: Tile, values: jax.Array) -> None:
+def _store(
+    work: Work, tiling: Tiling, smem: Scratch, warpgroup: Index, tile: Tile, values: jax.Array
+) -> None:
     """Writes a warpgroup's rows of a tile, in parts that are as wide as a staging buffer."""
     rows, width = tile.row * TILE + warpgroup * ROWS, smem.staged.shape[-1]
-    for part in range(values.shape[1] // width):
-        staged = smem.staged.at[warpgroup, part % 2]
-        # The copy before the last one, of the same buffer, has read it.
-        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+    parts = staging_plan(values.shape[1] // width, tiling.buffers)
+    for part, (buffer, most_unread) in enumerate(parts):
+        staged = smem.staged.at[warpgroup, buffer]
+        plgpu.wait_smem_to_gmem(most_unread, wait_read_only=True)
         staged[...] = values[:, part * width : (part + 1) * width].astype(staged.dtype)
         plgpu.commit_smem()
         column = tile.column * values.shape[1] + part * width
         plgpu.copy_smem_to_gmem(staged, work.target(tile, pl.ds(rows, ROWS), pl.ds(column, width)))
+
+
+def staging_plan(num_parts: int, buffers: int) -> list[tuple[int, int]]:
+    """Returns the buffer of each part of a tile, and how many copies may be unread before it.
+
+    The buffers are taken in turn, so a buffer is free when all copies but those from the other
+    buffers have read theirs. If a tile's parts are no whole number of turns, its first part waits
+    for all copies of the tile before.
+    """
+    plan = [(part % buffers, buffers - 1) for part in range(num_parts)]
+    return plan if num_parts % buffers == 0 else [(0, 0), *plan[1:]]
 
 
 def _slot(tiling: Tiling, step: Index) -> Index:

@@ -8,7 +8,12 @@ import jax.numpy as jnp
 import pytest
 
 from moe.kernels.grouped_matmul import Inputs, grouped_swiglu
-from moe.kernels.grouped_matmul.hopper.pipeline import Tiling, choose_tiling, tile_in_bands
+from moe.kernels.grouped_matmul.hopper.pipeline import (
+    Tiling,
+    choose_tiling,
+    staging_plan,
+    tile_in_bands,
+)
 from tests.kernels.programs import check_compiled_kernels, compile_for_h200, run
 
 
@@ -31,6 +36,17 @@ def test_tiles_divide_the_width(width, columns, stages):
     assert choose_tiling(width)[:2] == (columns, stages)
     with pytest.raises(ValueError, match="tiles of 100 columns do not divide a width of"):
         choose_tiling(width, Tiling(100, 4, 16))
+
+
+@pytest.mark.parametrize("num_parts", [1, 2, 3, 4, 6, 8])
+@pytest.mark.parametrize("buffers", [1, 2, 4])
+def test_no_buffer_is_written_before_its_last_copy_has_read_it(num_parts, buffers):
+    """Copies read in order, as late as they may. Interpreted copies are done at once."""
+    unread = []
+    for buffer, most_unread in staging_plan(num_parts, buffers) * 3:  # of three tiles
+        unread = unread[len(unread) - most_unread :] if len(unread) > most_unread else unread
+        assert buffer not in unread
+        unread.append(buffer)
 
 
 def test_blocks_of_other_sizes_are_refused():
