@@ -42,8 +42,8 @@ from moe.kernels.grouped_matmul import (
 SHAPES = ["32768,4096,14336,8", "65536,2048,1024,64"]
 # jax.lax.ragged_dot may hold its rows once for each expert. It is not run where that takes more.
 MOST_BYTES = 24 * 2**30
-# So many FLOPs, but at most 10 calls, are started before the clock is read again.
-FLOPS_OF_TURN, MOST_CALLS = 2e12, 10
+# Calls are started for about so many seconds before the clock is read again, at most so many.
+SECONDS_OF_TURN, MOST_CALLS = 4e-3, 10
 # How another library, or the compiler, may fail. NotImplementedError is a RuntimeError.
 FAILURES = (
     AssertionError,
@@ -278,10 +278,13 @@ def measure(
         else:
             calls[name, which] = call
     times: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
-    launches = min(MOST_CALLS, math.ceil(FLOPS_OF_TURN / shape.flops))
+    launches = {
+        key: min(MOST_CALLS, math.ceil(SECONDS_OF_TURN / _seconds(call, 1)))
+        for key, call in calls.items()
+    }
     for _ in range(repeats):
         for key, call in calls.items():
-            times[key].append(_seconds(call, launches))
+            times[key].append(_seconds(call, launches[key]))
     for (name, which), values in times.items():
         seconds = statistics.median(values)
         rate = flops_of(which, name, shape) / seconds / 1e12

@@ -69,7 +69,8 @@ def grouped_weight_gradient(
 def _bounds(experts_G: jax.Array, num_experts: int) -> jax.Array:
     """Returns int32 [E + 1]: the blocks of expert e are bounds[e] to bounds[e + 1] - 1."""
     every_expert = jnp.arange(num_experts + 1, dtype=jnp.int32)
-    return jnp.searchsorted(experts_G, every_expert, side="left").astype(jnp.int32)
+    # The number of blocks of lower experts. jnp.searchsorted would be a loop of small kernels.
+    return jnp.sum(experts_G < every_expert[:, None], axis=1, dtype=jnp.int32)
 
 
 def _kernel(
