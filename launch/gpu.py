@@ -61,12 +61,25 @@ STEPS: dict[str, Step] = {
     "attention": _attention("hopper"),
     "attention_fused": _attention("hopper_fused", "--lengths", "4096", "16384"),
     "decode": Step(("-m", "moe.kernels.benchmarks.decode", "--json={json}"), 120),
-    "moe_layer_64x8": Step(
+    "grouped_matmul": Step(
+        (
+            "-m",
+            "moe.kernels.benchmarks.grouped_matmul",
+            "--implementation=hopper",
+            "--json={json}",
+        ),
+        240,
+    ),
+    # As large as OLMoE's (arXiv 2409.02060).
+    "moe_layer": Step(
         (
             "-m",
             "launch.benchmark",
             "--config=configs/benchmark_moe.py:64x8",
             "--config.model.compute_dtype=bfloat16",
+            "--config.model.model_dim=2048",
+            "--config.model.moe.expert_dim=1024",
+            "--config.model.moe.implementation=hopper",
             "--layer",
             "--json={json}",
         ),
@@ -75,7 +88,11 @@ STEPS: dict[str, Step] = {
     "dense_125m": _train_step("dense_125m", "train.batch_size=32"),
     "dense_1b": _train_step("dense_1b", "train.batch_size=16"),
     "moe_1b_7b_4_layers": _train_step(
-        "moe_1b_7b", "model.num_layers=4", "train.batch_size=8", "mesh.fsdp=1"
+        "moe_1b_7b",
+        "model.num_layers=4",
+        "model.moe.implementation=hopper",
+        "train.batch_size=8",
+        "mesh.fsdp=1",
     ),
 }
 

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from moe.parallel import vocabulary
+from moe.parallel.collectives import vocabulary
 from moe.parallel.mesh import on_auto_axes, per_shard
 
 

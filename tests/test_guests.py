@@ -25,7 +25,7 @@ from moe.model.experts import MoE
 from moe.model.layers import FeedForward
 from moe.model.tokens import TokenInfo
 from moe.model.transformer import Transformer
-from moe.parallel import expert as expert_parallel
+from moe.parallel.collectives import expert as expert_parallel
 from moe.parallel.context import ring_attention, ulysses_attention
 from moe.parameters import unbox
 from moe.tasks.language_modelling import counts, next_token_loss

@@ -181,8 +181,9 @@ def test_another_project_applies_a_model_in_three_lines(wheel: Path, tmp_path: P
 
 WITH_ITS_OWN_DEPENDENCIES = """
 import sys
-import moe.parallel.expert, moe.parallel.mesh, moe.inference.generate, moe.kernels.attention
-import moe.kernels.grouped_matmul, moe.losses, moe.training.optimizer, moe.model.routing
+import moe.parallel.collectives.expert, moe.parallel.mesh, moe.inference.generate
+import moe.kernels.attention, moe.kernels.grouped_matmul
+import moe.losses, moe.training.optimizer, moe.model.routing
 import moe.training.train_step, moe.interop.upcycle
 from moe import ConfigError, MoE, MoEConfig, ModelConfig, RunConfig, Transformer
 

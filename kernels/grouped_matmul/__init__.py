@@ -11,7 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe.kernels.grouped_matmul.choice import IMPLEMENTATIONS, Choice, Name, Shapes, choose
+from moe.kernels.grouped_matmul.choice import (
+    IMPLEMENTATIONS,
+    Choice,
+    Name,
+    Shapes,
+    choose,
+    why_not,
+    with_blocks,
+)
 from moe.kernels.grouped_matmul.inputs import Gradients, Inputs, Outputs
 from moe.kernels.settings import own_settings
 
@@ -25,6 +33,8 @@ __all__ = [
     "choose",
     "grouped_swiglu",
     "grouped_swiglu_backward",
+    "why_not",
+    "with_blocks",
 ]
 
 

@@ -13,8 +13,8 @@ from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from moe.kernels.grouped_matmul.activation import sum_dtype, swiglu
 from moe.kernels.grouped_matmul.inputs import Gradients, Inputs, Outputs
 
 # How many blocks of one expert are multiplied at once. Long runs make large matmuls, which are
@@ -41,7 +41,7 @@ def forward(inputs: Inputs) -> Outputs:
         # Both projections are one matmul. They are rounded before the activation, so that the
         # backward pass, which reads them rounded, differentiates exactly what was computed here.
         gate_up = _matmul("id,df->if", x, _concatenate_gate_up(inputs, expert)).astype(dtype)
-        hidden = _swiglu(gate_up)[0].astype(dtype)
+        hidden = swiglu(gate_up)[0].astype(dtype)
 
         rows = _matmul("if,fd->id", hidden, inputs.w_down_EFD[expert]).astype(dtype)
         return Outputs(
@@ -66,7 +66,7 @@ def backward(
         x = _gather_rows(inputs.x_ND, inputs.tokens_I, start, size)
         grad_y = _gather_rows(grad_y_ND, inputs.tokens_I, start, size)
         weights = _slice(weights_I, start, size)[:, None]
-        hidden, swiglu_backward = _swiglu(_slice(gate_up, start, size))
+        hidden, swiglu_backward = swiglu(_slice(gate_up, start, size))
 
         # y = weight * (hidden w_down). The gradient of `hidden` before the weight is applied also
         # gives the weight's own gradient: grad_y (hidden w_down) = (grad_y w_down^T) hidden.
@@ -91,7 +91,7 @@ def backward(
 
     rows_ID = jnp.zeros((inputs.tokens_I.size, inputs.x_ND.shape[1]), dtype)
     shapes = (w.shape for w in (inputs.w_gate_EDF, inputs.w_up_EDF, inputs.w_down_EFD, weights_I))
-    zeros = (jnp.zeros(shape, _sum_dtype(dtype)) for shape in shapes)
+    zeros = (jnp.zeros(shape, sum_dtype(dtype)) for shape in shapes)
     return _compute_all_runs(inputs, compute_run, Gradients(rows_ID, *zeros))
 
 
@@ -155,24 +155,5 @@ def _concatenate_gate_up(inputs: Inputs, expert: jax.Array) -> jax.Array:
     return jnp.concatenate([inputs.w_gate_EDF[expert], inputs.w_up_EDF[expert]], axis=1)
 
 
-def _sum_dtype(dtype: np.dtype) -> np.dtype:
-    """Returns the dtype of sums: float32 whatever the activations are, or float64 for float64."""
-    return np.promote_types(dtype, np.float32)
-
-
 def _matmul(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    return jnp.einsum(equation, x, y, preferred_element_type=_sum_dtype(x.dtype))
-
-
-def _swiglu(gate_up: jax.Array) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
-    """Returns silu(gate) * up, and the function from its gradient to the gradient of `gate_up`."""
-    gate, up = jnp.split(gate_up.astype(_sum_dtype(gate_up.dtype)), 2, axis=1)
-    sigmoid = jax.nn.sigmoid(gate)
-
-    def backward(grad_hidden: jax.Array) -> jax.Array:
-        # silu(z) = z sigmoid(z), so silu'(z) = sigmoid(z) (1 + z (1 - sigmoid(z))).
-        grad_gate = grad_hidden * up * sigmoid * (1 + gate * (1 - sigmoid))
-        grad_up = grad_hidden * gate * sigmoid
-        return jnp.concatenate([grad_gate, grad_up], axis=1)
-
-    return gate * sigmoid * up, backward
+    return jnp.einsum(equation, x, y, preferred_element_type=sum_dtype(x.dtype))

@@ -9,10 +9,11 @@ from typing import Literal, NamedTuple
 
 import jax
 
+from moe.kernels.chips import is_hopper
 from moe.kernels.grouped_matmul import blockwise, reference
 from moe.kernels.grouped_matmul.inputs import Gradients, Inputs, Outputs
 
-Name = Literal["reference", "blockwise"]
+Name = Literal["reference", "blockwise", "hopper"]
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 
@@ -49,13 +50,24 @@ def choose(chip: str | None, shapes: Shapes) -> Choice:
     `chip` is a device_kind as JAX names it ("TPU v5p", "NVIDIA H200", "cpu"), or None where it is
     not known. Raises NotImplementedError if none can compute the call.
     """
+    # "hopper" is no candidate, since it has not run on a device yet: it must be asked for by name.
     candidates: tuple[Name, ...] = ("blockwise",)  # the fastest first
-    obstacles = {name: IMPLEMENTATIONS[name].obstacle(shapes, chip) for name in candidates}
+    obstacles = {name: why_not(name, chip, shapes) for name in candidates}
     for name in candidates:
         if obstacles[name] is None:
-            return Choice(name, IMPLEMENTATIONS[name].blocks(shapes))
+            return with_blocks(name, shapes)
     reasons = "; ".join(f"{name!r} cannot: {reason}" for name, reason in obstacles.items())
     raise NotImplementedError(f"no implementation computes this grouped matmul. {reasons}")
+
+
+def why_not(name: Name, chip: str | None, shapes: Shapes) -> str | None:
+    """Returns what keeps an implementation from computing a call on a chip, or None."""
+    return IMPLEMENTATIONS[name].obstacle(shapes, chip)
+
+
+def with_blocks(name: Name, shapes: Shapes) -> Choice:
+    """Returns an implementation with the blocks that suit a call."""
+    return Choice(name, IMPLEMENTATIONS[name].blocks(shapes))
 
 
 def block_rows(shapes: Shapes) -> int:
@@ -71,9 +83,43 @@ def _obstacle_to_plain_jax(shapes: Shapes, chip: str | None) -> str | None:
     """Returns what keeps an implementation in plain JAX, which runs on every chip, from a call."""
     if shapes.dtype not in DTYPES:
         return f"it takes {', '.join(DTYPES)}, not {shapes.dtype}"
-    if not isinstance(shapes.num_assignments, int):
-        return f"it takes a number of assignments, not the symbol {shapes.num_assignments}"
-    return None
+    return _symbolic_rows(shapes)
+
+
+def _obstacle_to_hopper(shapes: Shapes, chip: str | None) -> str | None:
+    if chip is not None and not is_hopper(chip):
+        return f"it runs on Hopper GPUs, not on {chip}"
+    if shapes.dtype not in ("bfloat16", "float16"):
+        return f"it takes bfloat16 and float16, not {shapes.dtype}"
+    return _symbolic_rows(shapes)
+
+
+def _symbolic_rows(shapes: Shapes) -> str | None:
+    if isinstance(shapes.num_assignments, int):
+        return None
+    return f"it takes a number of assignments, not the symbol {shapes.num_assignments}"
+
+
+# The files of kernels are imported when they are used, since Pallas takes a second to load.
+
+
+def _hopper_forward(inputs: Inputs) -> Outputs:
+    from moe.kernels.grouped_matmul.hopper import swiglu
+
+    return swiglu.forward(inputs)
+
+
+def _hopper_backward(
+    inputs: Inputs, gate_up: jax.Array, weights_I: jax.Array, grad_y_ND: jax.Array
+) -> Gradients:
+    from moe.kernels.grouped_matmul.hopper import swiglu
+
+    return swiglu.backward(inputs, gate_up, weights_I, grad_y_ND)
+
+
+def _hopper_block_rows(shapes: Shapes) -> int:
+    """Returns the rows that a program multiplies at once."""
+    return 128
 
 
 # To add an implementation, write a file with `forward` and `backward`, and add its name and row.
@@ -83,5 +129,8 @@ IMPLEMENTATIONS: dict[Name, Implementation] = {
     ),
     "blockwise": Implementation(
         blockwise.forward, blockwise.backward, _obstacle_to_plain_jax, block_rows
+    ),
+    "hopper": Implementation(
+        _hopper_forward, _hopper_backward, _obstacle_to_hopper, _hopper_block_rows
     ),
 }

@@ -58,6 +58,9 @@ class MoEConfig:
     # How the experts are computed: "dense" computes every expert for every token, "capacity" gives
     # each expert a fixed number of places, and "dropless" sorts the tokens by their experts.
     dispatch: Literal["dense", "capacity", "dropless"] = "dropless"
+    # The program that computes the experts' matmuls under "dropless". "auto" takes the fastest one
+    # for the mesh's chip, and docs/kernels.md says what each one can do.
+    implementation: Literal["auto", "blockwise", "hopper"] = "auto"
     # The room of an expert under "capacity", as a multiple of its even share of a row's tokens.
     capacity_factor: float = 1.25
     # Which tokens stay where an expert is full: those at earlier positions, or those with higher
@@ -156,6 +159,10 @@ class MoEConfig:
                 "ragged_all_to_all",
                 ("dropless",),
                 "rows are sent in the order of their experts",
+            ),
+            *(
+                ("implementation", name, ("dropless",), "it computes rows sorted by their experts")
+                for name in ("blockwise", "hopper")
             ),
             (
                 "router",

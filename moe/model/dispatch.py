@@ -8,7 +8,7 @@ The data passes through these functions, inside jax.shard_map, on one device's t
           |                    capacity, dropless
           | arrange            gives each assignment a slot among its expert's rows (arrangement.py)
           | copy_to_slots      copies each slot's token
-          | expert_parallel    sends rows to the devices of their experts (parallel/expert.py)
+          | expert_parallel    sends rows to the devices of their experts (moe.parallel.collectives)
           | weights(rows)      applies the experts
           | expert_parallel    sends rows back
           | combine            adds up each token's slots, times their weights
@@ -20,19 +20,22 @@ expert number that is no expert (E, or any other outside [0, E)) gets nothing an
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from moe.config import MoEConfig
+from moe.config import ConfigError, MoEConfig
 from moe.kernels.grouped_matmul import (
+    Choice,
     Inputs,
     Name,
     Shapes,
     choose,
     grouped_swiglu,
     grouped_swiglu_backward,
+    why_not,
+    with_blocks,
 )
 from moe.kernels.settings import check_axes
 from moe.model.arrangement import (
@@ -47,7 +50,7 @@ from moe.model.arrangement import (
     weighted_sum,
 )
 from moe.model.layers import swiglu
-from moe.parallel import expert as expert_parallel
+from moe.parallel.collectives import expert as expert_parallel
 from moe.parallel.mesh import axis_size, chip
 
 FSDP_DIMS = (1, 1, 2)  # the dimensions of gate, up and down that fsdp splits
@@ -134,11 +137,15 @@ def choose_strategy(config: MoEConfig, capacity: int) -> Strategy:
     if devices > 1 and config.exchange == "all_to_all":
         return functools.partial(all_to_all, capacity=capacity)
     if devices > 1 and config.exchange == "ragged_all_to_all":
-        return functools.partial(ragged_all_to_all, receive_factor=config.receive_factor)
+        return functools.partial(
+            ragged_all_to_all,
+            receive_factor=config.receive_factor,
+            implementation=config.implementation,
+        )
     strategies: dict[str, Strategy] = {
         "dense": dense,
         "capacity": functools.partial(with_capacity, capacity=devices * capacity),
-        "dropless": dropless,
+        "dropless": functools.partial(dropless, implementation=config.implementation),
     }
     strategy = strategies[config.dispatch]
     return functools.partial(all_gather, strategy=strategy) if devices > 1 else strategy
@@ -191,18 +198,20 @@ def dropless(
     weights: Weights,
     *,
     block_rows: int = 0,
+    implementation: Literal["auto"] | Name = "auto",
 ) -> ExpertOutput:
     """Gives each expert as many rows as chose it, and drops nothing.
 
     Rows are sorted by expert. Each expert's rows are padded to blocks of `block_rows` rows, or of a
-    number that suits the kernel and the load.
+    number that suits the kernel and the load. `implementation` names the kernel; "auto" takes the
+    fastest one on the mesh's chip.
     """
     check_axes("x_ND", x_ND)
     if not experts_NA.size:
         return ExpertOutput(x_ND)
     num_assignments, num_experts = experts_NA.size, weights.num_experts
     shapes = Shapes(num_assignments, num_experts, x_ND.dtype.name)
-    choice = choose(chip(jax.sharding.get_abstract_mesh()), shapes)
+    choice = choose_kernel(implementation, shapes)
     block_rows = block_rows or choice.block_rows
     # Each expert with an assignment may need up to block_rows - 1 rows of padding.
     most_rows = num_assignments + min(num_experts, num_assignments) * (block_rows - 1)
@@ -216,6 +225,22 @@ def dropless(
     blocks = Blocks(arrangement, experts_G)
     y_ND = _grouped_experts(choice.name, jnp.asarray(x_ND), weights_NA, weights, blocks)
     return ExpertOutput(y_ND)
+
+
+def choose_kernel(implementation: Literal["auto"] | Name, shapes: Shapes) -> Choice:
+    """Returns the kernel that a config asks for, on the chip of the mesh in use.
+
+    Raises ConfigError if that kernel cannot compute the call.
+    """
+    kind = chip(jax.sharding.get_abstract_mesh())
+    if implementation == "auto":
+        return choose(kind, shapes)
+    if reason := why_not(implementation, kind, shapes):
+        raise ConfigError(
+            f"model.moe.implementation={implementation!r} cannot be used, for {reason}: "
+            "set model.moe.implementation to 'auto'"
+        )
+    return with_blocks(implementation, shapes)
 
 
 def _split(rows_ID: jax.Array, num_experts: int) -> jax.Array:
@@ -280,6 +305,7 @@ def ragged_all_to_all(
     weights: Weights,
     *,
     receive_factor: float,
+    implementation: Literal["auto"] | Name = "auto",
 ) -> ExpertOutput:
     """Sends the assigned rows alone, and drops what exceeds a device's room.
 
@@ -294,7 +320,8 @@ def ragged_all_to_all(
     received_RD = expert_parallel.send_ragged(copy_to_slots(x_ND, arrangement), exchange)
     # A received row has one expert. Its weight stays with the sender, whose `combine` applies it.
     ones_R1 = jnp.ones((room, 1), jnp.float32)
-    output = dropless(received_RD, exchange.experts_R[:, None], ones_R1, weights)
+    experts_R1 = exchange.experts_R[:, None]
+    output = dropless(received_RD, experts_R1, ones_R1, weights, implementation=implementation)
     returned_ID = expert_parallel.return_ragged(output.y_ND, exchange, experts_NA.size)
     unsent_I = expert_parallel.unsent_rows(exchange, loads_E, experts_NA.size)
     unsent_NA = gather_from_slots(unsent_I, arrangement)

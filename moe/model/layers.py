@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from moe.config import AXES, split_axes
+from moe.parallel.collectives.weights import are_split, gather_weight
 from moe.parallel.mesh import axis_size, constrain, on_auto_axes, per_shard
-from moe.parallel.weights import are_split, gather_weight
 from moe.parameters import parameter
 
 
@@ -23,7 +23,8 @@ def einsum(
 
     The weight is whole along D while it is multiplied by, and its gradient is split as it is.
 
-    All matmuls with weights go through here, except those of experts (`parallel.expert`).
+    All matmuls with weights go through here, except those of experts (`parallel.collectives`) and
+    of the loss (`moe.cross_entropy`).
 
     The product is taken in the activations' dtype, and the result has that dtype unless `dtype`
     is given. The weight's gradient has the weight's dtype, and is summed in float32 without being

@@ -33,8 +33,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from moe.config import RunConfig, Schedule
+from moe.parallel.collectives.weights import forget_gathered
 from moe.parallel.mesh import constrain
-from moe.parallel.weights import forget_gathered
 
 AXIS = "pipeline"
 _LAYER_INPUT = "layer input"  # the name of the arrays that remat "full" stores

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from moe.config import MoEConfig
+from moe.config import ConfigError, MoEConfig
+from moe.kernels.grouped_matmul import Choice, Shapes
 from moe.model.arrangement import (
     arrange,
     arrange_equally,
@@ -26,6 +27,8 @@ from moe.model.arrangement import (
 )
 from moe.model.dispatch import (
     Weights,
+    choose_kernel,
+    choose_strategy,
     dense,
     dropless,
     run_experts,
@@ -365,3 +368,12 @@ def test_what_overflows_a_ragged_exchange_is_counted_and_passes_by(monkeypatch):
     np.testing.assert_array_equal(y[~has_room], 0)
     on_one_device = jax.jit(functools.partial(run_experts, config, 5))
     close(y[has_room], on_one_device(x, experts, combine, *weights())[0][has_room])
+
+
+def test_a_config_names_the_kernel_of_dropless():
+    assert choose_kernel("hopper", Shapes(64, 8, "bfloat16")) == Choice("hopper", 128)
+    with pytest.raises(ConfigError, match="for it takes bfloat16 and float16, not float32: set "):
+        config = dataclasses.replace(CONFIG, implementation="hopper")
+        choose_strategy(config, 0)(*routed(), Weights(*weights()))
+    with pytest.raises(ConfigError, match="set dispatch to 'dropless'"):
+        dataclasses.replace(CONFIG, implementation="hopper", dispatch="dense")

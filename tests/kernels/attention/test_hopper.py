@@ -3,36 +3,21 @@
 test_implementations.py runs them where there is a GPU.
 """
 
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 import pytest
 
-ROOT = Path(__file__).parents[3]
+from tests.kernels.programs import check_compiled_kernels, compile_for_h200, run
+
 MASKS = {
     "causal": "Options(None, 0, None, 0.1), None, None",
     "window": "Options(1024, 0, 30.0, 0.1), sinks, None",
     "segments": "Options(None, 0, None, 0.1), None, ids",
 }
 COMPILE = """
-import dataclasses, pathlib, sys
-import jax, jax.numpy as jnp, numpy as np
-from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+import dataclasses, sys
 from moe.kernels.attention import Inputs, Options
 from moe.kernels.attention.hopper import backward, forward, fused
 
-target = pathlib.Path("moe/scaling/programs/h200.textproto").read_text()
-topology = topologies.get_topology_desc(
-    platform="cuda", target_config=target, topology="1x1x8"
-)
-mesh = Mesh(np.array(topology.devices[:1]), ("x",), axis_types=(AxisType.Auto,))
-one_gpu = NamedSharding(mesh, PartitionSpec())
-array = lambda shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype, sharding=one_gpu)
 width = int(sys.argv[1])
 q, k = array((1, 4096, 16, width)), array((1, 4096, 2, width))
 rows = array((1, 4096, 16), jnp.float32)
@@ -46,59 +31,16 @@ def run_all_kernels(q, k, v, sinks, ids, lse, dout, delta):
     outputs = [forward.forward(options, inputs) for options in both]
     return outputs, [x.backward(options, inputs, lse, dout, delta) for x in modules]
 
-traced = jax.jit(run_all_kernels).trace(q, k, k, sinks, ids, rows, q, rows)
-traced.lower(lowering_platforms=("cuda",)).compile()
+compile_for_h200(run_all_kernels, q, k, k, sinks, ids, rows, q, rows)
 """
-
-
-def run(program: str, *args: str, timeout: int, **environment: str) -> str:
-    """Runs a Python program in a process of its own, and returns what it prints.
-
-    The interpreter may hang, and the compiler reads its settings when its process starts.
-    """
-    variables = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
-        **environment,
-    }
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", program, *args],
-        cwd=ROOT,
-        env=variables,
-        timeout=timeout,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
 
 
 @pytest.mark.aot
 @pytest.mark.parametrize("width", [64, 128, 192, 256])
 @pytest.mark.parametrize("mask", MASKS)
 def test_compiles_for_h200_without_spills(mask, width, tmp_path):
-    """Nor does a wgmma wait for the one before it, which ptxas would report as "serialized"."""
-    pytest.importorskip(
-        "jax_cuda13_plugin", reason="needs pip install jax-cuda13-plugin jax-cuda13-pjrt"
-    )
-    dumps = {
-        "MOSAIC_GPU_DUMP_PTXAS": "1",
-        "MOSAIC_GPU_DUMP_PTX": "1",
-        "MOSAIC_GPU_DUMP_TO": str(tmp_path),
-    }
-    run(COMPILE.replace("MASK", MASKS[mask]), str(width), timeout=280, **dumps)
-    reports = [path.read_text() for path in sorted(tmp_path.glob("*.ptxas"))]
-    assert len(reports) >= (5 if width <= 128 else 4)
-    for report in reports:
-        print(
-            re.search(r"Used \d+ registers", report).group(),
-            re.search(r"\d+ bytes spill stores", report).group(),
-        )
-        assert (
-            set(re.findall(r"(\d+) bytes spill", report)) == {"0"} and "are spilled" not in report
-        )
-        assert "serialized" not in report
+    compile_for_h200(COMPILE.replace("MASK", MASKS[mask]), str(width), dumps=tmp_path)
+    check_compiled_kernels(tmp_path, least=5 if width <= 128 else 4)
 
 
 INTERPRET = """

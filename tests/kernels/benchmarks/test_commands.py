@@ -1,4 +1,4 @@
-"""The commands that time attention and tune its blocks, on a CPU and small lengths."""
+"""The commands that time kernels and tune attention's blocks, on a CPU and small lengths."""
 
 import json
 
@@ -7,7 +7,7 @@ import pytest
 
 from moe.kernels.attention import Choice
 from moe.kernels.benchmarks import attention as benchmark
-from moe.kernels.benchmarks import tune
+from moe.kernels.benchmarks import grouped_matmul, tune
 
 
 def run(monkeypatch, command, *arguments):
@@ -124,3 +124,42 @@ def test_tuning_adds_the_fastest_blocks_to_the_table(tmp_path, monkeypatch, caps
         "blockwise float32 16 causal 32: (8, 16), 0.50 times the time of the rule's"
         in capsys.readouterr().out
     )
+
+
+def test_the_grouped_matmul_is_checked_timed_and_written(tmp_path, monkeypatch, capsys):
+    """A competitor that fails is a row that says so."""
+
+    def fail(*arrays):
+        raise RuntimeError("out of memory\nand more")
+
+    monkeypatch.setattr(grouped_matmul, "_dense_swiglu", fail)
+    path = tmp_path / "grouped_matmul.json"
+    options = ("--shapes", "100,16,8,3", "--repeats=1", "--dtype=float32", f"--json={path}")
+    run(monkeypatch, grouped_matmul, *options)
+    written = json.loads(path.read_text())
+    assert written["device"] == "cpu" and 0 < written["worst_difference"] < 1e-5
+    found = {(row["pass"], row["implementation"]): row for row in written["rows"]}
+    ours = {(f"swiglu {which}", "blockwise") for which in ("forward", "backward")}
+    refused = {(f"swiglu {which}", "dense") for which in ("forward", "backward")}
+    matmuls = {(which, "dense") for which in ("forward", "dx", "dw")}
+    assert set(found) == ours | refused | matmuls
+    assert {key for key, row in found.items() if row.get("refused") == "out of memory"} == refused
+    for which, matmuls in (("forward", 3), ("backward", 6)):
+        row = found[f"swiglu {which}", "blockwise"]
+        assert row["tflops"] == pytest.approx(matmuls * 2 * 100 * 16 * 8 / row["ms"] / 1e9)
+    assert "not run: out of memory" in capsys.readouterr().out
+
+
+def test_rows_of_the_benchmark_fill_blocks_of_their_experts():
+    shape = grouped_matmul.Shape(100, 16, 8, 3)
+    problem = grouped_matmul.make_problem(shape, "hopper", "bfloat16")
+    tokens, experts = (np.asarray(x) for x in problem.inputs[4:])
+    loads = np.asarray(problem.loads_E)
+    rows = tokens.reshape(len(experts), 128)
+    assert loads.sum() == 100 and len(set(loads)) > 1
+    # Row after row belongs to the first expert, then to the second, ...
+    owners = np.concatenate(
+        [np.repeat(e, (x < 100).sum()) for e, x in zip(experts, rows, strict=True)]
+    )
+    np.testing.assert_array_equal(owners, np.repeat(np.arange(3), loads))
+    np.testing.assert_array_equal(tokens[tokens < 100], np.arange(100))

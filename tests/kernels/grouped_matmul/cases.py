@@ -116,3 +116,104 @@ def check_implementation(name: str, case_name: str, dtype: str) -> None:
         values = getattr(expected, field)
         atol = TOLERANCE[dtype] * np.abs(values).max()
         np.testing.assert_allclose(getattr(actual, field), values, rtol=0, atol=atol, err_msg=field)
+
+
+class Drawn(NamedTuple):
+    """The shapes of drawn calls."""
+
+    num_experts: int
+    dim: int
+    width: int
+    num_blocks: int
+    dtype: str = "bfloat16"
+
+
+# Widths of one tile and of several, those that are no multiples of a tile or of 64, and odd numbers
+# of blocks.
+SHAPES = [
+    Drawn(4, 256, 512, 9),
+    Drawn(3, 192, 320, 7),
+    Drawn(5, 100, 72, 6),
+    Drawn(1, 64, 64, 3),
+    Drawn(8, 384, 256, 13, "float16"),
+    Drawn(2, 768, 1024, 37),
+]
+
+
+def draw_experts(seed: int, num_experts: int, num_blocks: int) -> np.ndarray:
+    """Draws each block's expert, ascending: by seed, all kinds of loads come in turn."""
+    rng = np.random.default_rng(seed)
+    match seed % 5:
+        case 0:  # every expert may have blocks, and some blocks have none
+            return np.sort(rng.integers(0, num_experts + 1, num_blocks)).astype(np.int32)
+        case 1:  # one expert has all
+            return np.full(num_blocks, rng.integers(num_experts), np.int32)
+        case 2:  # no block has an expert
+            return np.full(num_blocks, num_experts, np.int32)
+        case 3:  # the last expert has one block, the first ones all others
+            experts = np.sort(rng.integers(0, (num_experts + 1) // 2, num_blocks))
+            return np.append(experts[1:], num_experts - 1).astype(np.int32)
+        case _:  # most blocks are of one expert, and at least one block has none
+            experts = np.where(rng.random(num_blocks) < 0.7, num_experts // 2, num_experts - 1)
+            return np.append(np.sort(experts)[1:], num_experts).astype(np.int32)
+
+
+def draw_case(seed: int, shapes: Drawn, block_rows: int) -> Case:
+    """Draws a case whose numbers `shapes.dtype` can hold, with 50 tokens."""
+    rng, (num_experts, dim, width, num_blocks, dtype) = np.random.default_rng(seed), shapes
+    tokens = rng.integers(0, 50, (num_blocks, block_rows))
+    weights = rng.random(tokens.shape)
+    filling = rng.integers(0, block_rows)  # the rows that only fill up each block
+    if filling:
+        tokens[:, -filling:], weights[:, -filling:] = 50, 0.0
+    projections = [(num_experts, dim, width)] * 2
+    weight_shapes = [*projections, (num_experts, width, dim)]
+    x, grad_y = (_round(rng.normal(size=(50, dim)), dtype) for _ in range(2))
+    matrices = (
+        _round(rng.normal(size=shape) / np.sqrt(shape[1]), dtype) for shape in weight_shapes
+    )
+    experts = draw_experts(seed, num_experts, num_blocks)
+    return Case(Inputs(x, *matrices, tokens.reshape(-1), experts), weights.reshape(-1), grad_y)
+
+
+def _round(x: np.ndarray, dtype: str) -> np.ndarray:
+    return np.float64(jnp.asarray(x, dtype))
+
+
+def check_against_plain_jax(name: str, seed: int, shapes: Drawn, block_rows: int) -> None:
+    """Holds an implementation's errors against twice those of plain JAX ("blockwise")."""
+    case = draw_case(seed, shapes, block_rows)
+    with jax.enable_x64(True):
+        expected = _both_passes(case, "reference", "float64")
+    ours, plain = (_both_passes(case, x, shapes.dtype) for x in (name, "blockwise"))
+    for field, right in expected.items():
+        errors = [np.sqrt(np.mean((got[field] - right) ** 2)) for got in (ours, plain)]
+        # Where plain JAX has no error, an error of the last bit of float32 is allowed.
+        least = 1e-6 * np.sqrt(np.mean(right**2))
+        assert np.isfinite(errors[0]) and errors[0] <= 2 * errors[1] + least, (field, errors)
+
+
+@functools.partial(jax.jit, static_argnums=(3,))
+def _run_both_passes(
+    inputs: Inputs, weights_I: jax.Array, grad_y_ND: jax.Array, name: str
+) -> tuple[jax.Array, ...]:
+    outputs = grouped_swiglu(inputs, name)
+    gradients = grouped_swiglu_backward(inputs, outputs.gate_up, weights_I, grad_y_ND, name)
+    return outputs.rows_ID, outputs.gate_up, *gradients
+
+
+def _both_passes(case: Case, name: str, dtype: str) -> dict[str, np.ndarray]:
+    """Returns what an implementation gives, in float64; 0 in rows that only fill up a block."""
+    *floats, tokens_I, experts_G = case.inputs
+    inputs = Inputs(
+        *(jnp.asarray(x, dtype) for x in floats), jnp.asarray(tokens_I), jnp.asarray(experts_G)
+    )
+    weights_I = jnp.asarray(case.weights_I, jnp.promote_types(dtype, jnp.float32))
+    results = _run_both_passes(inputs, weights_I, jnp.asarray(case.grad_y_ND, dtype), name)
+    names = ("rows", "gate_up", "grad_x", "grad_w_gate", "grad_w_up", "grad_w_down", "grad_weights")
+    found = {field: np.float64(x) for field, x in zip(names, results, strict=True)}
+    is_row_I = tokens_I < len(case.inputs.x_ND)
+    for field in ("rows", "gate_up", "grad_x", "grad_weights"):
+        is_row = is_row_I if found[field].ndim == 1 else is_row_I[:, None]
+        found[field] = np.where(is_row, found[field], 0)
+    return found

@@ -4,7 +4,7 @@ import jax
 import pytest
 from jax import export
 
-from moe.kernels.grouped_matmul import Choice, Shapes, choose
+from moe.kernels.grouped_matmul import Choice, Shapes, choose, why_not, with_blocks
 from moe.kernels.grouped_matmul.choice import IMPLEMENTATIONS, block_rows
 
 
@@ -30,9 +30,20 @@ def test_every_choice_names_an_implementation():
 def test_an_obstacle_says_what_the_implementation_takes(name):
     obstacle = IMPLEMENTATIONS[name].obstacle
     [symbol] = export.symbolic_shape("n")
-    assert obstacle(Shapes(64, 8, "float32"), "cpu") is None
-    assert obstacle(Shapes(64, 8, "int32"), None).endswith("float64, not int32")
-    assert obstacle(Shapes(symbol, 8, "float32"), None).endswith("not the symbol n")
+    assert obstacle(Shapes(64, 8, "bfloat16"), None) is None
+    assert obstacle(Shapes(64, 8, "int32"), None).endswith(
+        "float16, not int32" if name == "hopper" else "float64, not int32"
+    )
+    assert obstacle(Shapes(symbol, 8, "bfloat16"), None).endswith("not the symbol n")
+
+
+def test_the_hopper_kernels_are_for_hopper_gpus():
+    shapes = Shapes(64, 8, "bfloat16")
+    assert why_not("hopper", "NVIDIA H200", shapes) is None
+    assert why_not("hopper", "NVIDIA A100-SXM4-40GB", shapes) == (
+        "it runs on Hopper GPUs, not on NVIDIA A100-SXM4-40GB"
+    )
+    assert with_blocks("hopper", shapes) == Choice("hopper", 128)
 
 
 def test_a_call_that_none_can_compute_is_refused():

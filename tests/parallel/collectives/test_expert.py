@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe.parallel.expert import ExchangePlan, plan_exchange, received_experts
+from moe.parallel.collectives.expert import ExchangePlan, plan_exchange, received_experts
 
 PROPERTY = hypothesis.settings(max_examples=40, deadline=None, derandomize=True, database=None)
 DEVICES, OWN = 3, 2  # devices, and experts on each

@@ -1,0 +1,367 @@
+"""Checks the grouped matmul's numbers on the device at hand, and times it beside other libraries'.
+
+    python -m moe.kernels.benchmarks.grouped_matmul --json=grouped_matmul.json
+    python -m moe.kernels.benchmarks.grouped_matmul --shapes 256,64,32,4 --implementation=blockwise
+
+A shape is R,D,F,E: R rows of E experts whose weights are D x F. Loads are uneven. On a Hopper GPU
+it times one matmul ("forward"), its gradients ("dx" and "dw"), and the whole SwiGLU ("swiglu
+forward" and "swiglu backward"); with other implementations the SwiGLU alone. "dense" multiplies R
+rows with one weight: as many FLOPs, without experts. TFLOP/s count the R rows, and not what fills
+up their blocks. Calls are timed in turns, and each number is a median.
+"""
+
+import argparse
+import functools
+import importlib
+import importlib.util
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe.kernels.chips import is_hopper
+from moe.kernels.grouped_matmul import (
+    Inputs,
+    Name,
+    Shapes,
+    choose,
+    grouped_swiglu,
+    grouped_swiglu_backward,
+    with_blocks,
+)
+
+# Mixtral's experts, and OLMoE's.
+SHAPES = ["32768,4096,14336,8", "65536,2048,1024,64"]
+# jax.lax.ragged_dot may hold its rows once for each expert. It is not run where that takes more.
+MOST_BYTES = 24 * 2**30
+# Calls are started for about so many seconds before the clock is read again, at most so many.
+SECONDS_OF_TURN, MOST_CALLS = 4e-3, 10
+# How another library, or the compiler, may fail. NotImplementedError is a RuntimeError.
+FAILURES = (
+    AssertionError,
+    AttributeError,
+    ExceptionGroup,
+    ImportError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+Call = Callable[[], Any]
+
+
+class Shape(NamedTuple):
+    """The sizes of a grouped matmul."""
+
+    num_rows: int
+    dim: int
+    width: int
+    num_experts: int
+
+    @property
+    def flops(self) -> int:
+        """The FLOPs of one matmul."""
+        return 2 * self.num_rows * self.dim * self.width
+
+
+class Problem(NamedTuple):
+    """The arrays of a shape: rows in blocks for our kernels, and without gaps for the others."""
+
+    shape: Shape
+    inputs: Inputs  # each row is a token of its own
+    x_RD: jax.Array
+    grad_RF: jax.Array
+    loads_E: jax.Array
+    implementation: Name
+
+
+def make_problem(shape: Shape, implementation: Name, dtype: str) -> Problem:
+    """Draws arrays and loads between a half and one and a half of the mean."""
+    num_rows, dim, width, num_experts = shape
+    rng = np.random.default_rng(0)
+    shares = rng.uniform(0.5, 1.5, num_experts)
+    loads = np.floor(shares / shares.sum() * num_rows).astype(np.int32)
+    loads[0] += num_rows - loads.sum()
+    block_rows = with_blocks(implementation, Shapes(num_rows, num_experts, dtype)).block_rows
+    blocks = -(-loads // block_rows)
+    starts = np.cumsum(blocks * block_rows) - blocks * block_rows
+    # A row's place is its place among those of its expert, after the expert's first one.
+    within = np.concatenate([np.arange(load) for load in loads])
+    tokens = np.full(blocks.sum() * block_rows, num_rows, np.int32)
+    tokens[np.repeat(starts, loads) + within] = np.arange(num_rows)
+    experts = np.repeat(np.arange(num_experts, dtype=np.int32), blocks)
+
+    keys = iter(jax.random.split(jax.random.key(0), 5))
+    draw = jax.jit(
+        lambda key, shape: (jax.random.normal(key, shape) / math.sqrt(shape[-2])).astype(dtype),
+        static_argnums=(1,),
+    )
+    x_RD, grad_RF = draw(next(keys), (num_rows, dim)), draw(next(keys), (num_rows, width))
+    down = (num_experts, width, dim)
+    weights = (draw(next(keys), size) for size in ((num_experts, dim, width),) * 2 + (down,))
+    inputs = Inputs(x_RD, *weights, jnp.asarray(tokens), jnp.asarray(experts))
+    return Problem(shape, inputs, x_RD, grad_RF, jnp.asarray(loads), implementation)
+
+
+def our_calls(problem: Problem) -> Iterator[tuple[str, Callable[[], Call]]]:
+    """Yields the name of each pass, and what prepares a call of it."""
+    inputs, name = problem.inputs, problem.implementation
+    if name == "hopper":
+        yield from _hopper_calls(problem, None)
+    forward = jax.jit(lambda inputs: grouped_swiglu(inputs, name))
+    backward = jax.jit(lambda *arrays: grouped_swiglu_backward(*arrays, name))
+    weights_I = (inputs.tokens_I < problem.shape.num_rows).astype(jnp.float32)
+    yield "swiglu forward", lambda: functools.partial(forward, inputs)
+    yield (
+        "swiglu backward",
+        lambda: functools.partial(
+            backward, inputs, forward(inputs).gate_up, weights_I, problem.x_RD
+        ),
+    )
+
+
+def _hopper_calls(
+    problem: Problem, sizes: tuple[int, ...] | None
+) -> Iterator[tuple[str, Callable[[], Call]]]:
+    """Yields the passes of one matmul. `sizes` are those of a Tiling, None for the usual one."""
+    from moe.kernels.grouped_matmul.hopper.gradient import grouped_weight_gradient
+    from moe.kernels.grouped_matmul.hopper.matmul import grouped_matmul
+    from moe.kernels.grouped_matmul.hopper.pipeline import Tiling
+
+    tiling = None if sizes is None else Tiling(*sizes)
+
+    inputs, experts_G = problem.inputs, problem.inputs.experts_G
+    weight = inputs.w_gate_EDF
+    # The arrays are arguments: as constants of a program, they would be copied into it.
+    multiply = jax.jit(lambda x, w, experts: grouped_matmul(x, (w,), experts, tiling=tiling))
+    multiply_transposed = jax.jit(
+        lambda grad, w, experts: grouped_matmul(grad, (w,), experts, transposed=True, tiling=tiling)
+    )
+    sum_rows = jax.jit(
+        functools.partial(grouped_weight_gradient, num_experts=inputs.num_experts, tiling=tiling)
+    )
+    x_ID, grad_IF = (
+        x.at[inputs.tokens_I].get(mode="fill", fill_value=0)
+        for x in (problem.x_RD, problem.grad_RF)
+    )
+    yield "forward", lambda: functools.partial(multiply, x_ID, weight, experts_G)
+    yield "dx", lambda: functools.partial(multiply_transposed, grad_IF, weight, experts_G)
+    yield "dw", lambda: functools.partial(sum_rows, x_ID, grad_IF, experts_G)
+
+
+def other_calls(problem: Problem) -> Iterator[tuple[str, str, Callable[[], Call]]]:
+    """Yields implementation, pass and preparation of each call to compare ours with."""
+    x, grad, inputs = problem.x_RD, problem.grad_RF, problem.inputs
+    kinds: dict[str, Callable[..., jax.Array]] = {"dense": lambda x, w, _: x @ w}
+    if problem.implementation == "hopper":
+        kinds["jax.lax.ragged_dot"] = jax.lax.ragged_dot
+        if importlib.util.find_spec("tokamax"):
+            kinds["tokamax"] = lambda *arrays: importlib.import_module("tokamax").ragged_dot(
+                *arrays, implementation="mosaic"
+            )
+    for name, multiply in kinds.items():
+        weight = inputs.w_gate_EDF[0] if name == "dense" else inputs.w_gate_EDF
+        yield name, "forward", functools.partial(_prepare, name, problem, multiply, x, weight)
+        # The gradient of one operand alone, so that the other one's is not computed.
+        for which, argument in (("dx", 0), ("dw", 1)):
+            differentiate = functools.partial(_gradient, multiply, argument)
+            arrays = x, weight, grad
+            yield name, which, functools.partial(_prepare, name, problem, differentiate, *arrays)
+    dense_weights = [w[0] for w in inputs[1:4]]
+    backward = lambda grad, x, *weights: jax.vjp(_dense_swiglu, x, *weights)[1](grad)
+    yield (
+        "dense",
+        "swiglu forward",
+        lambda: functools.partial(jax.jit(_dense_swiglu), x, *dense_weights),
+    )
+    # This computes the two projections again, which ours keep: see `flops_of`.
+    yield (
+        "dense",
+        "swiglu backward",
+        lambda: functools.partial(jax.jit(backward), x, x, *dense_weights),
+    )
+
+
+def _prepare(name: str, problem: Problem, function: Callable[..., Any], *arrays: jax.Array) -> Call:
+    shape = problem.shape
+    held = 2 * shape.num_experts * shape.num_rows * max(shape.dim, shape.width)
+    if name == "jax.lax.ragged_dot" and held > MOST_BYTES:
+        raise MemoryError(f"it may hold {held / 2**30:.0f} GiB: its rows once for each expert")
+    return functools.partial(jax.jit(function), *arrays, problem.loads_E)
+
+
+def _gradient(
+    multiply: Callable[..., jax.Array],
+    argument: int,
+    x: jax.Array,
+    weight: jax.Array,
+    grad: jax.Array,
+    loads_E: jax.Array,
+) -> jax.Array:
+    def of_one(operand: jax.Array) -> jax.Array:
+        operands = (operand, weight) if argument == 0 else (x, operand)
+        return multiply(*operands, loads_E)
+
+    return jax.vjp(of_one, (x, weight)[argument])[1](grad)[0]
+
+
+def _dense_swiglu(x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
+    return (jax.nn.silu(x @ gate) * (x @ up)) @ down
+
+
+def flops_of(which: str, implementation: str, shape: Shape) -> int:
+    """Returns the FLOPs of a pass: of one matmul, or of SwiGLU's three or six."""
+    matmuls = {"swiglu forward": 3, "swiglu backward": 6}.get(which, 1)
+    if implementation == "dense" and which == "swiglu backward":
+        matmuls += 2  # the projections, computed again
+    return matmuls * shape.flops
+
+
+def check_numbers(implementation: Name, dtype: str) -> float:
+    """Returns the largest difference from the float32 reference, over its largest value.
+
+    Raises ValueError above 2 %.
+    """
+    problem = make_problem(Shape(640, 256, 384, 5), implementation, dtype)
+    is_row = problem.inputs.tokens_I < problem.shape.num_rows
+    weights_I = is_row.astype(jnp.float32)
+    results = []
+    for name, cast in ((implementation, dtype), ("reference", "float32")):
+        floats = (x.astype(cast) for x in problem.inputs[:4])
+        inputs = Inputs(*floats, *problem.inputs[4:])
+        rows_ID, gate_up = jax.jit(functools.partial(grouped_swiglu, implementation=name))(inputs)
+        backward = functools.partial(grouped_swiglu_backward, implementation=name)
+        gradients = jax.jit(backward)(inputs, gate_up, weights_I, problem.x_RD.astype(cast))
+        by_row = (rows_ID, gradients.rows_ID, gradients.weights_I[:, None])
+        cleared = [jnp.where(is_row[:, None], x, 0) for x in by_row]
+        results.append([np.asarray(x, np.float32) for x in (*cleared, *gradients[1:4])])
+    worst = max(
+        float(np.abs(ours - right).max() / np.abs(right).max())
+        for ours, right in zip(*results, strict=True)
+    )
+    if not worst < 0.02:
+        raise ValueError(
+            f"{implementation} differs from the reference by {worst:.1%}: its times mean nothing"
+        )
+    return worst
+
+
+def measure(
+    problem: Problem, repeats: int, tilings: list[tuple[int, ...]]
+) -> Iterator[dict[str, Any]]:
+    """Yields a row for each pass and implementation. One that cannot be run is a row that says so.
+
+    All are refused alike, ours too, so that one failure does not cost the other rows.
+    """
+    shape, calls, refused = problem.shape, {}, []
+    ours = [(problem.implementation, *call) for call in our_calls(problem)]
+    for sizes in tilings:
+        ours += [(f"hopper {sizes}", *call) for call in _hopper_calls(problem, sizes)]
+    for name, which, prepare in (*ours, *other_calls(problem)):
+        try:
+            call = prepare()
+            jax.block_until_ready(call())
+        except FAILURES as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            refused.append({"pass": which, "implementation": name, "refused": reason})
+        else:
+            calls[name, which] = call
+    times: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
+    launches = {
+        key: min(MOST_CALLS, math.ceil(SECONDS_OF_TURN / _seconds(call, 1)))
+        for key, call in calls.items()
+    }
+    for _ in range(repeats):
+        for key, call in calls.items():
+            times[key].append(_seconds(call, launches[key]))
+    for (name, which), values in times.items():
+        seconds = statistics.median(values)
+        rate = flops_of(which, name, shape) / seconds / 1e12
+        row = {"pass": which, "implementation": name, "ms": seconds * 1e3, "tflops": rate}
+        yield {"shape": shape._asdict(), **row}
+    yield from ({"shape": shape._asdict(), **row} for row in refused)
+
+
+def _seconds(call: Call, launches: int) -> float:
+    """Returns the time of one call, of several that are started one after the other."""
+    start = time.perf_counter()
+    for _ in range(launches - 1):
+        call()
+    jax.block_until_ready(call())
+    return (time.perf_counter() - start) / launches
+
+
+def print_row(row: dict[str, Any]) -> None:
+    result = f"not run: {row.get('refused')}"
+    if "refused" not in row:
+        result = f"{row['ms']:9.3f} ms {row['tflops']:7.1f} TFLOP/s"
+    print(f"{row['pass']:16} {row['implementation']:20} {result}", flush=True)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, help="R,D,F,E of each shape")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument(
+        "--implementation",
+        choices=["blockwise", "hopper"],
+        help="which of ours to time: by default 'hopper' on its GPUs, else what `choose` returns",
+    )
+    parser.add_argument(
+        "--tilings",
+        nargs="+",
+        type=lambda text: tuple(map(int, text.split(","))),
+        default=[],
+        help="other tilings of 'hopper' to time: columns of a tile, stages, band and buffers",
+    )
+    parser.add_argument("--repeats", type=int, default=10, help="turns whose median is taken")
+    parser.add_argument(
+        "--json", type=Path, help="where to write the rows, with the device and the versions"
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    chip = jax.devices()[0].device_kind
+    chosen = "hopper" if is_hopper(chip) else choose(chip, Shapes(64, 8, arguments.dtype)).name
+    name: Name = arguments.implementation or chosen
+    try:
+        worst = check_numbers(name, arguments.dtype)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    print(f"{name} on {chip}, {arguments.dtype}: at most {worst:.1e} from the reference")
+    rows = []
+    for text in arguments.shapes:
+        shape = Shape(*map(int, text.split(",")))
+        print(" ".join(f"{field}={size}" for field, size in zip("RDFE", shape, strict=True)))
+        problem = make_problem(shape, name, arguments.dtype)
+        for row in measure(problem, arguments.repeats, arguments.tilings):
+            rows.append(row)
+            print_row(row)
+    if arguments.json:
+        document = {
+            "device": chip,
+            "versions": {"jax": jax.__version__, "python": sys.version.split()[0]},
+            "dtype": arguments.dtype,
+            "worst_difference": worst,
+            "rows": rows,
+        }
+        arguments.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Holds what devices send one another for weights, experts and the vocabulary."""
