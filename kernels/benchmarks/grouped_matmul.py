@@ -122,7 +122,7 @@ def our_calls(problem: Problem) -> Iterator[tuple[str, Callable[[], Call]]]:
     if name == "hopper":
         yield from _hopper_calls(problem, None)
     forward = jax.jit(lambda inputs: grouped_swiglu(inputs, name))
-    backward = jax.jit(lambda *arrays: grouped_swiglu_backward(*arrays, name))
+    backward = jax.jit(functools.partial(grouped_swiglu_backward, implementation=name))
     weights_I = (inputs.tokens_I < problem.shape.num_rows).astype(jnp.float32)
     yield "swiglu forward", lambda: functools.partial(forward, inputs)
     yield (
