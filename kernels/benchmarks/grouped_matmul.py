@@ -102,15 +102,17 @@ def make_problem(shape: Shape, implementation: Name, dtype: str) -> Problem:
     tokens[np.repeat(starts, loads) + within] = np.arange(num_rows)
     experts = np.repeat(np.arange(num_experts, dtype=np.int32), blocks)
 
-    keys = iter(jax.random.split(jax.random.key(0), 5))
+    # Each weight has the scale that keeps the size of what it is multiplied with.
     draw = jax.jit(
-        lambda key, shape: (jax.random.normal(key, shape) / math.sqrt(shape[-2])).astype(dtype),
+        lambda key, shape, scale: (scale * jax.random.normal(key, shape)).astype(dtype),
         static_argnums=(1,),
     )
-    x_RD, grad_RF = draw(next(keys), (num_rows, dim)), draw(next(keys), (num_rows, width))
-    down = (num_experts, width, dim)
-    weights = (draw(next(keys), size) for size in ((num_experts, dim, width),) * 2 + (down,))
-    inputs = Inputs(x_RD, *weights, jnp.asarray(tokens), jnp.asarray(experts))
+    projection, down = (num_experts, dim, width), (num_experts, width, dim)
+    sizes = ((num_rows, dim), (num_rows, width), projection, projection, down)
+    scales = (1.0, 1.0, dim**-0.5, dim**-0.5, width**-0.5)
+    keys = jax.random.split(jax.random.key(0), 5)
+    x_RD, grad_RF, gate, up, w_down = map(draw, keys, sizes, scales)
+    inputs = Inputs(x_RD, gate, up, w_down, jnp.asarray(tokens), jnp.asarray(experts))
     return Problem(shape, inputs, x_RD, grad_RF, jnp.asarray(loads), implementation)
 
 
@@ -120,7 +122,7 @@ def our_calls(problem: Problem) -> Iterator[tuple[str, Callable[[], Call]]]:
     if name == "hopper":
         yield from _hopper_calls(problem, None)
     forward = jax.jit(lambda inputs: grouped_swiglu(inputs, name))
-    backward = jax.jit(lambda *arrays: grouped_swiglu_backward(*arrays, name))
+    backward = jax.jit(functools.partial(grouped_swiglu_backward, implementation=name))
     weights_I = (inputs.tokens_I < problem.shape.num_rows).astype(jnp.float32)
     yield "swiglu forward", lambda: functools.partial(forward, inputs)
     yield (
@@ -237,9 +239,10 @@ def check_numbers(implementation: Name, dtype: str) -> float:
     is_row = problem.inputs.tokens_I < problem.shape.num_rows
     weights_I = is_row.astype(jnp.float32)
     results = []
-    for name, cast in ((implementation, dtype), ("reference", "float32")):
-        floats = (x.astype(cast) for x in problem.inputs[:4])
-        inputs = Inputs(*floats, *problem.inputs[4:])
+    pairs: list[tuple[Name, str]] = [(implementation, dtype), ("reference", "float32")]
+    for name, cast in pairs:
+        x, gate, up, down = (array.astype(cast) for array in problem.inputs[:4])
+        inputs = Inputs(x, gate, up, down, problem.inputs.tokens_I, problem.inputs.experts_G)
         rows_ID, gate_up = jax.jit(functools.partial(grouped_swiglu, implementation=name))(inputs)
         backward = functools.partial(grouped_swiglu_backward, implementation=name)
         gradients = jax.jit(backward)(inputs, gate_up, weights_I, problem.x_RD.astype(cast))

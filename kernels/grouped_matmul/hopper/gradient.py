@@ -63,18 +63,25 @@ def grouped_weight_gradient(
         num_threads=3,
         thread_name="warpgroup",
         compiler_params=PARAMS,
-    )(_bounds(experts_G, num_experts), rows_IK, grad_IO)
+    )(_ranges(experts_G, num_experts), rows_IK, grad_IO)
 
 
-def _bounds(experts_G: jax.Array, num_experts: int) -> jax.Array:
-    """Returns int32 [E + 1]: the blocks of expert e are bounds[e] to bounds[e + 1] - 1."""
+def _ranges(experts_G: jax.Array, num_experts: int) -> jax.Array:
+    """Returns int32 [E, 3]: an expert, its first block, and the one after its last block.
+
+    The experts with the most blocks come first. So the tiles that run at the same time take about
+    equally long, and no program is left with more work than the others at the end.
+    """
     every_expert = jnp.arange(num_experts + 1, dtype=jnp.int32)
     # The number of blocks of lower experts. jnp.searchsorted would be a loop of small kernels.
-    return jnp.sum(experts_G < every_expert[:, None], axis=1, dtype=jnp.int32)
+    bounds = jnp.sum(experts_G < every_expert[:, None], axis=1, dtype=jnp.int32)
+    first, end = bounds[:-1], bounds[1:]
+    order = jnp.argsort(end - first, descending=True).astype(jnp.int32)
+    return jnp.stack([order, first[order], end[order]], axis=1)
 
 
 def _kernel(
-    tiling: Tiling, first_column: int, bounds: Ref, rows: Ref, grad: Ref, output: Ref, *refs: Ref
+    tiling: Tiling, first_column: int, ranges: Ref, rows: Ref, grad: Ref, output: Ref, *refs: Ref
 ) -> None:
     smem = Scratch(*refs)
     num_experts, dim, width = output.shape
@@ -82,14 +89,14 @@ def _kernel(
     per_expert = row_tiles * column_tiles
 
     def tile_of(index: Index) -> Tile:
-        expert = jax.lax.div(index, jnp.int32(per_expert))
+        place = jax.lax.div(index, jnp.int32(per_expert))
         within = jax.lax.rem(index, jnp.int32(per_expert))
         row, column = tile_in_bands(within, row_tiles, column_tiles, tiling.band)
-        num_blocks = bounds[expert + 1] - bounds[expert]
-        return Tile(expert, row, column, num_blocks * (TILE // STEP))
+        expert, first, end = (ranges[place, i] for i in range(3))
+        return Tile(expert, row, column, (end - first) * (TILE // STEP), first * TILE)
 
     def step_rows(tile: Tile, step: Index) -> Index:
-        return pl.ds(bounds[tile.expert] * TILE + step * STEP, STEP)
+        return pl.ds(tile.first_row + step * STEP, STEP)
 
     def left(tile: Tile, step: Index) -> list[tuple[Index, Ref]]:
         return [(True, rows.at[step_rows(tile, step), pl.ds(tile.row * TILE, TILE)])]

@@ -96,6 +96,7 @@ class Tile(NamedTuple):
     row: Index
     column: Index
     steps: Index  # of its sum; 0 gives zeros
+    first_row: Index = 0  # of the rows that it sums over, in a weight gradient
 
 
 class Work(NamedTuple):
