@@ -277,6 +277,7 @@ def test_all_settings_together_change_no_number(case):
         same(jax.jit(function)(*arguments), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", [Sampling(0.0), Sampling(0.7, 3, 0.9)])
 def test_text_is_generated_with_all_settings(sampling):
     config = dataclasses.replace(DENSE, moe=SPARSE)

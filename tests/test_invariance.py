@@ -394,6 +394,7 @@ def test_load_counts_every_token_once_and_moves_the_bias_once(
     )
 
 
+@pytest.mark.slow
 def test_the_batch_of_a_balance_loss_is_the_microbatch() -> None:
     """With scope "batch", accumulation changes the loss by definition.
 
@@ -416,6 +417,7 @@ def test_the_batch_of_a_balance_loss_is_the_microbatch() -> None:
     np.testing.assert_allclose(parts, expected / tokens, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_jitter_is_the_same_on_every_layout() -> None:
     """A row's random draws depend on the seed, the row's number in the run and the layer alone."""
 

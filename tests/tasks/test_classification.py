@@ -202,6 +202,7 @@ def logistic_regression_accuracy() -> float:
     return float(np.mean((bag_of_bytes(validation) @ weights > 0) == validation["label"]))
 
 
+@pytest.mark.slow
 def test_the_encoder_learns_what_a_bag_of_bytes_cannot(trained):
     _, validation = trained
     assert validation["validation/accuracy"] >= 0.9

@@ -328,6 +328,7 @@ def test_adamw_by_hand():
     np.testing.assert_allclose(updates, -0.1 * (-1.0 + 0.1 * 2.0), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_evaluation_sums_add_up_and_draw_nothing():
     moe = MoEConfig(
         num_experts=4, expert_dim=8, balance_scope="row", jitter=0.1

@@ -187,6 +187,7 @@ def test_a_finished_run_is_left_as_it_is(config, uninterrupted):
     assert metrics["validation/loss"] == lines(uninterrupted)[-1]["validation/loss"]
 
 
+@pytest.mark.slow
 def test_another_mesh_restores_the_same_state_and_agrees(
     config, uninterrupted, tmp_path, monkeypatch
 ):
@@ -435,6 +436,7 @@ def test_a_fork_equals_the_run_of_so_many_steps_bit_for_bit(config, stable, tmp_
     assert_same_run(shorter, fork, alone)
 
 
+@pytest.mark.slow
 def test_a_fork_of_a_sparse_run_has_its_routers_too(moe_config, tmp_path):
     trunk, fork, alone = (tmp_path / name for name in ("trunk", "fork", "alone"))
     shorter, device = with_stable_phase(moe_config, 6), jax.devices()[:1]
@@ -731,6 +733,7 @@ def test_a_sigterm_that_slurm_sends_twice_is_one_request(capfd):
     assert capfd.readouterr().err.count("a second signal stops at once") == 1
 
 
+@pytest.mark.slow
 def test_a_short_run_whose_every_update_was_skipped_has_diverged(config, tmp_path, monkeypatch):
     """It has too few steps for max_skipped_steps. The finished run says it again."""
     train = dataclasses.replace(config.train, steps=2)
