@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from moe.config import MoEConfig
+from moe.parallel.mesh import constrain
+from moe.parallel.sequence import join_time
 
 # Arrays by name, and under "router" the RouterStats of all sparse layers (None for a dense model).
 Sums = dict[str, Any]
@@ -175,6 +177,8 @@ def _cross_entropy_sums(
     parts_BT: tuple[jax.Array, ...],
 ) -> tuple[jax.Array, ...]:
     """Returns `cross_entropy_sums` with the logits of all positions made at once."""
+    # Laid out here, the mask doesn't make the compiler split hidden states as it splits gradients.
+    mask_BT = constrain(mask_BT, "BT")
     # Masked positions become zeros before anything multiplies them: 0 times NaN would be NaN, also
     # in the gradient of the unembedding.
     logits_BTV = unembed(jnp.where(mask_BT[..., None], hidden_BTD, 0)).astype(jnp.float32)
@@ -192,6 +196,12 @@ def _cross_entropy_sums(
 
 
 def _split_time(x_BT: jax.Array, chunk: int, padding: int) -> jax.Array:
-    """Splits [B, T, ...] into [number of chunks, B, chunk, ...], padding the last with zeros."""
+    """Splits [B, T, ...] into [number of chunks, B, chunk, ...], padding T with zeros.
+
+    Of n chunks, chunk m has the positions m, m + n, and so on. So where devices hold parts of T,
+    each has positions in every chunk, and moves none. Hidden states of all chunks are gathered over
+    the tensor axis at once: in the loop that would be done twice.
+    """
     padded = jnp.pad(x_BT, ((0, 0), (0, padding)) + ((0, 0),) * (x_BT.ndim - 2))
-    return einops.rearrange(padded, "b (n c) ... -> n b c ...", c=chunk)
+    chunks = einops.rearrange(padded, "b (c n) ... -> n b c ...", c=chunk)
+    return join_time(chunks) if chunks.ndim == 4 else chunks

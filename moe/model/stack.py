@@ -18,6 +18,7 @@ from moe.model.layers import FeedForward, RMSNorm, residual_scale
 from moe.model.tokens import TokenInfo
 from moe.parallel.mesh import constrain, on_auto_axes
 from moe.parallel.pipeline import name_layer_input, run_layers
+from moe.parallel.sequence import name_between_parts, save_between_parts
 
 
 @struct.dataclass
@@ -103,12 +104,12 @@ class Block(nn.Module):
         normed_BTD = RMSNorm(c.norm_epsilon, name="attention_norm")(x_BTD)
         own_cache, memory_cache = (None, None) if cache is None else cache
         mixed_BTD, own_cache = attention(normed_BTD, tokens, own_cache, layer)
-        x_BTD = constrain(x_BTD + mixed_BTD, "BTD")
+        x_BTD = name_between_parts(constrain(x_BTD + mixed_BTD, "BtD"))
         if self.cross_attention:
             cross_attention = CrossAttention(c, scale, name="cross_attention")
             normed_BTD = RMSNorm(c.norm_epsilon, name="cross_attention_norm")(x_BTD)
             mixed_BTD, memory_cache = cross_attention(normed_BTD, tokens, memory_cache, layer)
-            x_BTD = constrain(x_BTD + mixed_BTD, "BTD")
+            x_BTD = name_between_parts(constrain(x_BTD + mixed_BTD, "BtD"))
         normed_BTD = RMSNorm(c.norm_epsilon, name="feed_forward_norm")(x_BTD)
         stats, available = None, {}
         if self.kind == "moe":
@@ -116,7 +117,7 @@ class Block(nn.Module):
             stats, available = routed.stats, {"experts": routed.experts_BTA}
         else:
             y_BTD = FeedForward(c.feed_forward_dim, scale, name="feed_forward")(normed_BTD)
-        x_BTD = constrain(x_BTD + y_BTD, "BTD")
+        x_BTD = constrain(x_BTD + y_BTD, "BtD")
         available["residual"] = x_BTD
         captured = {name: value for name, value in available.items() if name in self.capture}
         new_cache = None if own_cache is None else BlockCache(own_cache, memory_cache)
@@ -140,7 +141,9 @@ class Period(nn.Module):
         """Applies the blocks of repeat number `repeat` of the period."""
         # Without a loop the compiler would merge the recomputation with the forward pass, unless
         # prevent_cse forbids it. Inside a loop it cannot.
-        remat_block = nn.remat(Block, prevent_cse=not self.config.scan_layers)
+        remat_block = nn.remat(
+            Block, prevent_cse=not self.config.scan_layers, policy=save_between_parts
+        )
         block = {"none": Block, "full": remat_block}[self.config.remat]
         x_BTD, outputs = carry.hidden_BTD, []
         for index, kind in enumerate(self.kinds):

@@ -34,6 +34,7 @@ from jax.sharding import PartitionSpec
 
 from moe.config import RunConfig, Schedule
 from moe.parallel.mesh import constrain
+from moe.parallel.sequence import BETWEEN_PARTS
 
 AXIS = "pipeline"
 _LAYER_INPUT = "layer input"  # the name of the arrays that remat "full" stores
@@ -189,7 +190,7 @@ def _make_work(layers: Layers, schedule: Schedule, remat: str) -> Callable[..., 
     # Otherwise each tick would store a copy of its piece's parameters for the backward pass.
     policies = {
         "none": lambda primitive, *_, **__: primitive is not jax.lax.dynamic_slice_p,
-        "full": jax.checkpoint_policies.save_only_these_names(_LAYER_INPUT),
+        "full": jax.checkpoint_policies.save_only_these_names(_LAYER_INPUT, BETWEEN_PARTS),
     }
     return jax.checkpoint(work, policy=policies[remat], prevent_cse=False)
 
