@@ -108,7 +108,8 @@ def _sums(
 
 def _sums_forward(plan: _Plan, *arrays: jax.Array) -> tuple[tuple[jax.Array, jax.Array], tuple]:
     run = functools.partial(_differentiate_shard, plan)
-    in_dims, out_dims = ("BTD", plan.dims, "BT", "-BT"), ("-", "BTD", plan.dims)
+    hidden_dims = "BtD" if plan.split.splits_time else "BTD"
+    in_dims, out_dims = ("BTD", plan.dims, "BT", "-BT"), ("-", hidden_dims, plan.dims)
     sums_P, *gradients = per_shard(run, in_dims, out_dims, *arrays)
     return (sums_P[0], sums_P[1:]), tuple(gradients)
 
@@ -180,7 +181,7 @@ def _differentiate_shard(
     grad_hidden_BTD = grad_hidden_BTD[:, : hidden_BTD.shape[1]]
     return (
         vocabulary.sum_over_positions(sums_P, plan.split),
-        vocabulary.sum_over_vocabulary(grad_hidden_BTD, plan.split),
+        vocabulary.sum_hidden(grad_hidden_BTD, plan.split),
         vocabulary.sum_gradient(grad_weight, plan.width_dim, plan.split).astype(weight.dtype),
     )
 

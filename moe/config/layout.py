@@ -21,11 +21,14 @@ if TYPE_CHECKING:
 # - w_EDF: E takes expert, so fsdp alone splits D.
 # - x_BTD: B takes fsdp and expert, so D stays whole.
 # - w_LDF, stacked over layers: pipeline splits L, and the rest is as in w_DF.
+# The letter t is the time of the residual stream, between the matmuls of layers. Inside of them
+# tensor splits heads and widths, and all devices of this axis have the same tokens, T.
 # Dimensions that are not listed (H, A, and so on) are never split.
 RULES: dict[str, tuple[str, ...]] = {
     "L": ("pipeline",),
     "B": ("data", "fsdp", "expert"),
     "T": ("context",),
+    "t": ("context", "tensor"),
     "D": ("fsdp", "expert"),
     "F": ("tensor",),
     "N": ("tensor",),

@@ -14,6 +14,7 @@ from moe.model.layers import einsum, rotate
 from moe.model.tokens import TokenInfo
 from moe.parallel.context import ring_attention, ulysses_attention
 from moe.parallel.mesh import chip, constrain, on_auto_axes, per_shard
+from moe.parallel.sequence import gather_time, scatter_time
 from moe.parameters import parameter
 
 
@@ -71,6 +72,7 @@ class Attention(nn.Module):
                 "make them with TokenInfo.from_batch"
             )
         weights = declare_weights(self, self.config, self.output_scale)
+        x_BTD = gather_time(x_BTD)
         query_BTNH = constrain(einsum("BTD,DNH->BTNH", x_BTD, weights.query_DNH), "BTNH")
         key_BTKH = constrain(einsum("BTD,DKH->BTKH", x_BTD, weights.key_DKH), "BTKH")
         value_BTKH = constrain(einsum("BTD,DKH->BTKH", x_BTD, weights.value_DKH), "BTKH")
@@ -88,7 +90,7 @@ class Attention(nn.Module):
                 query_BTNH.astype(cache.key_LBSKH.dtype), *cache, positions_BT, layer=layer
             ).astype(query_BTNH.dtype)
         output_BTD = einsum("BTNH,NHD->BTD", constrain(mixed_BTNH, "BTNH"), weights.output_NHD)
-        return output_BTD, cache
+        return scatter_time(output_BTD), cache
 
 
 class CrossAttention(nn.Module):
@@ -116,13 +118,15 @@ class CrossAttention(nn.Module):
         Without a memory in `tokens`, the keys and values come from the cache.
         """
         weights = declare_weights(self, self.config, self.output_scale)
+        x_BTD = gather_time(x_BTD)
         query_BTNH = constrain(einsum("BTD,DNH->BTNH", x_BTD, weights.query_DNH), "BTNH")
         memory, segment_ids_BT = tokens.memory, tokens.segment_ids_BT
         if memory is not None and segment_ids_BT is not None:
+            memory_BSD = gather_time(memory.hidden_BSD)
             # Keys and values are computed on the devices that hold the memory's tokens. The context
             # axis splits these tokens too, so their dimension is written "T": RULES have no "S".
             key_BSKH, value_BSKH = (
-                constrain(einsum("BSD,DKH->BSKH", memory.hidden_BSD, w_DKH), "BTKH")
+                constrain(einsum("BSD,DKH->BSKH", memory_BSD, w_DKH), "BTKH")
                 for w_DKH in (weights.key_DKH, weights.value_DKH)
             )
             ids_BS = memory.segment_ids_BS
@@ -139,7 +143,7 @@ class CrossAttention(nn.Module):
                 "set TokenInfo.memory, or pass the cache of a call that had one"
             )
         output_BTD = einsum("BTNH,NHD->BTD", constrain(mixed_BTNH, "BTNH"), weights.output_NHD)
-        return output_BTD, cache
+        return scatter_time(output_BTD), cache
 
 
 def attend(

@@ -103,11 +103,13 @@ def run_experts(
     experts_BTA: jax.Array,
     weights_BTA: jax.Array,
     *weights: jax.Array,
+    splits_time: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Applies the experts of all devices of the group to one device's tokens.
 
-    Returns each token's sum, [B, T, D], and its number of dropped assignments, [B, T]. `capacity`
-    is the most assignments that an expert takes of one packed row, the last entry of
+    Returns each token's sum, [B, T, D], and its number of dropped assignments, [B, T]. With
+    `splits_time` the sums are those of this device's part of T alone (`parallel.sequence`).
+    `capacity` is the most assignments that an expert takes of one packed row, the last entry of
     `routing.capacity_table`. `weights` are this device's shards of gate, up and down.
     """
     batch, length, dim = x_BTD.shape
@@ -124,8 +126,8 @@ def run_experts(
     y_ND, dropped_N = run(x_ND, experts_NA, weights_NA, Weights(*weights))
     if dropped_N is None:
         dropped_N = jnp.zeros(batch * length, jnp.float32)
-    y_ND = expert_parallel.sum_over_tensor(y_ND)
-    return y_ND.reshape(batch, length, dim), dropped_N.reshape(batch, length)
+    y_BTD = expert_parallel.sum_over_tensor(y_ND.reshape(batch, length, dim), splits_time)
+    return y_BTD, dropped_N.reshape(batch, length)
 
 
 def choose_strategy(config: MoEConfig, capacity: int) -> Strategy:

@@ -4,6 +4,7 @@ This file declares the parameters and calls the parts: `routing` chooses each to
 `dispatch` brings tokens to experts and their outputs back.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -19,7 +20,20 @@ from moe.model.dispatch import Weights, run_experts
 from moe.model.layers import FeedForward, check_static, einsum
 from moe.model.tokens import TokenInfo
 from moe.parallel.mesh import constrain, on_auto_axes, per_shard
+from moe.parallel.sequence import gather_time, splits_time
 from moe.parameters import parameter
+
+
+def _hide_padding(x_BTD: jax.Array, tokens: TokenInfo) -> tuple[jax.Array, TokenInfo]:
+    """Returns zeros in the place of padding, and the tokens with their mask laid out.
+
+    Padding may hold anything. A NaN there would reach the weights' gradients as 0 * NaN.
+    """
+    # Laid out here, the mask doesn't make the compiler split what the router computes, and what it
+    # hides is gathered without it.
+    mask_BT = constrain(tokens.mask_BT, "BT")
+    x_BTD = jnp.where(mask_BT[..., None], x_BTD, jnp.zeros((), x_BTD.dtype))
+    return constrain(x_BTD, "BtD"), dataclasses.replace(tokens, mask_BT=mask_BT)
 
 
 def _output_specs(x_BTD: PartitionSpec) -> tuple[PartitionSpec, routing.Routing]:
@@ -60,19 +74,20 @@ class MoE(nn.Module):
                 jnp.zeros((batch, length), jnp.int32), jnp.ones((batch, length), bool)
             )
         else:
-            # Padding may hold anything. A NaN there would reach the weights' gradients as 0 * NaN.
-            x_BTD = jnp.where(tokens.mask_BT[..., None], x_BTD, jnp.zeros((), x_BTD.dtype))
+            x_BTD, tokens = _hide_padding(x_BTD, tokens)
         # The router reads each row's limit from this table. Its last entry is the limit of a row
         # without padding, which dispatch makes room for.
         limited = c.dispatch == "capacity" or c.router == "expert_choice"
         capacities = routing.capacity_table(c, length) if limited else None
-        routed = self._route(x_BTD, tokens, capacities)
+        # Router and experts gather the same tokens, which is done once. Their gradients are summed
+        # over the tensor axis apart, since the router's is the same on all of its devices.
+        routed = self._route(gather_time(x_BTD), tokens, capacities)
         capacity = 0 if capacities is None else int(capacities[length])
         y_BTD, dropped_BT = per_shard(
-            functools.partial(run_experts, c, capacity),
+            functools.partial(run_experts, c, capacity, splits_time=splits_time(length)),
             ("BTD", "BTA", "BTA", "EDF", "EDF", "EFD"),
-            ("BTD", "BT"),
-            *(x_BTD, routed.experts_BTA, routed.weights_BTA, *self._weights(d)),
+            ("BtD", "BT"),
+            *(gather_time(x_BTD), routed.experts_BTA, routed.weights_BTA, *self._weights(d)),
         )
         if c.num_shared_experts:
             width = c.num_shared_experts * c.expert_dim

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from moe.config import AXES, split_axes
 from moe.parallel.collectives.weights import are_split, gather_weight
 from moe.parallel.mesh import axis_size, constrain, on_auto_axes, per_shard
+from moe.parallel.sequence import gather_time, scatter_time
 from moe.parameters import parameter
 
 
@@ -99,8 +100,9 @@ def look_up(dtype: str, table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
     # The table is gathered over fsdp first, as every weight is. Looking up in a table that is
     # split along D would move activations instead.
     table_VD = constrain(table_VD.astype(dtype), "V-")
-    rows_BT = _row_numbers(ids_BT, table_VD)
-    return table_VD.at[rows_BT].get(mode="fill", fill_value=jnp.nan)
+    rows_BT = constrain(_row_numbers(ids_BT, table_VD), "BT")
+    x_BTD = scatter_time(table_VD.at[rows_BT].get(mode="clip"))
+    return jnp.where((rows_BT < table_VD.shape[0])[..., None], x_BTD, jnp.nan)
 
 
 def _row_numbers(ids_BT: jax.Array, table_VD: jax.Array) -> jax.Array:
@@ -119,9 +121,9 @@ def _look_up_backward(
 ) -> tuple[jax.Array, None]:
     table_VD, ids_BT = residuals
     sum_dtype = jnp.promote_types(table_VD.dtype, jnp.float32)
-    rows_BT = _row_numbers(ids_BT, table_VD)
+    rows_BT = constrain(_row_numbers(ids_BT, table_VD), "BT")
     add = _add_shards if axis_size("pipeline") > 1 else _add_to_rows
-    grad_VD = add(grad_BTD.astype(sum_dtype), rows_BT, table_VD.shape[0])
+    grad_VD = add(constrain(grad_BTD.astype(sum_dtype), "BTD"), rows_BT, table_VD.shape[0])
     # Each device sums what its own tokens add to the whole table. If the sum were split along D,
     # the partitioner would move activations instead.
     return constrain(grad_VD, "V-").astype(table_VD.dtype), None
@@ -186,7 +188,8 @@ class RMSNorm(nn.Module):
         scale_D = parameter(self, "scale", "D", (dim,), kind="norm", fan_in=1)
         x = x_BTD.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
-        return (x * scale_D[None, None]).astype(x_BTD.dtype)
+        # Laid out here, the result is gathered after it has been rounded, not before.
+        return constrain((x * scale_D[None, None]).astype(x_BTD.dtype), "BtD")
 
 
 def rotary_angles(positions_BT: jax.Array, head_dim: int, base: float) -> jax.Array:
@@ -226,9 +229,10 @@ class FeedForward(nn.Module):
         w_down_FD = parameter(
             self, "down", "FD", (f, d), kind="linear", fan_in=f, scale=self.output_scale
         )
+        x_BTD = gather_time(x_BTD)
         gate_BTF = constrain(einsum("BTD,DF->BTF", x_BTD, w_gate_DF), "BTF")
         up_BTF = constrain(einsum("BTD,DF->BTF", x_BTD, w_up_DF), "BTF")
-        return einsum("BTF,FD->BTD", swiglu(gate_BTF, up_BTF), w_down_FD)
+        return scatter_time(einsum("BTF,FD->BTD", swiglu(gate_BTF, up_BTF), w_down_FD))
 
 
 @jax.custom_vjp

@@ -20,6 +20,7 @@ from moe.parallel.collectives.weights import are_split as weights_are_split
 from moe.parallel.collectives.weights import forget_gathered
 from moe.parallel.mesh import constrain, on_auto_axes
 from moe.parallel.pipeline import name_layer_input, run_layers
+from moe.parallel.sequence import name_between_parts, save_between_parts
 
 
 @struct.dataclass
@@ -105,12 +106,12 @@ class Block(nn.Module):
         normed_BTD = RMSNorm(c.norm_epsilon, name="attention_norm")(x_BTD)
         own_cache, memory_cache = (None, None) if cache is None else cache
         mixed_BTD, own_cache = attention(normed_BTD, tokens, own_cache, layer)
-        x_BTD = constrain(x_BTD + mixed_BTD, "BTD")
+        x_BTD = name_between_parts(constrain(x_BTD + mixed_BTD, "BtD"))
         if self.cross_attention:
             cross_attention = CrossAttention(c, scale, name="cross_attention")
             normed_BTD = RMSNorm(c.norm_epsilon, name="cross_attention_norm")(x_BTD)
             mixed_BTD, memory_cache = cross_attention(normed_BTD, tokens, memory_cache, layer)
-            x_BTD = constrain(x_BTD + mixed_BTD, "BTD")
+            x_BTD = name_between_parts(constrain(x_BTD + mixed_BTD, "BtD"))
         normed_BTD = RMSNorm(c.norm_epsilon, name="feed_forward_norm")(x_BTD)
         stats, available = None, {}
         if self.kind == "moe":
@@ -118,7 +119,7 @@ class Block(nn.Module):
             stats, available = routed.stats, {"experts": routed.experts_BTA}
         else:
             y_BTD = FeedForward(c.feed_forward_dim, scale, name="feed_forward")(normed_BTD)
-        x_BTD = constrain(x_BTD + y_BTD, "BTD")
+        x_BTD = constrain(x_BTD + y_BTD, "BtD")
         available["residual"] = x_BTD
         captured = {name: value for name, value in available.items() if name in self.capture}
         new_cache = None if own_cache is None else BlockCache(own_cache, memory_cache)
@@ -145,7 +146,7 @@ class Period(nn.Module):
         prevent_cse = not self.config.scan_layers
         block = Block
         if self.config.remat == "full":
-            block = nn.remat(Block, prevent_cse=prevent_cse)
+            block = nn.remat(Block, prevent_cse=prevent_cse, policy=save_between_parts)
         elif weights_are_split(self.config.model_dim):
             block = nn.remat(Block, prevent_cse=prevent_cse, policy=forget_gathered)
         x_BTD, outputs = carry.hidden_BTD, []

@@ -14,6 +14,7 @@ from moe.model.layers import check_static, einsum, look_up
 from moe.model.stack import Output, Stack, StackCache, init_stack_cache, output_specs
 from moe.model.tokens import Batch, Memory, TokenInfo
 from moe.parallel.mesh import constrain, on_auto_axes
+from moe.parallel.sequence import gather_time, join_time
 from moe.parameters import parameter
 
 
@@ -43,11 +44,12 @@ class Vocabulary(nn.Module):
             )
         if "segment_ids" in batch:  # padding may hold any number
             tokens_BT = jnp.where(batch["segment_ids"] > 0, tokens_BT, 0)
-        return constrain(look_up(self.config.compute_dtype, self.embedding_VD, tokens_BT), "BTD")
+        return look_up(self.config.compute_dtype, self.embedding_VD, tokens_BT)
 
     def unembed(self, hidden_BTD: jax.Array) -> jax.Array:
         """Returns logits [B, T, V] in float32."""
         weight, dims = self.unembedding()
+        hidden_BTD = gather_time(hidden_BTD)
         return constrain(einsum(f"BTD,{dims}->BTV", hidden_BTD, weight, jnp.float32), "BTV")
 
     def unembedding(self) -> Unembedding:
@@ -213,7 +215,8 @@ class EncoderDecoder(nn.Module):
         if cache is not None and (memory_cache := cache[0][0].cross_attention) is not None:
             fits_B = jnp.all(fits_memory_cache(memory_cache, segment_ids_BS), axis=1)
             x_BTD = jnp.where(fits_B[:, None, None], x_BTD, jnp.nan)
-        tokens = dataclasses.replace(tokens, memory=Memory(encoded.hidden, segment_ids_BS))
+        memory = Memory(join_time(encoded.hidden), segment_ids_BS)
+        tokens = dataclasses.replace(tokens, memory=memory)
         output = self.decoder(x_BTD, tokens, cache)
         # The decoder's statistics come first because its name sorts first in the parameter tree.
         # The update of the routers' biases relies on this order.

@@ -74,8 +74,9 @@ def spec(dims: str, shape: tuple[int, ...], mesh: AnyMesh) -> PartitionSpec:
     Four dimensions stay whole where their size cannot be split: key/value heads (K), if they are
     fewer than the tensor axis has devices, a batch or a time (B, T) that is too small, as in the
     trace that makes the parameters or in decoding, and the layers (L) of a group that is no part of
-    a pipeline's stages. A run's own batch is checked by
-    `check_layout`. Raises ValueError where another dimension's size cannot be split.
+    a pipeline's stages. The residual stream's time (t) is split as T is where tensor cannot split
+    it as well. A run's own batch is checked by `check_layout`. Raises ValueError where another
+    dimension's size cannot be split.
     """
     return _spec_over(dims, shape, mesh.shape)
 
@@ -94,7 +95,10 @@ def _axes_over(
     # cannot split an activation's B must not split its D instead.
     for dim, size, axes in zip(dims, shape, split_axes(dims, sizes), strict=True):
         num_parts = math.prod(sizes[axis] for axis in axes)
-        if size % num_parts and dim not in "BTKL":
+        if dim == "t" and size % num_parts:
+            axes = tuple(axis for axis in axes if axis in RULES["T"])
+            num_parts = math.prod(sizes[axis] for axis in axes)
+        if size % num_parts and dim not in "BTtKL":
             raise ValueError(
                 f"dimension {dim} of {dims} has size {size}: "
                 f"it cannot be split over {'*'.join(axes)}={num_parts}"

@@ -35,6 +35,7 @@ from jax.sharding import PartitionSpec
 from moe.config import RunConfig, Schedule
 from moe.parallel.collectives.weights import forget_gathered
 from moe.parallel.mesh import constrain
+from moe.parallel.sequence import BETWEEN_PARTS
 
 AXIS = "pipeline"
 _LAYER_INPUT = "layer input"  # the name of the arrays that remat "full" stores
@@ -194,7 +195,7 @@ def _make_work(layers: Layers, schedule: Schedule, remat: str) -> Callable[..., 
 
     policies = {
         "none": forget_weights,
-        "full": jax.checkpoint_policies.save_only_these_names(_LAYER_INPUT),
+        "full": jax.checkpoint_policies.save_only_these_names(_LAYER_INPUT, BETWEEN_PARTS),
     }
     return jax.checkpoint(work, policy=policies[remat], prevent_cse=False)
 

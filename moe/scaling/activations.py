@@ -17,12 +17,16 @@ from typing import NamedTuple
 
 from moe.config import ModelConfig, RunConfig
 from moe.scaling.arrays import parameters
-from moe.scaling.communication import FLOAT32, ITEM, local_tokens
+from moe.scaling.communication import FLOAT32, ITEM, local_tokens, stream_parts
 from moe.scaling.hardware import Platform
 
-# The arrays [B, T, D] in the backward pass of a layer: its input, the two normed inputs of its
-# parts and the stream between them, and the gradients of output, stream and normed input.
-MADE_STREAMS, GRADIENT_STREAMS = 4, 3
+# The arrays [B, T, D] in the backward pass of a layer, of which the tensor axis splits the tokens:
+# its input and the stream between its parts, and the gradient of the stream.
+MADE_STREAMS, GRADIENT_STREAMS = 2, 1
+# Those of which it does not: the two normed inputs of the parts, and the gradients of the layer's
+# output and of a normed input. If it splits the others, these are gathered or scattered, which GPUs
+# do in another order, [T, B, D], and so each of them exists twice.
+MADE_INPUTS, GRADIENT_INPUTS = 2, 2
 # The arrays [B, T, F]: gate, up and their product, and the gradients of gate and up.
 MADE_WIDTHS, GRADIENT_WIDTHS = 3, 2
 NORMS = 2  # of a layer
@@ -48,6 +52,7 @@ class Widths(NamedTuple):
     """Says how many numbers of each kind a token has on one device."""
 
     stream: int
+    own_stream: int  # where the tensor axis splits the tokens: the average over all tokens
     queries: int
     keys: int
     heads: int
@@ -75,14 +80,15 @@ def weight_copies(config: RunConfig, sizes: Mapping[str, int], platform: Platfor
 def activations(config: RunConfig, sizes: Mapping[str, int]) -> Activations:
     """Returns the bytes that activations take on each device of a mesh of such axes."""
     model, tokens = config.model, local_tokens(config, sizes)
-    item, widths = ITEM[model.compute_dtype], _widths(model, sizes)
-    stream = item * tokens * widths.stream
+    item, widths = ITEM[model.compute_dtype], _widths(config, sizes)
     sparse = len(model.sparse_layers)
     stacks = 1.0
     if config.task == "span_corruption":  # the decoder has as many layers, and fewer tokens
         stacks += config.corrupted_row.targets / config.data.sequence_length
     if model.remat == "full":
-        saved = model.num_layers * stream
+        # Where the stream between the parts of a layer is small, it is saved as well.
+        streams = 1 if widths.own_stream == widths.stream else 2
+        saved = model.num_layers * streams * item * tokens * widths.own_stream
     else:
         saved = model.num_layers * tokens * _attention_residuals(widths, item)
         saved += (model.num_layers - sparse) * _dense_residuals(model, sizes, tokens)
@@ -91,14 +97,16 @@ def activations(config: RunConfig, sizes: Mapping[str, int]) -> Activations:
         saved=round(stacks * saved),
         layer=_layer(config, sizes, saved),
         loss=_loss(config, widths, tokens),
-        embedding=FLOAT32 * widths.vocabulary * widths.stream + 2 * stream,
+        embedding=FLOAT32 * widths.vocabulary * widths.stream + 2 * item * tokens * widths.stream,
     )
 
 
-def _widths(model: ModelConfig, sizes: Mapping[str, int]) -> Widths:
-    tensor, keys = sizes["tensor"], model.num_kv_heads
+def _widths(config: RunConfig, sizes: Mapping[str, int]) -> Widths:
+    model, tensor = config.model, sizes["tensor"]
+    keys = model.num_kv_heads
     return Widths(
         stream=model.model_dim,
+        own_stream=model.model_dim // stream_parts(config, sizes),
         queries=model.num_heads * model.head_dim // tensor,
         keys=(keys // tensor if keys % tensor == 0 else keys) * model.head_dim,
         heads=model.num_heads // tensor,
@@ -113,7 +121,7 @@ def _attention_residuals(widths: Widths, item: int) -> int:
     queries, keys, values, the log-sum-exp, and the output twice: for itself and for the matmul that
     follows. (In bfloat16 compilers merge these two, but then it saves what was rounded off.)
     """
-    norms = NORMS * (2 * FLOAT32 + item) * widths.stream
+    norms = NORMS * (2 * FLOAT32 * widths.own_stream + item * widths.stream)
     heads = 3 * widths.queries + 2 * widths.keys
     return norms + item * heads + FLOAT32 * widths.heads
 
@@ -163,11 +171,14 @@ def _layer(config: RunConfig, sizes: Mapping[str, int], saved: int) -> int:
     part of what is saved out of the arrays of all layers.
     """
     model, tokens = config.model, local_tokens(config, sizes)
-    item, widths = ITEM[model.compute_dtype], _widths(model, sizes)
+    item, widths = ITEM[model.compute_dtype], _widths(config, sizes)
     heads = 2 * (widths.queries + widths.keys)
     is_full = model.remat == "full"
     streams = GRADIENT_STREAMS + (MADE_STREAMS if is_full else 0)
-    common = item * tokens * (streams * widths.stream + (heads if is_full else 0))
+    inputs = GRADIENT_INPUTS + (MADE_INPUTS if is_full else 0)
+    inputs *= 1 if widths.own_stream == widths.stream else 2
+    stream = streams * widths.own_stream + inputs * widths.stream
+    common = item * tokens * (stream + (heads if is_full else 0))
     arrays = GRADIENT_WIDTHS + (MADE_WIDTHS if is_full else 0)
     sparse, dense = 0, item * tokens * arrays * model.feed_forward_dim // sizes["tensor"]
     if model.sparse_layers:
@@ -192,10 +203,10 @@ def _loss(config: RunConfig, widths: Widths, tokens: int) -> int:
     """Returns the bytes that the loss takes: logits of a chunk, and the unembedding's gradient.
 
     The gradient of each chunk is made before it is added to that of the chunks before. Hidden
-    states and their gradient are those of the whole row.
+    states, their order by chunks, and their gradient are those of the whole row.
     """
     item = ITEM[config.model.compute_dtype]
     chunks = math.ceil(config.data.sequence_length / config.train.loss_chunk)
     logits = (FLOAT32 + item) * math.ceil(tokens / chunks) * widths.vocabulary
     weight = (item + 2 * FLOAT32) * widths.vocabulary * widths.stream
-    return logits + weight + 3 * item * tokens * widths.stream
+    return logits + weight + item * tokens * (widths.stream + 2 * widths.own_stream)

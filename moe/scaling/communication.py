@@ -5,7 +5,7 @@ the forward and in the backward pass (recomputation shares the gather of the bac
 their gradients are scattered once, in float32. What `data` and `context` copy is added up once a
 step. Rows of experts are exchanged four times, and tensor parallelism adds up the outputs of
 attention and feed-forward parts, and the gradients of their inputs. Full remat repeats one of the
-exchanges and one of the sums of a layer. docs/planning.md explains the figures.
+exchanges and two of the gathers that such sums end with. docs/planning.md explains the figures.
 
 Sums of single numbers, of losses and of router statistics are left out, and so are the tokens'
 order in a ring and the ids that experts are told: they are small.
@@ -70,6 +70,12 @@ def local_tokens(config: RunConfig, sizes: Mapping[str, int]) -> int:
     """Returns the tokens of a microbatch that one device computes."""
     rows = config.train.batch_size // config.train.accumulation // count_batch_parts(sizes)
     return rows * config.data.sequence_length // sizes["context"]
+
+
+def stream_parts(config: RunConfig, sizes: Mapping[str, int]) -> int:
+    """Returns into how many parts the tensor axis splits a device's tokens of the stream."""
+    tensor = sizes["tensor"]
+    return 1 if config.data.sequence_length % (sizes["context"] * tensor) else tensor
 
 
 def _devices(axes: tuple[str, ...], sizes: Mapping[str, int]) -> int:
@@ -143,18 +149,24 @@ def _tensor(config: RunConfig, sizes: Mapping[str, int]) -> Iterator[Collective]
     """Yields the sums over the tensor axis of activations (Shoeybi et al. 2019, section 3).
 
     A layer adds up the outputs of its two parts, and in the backward pass the gradients of their
-    inputs. Full remat adds up attention's output again. Each sum may be a scatter and a gather,
-    which send as much (Korthikanti et al. 2022, section 4.2.2).
+    inputs. Each sum is a scatter, and a gather where all tokens are needed again (Korthikanti et
+    al. 2022, section 4.2.2). Full remat gathers the inputs of both parts again. Where the tensor
+    axis cannot split the tokens, the sums are whole, and full remat repeats that of attention.
     """
     axes = ("tensor",)
     if sizes["tensor"] == 1:
         return
     stream = ITEM[config.model.compute_dtype] * local_tokens(config, sizes) * config.model.model_dim
-    sums = 5 if config.model.remat == "full" else 4
-    # Beside the layers, the rows of embeddings and the gradient of the last hidden states.
-    count = config.train.accumulation * (sums * config.model.num_layers + 2)
-    sent = count * 2 * _sent(stream, axes, sizes)
-    yield Collective("all-reduce", axes, "activations", sent, count)
+    sent, layers = _sent(stream, axes, sizes), config.model.num_layers
+    is_full, steps = config.model.remat == "full", config.train.accumulation
+    # Beside the layers, there are the rows of embeddings and the last hidden states.
+    if stream_parts(config, sizes) == 1:
+        sums = steps * ((5 if is_full else 4) * layers + 2)
+        yield Collective("all-reduce", axes, "activations", 2 * sums * sent, sums)
+        return
+    scatters, gathers = steps * (4 * layers + 2), steps * ((6 if is_full else 4) * layers + 2)
+    yield Collective("reduce-scatter", axes, "activations", scatters * sent, scatters)
+    yield Collective("all-gather", axes, "activations", gathers * sent, gathers)
 
 
 def _context(config: RunConfig, sizes: Mapping[str, int]) -> Iterator[Collective]:

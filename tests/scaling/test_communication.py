@@ -27,18 +27,18 @@ ATTENTION = 16 * (4 + 2 + 2 + 4) * 8  # the weights of a layer's attention
 FEED_FORWARD = 3 * 16 * 32
 
 
-def run_config(model, mesh, **train):
+def run_config(model, mesh, length=32, **train):
     return RunConfig(
         model=model,
-        data=DataConfig(sequence_length=32),
+        data=DataConfig(sequence_length=length),
         train=TrainConfig(**{"batch_size": 16, "accumulation": 2, **train}),
         mesh=mesh,
     )
 
 
-def least(model, mesh):
+def least(model, mesh, length=32):
     """Returns the collectives of a step by (kind, axes, what)."""
-    found = least_collectives(run_config(model, mesh), mesh)
+    found = least_collectives(run_config(model, mesh, length), mesh)
     assert list(found) == sorted(found, key=lambda collective: -collective.bytes)
     return {(c.kind, c.axes, c.what): c for c in found}
 
@@ -98,17 +98,32 @@ def test_gathered_tokens_are_scattered_back():
         assert found[kind, ("expert",), "expert rows"].bytes == sent
 
 
-def test_tensor_parallelism_adds_up_four_times_a_layer():
-    """The rows of 4 fsdp devices are 2 in a microbatch; five sums a layer under full remat."""
+def test_tensor_parallelism_scatters_and_gathers_four_times_a_layer():
+    """The rows of 4 fsdp devices are 2 in a microbatch; six gathers a layer under full remat."""
     mesh = MeshConfig(data=1, fsdp=4, tensor=2)
-    key = ("all-reduce", ("tensor",), "activations")
+    scatter, gather = (
+        (kind, ("tensor",), "activations") for kind in ("reduce-scatter", "all-gather")
+    )
     stream = 2 * (2 * 32) * 16
-    assert least(DENSE, mesh)[key].bytes == 2 * (4 * 3 + 2) * 2 * stream / 2
-    remat = dataclasses.replace(DENSE, remat="full")
-    assert least(remat, mesh)[key].bytes == 2 * (5 * 3 + 2) * 2 * stream / 2
+    found = least(DENSE, mesh)
+    assert found[scatter].bytes == found[gather].bytes == 2 * (4 * 3 + 2) * stream / 2
+    remat = least(dataclasses.replace(DENSE, remat="full"), mesh)
+    assert remat[scatter] == found[scatter]
+    assert remat[gather].bytes == 2 * (6 * 3 + 2) * stream / 2
+    assert remat[gather].count == 2 * (6 * 3 + 2)
     # The tensor axis splits a weight, and the rest of it is gathered.
     weights = least(DENSE, mesh)["all-gather", ("fsdp",), "feed-forward: weights"]
     assert weights.bytes == 2 * 2 * 3 * 2 * FEED_FORWARD / 2 * 3 / 4
+
+
+def test_tokens_that_the_tensor_axis_cannot_split_are_added_up_for_all_devices():
+    """Two devices, and 33 tokens in each of 2 rows: a sum sends each half there and back."""
+    mesh = MeshConfig(data=1, fsdp=4, tensor=2)
+    key = ("all-reduce", ("tensor",), "activations")
+    stream = 2 * (2 * 33) * 16
+    assert least(DENSE, mesh, length=33)[key].bytes == 2 * (4 * 3 + 2) * 2 * stream / 2
+    remat = dataclasses.replace(DENSE, remat="full")
+    assert least(remat, mesh, length=33)[key].bytes == 2 * (5 * 3 + 2) * 2 * stream / 2
 
 
 def test_a_ring_sends_keys_and_values_to_all_others():

@@ -60,9 +60,16 @@ def _expert_matmul_backward(
 expert_matmul.defvjp(_expert_matmul_forward, _expert_matmul_backward)
 
 
-def sum_over_tensor(y: jax.Array) -> jax.Array:
-    """Adds up the parts of a sum that devices with other slices of the experts' width hold."""
-    return jax.lax.psum(y, "tensor") if axis_size("tensor") > 1 else y
+def sum_over_tensor(y_BTD: jax.Array, splits_time: bool) -> jax.Array:
+    """Adds up the parts of a sum that devices with other slices of the experts' width hold.
+
+    With `splits_time` each device gets the sums of its own part of T alone.
+    """
+    if axis_size("tensor") == 1:
+        return y_BTD
+    if not splits_time:
+        return jax.lax.psum(y_BTD, "tensor")
+    return jax.lax.psum_scatter(y_BTD, "tensor", scatter_dimension=1, tiled=True)
 
 
 # The all-gather exchange: every device sees all tokens of its expert group

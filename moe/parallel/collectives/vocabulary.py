@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from moe.parallel.mesh import axis_size, splitting_axes
+from moe.parallel.sequence import splits_time
 
 
 class Split(NamedTuple):
@@ -21,13 +22,15 @@ class Split(NamedTuple):
     positions: tuple[str, ...]
     width: tuple[str, ...]
     vocabulary: tuple[str, ...]
+    splits_time: bool  # whether the residual stream's time is split over tensor, which splits V
 
 
 def split_of(hidden_BTD: jax.Array, weight: jax.Array, dims: str) -> Split:
     """Returns how RULES split hidden states, and a weight of the dimensions "DV" or "VD"."""
     rows, time, _ = splitting_axes("BTD", hidden_BTD.shape)
     of_weight = dict(zip(dims, splitting_axes(dims, weight.shape), strict=True))
-    return Split(rows + time, of_weight["D"], of_weight["V"])
+    splits = splits_time(hidden_BTD.shape[1])
+    return Split(rows + time, of_weight["D"], of_weight["V"], splits)
 
 
 def gather_width(weight: jax.Array, dim: int, split: Split) -> jax.Array:
@@ -59,6 +62,13 @@ def sum_over_vocabulary(x: jax.Array, split: Split) -> jax.Array:
     """Adds up what the devices have for their parts of V."""
     axes = _present(split.vocabulary)
     return jax.lax.psum(x, axes) if axes else x
+
+
+def sum_hidden(grad_BTD: jax.Array, split: Split) -> jax.Array:
+    """Adds up the parts of V's gradients of hidden states, split as the residual stream is."""
+    if split.splits_time and axis_size("tensor") > 1:
+        return jax.lax.psum_scatter(grad_BTD, "tensor", scatter_dimension=1, tiled=True)
+    return sum_over_vocabulary(grad_BTD, split)
 
 
 def max_over_vocabulary(x: jax.Array, split: Split) -> jax.Array:
