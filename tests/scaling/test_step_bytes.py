@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from launch.compiled_step import abstract_batch, lower_step
+from launch.compiled_step import abstract_batch, held_bytes, lower_step
 from moe.config import DataConfig, MeshConfig, ModelConfig, RunConfig, TrainConfig
 from moe.scaling.hardware import device_platform
 from moe.scaling.memory import MARGIN, step_bytes
@@ -35,9 +35,7 @@ def program_bytes(config, devices, platform):
     """Returns the bytes that the compiled step of a config takes on each device."""
     program = make_program(config, devices)
     lowered = lower_step(program, abstract_batch(config, program), platform)
-    memory = lowered.compile().memory_analysis()
-    kept = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return memory.argument_size_in_bytes + memory.temp_size_in_bytes + kept
+    return held_bytes(lowered.compile().memory_analysis(), platform)
 
 
 def counted_over_program(config, devices, platform="cpu"):
