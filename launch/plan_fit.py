@@ -20,8 +20,6 @@ def check_fit(config: RunConfig) -> None:
     sharers = jax.local_device_count() if device.platform == "cpu" else 1
     room = memory_bytes(device) / sharers
     mesh = config.mesh.resolve(jax.device_count())
-    if mesh.pipeline > 1:
-        return  # what a pipeline keeps is not counted
     memory = step_bytes(config, mesh, device_platform(device.device_kind))
     if (1 - MARGIN) * memory.total <= room:
         return

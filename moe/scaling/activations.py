@@ -7,7 +7,8 @@ A step is at its largest in one of a few moments, and each moment is a list of a
 - where the gradient of the embedding is added up.
 
 What all moments share: the inputs of all layers (or, without remat, everything that their backward
-passes read), and the gradients. docs/planning.md explains the arrays one by one. Compilers add
+passes read), and the gradients. In a pipeline these are the layers of a stage, for all microbatches
+that have gone through it. docs/planning.md explains the arrays one by one. Compilers add
 copies of their own, and how well they pack arrays can't be known beforehand.
 """
 
@@ -17,7 +18,15 @@ from typing import NamedTuple
 
 from moe.config import ModelConfig, RunConfig
 from moe.scaling.arrays import parameters
-from moe.scaling.communication import FLOAT32, ITEM, local_tokens
+from moe.scaling.communication import (
+    FLOAT32,
+    ITEM,
+    Passes,
+    layer_passes,
+    local_tokens,
+    own_passes,
+    pipeline_schedule,
+)
 from moe.scaling.hardware import Platform
 
 # The arrays [B, T, D] in the backward pass of a layer: its input, the two normed inputs of its
@@ -58,41 +67,62 @@ def weight_copies(config: RunConfig, sizes: Mapping[str, int], platform: Platfor
     """Returns the bytes of the weights that a compiler copies for all layers before the loop.
 
     That of GPUs reorders, in float32, the parts of weights that are gathered along another
-    dimension than their first. That of TPUs casts all weights of layers to the compute dtype, and
-    reorders those of attention.
+    dimension than their first, and copies the experts' gradients in the loop over rows that adds
+    them up. That of TPUs casts all weights of layers to the compute dtype.
     """
     total = 0
     for array in parameters(config):
-        size = array.repeats * array.elements(sizes)
+        size = array.layers(sizes) * array.elements(sizes)
         if platform == "gpu" and array.axes("D", sizes) and array.dims[0] != "D":
             total += FLOAT32 * size
-        elif platform == "tpu" and array.repeats > 1 and len(array.dims) > 1:
+        if platform == "gpu" and array.name == "experts":
+            total += FLOAT32 * array.elements(sizes, whole=("fsdp",))
+        if platform == "tpu" and array.repeats > 1 and len(array.dims) > 1:
             total += ITEM[config.model.compute_dtype] * size
-            total += FLOAT32 * size if "attention" in array.name else 0
     return total
 
 
 def activations(config: RunConfig, sizes: Mapping[str, int]) -> Activations:
     """Returns the bytes that activations take on each device of a mesh of such axes."""
-    model, tokens = config.model, local_tokens(config, sizes)
+    model, own = config.model, own_passes(config, sizes)
     item, widths = ITEM[model.compute_dtype], _widths(model, sizes)
-    stream = item * tokens * widths.stream
-    sparse = len(model.sparse_layers)
     stacks = 1.0
     if config.task == "span_corruption":  # the decoder has as many layers, and fewer tokens
         stacks += config.corrupted_row.targets / config.data.sequence_length
-    if model.remat == "full":
-        saved = model.num_layers * stream
-    else:
-        saved = model.num_layers * tokens * _attention_residuals(widths, item)
-        saved += (model.num_layers - sparse) * _dense_residuals(model, sizes, tokens)
-        saved += sparse * _sparse_residuals(config, sizes, tokens) if sparse else 0
+    layers = layer_passes(config, sizes)
+    saved = sum(passes.kept * _saved(config, sizes, passes) for passes in layers)
     return Activations(
-        saved=round(stacks * saved),
-        layer=_layer(config, sizes, saved),
-        loss=_loss(config, widths, tokens),
-        embedding=FLOAT32 * widths.vocabulary * widths.stream + 2 * stream,
+        saved=round(stacks * saved) + _pipeline_hands(config, sizes),
+        layer=max(_layer(config, sizes, passes) for passes in layers),
+        loss=_loss(config, widths, own.tokens),
+        embedding=FLOAT32 * widths.vocabulary * widths.stream
+        + 2 * item * own.tokens * widths.stream,
     )
+
+
+def _saved(config: RunConfig, sizes: Mapping[str, int], passes: Passes) -> int:
+    """Returns the bytes that the backward passes of some layers read, for one pass of them."""
+    model, tokens = config.model, passes.tokens
+    item, widths = ITEM[model.compute_dtype], _widths(model, sizes)
+    if model.remat == "full":
+        return passes.layers * item * tokens * widths.stream
+    saved = passes.layers * tokens * _attention_residuals(widths, item)
+    saved += (passes.layers - passes.sparse_layers) * _dense_residuals(model, sizes, tokens)
+    if passes.sparse_layers:
+        saved += passes.sparse_layers * _sparse_residuals(config, sizes, tokens)
+    return saved
+
+
+def _pipeline_hands(config: RunConfig, sizes: Mapping[str, int]) -> int:
+    """Returns the bytes of what a stage has between two ticks.
+
+    These are the ring, the belt and the stage's own microbatches.
+    """
+    schedule = pipeline_schedule(config, sizes)
+    if schedule is None:
+        return 0
+    stream = ITEM[config.model.compute_dtype] * local_tokens(config, sizes) * config.model.model_dim
+    return (2 + schedule.groups) * stream
 
 
 def _widths(model: ModelConfig, sizes: Mapping[str, int]) -> Widths:
@@ -156,13 +186,13 @@ def expert_rows(config: RunConfig, sizes: Mapping[str, int], tokens: int) -> int
             return assignments * devices + experts * BLOCK_ROWS
 
 
-def _layer(config: RunConfig, sizes: Mapping[str, int], saved: int) -> int:
-    """Returns the bytes that the backward pass of the largest layer takes.
+def _layer(config: RunConfig, sizes: Mapping[str, int], passes: Passes) -> int:
+    """Returns the bytes that the backward pass of the largest of some layers takes.
 
     Full remat makes the layer's arrays again. Without remat, the backward pass takes the layer's
-    part of what is saved out of the arrays of all layers.
+    part out of what is saved.
     """
-    model, tokens = config.model, local_tokens(config, sizes)
+    model, tokens = config.model, passes.tokens
     item, widths = ITEM[model.compute_dtype], _widths(model, sizes)
     heads = 2 * (widths.queries + widths.keys)
     is_full = model.remat == "full"
@@ -170,32 +200,36 @@ def _layer(config: RunConfig, sizes: Mapping[str, int], saved: int) -> int:
     common = item * tokens * (streams * widths.stream + (heads if is_full else 0))
     arrays = GRADIENT_WIDTHS + (MADE_WIDTHS if is_full else 0)
     sparse, dense = 0, item * tokens * arrays * model.feed_forward_dim // sizes["tensor"]
-    if model.sparse_layers:
+    if passes.sparse_layers:
         sparse = _sparse_layer(config, sizes, tokens)
-        dense = dense if len(model.sparse_layers) < model.num_layers else 0
-    return common + max(sparse, dense) + (0 if is_full else saved // model.num_layers)
+        dense = dense if passes.sparse_layers < passes.layers else 0
+    saved = 0 if is_full else _saved(config, sizes, passes) // passes.layers
+    return common + max(sparse, dense) + saved
 
 
 def _sparse_layer(config: RunConfig, sizes: Mapping[str, int], tokens: int) -> int:
     """Returns the bytes that the backward pass of a sparse part takes beside the stream."""
-    model, item = config.model, ITEM[config.model.compute_dtype]
-    rows = expert_rows(config, sizes, tokens)
-    width = model.moe.expert_dim // sizes["tensor"]
-    arrays = GRADIENT_WIDTHS + (MADE_WIDTHS if model.remat == "full" else 0)
+    model, moe, item = config.model, config.model.moe, ITEM[config.model.compute_dtype]
+    rows, width = expert_rows(config, sizes, tokens), moe.expert_dim // sizes["tensor"]
+    # The rows and their gradient, and gate and up. The experts make all else a block at a time.
+    made = rows * (2 * model.model_dim + (2 * width if model.remat == "full" else 0))
+    if sizes["expert"] > 1:  # rows leave and arrive, and so do their gradients
+        made += 2 * (rows + tokens * moe.experts_per_token) * model.model_dim
     weights = [array for array in parameters(config) if array.name == "experts"]
     # The gradients of all three weights leave the kernel together, before they are scattered.
     whole = sum(array.elements(sizes, whole=("fsdp",)) for array in weights)
-    return item * rows * (2 * model.model_dim + arrays * width) + (item + FLOAT32) * whole
+    return item * made + (item + FLOAT32) * whole
 
 
 def _loss(config: RunConfig, widths: Widths, tokens: int) -> int:
     """Returns the bytes that the loss takes: logits of a chunk, and the unembedding's gradient.
 
-    The gradient of each chunk is made before it is added to that of the chunks before. Hidden
-    states and their gradient are those of the whole row.
+    The gradient of each chunk is made before it is added to that of the chunks before. The final
+    norm keeps its input and the normed input in float32, and its result, and beside them stands the
+    gradient of the result.
     """
     item = ITEM[config.model.compute_dtype]
     chunks = math.ceil(config.data.sequence_length / config.train.loss_chunk)
     logits = (FLOAT32 + item) * math.ceil(tokens / chunks) * widths.vocabulary
     weight = (item + 2 * FLOAT32) * widths.vocabulary * widths.stream
-    return logits + weight + 3 * item * tokens * widths.stream
+    return logits + weight + 2 * (FLOAT32 + item) * tokens * widths.stream

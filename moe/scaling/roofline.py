@@ -10,10 +10,10 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
-from moe.config import AXES, ConfigError, MeshConfig, RunConfig
+from moe.config import AXES, MeshConfig, RunConfig
 from moe.scaling.activations import activations
-from moe.scaling.communication import Collective, least_collectives
-from moe.scaling.flops import run_training_flops
+from moe.scaling.communication import Collective, least_collectives, pipeline_schedule
+from moe.scaling.flops import run_training_flops, stage_training_flops
 from moe.scaling.hardware import Chip, Platform
 from moe.scaling.memory import StepBytes, state_bytes, step_bytes
 
@@ -37,21 +37,14 @@ class Estimate:
 
 
 def estimate(config: RunConfig, mesh: MeshConfig, chip: Chip) -> Estimate:
-    """Returns what a run takes on a resolved mesh of chips.
-
-    Raises ConfigError for a pipeline: what its stages keep and send is not counted.
-    """
-    if mesh.pipeline > 1:
-        raise ConfigError(
-            f"mesh.pipeline={mesh.pipeline}: what the stages of a pipeline keep and send is not "
-            "counted: set mesh.pipeline to 1 to plan"
-        )
+    """Returns what a run takes on a resolved mesh of chips."""
     sizes = dataclasses.asdict(mesh)
     devices = math.prod(mesh.sizes)
     tokens = config.train.batch_size * config.data.sequence_length
     model_flops = tokens * run_training_flops(config)
     # Forward and backward pass are three times the forward pass, which full remat repeats.
     spent = model_flops * (4 / 3 if config.model.remat == "full" else 1)
+    spent *= 1 + _waiting(config, sizes)
     collectives = least_collectives(config, mesh)
     seconds = {
         "compute": spent / devices / chip.peak_flops,
@@ -70,6 +63,18 @@ def estimate(config: RunConfig, mesh: MeshConfig, chip: Chip) -> Estimate:
     )
 
 
+def _waiting(config: RunConfig, sizes: Mapping[str, int]) -> float:
+    """Returns for how long the stages of a pipeline wait, as a part of the time that all compute.
+
+    What is no part of the stages is computed without waiting.
+    """
+    schedule = pipeline_schedule(config, sizes)
+    if schedule is None:
+        return 0.0
+    share = stage_training_flops(config) / run_training_flops(config)
+    return share * (schedule.ticks / (schedule.rounds * schedule.microbatches) - 1)
+
+
 def memory_traffic(config: RunConfig, mesh: MeshConfig, platform: Platform) -> float:
     """Returns the bytes that a device reads and writes at least in a step.
 
@@ -78,14 +83,17 @@ def memory_traffic(config: RunConfig, mesh: MeshConfig, platform: Platform) -> f
     twice. On a CPU a scan over layers copies it into arrays of all layers, and out of them. What
     matmuls read again because it does not fit into registers is not counted.
     """
-    state = state_bytes(config, mesh)
+    state, sizes = state_bytes(config, mesh), dataclasses.asdict(mesh)
     update = 2 * (state.parameters + state.optimizer) + state.gradients
     model = dataclasses.replace(config.model, remat="none")
-    made = activations(dataclasses.replace(config, model=model), dataclasses.asdict(mesh)).saved
+    made = activations(dataclasses.replace(config, model=model), sizes).saved
     passes = 3 if config.model.remat == "full" else 2
     if platform == "cpu" and config.model.scan_layers:
         passes *= 2
-    return update + config.train.accumulation * (passes * made + 3 * state.gradients)
+    # The stages of a pipeline keep what all microbatches make.
+    microbatches = config.train.accumulation
+    kept = microbatches if pipeline_schedule(config, sizes) is None else 1
+    return update + kept * passes * made + microbatches * 3 * state.gradients
 
 
 def network_seconds(
