@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from moe.config import ModelConfig, RunConfig
-from moe.scaling.arrays import parameters
+from moe.scaling.arrays import Array, parameters
 from moe.scaling.communication import (
     FLOAT32,
     ITEM,
@@ -94,7 +94,7 @@ def activations(config: RunConfig, sizes: Mapping[str, int]) -> Activations:
     return Activations(
         saved=round(stacks * saved) + _pipeline_hands(config, sizes),
         layer=max(_layer(config, sizes, passes) for passes in layers),
-        loss=_loss(config, widths, own.tokens),
+        loss=_loss(config, sizes, own.tokens),
         embedding=FLOAT32 * widths.vocabulary * widths.stream
         + 2 * item * own.tokens * widths.stream,
     )
@@ -110,7 +110,18 @@ def _saved(config: RunConfig, sizes: Mapping[str, int], passes: Passes) -> int:
     saved += (passes.layers - passes.sparse_layers) * _dense_residuals(model, sizes, tokens)
     if passes.sparse_layers:
         saved += passes.sparse_layers * _sparse_residuals(config, sizes, tokens)
+        if _keeps_rows(config, sizes):
+            width = 2 * model.moe.expert_dim // sizes["tensor"]
+            saved += passes.sparse_layers * item * expert_rows(config, sizes, tokens) * width
     return saved
+
+
+def _keeps_rows(config: RunConfig, sizes: Mapping[str, int]) -> bool:
+    """Returns whether gate and up of all experts' rows wait for the backward pass.
+
+    The stages of a pipeline compute them again, whatever `model.remat` says.
+    """
+    return config.model.remat == "none" and sizes["pipeline"] == 1
 
 
 def _pipeline_hands(config: RunConfig, sizes: Mapping[str, int]) -> int:
@@ -158,14 +169,13 @@ def _sparse_residuals(config: RunConfig, sizes: Mapping[str, int], tokens: int) 
     """Returns the bytes that the backward pass of a sparse part reads.
 
     These are its input, in the compute dtype and for a router of float32, the scores of all
-    experts, gate and up of each row, and those of the shared experts with their product.
+    experts, and gate and up of the shared experts with their product. Rows come on top.
     """
     model, item = config.model, ITEM[config.model.compute_dtype]
     router = FLOAT32 * model.model_dim if item < FLOAT32 else 0
     shared = MADE_WIDTHS * model.moe.num_shared_experts * model.moe.expert_dim // sizes["tensor"]
     per_token = item * (model.model_dim + shared) + router + 2 * FLOAT32 * model.moe.num_experts
-    width = model.moe.expert_dim // sizes["tensor"]
-    return tokens * per_token + 2 * item * expert_rows(config, sizes, tokens) * width
+    return tokens * per_token
 
 
 def expert_rows(config: RunConfig, sizes: Mapping[str, int], tokens: int) -> int:
@@ -212,24 +222,35 @@ def _sparse_layer(config: RunConfig, sizes: Mapping[str, int], tokens: int) -> i
     model, moe, item = config.model, config.model.moe, ITEM[config.model.compute_dtype]
     rows, width = expert_rows(config, sizes, tokens), moe.expert_dim // sizes["tensor"]
     # The rows and their gradient, and gate and up. The experts make all else a block at a time.
-    made = rows * (2 * model.model_dim + (2 * width if model.remat == "full" else 0))
+    made = rows * (2 * model.model_dim + (0 if _keeps_rows(config, sizes) else 2 * width))
     if sizes["expert"] > 1:  # rows leave and arrive, and so do their gradients
         made += 2 * (rows + tokens * moe.experts_per_token) * model.model_dim
     weights = [array for array in parameters(config) if array.name == "experts"]
     # The gradients of all three weights leave the kernel together, before they are scattered.
     whole = sum(array.elements(sizes, whole=("fsdp",)) for array in weights)
-    return item * made + (item + FLOAT32) * whole
+    return item * made + (_cast_item(config, weights[0], sizes) + FLOAT32) * whole
 
 
-def _loss(config: RunConfig, widths: Widths, tokens: int) -> int:
+def _cast_item(config: RunConfig, array: Array, sizes: Mapping[str, int]) -> int:
+    """Returns the bytes of a number of a weight's copy for a matmul, which is gathered and cast.
+
+    They are 0 where the parameter itself serves.
+    """
+    item = ITEM[config.model.compute_dtype]
+    return item if array.axes("D", sizes) or item < FLOAT32 else 0
+
+
+def _loss(config: RunConfig, sizes: Mapping[str, int], tokens: int) -> int:
     """Returns the bytes that the loss takes: logits of a chunk, and the unembedding's gradient.
 
     The gradient of each chunk is made before it is added to that of the chunks before. The final
     norm keeps its input and the normed input in float32, and its result, and beside them stands the
     gradient of the result.
     """
-    item = ITEM[config.model.compute_dtype]
+    item, widths = ITEM[config.model.compute_dtype], _widths(config.model, sizes)
+    # The last of the table's one or two arrays: a tied embedding is cast as an unembedding is.
+    table = [array for array in parameters(config) if "V" in array.dims][-1]
     chunks = math.ceil(config.data.sequence_length / config.train.loss_chunk)
     logits = (FLOAT32 + item) * math.ceil(tokens / chunks) * widths.vocabulary
-    weight = (item + 2 * FLOAT32) * widths.vocabulary * widths.stream
+    weight = (_cast_item(config, table, sizes) + 2 * FLOAT32) * widths.vocabulary * widths.stream
     return logits + weight + 2 * (FLOAT32 + item) * tokens * widths.stream

@@ -102,7 +102,9 @@ def layer_passes(config: RunConfig, sizes: Mapping[str, int]) -> list[Passes]:
     # A tick applies one of a stage's `rounds` pieces, so so many ticks are one pass of the stage.
     # The backward pass begins after the last tick.
     passes = schedule.ticks / schedule.rounds
-    found = [Passes(passes, passes, tokens, staged // stages, num_sparse // stages)]
+    # Without remat a tick's arrays are there once more, until they are among those of all ticks.
+    kept = passes + (1 / schedule.rounds if model.remat == "none" else 0)
+    found = [Passes(passes, kept, tokens, staged // stages, num_sparse // stages)]
     if model.num_layers > staged:
         found.append(own_passes(config, sizes)._replace(layers=model.num_layers - staged))
     return found

@@ -163,7 +163,7 @@ def _change(config: RunConfig, mesh: MeshConfig, remat: str, accumulation: int) 
 
 
 def _is_possible(config: RunConfig, mesh: MeshConfig) -> bool:
-    """Returns whether the model, and a batch of the fewest microbatches, can be split over a mesh."""
+    """Returns whether the model, and the batch in few microbatches, can be split over a mesh."""
     try:
         check_layout(_change(config, mesh, config.model.remat, mesh.pipeline), mesh)
     except ConfigError:

@@ -59,8 +59,8 @@ def test_small_programs_take_what_is_counted(rows, accumulation, mesh):
 @pytest.mark.slow
 def test_a_small_pipeline_takes_what_is_counted():
     """Each stage holds the inputs of its two layers for 17 ticks, and everything for the loss."""
-    mesh, model = MeshConfig(data=1, pipeline=2, fsdp=4), dataclasses.replace(DENSE, remat="full")
-    train = dataclasses.replace(SMALL.train, batch_size=1024, accumulation=16)
+    mesh, model = MeshConfig(data=1, pipeline=2, fsdp=4), DENSE
+    train = dataclasses.replace(SMALL.train, batch_size=512, accumulation=8)
     config = dataclasses.replace(SMALL, mesh=mesh, train=train, model=model)
     assert counted_over_program(config, jax.devices()) == pytest.approx(1, abs=MARGIN)
 
