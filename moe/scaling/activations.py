@@ -89,11 +89,16 @@ def activations(config: RunConfig, sizes: Mapping[str, int]) -> Activations:
     stacks = 1.0
     if config.task == "span_corruption":  # the decoder has as many layers, and fewer tokens
         stacks += config.corrupted_row.targets / config.data.sequence_length
-    layers = layer_passes(config, sizes)
-    saved = sum(passes.kept * _saved(config, sizes, passes) for passes in layers)
+    staged, *others = layer_passes(config, sizes)
+    in_stages = staged.kept * _saved(config, sizes, staged)
+    saved = in_stages + sum(_saved(config, sizes, passes) for passes in others)
+    # The backward passes of layers before the stages begin when those of the stages have ended.
+    is_after = model.pipelined_group + 1 < len(model.layer_groups)
+    freed = 0 if is_after else round(in_stages)
+    largest = [_layer(config, sizes, passes) - freed for passes in others]
     return Activations(
         saved=round(stacks * saved) + _pipeline_hands(config, sizes),
-        layer=max(_layer(config, sizes, passes) for passes in layers),
+        layer=max([_layer(config, sizes, staged), *largest]),
         loss=_loss(config, sizes, own.tokens),
         embedding=FLOAT32 * widths.vocabulary * widths.stream
         + 2 * item * own.tokens * widths.stream,
