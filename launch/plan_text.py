@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from launch.plan_components import align
 from moe.scaling.hardware import Chip
 from moe.scaling.layouts import Layout, cheapest_fit
+from moe.scaling.memory import StepBytes
 
 GIB = 2**30
 SHOWN_LAYOUTS = 10
@@ -61,14 +62,17 @@ def fit_line(layout: Layout, chip: Chip) -> str:
     if memory.total <= room:
         return f"It fits: {(room - memory.total) / GIB:.1f} of {room / GIB:.1f} GiB stay free."
     change = cheapest_fit(layout.config, layout.estimate.mesh, chip)
-    fix = (
-        f"set {change}" if change else "no change of remat, microbatches or fsdp does; use --search"
-    )
-    largest = memory.largest
-    return (
-        f"It does not fit {room / GIB:.1f} GiB. The largest part is {largest}, "
-        f"{getattr(memory, largest) / GIB:.1f} GiB. To make it fit, {fix}."
-    )
+    return f"It does not fit {room / GIB:.1f} GiB; {fix_line(memory, change)}."
+
+
+def fix_line(memory: StepBytes, change: str | None) -> str:
+    """Returns the largest part of what does not fit, and what to set.
+
+    `change` is that of `cheapest_fit`.
+    """
+    size = getattr(memory, memory.largest) / GIB
+    fix = change or "other axes of the mesh, more devices, or a smaller model"
+    return f"the largest part is {memory.largest}, {size:.1f} GiB: set {fix}"
 
 
 def collective_rows(layout: Layout) -> list[tuple[str, ...]]:

@@ -122,8 +122,8 @@ def test_the_table_of_chips_is_that_of_the_devices():
         find_chip("h300")
 
 
-def pipeline_config(microbatches, rounds=1):
-    config = run_config(accumulation=microbatches, pipeline_rounds=rounds)
+def pipeline_config(microbatches, rounds=1, rows=64):
+    config = run_config(accumulation=microbatches, pipeline_rounds=rounds, batch_size=rows)
     return dataclasses.replace(config, mesh=MeshConfig(data=1, pipeline=2))
 
 
@@ -138,13 +138,14 @@ def test_the_stages_of_a_pipeline_wait_and_the_loss_does_not(rounds, waiting):
     assert estimate(config, config.mesh, quick).step_seconds == pytest.approx(expected)
 
 
-def test_pipelines_are_among_the_layouts_and_more_microbatches_shorten_their_bubble():
-    config = pipeline_config(2)
+def test_pipelines_are_among_the_layouts_with_the_rounds_that_wait_least():
+    config = pipeline_config(2, rows=8)
     chip = dataclasses.replace(CHIP, memory_bandwidth=1e30, link_bandwidth=1e30)
     layouts = fitting_layouts(config, 4, chip)
     found = [layout.config for layout in layouts if layout.config.mesh.pipeline > 1]
     assert found and all(c.train.accumulation % c.mesh.pipeline == 0 for c in found)
-    assert {c.train.pipeline_rounds for c in found} == {1, 2}
+    two_stages = [c.train.pipeline_rounds for c in found if c.mesh.pipeline == 2]
+    assert set(two_stages) == {2}  # of one layer each
     for layout in layouts:
         check_layout(layout.config, layout.config.mesh)
     assert "train.pipeline_rounds=" in next(
