@@ -81,6 +81,8 @@ td, th { padding: .2rem .75rem .2rem 0; text-align: left; vertical-align: top; }
 td + td, th + th { padding-right: 0; padding-left: .75rem; }
 .numbers td + td, .numbers th + th, .config td + td { text-align: right; }
 .numbers td.words, .numbers th.words { text-align: left; }
+.numbers td.words:last-child { white-space: normal; overflow-wrap: break-word; }
+.card.scroll + .card.scroll { margin-top: .75rem; }
 .track { height: 1.1rem; margin-top: .15rem; border-radius: .2rem; background: var(--rule); }
 .track div { height: 100%; min-width: 2px; border-radius: .2rem; }
 .bars td:nth-child(2) { width: 70%; }

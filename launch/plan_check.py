@@ -122,7 +122,7 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
         platform = CHIPS[case.chip].platform if case.chip in CHIPS else "cpu"
         counted = step_bytes(config, config.mesh, platform).total
         name = ", ".join([f"`{case.config}`", *(f"{k}={v}" for k, v in case.changes.items())])
-        chips = f"{case.devices} {case.chip}"
+        chips = f"{case.devices:,} {case.chip}"
         sizes = [f"{size / GIB:.3g}" for size in (found["bytes"], counted)]
         lines.append(f"| {name} | {chips} | {' | '.join(sizes)} | {counted / found['bytes']:.2f} |")
     return "\n".join(lines)

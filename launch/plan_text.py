@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping
 
 from launch.plan_components import align
+from moe.scaling.flops import run_active_parameters
 from moe.scaling.hardware import Chip
 from moe.scaling.layouts import Layout, cheapest_fit
 from moe.scaling.memory import StepBytes
@@ -26,6 +27,7 @@ def plan_lines(layout: Layout, chip: Chip) -> list[str]:
         "",
         *align(time_rows(layout)),
         speed_line(layout),
+        flops_line(layout),
     ]
 
 
@@ -108,6 +110,18 @@ def speed_line(layout: Layout) -> str:
         f"A step takes at least {plan.step_seconds:.4g} s ({tokens / plan.step_seconds:,.0f} "
         f"tokens/s, MFU {100 * plan.mfu:.0f} %), bounded by {plan.bound}; "
         f"{train.steps:,} steps, {train.steps * plan.step_seconds / 3600:,.1f} hours."
+    )
+
+
+def flops_line(layout: Layout) -> str:
+    """Returns the FLOPs of a step, as counted and by the usual rule of thumb."""
+    config = layout.config
+    tokens = config.train.batch_size * config.data.sequence_length
+    thumb = 6 * run_active_parameters(config) * tokens
+    again = " (full remat repeats a third of them)" if config.model.remat == "full" else ""
+    return (
+        f"The model takes {layout.estimate.model_flops:.4g} FLOPs a step{again}; "
+        f"6 x active parameters x tokens are {thumb:.4g}."
     )
 
 

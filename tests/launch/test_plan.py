@@ -43,6 +43,8 @@ def test_a_plan_has_every_kind_of_memory_and_what_is_sent():
         assert f"\n{kind} " in text
     assert "64 h200 as fsdp=8, tensor=8; 1024 rows in 16 microbatches" in text
     assert "It fits: " in text and "bounded by compute" in text
+    # 1024 rows of 4096 tokens, and 6.738e9 parameters.
+    assert "The model takes 1.798e+17 FLOPs a step" in text and "are 1.696e+17." in text
     page = plan_page(layout, H200)
     assert page.count("background:var(--first)") == 6 and "<script" not in page
 
