@@ -33,12 +33,12 @@ SHAPES: dict[tuple[str, str], dict[str, Any]] = {
         "model.feed_forward_dim": 1408,
         "model.num_heads": 8,
         "model.num_kv_heads": 4,
-        "train.batch_size": 8,
+        "train.batch_size": 4,
     },
     ("twice as deep, rows of 1,024", "dense_tiny"): {
         "model.num_layers": 8,
         "data.sequence_length": 1024,
-        "train.batch_size": 4,
+        "train.batch_size": 2,
     },
     ("16 experts of 176, 4 a token", "moe_tiny"): {},
     ("8 experts of 512, 2 a token", "moe_tiny"): {

@@ -11,8 +11,16 @@ import math
 from collections.abc import Mapping
 
 from moe.config import AXES, MeshConfig, RunConfig
-from moe.scaling.activations import activations
-from moe.scaling.communication import Collective, least_collectives, pipeline_schedule
+from moe.scaling.activations import BLOCK_ROWS, activations, expert_rows
+from moe.scaling.arrays import parameters
+from moe.scaling.communication import (
+    FLOAT32,
+    ITEM,
+    Collective,
+    layer_passes,
+    least_collectives,
+    pipeline_schedule,
+)
 from moe.scaling.flops import run_training_flops, stage_training_flops
 from moe.scaling.hardware import Chip, Platform
 from moe.scaling.memory import StepBytes, state_bytes, step_bytes
@@ -80,8 +88,9 @@ def memory_traffic(config: RunConfig, mesh: MeshConfig, platform: Platform) -> f
 
     The update reads parameters, moments and gradients, and writes the first two. A microbatch
     writes what its backward pass reads, reads it, and adds its gradients up. Full remat writes it
-    twice. On a CPU a scan over layers copies it into arrays of all layers, and out of them. What
-    matmuls read again because it does not fit into registers is not counted.
+    twice. On a CPU a scan over layers copies it into arrays of all layers, and out of them, and
+    experts move more than that. What matmuls read again because it does not fit into registers is
+    not counted.
     """
     state, sizes = state_bytes(config, mesh), dataclasses.asdict(mesh)
     update = 2 * (state.parameters + state.optimizer) + state.gradients
@@ -90,10 +99,30 @@ def memory_traffic(config: RunConfig, mesh: MeshConfig, platform: Platform) -> f
     passes = 3 if config.model.remat == "full" else 2
     if platform == "cpu" and config.model.scan_layers:
         passes *= 2
-    # The stages of a pipeline keep what all microbatches make.
     microbatches = config.train.accumulation
+    if platform == "cpu" and config.model.sparse_layers:
+        update += microbatches * _expert_traffic(config, sizes)
+    # The stages of a pipeline keep what all microbatches make.
     kept = microbatches if pipeline_schedule(config, sizes) is None else 1
     return update + kept * passes * made + microbatches * 3 * state.gradients
+
+
+def _expert_traffic(config: RunConfig, sizes: Mapping[str, int]) -> float:
+    """Returns the bytes that the experts of a CPU move in a microbatch beside what they save.
+
+    Rows are gathered in both passes, and their gradients in the second; outputs and gradients are
+    arrays of zeros first, then written and read. For each run of rows that is multiplied at once,
+    an expert's weights are read in both passes, and its gradients are read and written.
+    """
+    passes, item = layer_passes(config, sizes)[0], ITEM[config.model.compute_dtype]
+    experts = config.model.moe.num_experts // sizes["expert"]
+    rows = expert_rows(config, sizes, passes.tokens)
+    weights = sum(a.elements(sizes) for a in parameters(config) if a.name == "experts") // experts
+    # The longest runs have 16 blocks. What is left of an expert's rows makes 1.5 runs of 4 blocks
+    # and as many of one block, on average.
+    runs = rows / (16 * BLOCK_ROWS) + 3 * experts
+    moved = 9 * item * rows * config.model.model_dim + runs * (2 * item + 2 * FLOAT32) * weights
+    return passes.sparse_layers * moved
 
 
 def network_seconds(

@@ -13,7 +13,9 @@ from moe.scaling.memory import MARGIN, step_bytes
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "docs" / "benchmarks"
 PROGRAMS = json.loads((BENCHMARKS / "plan_memory.json").read_text())
-MEASURED = {case.name: found["bytes"] for case in CASES if "bytes" in (found := PROGRAMS[case.name])}
+MEASURED = {
+    case.name: found["bytes"] for case in CASES if "bytes" in (found := PROGRAMS[case.name])
+}
 
 
 def counted(case):

@@ -91,3 +91,15 @@ def test_programs_for_h200_take_what_is_counted(name, topology):
     config = RunConfig.from_config_dict(module.get_config())
     ratio = counted_over_program(config, list(h200s(topology)), "cuda")
     assert ratio == pytest.approx(1, abs=MARGIN)
+
+
+@pytest.mark.aot
+def test_a_program_for_v5p_takes_what_is_counted():
+    """The temporaries that libtpu reports are no measure of it (docs/log.md)."""
+    pytest.importorskip("libtpu", reason="needs pip install -e '.[aot]'")
+    from jax.experimental import topologies
+
+    found = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x2")
+    config = RunConfig.from_config_dict(importlib.import_module("configs.dense_1b").get_config())
+    ratio = counted_over_program(config, list(found.devices), "tpu")
+    assert ratio == pytest.approx(1, abs=MARGIN)
