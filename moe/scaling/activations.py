@@ -82,7 +82,7 @@ def weight_copies(config: RunConfig, sizes: Mapping[str, int], platform: Platfor
     return total
 
 
-def activations(config: RunConfig, sizes: Mapping[str, int]) -> Activations:
+def activations(config: RunConfig, sizes: Mapping[str, int], platform: Platform) -> Activations:
     """Returns the bytes that activations take on each device of a mesh of such axes."""
     model, own = config.model, own_passes(config, sizes)
     item, widths = ITEM[model.compute_dtype], _widths(model, sizes)
@@ -99,7 +99,7 @@ def activations(config: RunConfig, sizes: Mapping[str, int]) -> Activations:
     return Activations(
         saved=round(stacks * saved) + _pipeline_hands(config, sizes),
         layer=max([_layer(config, sizes, staged), *largest]),
-        loss=_loss(config, sizes, own.tokens),
+        loss=_loss(config, sizes, platform) - _later_gradients(config, sizes),
         embedding=FLOAT32 * widths.vocabulary * widths.stream
         + 2 * item * own.tokens * widths.stream,
     )
@@ -245,17 +245,33 @@ def _cast_item(config: RunConfig, array: Array, sizes: Mapping[str, int]) -> int
     return item if array.axes("D", sizes) or item < FLOAT32 else 0
 
 
-def _loss(config: RunConfig, sizes: Mapping[str, int], tokens: int) -> int:
+def _later_gradients(config: RunConfig, sizes: Mapping[str, int]) -> int:
+    """Returns the bytes of the gradients that begin to exist after the loss.
+
+    They are those of a pipeline's stages, whose one backward pass begins then. Elsewhere they are
+    sums over microbatches.
+    """
+    staged = [array for array in parameters(config) if array.is_pipelined]
+    if sizes["pipeline"] == 1:
+        return 0
+    return FLOAT32 * sum(array.layers(sizes) * array.elements(sizes) for array in staged)
+
+
+def _loss(config: RunConfig, sizes: Mapping[str, int], platform: Platform) -> int:
     """Returns the bytes that the loss takes: logits of a chunk, and the unembedding's gradient.
 
     The gradient of each chunk is made before it is added to that of the chunks before. The final
     norm keeps its input and the normed input in float32, and its result, and beside them stands the
-    gradient of the result.
+    gradient of the result. The compiler of TPUs makes logits of the compute dtype within a matmul,
+    and makes the normed input again.
     """
+    tokens, is_tpu = own_passes(config, sizes).tokens, platform == "tpu"
     item, widths = ITEM[config.model.compute_dtype], _widths(config.model, sizes)
     # The last of the table's one or two arrays: a tied embedding is cast as an unembedding is.
     table = [array for array in parameters(config) if "V" in array.dims][-1]
     chunks = math.ceil(config.data.sequence_length / config.train.loss_chunk)
-    logits = (FLOAT32 + item) * math.ceil(tokens / chunks) * widths.vocabulary
+    logit = FLOAT32 if is_tpu else FLOAT32 + item
+    logits = logit * math.ceil(tokens / chunks) * widths.vocabulary
     weight = (_cast_item(config, table, sizes) + 2 * FLOAT32) * widths.vocabulary * widths.stream
-    return logits + weight + 2 * (FLOAT32 + item) * tokens * widths.stream
+    streams = 2 * item + (FLOAT32 if is_tpu else 2 * FLOAT32)
+    return logits + weight + streams * tokens * widths.stream

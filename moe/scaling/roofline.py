@@ -95,7 +95,7 @@ def memory_traffic(config: RunConfig, mesh: MeshConfig, platform: Platform) -> f
     state, sizes = state_bytes(config, mesh), dataclasses.asdict(mesh)
     update = 2 * (state.parameters + state.optimizer) + state.gradients
     model = dataclasses.replace(config.model, remat="none")
-    made = activations(dataclasses.replace(config, model=model), sizes).saved
+    made = activations(dataclasses.replace(config, model=model), sizes, platform).saved
     passes = 3 if config.model.remat == "full" else 2
     if platform == "cpu" and config.model.scan_layers:
         passes *= 2
