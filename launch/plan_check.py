@@ -11,6 +11,7 @@ prints both as a table in Markdown. The compilers come with pip install '.[aot]'
 compiler is not installed is left out, and so is one that its compiler refuses.
 """
 
+import dataclasses
 import importlib
 import json
 import time
@@ -50,8 +51,7 @@ class Case(NamedTuple):
         config: ConfigDict = importlib.import_module(f"configs.{self.config}").get_config()
         config.update_from_flattened_dict(dict(self.changes))
         run = RunConfig.from_config_dict(config)
-        config.mesh.update(vars(run.mesh.resolve(self.devices)))
-        return RunConfig.from_config_dict(config)
+        return dataclasses.replace(run, mesh=run.mesh.resolve(self.devices))
 
 
 _ON_CPU = (
