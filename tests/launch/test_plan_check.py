@@ -50,10 +50,10 @@ def test_the_table_has_a_row_for_each_program():
     assert any(row.startswith("| `moe_671b` | 1,024 v5p |") for row in rows)
 
 
-def test_a_case_whose_compiler_is_missing_is_said_so(monkeypatch):
+def test_a_case_whose_compiler_is_missing_is_left_for_another_machine(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     case = next(case for case in CASES if case.chip == "v5p")
-    assert plan_check.program_bytes(case) == {"error": "no compiler"}
+    assert plan_check.program_bytes(case) == {}
 
 
 def test_steps_on_a_cpu_take_what_dense_tiny_predicts():
