@@ -47,6 +47,7 @@ def test_a_plan_has_every_kind_of_memory_and_what_is_sent():
     assert "The model takes 1.798e+17 FLOPs a step" in text and "are 1.696e+17." in text
     page = plan_page(layout, H200)
     assert page.count("background:var(--first)") == 6 and "<script" not in page
+    assert "<td class=words>attention: weights</td><td>4,096</td>" in page
 
 
 def test_a_layout_that_does_not_fit_names_its_largest_part_and_a_change_that_fits():
