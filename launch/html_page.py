@@ -4,8 +4,9 @@ A page has no scripts, needs no network, and is for light and dark screens, wide
 """
 
 import html
+import itertools
 import string
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from launch.plotting import THEMES
 
@@ -20,12 +21,26 @@ def whole_page(title: str, body: str) -> str:
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """Returns a table of texts as HTML, whose first column stays in sight on narrow screens."""
-    header = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
-    )
-    return f"<div class='card scroll'><table class=numbers><tr>{header}</tr>{body}</table></div>"
+    """Returns a table of texts as HTML, whose first column stays in sight on narrow screens.
+
+    Numbers stand on the right of their columns, and words on the left.
+    """
+    rows = [list(row) for row in rows]
+    columns = itertools.zip_longest(*rows, fillvalue="")
+    kinds = ["" if any(map(_is_number, column)) else " class=words" for column in columns]
+    lines = [_row("th", head, kinds), *(_row("td", row, kinds) for row in rows)]
+    return f"<div class='card scroll'><table class=numbers>{''.join(lines)}</table></div>"
+
+
+def _is_number(cell: str) -> bool:
+    return cell.lstrip("+-−~<$")[:1].isdigit()
+
+
+def _row(tag: str, cells: Iterable[str], kinds: Sequence[str]) -> str:
+    """Returns a row of a table, each cell with its column's attributes."""
+    pairs = itertools.zip_longest(cells, kinds, fillvalue="")
+    found = "".join(f"<{tag}{kind}>{html.escape(cell)}</{tag}>" for cell, kind in pairs)
+    return f"<tr>{found}</tr>"
 
 
 _PAGE = string.Template("""<!doctype html>
@@ -65,6 +80,13 @@ th { font-weight: 500; }
 td, th { padding: .2rem .75rem .2rem 0; text-align: left; vertical-align: top; }
 td + td, th + th { padding-right: 0; padding-left: .75rem; }
 .numbers td + td, .numbers th + th, .config td + td { text-align: right; }
+.numbers td.words, .numbers th.words { text-align: left; }
+.numbers td.words:last-child { white-space: normal; overflow-wrap: break-word; }
+.card.scroll + .card.scroll { margin-top: .75rem; }
+.track { height: 1.1rem; margin-top: .15rem; border-radius: .2rem; background: var(--rule); }
+.track div { height: 100%; min-width: 2px; border-radius: .2rem; }
+.bars td:nth-child(2) { width: 70%; }
+.bars tr:first-child td { border-top: 0; }
 .numbers { border-collapse: separate; border-spacing: 0; }
 .numbers td + td, .numbers th { white-space: nowrap; }
 .numbers td { border-top: 1px solid var(--rule); }

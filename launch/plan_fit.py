@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 
+from launch.plan_text import GIB, fix_line
 from moe.config import ConfigError, RunConfig
 from moe.scaling.hardware import CHIPS, device_platform, memory_bytes
 from moe.scaling.layouts import cheapest_fit
@@ -20,8 +21,6 @@ def check_fit(config: RunConfig) -> None:
     sharers = jax.local_device_count() if device.platform == "cpu" else 1
     room = memory_bytes(device) / sharers
     mesh = config.mesh.resolve(jax.device_count())
-    if mesh.pipeline > 1:
-        return  # what a pipeline keeps is not counted
     memory = step_bytes(config, mesh, device_platform(device.device_kind))
     if (1 - MARGIN) * memory.total <= room:
         return
@@ -29,10 +28,7 @@ def check_fit(config: RunConfig) -> None:
     chip = kinds.get(device.device_kind, CHIPS["h200"])  # it only orders the changes by their time
     known = dataclasses.replace(chip, device_kind=device.device_kind, memory_bytes=room)
     change = cheapest_fit(config, mesh, known)
-    largest = memory.largest
     raise ConfigError(
-        f"config takes about {memory.total / 2**30:.1f} GiB on each device, which has "
-        f"{room / 2**30:.1f} GiB; the largest part is {largest}, "
-        f"{getattr(memory, largest) / 2**30:.1f} GiB: set "
-        f"{change or 'a mesh of more devices, or a smaller model'} (--force starts it all the same)"
+        f"config takes about {memory.total / GIB:.1f} GiB on each device, which has "
+        f"{room / GIB:.1f} GiB; {fix_line(memory, change)} (--force starts it all the same)"
     )

@@ -15,8 +15,8 @@ from launch.plan_text import (
     GIB,
     collective_rows,
     fit_line,
+    flops_line,
     headline,
-    memory_rows,
     speed_line,
     time_rows,
 )
@@ -31,10 +31,9 @@ def plan_page(layout: Layout, chip: Chip, program: StepProgram | None = None) ->
         _paragraph(headline(layout, chip)),
         "<h2>Memory of a device</h2>",
         _bars(layout, chip),
-        _paragraph(fit_line(layout, chip)),
-        _table(memory_rows(layout, chip)),
+        _paragraph(f"{fit_line(layout, chip)} A grey bar is the memory of the chip."),
         "<h2>Time of a step</h2>",
-        _paragraph(speed_line(layout)),
+        _paragraph(f"{speed_line(layout)} {flops_line(layout)}"),
         _table(time_rows(layout)),
         "<h2>What each device sends</h2>",
         _table(collective_rows(layout)),
@@ -57,25 +56,31 @@ def _program(program: StepProgram, layout: Layout, chip: Chip) -> list[str]:
 
 
 def _bars(layout: Layout, chip: Chip) -> str:
-    """Returns one bar for each kind of memory, as long as its share of the chip's memory.
+    """Returns one bar for each kind of memory, each of which begins where the last one ends.
 
-    A layout that does not fit fills the width with its total, and a line marks the chip's memory.
+    The grey track is the chip's memory. A layout that does not fit fills the width with its total.
     """
     memory = layout.estimate.memory
     scale = max(memory.total, chip.memory_bytes)
-    limit = 100 * chip.memory_bytes / scale
     colour = "var(--first)" if memory.total <= chip.memory_bytes else "var(--alarm)"
-    start, rows = 0.0, []
-    for kind, size in dataclasses.asdict(memory).items():
-        width = 100 * size / scale
-        rows.append(
-            f"<tr><td>{kind}</td><td style='width:75%'><div style='border-right:2px solid "
-            f"var(--muted);width:{limit:.2f}%'><div style='margin-left:{100 * start / limit:.2f}%;"
-            f"width:{100 * width / limit:.2f}%;min-width:1px;height:1.1rem;background:{colour}'>"
-            f"</div></div></td><td>{size / GIB:.2f} GiB</td></tr>"
-        )
-        start += width
-    return f"<div class='card scroll'><table class=bars>{''.join(rows)}</table></div>"
+    start, rows = 0, []
+    kinds = dataclasses.asdict(memory)
+    for kind, size in (*kinds.items(), ("total", memory.total)):
+        begin = 0 if kind == "total" else start
+        bar = _bar(begin / scale, size / scale, chip.memory_bytes / scale, colour)
+        share = f"{100 * size / chip.memory_bytes:.1f} %"
+        cells = f"<td>{kind}</td><td>{bar}</td><td>{size / GIB:.2f} GiB</td><td>{share}</td>"
+        rows.append(f"<tr>{cells}</tr>")
+        start += size
+    body = "".join(rows)
+    return f"<div class='card scroll'><table class='numbers bars'>{body}</table></div>"
+
+
+def _bar(start: float, width: float, track: float, colour: str) -> str:
+    """Returns a bar as HTML. All three are parts of the room that there is for it."""
+    place = f"margin-left:{100 * start / track:.2f}%;width:{100 * width / track:.2f}%"
+    inner = f"<div style='{place};background:{colour}'></div>"
+    return f"<div class=track style='width:{100 * track:.2f}%'>{inner}</div>"
 
 
 def _table(rows: list[tuple[str, ...]]) -> str:

@@ -55,12 +55,16 @@ class StepProgram:
 
 
 def compile_step(config: RunConfig, chip: Chip, num_devices: int) -> StepProgram:
-    """Compiles a run's train step for so many of these chips, in a process of its own.
+    """Compiles a run's train step for so many of these chips.
 
     Without the compiler for these chips, it is compiled for virtual CPU devices. Raises ConfigError
     where the run cannot be split over the devices, or programs for CPUs have no such exchange.
     """
-    target = find_target(chip, num_devices)
+    return compile_for(config, find_target(chip, num_devices))
+
+
+def compile_for(config: RunConfig, target: Target) -> StepProgram:
+    """Compiles a run's train step for a target, in a process of its own."""
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "result.json"
         request = {

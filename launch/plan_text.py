@@ -5,8 +5,10 @@ import math
 from collections.abc import Mapping
 
 from launch.plan_components import align
+from moe.scaling.flops import run_active_parameters
 from moe.scaling.hardware import Chip
 from moe.scaling.layouts import Layout, cheapest_fit
+from moe.scaling.memory import StepBytes
 
 GIB = 2**30
 SHOWN_LAYOUTS = 10
@@ -25,6 +27,7 @@ def plan_lines(layout: Layout, chip: Chip) -> list[str]:
         "",
         *align(time_rows(layout)),
         speed_line(layout),
+        flops_line(layout),
     ]
 
 
@@ -61,14 +64,17 @@ def fit_line(layout: Layout, chip: Chip) -> str:
     if memory.total <= room:
         return f"It fits: {(room - memory.total) / GIB:.1f} of {room / GIB:.1f} GiB stay free."
     change = cheapest_fit(layout.config, layout.estimate.mesh, chip)
-    fix = (
-        f"set {change}" if change else "no change of remat, microbatches or fsdp does; use --search"
-    )
-    largest = memory.largest
-    return (
-        f"It does not fit {room / GIB:.1f} GiB. The largest part is {largest}, "
-        f"{getattr(memory, largest) / GIB:.1f} GiB. To make it fit, {fix}."
-    )
+    return f"It does not fit {room / GIB:.1f} GiB; {fix_line(memory, change)}."
+
+
+def fix_line(memory: StepBytes, change: str | None) -> str:
+    """Returns the largest part of what does not fit, and what to set.
+
+    `change` is that of `cheapest_fit`.
+    """
+    size = getattr(memory, memory.largest) / GIB
+    fix = change or "other axes of the mesh, more devices, or a smaller model"
+    return f"the largest part is {memory.largest}, {size:.1f} GiB: set {fix}"
 
 
 def collective_rows(layout: Layout) -> list[tuple[str, ...]]:
@@ -104,6 +110,18 @@ def speed_line(layout: Layout) -> str:
         f"A step takes at least {plan.step_seconds:.4g} s ({tokens / plan.step_seconds:,.0f} "
         f"tokens/s, MFU {100 * plan.mfu:.0f} %), bounded by {plan.bound}; "
         f"{train.steps:,} steps, {train.steps * plan.step_seconds / 3600:,.1f} hours."
+    )
+
+
+def flops_line(layout: Layout) -> str:
+    """Returns the FLOPs of a step, as counted and by the usual rule of thumb."""
+    config = layout.config
+    tokens = config.train.batch_size * config.data.sequence_length
+    thumb = 6 * run_active_parameters(config) * tokens
+    again = " (full remat repeats a third of them)" if config.model.remat == "full" else ""
+    return (
+        f"The model takes {layout.estimate.model_flops:.4g} FLOPs a step{again}; "
+        f"6 x active parameters x tokens are {thumb:.4g}."
     )
 
 

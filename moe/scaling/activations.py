@@ -7,7 +7,8 @@ A step is at its largest in one of a few moments, and each moment is a list of a
 - where the gradient of the embedding is added up.
 
 What all moments share: the inputs of all layers (or, without remat, everything that their backward
-passes read), and the gradients. docs/planning.md explains the arrays one by one. Compilers add
+passes read), and the gradients. In a pipeline these are the layers of a stage, for all microbatches
+that have gone through it. docs/planning.md explains the arrays one by one. Compilers add
 copies of their own, and how well they pack arrays can't be known beforehand.
 """
 
@@ -16,8 +17,17 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from moe.config import ModelConfig, RunConfig
-from moe.scaling.arrays import parameters
-from moe.scaling.communication import FLOAT32, ITEM, local_tokens, stream_parts
+from moe.scaling.arrays import Array, parameters
+from moe.scaling.communication import (
+    FLOAT32,
+    ITEM,
+    Passes,
+    layer_passes,
+    local_tokens,
+    own_passes,
+    pipeline_schedule,
+    stream_parts,
+)
 from moe.scaling.hardware import Platform
 
 # The arrays [B, T, D] in the backward pass of a layer, of which the tensor axis splits the tokens:
@@ -63,42 +73,80 @@ def weight_copies(config: RunConfig, sizes: Mapping[str, int], platform: Platfor
     """Returns the bytes of the weights that a compiler copies for all layers before the loop.
 
     That of GPUs reorders, in float32, the parts of weights that are gathered along another
-    dimension than their first. That of TPUs casts all weights of layers to the compute dtype, and
-    reorders those of attention.
+    dimension than their first, and copies the experts' gradients in the loop over rows that adds
+    them up. That of TPUs casts all weights of layers to the compute dtype.
     """
     total = 0
     for array in parameters(config):
-        size = array.repeats * array.elements(sizes)
+        size = array.layers(sizes) * array.elements(sizes)
         if platform == "gpu" and array.axes("D", sizes) and array.dims[0] != "D":
             total += FLOAT32 * size
-        elif platform == "tpu" and array.repeats > 1 and len(array.dims) > 1:
+        if platform == "gpu" and array.name == "experts":
+            total += FLOAT32 * array.elements(sizes, whole=("fsdp",))
+        if platform == "tpu" and array.repeats > 1 and len(array.dims) > 1:
             total += ITEM[config.model.compute_dtype] * size
-            total += FLOAT32 * size if "attention" in array.name else 0
     return total
 
 
-def activations(config: RunConfig, sizes: Mapping[str, int]) -> Activations:
+def activations(config: RunConfig, sizes: Mapping[str, int], platform: Platform) -> Activations:
     """Returns the bytes that activations take on each device of a mesh of such axes."""
-    model, tokens = config.model, local_tokens(config, sizes)
+    model, own = config.model, own_passes(config, sizes)
     item, widths = ITEM[model.compute_dtype], _widths(config, sizes)
-    sparse = len(model.sparse_layers)
     stacks = 1.0
     if config.task == "span_corruption":  # the decoder has as many layers, and fewer tokens
         stacks += config.corrupted_row.targets / config.data.sequence_length
+    staged, *others = layer_passes(config, sizes)
+    in_stages = staged.kept * _saved(config, sizes, staged)
+    saved = in_stages + sum(_saved(config, sizes, passes) for passes in others)
+    # The backward passes of layers before the stages begin when those of the stages have ended.
+    is_after = model.pipelined_group + 1 < len(model.layer_groups)
+    freed = 0 if is_after else round(in_stages)
+    largest = [_layer(config, sizes, passes) - freed for passes in others]
+    return Activations(
+        saved=round(stacks * saved) + _pipeline_hands(config, sizes),
+        layer=max([_layer(config, sizes, staged), *largest]),
+        loss=_loss(config, sizes, platform) - _later_gradients(config, sizes),
+        embedding=FLOAT32 * widths.vocabulary * widths.stream
+        + 2 * item * own.tokens * widths.stream,
+    )
+
+
+def _saved(config: RunConfig, sizes: Mapping[str, int], passes: Passes) -> int:
+    """Returns the bytes that the backward passes of some layers read, for one pass of them."""
+    model, tokens = config.model, passes.tokens
+    item, widths = ITEM[model.compute_dtype], _widths(config, sizes)
     if model.remat == "full":
         # Where the stream between the parts of a layer is small, it is saved as well.
         streams = 1 if widths.own_stream == widths.stream else 2
-        saved = model.num_layers * streams * item * tokens * widths.own_stream
-    else:
-        saved = model.num_layers * tokens * _attention_residuals(widths, item)
-        saved += (model.num_layers - sparse) * _dense_residuals(model, sizes, tokens)
-        saved += sparse * _sparse_residuals(config, sizes, tokens) if sparse else 0
-    return Activations(
-        saved=round(stacks * saved),
-        layer=_layer(config, sizes, saved),
-        loss=_loss(config, widths, tokens),
-        embedding=FLOAT32 * widths.vocabulary * widths.stream + 2 * item * tokens * widths.stream,
-    )
+        return passes.layers * streams * item * tokens * widths.own_stream
+    saved = passes.layers * tokens * _attention_residuals(widths, item)
+    saved += (passes.layers - passes.sparse_layers) * _dense_residuals(model, sizes, tokens)
+    if passes.sparse_layers:
+        saved += passes.sparse_layers * _sparse_residuals(config, sizes, tokens)
+        if _keeps_rows(config, sizes):
+            width = 2 * model.moe.expert_dim // sizes["tensor"]
+            saved += passes.sparse_layers * item * expert_rows(config, sizes, tokens) * width
+    return saved
+
+
+def _keeps_rows(config: RunConfig, sizes: Mapping[str, int]) -> bool:
+    """Returns whether gate and up of all experts' rows wait for the backward pass.
+
+    The stages of a pipeline compute them again, whatever `model.remat` says.
+    """
+    return config.model.remat == "none" and sizes["pipeline"] == 1
+
+
+def _pipeline_hands(config: RunConfig, sizes: Mapping[str, int]) -> int:
+    """Returns the bytes of what a stage has between two ticks.
+
+    These are the ring, the belt and the stage's own microbatches.
+    """
+    schedule = pipeline_schedule(config, sizes)
+    if schedule is None:
+        return 0
+    stream = ITEM[config.model.compute_dtype] * local_tokens(config, sizes) * config.model.model_dim
+    return (2 + schedule.groups) * stream
 
 
 def _widths(config: RunConfig, sizes: Mapping[str, int]) -> Widths:
@@ -136,14 +184,13 @@ def _sparse_residuals(config: RunConfig, sizes: Mapping[str, int], tokens: int) 
     """Returns the bytes that the backward pass of a sparse part reads.
 
     These are its input, in the compute dtype and for a router of float32, the scores of all
-    experts, gate and up of each row, and those of the shared experts with their product.
+    experts, and gate and up of the shared experts with their product. Rows come on top.
     """
     model, item = config.model, ITEM[config.model.compute_dtype]
     router = FLOAT32 * model.model_dim if item < FLOAT32 else 0
     shared = MADE_WIDTHS * model.moe.num_shared_experts * model.moe.expert_dim // sizes["tensor"]
     per_token = item * (model.model_dim + shared) + router + 2 * FLOAT32 * model.moe.num_experts
-    width = model.moe.expert_dim // sizes["tensor"]
-    return tokens * per_token + 2 * item * expert_rows(config, sizes, tokens) * width
+    return tokens * per_token
 
 
 def expert_rows(config: RunConfig, sizes: Mapping[str, int], tokens: int) -> int:
@@ -164,13 +211,13 @@ def expert_rows(config: RunConfig, sizes: Mapping[str, int], tokens: int) -> int
             return assignments * devices + experts * BLOCK_ROWS
 
 
-def _layer(config: RunConfig, sizes: Mapping[str, int], saved: int) -> int:
-    """Returns the bytes that the backward pass of the largest layer takes.
+def _layer(config: RunConfig, sizes: Mapping[str, int], passes: Passes) -> int:
+    """Returns the bytes that the backward pass of the largest of some layers takes.
 
     Full remat makes the layer's arrays again. Without remat, the backward pass takes the layer's
-    part of what is saved out of the arrays of all layers.
+    part out of what is saved.
     """
-    model, tokens = config.model, local_tokens(config, sizes)
+    model, tokens = config.model, passes.tokens
     item, widths = ITEM[model.compute_dtype], _widths(config, sizes)
     heads = 2 * (widths.queries + widths.keys)
     is_full = model.remat == "full"
@@ -181,32 +228,63 @@ def _layer(config: RunConfig, sizes: Mapping[str, int], saved: int) -> int:
     common = item * tokens * (stream + (heads if is_full else 0))
     arrays = GRADIENT_WIDTHS + (MADE_WIDTHS if is_full else 0)
     sparse, dense = 0, item * tokens * arrays * model.feed_forward_dim // sizes["tensor"]
-    if model.sparse_layers:
+    if passes.sparse_layers:
         sparse = _sparse_layer(config, sizes, tokens)
-        dense = dense if len(model.sparse_layers) < model.num_layers else 0
-    return common + max(sparse, dense) + (0 if is_full else saved // model.num_layers)
+        dense = dense if passes.sparse_layers < passes.layers else 0
+    saved = 0 if is_full else _saved(config, sizes, passes) // passes.layers
+    return common + max(sparse, dense) + saved
 
 
 def _sparse_layer(config: RunConfig, sizes: Mapping[str, int], tokens: int) -> int:
     """Returns the bytes that the backward pass of a sparse part takes beside the stream."""
-    model, item = config.model, ITEM[config.model.compute_dtype]
-    rows = expert_rows(config, sizes, tokens)
-    width = model.moe.expert_dim // sizes["tensor"]
-    arrays = GRADIENT_WIDTHS + (MADE_WIDTHS if model.remat == "full" else 0)
+    model, moe, item = config.model, config.model.moe, ITEM[config.model.compute_dtype]
+    rows, width = expert_rows(config, sizes, tokens), moe.expert_dim // sizes["tensor"]
+    # The rows and their gradient, and gate and up. The experts make all else a block at a time.
+    made = rows * (2 * model.model_dim + (0 if _keeps_rows(config, sizes) else 2 * width))
+    if sizes["expert"] > 1:  # rows leave and arrive, and so do their gradients
+        made += 2 * (rows + tokens * moe.experts_per_token) * model.model_dim
     weights = [array for array in parameters(config) if array.name == "experts"]
     # The gradients of all three weights leave the kernel together, before they are scattered.
     whole = sum(array.elements(sizes, whole=("fsdp",)) for array in weights)
-    return item * rows * (2 * model.model_dim + arrays * width) + (item + FLOAT32) * whole
+    return item * made + (_cast_item(config, weights[0], sizes) + FLOAT32) * whole
 
 
-def _loss(config: RunConfig, widths: Widths, tokens: int) -> int:
-    """Returns the bytes that the loss takes: logits of a chunk, and the unembedding's gradient.
+def _cast_item(config: RunConfig, array: Array, sizes: Mapping[str, int]) -> int:
+    """Returns the bytes of a number of a weight's copy for a matmul, which is gathered and cast.
 
-    The gradient of each chunk is made before it is added to that of the chunks before. Hidden
-    states, their order by chunks, and their gradient are those of the whole row.
+    They are 0 where the parameter itself serves.
     """
     item = ITEM[config.model.compute_dtype]
+    return item if array.axes("D", sizes) or item < FLOAT32 else 0
+
+
+def _later_gradients(config: RunConfig, sizes: Mapping[str, int]) -> int:
+    """Returns the bytes of the gradients that begin to exist after the loss.
+
+    They are those of a pipeline's stages, whose one backward pass begins then. Elsewhere they are
+    sums over microbatches.
+    """
+    staged = [array for array in parameters(config) if array.is_pipelined]
+    if sizes["pipeline"] == 1:
+        return 0
+    return FLOAT32 * sum(array.layers(sizes) * array.elements(sizes) for array in staged)
+
+
+def _loss(config: RunConfig, sizes: Mapping[str, int], platform: Platform) -> int:
+    """Returns the bytes that the loss takes: logits of a chunk, and the unembedding's gradient.
+
+    The gradient of each chunk is made before it is added to that of the chunks before. The final
+    norm keeps its input and the normed input in float32, and its result, and beside them stands the
+    gradient of the result. The compiler of TPUs makes logits of the compute dtype within a matmul,
+    and makes the normed input again.
+    """
+    tokens, is_tpu = own_passes(config, sizes).tokens, platform == "tpu"
+    item, widths = ITEM[config.model.compute_dtype], _widths(config, sizes)
+    # The last of the table's one or two arrays: a tied embedding is cast as an unembedding is.
+    table = [array for array in parameters(config) if "V" in array.dims][-1]
     chunks = math.ceil(config.data.sequence_length / config.train.loss_chunk)
-    logits = (FLOAT32 + item) * math.ceil(tokens / chunks) * widths.vocabulary
-    weight = (item + 2 * FLOAT32) * widths.vocabulary * widths.stream
-    return logits + weight + item * tokens * (widths.stream + 2 * widths.own_stream)
+    logit = FLOAT32 if is_tpu else FLOAT32 + item
+    logits = logit * math.ceil(tokens / chunks) * widths.vocabulary
+    weight = (_cast_item(config, table, sizes) + 2 * FLOAT32) * widths.vocabulary * widths.stream
+    normed = (FLOAT32 if is_tpu else 2 * FLOAT32) * widths.own_stream
+    return logits + weight + tokens * (2 * item * widths.stream + normed)

@@ -4,6 +4,7 @@ The arrays are listed here as the model declares them, and split as `moe.config.
 test compares both with the real state.
 """
 
+import functools
 import math
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
@@ -45,18 +46,23 @@ class Array(NamedTuple):
         return tuple(axis for axis in splits.get(dim, ()) if sizes[axis] > 1)
 
 
-def parameters(config: RunConfig) -> list[Array]:
+def parameters(config: RunConfig) -> tuple[Array, ...]:
     """Returns the parameters of the model that a run trains, which its task chooses."""
-    model = config.model
+    return _parameters(config.model, config.task == "span_corruption")
+
+
+@functools.cache  # a search through layouts asks for them a thousand times
+def _parameters(model: ModelConfig, has_encoder: bool) -> tuple[Array, ...]:
+    """Returns the parameters of a model, or of the decoder and encoder of its kind."""
     d, v = model.model_dim, model.vocab_size
     arrays = [Array("embedding", "VD", (v, d))]
     if not model.tied_embeddings:
         arrays.append(Array("unembedding", "DV", (d, v)))
     arrays += _stack(model)
-    if config.task == "span_corruption":  # the encoder's stack, and what the decoder reads it with
+    if has_encoder:  # its stack, and what the decoder reads it with
         cross = [*_mixing(model), ("D", (d,))]
         arrays += [*_stack(model), *_repeat(model.num_layers, "cross-attention", cross)]
-    return arrays
+    return tuple(arrays)
 
 
 def _stack(config: ModelConfig) -> Iterator[Array]:

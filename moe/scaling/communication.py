@@ -7,6 +7,10 @@ step. Rows of experts are exchanged four times, and tensor parallelism adds up t
 attention and feed-forward parts, and the gradients of their inputs. Full remat repeats one of the
 exchanges and two of the gathers that such sums end with. docs/planning.md explains the figures.
 
+In a pipeline these happen at every tick, also while a stage waits: stages go through the same
+program, and then nobody uses what comes out. Between ticks the ring and the belt send the residual
+stream, and its gradient in the backward pass (docs/pipeline.md).
+
 Sums of single numbers, of losses and of router statistics are left out, and so are the tokens'
 order in a ring and the ids that experts are told: they are small.
 """
@@ -14,9 +18,9 @@ order in a ring and the ids that experts are told: they are small.
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from moe.config import MeshConfig, RunConfig
+from moe.config import MeshConfig, RunConfig, Schedule
 from moe.config.layout import count_batch_parts
 from moe.scaling.arrays import Array, parameters
 
@@ -57,6 +61,7 @@ def least_collectives(config: RunConfig, mesh: MeshConfig) -> tuple[Collective, 
         *_exchange(config, sizes),
         *_tensor(config, sizes),
         *_context(config, sizes),
+        *_pipeline(config, sizes),
     ):
         key = (collective.kind, collective.axes, collective.what)
         total = found.setdefault(key, [0.0, 0.0])
@@ -78,6 +83,57 @@ def stream_parts(config: RunConfig, sizes: Mapping[str, int]) -> int:
     return 1 if config.data.sequence_length % (sizes["context"] * tensor) else tensor
 
 
+class Passes(NamedTuple):
+    """Says how often a device applies some of its layers in a step, and to how many tokens."""
+
+    count: float  # in the forward passes; as often in the backward passes
+    kept: float  # the passes whose results wait at the same time for their backward passes
+    tokens: int  # that one pass computes
+    layers: int  # that one pass applies
+    sparse_layers: int  # those of them that have experts
+
+
+def layer_passes(config: RunConfig, sizes: Mapping[str, int]) -> list[Passes]:
+    """Returns the passes of the pipelined layers, and of all others if there are others.
+
+    Without a pipeline all layers count as one stage, which a microbatch at a time goes through.
+    """
+    model, stages = config.model, sizes["pipeline"]
+    schedule = pipeline_schedule(config, sizes)
+    tokens, num_sparse = local_tokens(config, sizes), len(model.sparse_layers)
+    if schedule is None:
+        return [Passes(config.train.accumulation, 1, tokens, model.num_layers, num_sparse)]
+    kinds, repeats = model.layer_groups[model.pipelined_group]
+    staged = len(kinds) * repeats
+    # A tick applies one of a stage's `rounds` pieces, so so many ticks are one pass of the stage.
+    # The backward pass begins after the last tick.
+    passes = schedule.ticks / schedule.rounds
+    # Without remat a tick's arrays are there once more, until they are among those of all ticks.
+    kept = passes + (1 / schedule.rounds if model.remat == "none" else 0)
+    found = [Passes(passes, kept, tokens, staged // stages, num_sparse // stages)]
+    if model.num_layers > staged:
+        found.append(own_passes(config, sizes)._replace(layers=model.num_layers - staged))
+    return found
+
+
+def own_passes(config: RunConfig, sizes: Mapping[str, int]) -> Passes:
+    """Returns the passes of what is no part of a pipeline's stages: embedding, loss, some layers.
+
+    Each stage applies it once, to all of its own microbatches together.
+    """
+    schedule, tokens = pipeline_schedule(config, sizes), local_tokens(config, sizes)
+    if schedule is None:
+        return Passes(config.train.accumulation, 1, tokens, 0, 0)
+    return Passes(1, 1, schedule.groups * tokens, 0, 0)
+
+
+def pipeline_schedule(config: RunConfig, sizes: Mapping[str, int]) -> Schedule | None:
+    """Returns the schedule of a pipeline on a mesh of such axes, or None without a pipeline."""
+    if sizes["pipeline"] == 1:
+        return None
+    return Schedule(sizes["pipeline"], config.train.pipeline_rounds, config.train.accumulation)
+
+
 def _devices(axes: tuple[str, ...], sizes: Mapping[str, int]) -> int:
     return math.prod(sizes[axis] for axis in axes)
 
@@ -95,16 +151,16 @@ def _gather_dtype(array: Array, config: RunConfig) -> int:
 
 def _weights(config: RunConfig, sizes: Mapping[str, int]) -> Iterator[Collective]:
     """Yields the gathers of weights that fsdp splits, and the scatters of their gradients."""
-    microbatches = config.train.accumulation
+    staged, own = layer_passes(config, sizes)[0], own_passes(config, sizes)
     for array in parameters(config):
         axes = array.axes("D", sizes)
         if not axes:
             continue
         of_vocabulary = array.name in ("embedding", "unembedding")
         gathers_once = of_vocabulary and not config.model.tied_embeddings
-        gathers = VOCABULARY_GATHERS if gathers_once else MATMUL_GATHERS
-        gathers *= microbatches * array.repeats
-        scatters = microbatches * array.repeats
+        passes = staged if array.is_pipelined else own
+        scatters = passes.count * array.layers(sizes)
+        gathers = (VOCABULARY_GATHERS if gathers_once else MATMUL_GATHERS) * scatters
         whole = array.elements(sizes, whole=axes)
         gathered = _sent(_gather_dtype(array, config) * whole, axes, sizes)
         summed = _sent(FLOAT32 * whole, axes, sizes)
@@ -116,21 +172,24 @@ def _weights(config: RunConfig, sizes: Mapping[str, int]) -> Iterator[Collective
 
 def _replicas(config: RunConfig, sizes: Mapping[str, int]) -> Iterator[Collective]:
     """Yields the sums of gradients over axes that hold copies of a parameter, once a step."""
-    axes = tuple(axis for axis in ("data", "context") if sizes[axis] > 1)
-    for array in parameters(config) if axes else ():
-        size = FLOAT32 * array.repeats * array.elements(sizes)
-        sent = 2 * _sent(size, axes, sizes)
-        yield Collective("all-reduce", axes, f"{array.name}: gradients", sent, array.repeats)
+    for array in parameters(config):
+        copied = ("data", "context") if array.is_pipelined else ("data", "pipeline", "context")
+        axes = tuple(axis for axis in copied if sizes[axis] > 1)
+        if not axes:
+            continue
+        layers = array.layers(sizes)
+        sent = 2 * _sent(FLOAT32 * layers * array.elements(sizes), axes, sizes)
+        yield Collective("all-reduce", axes, f"{array.name}: gradients", sent, layers)
 
 
 def _exchange(config: RunConfig, sizes: Mapping[str, int]) -> Iterator[Collective]:
     """Yields what brings tokens to their experts and back."""
     moe, axes = config.model.moe, ("expert",)
-    layers = config.train.accumulation * len(config.model.sparse_layers)
+    passes = layer_passes(config, sizes)[0]  # all sparse layers are in the stages of a pipeline
+    layers, tokens = passes.count * passes.sparse_layers, passes.tokens
     if not layers or sizes["expert"] == 1:
         return
     row = ITEM[config.model.compute_dtype] * config.model.model_dim
-    tokens = local_tokens(config, sizes)
     repeated = config.model.remat == "full"
     if moe.exchange == "all_gather":
         # Every device sees the tokens of all, and the parts of their sums are scattered back. The
@@ -156,17 +215,19 @@ def _tensor(config: RunConfig, sizes: Mapping[str, int]) -> Iterator[Collective]
     axes = ("tensor",)
     if sizes["tensor"] == 1:
         return
-    stream = ITEM[config.model.compute_dtype] * local_tokens(config, sizes) * config.model.model_dim
-    sent, layers = _sent(stream, axes, sizes), config.model.num_layers
-    is_full, steps = config.model.remat == "full", config.train.accumulation
-    # Beside the layers, there are the rows of embeddings and the last hidden states.
-    if stream_parts(config, sizes) == 1:
-        sums = steps * ((5 if is_full else 4) * layers + 2)
-        yield Collective("all-reduce", axes, "activations", 2 * sums * sent, sums)
-        return
-    scatters, gathers = steps * (4 * layers + 2), steps * ((6 if is_full else 4) * layers + 2)
-    yield Collective("reduce-scatter", axes, "activations", scatters * sent, scatters)
-    yield Collective("all-gather", axes, "activations", gathers * sent, gathers)
+    number = ITEM[config.model.compute_dtype] * config.model.model_dim
+    is_full = config.model.remat == "full"
+    # How often a layer uses each kind, and how many times the bytes of a scatter that one sends.
+    kinds: dict[Kind, tuple[int, int]] = {"all-reduce": (5 if is_full else 4, 2)}
+    if stream_parts(config, sizes) > 1:
+        kinds = {"reduce-scatter": (4, 1), "all-gather": (6 if is_full else 4, 1)}
+    for kind, (in_layer, factor) in kinds.items():
+        uses = [(passes, in_layer * passes.layers) for passes in layer_passes(config, sizes)]
+        # Beside the layers, there are the rows of embeddings and the last hidden states.
+        for passes, times in (*uses, (own_passes(config, sizes), 2)):
+            count = passes.count * times
+            sent = factor * _sent(number * passes.tokens, axes, sizes)
+            yield Collective(kind, axes, "activations", count * sent, count)
 
 
 def _context(config: RunConfig, sizes: Mapping[str, int]) -> Iterator[Collective]:
@@ -176,19 +237,44 @@ def _context(config: RunConfig, sizes: Mapping[str, int]) -> Iterator[Collective
     more beside their float32 gradients. Ulysses (Jacobs et al. 2023, section 3) exchanges queries,
     keys, values and outputs, and in the backward pass their gradients.
     """
+    if sizes["context"] > 1:
+        for passes in layer_passes(config, sizes):
+            yield _context_of_layers(config, sizes, passes)
+
+
+def _context_of_layers(config: RunConfig, sizes: Mapping[str, int], passes: Passes) -> Collective:
+    """Returns what the attention of some layers sends over the context axis."""
     model, axes = config.model, ("context",)
-    if sizes["context"] == 1:
-        return
-    layers, tokens = config.train.accumulation * model.num_layers, local_tokens(config, sizes)
+    layers, tokens = passes.count * passes.layers, passes.tokens
     item, tensor = ITEM[model.compute_dtype], sizes["tensor"]
     forwards = 2 if model.remat == "full" else 1
     keys = 2 * tokens * max(1, model.num_kv_heads // tensor) * model.head_dim
     if model.attention.context_parallelism == "ring":
         hops = (sizes["context"] - 1) * layers
         sent = hops * keys * ((forwards + 1) * item + FLOAT32)
-        yield Collective("collective-permute", axes, "keys, values", sent, (forwards + 2) * hops)
-        return
+        return Collective("collective-permute", axes, "keys, values", sent, (forwards + 2) * hops)
     queries = 2 * tokens * (model.num_heads // tensor) * model.head_dim
     exchanges = (forwards + 1) * layers
     sent = exchanges * _sent(item * (queries + keys), axes, sizes)
-    yield Collective("all-to-all", axes, "attention heads", sent, 4 * exchanges)
+    return Collective("all-to-all", axes, "attention heads", sent, 4 * exchanges)
+
+
+def _pipeline(config: RunConfig, sizes: Mapping[str, int]) -> Iterator[Collective]:
+    """Yields what the stages of a pipeline send each other.
+
+    The ring and the belt move after every tick, and once more to bring the last microbatch home.
+    The circular schedule exchanges the weights and their gradients once, as a stage's pieces are
+    not those that are stored on its devices.
+    """
+    schedule, axes = pipeline_schedule(config, sizes), ("pipeline",)
+    if schedule is None:
+        return
+    item = ITEM[config.model.compute_dtype]
+    moves = 2 * 2 * (schedule.ticks + 1)  # ring and belt, forward and backward
+    stream = item * local_tokens(config, sizes) * config.model.model_dim
+    yield Collective("collective-permute", axes, "ring and belt", moves * stream, moves)
+    for array in parameters(config) if schedule.rounds > 1 else ():
+        if array.is_pipelined:
+            held = array.layers(sizes) * array.elements(sizes)
+            sent = _sent((item + FLOAT32) * held, axes, sizes)
+            yield Collective("all-to-all", axes, f"{array.name}: weights, gradients", sent, 2)

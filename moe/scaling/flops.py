@@ -100,6 +100,22 @@ def run_training_flops(config: RunConfig) -> float:
     return training_flops(run_counts(config))
 
 
+def stage_training_flops(config: RunConfig) -> float:
+    """Returns the part of `run_training_flops` that the stages of a pipeline compute.
+
+    The rest is that of the unembedding, and of the dense layers beside a group of sparse ones.
+    """
+    kinds, repeats = config.model.layer_groups[config.model.pipelined_group]
+    outside = config.model.num_layers - len(kinds) * repeats
+    flops = 0.0
+    for count in run_counts(config):
+        if "embedding" not in count.name:
+            is_in_dense_layers = count.name.startswith(("attention", "feed-forward"))
+            layers = count.repeats - outside if is_in_dense_layers else count.repeats
+            flops += 3 * count.forward_flops * layers / count.repeats
+    return flops
+
+
 def run_parameters(config: RunConfig) -> int:
     """Returns the number of all parameters of the model that a run trains."""
     return sum(count.parameters for count in run_counts(config))

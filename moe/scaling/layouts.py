@@ -2,6 +2,7 @@
 
 import bisect
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from moe.config.layout import count_batch_parts
 from moe.scaling.hardware import Chip
 from moe.scaling.memory import state_bytes, step_bytes
 from moe.scaling.roofline import Estimate, estimate
+
+SMALL_BUBBLE = 0.05  # the part of the time that stages may wait, if more microbatches cost as much
 
 
 class Layout(NamedTuple):
@@ -24,25 +27,31 @@ class Layout(NamedTuple):
     def flags(self) -> str:
         """Returns the flags that choose the layout."""
         mesh = dataclasses.asdict(self.config.mesh)
+        train = self.config.train
         fields = {f"mesh.{axis}": size for axis, size in mesh.items()} | {
             "model.remat": self.config.model.remat,
-            "train.accumulation": self.config.train.accumulation,
+            "train.accumulation": train.accumulation,
         }
+        if self.config.mesh.pipeline > 1:
+            fields["train.pipeline_rounds"] = train.pipeline_rounds
         return " ".join(f"--config.{name}={value}" for name, value in fields.items())
 
 
 def fitting_layouts(config: RunConfig, devices: int, chip: Chip) -> list[Layout]:
     """Returns the layouts on so many chips that fit their memory, the shortest step first.
 
-    For each mesh and each choice of remat, it has the fewest microbatches that fit. Layouts of
-    equal time come with the least to hide behind it first, then with the most free memory.
+    For each mesh and each choice of remat, it has the fewest microbatches that fit. In a pipeline,
+    whose stages wait less with more of them, it has those numbers of microbatches and rounds whose
+    step is shortest. Layouts of equal time come with the least to hide behind it first, then with
+    the most free memory.
     """
     found = []
+    choose = lambda mesh: _first_fit if mesh.pipeline == 1 else _shortest_fit
     for mesh in _meshes(config, devices):
         if state_bytes(config, mesh).total > chip.memory_bytes:
             continue  # most meshes of a large model end here
         for remat in ("none", "full"):
-            if fit := _first_fit(config, mesh, remat, chip):
+            if fit := choose(mesh)(config, mesh, remat, chip):
                 found.append(Layout(fit, estimate(fit, mesh, chip)))
     order = lambda layout: (
         layout.estimate.step_seconds,
@@ -63,6 +72,28 @@ def _first_fit(config: RunConfig, mesh: MeshConfig, remat: str, chip: Chip) -> R
             return None
         first = rest[place]
     return _change(config, mesh, remat, first)
+
+
+def _shortest_fit(config: RunConfig, mesh: MeshConfig, remat: str, chip: Chip) -> RunConfig | None:
+    """Returns the config of a pipeline that fits a chip with the shortest step, or None.
+
+    More rounds and microbatches let stages wait less, and send more. So it compares the fewest and
+    the most rounds, each with the fewest microbatches that fit and with those that wait little.
+    """
+    _, repeats = config.model.layer_groups[config.model.pipelined_group]
+    numbers, choices = _microbatches(config, mesh), []
+    for rounds in {1, repeats // mesh.pipeline}:
+        train = dataclasses.replace(config.train, pipeline_rounds=rounds)
+        change = functools.partial(_change, dataclasses.replace(config, train=train), mesh, remat)
+        place = bisect.bisect_left(numbers, True, key=lambda number: _fits(change(number), chip))
+        for number in numbers[place:]:
+            bubble = (mesh.pipeline - 1) / (rounds * number + mesh.pipeline - 1)
+            if number == numbers[place] or bubble <= SMALL_BUBBLE:
+                choices.append(change(number))
+            if bubble <= SMALL_BUBBLE:
+                break
+    time = lambda choice: estimate(choice, mesh, chip).step_seconds
+    return min(choices, key=time, default=None)
 
 
 def cheapest_fit(config: RunConfig, mesh: MeshConfig, chip: Chip) -> str | None:
@@ -111,9 +142,14 @@ def _fits(config: RunConfig, chip: Chip) -> bool:
 
 
 def _microbatches(config: RunConfig, mesh: MeshConfig) -> list[int]:
-    """Returns the numbers of microbatches into which the rows of each device can be divided."""
+    """Returns the numbers of microbatches into which the rows of each device can be divided.
+
+    A pipeline deals them out to its stages.
+    """
     rows = config.train.batch_size // count_batch_parts(dataclasses.asdict(mesh))
-    return [number for number in range(1, rows + 1) if rows % number == 0]
+    return [
+        number for number in range(mesh.pipeline, rows + 1, mesh.pipeline) if rows % number == 0
+    ]
 
 
 def _change(config: RunConfig, mesh: MeshConfig, remat: str, accumulation: int) -> RunConfig:
@@ -127,19 +163,25 @@ def _change(config: RunConfig, mesh: MeshConfig, remat: str, accumulation: int) 
 
 
 def _is_possible(config: RunConfig, mesh: MeshConfig) -> bool:
-    """Returns whether the model, and the batch as one microbatch, can be split over a mesh."""
+    """Returns whether the model, and the batch in few microbatches, can be split over a mesh."""
     try:
-        check_layout(_change(config, mesh, config.model.remat, 1), mesh)
+        check_layout(_change(config, mesh, config.model.remat, mesh.pipeline), mesh)
     except ConfigError:
         return False
     return True
 
 
 def _meshes(config: RunConfig, devices: int) -> Iterator[MeshConfig]:
-    """Yields the meshes of so many devices that could suit a config."""
+    """Yields the meshes of so many devices that could suit a config, at one round of a pipeline."""
+    train = dataclasses.replace(config.train, pipeline_rounds=1)
+    config = dataclasses.replace(config, train=train)
     experts = max(1, config.model.moe.num_experts)
-    limits = {"expert": experts, "tensor": config.model.num_heads}
-    axes = ("fsdp", "expert", "context", "tensor")  # `data` takes what remains
+    limits = {
+        "pipeline": config.model.num_layers,
+        "expert": experts,
+        "tensor": config.model.num_heads,
+    }
+    axes = ("pipeline", "fsdp", "expert", "context", "tensor")  # `data` takes what remains
     divisors = [n for n in range(1, devices + 1) if devices % n == 0]
     choices = [[n for n in divisors if n <= limits.get(axis, devices)] for axis in axes]
     for sizes in itertools.product(*choices):

@@ -89,12 +89,9 @@ def step_bytes(config: RunConfig, mesh: MeshConfig, platform: Platform) -> StepB
     `platform` is that of the devices, whose compilers copy different things.
     """
     state, sizes = state_bytes(config, mesh), dataclasses.asdict(mesh)
-    active = activations(config, sizes)
-    copies = 1
-    if config.train.accumulation > 1:
-        # The sum over microbatches stands beside the gradients of one of them. The compiler of TPUs
-        # writes the next sum beside the last one.
-        copies = 3 if platform == "tpu" else 2
+    active = activations(config, sizes, platform)
+    # The sum over microbatches stands beside the gradients of one of them.
+    copies = 2 if config.train.accumulation > 1 else 1
     tokens = config.train.accumulation * local_tokens(config, sizes)
     return StepBytes(
         parameters=state.parameters,

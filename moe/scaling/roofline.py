@@ -10,10 +10,18 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
-from moe.config import AXES, ConfigError, MeshConfig, RunConfig
-from moe.scaling.activations import activations
-from moe.scaling.communication import Collective, least_collectives
-from moe.scaling.flops import run_training_flops
+from moe.config import AXES, MeshConfig, RunConfig
+from moe.scaling.activations import BLOCK_ROWS, activations, expert_rows
+from moe.scaling.arrays import parameters
+from moe.scaling.communication import (
+    FLOAT32,
+    ITEM,
+    Collective,
+    layer_passes,
+    least_collectives,
+    pipeline_schedule,
+)
+from moe.scaling.flops import run_training_flops, stage_training_flops
 from moe.scaling.hardware import Chip, Platform
 from moe.scaling.memory import StepBytes, state_bytes, step_bytes
 
@@ -37,21 +45,14 @@ class Estimate:
 
 
 def estimate(config: RunConfig, mesh: MeshConfig, chip: Chip) -> Estimate:
-    """Returns what a run takes on a resolved mesh of chips.
-
-    Raises ConfigError for a pipeline: what its stages keep and send is not counted.
-    """
-    if mesh.pipeline > 1:
-        raise ConfigError(
-            f"mesh.pipeline={mesh.pipeline}: what the stages of a pipeline keep and send is not "
-            "counted: set mesh.pipeline to 1 to plan"
-        )
+    """Returns what a run takes on a resolved mesh of chips."""
     sizes = dataclasses.asdict(mesh)
     devices = math.prod(mesh.sizes)
     tokens = config.train.batch_size * config.data.sequence_length
     model_flops = tokens * run_training_flops(config)
     # Forward and backward pass are three times the forward pass, which full remat repeats.
     spent = model_flops * (4 / 3 if config.model.remat == "full" else 1)
+    spent *= 1 + _waiting(config, sizes)
     collectives = least_collectives(config, mesh)
     seconds = {
         "compute": spent / devices / chip.peak_flops,
@@ -70,22 +71,58 @@ def estimate(config: RunConfig, mesh: MeshConfig, chip: Chip) -> Estimate:
     )
 
 
+def _waiting(config: RunConfig, sizes: Mapping[str, int]) -> float:
+    """Returns for how long the stages of a pipeline wait, as a part of the time that all compute.
+
+    What is no part of the stages is computed without waiting.
+    """
+    schedule = pipeline_schedule(config, sizes)
+    if schedule is None:
+        return 0.0
+    share = stage_training_flops(config) / run_training_flops(config)
+    return share * (schedule.ticks / (schedule.rounds * schedule.microbatches) - 1)
+
+
 def memory_traffic(config: RunConfig, mesh: MeshConfig, platform: Platform) -> float:
     """Returns the bytes that a device reads and writes at least in a step.
 
     The update reads parameters, moments and gradients, and writes the first two. A microbatch
     writes what its backward pass reads, reads it, and adds its gradients up. Full remat writes it
-    twice. On a CPU a scan over layers copies it into arrays of all layers, and out of them. What
-    matmuls read again because it does not fit into registers is not counted.
+    twice. On a CPU a scan over layers copies it into arrays of all layers, and out of them, and
+    experts move more than that. What matmuls read again because it does not fit into registers is
+    not counted.
     """
-    state = state_bytes(config, mesh)
+    state, sizes = state_bytes(config, mesh), dataclasses.asdict(mesh)
     update = 2 * (state.parameters + state.optimizer) + state.gradients
     model = dataclasses.replace(config.model, remat="none")
-    made = activations(dataclasses.replace(config, model=model), dataclasses.asdict(mesh)).saved
+    made = activations(dataclasses.replace(config, model=model), sizes, platform).saved
     passes = 3 if config.model.remat == "full" else 2
     if platform == "cpu" and config.model.scan_layers:
         passes *= 2
-    return update + config.train.accumulation * (passes * made + 3 * state.gradients)
+    microbatches = config.train.accumulation
+    if platform == "cpu" and config.model.sparse_layers:
+        update += microbatches * _expert_traffic(config, sizes)
+    # The stages of a pipeline keep what all microbatches make.
+    kept = microbatches if pipeline_schedule(config, sizes) is None else 1
+    return update + kept * passes * made + microbatches * 3 * state.gradients
+
+
+def _expert_traffic(config: RunConfig, sizes: Mapping[str, int]) -> float:
+    """Returns the bytes that the experts of a CPU move in a microbatch beside what they save.
+
+    Rows are gathered in both passes, and their gradients in the second; outputs and gradients are
+    arrays of zeros first, then written and read. For each run of rows that is multiplied at once,
+    an expert's weights are read in both passes, and its gradients are read and written.
+    """
+    passes, item = layer_passes(config, sizes)[0], ITEM[config.model.compute_dtype]
+    experts = config.model.moe.num_experts // sizes["expert"]
+    rows = expert_rows(config, sizes, passes.tokens)
+    weights = sum(a.elements(sizes) for a in parameters(config) if a.name == "experts") // experts
+    # The longest runs have 16 blocks. What is left of an expert's rows makes 1.5 runs of 4 blocks
+    # and as many of one block, on average.
+    runs = rows / (16 * BLOCK_ROWS) + 3 * experts
+    moved = 9 * item * rows * config.model.model_dim + runs * (2 * item + 2 * FLOAT32) * weights
+    return passes.sparse_layers * moved
 
 
 def network_seconds(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from configs import benchmark_dense, dense_7b, dense_tiny, moe_671b
+from configs import benchmark_dense, dense_7b, dense_tiny, moe_671b, moe_pipeline_tiny
 from launch import plan_fit
 from launch.plan_cpu import cpu_chip
 from launch.plan_page import plan_page
@@ -43,16 +43,19 @@ def test_a_plan_has_every_kind_of_memory_and_what_is_sent():
         assert f"\n{kind} " in text
     assert "64 h200 as fsdp=8, tensor=8; 1024 rows in 16 microbatches" in text
     assert "It fits: " in text and "bounded by compute" in text
+    # 1024 rows of 4096 tokens, and 6.738e9 parameters.
+    assert "The model takes 1.798e+17 FLOPs a step" in text and "are 1.696e+17." in text
     page = plan_page(layout, H200)
-    assert page.count("background:var(--first)") == 5 and "<script" not in page
+    assert page.count("background:var(--first)") == 6 and "<script" not in page
+    assert "<td class=words>attention: weights</td><td>4,096</td>" in page
 
 
 def test_a_layout_that_does_not_fit_names_its_largest_part_and_a_change_that_fits():
     config = read(dense_7b, **{"train.accumulation": 1, "mesh.tensor": 1})
     layout = layout_on(config, 64, H200)
     text = "\n".join(plan_lines(layout, dataclasses.replace(H200, memory_bytes=20e9)))
-    assert "It does not fit 18.6 GiB. The largest part is activations" in text
-    change = text.split("To make it fit, set ")[1].split(".\n")[0]
+    assert "It does not fit 18.6 GiB; the largest part is activations" in text
+    change = text.split("GiB: set ")[1].split(".\n")[0]
     name, value = change.split("=")
     changed = read(dense_7b, **{"mesh.tensor": 1, name: int(value)})
     assert step_bytes(changed, changed.mesh.resolve(64), "gpu").total <= 20e9
@@ -110,6 +113,18 @@ def test_a_cpu_that_was_measured_on_one_shape_predicts_another(name):
     predicted = estimate(read(benchmark_dense), MeshConfig(data=1), chip)
     # Both speeds are parts of the matmul's rate in the same run, so the machines may differ.
     assert other["ratio_to_matmul"] / predicted.mfu == pytest.approx(1, abs=0.25)
+
+
+def test_the_check_before_a_run_counts_pipelines_too(monkeypatch):
+    config = read(moe_pipeline_tiny)
+    needed = step_bytes(config, config.mesh.resolve(2), "cpu").total
+    device = types.SimpleNamespace(platform="cpu", device_kind="cpu")
+    for name, value in (("local_devices", [device]), ("local_device_count", 2)):
+        monkeypatch.setattr(plan_fit.jax, name, lambda value=value: value)
+    monkeypatch.setattr(plan_fit.jax, "device_count", lambda: 2)
+    monkeypatch.setattr(plan_fit, "memory_bytes", lambda _: 2 * 0.8 * needed)
+    with pytest.raises(ConfigError, match=r"largest part is .* GiB: set .*\(--force"):
+        plan_fit.check_fit(config)
 
 
 @pytest.mark.slow

@@ -2,12 +2,14 @@
 
 import dataclasses
 import importlib.util
+import types
 
 import jax
 import pytest
 
 from configs import dense_7b, moe_8x7b
 from launch import plan
+from launch.compiled_step import held_bytes
 from launch.plan_page import plan_page
 from launch.plan_program import (
     ProgramMemory,
@@ -131,6 +133,19 @@ def test_a_program_is_shown_as_text_and_on_the_page() -> None:
     for shown in (text, page):
         assert "compiled for x (3 s)" in shown and "16.00" in shown and "f32[2]" in shown
     assert "The compiled program" not in plan_page(layout, chip)
+
+
+def test_what_a_program_holds_is_read_off_what_its_compiler_allocates() -> None:
+    """These are the figures of a program that compiles for v5e, which has 16 GiB (docs/log.md)."""
+    analysis = types.SimpleNamespace(
+        argument_size_in_bytes=1_856_788_992,
+        temp_size_in_bytes=17_448_963_584,
+        output_size_in_bytes=1_853_728_768,
+        alias_size_in_bytes=1_853_725_184,
+        peak_memory_in_bytes=13_133_076_992,
+    )
+    assert held_bytes(analysis, "tpu") / GIB == pytest.approx(12.23, abs=0.01)
+    assert held_bytes(analysis, "cuda") / GIB == pytest.approx(17.98, abs=0.01)
 
 
 def check_state(program: StepProgram, config: RunConfig, mesh: MeshConfig) -> None:

@@ -141,3 +141,41 @@ def test_a_ring_sends_keys_and_values_to_all_others():
 
 def test_one_device_sends_nothing():
     assert least(DENSE, MeshConfig(data=1)) == {}
+
+
+def test_stages_of_a_pipeline_hand_on_the_stream_and_share_the_rest():
+    """Two stages of two layers, 4 microbatches of 4 rows, and fsdp=2: there are 5 ticks.
+
+    Ring and belt move after each tick and once more, forward and backward. Each stage applies its
+    layers at each tick, and all others once.
+    """
+    model, mesh = dataclasses.replace(DENSE, num_layers=4), MeshConfig(data=1, pipeline=2, fsdp=2)
+    config = run_config(model, mesh, accumulation=4)
+    found = {(c.kind, c.axes, c.what): c for c in least_collectives(config, mesh)}
+    axes, moves = ("pipeline",), 2 * 2 * 6
+    size = moves * 2 * 2 * 32 * 16  # bfloat16, of 2 rows on each of the fsdp axis's devices
+    assert found.pop(("collective-permute", axes, "ring and belt")) == Collective(
+        "collective-permute", axes, "ring and belt", size, moves
+    )
+    assert found["all-gather", ("fsdp",), "attention: weights"] == Collective(
+        "all-gather", ("fsdp",), "attention: weights", 5 * 2 * 2 * 2 * ATTENTION / 2, 5 * 2 * 2 * 4
+    )
+    assert found["all-gather", ("fsdp",), "embedding: weights"].count == 1
+    # What all stages hold, of which a device has half, is added up over them.
+    assert {what for _, used, what in found if used == axes} == {
+        "embedding: gradients",
+        "unembedding: gradients",
+        "norms: gradients",
+    }
+    embedding = found["all-reduce", axes, "embedding: gradients"]
+    assert embedding.bytes == 2 * 4 * 256 * 16 / 2 / 2
+
+
+def test_the_circular_schedule_exchanges_weights_and_gradients_once():
+    """Half of what a stage computes with is stored on the other stage's devices."""
+    model, mesh = dataclasses.replace(DENSE, num_layers=4), MeshConfig(data=1, pipeline=2)
+    config = run_config(model, mesh, accumulation=4, pipeline_rounds=2)
+    found = {(c.kind, c.what): c for c in least_collectives(config, mesh)}
+    exchange = found["all-to-all", "attention: weights, gradients"]
+    assert exchange.bytes == 2 * ATTENTION * (2 + 4) / 2
+    assert found["collective-permute", "ring and belt"].count == 2 * 2 * (9 + 1)

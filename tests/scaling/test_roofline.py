@@ -11,6 +11,7 @@ from moe.config import (
     ModelConfig,
     RunConfig,
     TrainConfig,
+    check_layout,
 )
 from moe.scaling.communication import Collective
 from moe.scaling.flops import run_training_flops
@@ -121,7 +122,32 @@ def test_the_table_of_chips_is_that_of_the_devices():
         find_chip("h300")
 
 
-def test_a_pipeline_is_not_planned_as_if_it_were_none():
-    mesh = MeshConfig(data=1, pipeline=2)
-    with pytest.raises(ConfigError, match=r"^mesh.pipeline=2: .* set mesh.pipeline to 1 to plan$"):
-        estimate(dataclasses.replace(run_config(accumulation=2), mesh=mesh), mesh, CHIPS["h200"])
+def pipeline_config(microbatches, rounds=1, rows=64):
+    config = run_config(accumulation=microbatches, pipeline_rounds=rounds, batch_size=rows)
+    return dataclasses.replace(config, mesh=MeshConfig(data=1, pipeline=2))
+
+
+@pytest.mark.parametrize(("rounds", "waiting"), [(1, 1 / 4), (2, 1 / 8)])
+def test_the_stages_of_a_pipeline_wait_and_the_loss_does_not(rounds, waiting):
+    """Two stages and 4 microbatches have 5 ticks, or 9 in two rounds."""
+    config, quick = pipeline_config(4, rounds), dataclasses.replace(CHIP, memory_bandwidth=1e30)
+    quick = dataclasses.replace(quick, link_bandwidth=1e30, network_bandwidth=1e30)
+    tokens, unembedding = 64 * 64, 3 * 2 * 64 * 256
+    stages = run_training_flops(config) - unembedding
+    expected = tokens * (stages * (1 + waiting) + unembedding) / 2 / 1e12
+    assert estimate(config, config.mesh, quick).step_seconds == pytest.approx(expected)
+
+
+def test_pipelines_are_among_the_layouts_with_the_rounds_that_wait_least():
+    config = pipeline_config(2, rows=8)
+    chip = dataclasses.replace(CHIP, memory_bandwidth=1e30, link_bandwidth=1e30)
+    layouts = fitting_layouts(config, 4, chip)
+    found = [layout.config for layout in layouts if layout.config.mesh.pipeline > 1]
+    assert found and all(c.train.accumulation % c.mesh.pipeline == 0 for c in found)
+    two_stages = [c.train.pipeline_rounds for c in found if c.mesh.pipeline == 2]
+    assert set(two_stages) == {2}  # of one layer each
+    for layout in layouts:
+        check_layout(layout.config, layout.config.mesh)
+    assert "train.pipeline_rounds=" in next(
+        layout.flags for layout in layouts if layout.config.mesh.pipeline > 1
+    )

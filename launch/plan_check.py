@@ -1,0 +1,151 @@
+"""Compares what launch.plan counts with compiled programs, for all configs and the chips they name.
+
+Examples:
+    python -m launch.plan_check --json=docs/benchmarks/plan_memory.json
+    python -m launch.plan_check --json=docs/benchmarks/plan_memory.json --compile=False
+
+It compiles the real train step of each case, one after the other, and writes the bytes that the
+program holds on each device. A file that is there already is gone on with: only cases that it lacks
+are compiled, which takes from seconds to several minutes each. Then it counts the same cases, and
+prints both as a table in Markdown. The compilers come with pip install '.[aot]'; a case whose
+compiler is not installed is left out, and so is one that its compiler refuses.
+"""
+
+import dataclasses
+import importlib
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from launch import command_line
+from launch.plan_program import compile_for
+from launch.plan_text import GIB
+from launch.topologies import Target, find_target
+from moe.config import ConfigError, RunConfig
+from moe.files import write_whole
+from moe.scaling.hardware import CHIPS
+from moe.scaling.memory import step_bytes
+
+
+class Case(NamedTuple):
+    """Names a config, the devices that it is compiled for, and what is set in it."""
+
+    config: str
+    chip: str  # of the table, or "cpu"
+    devices: int
+    changes: Mapping[str, Any] = {}
+
+    @property
+    def name(self) -> str:
+        """Returns the case as text, by which the file of results knows it."""
+        changes = [f"{name}={value}" for name, value in self.changes.items()]
+        return " ".join([self.config, self.chip, str(self.devices), *changes])
+
+    def read(self) -> RunConfig:
+        """Returns the config of the case, with its mesh resolved."""
+        config: ConfigDict = importlib.import_module(f"configs.{self.config}").get_config()
+        config.update_from_flattened_dict(dict(self.changes))
+        run = RunConfig.from_config_dict(config)
+        return dataclasses.replace(run, mesh=run.mesh.resolve(self.devices))
+
+
+_ON_CPU = (
+    "dense_tiny moe_tiny bpe_tiny chat_tiny fill_in_the_middle_tiny masked_tiny mixture_tiny "
+    "packages_tiny span_corruption_tiny text_tiny benchmark_dense"
+)
+_SMALL_BATCH = {"train.batch_size": 64, "train.accumulation": 4}
+_STAGES = {"mesh.pipeline": 2, "train.accumulation": 8}
+CASES = (
+    # The configs, on the hardware that they name.
+    *(Case(name, "cpu", 1) for name in _ON_CPU.split()),
+    Case("moe_pipeline_tiny", "cpu", 2),
+    Case("moe_pipeline_tiny", "h200", 2),
+    Case("dense_125m", "h200", 1),
+    *(Case(name, chip, 8) for name in ("dense_1b", "dense_1b_32k") for chip in ("h200", "v5p")),
+    *(
+        Case(name, chip, 64)
+        for name in ("dense_7b", "moe_1b_7b", "moe_8x7b", "moe_30b_a3b")
+        for chip in ("h200", "v5p")
+    ),
+    Case("moe_671b", "h200", 1024),
+    Case("moe_671b", "v5p", 1024),
+    Case("moe_671b_pipeline", "h200", 1024),
+    # Other layouts.
+    *(
+        Case("dense_7b", chip, 8, {"mesh.tensor": tensor, **_SMALL_BATCH})
+        for chip in ("h200", "v5p")
+        for tensor in (1, 2)
+    ),
+    Case("dense_1b", "h200", 8, _STAGES),
+    Case("dense_1b", "h200", 8, {**_STAGES, "train.pipeline_rounds": 4}),
+    Case("dense_1b", "v5p", 8, _STAGES),
+    Case("dense_1b", "h200", 8, {**_STAGES, "train.batch_size": 128, "model.remat": "none"}),
+)
+
+
+def program_bytes(case: Case) -> dict[str, Any]:
+    """Compiles a case, and returns the bytes of each device and how long it took.
+
+    If its compiler refuses it, it returns the last line of why, and without its compiler nothing.
+    """
+    if case.chip == "cpu":
+        target = Target("cpu", str(case.devices), "compiled for this machine")
+    else:
+        target = find_target(CHIPS[case.chip], case.devices)
+        if target.platform == "cpu":
+            return {}
+    begin = time.monotonic()
+    try:
+        program = compile_for(case.read(), target)
+    except (ConfigError, RuntimeError) as error:
+        return {"error": str(error).strip().splitlines()[-1]}
+    return {
+        "bytes": program.memory.total,
+        "sent_bytes": sum(use.bytes for use in program.collectives),
+        "seconds": round(time.monotonic() - begin),
+    }
+
+
+def table(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Returns the table of programs beside what is counted now, in GiB of a device."""
+    lines = [
+        "| config | compiled for | program | counted | ratio |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for case in CASES:
+        found = results.get(case.name, {})
+        if "bytes" not in found:
+            continue
+        config = case.read()
+        platform = CHIPS[case.chip].platform if case.chip in CHIPS else "cpu"
+        counted = step_bytes(config, config.mesh, platform).total
+        name = ", ".join([f"`{case.config}`", *(f"{k}={v}" for k, v in case.changes.items())])
+        chips = f"{case.devices:,} {case.chip}"
+        sizes = [f"{size / GIB:.3g}" for size in (found["bytes"], counted)]
+        lines.append(f"| {name} | {chips} | {' | '.join(sizes)} | {counted / found['bytes']:.2f} |")
+    return "\n".join(lines)
+
+
+def main(values: flags.FlagValues) -> None:
+    path = Path(values.json)
+    results = json.loads(path.read_text()) if path.exists() else {}
+    for case in CASES if values.compile else ():
+        if case.name not in results and values.only in case.name:
+            found = program_bytes(case)
+            print(f"{case.name}: {found or 'its compiler is not installed'}", flush=True)
+            if found:
+                results[case.name] = found
+                write_whole(path, json.dumps(results, indent=2) + "\n")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("json", None, "The file of what programs hold.", required=True)
+    flags.DEFINE_bool("compile", True, "Whether to compile the cases that the file lacks.")
+    flags.DEFINE_string("only", "", "Compiles only cases whose name contains this text.")
+    command_line.run(main, __doc__)
