@@ -60,7 +60,7 @@ def choose(chip: str, q: Shaped, k: Shaped, v: Shaped, **keywords: Any) -> Choic
     of the arrays are read, so jax.ShapeDtypeStruct will do. The keywords are flash_attention's.
     """
     request = describe(q, k, v, **keywords)
-    # docs/kernels.md has the times that this order comes from. "hopper_fused" is no candidate,
+    # docs/performance.md has the times that this order comes from. "hopper_fused" is no candidate,
     # since the last bits of its gradients differ from run to run: a caller must ask for that.
     candidates = () if chip == "cpu" else ("tpu", "hopper", "cudnn")
     able = (name for name in candidates if obstacle(name, request, chip) is None)

@@ -50,7 +50,8 @@ def choose(chip: str | None, shapes: Shapes) -> Choice:
     `chip` is a device_kind as JAX names it ("TPU v5p", "NVIDIA H200", "cpu"), or None where it is
     not known. Raises NotImplementedError if none can compute the call.
     """
-    # "hopper" is no candidate, since it has not run on a device yet: it must be asked for by name.
+    # "hopper" is no candidate until its drawn cases have run on a device (docs/performance.md says
+    # what has): it must be asked for by name.
     candidates: tuple[Name, ...] = ("blockwise",)  # the fastest first
     obstacles = {name: why_not(name, chip, shapes) for name in candidates}
     for name in candidates:
