@@ -13,7 +13,11 @@ from moe.scaling.memory import MARGIN, step_bytes
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "docs" / "benchmarks"
 PROGRAMS = json.loads((BENCHMARKS / "plan_memory.json").read_text())
-MEASURED = {case.name: PROGRAMS[case.name]["bytes"] for case in CASES if PROGRAMS.get(case.name)}
+MEASURED = {
+    case.name: PROGRAMS[case.name]["bytes"]
+    for case in CASES
+    if "bytes" in PROGRAMS.get(case.name, {})
+}
 
 
 def counted(case):
@@ -32,9 +36,10 @@ def test_every_config_has_a_case_on_every_chip_that_it_names():
         assert chips >= {chip for name, chip in named.items() if name in hardware}, path.stem
 
 
-def test_programs_were_compiled_of_known_cases():
+def test_the_program_of_every_config_was_compiled():
+    """Other layouts may be missing, until the command is run again."""
     assert PROGRAMS.keys() <= {case.name for case in CASES}
-    assert {name for name in PROGRAMS if name not in MEASURED} == set()
+    assert {case.name for case in CASES if not case.changes} <= MEASURED.keys()
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.name in MEASURED], ids=str)
@@ -45,7 +50,7 @@ def test_what_is_counted_is_what_a_program_takes(case):
 def test_the_table_has_a_row_for_each_program():
     rows = plan_check.table(PROGRAMS).splitlines()[2:]
     assert len(rows) == len(MEASURED)
-    assert any(row.startswith("| `moe_671b` | 1,024 h200 |") for row in rows)
+    assert any(row.startswith("| `moe_671b` | 1,024 v5p |") for row in rows)
 
 
 def test_a_case_whose_compiler_is_missing_is_left_for_another_machine(monkeypatch):
