@@ -9,7 +9,7 @@ training steps are measured. Each step of the list is a command of its own, and 
 file --out/NAME.json. A step whose file is there is not run again, so a run that was cut short goes
 on where it stopped. What a step printed is in --out/logs/NAME.log.
 
-docs/gpu_queue.md lists the steps. All together take about 10 minutes on an H100.
+docs/gpu_queue.md lists the steps.
 """
 
 import json
@@ -110,6 +110,8 @@ def run_step(name: str, step: Step, out: Path) -> str | None:
         return f"{problem}: see {log}"
     if not unfinished.exists():
         last_line = log.read_text(encoding="utf-8").strip().splitlines()[-1]
+        if " passed" not in last_line:
+            return f"ran nothing ({last_line}): see {log}"
         write_whole(unfinished, json.dumps({"passed": last_line}, indent=1) + "\n")
     unfinished.rename(result)
     print(f"{name}: done in {time.monotonic() - begin:.0f} s", flush=True)
@@ -159,25 +161,28 @@ def _describe(result: dict[str, Any]) -> list[str]:
 
 
 def _compare_rows(rows: list[dict[str, Any]]) -> list[str]:
-    """Returns how fast the first implementation of each case is beside the best of the others.
-
-    A case is all that its rows have in common beside the implementation and its time.
-    """
-    cases: dict[tuple[Any, ...], dict[str, float]] = {}
+    """Returns how fast the first implementation of each case is beside the best of the others."""
+    cases: dict[str, dict[str, float]] = {}
     for row in rows:
         if "ms" in row:
-            ignored = ("implementation", "ms", "tflops")
-            case = tuple(value for key, value in row.items() if key not in ignored)
-            cases.setdefault(case, {})[row["implementation"]] = row["ms"]
+            cases.setdefault(_case(row), {})[row["implementation"]] = row["ms"]
     lines = []
     for case, times in cases.items():
         (ours, time_ms), *others = times.items()
-        text = f"{' '.join(map(str, case))}: {ours} {time_ms:.2f} ms"
+        text = f"{case}: {ours} {time_ms:.2f} ms"
         if others:
             best, best_ms = min(others, key=lambda other: other[1])
             text += f", {best_ms / time_ms:.2f} times as fast as {best}"
         lines.append(text)
     return lines
+
+
+def _case(row: dict[str, Any]) -> str:
+    """Returns what a row shares with those of other implementations, as text."""
+    shape = row.get("shape", {})
+    sizes = [f"{name}={size}" for name, size in shape.items()]
+    keys = ("mask", "length", "pass", "filled", "dtype")
+    return " ".join(sizes + [str(row[key]) for key in keys if key in row])
 
 
 def main(values: flags.FlagValues) -> int:

@@ -119,7 +119,11 @@ def _sums_backward(
 ) -> tuple[jax.Array | None, ...]:
     grad_hidden_BTD, grad_weight = gradients
     grad_total = grad_sums[0]
-    scale = lambda x: (x.astype(_sum_dtype(x)) * grad_total).astype(x.dtype)
+
+    def scale(gradient: jax.Array) -> jax.Array:
+        dtype = _sum_dtype(gradient)
+        return (gradient.astype(dtype) * grad_total.astype(dtype)).astype(gradient.dtype)
+
     return scale(grad_hidden_BTD), scale(grad_weight), None, None
 
 

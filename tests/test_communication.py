@@ -141,6 +141,29 @@ def test_a_step_gathers_weights_and_scatters_gradients_as_often_as_it_must(remat
     assert "f32[4,64,128]" not in compiled.as_text()
 
 
+@pytest.mark.parametrize("layout", ["tensor", "expert"])
+def test_a_backward_pass_without_remat_gathers_no_tokens_again(layout) -> None:
+    """It forgets gathered weights. What was gathered of the tokens is kept."""
+    fields = DENSE_STEP | {"model.remat": "none", "mesh.data": 1}
+    if layout == "tensor":
+        fields |= {"mesh.fsdp": 2, "mesh.tensor": 4, "model.num_heads": 4, "model.num_kv_heads": 4}
+    else:
+        fields |= {"mesh.fsdp": 2, "mesh.expert": 4, "model.moe.num_experts": 4}
+        fields |= {"model.moe.expert_dim": 64, "model.moe.exchange": "all_gather"}
+    values = RunConfig.config_dict()
+    values.update_from_flattened_dict(fields)
+    config = RunConfig.from_config_dict(values)
+    program = make_program(config, jax.devices())
+    compiled = lower_step(program, abstract_batch(config, program), "cpu").compile()
+    found = sent(compiled, program.mesh)[f"all-gather {layout}"]
+    least = sum(
+        collective.bytes
+        for collective in least_collectives(config, config.mesh)
+        if (collective.kind, collective.axes) == ("all-gather", (layout,))
+    )
+    assert 0 < found <= 1.1 * least
+
+
 def h200s() -> list:
     """Eight H200s that are not here. Their compiler is in jax-cuda13-plugin and jax-cuda13-pjrt; no
     driver is needed.

@@ -188,3 +188,20 @@ def test_a_part_has_no_gradient_and_no_masked_position():
     total = cross_entropy_sum(hidden, Unembedding(weight), targets, mask, 4)
     np.testing.assert_allclose(value, total, rtol=1e-6)
     assert not gradient.any()
+
+
+@pytest.mark.parametrize("dtypes", [("float64", "float64"), ("float64", "float32")])
+def test_strict_promotion_and_64_bit_types_change_no_gradient(dtypes):
+    hidden, weight, targets, mask = inputs()
+    hidden, weight = hidden.astype(dtypes[0]), weight.astype(dtypes[1])
+
+    def total(hidden, weight):
+        return cross_entropy_sum(hidden, Unembedding(weight), targets, mask, 4)
+
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        gradients = jax.jit(jax.grad(total, argnums=(0, 1)))(hidden, weight)
+    for gradient, wanted, dtype in zip(
+        gradients, expected_loss_and_gradients()[1], dtypes, strict=True
+    ):
+        assert gradient.dtype == dtype
+        np.testing.assert_allclose(gradient, wanted, rtol=1e-5, atol=1e-5)

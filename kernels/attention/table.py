@@ -13,8 +13,9 @@ from moe.kernels.attention import blockwise, cudnn, reference
 from moe.kernels.attention.inputs import Gradients, Inputs, Options, Request
 from moe.kernels.chips import is_hopper
 
-# The longest rows that cuDNN gets a mask for, of 2 T² bytes: 128 MiB here.
-_LONGEST_MASK = 8192
+# The longest rows that cuDNN gets a mask for. It takes 2 T² bytes a row of the batch, 32 MiB here,
+# and the backward pass writes a gradient of as many that nobody reads.
+_LONGEST_MASK = 4096
 
 # How many queries and how many keys make a block.
 Blocks = tuple[int, int]

@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe.kernels.benchmarks.attention import versions
 from moe.kernels.chips import is_hopper
 from moe.kernels.grouped_matmul import (
     Inputs,
@@ -358,12 +359,14 @@ def main() -> None:
     if arguments.json:
         document = {
             "device": chip,
-            "versions": {"jax": jax.__version__, "python": sys.version.split()[0]},
+            "versions": versions(),
             "dtype": arguments.dtype,
             "worst_difference": worst,
             "rows": rows,
         }
         arguments.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    if any("refused" in row and row["implementation"] == name for row in rows):
+        sys.exit(f"error: {name} could not be run: see the rows above")
 
 
 if __name__ == "__main__":

@@ -114,7 +114,8 @@ def run_experts(
     """
     batch, length, dim = x_BTD.shape
     if not batch * length:
-        return x_BTD, jnp.zeros((batch, length), jnp.float32)
+        sums_BTD = expert_parallel.sum_over_tensor(x_BTD, splits_time)
+        return sums_BTD, jnp.zeros((batch, length), jnp.float32)
     # If the context axis splits rows, `length` is that of a part, and an expert cannot take more
     # tokens than the part has. There is at least one slot, since an empty array cannot be gathered
     # from.
@@ -239,7 +240,7 @@ def choose_kernel(implementation: Literal["auto"] | Name, shapes: Shapes) -> Cho
         return choose(kind, shapes)
     if reason := why_not(implementation, kind, shapes):
         raise ConfigError(
-            f"model.moe.implementation={implementation!r} cannot be used, for {reason}: "
+            f"model.moe.implementation={implementation!r} cannot be used, because {reason}: "
             "set model.moe.implementation to 'auto'"
         )
     return with_blocks(implementation, shapes)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from moe.config import AXES, split_axes
-from moe.parallel.collectives.weights import are_split, gather_weight
+from moe.parallel.collectives.weights import lay_out_whole, weights_are_split
 from moe.parallel.mesh import axis_size, constrain, on_auto_axes, per_shard
 from moe.parallel.sequence import gather_time, scatter_time
 from moe.parameters import parameter
@@ -49,11 +49,11 @@ def _einsum_forward(
     equation: str, x: jax.Array, w: jax.Array, dtype: jnp.dtype | None, precision: str | None
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
     _, w_dims = equation.split("->")[0].split(",")
-    whole_w = gather_weight(w, x.dtype, w_dims)
+    whole_w = lay_out_whole(w, x.dtype, w_dims)
     y = jnp.einsum(equation, x, whole_w, preferred_element_type=dtype, precision=precision)
     # What is gathered is kept, so that a recomputed forward pass gathers for the gradient of x as
     # well. Where nothing is gathered, nothing is kept beside the weight itself.
-    is_split = are_split(w.shape[w_dims.index("D")])
+    is_split = weights_are_split(w.shape[w_dims.index("D")])
     return y, (x, whole_w if is_split else w, jnp.zeros((0,), w.dtype))
 
 

@@ -16,8 +16,7 @@ from moe.model.cache import Cache, MemoryCache, init_cache, init_memory_cache
 from moe.model.experts import MoE
 from moe.model.layers import FeedForward, RMSNorm, residual_scale
 from moe.model.tokens import TokenInfo
-from moe.parallel.collectives.weights import are_split as weights_are_split
-from moe.parallel.collectives.weights import forget_gathered
+from moe.parallel.collectives.weights import forget_gathered, weights_are_split
 from moe.parallel.mesh import constrain, on_auto_axes
 from moe.parallel.pipeline import name_layer_input, run_layers
 from moe.parallel.sequence import name_between_parts, save_between_parts

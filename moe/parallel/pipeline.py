@@ -189,7 +189,7 @@ def _make_work(layers: Layers, schedule: Schedule, remat: str) -> Callable[..., 
         return layers(piece, layer_numbers.astype(jnp.int32), x_BTD, tokens)
 
     def forget_weights(primitive: Any, *avals: Any, **params: Any) -> bool:
-        """Else each tick would store copies of its piece's parameters for the backward pass."""
+        """Returns whether to keep a result: no copy of a piece's parameters, no gathered weight."""
         is_copy = primitive is jax.lax.dynamic_slice_p
         return not is_copy and forget_gathered(primitive, *avals, **params)
 

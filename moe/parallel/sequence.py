@@ -18,7 +18,8 @@ import functools
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from moe.parallel.mesh import axis_size, constrain, spec
+from moe.parallel.collectives.weights import name_gathered_tokens
+from moe.parallel.mesh import constrain, splitting_axes
 
 WHOLE, SPLIT = "BTD", "BtD"  # all tokens of a row on each device of the tensor axis, or a part
 BETWEEN_PARTS = "between parts"  # the name of the arrays that remat "full" stores within a layer
@@ -39,10 +40,8 @@ _lay_out.defvjp(
 
 def splits_time(length: int) -> bool:
     """Returns whether the tensor axis splits the stream of rows of so many tokens."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.shape.get("tensor", 1) == 1 or axis_size("tensor") > 1:  # none, or a Manual one
-        return False
-    return "tensor" in (spec("t", (length,), mesh)[0] or ())
+    (axes,) = splitting_axes("t", (length,))
+    return "tensor" in axes and jax.sharding.get_abstract_mesh().shape["tensor"] > 1
 
 
 def gather_time(x_BTD: jax.Array) -> jax.Array:
@@ -52,7 +51,7 @@ def gather_time(x_BTD: jax.Array) -> jax.Array:
     """
     # A sum is asked for whole before it is split. The compiler makes one scatter of both. If it
     # were asked for in parts, TPUs would send it piece by piece, for each matmul of the sum.
-    return _lay_out((WHOLE,), (WHOLE, SPLIT), x_BTD)
+    return name_gathered_tokens(_lay_out((WHOLE,), (WHOLE, SPLIT), x_BTD))
 
 
 def scatter_time(y_BTD: jax.Array) -> jax.Array:

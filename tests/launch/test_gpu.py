@@ -84,3 +84,26 @@ def test_every_step_names_a_command_and_a_config_that_exist():
             if argument.startswith(("--config=", "tests/")):
                 path = argument.removeprefix("--config=").split(":")[0]
                 assert (root / path).exists(), argument
+
+
+def test_a_check_that_ran_nothing_has_no_result(run, tmp_path):
+    """Without a GPU in JAX all tests are skipped, and pytest ends without an error."""
+    code, printed = run({"check": step("print('24 skipped in 3.1s')")})
+    assert code == 1 and "check: ran nothing (24 skipped in 3.1s): see" in printed
+    assert not list(tmp_path.glob("*.json"))
+
+
+def test_the_summary_reads_the_rows_of_every_benchmark(run, tmp_path):
+    of_experts = [
+        {"shape": {"rows": 64, "dim": 32}, "pass": "dx", "implementation": name, "ms": ms}
+        for name, ms in (("hopper", 1.0), ("ragged_dot", 4.0))
+    ]
+    of_decoding = [
+        {"filled": 0.5, "dtype": "float32", "implementation": "ours", "ms": 1.0, "ratio": 2.0},
+        {"filled": 0.5, "dtype": "float32", "implementation": "xla", "ms": 2.0},
+    ]
+    for name, rows in (("experts", of_experts), ("decode", of_decoding)):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"rows": rows}))
+    printed = run({"experts": step(""), "decode": step("")})[1]
+    assert "rows=64 dim=32 dx: hopper 1.00 ms, 4.00 times as fast as ragged_dot" in printed
+    assert "0.5 float32: ours 1.00 ms, 2.00 times as fast as xla" in printed

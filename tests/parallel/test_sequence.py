@@ -106,6 +106,33 @@ def test_a_sparse_layer_leaves_rows_whole_that_context_cannot_split() -> None:
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_a_sparse_layer_in_a_guests_shard_map_has_the_rows_it_was_given() -> None:
+    """The guest's axis splits 12 tokens into 6, which the layer's own axes then split or not."""
+    layer = MoE(MoEConfig(num_experts=4, expert_dim=8))
+    x = jax.random.normal(jax.random.key(0), (2, 12, 16))
+    variables = unbox(layer.init(jax.random.key(1), x))
+    P = jax.sharding.PartitionSpec
+    mapped = jax.shard_map(
+        lambda variables, x: layer.apply(variables, x)[0],
+        mesh=mesh_of(context=2, tensor=4).abstract_mesh,
+        in_specs=(P(), P(None, "context")),
+        out_specs=P(None, "context"),
+        axis_names={"context"},
+        check_vma=False,
+    )
+    expected, _ = layer.apply(variables, x)
+    with jax.set_mesh(mesh_of(context=2, tensor=4)):
+        np.testing.assert_allclose(jax.jit(mapped)(variables, x), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_no_row_of_a_sparse_layer_has_no_output() -> None:
+    layer = MoE(MoEConfig(num_experts=4, expert_dim=8))
+    variables = unbox(layer.init(jax.random.key(1), jnp.zeros((2, 8, 16))))
+    with jax.set_mesh(mesh_of(fsdp=2, tensor=4)):
+        y, _ = jax.jit(layer.apply)(variables, jnp.zeros((0, 8, 16)))
+    assert y.shape == (0, 8, 16)
+
+
 def stored(config: RunConfig, layers: int, rows: int) -> set[int]:
     """Returns the tokens of a row in each array [layers, rows, tokens, D] of a step's program."""
     program = make_program(config)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from moe.parallel.collectives.weights import name_gathered_tokens
 from moe.parallel.mesh import axis_size
 
 # Weights, over the fsdp and tensor axes
@@ -77,7 +78,7 @@ def sum_over_tensor(y_BTD: jax.Array, splits_time: bool) -> jax.Array:
 
 def gather_tokens(x: jax.Array) -> jax.Array:
     """Joins the tokens of all devices of the expert group, in the order of the devices."""
-    return jax.lax.all_gather(x, "expert", tiled=True)
+    return name_gathered_tokens(jax.lax.all_gather(x, "expert", tiled=True))
 
 
 def own_experts(experts_NA: jax.Array, num_own: int) -> jax.Array:

@@ -14,19 +14,20 @@ from jax.ad_checkpoint import checkpoint_name
 from moe.parallel.mesh import constrain, splitting_axes
 
 _GATHERED = "gathered weight"
+_TOKENS = "gathered tokens"
 
 
-def gather_weight(w: jax.Array, dtype: jax.typing.DTypeLike, dims: str) -> jax.Array:
-    """Returns a weight in `dtype`, whole along D, by a layout (outside of shard_map)."""
-    return name_gathered(constrain(w.astype(dtype), dims.replace("D", "-")))
+def lay_out_whole(w: jax.Array, dtype: jax.typing.DTypeLike, dims: str) -> jax.Array:
+    """Returns a weight in `dtype`, whole along D. `dims` are its dimensions."""
+    return checkpoint_name(constrain(w.astype(dtype), dims.replace("D", "-")), _GATHERED)
 
 
-def name_gathered(w: jax.Array) -> jax.Array:
-    """Names a gathered weight, so that `forget_gathered` knows it."""
-    return checkpoint_name(w, _GATHERED)
+def name_gathered_tokens(x: jax.Array) -> jax.Array:
+    """Names activations that were gathered, so that `forget_gathered` keeps them."""
+    return checkpoint_name(x, _TOKENS)
 
 
-def are_split(width: int) -> bool:
+def weights_are_split(width: int) -> bool:
     """Returns whether the mesh splits weights along D, of this width."""
     (axes,) = splitting_axes("D", (width,))
     sizes = jax.sharding.get_abstract_mesh().shape
@@ -34,10 +35,11 @@ def are_split(width: int) -> bool:
 
 
 def forget_gathered(primitive: Any, *_: Any, **params: Any) -> bool:
-    """Lets a backward pass keep everything but gathered weights: a policy of jax.checkpoint.
+    """Returns whether a backward pass keeps a result: a policy of jax.checkpoint.
 
-    A name alone would not do, because then the result of the gather is kept, which is what the name
-    was given to.
+    It keeps everything but gathered weights. To refuse their name alone would not do, because then
+    the result of the gather is kept, which the name was given to. So no result of a gather is kept
+    that has no name of its own, as gathered tokens have.
     """
     gathers = ("sharding_constraint", "all_gather")
     return primitive.name not in gathers and params.get("name") != _GATHERED
