@@ -6,8 +6,10 @@ dense layers before the experts, embedding, unembedding and loss run on all devi
 
 Command:  python -m launch.train --config=configs/moe_671b_pipeline.py --workdir=runs/moe_671b_pipeline
 Hardware: 1,024 H200 (128 hosts).
-Time, result: not measured. For TPU v5p:8x8x16 the compiler (libtpu 0.0.42) refuses the program: it does
-          not accept a ragged exchange of experts inside a pipeline.
+          1,024 TPU v5p (8x8x16) with --config.model.moe.dispatch=capacity
+          --config.model.moe.exchange=all_to_all, since its compiler (libtpu 0.0.42) accepts no ragged
+          exchange inside a pipeline.
+Time, result: not measured. docs/pipeline.md says what the programs take.
 """  # noqa: E501
 
 from ml_collections import ConfigDict
