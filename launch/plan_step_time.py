@@ -88,4 +88,4 @@ def main(values: flags.FlagValues) -> None:
 if __name__ == "__main__":
     flags.DEFINE_string("json", None, "The file to write the measurements to.", required=True)
     flags.DEFINE_integer("trials", 9, "How often each step is timed.", lower_bound=1)
-    command_line.run(main, __doc__, devices=True)
+    command_line.run(main, __doc__)

@@ -34,8 +34,8 @@ from moe.scaling.hardware import Platform
 # its input and the stream between its parts, and the gradient of the stream.
 MADE_STREAMS, GRADIENT_STREAMS = 2, 1
 # Those of which it does not: the two normed inputs of the parts, and the gradients of the layer's
-# output and of a normed input. If it splits the others, these are gathered or scattered, which GPUs
-# do in another order, [T, B, D], and so each of them exists twice.
+# output and of a normed input. If it splits the others, these are gathered or scattered. GPUs do
+# that in another order, [T, B, D], and so each of them exists twice there.
 MADE_INPUTS, GRADIENT_INPUTS = 2, 2
 # The arrays [B, T, F]: gate, up and their product, and the gradients of gate and up.
 MADE_WIDTHS, GRADIENT_WIDTHS = 3, 2
@@ -101,10 +101,10 @@ def activations(config: RunConfig, sizes: Mapping[str, int], platform: Platform)
     # The backward passes of layers before the stages begin when those of the stages have ended.
     is_after = model.pipelined_group + 1 < len(model.layer_groups)
     freed = 0 if is_after else round(in_stages)
-    largest = [_layer(config, sizes, passes) - freed for passes in others]
+    largest = [_layer(config, sizes, passes, platform) - freed for passes in others]
     return Activations(
         saved=round(stacks * saved) + _pipeline_hands(config, sizes),
-        layer=max([_layer(config, sizes, staged), *largest]),
+        layer=max([_layer(config, sizes, staged, platform), *largest]),
         loss=_loss(config, sizes, platform) - _later_gradients(config, sizes),
         embedding=FLOAT32 * widths.vocabulary * widths.stream
         + 2 * item * own.tokens * widths.stream,
@@ -211,7 +211,7 @@ def expert_rows(config: RunConfig, sizes: Mapping[str, int], tokens: int) -> int
             return assignments * devices + experts * BLOCK_ROWS
 
 
-def _layer(config: RunConfig, sizes: Mapping[str, int], passes: Passes) -> int:
+def _layer(config: RunConfig, sizes: Mapping[str, int], passes: Passes, platform: Platform) -> int:
     """Returns the bytes that the backward pass of the largest of some layers takes.
 
     Full remat makes the layer's arrays again. Without remat, the backward pass takes the layer's
@@ -223,7 +223,7 @@ def _layer(config: RunConfig, sizes: Mapping[str, int], passes: Passes) -> int:
     is_full = model.remat == "full"
     streams = GRADIENT_STREAMS + (MADE_STREAMS if is_full else 0)
     inputs = GRADIENT_INPUTS + (MADE_INPUTS if is_full else 0)
-    inputs *= 1 if widths.own_stream == widths.stream else 2
+    inputs *= 2 if platform == "gpu" and widths.own_stream < widths.stream else 1
     stream = streams * widths.own_stream + inputs * widths.stream
     common = item * tokens * (stream + (heads if is_full else 0))
     arrays = GRADIENT_WIDTHS + (MADE_WIDTHS if is_full else 0)

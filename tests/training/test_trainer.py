@@ -395,7 +395,14 @@ def test_every_field_of_a_model_may_differ_between_a_run_and_its_origin_or_not()
     free = {"compute_dtype", "remat", "scan_layers", "attention", "moe"}
     assert {field.name for field in dataclasses.fields(ModelConfig)} == free | set(SHARED_FIELDS)
     free = {"jitter", "balance_weight", "balance_scope", "z_weight", "bias_update_rate"}
-    free |= {"dispatch", "capacity_factor", "priority", "exchange", "receive_factor"}
+    free |= {
+        "dispatch",
+        "implementation",
+        "capacity_factor",
+        "priority",
+        "exchange",
+        "receive_factor",
+    }
     assert {field.name for field in dataclasses.fields(MoEConfig)} == free | set(SHARED_MOE_FIELDS)
 
 
