@@ -270,7 +270,7 @@ def choose_implementation(
         return None if kind is None else choose(kind, q, k, k, **options)
     if reason := why_not(name, q, k, k, chip=kind, **options):
         raise ConfigError(
-            f"model.attention.implementation={name!r} cannot be used, for {reason}: "
+            f"model.attention.implementation={name!r} cannot be used, because {reason}: "
             "set model.attention.implementation to 'auto'"
         )
     return Choice(name)
