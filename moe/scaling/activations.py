@@ -274,9 +274,9 @@ def _loss(config: RunConfig, sizes: Mapping[str, int], platform: Platform) -> in
     """Returns the bytes that the loss takes: logits of a chunk, and the unembedding's gradient.
 
     The gradient of each chunk is made before it is added to that of the chunks before. The final
-    norm keeps its input and the normed input in float32, and its result, and beside them stands the
+    norm keeps its result, and its input and the normed input in float32, and beside them stands the
     gradient of the result. The compiler of TPUs makes logits of the compute dtype within a matmul,
-    and makes the normed input again.
+    and makes the normed input again. That of GPUs makes both float32 arrays again.
     """
     tokens, is_tpu = own_passes(config, sizes).tokens, platform == "tpu"
     item, widths = ITEM[config.model.compute_dtype], _widths(config, sizes)
@@ -286,5 +286,5 @@ def _loss(config: RunConfig, sizes: Mapping[str, int], platform: Platform) -> in
     logit = FLOAT32 if is_tpu else FLOAT32 + item
     logits = logit * math.ceil(tokens / chunks) * widths.vocabulary
     weight = (_cast_item(config, table, sizes) + 2 * FLOAT32) * widths.vocabulary * widths.stream
-    normed = (FLOAT32 if is_tpu else 2 * FLOAT32) * widths.own_stream
+    normed = {"cpu": 2, "gpu": 0, "tpu": 1}[platform] * FLOAT32 * widths.own_stream
     return logits + weight + tokens * (2 * item * widths.stream + normed)

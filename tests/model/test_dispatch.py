@@ -372,7 +372,9 @@ def test_what_overflows_a_ragged_exchange_is_counted_and_passes_by(monkeypatch):
 
 def test_a_config_names_the_kernel_of_dropless():
     assert choose_kernel("hopper", Shapes(64, 8, "bfloat16")) == Choice("hopper", 128)
-    with pytest.raises(ConfigError, match="because it takes bfloat16 and float16, not float32: set "):
+    with pytest.raises(
+        ConfigError, match="because it takes bfloat16 and float16, not float32: set "
+    ):
         config = dataclasses.replace(CONFIG, implementation="hopper")
         choose_strategy(config, 0)(*routed(), Weights(*weights()))
     with pytest.raises(ConfigError, match="set dispatch to 'dropless'"):
