@@ -28,7 +28,7 @@ from launch.plan_text import GIB
 from launch.topologies import Target, find_target
 from moe.config import ConfigError, RunConfig
 from moe.files import write_whole
-from moe.scaling.hardware import CHIPS
+from moe.scaling.hardware import CHIPS, Platform
 from moe.scaling.memory import step_bytes
 
 
@@ -45,6 +45,11 @@ class Case(NamedTuple):
         """Returns the case as text, by which the file of results knows it."""
         changes = [f"{name}={value}" for name, value in self.changes.items()]
         return " ".join([self.config, self.chip, str(self.devices), *changes])
+
+    @property
+    def platform(self) -> Platform:
+        """Returns what JAX calls the platform of the case's devices."""
+        return CHIPS[self.chip].platform if self.chip in CHIPS else "cpu"
 
     def read(self) -> RunConfig:
         """Returns the config of the case, with its mesh resolved."""
@@ -125,8 +130,7 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
         if "bytes" not in found:
             continue
         config = case.read()
-        platform = CHIPS[case.chip].platform if case.chip in CHIPS else "cpu"
-        counted = step_bytes(config, config.mesh, platform).total
+        counted = step_bytes(config, config.mesh, case.platform).total
         name = ", ".join([f"`{case.config}`", *(f"{k}={v}" for k, v in case.changes.items())])
         chips = f"{case.devices:,} {case.chip}"
         sizes = [f"{size / GIB:.3g}" for size in (found["bytes"], counted)]

@@ -9,8 +9,6 @@ launch.benchmark measured, as a table in Markdown. A busy machine slows steps an
 every step is timed right after a matmul, and a prediction is a multiple of the matmul's time.
 """
 
-import dataclasses
-import importlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +18,7 @@ from absl import flags
 
 from launch import command_line
 from launch.benchmark import benchmark
+from launch.plan_check import Case
 from launch.plan_cpu import cpu_chip
 from moe.config import MeshConfig, RunConfig
 from moe.files import write_whole
@@ -52,9 +51,7 @@ SHAPES: dict[tuple[str, str], dict[str, Any]] = {
 
 def read(config: str, changes: Mapping[str, Any]) -> RunConfig:
     """Returns a config for one device."""
-    found = importlib.import_module(f"configs.{config}").get_config()
-    found.update_from_flattened_dict(dict(changes))
-    return dataclasses.replace(RunConfig.from_config_dict(found), mesh=MeshConfig(data=1))
+    return Case(config, "cpu", 1, changes).read()
 
 
 def table(measured: Mapping[str, Mapping[str, Any]]) -> str:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
+from ml_collections import ConfigDict
 
 from configs import dense_7b
 from launch.compiled_step import abstract_batch, lower_step
@@ -118,18 +119,26 @@ DENSE_STEP = {
 }
 
 
+def compile_step(
+    values: ConfigDict, fields: dict[str, Any], devices: list, platform: str
+) -> tuple[RunConfig, Any, jax.sharding.Mesh]:
+    """Returns a config with changed fields, its compiled train step, and its mesh."""
+    values.update_from_flattened_dict(fields)
+    config = RunConfig.from_config_dict(values)
+    program = make_program(config, devices)
+    lowered = lower_step(program, abstract_batch(config, program), platform)
+    return config, lowered.compile(), program.mesh
+
+
 @pytest.mark.parametrize("scanned", [True, False])
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_a_step_gathers_weights_and_scatters_gradients_as_often_as_it_must(remat, scanned) -> None:
     """The recomputed forward pass gathers for the gradients too, and the loss gathers once."""
-    values = RunConfig.config_dict()
     fields = {"model.remat": remat, "model.scan_layers": scanned, "mesh.fsdp": 8, "mesh.data": 1}
-    values.update_from_flattened_dict(DENSE_STEP | fields)
-    config = RunConfig.from_config_dict(values)
-    program = make_program(config, jax.devices())
-    lowered = lower_step(program, abstract_batch(config, program), "cpu")
-    compiled = lowered.compile()
-    found = sent(compiled, program.mesh)
+    config, compiled, mesh = compile_step(
+        RunConfig.config_dict(), DENSE_STEP | fields, jax.devices(), "cpu"
+    )
+    found = sent(compiled, mesh)
     least: Counter[str] = Counter()
     for collective in least_collectives(config, config.mesh):
         least[collective.kind] += round(collective.bytes)
@@ -150,12 +159,8 @@ def test_a_backward_pass_without_remat_gathers_no_tokens_again(layout) -> None:
     else:
         fields |= {"mesh.fsdp": 2, "mesh.expert": 4, "model.moe.num_experts": 4}
         fields |= {"model.moe.expert_dim": 64, "model.moe.exchange": "all_gather"}
-    values = RunConfig.config_dict()
-    values.update_from_flattened_dict(fields)
-    config = RunConfig.from_config_dict(values)
-    program = make_program(config, jax.devices())
-    compiled = lower_step(program, abstract_batch(config, program), "cpu").compile()
-    found = sent(compiled, program.mesh)[f"all-gather {layout}"]
+    config, compiled, mesh = compile_step(RunConfig.config_dict(), fields, jax.devices(), "cpu")
+    found = sent(compiled, mesh)[f"all-gather {layout}"]
     least = sum(
         collective.bytes
         for collective in least_collectives(config, config.mesh)
@@ -227,15 +232,11 @@ def test_ragged_exchange_for_8_v5p(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_a_dense_step_on_8_h200_sends_the_least(remat: str) -> None:
     """dense_7b with 4 microbatches of 64 rows, or of 32 rows without remat."""
-    values = dense_7b.get_config()
     rows = {"none": 32, "full": 64}[remat]
     fields = {"model.remat": remat, "train.batch_size": rows, "train.accumulation": 4}
     fields |= {"mesh.data": 1, "mesh.fsdp": 8, "mesh.tensor": 1}
-    values.update_from_flattened_dict(fields)
-    config = RunConfig.from_config_dict(values)
-    program = make_program(config, h200s())
-    lowered = lower_step(program, abstract_batch(config, program), "cuda")
-    found = sent(lowered.compile(), program.mesh)
+    config, compiled, mesh = compile_step(dense_7b.get_config(), fields, h200s(), "cuda")
+    found = sent(compiled, mesh)
     least = sum(collective.bytes for collective in least_collectives(config, config.mesh))
     total = sum(found[kind] for kind in ("all-gather", "reduce-scatter", "all-reduce"))
     assert total <= 1.001 * least

@@ -13,7 +13,6 @@ import argparse
 import functools
 import importlib
 import importlib.util
-import json
 import statistics
 import sys
 import time
@@ -26,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe.kernels.attention import Choice, choose, flash_attention
+from moe.kernels.benchmarks.results import check_difference, write_rows
 
 Key = TypeVar("Key")
 Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -96,16 +96,7 @@ def check_numbers(implementation: Choice, shape: tuple[int, int, int], dtype: st
         q, k, v, g = (x.astype(cast) for x in arrays)
         output, pull_back = jax.vjp(jax.jit(attention), q, k, v)
         results.append([np.asarray(x, np.float32) for x in (output, *pull_back(g))])
-    worst = max(
-        float(np.abs(ours - right).max() / np.abs(right).max())
-        for ours, right in zip(*results, strict=True)
-    )
-    if not worst < 0.02:
-        raise ValueError(
-            f"{implementation.name} differs from the reference by {worst:.1%}: "
-            "its times mean nothing"
-        )
-    return worst
+    return check_difference(implementation.name, *results)
 
 
 def random_arrays(length: int, shape: tuple[int, int, int], dtype: str) -> tuple[jax.Array, ...]:
@@ -188,11 +179,6 @@ def measure(
         )
 
 
-def versions() -> dict[str, str]:
-    """Returns the versions of Python and JAX, which belong to every result."""
-    return {"jax": jax.__version__, "python": sys.version.split()[0]}
-
-
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -249,15 +235,7 @@ def main() -> None:
             rows.append(row)
             print_row(row)
     if arguments.json:
-        document = {
-            "device": chip,
-            "versions": versions(),
-            "shape": shape,
-            "dtype": arguments.dtype,
-            "worst_difference": worst,
-            "rows": rows,
-        }
-        arguments.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        write_rows(arguments.json, rows, shape=shape, dtype=arguments.dtype, worst_difference=worst)
 
 
 if __name__ == "__main__":

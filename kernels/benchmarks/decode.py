@@ -7,7 +7,6 @@ For each part it prints the median of the ratios of their times.
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -18,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from moe.kernels.attention import decode_attention
-from moe.kernels.benchmarks.attention import versions
+from moe.kernels.benchmarks.results import write_rows
 
 BATCH, SLOTS, HEADS, KV_HEADS, WIDTH = 1, 8192, 8, 2, 64
 PAIRS, CALLS = 25, 5
@@ -84,9 +83,7 @@ def main() -> None:
                 f"{dtype:>10} {filled:6.0%} {ours['ms']:8.2f} ms {ours['ratio']:8.2f}", flush=True
             )
     if arguments.json:
-        device = jax.devices()[0].device_kind
-        document = {"device": device, "versions": versions(), "rows": rows}
-        arguments.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        write_rows(arguments.json, rows)
 
 
 if __name__ == "__main__":

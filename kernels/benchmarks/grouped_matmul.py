@@ -14,7 +14,6 @@ import argparse
 import functools
 import importlib
 import importlib.util
-import json
 import math
 import statistics
 import sys
@@ -27,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe.kernels.benchmarks.attention import versions
+from moe.kernels.benchmarks.results import check_difference, write_rows
 from moe.kernels.chips import is_hopper
 from moe.kernels.grouped_matmul import (
     Inputs,
@@ -250,15 +249,7 @@ def check_numbers(implementation: Name, dtype: str) -> float:
         by_row = (rows_ID, gradients.rows_ID, gradients.weights_I[:, None])
         cleared = [jnp.where(is_row[:, None], x, 0) for x in by_row]
         results.append([np.asarray(x, np.float32) for x in (*cleared, *gradients[1:4])])
-    worst = max(
-        float(np.abs(ours - right).max() / np.abs(right).max())
-        for ours, right in zip(*results, strict=True)
-    )
-    if not worst < 0.02:
-        raise ValueError(
-            f"{implementation} differs from the reference by {worst:.1%}: its times mean nothing"
-        )
-    return worst
+    return check_difference(implementation, *results)
 
 
 def measure(
@@ -357,14 +348,7 @@ def main() -> None:
             rows.append(row)
             print_row(row)
     if arguments.json:
-        document = {
-            "device": chip,
-            "versions": versions(),
-            "dtype": arguments.dtype,
-            "worst_difference": worst,
-            "rows": rows,
-        }
-        arguments.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        write_rows(arguments.json, rows, dtype=arguments.dtype, worst_difference=worst)
     if any("refused" in row and row["implementation"] == name for row in rows):
         sys.exit(f"error: {name} could not be run: see the rows above")
 

@@ -108,8 +108,13 @@ def _axes_over(
 
 
 def splitting_axes(dims: str, shape: tuple[int, ...]) -> list[tuple[str, ...]]:
-    """Returns which Auto axes of the mesh that was set split each dimension, by RULES."""
-    return _axes_over(dims, shape, _auto_sizes(jax.sharding.get_abstract_mesh()))
+    """Returns which Auto axes of several devices split each dimension, by RULES.
+
+    They are those of the mesh that was set.
+    """
+    sizes = _auto_sizes(jax.sharding.get_abstract_mesh())
+    found = _axes_over(dims, shape, sizes)
+    return [tuple(axis for axis in axes if sizes[axis] > 1) for axes in found]
 
 
 def constrain(x: jax.Array, dims: str) -> jax.Array:

@@ -41,7 +41,7 @@ _lay_out.defvjp(
 def splits_time(length: int) -> bool:
     """Returns whether the tensor axis splits the stream of rows of so many tokens."""
     (axes,) = splitting_axes("t", (length,))
-    return "tensor" in axes and jax.sharding.get_abstract_mesh().shape["tensor"] > 1
+    return "tensor" in axes
 
 
 def gather_time(x_BTD: jax.Array) -> jax.Array:
@@ -65,11 +65,9 @@ def scatter_time(y_BTD: jax.Array) -> jax.Array:
 def join_time(x_BTD: jax.Array) -> jax.Array:
     """Gives each device of the tensor axis all tokens, for several uses of `gather_time`.
 
-    Each of these splits its own gradient, so that there is no sum over the axis here. `x` may have
-    further dimensions in front.
+    Each of these splits its own gradient, so that there is no sum over the axis here.
     """
-    front = "-" * (x_BTD.ndim - 3)
-    return _lay_out((front + WHOLE,), (front + SPLIT,), x_BTD)
+    return _lay_out((WHOLE,), (SPLIT,), x_BTD)
 
 
 def name_between_parts(x_BTD: jax.Array) -> jax.Array:
