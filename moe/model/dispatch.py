@@ -40,6 +40,7 @@ from moe.kernels.grouped_matmul import (
 from moe.kernels.settings import check_axes
 from moe.model.arrangement import (
     Arrangement,
+    add_rows,
     arrange,
     arrange_equally,
     combine,
@@ -295,9 +296,13 @@ def all_to_all(
     num_experts = weights.num_experts * axis_size("expert")
     arrangement = arrange_equally(experts_NA, num_experts, capacity)
     rows_ECD = _split(copy_to_slots(x_ND, arrangement), num_experts)
+    weights_EC1 = _split(gather_into_slots(weights_NA, arrangement)[:, None], num_experts)
     outputs_ECD = weights(expert_parallel.all_to_all(rows_ECD))
-    returned_ID = _join(expert_parallel.all_to_all_back(outputs_ECD))
-    y_ND = combine(returned_ID, weights_NA, arrangement)
+    # An expert's device applies the rows' weights. If it left that to their senders, these would
+    # need the outputs for the gradient of the weights, and remat would send all of them again.
+    weighted_ECD = outputs_ECD.astype(jnp.float32) * expert_parallel.all_to_all(weights_EC1)
+    returned_ECD = expert_parallel.all_to_all_back(weighted_ECD.astype(outputs_ECD.dtype))
+    y_ND = add_rows(_join(returned_ECD), arrangement)
     return ExpertOutput(y_ND, _count_dropped(experts_NA, num_experts, arrangement))
 
 
@@ -321,15 +326,16 @@ def ragged_all_to_all(
     room = math.ceil(experts_NA.size * receive_factor)
     exchange = expert_parallel.prepare_ragged(loads_E, room)
     received_RD = expert_parallel.send_ragged(copy_to_slots(x_ND, arrangement), exchange)
-    # A received row has one expert. Its weight stays with the sender, whose `combine` applies it.
-    ones_R1 = jnp.ones((room, 1), jnp.float32)
+    # An expert's device applies the rows' weights, for the reason that `all_to_all` gives.
+    weights_I = gather_into_slots(weights_NA, arrangement)
+    weights_R1 = expert_parallel.send_numbers(weights_I, exchange)[:, None]
     experts_R1 = exchange.experts_R[:, None]
-    output = dropless(received_RD, experts_R1, ones_R1, weights, implementation=implementation)
+    output = dropless(received_RD, experts_R1, weights_R1, weights, implementation=implementation)
     returned_ID = expert_parallel.return_ragged(output.y_ND, exchange, experts_NA.size)
     unsent_I = expert_parallel.unsent_rows(exchange, loads_E, experts_NA.size)
     unsent_NA = gather_from_slots(unsent_I, arrangement)
     return ExpertOutput(
-        combine(returned_ID, weights_NA, arrangement),
+        add_rows(returned_ID, arrangement),
         jnp.sum(unsent_NA, axis=1, dtype=jnp.float32),
     )
 
