@@ -24,6 +24,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from moe.parallel.collectives import vocabulary
+from moe.parallel.collectives.weights import sum_gradient
 from moe.parallel.mesh import on_auto_axes, per_shard
 
 
@@ -186,7 +187,9 @@ def _differentiate_shard(
     return (
         vocabulary.sum_over_positions(sums_P, plan.split),
         vocabulary.sum_hidden(grad_hidden_BTD, plan.split),
-        vocabulary.sum_gradient(grad_weight, plan.width_dim, plan.split).astype(weight.dtype),
+        sum_gradient(grad_weight, plan.width_dim, plan.split.width, plan.split.positions).astype(
+            weight.dtype
+        ),
     )
 
 

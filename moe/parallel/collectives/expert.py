@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from moe.parallel.collectives.weights import gather, scatter
 from moe.parallel.mesh import axis_size
 
 EXCHANGED = "exchanged rows"  # the name of what one device received from another for its experts
@@ -28,15 +29,12 @@ def _name(received: jax.Array) -> jax.Array:
 
 def gather_weight(w: jax.Array, dtype: jnp.dtype, dim: int) -> jax.Array:
     """Returns the weight in `dtype`, whole along the dimension that fsdp splits."""
-    w = w.astype(dtype)
-    return jax.lax.all_gather(w, "fsdp", axis=dim, tiled=True) if axis_size("fsdp") > 1 else w
+    return gather(w.astype(dtype), ("fsdp",), dim)
 
 
 def scatter_gradient(gradient: jax.Array, dim: int) -> jax.Array:
     """Returns the sum over fsdp of a whole weight's gradients, split as the weight is."""
-    if axis_size("fsdp") == 1:
-        return gradient
-    return jax.lax.psum_scatter(gradient, "fsdp", scatter_dimension=dim, tiled=True)
+    return scatter(gradient, ("fsdp",), dim)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
