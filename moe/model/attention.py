@@ -13,7 +13,7 @@ from moe.model.cache import Cache, MemoryCache, fill_memory_cache, update_cache
 from moe.model.layers import einsum, rotate
 from moe.model.tokens import TokenInfo
 from moe.parallel.context import ring_attention, ulysses_attention
-from moe.parallel.mesh import chip, constrain, on_auto_axes, per_shard
+from moe.parallel.mesh import axis_size, chip, constrain, on_auto_axes, per_shard
 from moe.parallel.sequence import gather_time, scatter_time
 from moe.parameters import parameter
 
@@ -162,13 +162,15 @@ def attend(
     length = q_BTNH.shape[1]
     mesh = jax.sharding.get_abstract_mesh()
     implementation = choose_implementation(config, mesh, length, causal=causal)
+    # Then this device's part is all that is to be seen of a row, whose other parts lie on others.
+    context_is_manual = axis_size("context") > 1
 
     def attend_shard(
         q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array
     ) -> tuple[jax.Array]:
         k_BTKH, v_BTKH = _own_heads(config, q_BTNH, k_BTKH, v_BTKH)
         options = {"causal": causal, "implementation": implementation}
-        if q_BTNH.shape[1] == length:
+        if q_BTNH.shape[1] == length and not context_is_manual:
             ids = {"q_segment_ids": segment_ids_BT, "kv_segment_ids": segment_ids_BT}
             return (flash_attention(q_BTNH, k_BTKH, v_BTKH, **ids, **options),)
         # The context axis splits the sequence: this device holds a part of it.

@@ -54,7 +54,7 @@ from moe.model.layers import swiglu
 from moe.parallel.collectives import expert as expert_parallel
 from moe.parallel.mesh import axis_size, chip
 
-FSDP_DIMS = (1, 1, 2)  # the dimensions of gate, up and down that fsdp splits
+WIDTH_DIMS = (1, 1, 2)  # the dimensions of gate, up and down that fsdp splits
 
 
 class Weights(NamedTuple):
@@ -74,14 +74,19 @@ class Weights(NamedTuple):
 
         If the tensor axis splits F, the result is this device's part of a sum.
         """
-        gate_dim, up_dim, down_dim = FSDP_DIMS
+        gate_dim, up_dim, down_dim = self.split_dims(rows_ECD.shape[-1])
         gate_ECF = expert_parallel.expert_matmul(rows_ECD, self.gate_EDF, gate_dim)
         up_ECF = expert_parallel.expert_matmul(rows_ECD, self.up_EDF, up_dim)
         return expert_parallel.expert_matmul(swiglu(gate_ECF, up_ECF), self.down_EFD, down_dim)
 
-    def gather(self, dtype: jnp.dtype) -> "Weights":
+    def split_dims(self, width: int) -> tuple[int | None, ...]:
+        """Returns the dimension of each weight that fsdp splits, if it splits a width of D."""
+        is_split = self.gate_EDF.shape[1] < width
+        return WIDTH_DIMS if is_split else (None, None, None)
+
+    def gather(self, dtype: jnp.dtype, width: int) -> "Weights":
         """Returns the weights in `dtype`, whole along the dimensions that fsdp splits."""
-        pairs = zip(self, FSDP_DIMS, strict=True)
+        pairs = zip(self, self.split_dims(width), strict=True)
         return Weights(*(expert_parallel.gather_weight(w, dtype, dim) for w, dim in pairs))
 
 
@@ -373,7 +378,7 @@ def _apply_grouped(
 
 def _kernel_inputs(x_ND: jax.Array, weights: Weights, blocks: Blocks) -> Inputs:
     """Gathers the weights over fsdp, and lists what the kernel takes."""
-    whole = weights.gather(x_ND.dtype)
+    whole = weights.gather(x_ND.dtype, x_ND.shape[-1])
     return Inputs(x_ND, *whole, blocks.arrangement.tokens_I, blocks.experts_G)
 
 
@@ -402,7 +407,9 @@ def _grouped_experts_backward(
     grad_weights = Weights(
         *(
             expert_parallel.scatter_gradient(grad, dim).astype(w.dtype)
-            for grad, w, dim in zip(whole_grads, weights, FSDP_DIMS, strict=True)
+            for grad, w, dim in zip(
+                whole_grads, weights, weights.split_dims(x_ND.shape[-1]), strict=True
+            )
         )
     )
     grad_x = weighted_sum(grads.rows_ID, jnp.ones_like(weights_NA), arrangement)

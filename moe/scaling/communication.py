@@ -2,7 +2,8 @@
 
 For each microbatch that is: weights that fsdp splits are gathered in the compute dtype twice, in
 the forward and in the backward pass (recomputation shares the gather of the backward pass), and
-their gradients are scattered once, in float32. What `data` and `context` copy is added up once a
+their gradients are scattered once, in float32. With `train.gather_once` both happen once a step, in
+float32. What `data` and `context` copy is added up once a
 step. Rows of experts are exchanged four times, and tensor parallelism adds up the outputs of
 attention and feed-forward parts, and the gradients of their inputs. Remat repeats one of the
 exchanges, unless it saves them, and two of the gathers that such sums end with. docs/planning.md
@@ -156,6 +157,12 @@ def _weights(config: RunConfig, sizes: Mapping[str, int]) -> Iterator[Collective
     for array in parameters(config):
         axes = array.axes("D", sizes)
         if not axes:
+            continue
+        if config.train.gather_once:
+            layers = array.layers(sizes)
+            sent = _sent(FLOAT32 * layers * array.elements(sizes, whole=axes), axes, sizes)
+            yield Collective("all-gather", axes, f"{array.name}: weights", sent, layers)
+            yield Collective("reduce-scatter", axes, f"{array.name}: gradients", sent, layers)
             continue
         of_vocabulary = array.name in ("embedding", "unembedding")
         gathers_once = of_vocabulary and not config.model.tied_embeddings

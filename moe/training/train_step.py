@@ -19,7 +19,7 @@ from moe.config import ConfigError, RunConfig, Schedule
 from moe.model.attention import choose_implementation
 from moe.model.routing import update_bias
 from moe.model.stack import group_name
-from moe.parallel import pipeline
+from moe.parallel import pipeline, replicas
 from moe.parallel.mesh import make_mesh, shardings
 from moe.parameters import declarations, unbox
 from moe.tasks import Task, choose_task
@@ -333,7 +333,23 @@ def _accumulate(
     schedule = pipeline.choose_schedule(config)
     if schedule is not None:
         return _pipeline_gradient(config, model, task, variables, batch, schedule)
-    global_counts, microbatches = task.counts(batch), config.train.accumulation
+    run = functools.partial(_accumulate_microbatches, config, model, task)
+    if axes := replicas.replica_axes(config):
+        declared = declarations(model, task.init_batch)
+        run = replicas.on_replicas(run, axes, task.dims, declared)
+    return run(variables, batch, task.counts(batch))
+
+
+def _accumulate_microbatches(
+    config: RunConfig,
+    model: nn.Module,
+    task: Task,
+    variables: Any,
+    batch: Batch,
+    global_counts: losses.Sums,
+) -> tuple[Any, losses.Sums]:
+    """Returns the gradient and the sums of all microbatches of a batch, or of a replica's rows."""
+    microbatches = config.train.accumulation
 
     @jax.jit  # traced once, for its shapes and for the loop
     @functools.partial(jax.grad, has_aux=True)

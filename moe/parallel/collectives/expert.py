@@ -27,35 +27,40 @@ def _name(received: jax.Array) -> jax.Array:
 # Weights, over the fsdp and tensor axes
 
 
-def gather_weight(w: jax.Array, dtype: jnp.dtype, dim: int) -> jax.Array:
-    """Returns the weight in `dtype`, whole along the dimension that fsdp splits."""
-    return gather(w.astype(dtype), ("fsdp",), dim)
+def gather_weight(w: jax.Array, dtype: jnp.dtype, dim: int | None) -> jax.Array:
+    """Returns the weight in `dtype`, whole along the dimension that fsdp splits, if it does."""
+    w = w.astype(dtype)
+    return w if dim is None else gather(w, ("fsdp",), dim)
 
 
-def scatter_gradient(gradient: jax.Array, dim: int) -> jax.Array:
-    """Returns the sum over fsdp of a whole weight's gradients, split as the weight is."""
-    return scatter(gradient, ("fsdp",), dim)
+def scatter_gradient(gradient: jax.Array, dim: int | None) -> jax.Array:
+    """Returns the sum over fsdp of a whole weight's gradients, split as the weight is.
+
+    Where fsdp splits no dimension of the weight, its devices keep what they have.
+    """
+    return gradient if dim is None else scatter(gradient, ("fsdp",), dim)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def expert_matmul(rows_ECX: jax.Array, w_EXY: jax.Array, fsdp_dim: int) -> jax.Array:
+def expert_matmul(rows_ECX: jax.Array, w_EXY: jax.Array, fsdp_dim: int | None) -> jax.Array:
     """Multiplies each expert's C rows by its own weight, [E, C, Y].
 
     X is the width of a row, and Y that of a result. All matmuls of experts on equally many rows go
-    through here. The weight is this device's shard, and fsdp splits it along `fsdp_dim`. It is
-    gathered in the rows' dtype, and again in the backward pass. Its gradient is summed in float32.
+    through here. The weight is this device's shard, which fsdp splits along `fsdp_dim`, if at all.
+    It is gathered in the rows' dtype, and again in the backward pass. Its gradient is summed in
+    float32.
     """
     return jnp.einsum("ecx,exy->ecy", rows_ECX, gather_weight(w_EXY, rows_ECX.dtype, fsdp_dim))
 
 
 def _expert_matmul_forward(
-    rows_ECX: jax.Array, w_EXY: jax.Array, fsdp_dim: int
+    rows_ECX: jax.Array, w_EXY: jax.Array, fsdp_dim: int | None
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     return expert_matmul(rows_ECX, w_EXY, fsdp_dim), (rows_ECX, w_EXY)
 
 
 def _expert_matmul_backward(
-    fsdp_dim: int, residuals: tuple[jax.Array, jax.Array], grad_ECY: jax.Array
+    fsdp_dim: int | None, residuals: tuple[jax.Array, jax.Array], grad_ECY: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     rows_ECX, w_EXY = residuals
     whole_w_EXY = gather_weight(w_EXY, rows_ECX.dtype, fsdp_dim)
