@@ -194,6 +194,11 @@ def check_layout(config: "RunConfig", mesh: MeshConfig) -> None:
             )
 
 
+def gathers_once(config: "RunConfig", sizes: Mapping[str, int]) -> bool:
+    """Returns whether a step gathers parameters once for all microbatches on such a mesh."""
+    return config.train.gathers_once and sizes["fsdp"] > 1
+
+
 def count_batch_parts(sizes: Mapping[str, int]) -> int:
     """Returns the number of parts into which a mesh of such axes splits a batch."""
     batch_axes, _ = split_axes("BT", AXES)

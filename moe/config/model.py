@@ -99,6 +99,11 @@ class ModelConfig:
                 f"head_dim={self.head_dim} is odd, but rotary positions turn pairs of numbers: "
                 "set head_dim to an even number"
             )
+        self._check_experts()
+        self._check_sizes()
+
+    def _check_experts(self) -> None:
+        """Raises ConfigError for fields that leave no layer for experts, or ask for some."""
         reach = self.moe.first_dense_layers + self.moe.layer_period
         if self.moe.num_experts and reach > self.num_layers:
             raise ConfigError(
@@ -111,7 +116,6 @@ class ModelConfig:
                 "remat='save_exchange' saves what experts receive, and no layer has experts: "
                 "set remat to 'save_attention', or moe.num_experts to a positive number"
             )
-        self._check_sizes()
 
     def _check_sizes(self) -> None:
         """Raises ConfigError for a parameter that is larger than an array can be."""

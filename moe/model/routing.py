@@ -15,7 +15,7 @@ import numpy as np
 from moe.config import ConfigError, MoEConfig
 from moe.losses import RouterStats
 from moe.model.arrangement import places_of_sorted
-from moe.parallel.replicas import sum_over_replicas
+from moe.parallel.collectives.replicas import sum_over_replicas
 
 
 class Routing(NamedTuple):

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from moe.config import ModelConfig, RunConfig
+from moe.config.layout import gathers_once
 from moe.scaling.arrays import Array, parameters
 from moe.scaling.communication import (
     FLOAT32,
@@ -79,7 +80,8 @@ def weight_copies(config: RunConfig, sizes: Mapping[str, int], platform: Platfor
     total = 0
     for array in parameters(config):
         size = array.layers(sizes) * array.elements(sizes)
-        if platform == "gpu" and array.axes("D", sizes) and array.dims[0] != "D":
+        is_gathered = array.axes("D", sizes) and not gathers_once(config, sizes)
+        if platform == "gpu" and is_gathered and array.dims[0] != "D":
             total += FLOAT32 * size
         if platform == "gpu" and array.name == "experts":
             total += FLOAT32 * array.elements(sizes, whole=("fsdp",))
@@ -312,6 +314,9 @@ def _loss(config: RunConfig, sizes: Mapping[str, int], platform: Platform) -> in
     chunks = math.ceil(config.data.sequence_length / config.train.loss_chunk)
     logit = FLOAT32 if is_tpu else FLOAT32 + item
     logits = logit * math.ceil(tokens / chunks) * widths.vocabulary
-    weight = (_cast_item(config, table, sizes) + 2 * FLOAT32) * widths.vocabulary * widths.stream
+    # A gradient that is scattered after all microbatches is counted among the gradients.
+    sums = 1 if gathers_once(config, sizes) else 2
+    weight = _cast_item(config, table, sizes) + sums * FLOAT32
+    weight *= widths.vocabulary * widths.stream
     normed = {"cpu": 2, "gpu": 0, "tpu": 1}[platform] * FLOAT32 * widths.own_stream
     return logits + weight + tokens * (2 * item * widths.stream + normed)

@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping
 from typing import Literal, NamedTuple
 
 from moe.config import MeshConfig, RunConfig, Schedule
-from moe.config.layout import count_batch_parts
+from moe.config.layout import count_batch_parts, gathers_once
 from moe.scaling.arrays import Array, parameters
 
 Kind = Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute"]
@@ -158,17 +158,17 @@ def _weights(config: RunConfig, sizes: Mapping[str, int]) -> Iterator[Collective
         axes = array.axes("D", sizes)
         if not axes:
             continue
-        if config.train.gather_once:
+        if gathers_once(config, sizes):
             layers = array.layers(sizes)
             sent = _sent(FLOAT32 * layers * array.elements(sizes, whole=axes), axes, sizes)
             yield Collective("all-gather", axes, f"{array.name}: weights", sent, layers)
             yield Collective("reduce-scatter", axes, f"{array.name}: gradients", sent, layers)
             continue
         of_vocabulary = array.name in ("embedding", "unembedding")
-        gathers_once = of_vocabulary and not config.model.tied_embeddings
+        serves_once = of_vocabulary and not config.model.tied_embeddings
         passes = staged if array.is_pipelined else own
         scatters = passes.count * array.layers(sizes)
-        gathers = (VOCABULARY_GATHERS if gathers_once else MATMUL_GATHERS) * scatters
+        gathers = (VOCABULARY_GATHERS if serves_once else MATMUL_GATHERS) * scatters
         whole = array.elements(sizes, whole=axes)
         gathered = _sent(_gather_dtype(array, config) * whole, axes, sizes)
         summed = _sent(FLOAT32 * whole, axes, sizes)

@@ -19,7 +19,8 @@ from moe.config import ConfigError, RunConfig, Schedule
 from moe.model.attention import choose_implementation
 from moe.model.routing import update_bias
 from moe.model.stack import group_name
-from moe.parallel import pipeline, replicas
+from moe.parallel import pipeline
+from moe.parallel.collectives import replicas
 from moe.parallel.mesh import make_mesh, shardings
 from moe.parameters import declarations, unbox
 from moe.tasks import Task, choose_task

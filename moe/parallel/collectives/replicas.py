@@ -10,13 +10,15 @@ up its own microbatches first, and what it sends does not grow with their number
     gradients  <- (scattered over fsdp) <- summed over the replicas
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 from jax.sharding import PartitionSpec
 
-from moe.config import RunConfig, split_axes
+from moe.config import AXES, RunConfig, split_axes
+from moe.config.layout import gathers_once
 from moe.parallel.collectives.weights import scatter
 from moe.parallel.mesh import axis_size
 from moe.parameters import Declared, is_declared
@@ -30,15 +32,15 @@ def replica_axes(config: RunConfig) -> tuple[str, ...]:
     Where one microbatch is a step, the partitioner already adds up once, while it computes. Experts
     see whole rows, so in sparse models `context` is left to it as well.
     """
-    sizes = dict(jax.sharding.get_abstract_mesh().shape)
-    if config.train.accumulation == 1 or sizes.get("pipeline", 1) > 1:
+    sizes = dict.fromkeys(AXES, 1) | dict(jax.sharding.get_abstract_mesh().shape)
+    if config.train.accumulation == 1 or sizes["pipeline"] > 1:
         return ()
     axes = ["data"]
     if not config.model.moe.num_experts and config.task != "span_corruption":
         axes.append("context")
-    if config.train.gather_once:
+    if gathers_once(config, sizes):
         axes.append("fsdp")
-    return tuple(axis for axis in axes if sizes.get(axis, 1) > 1)
+    return tuple(axis for axis in axes if sizes[axis] > 1)
 
 
 def on_replicas(
@@ -55,14 +57,7 @@ def on_replicas(
 
     def on_replica(*arguments: Any) -> tuple[Any, Any]:
         gradient, sums = function(*arguments)
-        others = tuple(axis for axis in axes if axis != "fsdp")
-
-        def add_up(leaf: Declared, x: jax.Array) -> jax.Array:
-            if "fsdp" in axes and "D" in leaf.dims:
-                x = scatter(x, ("fsdp",), leaf.dims.index("D"))
-                return jax.lax.psum(x, others) if others else x
-            return jax.lax.psum(x, axes)
-
+        add_up = functools.partial(_add_up, axes=axes)
         gradient = jax.tree.map(add_up, declared, gradient, is_leaf=is_declared)
         return gradient, jax.tree.map(lambda x: jax.lax.psum(x, axes), sums)
 
@@ -86,6 +81,15 @@ def on_replicas(
         return mapped(variables, batch, counts)
 
     return run
+
+
+def _add_up(leaf: Declared, gradient: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """Adds up the gradient of a parameter. What fsdp splits is scattered over it."""
+    if "fsdp" not in axes or "D" not in leaf.dims:
+        return jax.lax.psum(gradient, axes)
+    gradient = scatter(gradient, ("fsdp",), leaf.dims.index("D"))
+    others = tuple(axis for axis in axes if axis != "fsdp")
+    return jax.lax.psum(gradient, others) if others else gradient
 
 
 def sum_over_replicas(x: jax.Array) -> jax.Array:
