@@ -76,7 +76,8 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
             if (case.config, case.chip, case.devices) == (name, chip, devices)
         ]
         cells = {_way(case): _cell(case, results.get(case.name)) for case in own}
-        mesh = _LAYOUTS[name][devices == 64]
+        few, many, _ = _LAYOUTS[name]
+        mesh = few if devices == 8 else many
         axes = ", ".join(f"{axis}={size}" for axis, size in mesh.items())
         cells_in_order = " | ".join(cells[way] for way in ways)
         lines.append(f"| `{name}` | {devices} {chip} | {axes} | {cells_in_order} |")

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import einops
@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moe import losses
 from moe.config import ConfigError, RunConfig, Schedule
-from moe.model.attention import choose_implementation
+from moe.model.attention import choose_implementation, without_kernels
 from moe.model.routing import update_bias
 from moe.model.stack import group_name
 from moe.parallel import pipeline
@@ -112,14 +112,17 @@ def make_program(
     devices: list[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]  # a class
     *,
     task: Task | None = None,
+    refused: Collection[str] = (),
 ) -> Program:
     """Makes model, optimizer, state and steps of a run on `devices` (by default, on all of them).
 
-    `task` is the caller's own, where `config.task` is "custom". Each function of the program is
-    compiled when it is first called.
+    `task` is the caller's own, where `config.task` is "custom". Kernels that are `refused` are not
+    chosen. Each function of the program is compiled when it is first called.
     """
     task = choose_task(config, task)
     mesh = make_mesh(config, devices)
+    model_config = without_kernels(config.model, mesh, config.data.sequence_length, refused)
+    config = dataclasses.replace(config, model=model_config)
     implementation = choose_implementation(config.model, mesh, config.data.sequence_length)
     assert implementation is not None  # the devices of a mesh say which chip they are
     model = task.model(config.model)
