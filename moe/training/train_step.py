@@ -116,8 +116,8 @@ def make_program(
 ) -> Program:
     """Makes model, optimizer, state and steps of a run on `devices` (by default, on all of them).
 
-    `task` is the caller's own, where `config.task` is "custom". Kernels that are `refused` are not
-    chosen. Each function of the program is compiled when it is first called.
+    `task` is the caller's own, where `config.task` is "custom". No `refused` kernel is chosen. Each
+    function of the program is compiled when it is first called.
     """
     task = choose_task(config, task)
     mesh = make_mesh(config, devices)
@@ -128,7 +128,6 @@ def make_program(
     model = task.model(config.model)
     declared = declarations(model, task.init_batch)
     optimizer = make_optimizer(config.optimizer, make_schedule(config), declared)
-
     init = _make_init(task, model, optimizer)
     abstract = _abstract_state(init, config.seed, mesh)
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
