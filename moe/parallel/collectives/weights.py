@@ -85,14 +85,16 @@ def present(axes: tuple[str, ...]) -> tuple[str, ...]:
 def gather(w: jax.Array, axes: tuple[str, ...], dim: int) -> jax.Array:
     """Joins the parts of a weight along a dimension, which some mesh axes split."""
     for step in reversed(_one_by_one(present(axes))):
-        w = jax.lax.all_gather(w, step, axis=dim, tiled=True)
+        # The compiler gathers over a cube of 8 at once, though it does not scatter.
+        for groups in reversed(_groups(step, smallest=16)):
+            w = jax.lax.all_gather(w, step, axis=dim, tiled=True, axis_index_groups=groups)
     return w
 
 
 def scatter(gradient: jax.Array, axes: tuple[str, ...], dim: int) -> jax.Array:
     """Adds up the devices' gradients over some mesh axes, which then split the dimension."""
     for step in _one_by_one(present(axes)):
-        for groups in _groups(step):
+        for groups in _groups(step, smallest=8):
             gradient = _scatter_once(gradient, step, dim, groups)
     return gradient
 
@@ -125,15 +127,15 @@ def _one_by_one(axes: tuple[str, ...]) -> list[tuple[str, ...]]:
     return [(axis,) for axis in axes] if kind.startswith("TPU") else [axes]
 
 
-def _groups(axes: tuple[str, ...]) -> list[list[list[int]] | None]:
+def _groups(axes: tuple[str, ...], smallest: int) -> list[list[list[int]] | None]:
     """Returns the groups of devices that scatter with one another, in turn. None is all at once.
 
-    An axis of all the devices of a cube takes two turns. Device i = first + second * n belongs to
-    the groups of equal `second`, and of equal `first`.
+    An axis of all devices of a cube takes two turns, if they are `smallest` or more. First devices
+    scatter that are as many places apart as there are in a group of neighbours, then neighbours.
     """
     mesh = jax.sharding.get_abstract_mesh()
     size = axis_size(axes[0])
-    if chip(mesh) not in _CUBES or size < mesh.size or size < 8:
+    if chip(mesh) not in _CUBES or size < max(mesh.size, smallest):
         return [None]
     number = 2 ** (size.bit_length() // 2)  # of devices in a group of the second turn
     far = [list(range(place, size, number)) for place in range(number)]

@@ -23,6 +23,9 @@ def make_mesh(**sizes: int) -> jax.sharding.Mesh:
 def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The kind of the devices, as the collectives see it: TPUs take several turns."""
     monkeypatch.setattr(weights, "chip", lambda mesh: request.param)
+    # So few devices would gather at once.
+    groups = weights._groups
+    monkeypatch.setattr(weights, "_groups", lambda axes, smallest: groups(axes, smallest=8))
     return request.param
 
 
