@@ -31,6 +31,7 @@ def get_config() -> ConfigDict:
     config.train.update(
         batch_size=512,
         accumulation=4,
+        gather_once=True,
         steps=25_000,
         eval_batches=20,
         checkpoint_every=1000,

@@ -65,7 +65,7 @@ _ON_CPU = (
 )
 _SMALL_BATCH = {"train.batch_size": 64, "train.accumulation": 4}
 _CAPACITY = {"model.moe.dispatch": "capacity", "model.moe.exchange": "all_to_all"}
-_STAGES = {"mesh.pipeline": 2, "train.accumulation": 8}
+_STAGES = {"mesh.pipeline": 2, "train.accumulation": 8, "train.gather_once": False}
 CASES = (
     # The configs, on the hardware that they name.
     *(Case(name, "cpu", 1) for name in _ON_CPU.split()),
@@ -89,6 +89,15 @@ CASES = (
         for chip in ("h200", "v5p")
         for tensor in (1, 2)
     ),
+    *(
+        Case(name, "h200", devices, {**changes, "model.remat": remat})
+        for name, devices, changes, remats in (
+            ("dense_7b", 8, {"mesh.tensor": 1, **_SMALL_BATCH}, ("save_attention", "offload")),
+            ("moe_8x7b", 64, {"train.accumulation": 16}, ("full", "save_exchange", "offload")),
+        )
+        for remat in remats
+    ),
+    Case("dense_7b", "h200", 8, {"mesh.tensor": 1, **_SMALL_BATCH, "train.gather_once": True}),
     Case("dense_1b", "h200", 8, _STAGES),
     Case("dense_1b", "h200", 8, {**_STAGES, "train.pipeline_rounds": 4}),
     Case("dense_1b", "v5p", 8, _STAGES),

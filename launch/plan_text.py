@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 
 from launch.plan_components import align
-from moe.scaling.flops import run_active_parameters
+from moe.scaling.flops import run_active_parameters, run_recomputed_flops
 from moe.scaling.hardware import Chip
 from moe.scaling.layouts import Layout, cheapest_fit
 from moe.scaling.memory import StepBytes
@@ -118,7 +118,10 @@ def flops_line(layout: Layout) -> str:
     config = layout.config
     tokens = config.train.batch_size * config.data.sequence_length
     thumb = 6 * run_active_parameters(config) * tokens
-    again = " (full remat repeats a third of them)" if config.model.remat == "full" else ""
+    again = ""
+    if repeated := tokens * run_recomputed_flops(config):
+        share = repeated / layout.estimate.model_flops
+        again = f" (remat repeats {share:.0%} of them)"
     return (
         f"The model takes {layout.estimate.model_flops:.4g} FLOPs a step{again}; "
         f"6 x active parameters x tokens are {thumb:.4g}."

@@ -31,6 +31,9 @@ Before anything is compiled, the memory that a step takes is counted. A config t
 devices is refused in one line, which names the cheapest change that makes it fit. --force starts it
 all the same.
 
+On a kind of GPU or TPU that this version of the kernels has not run on, they are checked first, in
+a process of its own. One that fails is named in a line, and another is used in its place.
+
 SIGUSR1 makes a process write the stacks of all its threads to stderr and go on.
 
 Exit codes: 0 trained to the end; 2 bad input, told in one line; 3 diverged: too many updates in a
@@ -41,6 +44,7 @@ SIGTERM. In a job of several processes: 69 not all have joined it; 76 another pr
 early, and 77 another one is stuck, each told in one line that names process and host.
 """
 
+import os
 import re
 import sys
 
@@ -67,9 +71,13 @@ def main(values: flags.FlagValues) -> int:
     check_dataset(config.data)
     check_tokenizer(use_stored_tokenizer(workdir, config))
     # This loads JAX, which bad input need not wait for.
+    from launch.kernel_check import check_kernels
     from launch.plan_fit import check_fit
+    from moe.parallel.distributed import from_first
     from moe.training.trainer import Diverged, Interrupted, fit
 
+    # Before this process takes the device for itself.
+    kernels = from_first("a check of kernels", lambda: check_kernels(config, os.environ))
     if not values.force:
         check_fit(config)
 
@@ -79,6 +87,7 @@ def main(values: flags.FlagValues) -> int:
             workdir,
             **sources,
             profile_steps=steps,
+            kernels=kernels,
         )
     except Diverged as error:
         print(f"diverged: {error}", file=sys.stderr)

@@ -24,6 +24,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from moe.parallel.collectives import vocabulary
+from moe.parallel.collectives.weights import sum_gradient
 from moe.parallel.mesh import on_auto_axes, per_shard
 
 
@@ -182,11 +183,11 @@ def _differentiate_shard(
     chunks = _cut(plan, hidden_BTD, targets_BT, masks_PBT)
     (sums_P, grad_weight), grads_hidden = jax.lax.scan(add_chunk, zeros, chunks)
     grad_hidden_BTD = einops.rearrange(grads_hidden, "n b c d -> b (n c) d")
-    grad_hidden_BTD = grad_hidden_BTD[:, : hidden_BTD.shape[1]]
+    grad_weight = sum_gradient(grad_weight, plan.width_dim, plan.split.width, plan.split.positions)
     return (
         vocabulary.sum_over_positions(sums_P, plan.split),
-        vocabulary.sum_hidden(grad_hidden_BTD, plan.split),
-        vocabulary.sum_gradient(grad_weight, plan.width_dim, plan.split).astype(weight.dtype),
+        vocabulary.sum_hidden(grad_hidden_BTD[:, : hidden_BTD.shape[1]], plan.split),
+        grad_weight.astype(weight.dtype),
     )
 
 

@@ -335,10 +335,10 @@ def room_line_counts() -> Counter[str]:
     return counts
 
 
-def test_what_a_step_runs_has_less_than_8500_lines() -> None:
+def test_what_a_step_runs_has_less_than_9000_lines() -> None:
     """Who reads these has read all that trains a model. Nobody needs the other rooms for that."""
     rooms = ("config", "parameters", "parallel", "losses", "cross_entropy", "model", "tasks")
-    assert 0 < sum(room_line_counts()[room] for room in (*rooms, "training")) < 8_500
+    assert 0 < sum(room_line_counts()[room] for room in (*rooms, "training")) < 9_000
 
 
 def test_a_room_of_moe_has_less_than_4600_lines() -> None:

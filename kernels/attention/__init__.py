@@ -32,6 +32,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from moe.kernels.attention.choice import (
     Choice,
@@ -58,6 +59,7 @@ from moe.kernels.settings import own_settings
 
 __all__ = [
     "IMPLEMENTATIONS",
+    "RESIDUALS",
     "Choice",
     "Gradients",
     "Implementation",
@@ -69,11 +71,14 @@ __all__ = [
     "compute_delta",
     "decode_attention",
     "flash_attention",
+    "name_residuals",
     "round_output",
     "sinks_gradient",
     "supported",
     "why_not",
 ]
+
+RESIDUALS = "attention residuals"  # the name of what the backward pass needs of the forward pass
 
 
 def flash_attention(
@@ -192,6 +197,17 @@ def round_output(output: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Ar
     return output.astype(dtype), (output - rounded).astype(dtype)
 
 
+def name_residuals(
+    output: jax.Array, remainder: jax.Array | None, lse: jax.Array
+) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+    """Names what the backward pass needs beside the inputs, so that jax.checkpoint can keep it.
+
+    A policy that keeps arrays of the name `RESIDUALS` computes attention once.
+    """
+    name = functools.partial(checkpoint_name, name=RESIDUALS)
+    return name(output), None if remainder is None else name(remainder), name(lse)
+
+
 def compute_delta(
     output: jax.Array, remainder: jax.Array | None, dout: jax.Array, dtype: jnp.dtype
 ) -> jax.Array:
@@ -295,8 +311,9 @@ def _attend_forward(
     # Not rounded yet, since the backward pass needs delta of the exact output.
     exact = dataclasses.replace(options, partial=True)
     output, lse = attention_forward(choice, exact, inputs)
-    output, remainder = round_output(output, inputs.q_BTNH.dtype)
-    return (output, lse), (inputs, output, remainder, lse)
+    kept = name_residuals(*round_output(output, inputs.q_BTNH.dtype), lse)
+    output, _, lse = kept
+    return (output, lse), (inputs, *kept)
 
 
 def _attend_backward(

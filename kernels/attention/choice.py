@@ -7,6 +7,7 @@ device, so that programs can be compiled for chips that are not here.
 import dataclasses
 import functools
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, cast
 
@@ -53,17 +54,28 @@ def with_blocks(choice: Choice, options: Options) -> Choice:
     return Choice(choice.name, rule(options))
 
 
-def choose(chip: str, q: Shaped, k: Shaped, v: Shaped, **keywords: Any) -> Choice:
+def choose(
+    chip: str,
+    q: Shaped,
+    k: Shaped,
+    v: Shaped,
+    *,
+    refused: Collection[str] = (),
+    **keywords: Any,
+) -> Choice:
     """Returns the fastest implementation on `chip` for a call of flash_attention.
 
     `chip` is a device_kind as JAX names it: "TPU v5p", "NVIDIA H200", "cpu". Only shapes and dtypes
     of the arrays are read, so jax.ShapeDtypeStruct will do. The keywords are flash_attention's.
+    Implementations that are `refused` are not chosen.
     """
     request = describe(q, k, v, **keywords)
     # docs/performance.md has the times that this order comes from. "hopper_fused" is no candidate,
     # since the last bits of its gradients differ from run to run: a caller must ask for that.
     candidates = () if chip == "cpu" else ("tpu", "hopper", "cudnn")
-    able = (name for name in candidates if obstacle(name, request, chip) is None)
+    able = (
+        name for name in candidates if name not in refused and obstacle(name, request, chip) is None
+    )
     name = next(able, "blockwise")
     return Choice(name, tuned_blocks().get(chip, {}).get(tuning_key(name, request)))
 

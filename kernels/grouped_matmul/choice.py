@@ -4,7 +4,7 @@ These are pure functions of a chip's name and of shapes: nothing is run or asked
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Literal, NamedTuple
 
 import jax
@@ -44,18 +44,19 @@ class Choice(NamedTuple):
     block_rows: int
 
 
-def choose(chip: str | None, shapes: Shapes) -> Choice:
+def choose(chip: str | None, shapes: Shapes, refused: Collection[str] = ()) -> Choice:
     """Returns the fastest implementation on `chip`, with its blocks.
 
     `chip` is a device_kind as JAX names it ("TPU v5p", "NVIDIA H200", "cpu"), or None where it is
-    not known. Raises NotImplementedError if none can compute the call.
+    not known. Implementations that are `refused` are not chosen. Raises NotImplementedError if none
+    can compute the call.
     """
     # "hopper" is no candidate until its drawn cases have run on a device (docs/performance.md says
     # what has): it must be asked for by name.
     candidates: tuple[Name, ...] = ("blockwise",)  # the fastest first
     obstacles = {name: why_not(name, chip, shapes) for name in candidates}
     for name in candidates:
-        if obstacles[name] is None:
+        if name not in refused and obstacles[name] is None:
             return with_blocks(name, shapes)
     reasons = "; ".join(f"{name!r} cannot: {reason}" for name, reason in obstacles.items())
     raise NotImplementedError(f"no implementation computes this grouped matmul. {reasons}")

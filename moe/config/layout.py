@@ -167,6 +167,7 @@ def check_layout(config: "RunConfig", mesh: MeshConfig) -> None:
     _check_batch(config, sizes)
     _check_context(config, mesh)
     _check_pipeline(config, mesh)
+    _check_gather_once(config, mesh)
     model = config.model
     # Fewer key/value heads than devices on the tensor axis are copied, so either number may divide
     # the other.
@@ -191,6 +192,11 @@ def check_layout(config: "RunConfig", mesh: MeshConfig) -> None:
                 f"model.{name}={value} cannot be split over mesh.{'*'.join(axes)}={split}: "
                 f"set model.{name} to a multiple of {split}"
             )
+
+
+def gathers_once(config: "RunConfig", sizes: Mapping[str, int]) -> bool:
+    """Returns whether a step gathers parameters once for all microbatches on such a mesh."""
+    return config.train.gathers_once and sizes["fsdp"] > 1
 
 
 def count_batch_parts(sizes: Mapping[str, int]) -> int:
@@ -245,6 +251,17 @@ def _check_context(config: "RunConfig", mesh: MeshConfig) -> None:
             f"model.num_heads={num_heads} cannot be split over mesh.context*tensor={split}, "
             "as Ulysses does: set model.attention.context_parallelism to 'ring'"
         )
+
+
+def _check_gather_once(config: "RunConfig", mesh: MeshConfig) -> None:
+    """Raises ConfigError if the parameters cannot be gathered once for all microbatches."""
+    for axis in ("pipeline", "expert"):
+        size = dataclasses.asdict(mesh)[axis]
+        if config.train.gather_once and size > 1:
+            raise ConfigError(
+                f"train.gather_once=True gathers over mesh.fsdp alone, and mesh.{axis}={size} "
+                f"splits parameters as well: set train.gather_once to False, or mesh.{axis} to 1"
+            )
 
 
 def _check_pipeline(config: "RunConfig", mesh: MeshConfig) -> None:

@@ -59,9 +59,11 @@ class ModelConfig:
     tied_embeddings: bool = False  # True computes the logits with the embedding's own matrix
     # The type of activations. Parameters, norms, softmax and losses are float32 in any case.
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    # What the backward pass computes again to save memory: "none" stores all activations, and
-    # "full" stores only the input of each layer.
-    remat: Literal["none", "full"] = "none"
+    # What the backward pass computes again to save memory: "none" stores all activations, "full"
+    # only the input of each layer, and "offload" stores that in the host's memory. Between these,
+    # "save_attention" also stores the outputs of attention, and "save_exchange" what devices sent
+    # each other for experts (docs/planning.md has a table).
+    remat: Literal["none", "save_exchange", "save_attention", "offload", "full"] = "none"
     # True compiles one layer and loops over it; False writes every layer into the program.
     # Parameters are stored in the same way for both.
     scan_layers: bool = True
@@ -97,6 +99,11 @@ class ModelConfig:
                 f"head_dim={self.head_dim} is odd, but rotary positions turn pairs of numbers: "
                 "set head_dim to an even number"
             )
+        self._check_experts()
+        self._check_sizes()
+
+    def _check_experts(self) -> None:
+        """Raises ConfigError for fields that leave no layer for experts, or ask for some."""
         reach = self.moe.first_dense_layers + self.moe.layer_period
         if self.moe.num_experts and reach > self.num_layers:
             raise ConfigError(
@@ -104,7 +111,11 @@ class ModelConfig:
                 f"moe.layer_period={self.moe.layer_period} leave no sparse layer among "
                 f"num_layers={self.num_layers}: set num_layers to at least {reach}"
             )
-        self._check_sizes()
+        if self.remat == "save_exchange" and not self.moe.num_experts:
+            raise ConfigError(
+                "remat='save_exchange' saves what experts receive, and no layer has experts: "
+                "set remat to 'save_attention', or moe.num_experts to a positive number"
+            )
 
     def _check_sizes(self) -> None:
         """Raises ConfigError for a parameter that is larger than an array can be."""

@@ -80,12 +80,19 @@ def gather_from_slots(slot_values: jax.Array, arrangement: Arrangement) -> jax.A
     return slot_values.at[arrangement.slots_NA].get(mode="fill", fill_value=0)
 
 
+@jax.custom_vjp
 def gather_into_slots(values_NA: jax.Array, arrangement: Arrangement) -> jax.Array:
     """Returns each slot's value from its assignment, [I], or 0 if it has none.
 
     This is the transpose of `gather_from_slots`, computed by a gather.
     """
     return values_NA.reshape(-1).at[arrangement.assignments_I].get(mode="fill", fill_value=0)
+
+
+gather_into_slots.defvjp(
+    lambda values_NA, arrangement: (gather_into_slots(values_NA, arrangement), arrangement),
+    lambda arrangement, g_I: (gather_from_slots(g_I, arrangement), None),
+)
 
 
 @jax.custom_vjp
@@ -101,19 +108,31 @@ def _copy_to_slots_forward(
 
 
 def _copy_to_slots_backward(arrangement: Arrangement, g_ID: jax.Array) -> tuple[jax.Array, None]:
-    ones_NA = jnp.ones(arrangement.slots_NA.shape, jnp.float32)
-    return weighted_sum(g_ID, ones_NA, arrangement), None
+    return add_rows(g_ID, arrangement), None
 
 
 copy_to_slots.defvjp(_copy_to_slots_forward, _copy_to_slots_backward)
 
 
 @jax.custom_vjp
-def combine(rows_ID: jax.Array, weights_NA: jax.Array, arrangement: Arrangement) -> jax.Array:
-    """Returns the sum of each token's rows times their weights, [N, D], summed in float32.
+def add_rows(rows_ID: jax.Array, arrangement: Arrangement) -> jax.Array:
+    """Returns the sum of each token's rows, [N, D], summed in float32.
 
-    It is the transpose of `copy_to_slots` if all weights are 1.
+    It is the transpose of `copy_to_slots`. Its backward pass needs no rows.
     """
+    ones_NA = jnp.ones(arrangement.slots_NA.shape, jnp.float32)
+    return weighted_sum(rows_ID, ones_NA, arrangement)
+
+
+add_rows.defvjp(
+    lambda rows_ID, arrangement: (add_rows(rows_ID, arrangement), arrangement),
+    lambda arrangement, g_ND: (copy_to_slots(g_ND, arrangement), None),
+)
+
+
+@jax.custom_vjp
+def combine(rows_ID: jax.Array, weights_NA: jax.Array, arrangement: Arrangement) -> jax.Array:
+    """Returns the sum of each token's rows times their weights, [N, D], summed in float32."""
     return weighted_sum(rows_ID, weights_NA, arrangement)
 
 

@@ -1,6 +1,9 @@
 """Computes self-attention and cross-attention with grouped queries."""
 
-from typing import NamedTuple
+import dataclasses
+import functools
+from collections.abc import Collection
+from typing import Any, NamedTuple
 
 import einops
 import flax.linen as nn
@@ -8,12 +11,14 @@ import jax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from moe.config import ConfigError, ModelConfig
+from moe.kernels import grouped_matmul
 from moe.kernels.attention import Choice, choose, decode_attention, flash_attention, why_not
+from moe.kernels.grouped_matmul import Shapes
 from moe.model.cache import Cache, MemoryCache, fill_memory_cache, update_cache
 from moe.model.layers import einsum, rotate
 from moe.model.tokens import TokenInfo
 from moe.parallel.context import ring_attention, ulysses_attention
-from moe.parallel.mesh import chip, constrain, on_auto_axes, per_shard
+from moe.parallel.mesh import axis_size, chip, constrain, on_auto_axes, per_shard
 from moe.parallel.sequence import gather_time, scatter_time
 from moe.parameters import parameter
 
@@ -162,13 +167,15 @@ def attend(
     length = q_BTNH.shape[1]
     mesh = jax.sharding.get_abstract_mesh()
     implementation = choose_implementation(config, mesh, length, causal=causal)
+    # Then this device's part is all that is to be seen of a row, whose other parts lie on others.
+    context_is_manual = axis_size("context") > 1
 
     def attend_shard(
         q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array
     ) -> tuple[jax.Array]:
         k_BTKH, v_BTKH = _own_heads(config, q_BTNH, k_BTKH, v_BTKH)
         options = {"causal": causal, "implementation": implementation}
-        if q_BTNH.shape[1] == length:
+        if q_BTNH.shape[1] == length and not context_is_manual:
             ids = {"q_segment_ids": segment_ids_BT, "kv_segment_ids": segment_ids_BT}
             return (flash_attention(q_BTNH, k_BTKH, v_BTKH, **ids, **options),)
         # The context axis splits the sequence: this device holds a part of it.
@@ -249,11 +256,13 @@ def choose_implementation(
     kv_length: int | None = None,
     *,
     causal: bool = True,
+    refused: Collection[str] = (),
 ) -> Choice | None:
     """Returns the implementation that computes a model's attention on a mesh.
 
     A row has `length` queries and `kv_length` keys, by default as many. The result is None if the
-    mesh does not know its chip; the choice is then left to the platform. Raises ConfigError if
+    mesh does not know its chip; the choice is then left to the platform. It is none of those that
+    are `refused`. Raises ConfigError if
     the config names an implementation that cannot compute this attention.
     """
     name, kind = config.attention.implementation, chip(mesh)
@@ -267,13 +276,37 @@ def choose_implementation(
         "kv_segment_ids": jax.ShapeDtypeStruct((1, kv_length), "int32"),
     }
     if name == "auto":
-        return None if kind is None else choose(kind, q, k, k, **options)
+        return None if kind is None else choose(kind, q, k, k, refused=refused, **options)
     if reason := why_not(name, q, k, k, chip=kind, **options):
         raise ConfigError(
             f"model.attention.implementation={name!r} cannot be used, because {reason}: "
             "set model.attention.implementation to 'auto'"
         )
     return Choice(name)
+
+
+def without_kernels(
+    config: ModelConfig, mesh: Mesh, length: int, refused: Collection[str]
+) -> ModelConfig:
+    """Returns a config that names kernels where the automatic choice would take a refused one.
+
+    The rows of the model have `length` tokens.
+    """
+    attention, moe = config.attention, config.moe
+    if not refused:
+        return config
+    if attention.implementation == "auto":
+        choose = functools.partial(choose_implementation, config, mesh, length, refused=refused)
+        names = {found.name for causal in (True, False) if (found := choose(causal=causal))}
+        # Encoders and decoders may do best with different kernels. One name must do for both.
+        name: Any = names.pop() if len(names) == 1 else "blockwise"
+        attention = dataclasses.replace(attention, implementation=name)
+    if moe.implementation == "auto" and moe.num_experts:
+        shapes = Shapes(moe.experts_per_token, moe.num_experts, config.compute_dtype)
+        moe = dataclasses.replace(
+            moe, implementation=grouped_matmul.choose(chip(mesh), shapes, refused).name
+        )
+    return dataclasses.replace(config, attention=attention, moe=moe)
 
 
 def decode_memory(q_BTNH: jax.Array, cache: MemoryCache, layer: jax.Array | int) -> jax.Array:

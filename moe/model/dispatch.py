@@ -40,6 +40,7 @@ from moe.kernels.grouped_matmul import (
 from moe.kernels.settings import check_axes
 from moe.model.arrangement import (
     Arrangement,
+    add_rows,
     arrange,
     arrange_equally,
     combine,
@@ -53,7 +54,7 @@ from moe.model.layers import swiglu
 from moe.parallel.collectives import expert as expert_parallel
 from moe.parallel.mesh import axis_size, chip
 
-FSDP_DIMS = (1, 1, 2)  # the dimensions of gate, up and down that fsdp splits
+WIDTH_DIMS = (1, 1, 2)  # the dimensions of gate, up and down that fsdp splits
 
 
 class Weights(NamedTuple):
@@ -73,14 +74,19 @@ class Weights(NamedTuple):
 
         If the tensor axis splits F, the result is this device's part of a sum.
         """
-        gate_dim, up_dim, down_dim = FSDP_DIMS
+        gate_dim, up_dim, down_dim = self.split_dims(rows_ECD.shape[-1])
         gate_ECF = expert_parallel.expert_matmul(rows_ECD, self.gate_EDF, gate_dim)
         up_ECF = expert_parallel.expert_matmul(rows_ECD, self.up_EDF, up_dim)
         return expert_parallel.expert_matmul(swiglu(gate_ECF, up_ECF), self.down_EFD, down_dim)
 
-    def gather(self, dtype: jnp.dtype) -> "Weights":
+    def split_dims(self, width: int) -> tuple[int | None, ...]:
+        """Returns the dimension of each weight that fsdp splits, if it splits a width of D."""
+        is_split = self.gate_EDF.shape[1] < width
+        return WIDTH_DIMS if is_split else (None, None, None)
+
+    def gather(self, dtype: jnp.dtype, width: int) -> "Weights":
         """Returns the weights in `dtype`, whole along the dimensions that fsdp splits."""
-        pairs = zip(self, FSDP_DIMS, strict=True)
+        pairs = zip(self, self.split_dims(width), strict=True)
         return Weights(*(expert_parallel.gather_weight(w, dtype, dim) for w, dim in pairs))
 
 
@@ -295,9 +301,13 @@ def all_to_all(
     num_experts = weights.num_experts * axis_size("expert")
     arrangement = arrange_equally(experts_NA, num_experts, capacity)
     rows_ECD = _split(copy_to_slots(x_ND, arrangement), num_experts)
+    weights_EC1 = _split(gather_into_slots(weights_NA, arrangement)[:, None], num_experts)
     outputs_ECD = weights(expert_parallel.all_to_all(rows_ECD))
-    returned_ID = _join(expert_parallel.all_to_all_back(outputs_ECD))
-    y_ND = combine(returned_ID, weights_NA, arrangement)
+    # An expert's device applies the rows' weights. If it left that to their senders, these would
+    # need the outputs for the gradient of the weights, and remat would send all of them again.
+    weighted_ECD = outputs_ECD.astype(jnp.float32) * expert_parallel.all_to_all(weights_EC1)
+    returned_ECD = expert_parallel.all_to_all_back(weighted_ECD.astype(outputs_ECD.dtype))
+    y_ND = add_rows(_join(returned_ECD), arrangement)
     return ExpertOutput(y_ND, _count_dropped(experts_NA, num_experts, arrangement))
 
 
@@ -321,15 +331,16 @@ def ragged_all_to_all(
     room = math.ceil(experts_NA.size * receive_factor)
     exchange = expert_parallel.prepare_ragged(loads_E, room)
     received_RD = expert_parallel.send_ragged(copy_to_slots(x_ND, arrangement), exchange)
-    # A received row has one expert. Its weight stays with the sender, whose `combine` applies it.
-    ones_R1 = jnp.ones((room, 1), jnp.float32)
+    # An expert's device applies the rows' weights, for the reason that `all_to_all` gives.
+    weights_I = gather_into_slots(weights_NA, arrangement)
+    weights_R1 = expert_parallel.send_numbers(weights_I, exchange)[:, None]
     experts_R1 = exchange.experts_R[:, None]
-    output = dropless(received_RD, experts_R1, ones_R1, weights, implementation=implementation)
+    output = dropless(received_RD, experts_R1, weights_R1, weights, implementation=implementation)
     returned_ID = expert_parallel.return_ragged(output.y_ND, exchange, experts_NA.size)
     unsent_I = expert_parallel.unsent_rows(exchange, loads_E, experts_NA.size)
     unsent_NA = gather_from_slots(unsent_I, arrangement)
     return ExpertOutput(
-        combine(returned_ID, weights_NA, arrangement),
+        add_rows(returned_ID, arrangement),
         jnp.sum(unsent_NA, axis=1, dtype=jnp.float32),
     )
 
@@ -367,7 +378,7 @@ def _apply_grouped(
 
 def _kernel_inputs(x_ND: jax.Array, weights: Weights, blocks: Blocks) -> Inputs:
     """Gathers the weights over fsdp, and lists what the kernel takes."""
-    whole = weights.gather(x_ND.dtype)
+    whole = weights.gather(x_ND.dtype, x_ND.shape[-1])
     return Inputs(x_ND, *whole, blocks.arrangement.tokens_I, blocks.experts_G)
 
 
@@ -396,7 +407,9 @@ def _grouped_experts_backward(
     grad_weights = Weights(
         *(
             expert_parallel.scatter_gradient(grad, dim).astype(w.dtype)
-            for grad, w, dim in zip(whole_grads, weights, FSDP_DIMS, strict=True)
+            for grad, w, dim in zip(
+                whole_grads, weights, weights.split_dims(x_ND.shape[-1]), strict=True
+            )
         )
     )
     grad_x = weighted_sum(grads.rows_ID, jnp.ones_like(weights_NA), arrangement)

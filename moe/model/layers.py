@@ -1,14 +1,20 @@
 """Defines the small modules of a Block, and the `einsum` that multiplies by their weights."""
 
 import functools
+import math
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from moe.config import AXES, split_axes
-from moe.parallel.collectives.weights import lay_out_whole, weights_are_split
-from moe.parallel.mesh import axis_size, constrain, on_auto_axes, per_shard
+from moe.parallel.collectives.weights import (
+    lay_out_whole,
+    present,
+    sum_gradient,
+    sum_products,
+    weights_are_split,
+)
+from moe.parallel.mesh import axis_size, constrain, on_auto_axes, per_shard, splitting_axes
 from moe.parallel.sequence import gather_time, scatter_time
 from moe.parameters import parameter
 
@@ -77,14 +83,15 @@ def _einsum_backward(
         left, left_dims, right, right_dims = x, x_dims, grad_out, out_dims
     else:
         left, left_dims, right, right_dims = grad_out, out_dims, x, x_dims
-    grad_w = jnp.einsum(
+    multiply = functools.partial(
+        jnp.einsum,
         f"{left_dims},{right_dims}->{w_dims}",
-        left,
-        right,
         preferred_element_type=like_w.dtype,
         precision=precision,
     )
-    return grad_x, constrain(grad_w, w_dims)
+    # An encoder's tokens are laid out as all others, and RULES have no letter S.
+    dims = left_dims.replace("S", "T"), right_dims.replace("S", "T")
+    return grad_x, sum_products(multiply, dims, w_dims, left, right)
 
 
 _einsum.defvjp(_einsum_forward, _einsum_backward)
@@ -99,7 +106,7 @@ def look_up(dtype: str, table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
     """
     # The table is gathered over fsdp first, as every weight is. Looking up in a table that is
     # split along D would move activations instead.
-    table_VD = constrain(table_VD.astype(dtype), "V-")
+    table_VD = lay_out_whole(table_VD, dtype, "VD")
     rows_BT = constrain(_row_numbers(ids_BT, table_VD), "BT")
     x_BTD = scatter_time(table_VD.at[rows_BT].get(mode="clip"))
     return jnp.where((rows_BT < table_VD.shape[0])[..., None], x_BTD, jnp.nan)
@@ -122,41 +129,29 @@ def _look_up_backward(
     table_VD, ids_BT = residuals
     sum_dtype = jnp.promote_types(table_VD.dtype, jnp.float32)
     rows_BT = constrain(_row_numbers(ids_BT, table_VD), "BT")
-    add = _add_shards if axis_size("pipeline") > 1 else _add_to_rows
-    grad_VD = add(constrain(grad_BTD.astype(sum_dtype), "BTD"), rows_BT, table_VD.shape[0])
-    # Each device sums what its own tokens add to the whole table. If the sum were split along D,
-    # the partitioner would move activations instead.
-    return constrain(grad_VD, "V-").astype(table_VD.dtype), None
+    grad_BTD = constrain(grad_BTD.astype(sum_dtype), "BTD")
+    return _add_to_table(grad_BTD, rows_BT, table_VD.shape[0]).astype(table_VD.dtype), None
 
 
-def _add_to_rows(x_BTD: jax.Array, rows_BT: jax.Array, num_rows: int) -> jax.Array:
-    """Adds each token's `x` to its row of [V, D]; a number that is no row's is left out."""
-    zeros_VD = jnp.zeros((num_rows, x_BTD.shape[-1]), x_BTD.dtype)
-    return zeros_VD.at[rows_BT].add(x_BTD, mode="drop")
+def _add_to_table(x_BTD: jax.Array, rows_BT: jax.Array, num_rows: int) -> jax.Array:
+    """Adds each token's `x` to its row of a table [V, D]; a number that is no row's is left out.
 
-
-def _add_shards(x_BTD: jax.Array, rows_BT: jax.Array, num_rows: int) -> jax.Array:
-    """Does what `_add_to_rows` does, on each device's tokens before they are added up.
-
-    On the stages of a pipeline, where one axis is Manual and the others are Auto, the partitioner
-    would gather the `x` of all tokens instead.
+    Each device sums what its own tokens add to the whole width. The partitioner would gather the
+    tokens of all devices instead, or move them to where their part of the width is.
     """
-    whole = x_BTD.shape
+    vocabulary_axes, width_axes = splitting_axes("VD", (num_rows, x_BTD.shape[-1]))
+    rows, time, _ = splitting_axes("BTD", x_BTD.shape)
 
     def add_shard(x_BTD: jax.Array, rows_BT: jax.Array) -> tuple[jax.Array]:
-        size = num_rows // axis_size("tensor")  # of this device's part of V
-        first = jax.lax.axis_index("tensor") * size if size < num_rows else 0
+        axes = present(vocabulary_axes)
+        size = num_rows // math.prod(map(axis_size, axes))  # of this device's part of V
+        first = jax.lax.axis_index(axes) * size if axes else 0
         own_rows_BT = jnp.where(rows_BT < first, size, rows_BT - first)
-        sums_VD = _add_to_rows(x_BTD, own_rows_BT, size)
-        split = [
-            axis
-            for dim, axes in enumerate(split_axes("BT", AXES))
-            for axis in axes
-            if x_BTD.shape[dim] < whole[dim] and axis_size(axis) > 1
-        ]
-        return (jax.lax.psum(sums_VD, split) if split else sums_VD,)
+        sums_VD = jnp.zeros((size, x_BTD.shape[-1]), x_BTD.dtype)
+        sums_VD = sums_VD.at[own_rows_BT].add(x_BTD, mode="drop")
+        return (sum_gradient(sums_VD, 1, width_axes, rows + time),)
 
-    return per_shard(add_shard, ("BTD", "BT"), ("V-",), x_BTD, rows_BT)[0]
+    return per_shard(add_shard, ("BTD", "BT"), ("VD",), x_BTD, rows_BT)[0]
 
 
 look_up.defvjp(_look_up_forward, _look_up_backward)

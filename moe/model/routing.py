@@ -15,6 +15,7 @@ import numpy as np
 from moe.config import ConfigError, MoEConfig
 from moe.losses import RouterStats
 from moe.model.arrangement import places_of_sorted
+from moe.parallel.collectives.replicas import sum_over_replicas
 
 
 class Routing(NamedTuple):
@@ -314,6 +315,9 @@ def balance_sum(load_BE: jax.Array, probs_BE: jax.Array, config: MoEConfig) -> j
     """
     if config.balance_scope == "batch":
         load_BE, probs_BE = (jnp.sum(x, axis=0, keepdims=True) for x in (load_BE, probs_BE))
+        # The load has no gradient. With that of all replicas, their own probabilities add up to
+        # the loss of the whole batch.
+        load_BE = sum_over_replicas(load_BE)
     assignments_B = jnp.maximum(jnp.sum(load_BE, axis=-1), 1.0)
     products_B = jnp.einsum(
         "be,be->b", jax.lax.stop_gradient(load_BE), probs_BE, precision="highest"

@@ -16,10 +16,11 @@ from moe.model.cache import Cache, MemoryCache, init_cache, init_memory_cache
 from moe.model.experts import MoE
 from moe.model.layers import FeedForward, RMSNorm, residual_scale
 from moe.model.tokens import TokenInfo
-from moe.parallel.collectives.weights import forget_gathered, weights_are_split
+from moe.parallel.collectives.weights import weights_are_split
 from moe.parallel.mesh import constrain, on_auto_axes
-from moe.parallel.pipeline import name_layer_input, run_layers
-from moe.parallel.sequence import name_between_parts, save_between_parts
+from moe.parallel.pipeline import run_layers
+from moe.parallel.remat import make_policy, name_layer_input
+from moe.parallel.sequence import name_between_parts
 
 
 @struct.dataclass
@@ -100,6 +101,7 @@ class Block(nn.Module):
         `cache` holds several layers, of which this one is number `layer`.
         """
         c = self.config
+        x_BTD = name_layer_input(x_BTD)
         scale = residual_scale((3 if self.cross_attention else 2) * c.num_layers)
         attention = Attention(c, self.causal, scale, name="attention")
         normed_BTD = RMSNorm(c.norm_epsilon, name="attention_norm")(x_BTD)
@@ -143,11 +145,9 @@ class Period(nn.Module):
         # Without a loop the compiler would merge the recomputation with the forward pass, unless
         # prevent_cse forbids it. Inside a loop it cannot.
         prevent_cse = not self.config.scan_layers
-        block = Block
-        if self.config.remat == "full":
-            block = nn.remat(Block, prevent_cse=prevent_cse, policy=save_between_parts)
-        elif weights_are_split(self.config.model_dim):
-            block = nn.remat(Block, prevent_cse=prevent_cse, policy=forget_gathered)
+        block, remat = Block, self.config.remat
+        if remat != "none" or weights_are_split(self.config.model_dim):
+            block = nn.remat(Block, prevent_cse=prevent_cse, policy=make_policy(remat))
         x_BTD, outputs = carry.hidden_BTD, []
         for index, kind in enumerate(self.kinds):
             layer = block(
@@ -159,7 +159,6 @@ class Period(nn.Module):
                 name=f"block_{index}",
             )
             number = self.first_layer + len(self.kinds) * repeat + index
-            x_BTD = name_layer_input(x_BTD)
             cache = None if carry.caches is None else carry.caches[index]
             output = layer(x_BTD, tokens.for_layer(number), cache, repeat)
             x_BTD = output.hidden_BTD

@@ -179,7 +179,7 @@ def _check_manual_axes(mesh: AnyMesh, in_dims: tuple[str, ...]) -> None:
     for dims in in_dims:
         for dim, axes in zip(dims, split_axes(dims, mesh.shape), strict=True):
             wrong = manual.intersection(axes)
-            if wrong and dim in "DEF":
+            if wrong and dim in "EF":
                 axis = min(wrong)
                 raise ValueError(
                     f"dimension {dim} of {dims} is to be split over the mesh axis {axis!r}, which "

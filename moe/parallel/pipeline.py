@@ -29,16 +29,13 @@ from typing import Any, NamedTuple
 import einops
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from moe.config import RunConfig, Schedule
-from moe.parallel.collectives.weights import forget_gathered
 from moe.parallel.mesh import constrain
-from moe.parallel.sequence import BETWEEN_PARTS
+from moe.parallel.remat import make_stage_policy
 
 AXIS = "pipeline"
-_LAYER_INPUT = "layer input"  # the name of the arrays that remat "full" stores
 
 # (variables, the numbers of the layers, hidden states [B, T, D], what layers know of the tokens)
 # -> (hidden states, sums over the tokens [number of layers, ...])
@@ -128,11 +125,6 @@ def own_rows(batch: Any, schedule: Schedule) -> Any:
     return jax.tree.map(select, batch)
 
 
-def name_layer_input(x_BTD: jax.Array) -> jax.Array:
-    """Marks the input of a layer as what a pipeline stores for the backward pass."""
-    return checkpoint_name(x_BTD, _LAYER_INPUT)
-
-
 def run_layers(
     layers: Layers, variables: Any, x_BTD: jax.Array, tokens: Any, schedule: Schedule, remat: str
 ) -> tuple[jax.Array, Any]:
@@ -188,16 +180,7 @@ def _make_work(layers: Layers, schedule: Schedule, remat: str) -> Callable[..., 
         layer_numbers = (turn.round * schedule.stages + stage) * size + jnp.arange(size)
         return layers(piece, layer_numbers.astype(jnp.int32), x_BTD, tokens)
 
-    def forget_weights(primitive: Any, *avals: Any, **params: Any) -> bool:
-        """Returns whether to keep a result: no copy of a piece's parameters, no gathered weight."""
-        is_copy = primitive is jax.lax.dynamic_slice_p
-        return not is_copy and forget_gathered(primitive, *avals, **params)
-
-    policies = {
-        "none": forget_weights,
-        "full": jax.checkpoint_policies.save_only_these_names(_LAYER_INPUT, BETWEEN_PARTS),
-    }
-    return jax.checkpoint(work, policy=policies[remat], prevent_cse=False)
+    return jax.checkpoint(work, policy=make_stage_policy(remat), prevent_cse=False)
 
 
 def _reload(hands: Hands, number: jax.Array, schedule: Schedule) -> Hands:

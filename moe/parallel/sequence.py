@@ -22,8 +22,7 @@ from moe.parallel.collectives.weights import name_gathered_tokens
 from moe.parallel.mesh import constrain, splitting_axes
 
 WHOLE, SPLIT = "BTD", "BtD"  # all tokens of a row on each device of the tensor axis, or a part
-BETWEEN_PARTS = "between parts"  # the name of the arrays that remat "full" stores within a layer
-save_between_parts = jax.checkpoint_policies.save_only_these_names(BETWEEN_PARTS)
+BETWEEN_PARTS = "between parts"  # the name of what recomputing policies store within a layer
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -71,7 +70,7 @@ def join_time(x_BTD: jax.Array) -> jax.Array:
 
 
 def name_between_parts(x_BTD: jax.Array) -> jax.Array:
-    """Marks the stream between two parts of a layer as what remat "full" stores.
+    """Marks the stream between two parts of a layer as what `parallel.remat` stores.
 
     It does so where the tensor axis splits the stream. Then the array is small, and the sum that
     made it need not be computed and sent again. Elsewhere it would double what is stored.

@@ -2,14 +2,14 @@
 
 A step is at its largest in one of a few moments, and each moment is a list of arrays:
 
-- in the backward pass of a layer, whose forward pass full remat has computed again;
+- in the backward pass of a layer, whose forward pass remat has computed again;
 - in the loss, while the logits of a chunk and the gradient of the unembedding exist;
 - where the gradient of the embedding is added up.
 
-What all moments share: the inputs of all layers (or, without remat, everything that their backward
-passes read), and the gradients. In a pipeline these are the layers of a stage, for all microbatches
-that have gone through it. docs/planning.md explains the arrays one by one. Compilers add
-copies of their own, and how well they pack arrays can't be known beforehand.
+What all moments share: the inputs of all layers and what else remat saves (without it, everything
+that their backward passes read), and the gradients. In a pipeline these are the layers of a stage,
+for all microbatches that have gone through it. docs/planning.md explains the arrays one by one.
+Compilers add copies of their own, and how well they pack arrays can't be known beforehand.
 """
 
 import math
@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from moe.config import ModelConfig, RunConfig
+from moe.config.layout import gathers_once
 from moe.scaling.arrays import Array, parameters
 from moe.scaling.communication import (
     FLOAT32,
@@ -79,7 +80,8 @@ def weight_copies(config: RunConfig, sizes: Mapping[str, int], platform: Platfor
     total = 0
     for array in parameters(config):
         size = array.layers(sizes) * array.elements(sizes)
-        if platform == "gpu" and array.axes("D", sizes) and array.dims[0] != "D":
+        is_gathered = array.axes("D", sizes) and not gathers_once(config, sizes)
+        if platform == "gpu" and is_gathered and array.dims[0] != "D":
             total += FLOAT32 * size
         if platform == "gpu" and array.name == "experts":
             total += FLOAT32 * array.elements(sizes, whole=("fsdp",))
@@ -115,10 +117,15 @@ def _saved(config: RunConfig, sizes: Mapping[str, int], passes: Passes) -> int:
     """Returns the bytes that the backward passes of some layers read, for one pass of them."""
     model, tokens = config.model, passes.tokens
     item, widths = ITEM[model.compute_dtype], _widths(config, sizes)
-    if model.remat == "full":
+    if model.remat != "none":
         # Where the stream between the parts of a layer is small, it is saved as well.
-        streams = 1 if widths.own_stream == widths.stream else 2
-        return passes.layers * streams * item * tokens * widths.own_stream
+        streams = (model.remat != "offload") + (widths.own_stream < widths.stream)
+        saved = passes.layers * streams * item * tokens * widths.own_stream
+        if model.remat == "save_attention":
+            saved += passes.layers * tokens * _attention_outputs(widths)
+        if model.remat == "save_exchange":
+            saved += passes.sparse_layers * _exchanged(config, sizes, tokens)
+        return saved
     saved = passes.layers * tokens * _attention_residuals(widths, item)
     saved += (passes.layers - passes.sparse_layers) * _dense_residuals(model, sizes, tokens)
     if passes.sparse_layers:
@@ -174,6 +181,28 @@ def _attention_residuals(widths: Widths, item: int) -> int:
     return norms + item * heads + FLOAT32 * widths.heads
 
 
+def _attention_outputs(widths: Widths) -> int:
+    """Returns the bytes of a token that attention saves of its forward pass.
+
+    They are the output, in bfloat16 what was rounded off, and the log-sum-exp.
+    """
+    return FLOAT32 * (widths.queries + widths.heads)
+
+
+def _exchanged(config: RunConfig, sizes: Mapping[str, int], tokens: int) -> int:
+    """Returns the bytes that a device receives from others for its experts, and that come back."""
+    moe, devices = config.model.moe, sizes["expert"]
+    row = ITEM[config.model.compute_dtype] * config.model.model_dim
+    if devices == 1:
+        return 0
+    if moe.exchange == "all_gather":
+        return row * tokens * devices
+    received = expert_rows(config, sizes, tokens)
+    if moe.exchange == "all_to_all":
+        return row * 2 * received
+    return row * (received + tokens * moe.experts_per_token)
+
+
 def _dense_residuals(model: ModelConfig, sizes: Mapping[str, int], tokens: int) -> int:
     """Returns the bytes that the backward pass of a dense feed-forward part reads."""
     width = MADE_WIDTHS * model.feed_forward_dim // sizes["tensor"]
@@ -214,24 +243,24 @@ def expert_rows(config: RunConfig, sizes: Mapping[str, int], tokens: int) -> int
 def _layer(config: RunConfig, sizes: Mapping[str, int], passes: Passes, platform: Platform) -> int:
     """Returns the bytes that the backward pass of the largest of some layers takes.
 
-    Full remat makes the layer's arrays again. Without remat, the backward pass takes the layer's
+    Remat makes the layer's arrays again. Without it, the backward pass takes the layer's
     part out of what is saved.
     """
     model, tokens = config.model, passes.tokens
     item, widths = ITEM[model.compute_dtype], _widths(config, sizes)
     heads = 2 * (widths.queries + widths.keys)
-    is_full = model.remat == "full"
-    streams = GRADIENT_STREAMS + (MADE_STREAMS if is_full else 0)
-    inputs = GRADIENT_INPUTS + (MADE_INPUTS if is_full else 0)
+    recomputes = model.remat != "none"
+    streams = GRADIENT_STREAMS + (MADE_STREAMS if recomputes else 0)
+    inputs = GRADIENT_INPUTS + (MADE_INPUTS if recomputes else 0)
     inputs *= 2 if platform == "gpu" and widths.own_stream < widths.stream else 1
     stream = streams * widths.own_stream + inputs * widths.stream
-    common = item * tokens * (stream + (heads if is_full else 0))
-    arrays = GRADIENT_WIDTHS + (MADE_WIDTHS if is_full else 0)
+    common = item * tokens * (stream + (heads if recomputes else 0))
+    arrays = GRADIENT_WIDTHS + (MADE_WIDTHS if recomputes else 0)
     sparse, dense = 0, item * tokens * arrays * model.feed_forward_dim // sizes["tensor"]
     if passes.sparse_layers:
         sparse = _sparse_layer(config, sizes, tokens)
         dense = dense if passes.sparse_layers < passes.layers else 0
-    saved = 0 if is_full else _saved(config, sizes, passes) // passes.layers
+    saved = 0 if recomputes else _saved(config, sizes, passes) // passes.layers
     return common + max(sparse, dense) + saved
 
 
@@ -285,6 +314,9 @@ def _loss(config: RunConfig, sizes: Mapping[str, int], platform: Platform) -> in
     chunks = math.ceil(config.data.sequence_length / config.train.loss_chunk)
     logit = FLOAT32 if is_tpu else FLOAT32 + item
     logits = logit * math.ceil(tokens / chunks) * widths.vocabulary
-    weight = (_cast_item(config, table, sizes) + 2 * FLOAT32) * widths.vocabulary * widths.stream
+    # A gradient that is scattered after all microbatches is counted among the gradients.
+    sums = 1 if gathers_once(config, sizes) else 2
+    weight = _cast_item(config, table, sizes) + sums * FLOAT32
+    weight *= widths.vocabulary * widths.stream
     normed = {"cpu": 2, "gpu": 0, "tpu": 1}[platform] * FLOAT32 * widths.own_stream
     return logits + weight + tokens * (2 * item * widths.stream + normed)

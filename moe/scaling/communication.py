@@ -2,10 +2,12 @@
 
 For each microbatch that is: weights that fsdp splits are gathered in the compute dtype twice, in
 the forward and in the backward pass (recomputation shares the gather of the backward pass), and
-their gradients are scattered once, in float32. What `data` and `context` copy is added up once a
+their gradients are scattered once, in float32. With `train.gather_once` both happen once a step, in
+float32. What `data` and `context` copy is added up once a
 step. Rows of experts are exchanged four times, and tensor parallelism adds up the outputs of
-attention and feed-forward parts, and the gradients of their inputs. Full remat repeats one of the
-exchanges and two of the gathers that such sums end with. docs/planning.md explains the figures.
+attention and feed-forward parts, and the gradients of their inputs. Remat repeats one of the
+exchanges, unless it saves them, and two of the gathers that such sums end with. docs/planning.md
+explains the figures.
 
 In a pipeline these happen at every tick, also while a stage waits: stages go through the same
 program, and then nobody uses what comes out. Between ticks the ring and the belt send the residual
@@ -21,7 +23,7 @@ from collections.abc import Iterator, Mapping
 from typing import Literal, NamedTuple
 
 from moe.config import MeshConfig, RunConfig, Schedule
-from moe.config.layout import count_batch_parts
+from moe.config.layout import count_batch_parts, gathers_once
 from moe.scaling.arrays import Array, parameters
 
 Kind = Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute"]
@@ -156,11 +158,17 @@ def _weights(config: RunConfig, sizes: Mapping[str, int]) -> Iterator[Collective
         axes = array.axes("D", sizes)
         if not axes:
             continue
+        if gathers_once(config, sizes):
+            layers = array.layers(sizes)
+            sent = _sent(FLOAT32 * layers * array.elements(sizes, whole=axes), axes, sizes)
+            yield Collective("all-gather", axes, f"{array.name}: weights", sent, layers)
+            yield Collective("reduce-scatter", axes, f"{array.name}: gradients", sent, layers)
+            continue
         of_vocabulary = array.name in ("embedding", "unembedding")
-        gathers_once = of_vocabulary and not config.model.tied_embeddings
+        serves_once = of_vocabulary and not config.model.tied_embeddings
         passes = staged if array.is_pipelined else own
         scatters = passes.count * array.layers(sizes)
-        gathers = (VOCABULARY_GATHERS if gathers_once else MATMUL_GATHERS) * scatters
+        gathers = (VOCABULARY_GATHERS if serves_once else MATMUL_GATHERS) * scatters
         whole = array.elements(sizes, whole=axes)
         gathered = _sent(_gather_dtype(array, config) * whole, axes, sizes)
         summed = _sent(FLOAT32 * whole, axes, sizes)
@@ -190,7 +198,7 @@ def _exchange(config: RunConfig, sizes: Mapping[str, int]) -> Iterator[Collectiv
     if not layers or sizes["expert"] == 1:
         return
     row = ITEM[config.model.compute_dtype] * config.model.model_dim
-    repeated = config.model.remat == "full"
+    repeated = config.model.remat not in ("none", "save_exchange")
     if moe.exchange == "all_gather":
         # Every device sees the tokens of all, and the parts of their sums are scattered back. The
         # gradient of a gather is a scatter, and that of a scatter is a gather.
@@ -209,18 +217,18 @@ def _tensor(config: RunConfig, sizes: Mapping[str, int]) -> Iterator[Collective]
 
     A layer adds up the outputs of its two parts, and in the backward pass the gradients of their
     inputs. Each sum is a scatter, and a gather where all tokens are needed again (Korthikanti et
-    al. 2022, section 4.2.2). Full remat gathers the inputs of both parts again. Where the tensor
-    axis cannot split the tokens, the sums are whole, and full remat repeats that of attention.
+    al. 2022, section 4.2.2). Remat gathers the inputs of both parts again. Where the tensor axis
+    cannot split the tokens, the sums are whole, and remat repeats that of attention.
     """
     axes = ("tensor",)
     if sizes["tensor"] == 1:
         return
     number = ITEM[config.model.compute_dtype] * config.model.model_dim
-    is_full = config.model.remat == "full"
+    recomputes = config.model.remat != "none"
     # How often a layer uses each kind, and how many times the bytes of a scatter that one sends.
-    kinds: dict[Kind, tuple[int, int]] = {"all-reduce": (5 if is_full else 4, 2)}
+    kinds: dict[Kind, tuple[int, int]] = {"all-reduce": (5 if recomputes else 4, 2)}
     if stream_parts(config, sizes) > 1:
-        kinds = {"reduce-scatter": (4, 1), "all-gather": (6 if is_full else 4, 1)}
+        kinds = {"reduce-scatter": (4, 1), "all-gather": (6 if recomputes else 4, 1)}
     for kind, (in_layer, factor) in kinds.items():
         uses = [(passes, in_layer * passes.layers) for passes in layer_passes(config, sizes)]
         # Beside the layers, there are the rows of embeddings and the last hidden states.
@@ -235,7 +243,8 @@ def _context(config: RunConfig, sizes: Mapping[str, int]) -> Iterator[Collective
 
     In a ring (Liu et al. 2023) keys and values visit all other devices, in the backward pass once
     more beside their float32 gradients. Ulysses (Jacobs et al. 2023, section 3) exchanges queries,
-    keys, values and outputs, and in the backward pass their gradients.
+    keys, values and outputs, and in the backward pass their gradients. Remat repeats the forward
+    pass, unless it saves the outputs. Then Ulysses still repeats what comes before these.
     """
     if sizes["context"] > 1:
         for passes in layer_passes(config, sizes):
@@ -247,7 +256,7 @@ def _context_of_layers(config: RunConfig, sizes: Mapping[str, int], passes: Pass
     model, axes = config.model, ("context",)
     layers, tokens = passes.count * passes.layers, passes.tokens
     item, tensor = ITEM[model.compute_dtype], sizes["tensor"]
-    forwards = 2 if model.remat == "full" else 1
+    forwards = 1 if model.remat in ("none", "save_attention") else 2
     keys = 2 * tokens * max(1, model.num_kv_heads // tensor) * model.head_dim
     if model.attention.context_parallelism == "ring":
         hops = (sizes["context"] - 1) * layers
@@ -255,8 +264,11 @@ def _context_of_layers(config: RunConfig, sizes: Mapping[str, int], passes: Pass
         return Collective("collective-permute", axes, "keys, values", sent, (forwards + 2) * hops)
     queries = 2 * tokens * (model.num_heads // tensor) * model.head_dim
     exchanges = (forwards + 1) * layers
-    sent = exchanges * _sent(item * (queries + keys), axes, sizes)
-    return Collective("all-to-all", axes, "attention heads", sent, 4 * exchanges)
+    sent, count = exchanges * _sent(item * (queries + keys), axes, sizes), 4 * exchanges
+    if model.remat == "save_attention":  # queries, keys and values again
+        sent += layers * _sent(item * (queries / 2 + keys), axes, sizes)
+        count += 3 * layers
+    return Collective("all-to-all", axes, "attention heads", sent, count)
 
 
 def _pipeline(config: RunConfig, sizes: Mapping[str, int]) -> Iterator[Collective]:

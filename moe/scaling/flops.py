@@ -100,6 +100,20 @@ def run_training_flops(config: RunConfig) -> float:
     return training_flops(run_counts(config))
 
 
+def run_recomputed_flops(config: RunConfig) -> float:
+    """Returns the FLOPs per token that the backward pass repeats of the forward pass.
+
+    They are those of the layers, less those of attention where its outputs are saved. The loss
+    takes its gradient in the forward pass, and nothing of it is repeated.
+    """
+    if config.model.remat == "none":
+        return 0.0
+    counts = [count for count in run_counts(config) if "embedding" not in count.name]
+    if config.model.remat == "save_attention":
+        counts = [count for count in counts if not count.name.endswith("scores and sums")]
+    return float(sum(count.forward_flops for count in counts))
+
+
 def stage_training_flops(config: RunConfig) -> float:
     """Returns the part of `run_training_flops` that the stages of a pipeline compute.
 

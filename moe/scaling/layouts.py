@@ -50,7 +50,7 @@ def fitting_layouts(config: RunConfig, devices: int, chip: Chip) -> list[Layout]
     for mesh in _meshes(config, devices):
         if state_bytes(config, mesh).total > chip.memory_bytes:
             continue  # most meshes of a large model end here
-        for remat in ("none", "full"):
+        for remat in _remats(config):
             if fit := choose(mesh)(config, mesh, remat, chip):
                 found.append(Layout(fit, estimate(fit, mesh, chip)))
     order = lambda layout: (
@@ -96,19 +96,29 @@ def _shortest_fit(config: RunConfig, mesh: MeshConfig, remat: str, chip: Chip) -
     return min(choices, key=time, default=None)
 
 
+def _remats(config: RunConfig) -> tuple[str, ...]:
+    """Returns the policies that a search tries, those that keep most first.
+
+    "offload" is left out, since nothing is known of the network between a chip and its host.
+    """
+    exchange = ("save_exchange",) if config.model.sparse_layers else ()
+    return ("none", *exchange, "save_attention", "full")
+
+
 def cheapest_fit(config: RunConfig, mesh: MeshConfig, chip: Chip) -> str | None:
     """Returns the change of remat, microbatches or fsdp that fits a chip at the least cost.
 
     The fewest changes are cheapest, and of equally many the shortest step. The result names the
     fields to set, as "model.remat=full, train.accumulation=8", or is None if nothing fits.
     """
-    is_full = config.model.remat == "full"
+    remats = _remats(config)
+    remats = remats[remats.index(config.model.remat) :] if config.model.remat in remats else ()
     fits = []
     for split in _more_fsdp(mesh):
         if not _is_possible(config, split):
             continue
         numbers = [n for n in _microbatches(config, split) if n >= config.train.accumulation]
-        for remat, number in itertools.product(("full",) if is_full else ("none", "full"), numbers):
+        for remat, number in itertools.product(remats or (config.model.remat,), numbers):
             changed = _change(config, split, remat, number)
             if _fits(changed, chip):
                 changes = _changes(config, mesh, changed, split)

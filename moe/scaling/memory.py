@@ -6,6 +6,7 @@
 import dataclasses
 
 from moe.config import MeshConfig, ModelConfig, RunConfig
+from moe.config.layout import gathers_once
 from moe.scaling.activations import BATCH_BYTES, activations, weight_copies
 from moe.scaling.arrays import parameters
 from moe.scaling.communication import local_tokens
@@ -93,10 +94,17 @@ def step_bytes(config: RunConfig, mesh: MeshConfig, platform: Platform) -> StepB
     # The sum over microbatches stands beside the gradients of one of them.
     copies = 2 if config.train.accumulation > 1 else 1
     tokens = config.train.accumulation * local_tokens(config, sizes)
+    gathered = gradients = 0
+    if gathers_once(config, sizes):
+        gathered = WORD * sum(
+            array.layers(sizes) * array.elements(sizes, whole=("fsdp",))
+            for array in parameters(config)
+        )
+        gradients = gathered - state.gradients  # of one copy beyond its shard
     return StepBytes(
-        parameters=state.parameters,
+        parameters=state.parameters + gathered,
         optimizer=state.optimizer + state.router_state + state.progress,
-        gradients=copies * state.gradients,
+        gradients=copies * (state.gradients + gradients),
         activations=active.saved + BATCH_BYTES * tokens,
         temporaries=active.temporaries + weight_copies(config, sizes, platform),
     )

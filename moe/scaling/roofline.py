@@ -21,7 +21,7 @@ from moe.scaling.communication import (
     least_collectives,
     pipeline_schedule,
 )
-from moe.scaling.flops import run_training_flops, stage_training_flops
+from moe.scaling.flops import run_recomputed_flops, run_training_flops, stage_training_flops
 from moe.scaling.hardware import Chip, Platform
 from moe.scaling.memory import StepBytes, state_bytes, step_bytes
 
@@ -50,8 +50,7 @@ def estimate(config: RunConfig, mesh: MeshConfig, chip: Chip) -> Estimate:
     devices = math.prod(mesh.sizes)
     tokens = config.train.batch_size * config.data.sequence_length
     model_flops = tokens * run_training_flops(config)
-    # Forward and backward pass are three times the forward pass, which full remat repeats.
-    spent = model_flops * (4 / 3 if config.model.remat == "full" else 1)
+    spent = model_flops + tokens * run_recomputed_flops(config)
     spent *= 1 + _waiting(config, sizes)
     collectives = least_collectives(config, mesh)
     seconds = {
@@ -87,16 +86,16 @@ def memory_traffic(config: RunConfig, mesh: MeshConfig, platform: Platform) -> f
     """Returns the bytes that a device reads and writes at least in a step.
 
     The update reads parameters, moments and gradients, and writes the first two. A microbatch
-    writes what its backward pass reads, reads it, and adds its gradients up. Full remat writes it
-    twice. On a CPU a scan over layers copies it into arrays of all layers, and out of them, and
-    experts move more than that. What matmuls read again because it does not fit into registers is
-    not counted.
+    writes what its backward pass reads, reads it, and adds its gradients up. Remat writes it twice,
+    whatever it saves. On a CPU a scan over layers copies it into arrays of all layers, and out of
+    them, and experts move more than that. What matmuls read again because it does not fit into
+    registers is not counted.
     """
     state, sizes = state_bytes(config, mesh), dataclasses.asdict(mesh)
     update = 2 * (state.parameters + state.optimizer) + state.gradients
     model = dataclasses.replace(config.model, remat="none")
     made = activations(dataclasses.replace(config, model=model), sizes, platform).saved
-    passes = 3 if config.model.remat == "full" else 2
+    passes = 2 if config.model.remat == "none" else 3
     if platform == "cpu" and config.model.scan_layers:
         passes *= 2
     microbatches = config.train.accumulation

@@ -273,6 +273,7 @@ def open_records(
     sources: Sequence[Mapping[str, Any]],
     step: int,
     check: Check = unchecked,
+    kernels: Mapping[str, Any] | None = None,
 ) -> Iterator[Records]:
     """Yields the functions that write to the run's files.
 
@@ -283,7 +284,7 @@ def open_records(
         yield Records(lambda step, metrics, layers=None, /: None, lambda times: None, lambda: None)
         return
     write_config(workdir, config, check)
-    write_environment(workdir, program.attention, sources, check)
+    write_environment(workdir, program.attention, sources, check, kernels)
     logging.info("attention: %s", program.attention)
     with MetricWriter(workdir, config.tracking, step, check) as writer:
         yield Records(writer.write, writer.write_hosts, writer.flush)

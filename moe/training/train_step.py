@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import einops
@@ -16,10 +16,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moe import losses
 from moe.config import ConfigError, RunConfig, Schedule
-from moe.model.attention import choose_implementation
+from moe.model.attention import choose_implementation, without_kernels
 from moe.model.routing import update_bias
 from moe.model.stack import group_name
 from moe.parallel import pipeline
+from moe.parallel.collectives import replicas
 from moe.parallel.mesh import make_mesh, shardings
 from moe.parameters import declarations, unbox
 from moe.tasks import Task, choose_task
@@ -111,20 +112,22 @@ def make_program(
     devices: list[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]  # a class
     *,
     task: Task | None = None,
+    refused: Collection[str] = (),
 ) -> Program:
     """Makes model, optimizer, state and steps of a run on `devices` (by default, on all of them).
 
-    `task` is the caller's own, where `config.task` is "custom". Each function of the program is
-    compiled when it is first called.
+    `task` is the caller's own, where `config.task` is "custom". No `refused` kernel is chosen. Each
+    function of the program is compiled when it is first called.
     """
     task = choose_task(config, task)
     mesh = make_mesh(config, devices)
+    model_config = without_kernels(config.model, mesh, config.data.sequence_length, refused)
+    config = dataclasses.replace(config, model=model_config)
     implementation = choose_implementation(config.model, mesh, config.data.sequence_length)
     assert implementation is not None  # the devices of a mesh say which chip they are
     model = task.model(config.model)
     declared = declarations(model, task.init_batch)
     optimizer = make_optimizer(config.optimizer, make_schedule(config), declared)
-
     init = _make_init(task, model, optimizer)
     abstract = _abstract_state(init, config.seed, mesh)
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
@@ -333,7 +336,23 @@ def _accumulate(
     schedule = pipeline.choose_schedule(config)
     if schedule is not None:
         return _pipeline_gradient(config, model, task, variables, batch, schedule)
-    global_counts, microbatches = task.counts(batch), config.train.accumulation
+    run = functools.partial(_accumulate_microbatches, config, model, task)
+    if axes := replicas.replica_axes(config):
+        declared = declarations(model, task.init_batch)
+        run = replicas.on_replicas(run, axes, task.dims, declared)
+    return run(variables, batch, task.counts(batch))
+
+
+def _accumulate_microbatches(
+    config: RunConfig,
+    model: nn.Module,
+    task: Task,
+    variables: Any,
+    batch: Batch,
+    global_counts: losses.Sums,
+) -> tuple[Any, losses.Sums]:
+    """Returns the gradient and the sums of all microbatches of a batch, or of a replica's rows."""
+    microbatches = config.train.accumulation
 
     @jax.jit  # traced once, for its shapes and for the loop
     @functools.partial(jax.grad, has_aux=True)

@@ -4,7 +4,7 @@ import contextlib
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -71,6 +71,14 @@ class _Run(NamedTuple):
     profile: Profile | None
 
 
+class Start(NamedTuple):
+    """Says what a run starts from, once its lock is held."""
+
+    origin: Origin | None  # the checkpoint, of this run or of another one
+    check: Check  # is called before each write
+    kernels: Mapping[str, Any]  # what was found out about kernels on this kind of device
+
+
 def fit(
     config: RunConfig,
     workdir: str | os.PathLike[str],
@@ -82,6 +90,7 @@ def fit(
     fork_from: str | os.PathLike[str] | None = None,
     fork_step: int | None = None,
     profile_steps: range | None = None,
+    kernels: Mapping[str, Any] | None = None,
 ) -> dict[str, float]:
     """Trains to `config.train.steps` and returns the last validation metrics.
 
@@ -91,7 +100,7 @@ def fit(
     of its state is new. If `fork_from` is given instead, it takes the whole state of that run's
     step `fork_step`, and becomes bit for bit the run of `config` without a fork. `task` is the
     caller's own, where `config.task` is "custom". Each process writes a trace of `profile_steps`,
-    if these are given, into the folder `profile`.
+    if these are given, into the folder `profile`. `kernels` is what `launch.kernel_check` found.
 
     Raises ConfigError if the workdir holds a run of another config or if another process writes
     it, OSError if a checkpoint cannot be saved, Interrupted on SIGINT or SIGTERM once the state is
@@ -100,26 +109,28 @@ def fit(
     watch.report("preparing")
     source = read_source(init_from, init_step, fork_from, fork_step)
     with catch_signals() as interrupted:
-        program = make_program(config, devices, task=task)
+        kernels = kernels or {}
+        program = make_program(config, devices, task=task, refused=kernels.get("refused", ()))
         # A model that is too large is refused before the lock is taken, which makes the directory.
         # The parameters count twice, since the gradient is as large as they are.
         check_memory(program.mesh, program.abstract_state, program.abstract_state.params)
         workdir = run_path(workdir)
         with claim_run(workdir, config, source, interrupted) as (origin, check):
             show_first_lines(config, workdir, program.mesh)
-            return _fit(config, workdir, program, origin, check, interrupted, profile_steps)
+            start = Start(origin, check, kernels)
+            return _fit(config, workdir, program, start, interrupted, profile_steps)
 
 
 def _fit(
     config: RunConfig,
     workdir: RunPath,
     program: Program,
-    origin: Origin | None,
-    check: Check,
+    start: Start,
     interrupted: Callable[[], bool],
     profile_steps: range | None,
 ) -> dict[str, float]:
     """Trains as `fit` does, once this run's lock is held, and returns the last validation."""
+    origin, check, kernels = start
     given, config = config, use_stored_tokenizer(workdir, config)
     train_rows = open_training(config, program.task.rows)
     rows = train_rows, open_validation(config, program.task.rows)
@@ -129,7 +140,7 @@ def _fit(
         checkpoints = stack.enter_context(checkpoint.open_checkpoints(workdir, config, check))
         state = first_state(config, workdir, program, checkpoints, *rows, origin, bar, check)
         report_new_schedule(workdir, config, state)
-        records = open_records(workdir, given, program, sources, int(state.step), check)
+        records = open_records(workdir, given, program, sources, int(state.step), check, kernels)
         records = stack.enter_context(records)
         save_seconds = lambda: checkpoints.longest_save_seconds
         vote = Vote(program.mesh, asks_to_stop(interrupted, os.environ, save_seconds))

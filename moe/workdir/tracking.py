@@ -244,10 +244,12 @@ def write_environment(
     attention: str,
     sources: Sequence[Mapping[str, Any]] = (),
     check: Check = unchecked,
+    kernels: Mapping[str, Any] | None = None,
 ) -> None:
     """Appends the machine, the packages and the attention of this start to environment.jsonl.
 
-    `sources` says what the run reads of each source, as `describe_sources` does.
+    `sources` says what the run reads of each source, as `describe_sources` does, and `kernels` what
+    was found out about kernels on this kind of device, if anything.
     """
     environment = {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -257,6 +259,7 @@ def write_environment(
         "packages": {name: _version(name) for name in _PACKAGES},
         "devices": _devices(),
         "attention": attention,
+        "kernels": dict(kernels or {}),
         "sources": list(sources),
         "git": git_state(Path(__file__).resolve()),
     }

@@ -173,7 +173,14 @@ def test_every_field_refuses_a_wrong_type(section: str, name: str, default: Any)
         (
             "model__remat",
             "half",
-            "model.remat='half' is not an option: set remat to 'none' or 'full'",
+            "model.remat='half' is not an option: set remat to "
+            "'none' or 'save_exchange' or 'save_attention' or 'offload' or 'full'",
+        ),
+        (
+            "model__remat",
+            "save_exchange",
+            "model.remat='save_exchange' saves what experts receive, and no layer has experts: set "
+            "remat to 'save_attention', or moe.num_experts to a positive number",
         ),
         (
             "data__dataset",

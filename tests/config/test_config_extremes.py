@@ -131,7 +131,7 @@ def test_integers_fit_an_int32(path: str) -> None:
         (
             {"model__remat": [1] * 1000},
             f"model.remat={str([1] * 1000)[:200]}... is not an option: "
-            "set remat to 'none' or 'full'",
+            "set remat to 'none' or 'save_exchange' or 'save_attention' or 'offload' or 'full'",
         ),
     ],
 )

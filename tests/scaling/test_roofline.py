@@ -87,7 +87,10 @@ def test_a_step_is_bounded_by_what_takes_longest():
     assert measured.step_seconds == sum(measured.seconds.values())
     full = dataclasses.replace(config, model=dataclasses.replace(MODEL, remat="full"))
     again = estimate(full, mesh, quick)
-    assert again.step_seconds == pytest.approx(4 / 3 * plan.step_seconds)
+    # The layers' forward pass is repeated. The logits are not.
+    logits = 64 * 64 * 2 * MODEL.model_dim * MODEL.vocab_size
+    repeated = (flops / 3 - logits) / 1e12
+    assert again.step_seconds == pytest.approx(plan.step_seconds + repeated)
     assert again.model_flops == plan.model_flops
 
 

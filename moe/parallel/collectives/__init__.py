@@ -1,1 +1,1 @@
-"""Holds what devices send one another for weights, experts and the vocabulary."""
+"""Holds what devices send one another for weights, experts, the vocabulary and copies."""

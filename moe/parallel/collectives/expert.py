@@ -11,45 +11,56 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from moe.parallel.collectives.weights import name_gathered_tokens
+from moe.parallel.collectives.weights import gather, scatter
 from moe.parallel.mesh import axis_size
+
+EXCHANGED = "exchanged rows"  # the name of what one device received from another for its experts
+
+
+def _name(received: jax.Array) -> jax.Array:
+    """Names what devices received, so that policies of `parallel.remat` can keep it."""
+    return checkpoint_name(received, EXCHANGED)
+
 
 # Weights, over the fsdp and tensor axes
 
 
-def gather_weight(w: jax.Array, dtype: jnp.dtype, dim: int) -> jax.Array:
-    """Returns the weight in `dtype`, whole along the dimension that fsdp splits."""
+def gather_weight(w: jax.Array, dtype: jnp.dtype, dim: int | None) -> jax.Array:
+    """Returns the weight in `dtype`, whole along the dimension that fsdp splits, if it does."""
     w = w.astype(dtype)
-    return jax.lax.all_gather(w, "fsdp", axis=dim, tiled=True) if axis_size("fsdp") > 1 else w
+    return w if dim is None else gather(w, ("fsdp",), dim)
 
 
-def scatter_gradient(gradient: jax.Array, dim: int) -> jax.Array:
-    """Returns the sum over fsdp of a whole weight's gradients, split as the weight is."""
-    if axis_size("fsdp") == 1:
-        return gradient
-    return jax.lax.psum_scatter(gradient, "fsdp", scatter_dimension=dim, tiled=True)
+def scatter_gradient(gradient: jax.Array, dim: int | None) -> jax.Array:
+    """Returns the sum over fsdp of a whole weight's gradients, split as the weight is.
+
+    Where fsdp splits no dimension of the weight, its devices keep what they have.
+    """
+    return gradient if dim is None else scatter(gradient, ("fsdp",), dim)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def expert_matmul(rows_ECX: jax.Array, w_EXY: jax.Array, fsdp_dim: int) -> jax.Array:
+def expert_matmul(rows_ECX: jax.Array, w_EXY: jax.Array, fsdp_dim: int | None) -> jax.Array:
     """Multiplies each expert's C rows by its own weight, [E, C, Y].
 
     X is the width of a row, and Y that of a result. All matmuls of experts on equally many rows go
-    through here. The weight is this device's shard, and fsdp splits it along `fsdp_dim`. It is
-    gathered in the rows' dtype, and again in the backward pass. Its gradient is summed in float32.
+    through here. The weight is this device's shard, which fsdp splits along `fsdp_dim`, if at all.
+    It is gathered in the rows' dtype, and again in the backward pass. Its gradient is summed in
+    float32.
     """
     return jnp.einsum("ecx,exy->ecy", rows_ECX, gather_weight(w_EXY, rows_ECX.dtype, fsdp_dim))
 
 
 def _expert_matmul_forward(
-    rows_ECX: jax.Array, w_EXY: jax.Array, fsdp_dim: int
+    rows_ECX: jax.Array, w_EXY: jax.Array, fsdp_dim: int | None
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     return expert_matmul(rows_ECX, w_EXY, fsdp_dim), (rows_ECX, w_EXY)
 
 
 def _expert_matmul_backward(
-    fsdp_dim: int, residuals: tuple[jax.Array, jax.Array], grad_ECY: jax.Array
+    fsdp_dim: int | None, residuals: tuple[jax.Array, jax.Array], grad_ECY: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     rows_ECX, w_EXY = residuals
     whole_w_EXY = gather_weight(w_EXY, rows_ECX.dtype, fsdp_dim)
@@ -78,7 +89,7 @@ def sum_over_tensor(y_BTD: jax.Array, splits_time: bool) -> jax.Array:
 
 def gather_tokens(x: jax.Array) -> jax.Array:
     """Joins the tokens of all devices of the expert group, in the order of the devices."""
-    return name_gathered_tokens(jax.lax.all_gather(x, "expert", tiled=True))
+    return _name(jax.lax.all_gather(x, "expert", tiled=True))
 
 
 def own_experts(experts_NA: jax.Array, num_own: int) -> jax.Array:
@@ -103,12 +114,12 @@ def all_to_all(rows_ECD: jax.Array) -> jax.Array:
 
     The result holds the rows from all devices for this device's experts.
     """
-    return jax.lax.all_to_all(rows_ECD, "expert", split_axis=0, concat_axis=1, tiled=True)
+    return _name(jax.lax.all_to_all(rows_ECD, "expert", split_axis=0, concat_axis=1, tiled=True))
 
 
 def all_to_all_back(rows_ECD: jax.Array) -> jax.Array:
     """Sends rows back to where `all_to_all` had them: [E/P, P C, D] to [E, C, D]."""
-    return jax.lax.all_to_all(rows_ECD, "expert", split_axis=1, concat_axis=0, tiled=True)
+    return _name(jax.lax.all_to_all(rows_ECD, "expert", split_axis=1, concat_axis=0, tiled=True))
 
 
 # The ragged exchange: each device sends the assigned rows alone
@@ -173,7 +184,7 @@ def received_experts(loads_PE: jax.Array, device: jax.Array, room: int) -> jax.A
 def prepare_ragged(loads_E: jax.Array, room: int) -> RaggedExchange:
     """Shares each device's loads with the whole group, and plans the exchange from them."""
     device = jax.lax.axis_index("expert")
-    loads_PE = jax.lax.all_gather(loads_E, "expert")
+    loads_PE = _name(jax.lax.all_gather(loads_E, "expert"))
     plan = plan_exchange(loads_PE, room)
     return RaggedExchange(
         starts_P=plan.starts_PP[device],
@@ -189,7 +200,7 @@ def prepare_ragged(loads_E: jax.Array, room: int) -> RaggedExchange:
 def send_ragged(rows_RD: jax.Array, exchange: RaggedExchange) -> jax.Array:
     """Sends rows, sorted by expert, to the experts' devices; returns this device's buffer."""
     room = exchange.experts_R.shape[0]
-    return jax.lax.ragged_all_to_all(
+    received_RD = jax.lax.ragged_all_to_all(
         rows_RD,
         jnp.zeros((room, rows_RD.shape[1]), rows_RD.dtype),
         exchange.starts_P,
@@ -198,6 +209,7 @@ def send_ragged(rows_RD: jax.Array, exchange: RaggedExchange) -> jax.Array:
         exchange.received_sizes_P,
         axis_name="expert",
     )
+    return _name(received_RD)
 
 
 def return_ragged(buffer_RD: jax.Array, exchange: RaggedExchange, num_rows: int) -> jax.Array:
@@ -205,7 +217,7 @@ def return_ragged(buffer_RD: jax.Array, exchange: RaggedExchange, num_rows: int)
 
     A row that was not sent for lack of room comes back as zeros.
     """
-    return jax.lax.ragged_all_to_all(
+    returned_RD = jax.lax.ragged_all_to_all(
         buffer_RD,
         jnp.zeros((num_rows, buffer_RD.shape[1]), buffer_RD.dtype),
         exchange.offsets_P,
@@ -214,11 +226,54 @@ def return_ragged(buffer_RD: jax.Array, exchange: RaggedExchange, num_rows: int)
         exchange.sizes_P,
         axis_name="expert",
     )
+    return _name(returned_RD)
+
+
+@jax.custom_vjp
+def send_numbers(values_I: jax.Array, exchange: RaggedExchange) -> jax.Array:
+    """Sends a number with each row to where `send_ragged` sends the row, [room]; else it is 0.
+
+    Every device sees the numbers of all, and takes its own. A ragged exchange would send fewer, but
+    on TPUs it sends 128 numbers for each one. The gradient goes back in the same way.
+    """
+    all_PI = _name(jax.lax.all_gather(values_I, "expert"))
+    row_R = jnp.arange(exchange.experts_R.shape[0], dtype=jnp.int32)
+    ends_P = exchange.offsets_P + exchange.received_sizes_P
+    sender_R = jnp.searchsorted(ends_P, row_R, side="right")
+    index_R = exchange.remote_starts_P[sender_R] + row_R - exchange.offsets_P[sender_R]
+    return all_PI.at[sender_R, index_R].get(mode="fill", fill_value=0)
+
+
+def _send_numbers_forward(
+    values_I: jax.Array, exchange: RaggedExchange
+) -> tuple[jax.Array, tuple[RaggedExchange, jax.Array]]:
+    # An array without elements, for the number of rows.
+    return send_numbers(values_I, exchange), (exchange, jnp.zeros((*values_I.shape, 0)))
+
+
+def _send_numbers_backward(
+    residuals: tuple[RaggedExchange, jax.Array], grad_R: jax.Array
+) -> tuple[jax.Array, None]:
+    exchange, like_I = residuals
+    all_PR = jax.lax.all_gather(grad_R, "expert")
+    row_I = jnp.arange(like_I.shape[0], dtype=jnp.int32)
+    receiver_I, place_I = _receivers(exchange, row_I)
+    index_I = exchange.remote_offsets_P[receiver_I] + place_I
+    grads_I = all_PR.at[receiver_I, index_I].get(mode="fill", fill_value=0)
+    return jnp.where(place_I < exchange.sizes_P[receiver_I], grads_I, 0), None
+
+
+send_numbers.defvjp(_send_numbers_forward, _send_numbers_backward)
+
+
+def _receivers(exchange: RaggedExchange, row_R: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the receiver of each of this device's rows, and its place among those sent there."""
+    receiver_R = jnp.searchsorted(exchange.starts_P, row_R, side="right") - 1
+    return receiver_R, row_R - exchange.starts_P[receiver_R]
 
 
 def unsent_rows(exchange: RaggedExchange, loads_E: jax.Array, num_rows: int) -> jax.Array:
     """Returns for each of this device's rows whether it was not sent for lack of room."""
     row_R = jnp.arange(num_rows, dtype=jnp.int32)
-    receiver_R = jnp.searchsorted(exchange.starts_P, row_R, side="right") - 1
-    is_beyond_R = row_R - exchange.starts_P[receiver_R] >= exchange.sizes_P[receiver_R]
-    return is_beyond_R & (row_R < jnp.sum(loads_E))
+    receiver_R, place_R = _receivers(exchange, row_R)
+    return (place_R >= exchange.sizes_P[receiver_R]) & (row_R < jnp.sum(loads_E))

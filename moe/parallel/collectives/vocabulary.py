@@ -6,12 +6,12 @@ positions and other parts of V work together on the logits. The weight is gather
 its gradient is summed over all positions once.
 """
 
-import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from moe.parallel.collectives.weights import gather, present
 from moe.parallel.mesh import axis_size, splitting_axes
 from moe.parallel.sequence import splits_time
 
@@ -35,32 +35,18 @@ def split_of(hidden_BTD: jax.Array, weight: jax.Array, dims: str) -> Split:
 
 def gather_width(weight: jax.Array, dim: int, split: Split) -> jax.Array:
     """Returns the weight whole along D, its dimension `dim`."""
-    axes = _present(split.width)
-    return jax.lax.all_gather(weight, axes, axis=dim, tiled=True) if axes else weight
-
-
-def sum_gradient(gradient: jax.Array, dim: int, split: Split) -> jax.Array:
-    """Sums a gradient that is whole along D over all positions, and splits it as the weight is."""
-    axes = _present(split.width)
-    if axes:
-        # An axis that splits the weight and no positions has devices with equal gradients.
-        copies = math.prod(axis_size(axis) for axis in axes if axis not in split.positions)
-        gradient = gradient / copies if copies > 1 else gradient
-        gradient = jax.lax.psum_scatter(gradient, axes, scatter_dimension=dim, tiled=True)
-    # The other axes sum what is left, a part of it.
-    others = tuple(axis for axis in _present(split.positions) if axis not in axes)
-    return jax.lax.psum(gradient, others) if others else gradient
+    return gather(weight, split.width, dim)
 
 
 def sum_over_positions(x: jax.Array, split: Split) -> jax.Array:
     """Adds up what the devices have for their positions."""
-    axes = _present(split.positions)
+    axes = present(split.positions)
     return jax.lax.psum(x, axes) if axes else x
 
 
 def sum_over_vocabulary(x: jax.Array, split: Split) -> jax.Array:
     """Adds up what the devices have for their parts of V."""
-    axes = _present(split.vocabulary)
+    axes = present(split.vocabulary)
     return jax.lax.psum(x, axes) if axes else x
 
 
@@ -73,14 +59,14 @@ def sum_hidden(grad_BTD: jax.Array, split: Split) -> jax.Array:
 
 def max_over_vocabulary(x: jax.Array, split: Split) -> jax.Array:
     """Returns the largest of what the devices have for their parts of V."""
-    axes = _present(split.vocabulary)
+    axes = present(split.vocabulary)
     return jax.lax.pmax(x, axes) if axes else x
 
 
 def own_tokens(size: int, split: Split) -> jax.Array:
     """Returns the numbers of the `size` tokens that this device's part of V stands for."""
     tokens = jnp.arange(size, dtype=jnp.int32)
-    axes = _present(split.vocabulary)
+    axes = present(split.vocabulary)
     return tokens + jax.lax.axis_index(axes) * size if axes else tokens
 
 
@@ -89,8 +75,3 @@ def num_tokens(size: int, split: Split) -> int:
     for axis in split.vocabulary:
         size *= axis_size(axis)
     return size
-
-
-def _present(axes: tuple[str, ...]) -> tuple[str, ...]:
-    """Returns the axes that have several devices here. Outside of shard_map there are none."""
-    return tuple(axis for axis in axes if axis_size(axis) > 1)

@@ -23,6 +23,7 @@ from moe.kernels.attention import (
     attention_forward,
     compute_delta,
     flash_attention,
+    name_residuals,
     round_output,
     sinks_gradient,
 )
@@ -295,7 +296,7 @@ def _ring_forward(
     if sinks_N is not None:
         # A sink counts once for each query, so it is merged after all parts.
         output, lse = _merge(output, lse, 0.0, jnp.broadcast_to(sinks_N.astype(dtype), lse.shape))
-    output, remainder = round_output(output, q.dtype)
+    output, remainder, lse = name_residuals(*round_output(output, q.dtype), lse)
     return output, _Residuals(q, own, sinks_N, output, remainder, lse)
 
 

@@ -1,0 +1,98 @@
+"""Adds up over replicas once in a step what each of them computed of its own rows.
+
+The devices of some mesh axes hold copies of the parameters: those of `data`, of `context`, and with
+`train.gather_once` those of `fsdp` for the time of a step. The partitioner adds up the gradients of
+copies for each layer and microbatch. Here these axes are Manual (jax.shard_map), so a device adds
+up its own microbatches first, and what it sends does not grow with their number:
+
+    parameters -> (gathered over fsdp) -> each device's microbatches, one after the other
+                                             |  gradients are added up on the device
+    gradients  <- (scattered over fsdp) <- summed over the replicas
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+
+from moe.config import AXES, RunConfig, split_axes
+from moe.config.layout import gathers_once
+from moe.parallel.collectives.weights import scatter
+from moe.parallel.mesh import axis_size
+from moe.parameters import Declared, is_declared
+
+_ROWS = ("data", "fsdp")  # the axes that may be Manual here and split rows
+
+
+def replica_axes(config: RunConfig) -> tuple[str, ...]:
+    """Returns the axes of the mesh that is set whose replicas are to be added up once in a step.
+
+    Where one microbatch is a step, the partitioner already adds up once, while it computes. Experts
+    see whole rows, so in sparse models `context` is left to it as well.
+    """
+    sizes = dict.fromkeys(AXES, 1) | dict(jax.sharding.get_abstract_mesh().shape)
+    if config.train.accumulation == 1 or sizes["pipeline"] > 1:
+        return ()
+    axes = ["data"]
+    if not config.model.moe.num_experts and config.task != "span_corruption":
+        axes.append("context")
+    if gathers_once(config, sizes):
+        axes.append("fsdp")
+    return tuple(axis for axis in axes if sizes[axis] > 1)
+
+
+def on_replicas(
+    function: Callable[..., tuple[Any, Any]],
+    axes: tuple[str, ...],
+    dims: Mapping[str, str],
+    declared: Any,
+) -> Callable[..., tuple[Any, Any]]:
+    """Makes a function of whole arrays from one that each replica calls with its own rows.
+
+    `function` takes variables, a batch and counts. It returns the gradient of the parameters, which
+    are `declared`, and sums; both are added up. `dims` are the dimensions of the batch's fields.
+    """
+
+    def on_replica(*arguments: Any) -> tuple[Any, Any]:
+        gradient, sums = function(*arguments)
+        add_up = functools.partial(_add_up, axes=axes)
+        gradient = jax.tree.map(add_up, declared, gradient, is_leaf=is_declared)
+        return gradient, jax.tree.map(lambda x: jax.lax.psum(x, axes), sums)
+
+    def spec(dims: str) -> PartitionSpec:
+        entries = (tuple(axis for axis in own if axis in axes) for own in split_axes(dims, axes))
+        return PartitionSpec(*entries)
+
+    def run(variables: Any, batch: Mapping[str, jax.Array], counts: Any) -> tuple[Any, Any]:
+        gradient_specs = jax.tree.map(lambda leaf: spec(leaf.dims), declared, is_leaf=is_declared)
+        mapped = jax.shard_map(
+            on_replica,
+            in_specs=(
+                PartitionSpec(),
+                {name: spec(dims.get(name, "B")) for name in batch},
+                PartitionSpec(),
+            ),
+            out_specs=(gradient_specs, PartitionSpec()),
+            axis_names=set(axes),
+            check_vma=False,
+        )
+        return mapped(variables, batch, counts)
+
+    return run
+
+
+def _add_up(leaf: Declared, gradient: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """Adds up the gradient of a parameter. What fsdp splits is scattered over it."""
+    if "fsdp" not in axes or "D" not in leaf.dims:
+        return jax.lax.psum(gradient, axes)
+    gradient = scatter(gradient, ("fsdp",), leaf.dims.index("D"))
+    others = tuple(axis for axis in axes if axis != "fsdp")
+    return jax.lax.psum(gradient, others) if others else gradient
+
+
+def sum_over_replicas(x: jax.Array) -> jax.Array:
+    """Adds up what replicas know of their own rows, where their axes are Manual."""
+    axes = tuple(axis for axis in _ROWS if axis_size(axis) > 1)
+    return jax.lax.psum(x, axes) if axes else x

@@ -1,0 +1,132 @@
+"""Tests that replicas which add up once in a step compute what one device computes."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from moe.config import MeshConfig, RunConfig
+from moe.model.transformer import Transformer
+from moe.parameters import unbox
+from moe.scaling.communication import least_collectives
+from moe.scaling.programs import read_collectives
+from tests.parallel.test_remat import EXCHANGES, compile_step
+from tests.test_invariance import differences, run_config, step, step_from
+
+MESHES = {
+    "data": {"data": 8},
+    "data, fsdp, tensor": {"data": 2, "fsdp": 2, "tensor": 2},
+    "data, expert": {"data": 2, "expert": 4},
+    "data, context": {"data": 2, "context": 4},
+}
+GATHERED_ONCE = {
+    "data, fsdp, tensor": {"data": 2, "fsdp": 2, "tensor": 2},
+}
+
+
+def sparse_config(scope: str) -> RunConfig:
+    """Returns a run of 4 microbatches on one device."""
+    return run_config(("one device", "scanned", "full", "4", "a third", "dropless", scope))
+
+
+def with_mesh(config: RunConfig, sizes: dict[str, int], *, gather_once: bool = False) -> RunConfig:
+    train = dataclasses.replace(config.train, gather_once=gather_once)
+    return dataclasses.replace(config, mesh=MeshConfig(**sizes), train=train)
+
+
+def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    for name, difference in differences(found, expected).items():
+        assert difference < 2e-5, f"{name} differs by {difference:.1e}"
+
+
+@functools.cache
+def on_one_device(scope: str) -> dict[str, Any]:
+    return step(sparse_config(scope))
+
+
+@pytest.mark.parametrize("scope", [pytest.param("row", marks=pytest.mark.slow), "batch"])
+@pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
+def test_replicas_of_a_sparse_model_compute_what_one_device_does(mesh, scope) -> None:
+    """With scope "batch", the balance loss is that of a microbatch on all replicas."""
+    assert_same(step(with_mesh(sparse_config(scope), mesh)), on_one_device(scope))
+
+
+@pytest.mark.parametrize("mesh", GATHERED_ONCE.values(), ids=GATHERED_ONCE)
+def test_a_sparse_model_that_is_gathered_once_computes_the_same(mesh) -> None:
+    found = step(with_mesh(sparse_config("batch"), mesh, gather_once=True))
+    assert_same(found, on_one_device("batch"))
+
+
+def dense_config() -> RunConfig:
+    config = sparse_config("row")
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, moe=type(config.model.moe)()),
+        data=dataclasses.replace(config.data, sequence_length=16),
+    )
+
+
+@functools.cache
+def dense_variables() -> tuple[Any, Any]:
+    """Returns the declarations and the values of a dense model's parameters."""
+    model, batch = Transformer(dense_config().model), {"tokens": jnp.zeros((1, 1), jnp.int32)}
+    declared = jax.eval_shape(model.init, jax.random.key(0), batch)
+    drawn = jax.jit(lambda key: unbox(model.init(key, batch)))(jax.random.key(0))
+    empty = {"router_state": {}}
+    return dict(declared) | empty, jax.device_get(dict(drawn)) | empty
+
+
+@functools.cache
+def dense_on_one_device() -> dict[str, Any]:
+    return step_from(dense_config(), *dense_variables())
+
+
+@pytest.mark.parametrize(
+    ("mesh", "gather_once", "way"),
+    [
+        ({"data": 1, "context": 4, "fsdp": 2}, False, "ring"),
+        ({"data": 2, "context": 2, "tensor": 2}, False, "ulysses"),
+        ({"data": 1, "context": 2, "fsdp": 4}, True, "ring"),
+    ],
+    ids=str,
+)
+def test_parts_of_rows_are_replicas_of_a_dense_model(mesh, gather_once, way) -> None:
+    config = with_mesh(dense_config(), mesh, gather_once=gather_once)
+    attention = dataclasses.replace(config.model.attention, context_parallelism=way)
+    model = dataclasses.replace(config.model, attention=attention)
+    found = step_from(dataclasses.replace(config, model=model), *dense_variables())
+    assert_same(found, dense_on_one_device())
+
+
+@pytest.mark.parametrize(
+    ("fields", "axis"),
+    [
+        (EXCHANGES["all_gather"] | {"mesh.data": 8}, "data"),
+        ({"model.moe.num_experts": 0, "mesh.fsdp": 2, "mesh.context": 4}, "context"),
+    ],
+    ids=["data", "context"],
+)
+def test_gradients_of_copies_are_sent_once_in_a_step(fields, axis) -> None:
+    fields = fields | {"train.batch_size": 32, "train.accumulation": 4}
+    config, program, compiled = compile_step(fields)
+    is_sum = lambda use: (use.kind, use.axes) == ("all-reduce", (axis,))
+    least, sent = (
+        sum(use.bytes for use in collectives if is_sum(use))
+        for collectives in (
+            least_collectives(config, config.mesh),
+            read_collectives(compiled.as_text(), program.mesh.shape),
+        )
+    )
+    assert 0.99 * least <= sent <= 1.02 * least
+
+
+def test_parameters_gathered_once_are_sent_once_in_a_step() -> None:
+    fields = {"mesh.fsdp": 8, "train.batch_size": 32, "train.accumulation": 4}
+    fields |= {"model.moe.num_experts": 0, "train.gather_once": True}
+    config, program, compiled = compile_step(fields)
+    least = sum(use.bytes for use in least_collectives(config, config.mesh))
+    sent = sum(use.bytes for use in read_collectives(compiled.as_text(), program.mesh.shape))
+    assert 0.99 * least <= sent <= 1.02 * least
