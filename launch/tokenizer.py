@@ -33,6 +33,7 @@ from tqdm import tqdm
 from launch import command_line
 from moe.config import ConfigError, DataConfig
 from moe.config.checks import expand_path
+from moe.config.data import is_token_files
 from moe.data.sources import check_dataset, open_documents
 from moe.data.tokenizers.huggingface import HuggingFaceVocabulary
 from moe.data.tokenizers.training import LARGEST, SMALLEST, Merges, sample_texts, train_bpe
@@ -110,6 +111,11 @@ def main(values: flags.FlagValues) -> None:
         validation_split=values.validation_split,
         directory=values.directory,
     )
+    if is_token_files(config.dataset):
+        raise ConfigError(
+            f"--data={config.dataset} holds tokens and no text: "
+            "set --data to the text that they were made from"
+        )
     check_dataset(config)
     path = read_out(values.out)
     print(train_tokenizer(config, values.vocab_size, path, values.max_bytes))

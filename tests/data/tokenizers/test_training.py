@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -101,6 +103,20 @@ def test_the_command_writes_a_file_and_prints_a_table(
     assert [line.split()[0] for line in table[2:]] == ["300", "350", "400"]
     ratio = f"{num_bytes / num_tokens:.3f}"
     assert table[3].split() == ["350", ratio, f"{num_tokens:,}", "<-", "this", "one"]
+
+
+def test_token_files_hold_no_text_to_train_on(tmp_path: Path) -> None:
+    out = tmp_path / "x.json"
+    arguments = ["--data=tokens:tokens", "--vocab_size=300", f"--out={out}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.tokenizer", *arguments],
+        cwd=Path(__file__).parents[3],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and not out.exists()
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: --data=tokens:tokens holds tokens and no text: set --data to")
 
 
 def test_out_must_be_a_file(tmp_path: Path) -> None:
