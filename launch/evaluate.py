@@ -60,8 +60,7 @@ def evaluate(
     """
     # The files that the config names may be gone, as the run has its own copies of them.
     saved = use_stored_tokenizer(workdir, read_config(workdir), must_match=False)
-    data = evaluated_data(saved.data, split, datasets)
-    for one in data.values():
+    for one in evaluated_data(saved.data, split, datasets).values():
         check_dataset(one)
         if slice_by:
             check_documents(one, slice_by)

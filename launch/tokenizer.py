@@ -49,14 +49,9 @@ def train_tokenizer(config: DataConfig, vocab_size: int, path: Path, max_bytes: 
     Raises ConfigError for a text that is too small for the vocabulary.
     """
     documents = open_documents(config, config.train_split)
-    texts = tqdm(
-        sample_texts(documents, max_bytes),
-        f"reading {config.train_split}",
-        len(documents),
-        unit="document",
-        disable=None,
-    )
-    merges = train_bpe(texts, max(vocab_size, *SIZES), show_progress=sys.stderr.isatty())
+    texts = sample_texts(documents, max_bytes)
+    show_progress = sys.stderr.isatty()
+    merges = train_bpe(texts, max(vocab_size, *SIZES), len(documents), show_progress)
     content = merges.tokenizer_json(vocab_size)
     held_out = open_documents(config, config.validation_split)
     table = size_table(merges, vocab_size, list(sample_texts(held_out, _HELD_OUT_BYTES)))

@@ -102,7 +102,13 @@ class Tokenizer:
 
     def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Returns the ids of each text between two boundaries."""
-        return [np.pad(ids, 1, constant_values=self.boundary_id) for ids in self.encode_all(texts)]
+        return [self._between_boundaries(ids) for ids in self.encode_all(texts)]
+
+    def _between_boundaries(self, ids: np.ndarray) -> np.ndarray:
+        # np.pad takes longer for a short document than all else that happens to it.
+        document = np.full(len(ids) + 2, self.boundary_id, ids.dtype)
+        document[1:-1] = ids
+        return document
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Returns the text of `ids`, of any integer type.
