@@ -27,6 +27,7 @@ from launch.data_statistics import DocumentCounts, Source, count_documents, hist
 from launch.html_page import table, whole_page
 from moe.config import ConfigError, RunConfig
 from moe.config.data import is_token_files
+from moe.data.chat import read_template
 from moe.data.sources import Document, check_dataset, open_documents
 from moe.data.tokenizers import check_tokenizer, make_tokenizer
 from moe.files import write_whole
@@ -49,11 +50,12 @@ def look(config: RunConfig, split: str, num_rows: int) -> Look:
     Raises ConfigError for data that cannot be read.
     """
     check_dataset(config.data)
+    check_tokenizer(config)
+    read_template(config.data)
     # These load JAX, which bad input need not wait for.
     from moe.tasks import make_task
 
     task = make_task(config)
-    check_tokenizer(config)
     tokenizer = make_tokenizer(config.data, task.special_tokens)
     transform = task.transform(config)
     sources = open_sources(config, task.rows, split)

@@ -42,7 +42,8 @@ class Source(NamedTuple):
         the tokens of whole conversations.
         """
         known: dict[str, Any] = {field: getattr(rows, field, None) for field in cls._fields[1:]}
-        if are_conversations:
+        known["num_rows"] = len(rows)
+        if are_conversations or not known["num_bytes"]:  # token files say 0
             known["num_bytes"] = None
         return cls(name, **known)
 

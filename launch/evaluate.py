@@ -39,7 +39,7 @@ from moe.config.data import is_token_files
 from moe.config.objectives import check_decoder
 from moe.data.sources import check_dataset
 from moe.storage.paths import RunPath, run_path
-from moe.workdir.identity import read_config
+from moe.workdir.identity import read_config, use_stored_tokenizer
 
 
 def evaluate(
@@ -58,8 +58,9 @@ def evaluate(
     their load. Raises ConfigError for an unknown run, step or split, and where a number is not
     finite.
     """
-    data = evaluated_data(read_config(workdir).data, split, datasets)
-    for one in data.values():
+    # The files that the config names may be gone, as the run has its own copies of them.
+    saved = use_stored_tokenizer(workdir, read_config(workdir), must_match=False)
+    for one in evaluated_data(saved.data, split, datasets).values():
         check_dataset(one)
         if slice_by:
             check_documents(one, slice_by)
@@ -67,7 +68,6 @@ def evaluate(
     from moe.training import evaluation, trainer
 
     config, program, variables, step = trainer.load_run(workdir, step)
-    # The run's own copies of its tokenizer and template are used, and the data that was asked for.
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, eval_batches=0))
     data = evaluated_data(config.data, split, datasets)
     if not datasets:

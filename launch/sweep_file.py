@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from launch.command_line import read_run_config
 from launch.config_file import ConfigFileErrors, check_config_file
 from moe.config import ConfigError, RunConfig
+from moe.data.chat import read_template
 from moe.data.sources import check_dataset
 from moe.data.tokenizers import check_tokenizer
 from moe.files import announce_wait
@@ -149,9 +150,10 @@ def jobs_of(planned: Sequence[Planned]) -> list[list[Planned]]:
 
 
 def check_runs(planned: Sequence[Planned], workdir: RunPath) -> None:
-    """Raises ConfigError for a data set that is not there, or a directory of another run."""
+    """Raises ConfigError for data that cannot be read, or a directory of another run."""
     for data in {one.run.config.data for one in planned}:
         check_dataset(data)
+        read_template(data)
     for one in planned:
         check_tokenizer(one.run.config)
     for one in distinct(planned):

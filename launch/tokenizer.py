@@ -33,6 +33,7 @@ from tqdm import tqdm
 from launch import command_line
 from moe.config import ConfigError, DataConfig
 from moe.config.checks import expand_path
+from moe.config.data import is_token_files
 from moe.data.sources import check_dataset, open_documents
 from moe.data.tokenizers.huggingface import HuggingFaceVocabulary
 from moe.data.tokenizers.training import LARGEST, SMALLEST, Merges, sample_texts, train_bpe
@@ -48,14 +49,9 @@ def train_tokenizer(config: DataConfig, vocab_size: int, path: Path, max_bytes: 
     Raises ConfigError for a text that is too small for the vocabulary.
     """
     documents = open_documents(config, config.train_split)
-    texts = tqdm(
-        sample_texts(documents, max_bytes),
-        f"reading {config.train_split}",
-        len(documents),
-        unit="document",
-        disable=None,
-    )
-    merges = train_bpe(texts, max(vocab_size, *SIZES), show_progress=sys.stderr.isatty())
+    texts = sample_texts(documents, max_bytes)
+    show_progress = sys.stderr.isatty()
+    merges = train_bpe(texts, max(vocab_size, *SIZES), len(documents), show_progress)
     content = merges.tokenizer_json(vocab_size)
     held_out = open_documents(config, config.validation_split)
     table = size_table(merges, vocab_size, list(sample_texts(held_out, _HELD_OUT_BYTES)))
@@ -110,6 +106,11 @@ def main(values: flags.FlagValues) -> None:
         validation_split=values.validation_split,
         directory=values.directory,
     )
+    if is_token_files(config.dataset):
+        raise ConfigError(
+            f"--data={config.dataset} holds tokens and no text: "
+            "set --data to the text that they were made from"
+        )
     check_dataset(config)
     path = read_out(values.out)
     print(train_tokenizer(config, values.vocab_size, path, values.max_bytes))

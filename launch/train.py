@@ -52,6 +52,7 @@ from absl import flags
 
 from launch import command_line
 from moe.config import ConfigError
+from moe.data.chat import read_template
 from moe.data.sources import check_dataset
 from moe.data.tokenizers import check_tokenizer
 from moe.exit_codes import DIVERGED, INTERRUPTED
@@ -68,8 +69,10 @@ def main(values: flags.FlagValues) -> int:
     }
     read_source(**sources)  # which tells mistakes that `fit` would tell only later
     steps = read_profile_steps(values.profile_steps, config.train.steps)
-    check_dataset(config.data)
-    check_tokenizer(use_stored_tokenizer(workdir, config))
+    with_own_copies = use_stored_tokenizer(workdir, config)
+    check_dataset(with_own_copies.data)
+    check_tokenizer(with_own_copies)
+    read_template(with_own_copies.data)
     # This loads JAX, which bad input need not wait for.
     from launch.kernel_check import check_kernels
     from launch.plan_fit import check_fit

@@ -24,6 +24,7 @@ from moe.data.mixtures import TrainingRows, make_mixture
 from moe.data.prepare import prepare
 from moe.data.rows import JoinedRows
 from moe.data.sources import open_documents
+from moe.data.tokenizers.training import train_bpe
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -49,6 +50,31 @@ def test_the_loader_is_far_ahead_of_the_tiny_models_step(tmp_path: Path):
     # Of processor time, since other processes may take the rest.
     assert megabytes > 3
     assert speed > 20 * STEP_TOKENS
+
+
+@pytest.mark.parametrize(("tokenizer", "least"), [("byte", 1.6), ("bpe", 0.7)])
+def test_short_documents_are_prepared_quickly(tmp_path: Path, tokenizer: str, least: float):
+    """What is done once for each document must not count: these have 90 bytes."""
+    for split in ("train", "validation"):
+        (tmp_path / "text" / split).mkdir(parents=True)
+        numbers = range(2**16)
+        lines = [f"{split} document {number} says {number * 7919 % 1000} " for number in numbers]
+        text = "".join(json.dumps({"text": 3 * line}) + "\n" for line in lines)
+        (tmp_path / "text" / split / "a.jsonl").write_text(text)
+    if tokenizer == "bpe":
+        tokenizer = str(tmp_path / "bpe.json")
+        library = Path(sysconfig.get_path("stdlib"))
+        texts = [path.read_text(encoding="utf-8") for path in sorted(library.glob("*.py"))]
+        Path(tokenizer).write_text(train_bpe(texts, 8192).tokenizer_json(8192))
+    config = DataConfig(
+        dataset=f"text:{tmp_path}/text", tokenizer=tokenizer, directory=str(tmp_path / "cache")
+    )
+    open_documents(config, "train")
+    begun = time.process_time()
+    rows = prepare(config, "train", num_workers=1)
+    speed = rows.num_bytes / (time.process_time() - begun) / 1e6
+    print(f"prepared documents of 90 bytes with {tokenizer}: {speed:.2f} MB/s a core")
+    assert speed > least
 
 
 @pytest.mark.parametrize("ending", ["txt", "jsonl", "jsonl.gz", "jsonl.zst", "parquet"])

@@ -134,8 +134,6 @@ def test_the_table_says_what_is_unknown():
         def __len__(self) -> int:
             return 3
 
-        num_rows = 3
-
     known = Source("code", 2, 100, 50, 1, 0.985, 0)
     head, rows = source_table([known, Source.of_rows("other", Unknown())])
     assert len(head) == len(rows[0])
@@ -143,14 +141,30 @@ def test_the_table_says_what_is_unknown():
     assert rows[1] == ("other", "?", "?", "?", "?", "3", "?", "?", "75.0%")
 
 
+def test_token_files_are_shown_as_rows(tmp_path: Path):
+    """They have no documents, and nothing of them is known but their tokens and rows."""
+    for split in ("train", "validation"):
+        np.save(tmp_path / f"{split}.npy", np.array([*b"abcd", B, *b"ef", B], np.uint16))
+    data = DataConfig(dataset=f"tokens:{tmp_path}", sequence_length=4)
+    text = text_page(look(RunConfig(data=data), "train", 1), in_colour=False)
+    assert "train row 0" in text and "abcd<boundary>" in text
+    assert text.splitlines()[-1].split() == ["all", "?", "?", "8", "?", "2", "?", "?", "100.0%"]
+
+
 def test_bytes_per_token_of_conversations_are_unknown():
     """Their bytes are those of the answers, and their tokens are those of whole conversations."""
-    rows = Source("chats", 2, 100, 50, 1, 0.985, 0)
-    found = Source.of_rows("chats", rows, are_conversations=True)
-    assert found == rows._replace(num_bytes=None)
+
+    class Known:
+        num_documents, num_bytes, num_tokens, fullness, num_cut = 2, 100, 50, 0.985, 0
+
+        def __len__(self) -> int:
+            return 1
+
+    found = Source.of_rows("chats", Known(), are_conversations=True)
+    assert found == Source("chats", 2, None, 50, 1, 0.985, 0)
     ((*_, per_token, _, _, _, _),) = source_table([found])[1]
     assert per_token == "?"
-    assert Source.of_rows("chats", rows) == rows
+    assert Source.of_rows("chats", Known()).num_bytes == 100
 
 
 def test_a_config_is_shown_whole(tmp_path: Path):

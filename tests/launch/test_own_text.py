@@ -61,3 +61,26 @@ def test_a_bad_file_ends_the_command_with_one_line(tmp_path: Path):
         assert refused.returncode == 2
         assert re.fullmatch(message, refused.stderr.strip().splitlines()[-1]), refused.stderr
         assert "Traceback" not in refused.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["train", "data"])
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (None, r"error: data.chat_template='\S*' cannot be read \(No such file .*"),
+        ("{{ messages }", r"error: data.chat_template='\S*': line 1: unexpected '}': .*"),
+    ],
+)
+def test_a_bad_template_is_told_before_anything_starts(
+    tmp_path: Path, command: str, source: str | None, message: str
+):
+    template = tmp_path / "chat.jinja"
+    if source is not None:
+        template.write_text(source)
+    flags = ["--config=configs/chat_tiny.py", f"--config.data.chat_template={template}"]
+    flags += [f"--workdir={tmp_path / 'run'}"] * (command == "train")
+    refused = run(command, *flags)
+    assert refused.returncode == 2 and not (tmp_path / "run").exists()
+    (line,) = refused.stderr.splitlines()
+    assert re.fullmatch(message, line)

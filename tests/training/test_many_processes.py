@@ -475,6 +475,37 @@ def test_other_processes_or_another_mesh_go_on_with_the_same_rows(tmp_path, layo
     )
 
 
+def test_a_killed_mixture_goes_on_with_the_same_rows_on_other_processes(tmp_path):
+    """Every job is killed while a checkpoint may be half written, and the next has other hosts."""
+    parts, whole = tmp_path / "parts", tmp_path / "whole"
+    parts.mkdir()
+    options = {"data": mixed("best_fit"), "mesh": CONFIG.mesh, "steps": 12, "checkpoint_every": 2}
+    before = LOG_ROWS.replace("STEPS", "1000")
+    third_step = '    wrap(log.Log, "add", lambda: len(begun) == 3 and wait("third step"))\n'
+    found = []
+    for count in (1, 2, 4, 1):
+        first = max(checkpoint_steps(parts / "run" / "checkpoints"), default=0)
+        with Job(parts / "run", count=count, before=before + third_step, **options) as job:
+            for number in range(count):
+                job.wait_for("third step", number)
+        found.append((first, rows_of(parts)))
+    first = max(checkpoint_steps(parts / "run" / "checkpoints"))
+    with Job(parts / "run", count=2, before=before, **options) as job:
+        codes, texts = job.end()
+    assert codes == [0, 0], texts
+    found.append((first, rows_of(parts)))
+    whole.mkdir()
+    with Job(whole / "run", count=1, before=before, **options) as job:
+        codes, texts = job.end()
+    assert codes == [0], texts
+    expected = rows_of(whole)
+    assert len(expected) == 12 and found[-1][0] + len(found[-1][1]) == 12 and found[-1][0] >= 4
+    for first, rows in found:
+        assert len(rows) >= 3
+        assert rows == expected[first : first + len(rows)]
+    assert losses(parts / "run") == pytest.approx(losses(whole / "run"), rel=1e-5)
+
+
 def test_the_times_of_all_hosts_show_the_slow_one(tmp_path):
     before = """
         from moe.parallel import hub

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from launch.evaluate import evaluate
@@ -46,6 +47,8 @@ def test_a_run_needs_its_own_copy_alone(tmp_path: Path, data_directory: str) -> 
     assert result["bits_per_byte"] == pytest.approx(expected)
     assert result["loss"] == pytest.approx(first["validation/loss"], rel=1e-4)
     assert isinstance(generate(workdir, ["def f"], max_new_tokens=4)[0], str)
+    np.save(tmp_path / "validation.npy", np.arange(500, dtype=np.uint16))
+    assert evaluate(workdir, datasets=[f"tokens:{tmp_path}"])["loss"] > 0
     fit(run_of(3, file, data_directory), workdir)
     file.write_text(merges.tokenizer_json(490))
     with pytest.raises(ConfigError, match="is another tokenizer than that of"):

@@ -210,6 +210,11 @@ def open_text_files(config: DataConfig, split: str) -> RecordDocuments:
             f"split {split!r} is not one of data.dataset={config.dataset!r}: "
             "set the split to 'train' or 'validation'"
         )
+    if not builder.info.splits:
+        raise ConfigError(
+            f"data.dataset={config.dataset!r} holds no text: its files are empty, or all of their "
+            "documents were skipped: set data.dataset to another"
+        )
     if split not in builder.info.splits:
         raise ConfigError(
             f"split {split!r} of data.dataset={config.dataset!r} holds no document, since 5 % of "

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import itertools
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -12,6 +14,7 @@ from moe.config.checks import show
 
 REPLACEMENT = "\ufffd"  # what decoding gives for bytes that are not UTF-8, and for unknown ids
 
+_SPACES = 64  # parts of a stream that are kept for what follows them
 _UNKNOWN, _TEXT, _DROPPED = range(3)  # what an id may stand for
 
 
@@ -102,7 +105,13 @@ class Tokenizer:
 
     def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Returns the ids of each text between two boundaries."""
-        return [np.pad(ids, 1, constant_values=self.boundary_id) for ids in self.encode_all(texts)]
+        return [self._between_boundaries(ids) for ids in self.encode_all(texts)]
+
+    def _between_boundaries(self, ids: np.ndarray) -> np.ndarray:
+        # np.pad takes longer for a short document than all else that happens to it.
+        document = np.full(len(ids) + 2, self.boundary_id, ids.dtype)
+        document[1:-1] = ids
+        return document
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Returns the text of `ids`, of any integer type.
@@ -144,6 +153,9 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] | np.ndarray = ()):
         self._tokenizer = tokenizer
         self._context: list[int] = []  # ids whose text is out already
+        # The last ids after the context whose text was only white space. More of them would make
+        # each id of a long run of spaces cost as much as the run.
+        self._spaces: deque[list[int]] = deque(maxlen=_SPACES)
         self._held: list[int] = []
         self.push(prompt)
         self.finish()
@@ -160,14 +172,18 @@ class TextStream:
 
     def _text(self) -> str:
         """Returns the text of the ids that are held back."""
-        before = self._tokenizer.decode(self._context)
-        return self._tokenizer.decode(self._context + self._held)[len(before) :]
+        known = [*self._context, *itertools.chain(*self._spaces)]
+        before = self._tokenizer.decode(known)
+        return self._tokenizer.decode(known + self._held)[len(before) :]
 
     def _release(self, text: str) -> str:
         """Makes the ids that are held back the context of the next ones, and returns their text."""
         # A context of spaces alone would not do: they might be stripped as the start of a text.
-        is_enough = bool(self._tokenizer.decode(self._held).strip())
-        self._context = self._held if is_enough else self._context + self._held
+        if self._tokenizer.decode(self._held).strip():
+            self._context = self._held
+            self._spaces.clear()
+        elif self._held:
+            self._spaces.append(self._held)
         self._held = []
         return text
 

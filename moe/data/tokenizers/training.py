@@ -43,8 +43,15 @@ class Merges(NamedTuple):
         return json.dumps(shortened, ensure_ascii=False) + "\n"
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int, show_progress: bool = False) -> Merges:
+def train_bpe(
+    texts: Iterable[str],
+    vocab_size: int,
+    num_texts: int | None = None,
+    show_progress: bool = False,
+) -> Merges:
     """Returns the merges of a byte-level BPE of at most `vocab_size` tokens.
+
+    The package shows a bar for each of its phases, and the first counts to `num_texts`.
 
     The tokenizer changes no character, finds no special token in text, and has a token
     <|endoftext|> that stands between documents. It needs memory for each different word of the
@@ -61,7 +68,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, show_progress: bool = False
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=show_progress,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(texts, trainer, num_texts)
     return Merges(json.loads(tokenizer.to_str()))
 
 

@@ -401,6 +401,14 @@ def test_a_path_without_text_is_refused_before_anything_starts(
     assert not (folder / "new").exists()
 
 
+@pytest.mark.parametrize("skips", [False, True])
+def test_files_without_any_document_are_told_as_such(folder: Path, skips: bool):
+    """Advice to divide them into two folders would not help."""
+    write(folder / "a.jsonl", "not JSON\n" * skips)
+    with pytest.raises(ConfigError, match=r"^data.dataset='text:\S*' holds no text: its files are"):
+        open_documents(config_for(folder, skip_bad_documents=skips), "train")
+
+
 def test_an_empty_split_says_how_to_make_one(folder: Path):
     write(folder / "a.jsonl", "\n".join(LINES[:3]))
     with pytest.raises(

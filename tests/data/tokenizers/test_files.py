@@ -149,6 +149,25 @@ def test_whole_characters_are_streamed(tokenizer: Tokenizer) -> None:
             assert not any("\ufffd" in part for part in parts)
 
 
+def test_a_long_run_of_spaces_is_streamed_in_linear_time(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_decoded, decode = 0, tokenizer.vocabulary.decode
+
+    def counted(ids: list[int]) -> str:
+        nonlocal num_decoded
+        num_decoded += len(ids)
+        return decode(ids)
+
+    space = int(tokenizer.encode("a  b")[1])
+    ids = [*tokenizer.encode("a"), *[space] * 1000, *tokenizer.encode("b c")]
+    expected = tokenizer.decode(ids)
+    monkeypatch.setattr(type(tokenizer.vocabulary), "decode", lambda self, ids: counted(ids))
+    stream = TextStream(tokenizer)
+    assert "".join([*(stream.push([id]) for id in ids), stream.finish()]) == expected
+    assert num_decoded < 200 * len(ids)
+
+
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,7 +1,13 @@
 """Tests the training of BPEs, and the command that trains one."""
 
+import contextlib
 import itertools
 import json
+import os
+import pty
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +19,8 @@ from moe.data.sources import Document
 from moe.data.tokenizers import make_tokenizer
 from moe.data.tokenizers.training import SMALLEST, sample_texts, train_bpe
 from tests.data.tokenizers.conftest import TEXTS
+
+ROOT = Path(__file__).parents[3]
 
 
 class Numbered:
@@ -101,6 +109,39 @@ def test_the_command_writes_a_file_and_prints_a_table(
     assert [line.split()[0] for line in table[2:]] == ["300", "350", "400"]
     ratio = f"{num_bytes / num_tokens:.3f}"
     assert table[3].split() == ["350", ratio, f"{num_tokens:,}", "<-", "this", "one"]
+
+
+def test_a_terminal_shows_how_much_text_is_read(tmp_path: Path) -> None:
+    """The package counts to 0 if it is not told how many texts there are."""
+    for split, count in (("train", 7), ("validation", 1)):
+        (tmp_path / "text" / split).mkdir(parents=True)
+        for number in range(count):
+            (tmp_path / "text" / split / f"{number}.txt").write_text(f"{split} {number}")
+    terminal, end = pty.openpty()
+    arguments = [f"--data=text:{tmp_path}/text", "--vocab_size=257", f"--out={tmp_path}/x.json"]
+    command = [sys.executable, "-m", "launch.tokenizer", *arguments, f"--directory={tmp_path}/data"]
+    subprocess.run(command, cwd=ROOT, stderr=end, stdout=subprocess.DEVNULL, check=True)
+    os.close(end)
+    shown = b""
+    with contextlib.suppress(OSError):  # the end of the terminal
+        while chunk := os.read(terminal, 2**16):
+            shown += chunk
+    os.close(terminal)
+    assert re.search(rb"sequences\W+7\s+/\s+7\b", shown), shown
+
+
+def test_token_files_hold_no_text_to_train_on(tmp_path: Path) -> None:
+    out = tmp_path / "x.json"
+    arguments = ["--data=tokens:tokens", "--vocab_size=300", f"--out={out}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.tokenizer", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and not out.exists()
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: --data=tokens:tokens holds tokens and no text: set --data to")
 
 
 def test_out_must_be_a_file(tmp_path: Path) -> None:
