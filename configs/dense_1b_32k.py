@@ -18,6 +18,7 @@ from configs import dense_1b
 def get_config() -> ConfigDict:
     config = dense_1b.get_config()
     config.model.attention.context_parallelism = "ulysses"
+    config.model.remat = "save_attention"
     config.data.sequence_length = 32_768
     config.mesh.update(data=-1, fsdp=1, context=8)
     config.train.update(batch_size=32, accumulation=8)

@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
         num_kv_heads=32,
         head_dim=128,
     )
-    config.model.update(vocab_size=32_000, norm_epsilon=1e-5, remat="save_attention")
+    config.model.update(vocab_size=32_000, norm_epsilon=1e-5, remat="full")
     config.data.sequence_length = 4096
     config.optimizer.update(learning_rate=3e-4, warmup_fraction=0.008)
     config.mesh.update(data=1, fsdp=-1, tensor=8)

@@ -21,7 +21,7 @@ from moe.config import RunConfig
 def get_config() -> ConfigDict:
     config = RunConfig.config_dict()
     config.model.update(num_layers=32, model_dim=4096, num_heads=32, num_kv_heads=8, head_dim=128)
-    config.model.update(vocab_size=32_000, rope_base=1e6, norm_epsilon=1e-5, remat="full")
+    config.model.update(vocab_size=32_000, rope_base=1e6, norm_epsilon=1e-5, remat="save_exchange")
     config.model.moe.update(
         num_experts=8, experts_per_token=2, expert_dim=14_336, normalize_weights=True
     )
