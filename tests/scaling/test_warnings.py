@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 
+from moe.scaling.experiments.runs import make_runs
 from moe.scaling.laws import LAWS, Fit, fit
 from moe.scaling.laws.warnings import find_warnings, why_not_identifiable
 from tests.scaling.tables import isoflop_runs
@@ -52,6 +53,18 @@ def test_each_reason_is_found_alone(good, change, reason):
     reasons = why_not_identifiable(dataclasses.replace(good, **change(good)))
     assert len(reasons) == 1
     assert re.search(reason, reasons[0])
+
+
+def test_an_exponent_of_two_coefficients_is_named_by_both():
+    """The interval is not that of b in the table of coefficients, so the message says so."""
+    size, experts = np.repeat(np.geomspace(1e7, 1e9, 8), 3), np.tile([1.0, 4.0, 16.0], 8)
+    columns = {"active_parameters": size, "parameters": size * experts, "experts": experts}
+    columns |= {"experts_per_token": np.ones(24), "tokens": np.full(24, 1e11)}
+    noise = np.random.default_rng(0).standard_normal(24)
+    loss = 40 * size**-0.15 * np.exp(0.02 * noise)  # which experts do not change
+    found = fit(LAWS["clark"], make_runs(**columns, loss=loss), num_starts=20, num_bootstraps=100)
+    reason = next(one for one in found.not_identifiable if one.startswith("b"))
+    assert reason.startswith("b, with c in the middle of the data, may be 0: its interval is ")
 
 
 def test_an_exponent_within_a_factor_of_two_is_no_reason(good):
