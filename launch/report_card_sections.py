@@ -147,8 +147,8 @@ def _known_text(facts: Facts) -> str:
     if not parts:
         return "It has not been evaluated, so what text it knows is not known from this run."
     return (
-        f"Its evaluation below is on {' and '.join(parts)}. Whether it knows any other text is not "
-        "known from this run."
+        f"Its evaluation below is on {' and on '.join(parts)}. Whether it knows any other text is "
+        "not known from this run."
     )
 
 

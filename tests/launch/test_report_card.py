@@ -239,7 +239,7 @@ def test_recorded_evaluations_are_tables_of_the_card(tmp_path: Path) -> None:
                 Evaluation(10, {"loss": 2.0}, datasets=("text:a",)),
                 Evaluation(10, {}, tasks=("arc",)),
             ],
-            "that it was trained on and other data and tasks. Whether it knows any other text",
+            "trained on and on other data and on tasks. Whether it knows any other text",
         ),
     ],
 )
