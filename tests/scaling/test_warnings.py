@@ -8,7 +8,7 @@ import pytest
 
 from moe.scaling.experiments.runs import make_runs
 from moe.scaling.laws import LAWS, Fit, fit
-from moe.scaling.laws.warnings import find_warnings, why_not_identifiable
+from moe.scaling.laws.warnings import find_warnings, why_not_identifiable, wide_exponent
 from tests.scaling.tables import isoflop_runs
 
 
@@ -36,7 +36,7 @@ def held_out(good: Fit, error: float):
         (lambda good: {"condition_number": 1e9}, r"some combination of coefficients .*1e\+09"),
         (lambda good: {"condition_number": np.inf}, "some combination of coefficients"),
         (lambda good: with_alpha(good, -0.1, 0.6), r"alpha may be 0: its interval is \[-0.0825"),
-        (lambda good: with_alpha(good, 0.2, 0.5), "alpha is known only within a factor of 2.4"),
+        (lambda good: with_alpha(good, 0.2, 0.5), "alpha is known only within a factor of 2.4:"),
         (
             lambda good: {"drift": good.drift | {np.inf: good.coefficients | {"beta": 0.9}}},
             "beta depends on how residuals are weighted: .* but it is 0.9 with delta=inf",
@@ -71,6 +71,13 @@ def test_an_exponent_within_a_factor_of_two_is_no_reason(good):
     assert why_not_identifiable(dataclasses.replace(good, **with_alpha(good, 0.28, 0.5))) == []
 
 
+def test_a_huge_factor_is_rounded():
+    (reason,) = wide_exponent("alpha", 0.2, 1e14, "", "add runs")
+    assert reason == (
+        "alpha is known only within a factor of 5e+14: its interval is [0.2, 1e+14]: add runs"
+    )
+
+
 def with_runs(good: Fit, **columns) -> dict[str, object]:
     return {"runs": dataclasses.replace(good.runs, **columns)}
 
@@ -84,8 +91,8 @@ def with_runs(good: Fit, **columns) -> dict[str, object]:
         (lambda good: with_runs(good, run=np.array(["a", "b", "c", "d", "e"] * 7)), "There are 5"),
         (lambda good: with_runs(good, repeats=np.full(35, 5.0)), "35 of 35 runs saw their text"),
         (
-            lambda good: with_runs(good, tokens=good.runs.tokens**0.1),
-            "Tokens span a factor of",
+            lambda good: with_runs(good, tokens=np.geomspace(1e9, 9.98e9, 35)),
+            "Tokens span a factor of 9.98, less than one decade",
         ),
         (lambda good: {"residuals": good.residuals + 0.03}, "The law misses the typical run by 3"),
         (lambda good: {"held_out": None}, "The largest budget cannot be held out"),

@@ -86,7 +86,7 @@ def wide_exponent(
         yield f"{name} may be 0: its interval is {_interval(low, high)}: {fix_of_zero}"
     elif max(low / high, high / low) > _FACTOR:
         yield (
-            f"{name} is known only within a factor of {max(low / high, high / low):.1f}: its "
+            f"{name} is known only within a factor of {max(low / high, high / low):.2g}: its "
             f"interval is {_interval(low, high)}: {fix_of_wide}"
         )
 
