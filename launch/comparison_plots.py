@@ -131,14 +131,18 @@ def _draw_front(
             results[name][cost], loss, yerr=error, fmt="o", color=colour, label=name
         )
         point.set_markerfacecolor(face)
-    _set_costs(axes, paid)
+    if paid:
+        _set_costs(axes, paid)
+    else:  # an axis of no values would show numbers that mean nothing
+        axes.set(xticks=[], yticks=[])
+        axes.text(0.5, 0.5, "not known yet", ha="center", transform=axes.transAxes)
 
 
 def _set_costs(axes: "Axes", paid: Sequence[float]) -> None:
     """Makes the horizontal axis logarithmic if the costs span a decade, and names a few of them."""
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
-    if paid and max(paid) >= 10 * min(paid):
+    if max(paid) >= 10 * min(paid):
         axes.set_xscale("log")
     else:
         axes.xaxis.set_major_locator(MaxNLocator(5))

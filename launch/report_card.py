@@ -10,6 +10,7 @@ from typing import Any
 
 from launch import report_card_sections as sections
 from launch.recorded_evaluations import read_evaluations
+from launch.report_card_evaluation import evaluation, recorded_evaluations
 from launch.report_card_sections import Facts
 from launch.series import Metrics
 from moe.config import ConfigError, RunConfig
@@ -109,8 +110,8 @@ def card(facts: Facts, written: dict[str, str]) -> str:
         f"python -m launch.evaluate --workdir=PATH/{facts.name}\n"
         "```",
         *sections.training(facts),
-        *sections.evaluation(facts),
-        *sections.recorded_evaluations(facts),
+        *evaluation(facts),
+        *recorded_evaluations(facts),
         person("evaluation"),
         *sections.routing(facts),
         *sections.compute(facts),

@@ -1,6 +1,6 @@
 """Writes the sections of a model card that a run's files say: tables and sentences in Markdown."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -91,7 +91,7 @@ def details(facts: Facts) -> Iterator[str]:
             f"`{origin.run.name}` and {state}."
         )
     yield "### Model Architecture"
-    yield _table(("field", "value"), _architecture(facts.config))
+    yield markdown_table(("field", "value"), _architecture(facts.config))
 
 
 def _architecture(config: RunConfig) -> Iterator[tuple[str, str]]:
@@ -133,11 +133,23 @@ def limits(facts: Facts) -> Iterator[str]:
     ]
     if repeats := _repeats(facts):
         found.append(f"It read its training text {repeats:.3g} times.")
-    found.append(
-        "Its evaluation below is on held-out text of the same data set. Whether it knows any other "
-        "text is not known from this run."
-    )
+    found.append(_known_text(facts))
     yield "\n".join(f"- {limit}" for limit in found)
+
+
+def _known_text(facts: Facts) -> str:
+    """Returns a sentence on the text that the model was evaluated on."""
+    is_validated = any("validation/loss" in line for line in facts.metrics)
+    own = is_validated or any(not one.datasets and not one.tasks for one in facts.evaluations)
+    parts = ["held-out text of the data set that it was trained on"] if own else []
+    parts += ["other data"] if any(one.datasets for one in facts.evaluations) else []
+    parts += ["tasks"] if any(one.tasks for one in facts.evaluations) else []
+    if not parts:
+        return "It has not been evaluated, so what text it knows is not known from this run."
+    return (
+        f"Its evaluation below is on {' and on '.join(parts)}. Whether it knows any other text is "
+        "not known from this run."
+    )
 
 
 def training(facts: Facts) -> Iterator[str]:
@@ -160,7 +172,7 @@ def training(facts: Facts) -> Iterator[str]:
             )
         )
         table.append(("read", f"{_repeats(facts):.3g} times"))
-    yield _table(("field", "value"), table)
+    yield markdown_table(("field", "value"), table)
     yield "### Training Hyperparameters"
     adamw = (
         f"AdamW, betas {optimizer.beta1} and {optimizer.beta2}, weight decay "
@@ -178,7 +190,7 @@ def training(facts: Facts) -> Iterator[str]:
     if line:
         table.append(("skipped updates", f"{line['train/skipped_steps']:,.0f}"))
         table.append(("last training loss", f"{line['train/loss']:.4f} nats per token"))
-    yield _table(("field", "value"), table)
+    yield markdown_table(("field", "value"), table)
 
 
 def _data_sets(facts: Facts) -> Iterator[tuple[str, str]]:
@@ -198,79 +210,13 @@ def _schedule(config: RunConfig) -> str:
     final = optimizer.learning_rate * optimizer.final_learning_rate_fraction
     fall = "a cosine" if optimizer.schedule == "cosine" else "one minus a square root"
     return (
-        f"{optimizer.learning_rate:g} after {config.warmup_steps:,} steps of warm-up; "
-        f"{final:g} at the end of the last {config.decay_steps:,} steps, along {fall}"
+        f"{optimizer.learning_rate:g} after {_steps(config.warmup_steps)} of warm-up; "
+        f"{final:g} at the end of the last {_steps(config.decay_steps)}, along {fall}"
     )
 
 
-def evaluation(facts: Facts) -> Iterator[str]:
-    """Yields the metrics of the last evaluation."""
-    data, train = facts.config.data, facts.config.train
-    yield "## Evaluation"
-    lines = [line for line in facts.metrics if "validation/loss" in line]
-    if not lines:
-        yield "The run has not been evaluated during training."
-        return
-    names = dict.fromkeys(source.validation_split for source in data.sources)
-    splits = "the split " + " and ".join(f"`{name}`" for name in names)
-    if data.mixture:
-        splits += " of the sources"
-    part = f"{train.eval_batches} batches" if train.eval_batches else "the whole"
-    yield (
-        f"On {part} of {splits}, at step {lines[-1]['step']:,}. "
-        "The loss is in nats per token. Results are means over the split."
-    )
-    names = [name for name in lines[-1] if name.startswith("validation/")]
-    rows = [(name.removeprefix("validation/"), f"{lines[-1][name]:.4f}") for name in names]
-    yield _table(("metric", "value"), rows)
-
-
-def recorded_evaluations(facts: Facts) -> Iterator[str]:
-    """Yields the results by slice of the data, on other data and on tasks that were recorded."""
-    for one in facts.evaluations:
-        if one.tasks:
-            yield f"### Evaluation on Tasks of the lm-evaluation-harness\n\n{_asked(one)}."
-            rows = [
-                (task, name, f"{value:.4f}" if isinstance(value, float) else f"{value}")
-                for task, values in one.values.items()
-                for name, value in values.items()
-                if name != "alias"
-            ]
-            yield _table(("task", "metric", "value"), rows)
-            continue
-        by = f" by {one.slice_by}" if one.slice_by else ""
-        data = " and ".join(f"`{name}`" for name in one.datasets) or "the Run's Own Data"
-        yield f"### Evaluation on {data}{by}\n\n{_asked(one)}."
-        yield _table(*_parts(one.values))
-
-
-def _asked(one: Evaluation) -> str:
-    """Returns at which step a run was evaluated, and on which part of what it was asked."""
-    parts = [f"At step {one.step:,}"]
-    if one.split:
-        parts.append(f"on the split `{one.split}`")
-    if one.num_fewshot:
-        parts.append(f"with {one.num_fewshot} examples before each question")
-    if one.limit:
-        parts.append(f"on the first {one.limit:,} examples of each")
-    return ", ".join(parts)
-
-
-def _parts(values: Mapping[str, float]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Returns the head and the rows of a table: a row for each part of the data, with its metrics.
-
-    The values of a part are named PART/METRIC, and those of all parts together METRIC.
-    """
-    parts: dict[str, dict[str, float]] = {}
-    for name, value in values.items():
-        part, _, metric = name.rpartition("/")
-        parts.setdefault(part or "all", {})[metric] = value
-    metrics = list(dict.fromkeys(metric for row in parts.values() for metric in row))
-    rows = [
-        (part, *(f"{row[metric]:.4f}" if metric in row else "" for metric in metrics))
-        for part, row in parts.items()
-    ]
-    return ("part", *metrics), rows
+def _steps(count: int) -> str:
+    return f"{count:,} step" + "s" * (count != 1)
 
 
 def routing(facts: Facts) -> Iterator[str]:
@@ -285,7 +231,7 @@ def routing(facts: Facts) -> Iterator[str]:
     )
     names = sorted(name for name in line if name.startswith("router/"))
     rows = [(name.removeprefix("router/"), f"{line[name]:.4g}") for name in names]
-    yield _table(("statistic", "value"), rows)
+    yield markdown_table(("statistic", "value"), rows)
 
 
 def compute(facts: Facts) -> Iterator[str]:
@@ -311,7 +257,7 @@ def compute(facts: Facts) -> Iterator[str]:
             rows.append(("code", f"commit {git.get('commit')}{changed}"))
     yield "## Technical Specifications"
     yield "### Compute Infrastructure"
-    yield _table(("field", "value"), rows)
+    yield markdown_table(("field", "value"), rows)
     yield (
         "FLOPs are those of the model's matmuls, forward and backward, counted from the config. "
         "Hours are those of training steps, without compiling, evaluating and saving."
@@ -341,7 +287,7 @@ def _repeats(facts: Facts) -> float:
     return facts.step * facts.config.train.batch_size / facts.rows["num_rows"] if facts.rows else 0
 
 
-def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+def markdown_table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     """Returns a table in Markdown, in which a value cannot end a cell or a line."""
     lines = [head, ("---",) * len(head), *rows]
     cell = lambda text: " ".join(str(text).replace("|", "\\|").split())

@@ -4,7 +4,7 @@ Examples:
     python -m launch.sweep --sweep=configs/sweeps/isoflop_tiny.py --workdir=runs/isoflop --dry_run
     python -m launch.sweep --sweep=configs/sweeps/isoflop_tiny.py --workdir=runs/isoflop --jobs=2
     python -m launch.sweep --sweep=configs/sweeps/isoflop_tiny.py --workdir=runs/isoflop --index=3
-    python -m launch.slurm --nodes=1 --array=0-21%4 --workdir=runs/isoflop -- \\
+    python -m launch.slurm --nodes=1 --array=0-22%4 --workdir=runs/isoflop -- \\
         launch.sweep --sweep=configs/sweeps/isoflop_tiny.py --workdir=runs/isoflop --index=%a
 
 A sweep is a config file with a get_config(), the base, and a get_sweep() that yields the runs: for

@@ -2,17 +2,24 @@
 
 import ast
 import runpy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from launch.command_line import read_run_config
 from launch.config_file import ConfigFileErrors, check_config_file
-from moe.config import ConfigError, RunConfig
+from moe.config import ConfigError, RunConfig, flatten
 from moe.data.chat import read_template
 from moe.data.sources import check_dataset
 from moe.data.tokenizers import check_tokenizer
 from moe.files import announce_wait
-from moe.scaling.experiments.sweep import Point, Run, expand, link, overrides_between
+from moe.scaling.experiments.sweep import (
+    Point,
+    Run,
+    changed_fields,
+    expand,
+    link,
+    overrides_between,
+)
 from moe.storage.paths import RunPath
 from moe.workdir.identity import CONFIG_FILE, checkpoint_steps, read_config
 from moe.workdir.tracking import check_workdir
@@ -109,14 +116,15 @@ def plan(
         raise ConfigError(f"{path}: {error}") from None
     if not runs:
         raise ConfigError(f"{path}: get_sweep() yields no run: yield at least one Point")
+    fields = dict(flatten(base.to_dict()))
     for run in runs:
-        _check_flags(path, base, run)
+        _check_flags(path, fields, run)
     return [Planned(run, path, base) for run in runs]
 
 
-def _check_flags(path: str, base: RunConfig, run: Run) -> None:
+def _check_flags(path: str, base: Mapping[str, Any], run: Run) -> None:
     """Raises ConfigError for a field that no flag of launch.train can set: one that gets None."""
-    for field, value in overrides_between(base, run.config).items():
+    for field, value in changed_fields(base, run.config).items():
         if value is None:
             raise ConfigError(
                 f"{path}: {run.name}: {field}=None cannot take the place of a value: "

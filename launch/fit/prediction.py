@@ -206,6 +206,8 @@ def _doubts(optimum: Optimum, runs: Runs) -> Iterator[str]:
     most = float(np.max(runs.experts))
     if most > 1 and optimum.best.get("experts") == most:
         yield f"the most experts of the table, {most:g}, are best: more might be better still."
+    elif most > 1 and optimum.best.get("experts") == 1:
+        yield f"a dense model is best: the law expects no gain from up to {most:g} experts."
     distinct = runs.tokens / runs.repeats  # NaN where nobody counted how often text was repeated
     if not np.isnan(distinct).all():
         epochs = optimum.best["tokens"] / float(np.nanmax(distinct))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import math
 import typing
 from collections.abc import Iterator, Mapping
@@ -199,9 +200,10 @@ def _as_dict(config: Any) -> dict[str, Any]:
     configs, such as the sources of a mixture, become a dict from each name to the other fields.
     """
     values = {}
-    for name, declared in field_types(type(config)).items():
+    named = _named_fields(type(config))
+    for name in field_types(type(config)):
         value = getattr(config, name)
-        if named_class(declared):
+        if name in named:
             value = {one.name: _as_dict(one) for one in value}
             for fields in value.values():
                 del fields["name"]
@@ -209,6 +211,13 @@ def _as_dict(config: Any) -> dict[str, Any]:
             value = _as_dict(value)
         values[name] = value
     return values
+
+
+@functools.cache
+def _named_fields(config_class: type) -> Mapping[str, type]:
+    """Returns the fields of a dataclass that hold named configs, with the class of these."""
+    classes = {name: named_class(declared) for name, declared in field_types(config_class).items()}
+    return {name: found for name, found in classes.items() if found}
 
 
 def named_class(declared: Any) -> type | None:
@@ -237,7 +246,7 @@ def _build(cls: type, values: Any, path: str, **name: str) -> Any:
     for field, value in values.items():
         if dataclasses.is_dataclass(types[field]):
             value = _build(types[field], value, f"{prefix}{field}")
-        elif named := named_class(types[field]):
+        elif named := _named_fields(cls).get(field):
             by_name = _as_mapping(value, prefix + field, f"set {field} to a dict of these by name")
             value = tuple(
                 _build(named, fields, f"{prefix}{field}.{key}", name=str(key))

@@ -1,11 +1,14 @@
 """Tests the statistics of a comparison on numbers worked out by hand, and its tables."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from scipy import stats
 
+from launch import comparison_plots
 from launch.comparison import (
     comparison,
     markdown,
@@ -120,3 +123,20 @@ def test_the_tables_have_a_dash_where_nothing_is_known() -> None:
     assert f"| other | +0.1100 ± 0.0100 | 2 | {p_value:.2g} | " in text
     assert "| waiting | – | 0 | – | – |" in text
     assert "| training FLOPs | base |" in text and "| seconds per step | base |" in text
+
+
+def test_a_panel_of_costs_that_are_not_known_has_no_numbers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The two runs were too short to have a time of a step."""
+    results = {"one": summarize(rows({0: 1.0}), PLANNED), "two": summarize(rows({0: 2.0}), PLANNED)}
+    drawn: list[Figure] = []
+    monkeypatch.setattr(comparison_plots, "write_whole", lambda path, content: None)
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    comparison_plots.write_fronts(comparison(results, {"one": {}, "two": {}}), Path("fronts.png"))
+    (figure,) = drawn
+    panels = {axes.get_xlabel(): axes for axes in figure.axes}
+    unknown = panels["seconds per step"]
+    assert list(unknown.get_xticks()) == list(unknown.get_yticks()) == []
+    assert [text.get_text() for text in unknown.texts] == ["not known yet"]
+    assert len(panels["parameters"].get_xticks()) and not panels["parameters"].texts

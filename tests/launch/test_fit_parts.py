@@ -215,6 +215,10 @@ def test_notes_say_what_is_doubtful_about_a_best_model() -> None:
     sparse = make_runs(**columns, experts=[1, 16], experts_per_token=[1, 2])
     assert "16, are best" in said(optimum(experts=16.0), sparse)
     assert "are best" not in said(optimum(experts=8.0), sparse)
+    assert "dense model is best: the law expects no gain" in said(optimum(experts=1.0), sparse)
+    assert "dense model is best" not in said(optimum(experts=1.0)) + said(
+        optimum(experts=8.0), sparse
+    )
 
 
 def test_only_configs_of_this_project_are_read() -> None:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+import shlex
 import subprocess
 import sys
 import types
@@ -145,3 +147,28 @@ except SystemExit as end:
     assert "1024 v5p as fsdp=16, expert=64" in done.stdout
     assert (tmp_path / "plan.html").read_text().startswith("<!doctype html>")
     assert layout_on(read(moe_671b), 1024, CHIPS["v5p"]).estimate.memory.total > 0
+
+
+def rows_of_the_page() -> dict[str, tuple[str, str]]:
+    """Returns the rows of the page's table of counts: the cells by the first one."""
+    page = (ROOT / "docs/scaling_laws/counting.md").read_text()
+    rows = re.findall(r"^\| (.+?) \| ([\d,.]+)[^|]*\| ([\d,.]+)[^|]*\|$", page, re.MULTILINE)
+    return {name: (dense, sparse) for name, dense, sparse in rows}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_page_on_counting_shows_what_its_commands_print(number):
+    page = (ROOT / "docs/scaling_laws/counting.md").read_text().replace("\\\n", " ")
+    command = re.findall(r"^python -m launch\.plan (.*--compile.*)$", page, re.MULTILINE)[number]
+    words = [sys.executable, "-m", "launch.plan", *shlex.split(command)]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
+    printed = [float(n.replace(",", "")) for n in re.findall(r"(?<![\w.])\d[\d,]{5,}", done.stdout)]
+    for name, cells in rows_of_the_page().items():
+        shown = cells[number].replace(",", "")
+        if name.startswith("XLA"):
+            (compiled,) = re.findall(r"^compiled step: ([\d,]+) FLOPs", done.stdout, re.MULTILINE)
+            found = float(compiled.replace(",", ""))
+            assert float(shown) * 1e6 == pytest.approx(found, rel=1e-3)
+        elif shown != "0":
+            assert float(shown) in printed, name

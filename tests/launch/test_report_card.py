@@ -59,6 +59,7 @@ def test_a_card_says_what_the_files_of_a_run_say(tmp_path: Path) -> None:
     assert found["hours of training steps"] == f"{20 / 3600:.3g}"
     assert found["loss"] == "2.2500" and found["bits_per_byte"] == "3.2500"
     assert found["fingerprint"].endswith("`no checkpoint yet`")
+    assert "On the whole of the split `validation`, at step 20." in card
     assert "is at step 20 of 2,000" in card and "Model Examination" not in card
     headings = re.findall(r"^#+ (.*)$", card, re.MULTILINE)
     assert headings[:3] == [
@@ -184,6 +185,8 @@ def test_the_card_of_a_real_sparse_run_and_of_its_fork(data_directory, tmp_path,
     assert found["experts"] == "4 of width 12, 2 for each token, in 2 layers"
     assert found["loss"] == f"{read_metrics(fork)[-1]['validation/loss']:.4f}"
     assert {"max_vio", "load_entropy", "dropped_fraction"} <= found.keys()
+    assert "On 1 batch of the split `validation`" in card
+    assert "after 1 step of warm-up" in card
     assert "the whole state of step 2 of the run `trunk` and is finished" in card
     assert "Both include the steps before the fork" in card
     assert "jax" in found["software"] and "x cpu" in found["devices"]
@@ -213,6 +216,40 @@ def test_recorded_evaluations_are_tables_of_the_card(tmp_path: Path) -> None:
         "| arc | acc,none | 0.5000 |\n| arc | sample_len | 7 |\n"
     ) in card
     assert "9.0000" not in card  # the later record of the same subject replaced it
+
+
+@pytest.mark.parametrize(
+    ("validation", "evaluations", "sentence"),
+    [
+        ([], [], "It has not been evaluated, so"),
+        (
+            [(10, VALIDATION)],
+            [],
+            "below is on held-out text of the data set that it was trained on.",
+        ),
+        ([], [Evaluation(10, {"loss": 2.0}, slice_by="kind")], "below is on held-out text of"),
+        (
+            [],
+            [Evaluation(10, {"loss": 2.0}, datasets=("text:a",))],
+            "below is on other data. Whether",
+        ),
+        (
+            [(10, VALIDATION)],
+            [
+                Evaluation(10, {"loss": 2.0}, datasets=("text:a",)),
+                Evaluation(10, {}, tasks=("arc",)),
+            ],
+            "trained on and on other data and on tasks. Whether it knows any other text",
+        ),
+    ],
+)
+def test_the_limits_name_what_was_evaluated(tmp_path, validation, evaluations, sentence) -> None:
+    workdir = make_run(tmp_path, [(10, LINE), *validation])
+    for evaluation in evaluations:
+        record_evaluation(workdir, evaluation)
+    limits = write_card(workdir).partition("## Bias, Risks")[2].partition("## How to")[0]
+    assert sentence in limits
+    assert limits.count("not known from this run") == 1
 
 
 @pytest.mark.parametrize("damage", ["{", "[]", '{"step": 1}', '{"step": 1, "values": 2, "x": 3}'])

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -448,3 +449,13 @@ def test_bad_input_gets_one_line(tmp_path: Path, flags: list[str], message: str)
 def test_a_distinct_run_is_the_first_of_its_content() -> None:
     planned = planned_runs(Point("a", {}), Point("b", {"seed": 0}), Point("c", {"seed": 1}))
     assert [one.name for one in distinct(planned)] == ["a", "c"]
+
+
+@pytest.mark.parametrize("path", ["launch/sweep.py", "docs/scaling_laws/sweeps.md"])
+def test_the_arrays_of_the_examples_train_every_job(path: str) -> None:
+    found = re.findall(
+        r"--array=0-(\d+)%\d+ [^`]*?launch\.sweep --sweep=(\S+)", (ROOT / path).read_text()
+    )
+    assert found
+    for last, file in found:
+        assert int(last) == len(jobs_of(read_sweep(file, []))) - 1

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from moe.config import ConfigError, ModelConfig, RunConfig
+from moe.config.checks import show
 from moe.scaling.experiments.shapes import scale_model, scale_run, tokens_for
 from moe.scaling.experiments.sweep import Point, overrides_between
 
@@ -25,7 +26,9 @@ def iso_flop_ladder(
     Every run of a budget spends it as nearly as whole steps can: a wider model sees fewer tokens.
     This is approach 2 of Hoffmann et al. 2022 (arXiv 2203.15556, section 3.2).
     """
+    _check_positive("budgets", list(widths_by_budget))
     for budget, widths in widths_by_budget.items():
+        _check_positive("widths", widths)
         for width in widths:
             model = scale_model(base.model, width)
             tokens = tokens_for(model, base.data.sequence_length, budget)
@@ -49,6 +52,9 @@ def sparsity_ladder(
     dense model, whatever the granularity. All runs train on the same tokens, since a routed law
     such as that of Clark et al. 2022 (arXiv 2202.01169) has no term for their number.
     """
+    _check_positive("widths", widths)
+    _check_positive("expansions", expansions)
+    _check_positive("granularities", granularities)
     for width in widths:
         dense = scale_model(with_experts(base.model, 1, 1), width)
         for expansion in expansions:
@@ -58,6 +64,23 @@ def sparsity_ladder(
                 cut = f"_granularity_{granularity}" if len(granularities) > 1 else ""
                 name = f"width_{width}/experts_{expansion}{cut}"
                 yield Point(name, overrides_between(base, config))
+
+
+def _check_positive(name: str, values: Sequence[float]) -> None:
+    """Raises ConfigError if an argument of a ladder is empty or has numbers that cannot be."""
+    if not values or not all(0 < value < math.inf for value in values):
+        raise ConfigError(f"{name}={show(values)}: set {name} to one or more numbers above 0")
+
+
+def _whole_steps(rows: float, batch_size: int) -> int:
+    """Returns the number of steps that is nearest to so many rows. Raises ConfigError for none."""
+    steps = round(rows / batch_size)
+    if steps < 1:
+        raise ConfigError(
+            f"{rows:.3g} rows are less than one step of batch_size={batch_size}: "
+            "set more tokens, or a smaller batch"
+        )
+    return steps
 
 
 def with_experts(model: ModelConfig, expansion: int, granularity: int) -> ModelConfig:
@@ -86,10 +109,12 @@ def tuning_grid(
     base: RunConfig, learning_rates: Sequence[float], batch_sizes: Sequence[int]
 ) -> Iterator[Point]:
     """Yields a run for each learning rate and each batch, all on as many tokens as the base."""
+    _check_positive("learning_rates", learning_rates)
+    _check_positive("batch_sizes", batch_sizes)
     rows = base.train.steps * base.train.batch_size
     for batch_size in batch_sizes:
         for rate in learning_rates:
-            steps = max(1, round(rows / batch_size))
+            steps = _whole_steps(rows, batch_size)
             yield Point(
                 f"learning_rate_{rate:g}/batch_{batch_size}",
                 {
@@ -120,12 +145,14 @@ def token_ladder(
             f"optimizer.schedule={base.optimizer.schedule!r} has no stable phase from which runs "
             "fork: set optimizer.schedule to 'wsd'"
         )
+    _check_positive("widths", widths)
+    _check_positive("tokens", tokens)
     middle = math.exp(sum(map(math.log, tokens)) / len(tokens))
     for width in widths:
         model = scale_model(base.model, width)
         typical = scale_run(base, model, middle, learning_rate_factor)
-        batch_tokens = typical.train.batch_size * base.data.sequence_length
-        steps = sorted({max(1, round(count / batch_tokens)) for count in tokens})
+        rows = [count / base.data.sequence_length for count in tokens]
+        steps = sorted({_whole_steps(count, typical.train.batch_size) for count in rows})
         yield from _fork_points(base, typical, steps, f"width_{width}")
 
 

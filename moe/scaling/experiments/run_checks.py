@@ -15,6 +15,8 @@ _ARCHITECTURE = (
     "granularity",
 )
 _NEEDED = ("parameters", "tokens", "loss", "active_parameters", "flops")  # by every law
+# No model was ever trained on so few, or so many, tokens for each of its parameters.
+_FEWEST_TOKENS, _MOST_TOKENS = 1e-3, 1e7
 # A loss this much above that of an equal model that saw fewer tokens is no noise of the seed, which
 # moves a loss by a few tenths of a percent.
 _RISE = 0.02
@@ -101,6 +103,9 @@ def check_values(runs: Runs, columns: Sequence[str]) -> None:
     _check_units(runs)
     for name in ("dataset", "tokenizer"):
         _check_same(runs, name)
+    # One tokenizer's vocabulary may be padded to several sizes. Without a name, the size names it.
+    if not runs.tokenizer.astype(bool).any():
+        _check_same(runs, "vocab_size")
 
 
 def _check_units(runs: Runs) -> None:
@@ -112,6 +117,7 @@ def _check_units(runs: Runs) -> None:
         "are below the tokens of one batch",
         "check the units of tokens and batch_tokens",
     )
+    _check_counts(runs)
     ratio = runs.flops / (6 * runs.active_parameters * runs.tokens)
     _refuse(
         runs,
@@ -136,6 +142,20 @@ def _check_units(runs: Runs) -> None:
     )
 
 
+def _check_counts(runs: Runs) -> None:
+    """Raises ConfigError for numbers of parameters and tokens that no model has."""
+    for name in ("parameters", "active_parameters", "tokens"):
+        _refuse(runs, getattr(runs, name) < 1, name, "are below 1", f"check the unit of {name}")
+    tokens = runs.tokens / runs.active_parameters
+    _refuse(
+        runs,
+        (tokens < _FEWEST_TOKENS) | (tokens > _MOST_TOKENS),
+        "tokens",
+        f"are not between {_FEWEST_TOKENS:g} and {_MOST_TOKENS:.0e} for each active parameter",
+        "check the units of tokens and parameters",
+    )
+
+
 def _refuse(runs: Runs, wrong: np.ndarray, name: str, what: str, fix: str) -> None:
     """Raises ConfigError if any row is wrong."""
     if not wrong.any():
@@ -153,8 +173,10 @@ def _singular(what: str, count: int) -> str:
 
 
 def _check_same(runs: Runs, name: str) -> None:
-    """Raises ConfigError if runs have different texts in a column. Losses would not compare."""
+    """Raises ConfigError if runs have different values in a column. Losses would not compare."""
     values = getattr(runs, name)
+    if values.dtype.kind == "f":
+        values = np.array(["" if np.isnan(value) else f"{value:.0f}" for value in values])
     found, first, counts = np.unique(values, return_index=True, return_counts=True)
     if len(found) < 2:
         return
@@ -163,7 +185,7 @@ def _check_same(runs: Runs, name: str) -> None:
     rows = list_rows(runs.row[values == found[other]])
     usual, other = (str(found[i]) for i in (usual, other))
     raise ConfigError(
-        f"{name}: the table mixes {usual or 'no name'} and {other or 'no name'} ({rows}), "
+        f"{name}: the table mixes {usual or 'no value'} and {other or 'no value'} ({rows}), "
         f"whose losses do not compare: choose the rows of one with --where={name}={usual}, under "
         "the name that the column has in the file"
     )

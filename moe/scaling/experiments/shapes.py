@@ -22,7 +22,7 @@ import dataclasses
 import math
 from typing import NamedTuple
 
-from moe.config import ModelConfig, RunConfig
+from moe.config import ConfigError, ModelConfig, RunConfig
 from moe.config.layout import count_batch_parts
 from moe.scaling.flops import total_parameters, training_flops_per_token
 
@@ -125,12 +125,17 @@ def scale_run(
     """Returns the run that trains `model` on so many tokens, by the rules of this file.
 
     It is evaluated at its end, and saved up to five times. Everything else is as in `base`, whose
-    mesh splits the batch evenly.
+    mesh splits the batch evenly. Raises ConfigError for fewer tokens than half a step has.
     """
     sizes = {axis: abs(size) for axis, size in dataclasses.asdict(base.mesh).items()}
     batch_multiple = count_batch_parts(sizes)
     length = base.data.sequence_length
     chosen = tune(model, length, tokens, learning_rate_factor, batch_multiple)
+    if tokens < chosen.batch_size * length / 2:
+        raise ConfigError(
+            f"{tokens:.3g} tokens are too few for one step of a model of width {model.model_dim}, "
+            f"which has at least {chosen.batch_size * length:,}: give it more tokens or FLOPs"
+        )
     optimizer = dataclasses.replace(
         base.optimizer,
         learning_rate=chosen.learning_rate,

@@ -7,6 +7,7 @@ base. `grid` and `repeat` make such points, and so do the functions of ladders.p
 Two runs are the same if their configs are, apart from what says where a run is computed.
 """
 
+import functools
 import hashlib
 import itertools
 import json
@@ -49,13 +50,19 @@ def identity(config: RunConfig) -> str:
     place in the hash. Fields with their default values have none either, so that a field which a
     later version adds does not make another run of what is trained already.
     """
-    defaults = dict(flatten(RunConfig().to_dict()))
+    defaults = _default_fields()
     values = {
         name: value
         for name, value in flatten(config.to_dict())
         if value != defaults.get(name) and not _says_where(name)
     }
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@functools.cache
+def _default_fields() -> Mapping[str, Any]:
+    """Returns the default of each dotted field. A sweep of thousands of runs asks for each run."""
+    return MappingProxyType(dict(flatten(RunConfig().to_dict())))
 
 
 def _says_where(name: str) -> bool:
@@ -185,7 +192,12 @@ def _override(values: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str,
 
 def overrides_between(base: RunConfig, config: RunConfig) -> dict[str, Any]:
     """Returns the dotted fields in which a config differs from its base, with their values."""
-    before, after = (dict(flatten(one.to_dict())) for one in (base, config))
+    return changed_fields(dict(flatten(base.to_dict())), config)
+
+
+def changed_fields(before: Mapping[str, Any], config: RunConfig) -> dict[str, Any]:
+    """Returns the dotted fields whose values in a config are not those of `before`."""
+    after = dict(flatten(config.to_dict()))
     if before.keys() != after.keys():
         raise ConfigError(
             "data.mixture has other sources than the base: "

@@ -131,6 +131,13 @@ def exponent(
     return value + np.asarray(coefficients[other]) * np.mean(inputs[column])
 
 
+def exponent_name(law: Law, name: str) -> str:
+    """Returns how a message names what `exponent` returns, which need not be one coefficient."""
+    if name not in law.interactions:
+        return name
+    return f"{name}, with {law.interactions[name][0]} in the middle of the data,"
+
+
 def log_sum(z_PN: Sequence[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
     """Returns log(sum of exp(z)), without overflow, and each term's share of the sum."""
     largest_PN = functools.reduce(np.maximum, z_PN)

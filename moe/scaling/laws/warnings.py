@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from moe.scaling.experiments.runs import Runs
-from moe.scaling.laws.formulas import exponent, read_inputs
+from moe.scaling.laws.formulas import exponent, exponent_name, read_inputs
 from moe.scaling.laws.refits import exactly_determined_share
 from moe.scaling.laws.result import INTERVAL, Fit
 
@@ -72,8 +72,9 @@ def _without_floor(fit: Fit) -> Iterator[str]:
 def _wide(fit: Fit) -> Iterator[str]:
     """Yields a reason for each exponent that resampling the runs moves by a factor of 2."""
     for name, (low, high) in _exponent_intervals(fit).items():
+        shown = exponent_name(fit.law, name)
         yield from wide_exponent(
-            name, low, high, "add sizes and budgets", "add runs, sizes and budgets"
+            shown, low, high, "add sizes and budgets", "add runs, sizes and budgets"
         )
 
 
@@ -85,7 +86,7 @@ def wide_exponent(
         yield f"{name} may be 0: its interval is {_interval(low, high)}: {fix_of_zero}"
     elif max(low / high, high / low) > _FACTOR:
         yield (
-            f"{name} is known only within a factor of {max(low / high, high / low):.1f}: its "
+            f"{name} is known only within a factor of {max(low / high, high / low):.2g}: its "
             f"interval is {_interval(low, high)}: {fix_of_wide}"
         )
 
@@ -117,9 +118,9 @@ def _depends_on_delta(fit: Fit) -> Iterator[str]:
         if outside:
             delta = max(outside, key=lambda delta: max(low - outside[delta], outside[delta] - high))
             yield (
-                f"{name} depends on how residuals are weighted: its interval is "
-                f"{_interval(low, high)}, but it is {outside[delta]:.3g} with delta={delta:g}: the "
-                "law does not describe all runs, so look at the residuals"
+                f"{exponent_name(fit.law, name)} depends on how residuals are weighted: "
+                f"its interval is {_interval(low, high)}, but it is {outside[delta]:.3g} with "
+                f"delta={delta:g}: the law does not describe all runs, so look at the residuals"
             )
 
 
@@ -206,7 +207,7 @@ def _of_data(fit: Fit) -> Iterator[str]:
             span = values.max() / values.min()
             if span < _SPAN:
                 yield (
-                    f"{name.replace('_', ' ').capitalize()} span a factor of {span:.1f}, less than "
+                    f"{name.replace('_', ' ').capitalize()} span a factor of {span:.3g}, less than "
                     "one decade: extrapolate by no more than that."
                 )
     tokens = fit.runs.tokens

@@ -133,3 +133,31 @@ def test_forks_start_where_the_decay_does_if_checkpoints_allow() -> None:
     assert trunk.config.train.batch_size == 10 and trunk.config.train.steps == 800
     assert (fork.config.train.steps, fork.fork_step) == (400, 320)
     assert trunk.config.train.keep_every == 320
+
+
+WSD = dataclasses.replace(BASE, optimizer=OptimizerConfig(schedule="wsd"))
+
+
+@pytest.mark.parametrize(
+    ("points", "message"),
+    [
+        (iso_flop_ladder(BASE, {1e6: (64,)}), "^1.07 tokens are too few for one step of a mod"),
+        (iso_flop_ladder(BASE, {-1.0: (64,)}), r"^budgets=\[-1.0\]: set budgets to one or more"),
+        (iso_flop_ladder(BASE, {}), r"^budgets=\[\]: set budgets to one or more numbers above 0"),
+        (iso_flop_ladder(BASE, {1e12: (64, 0)}), r"^widths=\(64, 0\): set widths to one or more"),
+        (sparsity_ladder(BASE, (64,), (0, 4), 1e6), r"^expansions=\(0, 4\): set expansions to one"),
+        (sparsity_ladder(BASE, (64,), (1, 4), 1e6, (-2,)), r"^granularities=\(-2,\): set granul"),
+        (sparsity_ladder(BASE, (64,), (1, 4), 1e1), "^10 tokens are too few for one step of a mod"),
+        (tuning_grid(BASE, (), (8,)), r"^learning_rates=\(\): set learning_rates to one or mo"),
+        (tuning_grid(BASE, (0.1,), (0,)), r"^batch_sizes=\(0,\): set batch_sizes to one or more"),
+        (tuning_grid(BASE, (0.1,), (10_000,)), "^3.2e.03 rows are less than one step of batch"),
+        (token_ladder(WSD, (64,), ()), r"^tokens=\(\): set tokens to one or more numbers above 0"),
+        (token_ladder(WSD, (64,), (10, 1e7)), "^0.0391 rows are less than one step of batch_size="),
+        (token_ladder(WSD, (64,), (float("nan"),)), r"^tokens=\(nan,\): set tokens to one or more"),
+    ],
+)  # fmt: skip
+def test_a_ladder_that_cannot_be_trained_is_told_in_one_line(points, message) -> None:
+    """No run trains on more than it was given, and none has a name that is not true of it."""
+    with pytest.raises(ConfigError, match=message) as caught:
+        list(points)
+    assert "\n" not in str(caught.value)

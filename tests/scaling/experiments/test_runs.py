@@ -115,6 +115,7 @@ def test_what_is_no_table_is_refused(tmp_path, text):
 
 
 GOOD = isoflop_runs(0.001, batch_tokens=np.full(35, 1e6), vocab_size=np.full(35, 5e4))
+UNKNOWN = {"batch_tokens": np.full(35, np.nan)}
 
 
 def check(**columns):
@@ -158,6 +159,12 @@ def test_good_runs_pass():
             "^dataset: the table mixes rw and owt .rows 31, 32, 33, 34, 35., .* --where=dataset=rw",
         ),
         ({"tokenizer": ["byte"] * 34 + ["bpe"]}, "^tokenizer: the table mixes byte and bpe .row 3"),
+        ({"vocab_size": [256] * 33 + [32000] * 2}, "^vocab_size: the table mixes 256 and 32000"),
+        ({"vocab_size": [np.nan] + [5e4] * 34}, "^vocab_size: .* mixes 50000 and no value .row 1"),
+        ({"tokens": GOOD.tokens / 1e6, **UNKNOWN}, "^tokens: rows 1 .* not between 0.001 and"),
+        ({"parameters": GOOD.parameters / 1e6}, "^tokens: rows 1 .* for each active parameter"),
+        ({"parameters": GOOD.parameters / 1e9}, "^parameters: rows 1 .* are below 1: check"),
+        ({"tokens": np.full(35, 0.5), **UNKNOWN}, "^tokens: rows 1 .* are below 1: check the"),
         ({"status": ["failed"] * 35}, "^status: no run can be used .35 were left out, the first"),
         ({"status": ["diverged"] * 31 + ["finished"] * 4}, "^4 runs are too few .*31 were left"),
     ],
@@ -166,6 +173,10 @@ def test_bad_tables_are_refused_in_one_line(columns, message):
     with pytest.raises(ConfigError, match=message) as caught:
         check(**columns)
     assert "\n" not in str(caught.value)
+
+
+def test_one_tokenizer_may_have_vocabularies_of_several_sizes():
+    check(vocab_size=[256] * 33 + [264] * 2, tokenizer=["byte"] * 35)
 
 
 def test_losses_that_rise_with_the_tokens_are_refused():

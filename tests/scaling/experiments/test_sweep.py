@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from moe.config import ConfigError, DataConfig, MeshConfig, RunConfig, TrainConfig
+from moe.scaling.experiments import sweep
 from moe.scaling.experiments.sweep import Point, expand, grid, identity, overrides_between, repeat
 
 ROOT = Path(__file__).parents[3]
@@ -41,6 +42,7 @@ def test_paths_and_meshes_do_not_make_another_run() -> None:
 
 def test_a_field_that_is_added_later_makes_no_other_run(monkeypatch: pytest.MonkeyPatch) -> None:
     before = identity(dataclasses.replace(BASE, seed=5))
+    monkeypatch.setattr(sweep, "_default_fields", sweep._default_fields.__wrapped__)
     as_dict = RunConfig.to_dict
     monkeypatch.setattr(RunConfig, "to_dict", lambda self: as_dict(self) | {"added": 1})
     assert identity(dataclasses.replace(BASE, seed=5)) == before
@@ -146,7 +148,7 @@ def test_overrides_lead_from_the_base_to_the_config() -> None:
 def test_ten_thousand_runs_are_specified_within_ten_seconds() -> None:
     """In a process of its own, which must not import JAX. The time is the processor's.
 
-    A slow machine may take longer: five times as long as for building so many configs.
+    A slow machine may take longer: four times as long as for building so many configs.
     """
     program = """
         import sys, time
@@ -168,7 +170,7 @@ def test_ten_thousand_runs_are_specified_within_ten_seconds() -> None:
         for _ in range(1000):
             RunConfig.from_config_dict(values)
         building = 10 * (time.process_time() - begin)
-        assert seconds < max(10, 5 * building), (seconds, building)
+        assert seconds < max(10, 4 * building), (seconds, building)
         print(seconds, building)
     """
     subprocess.run(
