@@ -21,6 +21,7 @@ from ml_collections import ConfigDict, config_flags
 
 from launch import logs
 from launch.compilation_cache import use_cache
+from launch.compiler_flags import use_flags
 from launch.config_file import ConfigFileErrors, check_config_file
 from launch.help_text import config_fields, help_text
 from moe.config import ConfigError, RunConfig, SourceConfig
@@ -152,6 +153,7 @@ def _exit_code(main: Main, devices: bool) -> int:
             interrupt = signal.getsignal(signal.SIGINT)
             signal.signal(signal.SIGTERM, interrupt or signal.default_int_handler)
             use_cache(os.environ)
+            use_flags(os.environ)
             _join(flags.FLAGS)
         return main(flags.FLAGS) or 0
     except distributed.NotJoined as error:

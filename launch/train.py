@@ -85,13 +85,7 @@ def main(values: flags.FlagValues) -> int:
         check_fit(config)
 
     try:
-        metrics = fit(
-            config,
-            workdir,
-            **sources,
-            profile_steps=steps,
-            kernels=kernels,
-        )
+        metrics = fit(config, workdir, **sources, profile_steps=steps, kernels=kernels)
     except Diverged as error:
         print(f"diverged: {error}", file=sys.stderr)
         return DIVERGED

@@ -341,8 +341,8 @@ def test_what_a_step_runs_has_less_than_9000_lines() -> None:
     assert 0 < sum(room_line_counts()[room] for room in (*rooms, "training")) < 9_000
 
 
-def test_a_room_of_moe_has_less_than_4600_lines() -> None:
-    assert {room: count for room, count in room_line_counts().items() if count >= 4_600} == {}
+def test_a_room_of_moe_has_less_than_4800_lines() -> None:
+    assert {room: count for room, count in room_line_counts().items() if count >= 4_800} == {}
 
 
 def config_fields() -> list[tuple[type, str]]:

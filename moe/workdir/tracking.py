@@ -48,6 +48,7 @@ METRICS_FILE = "metrics.jsonl"
 ROUTER_FILE = "router.jsonl"
 HOSTS_FILE = "hosts.jsonl"
 ENVIRONMENT_FILE = "environment.jsonl"
+_COMPILERS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")  # the variables that compilers read flags from
 _PACKAGES = (
     "jax",
     "jaxlib",
@@ -246,7 +247,7 @@ def write_environment(
     check: Check = unchecked,
     kernels: Mapping[str, Any] | None = None,
 ) -> None:
-    """Appends the machine, the packages and the attention of this start to environment.jsonl.
+    """Appends the machine, packages, compiler flags and attention of a start to environment.jsonl.
 
     `sources` says what the run reads of each source, as `describe_sources` does, and `kernels` what
     was found out about kernels on this kind of device, if anything.
@@ -258,6 +259,7 @@ def write_environment(
         "system": f"{platform.system()} {platform.machine()}",
         "packages": {name: _version(name) for name in _PACKAGES},
         "devices": _devices(),
+        "compiler": {name: os.environ.get(name, "") for name in _COMPILERS},
         "attention": attention,
         "kernels": dict(kernels or {}),
         "sources": list(sources),
