@@ -20,6 +20,9 @@ LANES = 128  # widths are padded to multiples of this
 # A core of TPU v5p and TPU7x has 64 MiB of VMEM, and one of v5e and v6e 128. The compiler may take
 # VMEM_LIMIT. Tiles are chosen to take VMEM_FOR_TILES, and the rest is for what it adds.
 VMEM_LIMIT, VMEM_FOR_TILES = 60 * 2**20, 44 * 2**20
+# The most multiplications of a step, in passes of 16 bits. The compiler unrolls them: so many take
+# seconds to compile, and 2 to 5 µs to run on the chips that there are.
+MOST_PRODUCTS = 1024**3
 BUFFERS = 2  # of each operand: the pipeline fills one while the kernel reads the other
 
 
@@ -46,7 +49,9 @@ def block_expert(g: Index, experts: Ref, num_used: Ref) -> Index:
     return experts[used_block(g, num_used)]
 
 
-def rows_spec(block_rows: int, width: int, tile: Callable[..., Index] | None = None) -> pl.BlockSpec:
+def rows_spec(
+    block_rows: int, width: int, tile: Callable[..., Index] | None = None
+) -> pl.BlockSpec:
     """Returns the spec of rows that are read, [G, b, width], on a grid (tiles, blocks, ...).
 
     `tile` maps the grid's index to a tile of the rows' columns. Without it all are read.
@@ -65,6 +70,7 @@ def output_spec(block_rows: int, columns: int, tile: Callable[..., Index]) -> pl
 
 
 def run_kernel(
+    name: str,
     kernel: Callable[..., None],
     grid: tuple[int, ...],
     prefetched: Sequence[jax.Array],
@@ -99,6 +105,7 @@ def run_kernel(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=semantics, vmem_limit_bytes=VMEM_LIMIT
         ),
+        name=name,
         cost_estimate=pl.CostEstimate(
             flops=flops, transcendentals=0, bytes_accessed=fetched + written
         ),
@@ -107,19 +114,25 @@ def run_kernel(
     return run(*prefetched, *arrays)
 
 
-def widest_tile(width: int, fixed_bytes: int, bytes_per_column: int) -> int:
-    """Returns the widest tile that divides a width and fits in VMEM, or 0 if none does.
+def widest_tile(
+    width: int, fixed_bytes: int, bytes_per_column: int, products_per_column: int
+) -> int:
+    """Returns the widest tile that divides a width and is within the limits, or 0 if none is.
 
     The wider a tile, the fewer times rows are fetched: once for each tile of an output's columns.
     """
-    return max(
-        (
-            tile
-            for tile in divisors(width)
-            if fixed_bytes + tile * bytes_per_column <= VMEM_FOR_TILES
-        ),
-        default=0,
-    )
+    fits = [
+        tile
+        for tile in divisors(width)
+        if fixed_bytes + tile * bytes_per_column <= VMEM_FOR_TILES
+        and tile * products_per_column <= max(MOST_PRODUCTS, LANES * products_per_column)
+    ]
+    return max(fits, default=0)
+
+
+def num_passes(dtype: jax.typing.DTypeLike) -> int:
+    """Returns how many products of 16-bit numbers make one product of numbers of a dtype."""
+    return 6 if dtype == jnp.float32 else 1
 
 
 def divisors(width: int) -> list[int]:

@@ -79,6 +79,7 @@ def grouped_weight_gradient(
         return experts[step], i, j
 
     return run_kernel(
+        "experts_weight_gradient",
         _kernel,
         (*num_tiles, num_steps),
         visits,

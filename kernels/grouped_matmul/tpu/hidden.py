@@ -16,6 +16,7 @@ from moe.kernels.grouped_matmul.tpu.blocks import (
     block_expert,
     dot,
     nbytes,
+    num_passes,
     output_spec,
     rows_spec,
     run_kernel,
@@ -47,7 +48,7 @@ def hidden_gradients(
     applied also gives the weight's own gradient: (grad_y w_downᵀ) hidden.
     """
     (num_blocks, block_rows, dim), width = grad_y_GbD.shape, w_down_EFD.shape[1]
-    tile = choose_tile(block_rows, dim, width, grad_y_GbD.dtype.itemsize)
+    tile = choose_tile(block_rows, dim, width, grad_y_GbD.dtype)
     num_tiles = width // tile
 
     def weight_index(j: Index, g: Index, *map_refs: Ref) -> tuple[Index, ...]:
@@ -62,6 +63,7 @@ def hidden_gradients(
     columns = jax.ShapeDtypeStruct((num_blocks, block_rows, width), grad_y_GbD.dtype)
     sums = jax.ShapeDtypeStruct((num_tiles, num_blocks, 1, block_rows), jnp.float32)
     *results, grad_weights = run_kernel(
+        "experts_hidden",
         _kernel,
         (num_tiles, num_blocks),
         blocks,
@@ -84,12 +86,13 @@ def hidden_gradients(
     return HiddenGradients(*results, jnp.sum(grad_weights, axis=(0, 2)))
 
 
-def choose_tile(block_rows: int, dim: int, width: int, item: int) -> int:
+def choose_tile(block_rows: int, dim: int, width: int, dtype: jax.typing.DTypeLike) -> int:
     """Returns the columns of F in a tile, whose weights lie in VMEM with all of D."""
+    item, products = jnp.dtype(dtype).itemsize, block_rows * dim * num_passes(dtype)
     # Gate and up, the three results, and what is computed between them in float32.
     values = BUFFERS * 5 * block_rows * item + 8 * block_rows * 4
     fixed = BUFFERS * block_rows * dim * item
-    if tile := widest_tile(width, fixed, BUFFERS * dim * item + values):
+    if tile := widest_tile(width, fixed, BUFFERS * dim * item + values, products):
         return tile
     raise NotImplementedError(
         f"'tpu' has no room in VMEM for blocks of {block_rows} rows of width {dim}: "

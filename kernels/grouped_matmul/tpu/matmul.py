@@ -16,6 +16,7 @@ from moe.kernels.grouped_matmul.tpu.blocks import (
     block_expert,
     dot,
     nbytes,
+    num_passes,
     output_spec,
     rows_spec,
     run_kernel,
@@ -54,7 +55,7 @@ def grouped_matmul(
     """
     (_, block_rows, dim), dtype = rows[0].shape, rows[0].dtype
     width = weights[0].shape[1 if transposed else 2]
-    tiling = choose_tiling(len(rows), block_rows, dim, width, dtype.itemsize)
+    tiling = choose_tiling(len(rows), block_rows, dim, width, dtype)
     terms = [
         Term(*pair, part, tiling.size)
         for pair in zip(rows, weights, strict=True)
@@ -81,13 +82,18 @@ class Tiling(NamedTuple):
     calls: int  # over which the terms are spread
 
 
-def choose_tiling(num_terms: int, block_rows: int, dim: int, width: int, item: int) -> Tiling:
+def choose_tiling(
+    num_terms: int, block_rows: int, dim: int, width: int, dtype: jax.typing.DTypeLike
+) -> Tiling:
     """Returns the tiling with the fewest calls whose tiles are wide, or with the widest tiles.
 
     A tile of weights has all of the K that its call sums over, so that it stays in VMEM for all
     blocks of its expert. If that leaves room for few columns, the sum is cut instead: a call more
     reads and writes [G, b, O] once more, while a narrow tile fetches all rows for itself.
     """
+    item, passes = jnp.dtype(dtype).itemsize, num_passes(dtype)
+    # A product of several passes takes so much longer that its rows may be fetched more often.
+    enough_columns = min(width, FEWEST_COLUMNS // passes)
     tilings = []
     for calls in (2**power for power in range(dim.bit_length())):
         cuts = max(1, calls // num_terms)  # of each term
@@ -97,8 +103,9 @@ def choose_tiling(num_terms: int, block_rows: int, dim: int, width: int, item: i
         operands = BUFFERS * terms * size * item
         # The output and the sum so far are float32 at most; then come the products.
         results = block_rows * 4 * (2 * BUFFERS + terms)
-        columns = widest_tile(width, operands * block_rows, operands + results)
-        if columns >= min(width, FEWEST_COLUMNS):
+        products = terms * block_rows * size * passes
+        columns = widest_tile(width, operands * block_rows, operands + results, products)
+        if columns >= enough_columns:
             return Tiling(columns, size, calls)
         tilings.append(Tiling(columns, size, calls))
     best = max(tilings, key=lambda tiling: tiling.columns)
@@ -144,6 +151,7 @@ def _add_terms(
     fetched_rows = num_tiles * num_rows * sum(sizes) * item
     fetched_weights = sum(sizes) * width * len(terms[0].weights) * item
     return run_kernel(
+        "experts_matmul",
         functools.partial(_kernel, len(terms), transposed),
         (num_tiles, num_blocks),
         blocks,

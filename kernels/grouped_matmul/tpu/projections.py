@@ -14,6 +14,7 @@ from moe.kernels.grouped_matmul.tpu.blocks import (
     block_expert,
     dot,
     nbytes,
+    num_passes,
     output_spec,
     rows_spec,
     run_kernel,
@@ -33,7 +34,7 @@ def project(
     The activation is computed from gate and up as they are rounded.
     """
     (num_blocks, block_rows, dim), width = x_GbD.shape, w_gate_EDF.shape[2]
-    tile = choose_tile(block_rows, dim, width, x_GbD.dtype.itemsize)
+    tile = choose_tile(block_rows, dim, width, x_GbD.dtype)
     num_tiles = width // tile
 
     def weight_index(j: Index, g: Index, half: Index, *map_refs: Ref) -> tuple[Index, ...]:
@@ -42,6 +43,7 @@ def project(
     weight_spec = pl.BlockSpec((None, dim, tile), weight_index)
     shape = num_blocks, block_rows, width
     gate_up, hidden = run_kernel(
+        "experts_projections",
         _kernel,
         # A block of rows takes two steps, one for gate and one for up. Each step writes its own
         # half of `gate_up`, and both weights stay where they are.
@@ -66,13 +68,14 @@ def project(
     return gate_up, hidden
 
 
-def choose_tile(block_rows: int, dim: int, width: int, item: int) -> int:
+def choose_tile(block_rows: int, dim: int, width: int, dtype: jax.typing.DTypeLike) -> int:
     """Returns the columns of F in a tile, whose gate and up lie in VMEM with all D rows."""
+    item, products = jnp.dtype(dtype).itemsize, block_rows * dim * num_passes(dtype)
     weights, outputs = 2 * dim * item, 2 * block_rows * item
     # Gate is kept until up is there, and the activation computes in float32.
     values = block_rows * (item + 4 * 5)
     fixed = BUFFERS * block_rows * dim * item
-    if tile := widest_tile(width, fixed, BUFFERS * (weights + outputs) + values):
+    if tile := widest_tile(width, fixed, BUFFERS * (weights + outputs) + values, products):
         return tile
     raise NotImplementedError(
         f"'tpu' has no room in VMEM for blocks of {block_rows} rows of width {dim} and weights of "

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from moe.kernels.grouped_matmul.inputs import Gradients, Inputs, Outputs
 from moe.kernels.grouped_matmul.tpu.blocks import LANES, map_blocks
