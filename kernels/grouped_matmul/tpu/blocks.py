@@ -69,49 +69,49 @@ def output_spec(block_rows: int, columns: int, tile: Callable[..., Index]) -> pl
     return pl.BlockSpec((None, block_rows, columns), lambda *grid: (grid[1], 0, tile(*grid[:-2])))
 
 
-def run_kernel(
-    name: str,
-    kernel: Callable[..., None],
-    grid: tuple[int, ...],
-    prefetched: Sequence[jax.Array],
-    arrays: Sequence[jax.Array],
-    *,
-    in_specs: Sequence[pl.BlockSpec],
-    out_specs: Any,
-    out_shapes: Any,
-    parallel: int,
-    flops: int,
-    fetched: int,
-    scratch: Sequence[Any] = (),
-    interpret: Any = False,
-) -> Any:
-    """Runs a kernel. The first `parallel` dimensions of its grid may be split over cores.
+class Kernel(NamedTuple):
+    """A kernel, and what Pallas needs to run it."""
 
-    `flops` and `fetched`, the bytes that are read, are estimates for the compiler, which hides
-    communication behind the kernel.
-    """
-    written = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(out_shapes))
-    semantics = ("parallel",) * parallel + ("arbitrary",) * (len(grid) - parallel)
+    name: str
+    body: Callable[..., None]
+    grid: tuple[int, ...]
+    in_specs: Sequence[pl.BlockSpec]
+    out_specs: pl.BlockSpec | tuple[pl.BlockSpec, ...]
+    out_shapes: Any  # like `out_specs`
+    parallel: int  # the first dimensions of the grid, so many, may be split over cores
+    # What a call computes and reads. The compiler hides communication behind it by this estimate.
+    flops: int
+    bytes_read: int
+    scratch: Sequence[Any] = ()
+
+
+def run_kernel(
+    kernel: Kernel, scalars: Sequence[jax.Array], arrays: Sequence[jax.Array], interpret: Any
+) -> Any:
+    """Runs a kernel; the scalars are prefetched."""
+    sequential = len(kernel.grid) - kernel.parallel
+    written = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(kernel.out_shapes))
     run = pl.pallas_call(
-        kernel,
+        kernel.body,
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(prefetched),
-            grid=grid,
-            in_specs=in_specs,
-            out_specs=out_specs,
-            scratch_shapes=scratch,
+            num_scalar_prefetch=len(scalars),
+            grid=kernel.grid,
+            in_specs=kernel.in_specs,
+            out_specs=kernel.out_specs,
+            scratch_shapes=kernel.scratch,
         ),
-        out_shape=out_shapes,
+        out_shape=kernel.out_shapes,
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=semantics, vmem_limit_bytes=VMEM_LIMIT
+            dimension_semantics=("parallel",) * kernel.parallel + ("arbitrary",) * sequential,
+            vmem_limit_bytes=VMEM_LIMIT,
         ),
-        name=name,
         cost_estimate=pl.CostEstimate(
-            flops=flops, transcendentals=0, bytes_accessed=fetched + written
+            flops=kernel.flops, transcendentals=0, bytes_accessed=kernel.bytes_read + written
         ),
+        name=kernel.name,
         interpret=interpret,
     )
-    return run(*prefetched, *arrays)
+    return run(*scalars, *arrays)
 
 
 def widest_tile(

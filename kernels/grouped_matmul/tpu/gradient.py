@@ -9,6 +9,7 @@ from jax.experimental import pallas as pl
 from moe.kernels.grouped_matmul.tpu.blocks import (
     LANES,
     Index,
+    Kernel,
     Ref,
     divisors,
     dot,
@@ -78,12 +79,10 @@ def grouped_weight_gradient(
     def output_index(i: Index, j: Index, step: Index, experts: Ref, *_: Ref) -> tuple:
         return experts[step], i, j
 
-    return run_kernel(
+    kernel = Kernel(
         "experts_weight_gradient",
         _kernel,
         (*num_tiles, num_steps),
-        visits,
-        (rows_GbK, grad_GbO),
         in_specs=[
             pl.BlockSpec((None, block_rows, tile_rows), rows_index),
             pl.BlockSpec((None, block_rows, tile_columns), grad_index),
@@ -92,9 +91,9 @@ def grouped_weight_gradient(
         out_shapes=jax.ShapeDtypeStruct((num_experts, dim, width), jnp.float32),
         parallel=2,
         flops=2 * rows_GbK.size * width,
-        fetched=num_tiles[1] * nbytes(rows_GbK) + num_tiles[0] * nbytes(grad_GbO),
-        interpret=interpret,
+        bytes_read=num_tiles[1] * nbytes(rows_GbK) + num_tiles[0] * nbytes(grad_GbO),
     )
+    return run_kernel(kernel, visits, (rows_GbK, grad_GbO), interpret)
 
 
 def choose_tile(dim: int, width: int) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from moe.kernels.grouped_matmul.tpu.blocks import (
     LANES,
     BlockMap,
     Index,
+    Kernel,
     Ref,
     block_expert,
     dot,
@@ -62,12 +63,10 @@ def hidden_gradients(
     by_tile = output_spec(block_rows, tile, lambda j, g: j)
     columns = jax.ShapeDtypeStruct((num_blocks, block_rows, width), grad_y_GbD.dtype)
     sums = jax.ShapeDtypeStruct((num_tiles, num_blocks, 1, block_rows), jnp.float32)
-    *results, grad_weights = run_kernel(
+    kernel = Kernel(
         "experts_hidden",
         _kernel,
         (num_tiles, num_blocks),
-        blocks,
-        (weights_Gb[:, None], grad_y_GbD, w_down_EFD, gate_up, gate_up),
         in_specs=[
             along_lanes,
             rows_spec(block_rows, dim),
@@ -79,9 +78,10 @@ def hidden_gradients(
         out_shapes=(columns, columns, columns, sums),
         parallel=2,
         flops=2 * grad_y_GbD.size * width,
-        fetched=num_tiles * nbytes(grad_y_GbD) + nbytes(w_down_EFD, gate_up),
-        interpret=interpret,
+        bytes_read=num_tiles * nbytes(grad_y_GbD) + nbytes(w_down_EFD, gate_up),
     )
+    arrays = weights_Gb[:, None], grad_y_GbD, w_down_EFD, gate_up, gate_up
+    *results, grad_weights = run_kernel(kernel, blocks, arrays, interpret)
     # Each tile has summed over its own columns.
     return HiddenGradients(*results, jnp.sum(grad_weights, axis=(0, 2)))
 

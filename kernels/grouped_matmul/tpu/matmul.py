@@ -12,6 +12,7 @@ from moe.kernels.grouped_matmul.tpu.blocks import (
     LANES,
     BlockMap,
     Index,
+    Kernel,
     Ref,
     block_expert,
     dot,
@@ -148,22 +149,20 @@ def _add_terms(
         in_specs.append(rows_spec(block_rows, columns, tile))
         arrays.append(total)
     num_rows, item = num_blocks * block_rows, terms[0].rows.dtype.itemsize
-    fetched_rows = num_tiles * num_rows * sum(sizes) * item
-    fetched_weights = sum(sizes) * width * len(terms[0].weights) * item
-    return run_kernel(
+    rows_read = num_tiles * num_rows * sum(sizes) * item
+    weights_read = sum(sizes) * width * len(terms[0].weights) * item
+    kernel = Kernel(
         "experts_matmul",
         functools.partial(_kernel, len(terms), transposed),
         (num_tiles, num_blocks),
-        blocks,
-        arrays,
         in_specs=in_specs,
         out_specs=output_spec(block_rows, columns, tile),
         out_shapes=result,
         parallel=2,
         flops=2 * num_rows * sum(sizes) * width,
-        fetched=fetched_rows + fetched_weights + (0 if total is None else nbytes(total)),
-        interpret=interpret,
+        bytes_read=rows_read + weights_read + (0 if total is None else nbytes(total)),
     )
+    return run_kernel(kernel, blocks, arrays, interpret)
 
 
 def _kernel(num_terms: int, transposed: bool, experts: Ref, num_used: Ref, *refs: Ref) -> None:

@@ -10,6 +10,7 @@ from moe.kernels.grouped_matmul.tpu.blocks import (
     BUFFERS,
     BlockMap,
     Index,
+    Kernel,
     Ref,
     block_expert,
     dot,
@@ -42,14 +43,12 @@ def project(
 
     weight_spec = pl.BlockSpec((None, dim, tile), weight_index)
     shape = num_blocks, block_rows, width
-    gate_up, hidden = run_kernel(
+    kernel = Kernel(
         "experts_projections",
         _kernel,
         # A block of rows takes two steps, one for gate and one for up. Each step writes its own
         # half of `gate_up`, and both weights stay where they are.
         (num_tiles, num_blocks, 2),
-        blocks,
-        (x_GbD, w_gate_EDF, w_up_EDF),
         in_specs=[rows_spec(block_rows, dim), weight_spec, weight_spec],
         out_specs=(
             output_spec(block_rows, tile, lambda j, g, half: half * num_tiles + j),
@@ -60,12 +59,11 @@ def project(
             jax.ShapeDtypeStruct(shape, x_GbD.dtype),
         ),
         parallel=2,
-        scratch=[pltpu.VMEM((block_rows, tile), x_GbD.dtype)],
         flops=4 * x_GbD.size * width,
-        fetched=num_tiles * nbytes(x_GbD) + nbytes(w_gate_EDF, w_up_EDF),
-        interpret=interpret,
+        bytes_read=num_tiles * nbytes(x_GbD) + nbytes(w_gate_EDF, w_up_EDF),
+        scratch=[pltpu.VMEM((block_rows, tile), x_GbD.dtype)],
     )
-    return gate_up, hidden
+    return run_kernel(kernel, blocks, (x_GbD, w_gate_EDF, w_up_EDF), interpret)
 
 
 def choose_tile(block_rows: int, dim: int, width: int, dtype: jax.typing.DTypeLike) -> int:

@@ -72,19 +72,14 @@ def backward(
     )
     x_GbD = _in_blocks(gather_rows(padded.x_ND, inputs.tokens_I), inputs)
     visits = plan_visits(inputs.experts_G, num_experts)
-    grad_w_gate, grad_w_up, grad_w_down = (
-        grouped_weight_gradient(rows, grad, visits, num_experts, interpret)
-        for rows, grad in (
-            (x_GbD, back.grad_gate),
-            (x_GbD, back.grad_up),
-            (back.weighted, grad_y_GbD),
-        )
+    sum_rows = functools.partial(
+        grouped_weight_gradient, visits=visits, num_experts=num_experts, interpret=interpret
     )
     return Gradients(
         grad_rows.reshape(num_rows, -1)[:, :dim],
-        grad_w_gate[:, :dim, :width],
-        grad_w_up[:, :dim, :width],
-        grad_w_down[:, :width, :dim],
+        sum_rows(x_GbD, back.grad_gate)[:, :dim, :width],
+        sum_rows(x_GbD, back.grad_up)[:, :dim, :width],
+        sum_rows(back.weighted, grad_y_GbD)[:, :width, :dim],
         back.grad_weights.reshape(num_rows),
     )
 
