@@ -81,9 +81,9 @@ def hidden_gradients(
         bytes_read=num_tiles * nbytes(grad_y_GbD) + nbytes(w_down_EFD, gate_up),
     )
     arrays = weights_Gb[:, None], grad_y_GbD, w_down_EFD, gate_up, gate_up
-    *results, grad_weights = run_kernel(kernel, blocks, arrays, interpret)
+    grad_gate, grad_up, weighted, grad_weights = run_kernel(kernel, blocks, arrays, interpret)
     # Each tile has summed over its own columns.
-    return HiddenGradients(*results, jnp.sum(grad_weights, axis=(0, 2)))
+    return HiddenGradients(grad_gate, grad_up, weighted, jnp.sum(grad_weights, axis=(0, 2)))
 
 
 def choose_tile(block_rows: int, dim: int, width: int, dtype: jax.typing.DTypeLike) -> int:
@@ -122,9 +122,9 @@ def _kernel(
 
         # The sum over the tile's columns: whole vectors first, and then, transposed, sublanes.
         products = grad_unweighted * hidden
-        lanes = sum(
-            products[:, first : first + LANES] for first in range(0, products.shape[1], LANES)
-        )
+        lanes = jnp.zeros((products.shape[0], LANES), jnp.float32)
+        for first in range(0, products.shape[1], LANES):
+            lanes += products[:, first : first + LANES]
         grad_weights[...] = jnp.sum(lanes.T, axis=0, keepdims=True)
 
         # Each row's weight goes from its lane to all lanes of its row.

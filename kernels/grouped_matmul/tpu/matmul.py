@@ -172,11 +172,10 @@ def _kernel(num_terms: int, transposed: bool, experts: Ref, num_used: Ref, *refs
 
     @pl.when(is_used)
     def _() -> None:
-        products = (
-            dot(x[...], w[...], 1, 1 if transposed else 0)
-            for x, w in zip(rows, weights, strict=True)
-        )
-        output[...] = sum(products, *(x[...] for x in so_far)).astype(output.dtype)
+        total = so_far[0][...] if so_far else jnp.zeros(output.shape, jnp.float32)
+        for x, w in zip(rows, weights, strict=True):
+            total += dot(x[...], w[...], 1, 1 if transposed else 0)
+        output[...] = total.astype(output.dtype)
 
     @pl.when(~is_used)
     def _() -> None:
