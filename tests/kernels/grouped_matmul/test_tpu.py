@@ -145,14 +145,22 @@ def test_200_drawn_cases(shapes, block_rows):
         check_against_plain_jax("tpu", seed, shapes, block_rows)
 
 
+SEVERAL_TILES = Drawn(3, 256, 512, 4, "float32")
+
+
+def test_several_tiles_and_calls(small_tiles):
+    assert matmul.choose_tiling(2, 16, 512, 256, "float32") == (256, 256, 4)
+    assert projections.choose_tile(16, 256, 512, "float32") == 128
+    for seed in (0, 3):
+        check_against_plain_jax("tpu", seed, SEVERAL_TILES, block_rows=16)
+
+
 @pytest.mark.parametrize("seed", [0, 2, 3])
 def test_memory_that_nothing_wrote_is_not_read_and_cores_do_not_race(
     seed, simulation, small_tiles, capsys
 ):
     """Memory starts as NaN, and two cores share the grid. Tests of attention show what is seen."""
-    assert matmul.choose_tiling(2, 16, 512, 256, "float32") == (256, 256, 4)
-    assert projections.choose_tile(16, 256, 512, "float32") == 128
-    case = draw_case(seed, Drawn(3, 256, 512, 4, "float32"), block_rows=16)
+    case = draw_case(seed, SEVERAL_TILES, block_rows=16)
     *floats, tokens, experts = case.inputs
     inputs = Inputs(*map(jnp.float32, floats), jnp.int32(tokens), jnp.int32(experts))
     rest = jnp.float32(case.weights_I), jnp.float32(case.grad_y_ND)
