@@ -3,11 +3,11 @@
     python -m moe.kernels.benchmarks.grouped_matmul --json=grouped_matmul.json
     python -m moe.kernels.benchmarks.grouped_matmul --shapes 256,64,32,4 --implementation=blockwise
 
-A shape is R,D,F,E: R rows of E experts whose weights are D x F. Loads are uneven. On a Hopper GPU
-it times one matmul ("forward"), its gradients ("dx" and "dw"), and the whole SwiGLU ("swiglu
-forward" and "swiglu backward"); with other implementations the SwiGLU alone. "dense" multiplies R
-rows with one weight: as many FLOPs, without experts. TFLOP/s count the R rows, and not what fills
-up their blocks. Calls are timed in turns, and each number is a median.
+A shape is R,D,F,E: R rows of E experts whose weights are D x F. Loads are uneven. On Hopper GPUs
+and TPUs it times one matmul ("forward"), its gradients ("dx" and "dw"), and the whole SwiGLU
+("swiglu forward" and "swiglu backward"); with other implementations the SwiGLU alone. "dense"
+multiplies R rows with one weight: as many FLOPs, without experts. TFLOP/s count the R rows, and not
+what fills up their blocks. Calls are timed in turns, and each number is a median.
 """
 
 import argparse
@@ -20,12 +20,20 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe.kernels.benchmarks.grouped_passes import (
+    Call,
+    Problem,
+    Shape,
+    hopper_calls,
+    make_problem,
+    our_calls,
+)
 from moe.kernels.benchmarks.results import check_difference, write_rows
 from moe.kernels.chips import is_hopper
 from moe.kernels.grouped_matmul import (
@@ -35,7 +43,6 @@ from moe.kernels.grouped_matmul import (
     choose,
     grouped_swiglu,
     grouped_swiglu_backward,
-    with_blocks,
 )
 
 # Mixtral's experts, and OLMoE's.
@@ -58,117 +65,14 @@ FAILURES = (
     ValueError,
 )
 
-Call = Callable[[], Any]
-
-
-class Shape(NamedTuple):
-    """The sizes of a grouped matmul."""
-
-    num_rows: int
-    dim: int
-    width: int
-    num_experts: int
-
-    @property
-    def flops(self) -> int:
-        """The FLOPs of one matmul."""
-        return 2 * self.num_rows * self.dim * self.width
-
-
-class Problem(NamedTuple):
-    """The arrays of a shape: rows in blocks for our kernels, and without gaps for the others."""
-
-    shape: Shape
-    inputs: Inputs  # each row is a token of its own
-    x_RD: jax.Array
-    grad_RF: jax.Array
-    loads_E: jax.Array
-    implementation: Name
-
-
-def make_problem(shape: Shape, implementation: Name, dtype: str) -> Problem:
-    """Draws arrays and loads between a half and one and a half of the mean."""
-    num_rows, dim, width, num_experts = shape
-    rng = np.random.default_rng(0)
-    shares = rng.uniform(0.5, 1.5, num_experts)
-    loads = np.floor(shares / shares.sum() * num_rows).astype(np.int32)
-    loads[0] += num_rows - loads.sum()
-    block_rows = with_blocks(implementation, Shapes(num_rows, num_experts, dtype)).block_rows
-    blocks = -(-loads // block_rows)
-    starts = np.cumsum(blocks * block_rows) - blocks * block_rows
-    # A row's place is its place among those of its expert, after the expert's first one.
-    within = np.concatenate([np.arange(load) for load in loads])
-    tokens = np.full(blocks.sum() * block_rows, num_rows, np.int32)
-    tokens[np.repeat(starts, loads) + within] = np.arange(num_rows)
-    experts = np.repeat(np.arange(num_experts, dtype=np.int32), blocks)
-
-    # Each weight has the scale that keeps the size of what it is multiplied with.
-    draw = jax.jit(
-        lambda key, shape, scale: (scale * jax.random.normal(key, shape)).astype(dtype),
-        static_argnums=(1,),
-    )
-    projection, down = (num_experts, dim, width), (num_experts, width, dim)
-    sizes = ((num_rows, dim), (num_rows, width), projection, projection, down)
-    scales = (1.0, 1.0, dim**-0.5, dim**-0.5, width**-0.5)
-    keys = jax.random.split(jax.random.key(0), 5)
-    x_RD, grad_RF, gate, up, w_down = map(draw, keys, sizes, scales)
-    inputs = Inputs(x_RD, gate, up, w_down, jnp.asarray(tokens), jnp.asarray(experts))
-    return Problem(shape, inputs, x_RD, grad_RF, jnp.asarray(loads), implementation)
-
-
-def our_calls(problem: Problem) -> Iterator[tuple[str, Callable[[], Call]]]:
-    """Yields the name of each pass, and what prepares a call of it."""
-    inputs, name = problem.inputs, problem.implementation
-    if name == "hopper":
-        yield from _hopper_calls(problem, None)
-    forward = jax.jit(lambda inputs: grouped_swiglu(inputs, name))
-    backward = jax.jit(functools.partial(grouped_swiglu_backward, implementation=name))
-    weights_I = (inputs.tokens_I < problem.shape.num_rows).astype(jnp.float32)
-    yield "swiglu forward", lambda: functools.partial(forward, inputs)
-    yield (
-        "swiglu backward",
-        lambda: functools.partial(
-            backward, inputs, forward(inputs).gate_up, weights_I, problem.x_RD
-        ),
-    )
-
-
-def _hopper_calls(
-    problem: Problem, sizes: tuple[int, ...] | None
-) -> Iterator[tuple[str, Callable[[], Call]]]:
-    """Yields the passes of one matmul. `sizes` are those of a Tiling, None for the usual one."""
-    from moe.kernels.grouped_matmul.hopper.gradient import grouped_weight_gradient
-    from moe.kernels.grouped_matmul.hopper.matmul import grouped_matmul
-    from moe.kernels.grouped_matmul.hopper.pipeline import Tiling
-
-    tiling = None if sizes is None else Tiling(*sizes)
-
-    inputs, experts_G = problem.inputs, problem.inputs.experts_G
-    weight = inputs.w_gate_EDF
-    # The arrays are arguments: as constants of a program, they would be copied into it.
-    multiply = jax.jit(lambda x, w, experts: grouped_matmul(x, (w,), experts, tiling=tiling))
-    multiply_transposed = jax.jit(
-        lambda grad, w, experts: grouped_matmul(grad, (w,), experts, transposed=True, tiling=tiling)
-    )
-    sum_rows = jax.jit(
-        functools.partial(grouped_weight_gradient, num_experts=inputs.num_experts, tiling=tiling)
-    )
-    x_ID, grad_IF = (
-        x.at[inputs.tokens_I].get(mode="fill", fill_value=0)
-        for x in (problem.x_RD, problem.grad_RF)
-    )
-    yield "forward", lambda: functools.partial(multiply, x_ID, weight, experts_G)
-    yield "dx", lambda: functools.partial(multiply_transposed, grad_IF, weight, experts_G)
-    yield "dw", lambda: functools.partial(sum_rows, x_ID, grad_IF, experts_G)
-
 
 def other_calls(problem: Problem) -> Iterator[tuple[str, str, Callable[[], Call]]]:
     """Yields implementation, pass and preparation of each call to compare ours with."""
     x, grad, inputs = problem.x_RD, problem.grad_RF, problem.inputs
     kinds: dict[str, Callable[..., jax.Array]] = {"dense": lambda x, w, _: x @ w}
-    if problem.implementation == "hopper":
+    if problem.implementation in ("hopper", "tpu"):
         kinds["jax.lax.ragged_dot"] = jax.lax.ragged_dot
-        if importlib.util.find_spec("tokamax"):
+        if problem.implementation == "hopper" and importlib.util.find_spec("tokamax"):
             kinds["tokamax"] = lambda *arrays: importlib.import_module("tokamax").ragged_dot(
                 *arrays, implementation="mosaic"
             )
@@ -262,7 +166,7 @@ def measure(
     shape, calls, refused = problem.shape, {}, []
     ours = [(problem.implementation, *call) for call in our_calls(problem)]
     for sizes in tilings:
-        ours += [(f"hopper {sizes}", *call) for call in _hopper_calls(problem, sizes)]
+        ours += [(f"hopper {sizes}", *call) for call in hopper_calls(problem, sizes)]
     for name, which, prepare in (*ours, *other_calls(problem)):
         try:
             call = prepare()
@@ -312,7 +216,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument(
         "--implementation",
-        choices=["blockwise", "hopper"],
+        choices=["blockwise", "tpu", "hopper"],
         help="which of ours to time: by default 'hopper' on its GPUs, else what `choose` returns",
     )
     parser.add_argument(

@@ -9,11 +9,11 @@ from typing import Literal, NamedTuple
 
 import jax
 
-from moe.kernels.chips import is_hopper
+from moe.kernels.chips import has_large_vmem, is_hopper
 from moe.kernels.grouped_matmul import blockwise, reference
 from moe.kernels.grouped_matmul.inputs import Gradients, Inputs, Outputs
 
-Name = Literal["reference", "blockwise", "hopper"]
+Name = Literal["reference", "blockwise", "tpu", "hopper"]
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 
@@ -52,8 +52,9 @@ def choose(chip: str | None, shapes: Shapes, refused: Collection[str] = ()) -> C
     can compute the call.
     """
     # "hopper" is no candidate until its drawn cases have run on a device (docs/performance.md says
-    # what has): it must be asked for by name.
-    candidates: tuple[Name, ...] = ("blockwise",)  # the fastest first
+    # what has): it must be asked for by name. On CPUs "tpu" is interpreted, for tests.
+    is_tpu = chip is not None and chip.startswith("TPU")
+    candidates: tuple[Name, ...] = ("tpu", "blockwise") if is_tpu else ("blockwise",)
     obstacles = {name: why_not(name, chip, shapes) for name in candidates}
     for name in candidates:
         if name not in refused and obstacles[name] is None:
@@ -96,6 +97,14 @@ def _obstacle_to_hopper(shapes: Shapes, chip: str | None) -> str | None:
     return _symbolic_rows(shapes)
 
 
+def _obstacle_to_tpu(shapes: Shapes, chip: str | None) -> str | None:
+    if chip is not None and chip != "cpu" and not has_large_vmem(chip):
+        return f"it runs on TPU v5e, v5p and later, and interpreted on CPUs, not on {chip}"
+    if shapes.dtype not in ("bfloat16", "float32"):
+        return f"it takes bfloat16 and float32, not {shapes.dtype}"
+    return _symbolic_rows(shapes)
+
+
 def _symbolic_rows(shapes: Shapes) -> str | None:
     if isinstance(shapes.num_assignments, int):
         return None
@@ -124,6 +133,29 @@ def _hopper_block_rows(shapes: Shapes) -> int:
     return 128
 
 
+def _tpu_forward(inputs: Inputs) -> Outputs:
+    from moe.kernels.grouped_matmul.tpu import swiglu
+
+    return swiglu.run_on_platform(swiglu.forward, inputs)
+
+
+def _tpu_backward(
+    inputs: Inputs, gate_up: jax.Array, weights_I: jax.Array, grad_y_ND: jax.Array
+) -> Gradients:
+    from moe.kernels.grouped_matmul.tpu import swiglu
+
+    return swiglu.run_on_platform(swiglu.backward, inputs, gate_up, weights_I, grad_y_ND)
+
+
+def _tpu_block_rows(shapes: Shapes) -> int:
+    """Returns 256 rows, or 128 if an expert's mean load is less than eight times 256.
+
+    An expert's last block is half empty on average, which is a sixteenth of eight blocks. Fewer
+    than 128 rows would not fill the matrix units, whose sums over rows are 128 long.
+    """
+    return 256 if shapes.num_assignments >= 8 * 256 * shapes.num_experts else 128
+
+
 # To add an implementation, write a file with `forward` and `backward`, and add its name and row.
 IMPLEMENTATIONS: dict[Name, Implementation] = {
     "reference": Implementation(
@@ -132,6 +164,7 @@ IMPLEMENTATIONS: dict[Name, Implementation] = {
     "blockwise": Implementation(
         blockwise.forward, blockwise.backward, _obstacle_to_plain_jax, block_rows
     ),
+    "tpu": Implementation(_tpu_forward, _tpu_backward, _obstacle_to_tpu, _tpu_block_rows),
     "hopper": Implementation(
         _hopper_forward, _hopper_backward, _obstacle_to_hopper, _hopper_block_rows
     ),

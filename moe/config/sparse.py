@@ -60,7 +60,7 @@ class MoEConfig:
     dispatch: Literal["dense", "capacity", "dropless"] = "dropless"
     # The program that computes the experts' matmuls under "dropless". "auto" takes the fastest one
     # for the mesh's chip, and docs/kernels.md says what each one can do.
-    implementation: Literal["auto", "blockwise", "hopper"] = "auto"
+    implementation: Literal["auto", "blockwise", "tpu", "hopper"] = "auto"
     # The room of an expert under "capacity", as a multiple of its even share of a row's tokens.
     capacity_factor: float = 1.25
     # Which tokens stay where an expert is full: those at earlier positions, or those with higher

@@ -1,4 +1,4 @@
-"""Runs programs in processes of their own: kernels compiled for H200, and kernels interpreted."""
+"""Compiles for chips that are not here, and runs programs in processes of their own."""
 
 import os
 import re
@@ -6,7 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,6 +31,23 @@ def compile_for_h200(function, *arrays):
     traced = jax.jit(function).trace(*arrays)
     return traced.lower(lowering_platforms=("cuda",)).compile()
 """
+
+
+def tpus(topology, monkeypatch):
+    """Returns the TPUs of a topology, which are not attached."""
+    pytest.importorskip("libtpu", reason="needs pip install libtpu")
+    from jax.experimental import topologies
+
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+    return list(found.devices)
+
+
+def on_one(topology, monkeypatch):
+    """Returns a sharding on one TPU that is not attached."""
+    devices = np.array(tpus(topology, monkeypatch)[:1])
+    return NamedSharding(Mesh(devices, ("x",), axis_types=(AxisType.Auto,)), PartitionSpec())
 
 
 def run(program: str, *args: str, timeout: int, **environment: str) -> str:

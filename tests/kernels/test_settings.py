@@ -103,7 +103,7 @@ def decode(dtype):
     )
 
 
-def experts(dtype):
+def experts(dtype, implementation="blockwise"):
     rng = np.random.default_rng(0)
     shapes = (11, 6), (3, 6, 4), (3, 6, 4), (3, 4, 6), (11, 6)
     *arrays, g = (jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes)
@@ -115,8 +115,8 @@ def experts(dtype):
 
     def run(g, tokens, experts_G, weights, *arrays):
         inputs = grouped_matmul.Inputs(*arrays, tokens, experts_G)
-        rows, inner = grouped_swiglu(inputs)
-        gradients = grouped_swiglu_backward(inputs, inner, weights, g)
+        rows, inner = grouped_swiglu(inputs, implementation)
+        gradients = grouped_swiglu_backward(inputs, inner, weights, g, implementation)
         return jnp.where((experts_G < 3).repeat(2)[:, None], rows, jnp.zeros((), dtype)), gradients
 
     return run, (g, *(jnp.asarray(x) for x in (tokens, experts_G, weights)), *arrays)
@@ -161,6 +161,7 @@ FUNCTIONS = {
     "passes": passes,
     "decode_attention": decode,
     "experts": experts,
+    "experts_on_tpus": functools.partial(experts, implementation="tpu"),
     "ring_attention": functools.partial(context_parallel, attention=context.ring_attention, size=2),
     "ulysses_attention": functools.partial(
         context_parallel, attention=context.ulysses_attention, size=4
@@ -219,6 +220,13 @@ def test_programs_of_the_hopper_kernels(names, implementation, kernels):
         run, arguments = flash("bfloat16", implementation)
         program = jax.jit(run).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
     assert program.count("custom_call @mosaic_gpu") == kernels
+
+
+def test_programs_of_the_experts_on_tpus_with_64_bits():
+    with settings(SETTINGS):
+        run, arguments = FUNCTIONS["experts_on_tpus"]("bfloat16")
+        program = jax.jit(run).trace(*arguments).lower(lowering_platforms=("tpu",)).as_text()
+    assert program.count("@tpu_custom_call") == 7
 
 
 def test_float64_stays_float64():

@@ -57,6 +57,7 @@ STRATEGIES = {
     "dropless": as_function(dropless),
     "dropless, blocks of 3": as_function(dropless, block_rows=3),
     "dropless, blocks of 1": as_function(dropless, block_rows=1),
+    "dropless, for TPUs": as_function(dropless, implementation="tpu"),
 }
 
 

@@ -12,17 +12,20 @@ from moe.kernels.grouped_matmul.hopper.gradient import grouped_weight_gradient
 from moe.kernels.grouped_matmul.hopper.matmul import grouped_matmul
 from moe.kernels.grouped_matmul.hopper.pipeline import TILE
 from moe.kernels.grouped_matmul.inputs import Gradients, Inputs, Outputs
+from moe.kernels.grouped_matmul.widths import change_halves, gather_rows, pad, pad_widths
+
+WIDTH = 64  # D and F are padded to multiples of this
 
 
 def forward(inputs: Inputs) -> Outputs:
     """Returns each row's output and its gate and up projections, in the dtype of the tokens."""
     dtype, (_, dim, width) = inputs.x_ND.dtype, inputs.w_gate_EDF.shape
     inputs, experts_G = _prepare(inputs)
-    x_ID = _gather_rows(inputs.x_ND, inputs.tokens_I)
+    x_ID = gather_rows(inputs.x_ND, inputs.tokens_I)
     gate_up = grouped_matmul(x_ID, (inputs.w_gate_EDF, inputs.w_up_EDF), experts_G)
     hidden = swiglu(gate_up)[0].astype(dtype)
     rows_ID = grouped_matmul(hidden, (inputs.w_down_EFD,), experts_G)
-    return Outputs(rows_ID[:, :dim], _change_halves(gate_up, width))
+    return Outputs(rows_ID[:, :dim], change_halves(gate_up, width))
 
 
 def backward(
@@ -32,9 +35,9 @@ def backward(
     dtype, (num_experts, dim, width) = inputs.x_ND.dtype, inputs.w_gate_EDF.shape
     inputs, experts_G = _prepare(inputs)
     padded_width = inputs.w_gate_EDF.shape[2]
-    x_ID = _gather_rows(inputs.x_ND, inputs.tokens_I)
-    grad_y_ID = _gather_rows(_pad(grad_y_ND.astype(dtype), 1), inputs.tokens_I)
-    hidden, swiglu_backward = swiglu(_change_halves(gate_up, padded_width))
+    x_ID = gather_rows(inputs.x_ND, inputs.tokens_I)
+    grad_y_ID = gather_rows(pad(grad_y_ND.astype(dtype), 1, multiple=WIDTH), inputs.tokens_I)
+    hidden, swiglu_backward = swiglu(change_halves(gate_up, padded_width))
     weights_I1 = weights_I[:, None]
 
     # y = weight * (hidden w_down). The gradient of `hidden` before the weight is applied also gives
@@ -72,32 +75,5 @@ def _prepare(inputs: Inputs) -> tuple[Inputs, jax.Array]:
             f"{inputs.block_rows} rows in a block are not a multiple of {TILE}, which 'hopper' "
             "multiplies at once: take blocks of choice.block_rows rows"
         )
-    dtype = inputs.x_ND.dtype
-    padded = inputs._replace(
-        x_ND=_pad(inputs.x_ND, 1),
-        w_gate_EDF=_pad(inputs.w_gate_EDF.astype(dtype), 1, 2),
-        w_up_EDF=_pad(inputs.w_up_EDF.astype(dtype), 1, 2),
-        w_down_EFD=_pad(inputs.w_down_EFD.astype(dtype), 1, 2),
-    )
+    padded = pad_widths(inputs, WIDTH)
     return padded, jnp.repeat(inputs.experts_G, inputs.block_rows // TILE)
-
-
-def _pad(x: jax.Array, *dims: int, multiple: int = 64) -> jax.Array:
-    """Adds zeros after the end of dimensions, up to a multiple. A copy, unless nothing is added."""
-    more = [(0, -size % multiple if dim in dims else 0) for dim, size in enumerate(x.shape)]
-    return jnp.pad(x, more) if any(after for _, after in more) else x
-
-
-def _change_halves(gate_up: jax.Array, width: int) -> jax.Array:
-    """Returns gate and up, side by side, with `width` columns each: cut off, or padded by zeros."""
-    old_width = gate_up.shape[1] // 2
-    if old_width == width:
-        return gate_up
-    halves = (x[:, :width] for x in jnp.split(gate_up, 2, axis=1))
-    more = [(0, 0), (0, max(0, width - old_width))]
-    return jnp.concatenate([jnp.pad(half, more) for half in halves], axis=1)
-
-
-def _gather_rows(x_ND: jax.Array, tokens_I: jax.Array) -> jax.Array:
-    """Returns the tokens of all rows, and any token for a row that only fills up its block."""
-    return x_ND.at[tokens_I].get(mode="clip")

@@ -4,30 +4,16 @@ import re
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from moe.kernels.attention import decode_attention, flash_attention
+from tests.kernels.programs import on_one
 
 MASKS = {
     "causal": {"causal": True},
     "window": {"causal": True, "window": (1024, 0), "softcap": 30.0},
     "segments": {"causal": True, "segments": True},
 }
-
-
-def on_one(topology, monkeypatch):
-    """Returns a sharding on one chip that is not attached."""
-    pytest.importorskip("libtpu", reason="needs pip install libtpu")
-    from jax.experimental import topologies
-
-    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
-    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    return NamedSharding(
-        Mesh(np.array(devices[:1]), ("x",), axis_types=(AxisType.Auto,)), PartitionSpec()
-    )
 
 
 @pytest.mark.aot

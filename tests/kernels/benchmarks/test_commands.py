@@ -150,6 +150,20 @@ def test_the_grouped_matmul_is_checked_timed_and_written(tmp_path, monkeypatch, 
     assert "not run: out of memory" in capsys.readouterr().out
 
 
+def test_the_passes_of_the_tpu_kernels_are_timed_beside_ragged_dot(tmp_path, monkeypatch):
+    path = tmp_path / "grouped_matmul.json"
+    options = ("--shapes", "40,128,256,3", "--repeats=1", f"--json={path}", "--implementation=tpu")
+    run(monkeypatch, grouped_matmul, *options)
+    rows = json.loads(path.read_text())["rows"]
+    assert not any("refused" in row for row in rows)
+    passes = {
+        name: {row["pass"] for row in rows if row["implementation"] == name}
+        for name in ("tpu", "jax.lax.ragged_dot")
+    }
+    assert passes["jax.lax.ragged_dot"] == {"forward", "dx", "dw"}
+    assert passes["tpu"] == {"forward", "dx", "dw", "swiglu forward", "swiglu backward"}
+
+
 def test_rows_of_the_benchmark_fill_blocks_of_their_experts():
     shape = grouped_matmul.Shape(100, 16, 8, 3)
     problem = grouped_matmul.make_problem(shape, "hopper", "bfloat16")

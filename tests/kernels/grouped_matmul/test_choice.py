@@ -16,9 +16,29 @@ def test_a_block_is_about_a_sixteenth_of_the_mean_load(num_assignments, num_expe
     assert block_rows(Shapes(num_assignments, num_experts, "float32")) == rows
 
 
-@pytest.mark.parametrize("chip", ["cpu", "TPU v5p", "NVIDIA H200", None])
+@pytest.mark.parametrize("chip", ["cpu", "TPU v4", "NVIDIA H200", None])
 def test_a_chip_that_is_not_here_has_a_choice(chip):
     assert choose(chip, Shapes(16384, 64, "bfloat16")) == Choice("blockwise", 16)
+
+
+@pytest.mark.parametrize("chip", ["TPU v5 lite", "TPU v5", "TPU v6 lite", "TPU7x"])
+def test_tpus_have_kernels_of_their_own(chip):
+    assert choose(chip, Shapes(16384, 64, "bfloat16")) == Choice("tpu", 128)
+    assert choose(chip, Shapes(131_072, 64, "float32")) == Choice("tpu", 256)
+    assert choose(chip, Shapes(131_071, 64, "float32")) == Choice("tpu", 128)
+    assert choose(chip, Shapes(16384, 64, "float64")) == Choice("blockwise", 16)
+    assert why_not("tpu", chip, Shapes(64, 8, "float16")) == (
+        "it takes bfloat16 and float32, not float16"
+    )
+
+
+def test_the_tpu_kernels_need_the_vmem_of_v5e_and_later():
+    shapes = Shapes(64, 8, "bfloat16")
+    assert why_not("tpu", "cpu", shapes) is None
+    for chip in ("TPU v4", "TPU v4 lite", "TPU v3", "NVIDIA H200"):
+        assert why_not("tpu", chip, shapes) == (
+            f"it runs on TPU v5e, v5p and later, and interpreted on CPUs, not on {chip}"
+        )
 
 
 def test_every_choice_names_an_implementation():
@@ -32,7 +52,9 @@ def test_an_obstacle_says_what_the_implementation_takes(name):
     [symbol] = export.symbolic_shape("n")
     assert obstacle(Shapes(64, 8, "bfloat16"), None) is None
     assert obstacle(Shapes(64, 8, "int32"), None).endswith(
-        "float16, not int32" if name == "hopper" else "float64, not int32"
+        {"hopper": "float16, not int32", "tpu": "float32, not int32"}.get(
+            name, "float64, not int32"
+        )
     )
     assert obstacle(Shapes(symbol, 8, "bfloat16"), None).endswith("not the symbol n")
 
@@ -57,4 +79,4 @@ def test_a_choice_is_made_without_any_device(monkeypatch):
 
     monkeypatch.setattr(jax, "devices", fail)
     monkeypatch.setattr(jax, "default_backend", fail)
-    assert choose("TPU v6e", Shapes(64, 8, "float32")).name == "blockwise"
+    assert choose("TPU v6 lite", Shapes(64, 8, "float32")).name == "tpu"
