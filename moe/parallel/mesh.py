@@ -148,9 +148,9 @@ def per_shard(
     axes of the mesh split the arrays, and without Auto axes `function` gets the whole arrays.
     `function` is also traced on the whole arrays, to find the shapes of the whole results.
 
-    Raises ValueError if RULES split a weight over an axis that a surrounding shard_map has made
-    Manual. The collectives of `function` would run over that axis, although it does not split the
-    weight.
+    Raises ValueError if RULES split a weight's experts or feed-forward width over an axis that a
+    surrounding shard_map has made Manual. The collectives of `function` would run over that axis,
+    although it does not split the weight.
     """
     mesh = jax.sharding.get_abstract_mesh()
     _check_manual_axes(mesh, in_dims)

@@ -73,8 +73,8 @@ def make_program(config, devices=None):
 
 @pytest.fixture(scope="module", autouse=True)
 def one_program_for_a_config():
-    def make(config, devices=None, *, task=None):
-        assert task is None
+    def make(config, devices=None, *, task=None, refused=()):
+        assert task is None and not refused
         return make_program(config, devices and tuple(devices))
 
     with pytest.MonkeyPatch.context() as patch:
