@@ -85,7 +85,8 @@ def weight_copies(config: RunConfig, sizes: Mapping[str, int], platform: Platfor
             total += FLOAT32 * size
         if platform == "gpu" and array.name == "experts":
             total += FLOAT32 * array.elements(sizes, whole=("fsdp",))
-        if platform == "tpu" and array.repeats > 1 and len(array.dims) > 1:
+        is_cast = array.repeats > 1 and len(array.dims) > 1 and not gathers_once(config, sizes)
+        if platform == "tpu" and is_cast:
             total += ITEM[config.model.compute_dtype] * size
     return total
 
@@ -190,17 +191,17 @@ def _attention_outputs(widths: Widths) -> int:
 
 
 def _exchanged(config: RunConfig, sizes: Mapping[str, int], tokens: int) -> int:
-    """Returns the bytes that a device receives from others for its experts, and that come back."""
+    """Returns the bytes that a device receives for its experts. What comes back is not saved.
+
+    The backward pass does not need that, since an expert's device applies the weights of its rows.
+    """
     moe, devices = config.model.moe, sizes["expert"]
     row = ITEM[config.model.compute_dtype] * config.model.model_dim
     if devices == 1:
         return 0
     if moe.exchange == "all_gather":
         return row * tokens * devices
-    received = expert_rows(config, sizes, tokens)
-    if moe.exchange == "all_to_all":
-        return row * 2 * received
-    return row * (received + tokens * moe.experts_per_token)
+    return row * expert_rows(config, sizes, tokens)
 
 
 def _dense_residuals(model: ModelConfig, sizes: Mapping[str, int], tokens: int) -> int:

@@ -9,7 +9,7 @@ from moe.config import MeshConfig, ModelConfig, RunConfig
 from moe.config.layout import gathers_once
 from moe.scaling.activations import BATCH_BYTES, activations, weight_copies
 from moe.scaling.arrays import parameters
-from moe.scaling.communication import local_tokens
+from moe.scaling.communication import ITEM, local_tokens
 from moe.scaling.hardware import Platform
 
 WORD = 4  # bytes of a float32, an int32 and a uint32: nothing else is in a training state
@@ -96,11 +96,13 @@ def step_bytes(config: RunConfig, mesh: MeshConfig, platform: Platform) -> StepB
     tokens = config.train.accumulation * local_tokens(config, sizes)
     gathered = gradients = 0
     if gathers_once(config, sizes):
-        gathered = WORD * sum(
+        whole = sum(
             array.layers(sizes) * array.elements(sizes, whole=("fsdp",))
             for array in parameters(config)
         )
-        gradients = gathered - state.gradients  # of one copy beyond its shard
+        # The compiler of TPUs casts parameters before it gathers them.
+        gathered = whole * (ITEM[config.model.compute_dtype] if platform == "tpu" else WORD)
+        gradients = WORD * whole - state.gradients  # of one copy beyond its shard
     return StepBytes(
         parameters=state.parameters + gathered,
         optimizer=state.optimizer + state.router_state + state.progress,
