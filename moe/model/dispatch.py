@@ -24,6 +24,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from moe.config import ConfigError, MoEConfig
 from moe.kernels.grouped_matmul import (
@@ -391,7 +392,9 @@ def _grouped_experts_forward(
 ) -> tuple[jax.Array, GroupedResiduals]:
     outputs = grouped_swiglu(_kernel_inputs(x_ND, weights, blocks), implementation)
     y_ND = combine(outputs.rows_ID, weights_NA, blocks.arrangement)
-    return y_ND, GroupedResiduals(x_ND, weights_NA, weights, blocks, outputs.gate_up)
+    # A policy of jax.checkpoint cannot keep the results of a loop, unless they have a name.
+    gate_up = checkpoint_name(outputs.gate_up, expert_parallel.PROJECTIONS)
+    return y_ND, GroupedResiduals(x_ND, weights_NA, weights, blocks, gate_up)
 
 
 def _grouped_experts_backward(

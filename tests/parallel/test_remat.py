@@ -103,3 +103,12 @@ def test_the_input_of_each_layer_is_moved_to_the_host(remat, moves) -> None:
             *step.args, program.abstract_state, abstract_batch(config, program)
         )
     assert str(traced.jaxpr).count("MemorySpace.Host") == moves
+
+
+@pytest.mark.parametrize(("remat", "recomputes"), [("none", False), ("full", True)])
+def test_experts_are_computed_once_without_remat(remat, recomputes) -> None:
+    """Else their weights would be gathered a third time on GPUs."""
+    fields = EXCHANGES["all_gather"] | {"mesh.fsdp": 8, "model.remat": remat}
+    text = compile_step(fields)[2].as_text()
+    loops = [line for line in text.splitlines() if " while(" in line and "/moe/" in line]
+    assert loops and any("rematted_computation" in line for line in loops) == recomputes

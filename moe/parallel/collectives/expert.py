@@ -16,7 +16,9 @@ from jax.ad_checkpoint import checkpoint_name
 from moe.parallel.collectives.weights import gather, scatter
 from moe.parallel.mesh import axis_size
 
-EXCHANGED = "exchanged rows"  # the name of what one device received from another for its experts
+# Names what a device received for its experts, and gate and up of its experts' rows.
+EXCHANGED = "exchanged rows"
+PROJECTIONS = "experts' projections"
 
 
 def _name(received: jax.Array) -> jax.Array:
