@@ -15,7 +15,7 @@ import dataclasses
 import importlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -147,21 +147,34 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main(values: flags.FlagValues) -> None:
+def define_flags() -> None:
+    """Defines the flags of a command that compiles cases."""
+    flags.DEFINE_string("json", None, "The file of what was read off programs.", required=True)
+    flags.DEFINE_bool("compile", True, "Whether to compile the cases that the file lacks.")
+    flags.DEFINE_string("only", "", "Compiles only cases whose name contains this text.")
+
+
+def compile_missing(values: flags.FlagValues, cases: Iterable[Case]) -> dict[str, Any]:
+    """Compiles the cases that the file of results lacks, and returns all results by name.
+
+    Each result is written as soon as it is there, so an interrupted command may go on later.
+    """
     path = Path(values.json)
     results = json.loads(path.read_text()) if path.exists() else {}
-    for case in CASES if values.compile else ():
+    for case in cases if values.compile else ():
         if case.name not in results and values.only in case.name:
             found = program_bytes(case)
             print(f"{case.name}: {found or 'its compiler is not installed'}", flush=True)
             if found:
                 results[case.name] = found
                 write_whole(path, json.dumps(results, indent=2) + "\n")
-    print(table(results))
+    return results
+
+
+def main(values: flags.FlagValues) -> None:
+    print(table(compile_missing(values, CASES)))
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("json", None, "The file of what programs hold.", required=True)
-    flags.DEFINE_bool("compile", True, "Whether to compile the cases that the file lacks.")
-    flags.DEFINE_string("only", "", "Compiles only cases whose name contains this text.")
+    define_flags()
     command_line.run(main, __doc__)

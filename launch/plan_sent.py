@@ -12,17 +12,14 @@ pip install '.[aot]'; a case whose compiler is not installed is left out.
 """
 
 import itertools
-import json
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from absl import flags
 
 from launch import command_line
-from launch.plan_check import Case, program_bytes
+from launch.plan_check import Case, compile_missing, define_flags
 from launch.plan_text import GIB
-from moe.files import write_whole
 from moe.scaling.communication import least_collectives
 from moe.scaling.hardware import CHIPS
 from moe.scaling.memory import step_bytes
@@ -100,21 +97,9 @@ def _cell(case: Case, found: Mapping[str, Any] | None) -> str:
 
 
 def main(values: flags.FlagValues) -> None:
-    path = Path(values.json)
-    results = json.loads(path.read_text()) if path.exists() else {}
-    for case in CASES if values.compile else ():
-        if case.name in results or values.only not in case.name or not fits(case):
-            continue
-        found = program_bytes(case)
-        print(f"{case.name}: {found or 'its compiler is not installed'}", flush=True)
-        if found:
-            results[case.name] = found
-            write_whole(path, json.dumps(results, indent=2) + "\n")
-    print(table(results))
+    print(table(compile_missing(values, filter(fits, CASES))))
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("json", None, "The file of what programs send.", required=True)
-    flags.DEFINE_bool("compile", True, "Whether to compile the cases that the file lacks.")
-    flags.DEFINE_string("only", "", "Compiles only cases whose name contains this text.")
+    define_flags()
     command_line.run(main, __doc__)
