@@ -147,13 +147,6 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def define_flags() -> None:
-    """Defines the flags of a command that compiles cases."""
-    flags.DEFINE_string("json", None, "The file of what was read off programs.", required=True)
-    flags.DEFINE_bool("compile", True, "Whether to compile the cases that the file lacks.")
-    flags.DEFINE_string("only", "", "Compiles only cases whose name contains this text.")
-
-
 def compile_missing(values: flags.FlagValues, cases: Iterable[Case]) -> dict[str, Any]:
     """Compiles the cases that the file of results lacks, and returns all results by name.
 
@@ -176,5 +169,7 @@ def main(values: flags.FlagValues) -> None:
 
 
 if __name__ == "__main__":
-    define_flags()
+    flags.DEFINE_string("json", None, "The file of what programs hold.", required=True)
+    flags.DEFINE_bool("compile", True, "Whether to compile the cases that the file lacks.")
+    flags.DEFINE_string("only", "", "Compiles only cases whose name contains this text.")
     command_line.run(main, __doc__)

@@ -18,7 +18,7 @@ from typing import Any
 from absl import flags
 
 from launch import command_line
-from launch.plan_check import Case, compile_missing, define_flags
+from launch.plan_check import Case, compile_missing
 from launch.plan_text import GIB
 from moe.scaling.communication import least_collectives
 from moe.scaling.hardware import CHIPS
@@ -101,5 +101,8 @@ def main(values: flags.FlagValues) -> None:
 
 
 if __name__ == "__main__":
-    define_flags()
+    # The help of a command lists the flags of its own file.
+    flags.DEFINE_string("json", None, "The file of what programs send.", required=True)
+    flags.DEFINE_bool("compile", True, "Whether to compile the cases that the file lacks.")
+    flags.DEFINE_string("only", "", "Compiles only cases whose name contains this text.")
     command_line.run(main, __doc__)
