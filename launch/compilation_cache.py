@@ -7,7 +7,7 @@ import hashlib
 import os
 import platform
 import re
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
 VARIABLE = "JAX_COMPILATION_CACHE_DIR"
@@ -23,8 +23,7 @@ def use_cache(environment: MutableMapping[str, str]) -> None:
     """
     if VARIABLE in environment:
         return
-    base = environment.get("XDG_CACHE_HOME") or "~/.cache"
-    folder = Path(os.path.expanduser(base), "moe", "compiled", cpu_kind(_read_cpu_info()))
+    folder = user_cache(environment) / "compiled" / cpu_kind(_read_cpu_info())
     try:
         # What lies there is run as code, so nobody else may write it.
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -34,6 +33,12 @@ def use_cache(environment: MutableMapping[str, str]) -> None:
     is_own = status.st_uid == os.getuid() and not status.st_mode & 0o022
     if is_own and folder.is_absolute() and os.access(folder, os.W_OK):
         environment[VARIABLE] = str(folder)
+
+
+def user_cache(environment: Mapping[str, str]) -> Path:
+    """Returns the folder of the user's cache for what may be made again."""
+    base = environment.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.path.expanduser(base), "moe")
 
 
 def _read_cpu_info() -> str:

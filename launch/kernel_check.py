@@ -11,7 +11,6 @@ such kernels, and check nothing.
 """
 
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.child_processes import gpu_names
+from launch.compilation_cache import user_cache
 from moe.config import RunConfig
 from moe.files import write_whole
 from moe.kernels.benchmarks.first_start import CHECKING
@@ -79,7 +79,6 @@ def request_of(config: RunConfig) -> dict[str, Any]:
     """Returns what a run computes with kernels, as the check reads it."""
     model = config.model
     causal = {"masked_tokens": [False], "span_corruption": [True, False]}.get(config.task, [True])
-    experts = {"number": model.moe.num_experts, "dtype": model.compute_dtype}
     return {
         "attention": {
             "heads": model.num_heads,
@@ -88,14 +87,13 @@ def request_of(config: RunConfig) -> dict[str, Any]:
             "dtype": model.compute_dtype,
             "causal": causal,
         },
-        "experts": experts if model.moe.num_experts else None,
+        "experts": {"dtype": model.compute_dtype} if model.moe.num_experts else None,
     }
 
 
 def record_path(environment: Mapping[str, str]) -> Path:
     """Returns the file of all that was found out on this machine, in the user's cache."""
-    base = environment.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.path.expanduser(base), "moe", "kernels.json")
+    return user_cache(environment) / "kernels.json"
 
 
 def _ask(

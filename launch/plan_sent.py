@@ -34,14 +34,19 @@ _LAYOUTS: dict[str, tuple[dict[str, int], dict[str, int], int]] = {
 }
 
 
+def _mesh(name: str, devices: int) -> dict[str, int]:
+    """Returns the axes of a model's mesh that have several devices."""
+    few, many, _ = _LAYOUTS[name]
+    return few if devices == 8 else many
+
+
 def _cases() -> Iterator[Case]:
     """Yields all cases: models, numbers of chips, kinds, numbers of microbatches, and remat."""
     choices = itertools.product((4, 1), ("full", "none"), (8, 64), ("h200", "v5p"), _LAYOUTS)
     for microbatches, remat, devices, chip, name in choices:
-        few, many, rows = _LAYOUTS[name]
-        mesh = {"data": 1, "fsdp": 1, "expert": 1} | (few if devices == 8 else many)
+        mesh = {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1} | _mesh(name, devices)
         changes: dict[str, Any] = {f"mesh.{axis}": size for axis, size in mesh.items()}
-        changes |= {"mesh.tensor": mesh.get("tensor", 1)}
+        rows = _LAYOUTS[name][2]
         changes |= {"train.batch_size": microbatches * devices * rows, "model.remat": remat}
         yield Case(name, chip, devices, changes | {"train.accumulation": microbatches})
 
@@ -73,9 +78,7 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
             if (case.config, case.chip, case.devices) == (name, chip, devices)
         ]
         cells = {_way(case): _cell(case, results.get(case.name)) for case in own}
-        few, many, _ = _LAYOUTS[name]
-        mesh = few if devices == 8 else many
-        axes = ", ".join(f"{axis}={size}" for axis, size in mesh.items())
+        axes = ", ".join(f"{axis}={size}" for axis, size in _mesh(name, devices).items())
         cells_in_order = " | ".join(cells[way] for way in ways)
         lines.append(f"| `{name}` | {devices} {chip} | {axes} | {cells_in_order} |")
     return "\n".join(lines)

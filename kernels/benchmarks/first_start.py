@@ -8,7 +8,7 @@ minutes. The request says what the run computes, and what is known of earlier ch
 
     {"attention": {"heads": 32, "kv_heads": 8, "head_dim": 128, "dtype": "bfloat16",
                    "causal": [true]},
-     "experts": {"number": 64, "dtype": "bfloat16"},      or null
+     "experts": {"dtype": "bfloat16"},      or null
      "known": {"NVIDIA H200, jax 0.10.2, kernels 1f0c...": {"hopper, ...": null, ...}}
      "refused": ["hopper"]}
 

@@ -106,12 +106,11 @@ def _scatter_once(
     leading, after = gradient.shape[:dim], gradient.shape[dim + 1 :]
     parts = len(groups[0]) if groups else math.prod(map(axis_size, axes))
     size = gradient.shape[dim] // parts
-    kind = chip(jax.sharding.get_abstract_mesh()) or ""
     # The compiler of TPUs adds up whole arrays where a size of 1 stands in front of the dimension,
     # and for some sizes of a matrix, such as 128,256. Parts with a dimension of their own avoid it.
-    if kind.startswith("TPU") and math.prod(leading) == 1:
+    if _is_on_tpus() and math.prod(leading) == 1:
         gradient, dim = gradient.reshape(parts, size, *after), 0
-    elif kind.startswith("TPU") and not after:
+    elif _is_on_tpus() and not after:
         gradient, dim = gradient.reshape(-1, parts, size), 1
     gradient = jax.lax.psum_scatter(
         gradient, axes, scatter_dimension=dim, tiled=True, axis_index_groups=groups
@@ -121,10 +120,14 @@ def _scatter_once(
 
 def _one_by_one(axes: tuple[str, ...]) -> list[tuple[str, ...]]:
     """Returns the axes that a gather or scatter takes at once, in the order of a scatter."""
-    kind = chip(jax.sharding.get_abstract_mesh()) or ""
-    if not axes:
-        return []
-    return [(axis,) for axis in axes] if kind.startswith("TPU") else [axes]
+    if _is_on_tpus():
+        return [(axis,) for axis in axes]
+    return [axes] if axes else []
+
+
+def _is_on_tpus() -> bool:
+    """Returns whether the devices of the mesh that is set are TPUs."""
+    return (chip(jax.sharding.get_abstract_mesh()) or "").startswith("TPU")
 
 
 def _groups(axes: tuple[str, ...], smallest: int) -> list[list[list[int]] | None]:
