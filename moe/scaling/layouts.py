@@ -111,14 +111,14 @@ def cheapest_fit(config: RunConfig, mesh: MeshConfig, chip: Chip) -> str | None:
     The fewest changes are cheapest, and of equally many the shortest step. The result names the
     fields to set, as "model.remat=full, train.accumulation=8", or is None if nothing fits.
     """
-    remats = _remats(config)
-    remats = remats[remats.index(config.model.remat) :] if config.model.remat in remats else ()
+    own, remats = config.model.remat, _remats(config)
+    remats = remats[remats.index(own) :] if own in remats else (own,)
     fits = []
     for split in _more_fsdp(mesh):
         if not _is_possible(config, split):
             continue
         numbers = [n for n in _microbatches(config, split) if n >= config.train.accumulation]
-        for remat, number in itertools.product(remats or (config.model.remat,), numbers):
+        for remat, number in itertools.product(remats, numbers):
             changed = _change(config, split, remat, number)
             if _fits(changed, chip):
                 changes = _changes(config, mesh, changed, split)

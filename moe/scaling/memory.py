@@ -94,7 +94,7 @@ def step_bytes(config: RunConfig, mesh: MeshConfig, platform: Platform) -> StepB
     # The sum over microbatches stands beside the gradients of one of them.
     copies = 2 if config.train.accumulation > 1 else 1
     tokens = config.train.accumulation * local_tokens(config, sizes)
-    gathered = gradients = 0
+    gathered, gradients = 0, state.gradients
     if gathers_once(config, sizes):
         whole = sum(
             array.layers(sizes) * array.elements(sizes, whole=("fsdp",))
@@ -102,11 +102,11 @@ def step_bytes(config: RunConfig, mesh: MeshConfig, platform: Platform) -> StepB
         )
         # The compiler of TPUs casts parameters before it gathers them.
         gathered = whole * (ITEM[config.model.compute_dtype] if platform == "tpu" else WORD)
-        gradients = WORD * whole - state.gradients  # of one copy beyond its shard
+        gradients = WORD * whole
     return StepBytes(
         parameters=state.parameters + gathered,
         optimizer=state.optimizer + state.router_state + state.progress,
-        gradients=copies * (state.gradients + gradients),
+        gradients=copies * gradients,
         activations=active.saved + BATCH_BYTES * tokens,
         temporaries=active.temporaries + weight_copies(config, sizes, platform),
     )

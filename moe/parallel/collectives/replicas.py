@@ -19,8 +19,7 @@ from jax.sharding import PartitionSpec
 
 from moe.config import AXES, RunConfig, split_axes
 from moe.config.layout import gathers_once
-from moe.parallel.collectives.weights import scatter
-from moe.parallel.mesh import axis_size
+from moe.parallel.collectives.weights import present, sum_gradient
 from moe.parameters import Declared, is_declared
 
 _ROWS = ("data", "fsdp")  # the axes that may be Manual here and split rows
@@ -85,14 +84,12 @@ def on_replicas(
 
 def _add_up(leaf: Declared, gradient: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     """Adds up the gradient of a parameter. What fsdp splits is scattered over it."""
-    if "fsdp" not in axes or "D" not in leaf.dims:
-        return jax.lax.psum(gradient, axes)
-    gradient = scatter(gradient, ("fsdp",), leaf.dims.index("D"))
-    others = tuple(axis for axis in axes if axis != "fsdp")
-    return jax.lax.psum(gradient, others) if others else gradient
+    # Where fsdp is not among the Manual axes, nothing is scattered.
+    width_axes = ("fsdp",) if "D" in leaf.dims else ()
+    return sum_gradient(gradient, leaf.dims.find("D"), width_axes, axes)
 
 
 def sum_over_replicas(x: jax.Array) -> jax.Array:
     """Adds up what replicas know of their own rows, where their axes are Manual."""
-    axes = tuple(axis for axis in _ROWS if axis_size(axis) > 1)
+    axes = present(_ROWS)
     return jax.lax.psum(x, axes) if axes else x
