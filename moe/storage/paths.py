@@ -187,7 +187,7 @@ def _bucket_path(text: str, ask: bool) -> "epath.Path":
     # other kinds, warns at each file of a bucket whose kind it may not ask for.
     os.environ.setdefault("EPATH_USE_TF", "false")
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
-    for name in ("gcsfs", "google.auth"):
+    for name in ("fsspec", "gcsfs", "google.auth"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # they log the errors that they raise
     if ask:
         _ask_bucket(text)

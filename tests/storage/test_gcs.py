@@ -69,6 +69,26 @@ def test_a_file_is_created_once(workdir: str) -> None:
     assert path.read_text() == "mine"
 
 
+def test_a_file_that_goes_while_it_is_read_is_an_error_alone(workdir: str) -> None:
+    """The libraries below would write the error's traceback to stderr as well."""
+    code = (
+        "import sys\n"
+        "from moe.storage.paths import run_path, write_whole\n"
+        "path = run_path(sys.argv[1]) / 'lease'\n"
+        "write_whole(path, 'mine')\n"
+        "with path.open() as file:\n"
+        "    path.unlink()\n"
+        "    try:\n"
+        "        file.read()\n"
+        "    except FileNotFoundError:\n"
+        "        print('gone')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, workdir], capture_output=True, text=True, check=True
+    )
+    assert (done.stdout, done.stderr) == ("gone\n", "")
+
+
 def test_a_bucket_that_does_not_exist_is_named(bucket: str) -> None:
     with pytest.raises(
         ConfigError, match=r"^gs://no-such-bucket/run lies in a bucket that does not exist: create"
