@@ -20,9 +20,13 @@ TPU_FLAGS = {
 
 
 def use_flags(environment: MutableMapping[str, str]) -> None:
-    """Adds the flags to the variable on a host of TPUs. Flags that the user has set stay."""
-    if not on_tpu(environment):
-        return
+    """Adds the flags to the variable on a host of TPUs."""
+    if on_tpu(environment):
+        add_flags(environment)
+
+
+def add_flags(environment: MutableMapping[str, str]) -> None:
+    """Adds the flags to the variable. Flags that the user has set stay."""
     own = environment.get(VARIABLE, "").split()
     names = {flag.removeprefix("--").split("=")[0] for flag in own}
     new = [f"--{name}={value}" for name, value in TPU_FLAGS.items() if name not in names]

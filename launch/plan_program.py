@@ -8,9 +8,10 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from launch.compiler_flags import add_flags
 from launch.plan_components import align
 from launch.plan_text import GIB, share_rows
 from launch.topologies import Target, find_target
@@ -90,23 +91,33 @@ def compile_for(config: RunConfig, target: Target) -> StepProgram:
     )
 
 
-def _run_compiler(request: str, target: Target) -> None:
-    """Runs launch.compiled_step with a request, and shows its progress.
+def _compiler_environment(own: Mapping[str, str], platform: str) -> dict[str, str]:
+    """Returns the environment variables of a process that compiles for a platform.
 
-    Raises RuntimeError, with the last lines that it wrote, if it fails.
+    `own` are those of this process. For TPUs the compiler gets the flags that a run on TPUs sets.
     """
-    # The compiler's settings come from the environment of this process for CPUs alone.
-    kept = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    environment = (os.environ if target.platform == "cpu" else kept) | {
+    environment = dict(own) | {
         "JAX_PLATFORMS": "cpu",
         "JAX_ENABLE_COMPILATION_CACHE": "false",  # a cached program knows less of itself
         "TPU_SKIP_MDS_QUERY": "1",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     }
+    if platform != "cpu":  # XLA's settings come from the environment for CPUs alone
+        environment.pop("XLA_FLAGS", None)
+    if platform == "tpu":
+        add_flags(environment)
+    return environment
+
+
+def _run_compiler(request: str, target: Target) -> None:
+    """Runs launch.compiled_step with a request, and shows its progress.
+
+    Raises RuntimeError, with the last lines that it wrote, if it fails.
+    """
     process = subprocess.Popen(
         [sys.executable, "-m", "launch.compiled_step"],
         cwd=ROOT,
-        env=environment,
+        env=_compiler_environment(os.environ, target.platform),
         stdin=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

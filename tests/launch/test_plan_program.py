@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import subprocess
 import types
 
 import jax
@@ -10,10 +11,12 @@ import pytest
 from configs import dense_7b, moe_8x7b
 from launch import plan
 from launch.compiled_step import held_bytes
+from launch.compiler_flags import TPU_FLAGS, VARIABLE
 from launch.plan_page import plan_page
 from launch.plan_program import (
     ProgramMemory,
     StepProgram,
+    compile_for,
     compile_step,
     program_collective_rows,
     program_lines,
@@ -100,6 +103,27 @@ def test_an_exchange_that_cpus_lack_is_an_estimate_and_says_so(no_compiler, caps
     assert (
         "Not compiled, so the plan is an estimate: the compiler for v5p" in capsys.readouterr().out
     )
+
+
+@pytest.mark.parametrize(("platform", "flags"), [("tpu", set(TPU_FLAGS)), ("cuda", set())])
+def test_a_program_for_tpus_is_compiled_with_the_flags_of_a_run(
+    platform, flags, monkeypatch
+) -> None:
+    environments = []
+
+    def start(command, *, env, **_):
+        environments.append(env)
+        raise FileNotFoundError
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    monkeypatch.setenv("XLA_FLAGS", "--xla_of_this_process=1")
+    monkeypatch.setenv(VARIABLE, "--xla_own=1")
+    with pytest.raises(FileNotFoundError):
+        compile_for(TINY, Target(platform, "1x1x8", "a slice"))
+    (environment,) = environments
+    set_flags = {flag.split("=")[0] for flag in environment[VARIABLE].split()}
+    assert set_flags == {f"--{flag}" for flag in flags} | {"--xla_own"}
+    assert "XLA_FLAGS" not in environment and environment["JAX_PLATFORMS"] == "cpu"
 
 
 LEAST = [
