@@ -108,6 +108,8 @@ class _Reader:
                 raise UnreadableProgram(instruction, "it is no collective that is known")
             return {}
         instructions = self.program.computations[computation]
+        if _goes_on(instructions, instruction):
+            return {}
         try:
             axes, num_members = self._members(instruction)
             put_in = _put_in(instructions, instruction)
@@ -131,6 +133,16 @@ class _Reader:
             raise ValueError("it names neither its groups nor its pairs of devices")
         groups = read_groups(text, self._num_devices)
         return axes_along(groups, self._mesh_shape), groups.shape[1]
+
+
+def _goes_on(computation: Computation, instruction: Instruction) -> bool:
+    """Returns whether an instruction goes on with a collective that another one begins.
+
+    On a TPU, several fusions may send a part each, beside matmuls. All of them name the collective.
+    """
+    return "chain_id=" in instruction.attributes and not any(
+        '"AsyncCollectiveStart"' in other.attributes for other in computation.values()
+    )
 
 
 def _put_in(computation: Computation, instruction: Instruction) -> int:

@@ -151,6 +151,19 @@ def test_what_is_waited_for_is_counted_once() -> None:
     assert sent(program) == [("all-gather", "fsdp", 256, 1)]
 
 
+def test_a_tpus_gather_beside_matmuls_is_counted_once() -> None:
+    """Fusions that begin it, go on with it beside a matmul, and end it all name the collective."""
+    gather = f'%c = {GATHER}, frontend_attributes={{chain_id="3"}}'
+    call = "ROOT %r = f32[128]{0} custom-call(%c), custom_call_target="
+    program = module(
+        *(f"%{name} = f32[] fusion(%p), kind=kCustom, calls=%{name}" for name in ("s", "g", "e")),
+        others=computation("s", gather, f'{call}"AsyncCollectiveStart"')
+        + computation("g", gather, "ROOT %r = (f32[64]{0}, f32[128]{0}) tuple(%q, %c)")
+        + computation("e", gather, f'{call}"AsyncCollectiveDone"'),
+    )
+    assert sent(program) == [("all-gather", "fsdp", 256, 1)]
+
+
 def loop(attributes: str, *lines: str, others: str = "") -> str:
     """Returns a program with a loop over (f32[64], counter), whose body gathers."""
     body = (
