@@ -24,6 +24,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from moe.parallel.collectives import vocabulary
+from moe.parallel.collectives.shared import as_part, part_axes
 from moe.parallel.collectives.weights import sum_gradient
 from moe.parallel.mesh import on_auto_axes, per_shard
 
@@ -33,6 +34,8 @@ class Unembedding(NamedTuple):
 
     weight: jax.Array
     dims: str = "DV"  # the dimensions of the weight; "VD" if it is the table of embeddings, too
+    # Takes the gradient in place of a weight that is shared (`parallel.collectives.shared`).
+    companion: jax.Array | None = None
 
 
 def cross_entropy_sum(
@@ -67,15 +70,17 @@ def cross_entropy_sums(
 
     The parts are for reports: they have no gradient. A position that `mask_BT` hides is in no part.
     """
-    weight, dims = unembedding
+    weight, dims, companion = unembedding
     if not targets_BT.size:
         return tuple(jnp.zeros((), jnp.float32) for _ in range(1 + len(parts_BT)))
     masks_PBT = jnp.stack([mask_BT, *(mask_BT & part_BT for part_BT in parts_BT)])
     targets_BT = jnp.asarray(targets_BT).astype(jnp.int32)
-    plan = _Plan(dims, chunk, vocabulary.split_of(hidden_BTD, weight, dims))
+    split = vocabulary.split_of(hidden_BTD, weight, dims)
+    plan = _Plan(dims, chunk, split, None if companion is None else part_axes())
     # jax.custom_vjp hides the types of its function from a type checker.
     total, parts = cast(
-        "tuple[jax.Array, jax.Array]", _sums(plan, hidden_BTD, weight, targets_BT, masks_PBT)
+        "tuple[jax.Array, jax.Array]",
+        _sums(plan, companion, hidden_BTD, weight, targets_BT, masks_PBT),
     )
     return total, *jax.lax.stop_gradient(parts)
 
@@ -86,6 +91,11 @@ class _Plan(NamedTuple):
     dims: str
     chunk: int
     split: vocabulary.Split
+    parts: tuple[str, ...] | None  # the axes of the parts of a shared weight's gradient
+
+    @property
+    def gradient_dims(self) -> str:
+        return self.dims if self.parts is None else f"P{self.dims}"
 
     @property
     def width_dim(self) -> int:
@@ -95,6 +105,7 @@ class _Plan(NamedTuple):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _sums(
     plan: _Plan,
+    companion: jax.Array | None,
     hidden_BTD: jax.Array,
     weight: jax.Array,
     targets_BT: jax.Array,
@@ -107,10 +118,12 @@ def _sums(
     return sums_P[0], sums_P[1:]
 
 
-def _sums_forward(plan: _Plan, *arrays: jax.Array) -> tuple[tuple[jax.Array, jax.Array], tuple]:
+def _sums_forward(
+    plan: _Plan, companion: jax.Array | None, *arrays: jax.Array
+) -> tuple[tuple[jax.Array, jax.Array], tuple]:
     run = functools.partial(_differentiate_shard, plan)
     hidden_dims = "BtD" if plan.split.splits_time else "BTD"
-    in_dims, out_dims = ("BTD", plan.dims, "BT", "-BT"), ("-", hidden_dims, plan.dims)
+    in_dims, out_dims = ("BTD", plan.dims, "BT", "-BT"), ("-", hidden_dims, plan.gradient_dims)
     sums_P, *gradients = per_shard(run, in_dims, out_dims, *arrays)
     return (sums_P[0], sums_P[1:]), tuple(gradients)
 
@@ -125,7 +138,10 @@ def _sums_backward(
         dtype = _sum_dtype(gradient)
         return (gradient.astype(dtype) * grad_total.astype(dtype)).astype(gradient.dtype)
 
-    return scale(grad_hidden_BTD), scale(grad_weight), None, None
+    grad_hidden_BTD, grad_weight = scale(grad_hidden_BTD), scale(grad_weight)
+    if plan.parts is None:
+        return None, grad_hidden_BTD, grad_weight, None, None
+    return grad_weight, grad_hidden_BTD, None, None, None
 
 
 _sums.defvjp(_sums_forward, _sums_backward)
@@ -183,12 +199,19 @@ def _differentiate_shard(
     chunks = _cut(plan, hidden_BTD, targets_BT, masks_PBT)
     (sums_P, grad_weight), grads_hidden = jax.lax.scan(add_chunk, zeros, chunks)
     grad_hidden_BTD = einops.rearrange(grads_hidden, "n b c d -> b (n c) d")
-    grad_weight = sum_gradient(grad_weight, plan.width_dim, plan.split.width, plan.split.positions)
     return (
         vocabulary.sum_over_positions(sums_P, plan.split),
         vocabulary.sum_hidden(grad_hidden_BTD[:, : hidden_BTD.shape[1]], plan.split),
-        grad_weight.astype(weight.dtype),
+        _sum_weight_gradient(plan, grad_weight, weight.dtype),
     )
+
+
+def _sum_weight_gradient(plan: _Plan, gradient: jax.Array, dtype: np.dtype) -> jax.Array:
+    """Sums the devices' gradients of the weight. Of a shared weight each keeps its own part."""
+    if plan.parts is not None:
+        return as_part(gradient, plan.parts, plan.split.positions)
+    axes = plan.split.width, plan.split.positions
+    return sum_gradient(gradient, plan.width_dim, *axes).astype(dtype)
 
 
 class _ChunkLosses(NamedTuple):

@@ -150,6 +150,31 @@ def test_a_step_gathers_weights_and_scatters_gradients_as_often_as_it_must(remat
     assert "f32[4,64,128]" not in compiled.as_text()
 
 
+TIED_LAYOUTS: dict[str, dict[str, Any]] = {
+    "fsdp": {"mesh.fsdp": 8},
+    "fsdp, microbatches": {"mesh.fsdp": 8, "train.accumulation": 2},
+    "data, fsdp": {"mesh.data": 2, "mesh.fsdp": 4},
+    "fsdp, tensor": {"mesh.fsdp": 4, "mesh.tensor": 2},
+    "pipeline, fsdp": {"mesh.pipeline": 2, "mesh.fsdp": 4, "train.accumulation": 2},
+}
+
+
+@pytest.mark.parametrize("layout", TIED_LAYOUTS.values(), ids=TIED_LAYOUTS)
+def test_the_gradients_of_a_tied_table_are_summed_over_devices_once(layout) -> None:
+    """Each device first adds up its own gradients of both ends of the model."""
+    fields = DENSE_STEP | {"model.tied_embeddings": True, "mesh.data": 1, "train.accumulation": 1}
+    config, compiled, mesh = compile_step(
+        RunConfig.config_dict(), fields | layout, jax.devices(), "cpu"
+    )
+    (least,) = (
+        collective.bytes
+        for collective in least_collectives(config, config.mesh)
+        if (collective.kind, collective.what) == ("reduce-scatter", "embedding: gradients")
+    )
+    # A CPU's program has no other scatters over fsdp: it adds up the gradients of layers.
+    assert sent(compiled, mesh)["reduce-scatter fsdp"] == least
+
+
 @pytest.mark.parametrize("layout", ["tensor", "expert"])
 def test_a_backward_pass_without_remat_gathers_no_tokens_again(layout) -> None:
     """It forgets gathered weights. What was gathered of the tokens is kept."""

@@ -23,9 +23,12 @@ if TYPE_CHECKING:
 # - w_LDF, stacked over layers: pipeline splits L, and the rest is as in w_DF.
 # The letter t is the time of the residual stream, between the matmuls of layers. Inside of them
 # tensor splits heads and widths, and all devices of this axis have the same tokens, T.
+# The letter P counts the parts of a sum over tokens that devices have not exchanged yet: one for
+# each device with tokens of its own.
 # Dimensions that are not listed (H, A, and so on) are never split.
 RULES: dict[str, tuple[str, ...]] = {
     "L": ("pipeline",),
+    "P": ("data", "fsdp", "expert", "context"),
     "B": ("data", "fsdp", "expert"),
     "T": ("context",),
     "t": ("context", "tensor"),

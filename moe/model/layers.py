@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from moe.parallel.collectives.shared import as_part, part_axes
 from moe.parallel.collectives.weights import (
     lay_out_whole,
     present,
@@ -97,13 +98,26 @@ def _einsum_backward(
 _einsum.defvjp(_einsum_forward, _einsum_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def look_up(dtype: str, table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
+def look_up(
+    dtype: str, table_VD: jax.Array, ids_BT: jax.Array, companion_PVD: jax.Array | None = None
+) -> jax.Array:
     """Returns the table's row of each id in `dtype`, [B, T, D]; NaN for an id outside [0, V).
 
     The table's gradient has the table's dtype and is summed in float32: in bfloat16 a sum of many
-    equal terms stops growing at 256 of them.
+    equal terms stops growing at 256 of them. The companion of a table that is shared takes the
+    gradient in its place (`parallel.collectives.shared`).
     """
+    return _look_up(dtype, companion_PVD is not None, table_VD, companion_PVD, ids_BT)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _look_up(
+    dtype: str,
+    is_shared: bool,
+    table_VD: jax.Array,
+    companion_PVD: jax.Array | None,
+    ids_BT: jax.Array,
+) -> jax.Array:
     # The table is gathered over fsdp first, as every weight is. Looking up in a table that is
     # split along D would move activations instead.
     table_VD = lay_out_whole(table_VD, dtype, "VD")
@@ -118,29 +132,40 @@ def _row_numbers(ids_BT: jax.Array, table_VD: jax.Array) -> jax.Array:
 
 
 def _look_up_forward(
-    dtype: str, table_VD: jax.Array, ids_BT: jax.Array
+    dtype: str,
+    is_shared: bool,
+    table_VD: jax.Array,
+    companion_PVD: jax.Array | None,
+    ids_BT: jax.Array,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return look_up(dtype, table_VD, ids_BT), (table_VD, ids_BT)
+    return _look_up(dtype, is_shared, table_VD, companion_PVD, ids_BT), (table_VD, ids_BT)
 
 
 def _look_up_backward(
-    dtype: str, residuals: tuple[jax.Array, jax.Array], grad_BTD: jax.Array
-) -> tuple[jax.Array, None]:
+    dtype: str, is_shared: bool, residuals: tuple[jax.Array, jax.Array], grad_BTD: jax.Array
+) -> tuple[jax.Array | None, jax.Array | None, None]:
     table_VD, ids_BT = residuals
     sum_dtype = jnp.promote_types(table_VD.dtype, jnp.float32)
     rows_BT = constrain(_row_numbers(ids_BT, table_VD), "BT")
     grad_BTD = constrain(grad_BTD.astype(sum_dtype), "BTD")
-    return _add_to_table(grad_BTD, rows_BT, table_VD.shape[0]).astype(table_VD.dtype), None
+    gradient = _add_to_table(grad_BTD, rows_BT, table_VD.shape[0], is_shared)
+    if is_shared:
+        return None, gradient, None
+    return gradient.astype(table_VD.dtype), None, None
 
 
-def _add_to_table(x_BTD: jax.Array, rows_BT: jax.Array, num_rows: int) -> jax.Array:
+def _add_to_table(
+    x_BTD: jax.Array, rows_BT: jax.Array, num_rows: int, is_shared: bool
+) -> jax.Array:
     """Adds each token's `x` to its row of a table [V, D]; a number that is no row's is left out.
 
+    For a table that is shared, it returns the devices' parts of the sum, [P, V, D].
     Each device sums what its own tokens add to the whole width. The partitioner would gather the
     tokens of all devices instead, or move them to where their part of the width is.
     """
     vocabulary_axes, width_axes = splitting_axes("VD", (num_rows, x_BTD.shape[-1]))
     rows, time, _ = splitting_axes("BTD", x_BTD.shape)
+    all_parts = part_axes()
 
     def add_shard(x_BTD: jax.Array, rows_BT: jax.Array) -> tuple[jax.Array]:
         axes = present(vocabulary_axes)
@@ -149,12 +174,15 @@ def _add_to_table(x_BTD: jax.Array, rows_BT: jax.Array, num_rows: int) -> jax.Ar
         own_rows_BT = jnp.where(rows_BT < first, size, rows_BT - first)
         sums_VD = jnp.zeros((size, x_BTD.shape[-1]), x_BTD.dtype)
         sums_VD = sums_VD.at[own_rows_BT].add(x_BTD, mode="drop")
+        if is_shared:
+            return (as_part(sums_VD, all_parts, rows + time),)
         return (sum_gradient(sums_VD, 1, width_axes, rows + time),)
 
-    return per_shard(add_shard, ("BTD", "BT"), ("VD",), x_BTD, rows_BT)[0]
+    out_dims = "PVD" if is_shared else "VD"
+    return per_shard(add_shard, ("BTD", "BT"), (out_dims,), x_BTD, rows_BT)[0]
 
 
-look_up.defvjp(_look_up_forward, _look_up_backward)
+_look_up.defvjp(_look_up_forward, _look_up_backward)
 
 
 def check_static(name: str, shape: tuple[int, ...]) -> None:

@@ -13,6 +13,7 @@ from moe.model.cache import fits_cache, fits_memory_cache
 from moe.model.layers import check_static, einsum, look_up
 from moe.model.stack import Output, Stack, StackCache, init_stack_cache, output_specs
 from moe.model.tokens import Batch, Memory, TokenInfo
+from moe.parallel.collectives.shared import share
 from moe.parallel.mesh import constrain, on_auto_axes
 from moe.parallel.sequence import gather_time, join_time
 from moe.parameters import parameter
@@ -34,6 +35,7 @@ class Vocabulary(nn.Module):
             self.unembedding_DV = parameter(
                 self, "unembedding", "DV", shape[::-1], kind="unembedding", fan_in=c.model_dim
             )
+        self.companion_PVD = share(self.embedding_VD, "VD") if c.tied_embeddings else None
 
     def embed(self, batch: Batch) -> jax.Array:
         """Returns the embeddings of `tokens`, [B, T, D], in the compute dtype."""
@@ -44,18 +46,19 @@ class Vocabulary(nn.Module):
             )
         if "segment_ids" in batch:  # padding may hold any number
             tokens_BT = jnp.where(batch["segment_ids"] > 0, tokens_BT, 0)
-        return look_up(self.config.compute_dtype, self.embedding_VD, tokens_BT)
+        dtype, companion_PVD = self.config.compute_dtype, self.companion_PVD
+        return look_up(dtype, self.embedding_VD, tokens_BT, companion_PVD)
 
     def unembed(self, hidden_BTD: jax.Array) -> jax.Array:
         """Returns logits [B, T, V] in float32."""
-        weight, dims = self.unembedding()
+        weight, dims, _ = self.unembedding()
         hidden_BTD = gather_time(hidden_BTD)
         return constrain(einsum(f"BTD,{dims}->BTV", hidden_BTD, weight, jnp.float32), "BTV")
 
     def unembedding(self) -> Unembedding:
         """Returns the weight that makes logits."""
         if self.config.tied_embeddings:
-            return Unembedding(self.embedding_VD, "VD")
+            return Unembedding(self.embedding_VD, "VD", self.companion_PVD)
         return Unembedding(self.unembedding_DV, "DV")
 
 

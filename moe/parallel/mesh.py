@@ -117,6 +117,12 @@ def splitting_axes(dims: str, shape: tuple[int, ...]) -> list[tuple[str, ...]]:
     return [tuple(axis for axis in axes if sizes[axis] > 1) for axes in found]
 
 
+def num_parts(dim: str) -> int:
+    """Returns into how many parts the Auto axes of the mesh that was set split a dimension."""
+    sizes = _auto_sizes(jax.sharding.get_abstract_mesh())
+    return math.prod(sizes[axis] for axis in RULES[dim] if axis in sizes)
+
+
 def constrain(x: jax.Array, dims: str) -> jax.Array:
     """Lays `x` out by RULES inside a program whose mesh was set.
 

@@ -105,13 +105,21 @@ def activations(config: RunConfig, sizes: Mapping[str, int], platform: Platform)
     is_after = model.pipelined_group + 1 < len(model.layer_groups)
     freed = 0 if is_after else round(in_stages)
     largest = [_layer(config, sizes, passes, platform) - freed for passes in others]
+    table = FLOAT32 * widths.vocabulary * widths.stream
+    # The gradient that the loss makes of a tied table waits for that of the embedding.
+    waiting = table if _shares_table(config, sizes) else 0
     return Activations(
         saved=round(stacks * saved) + _pipeline_hands(config, sizes),
-        layer=max([_layer(config, sizes, staged, platform), *largest]),
+        layer=max([_layer(config, sizes, staged, platform), *largest]) + waiting,
         loss=_loss(config, sizes, platform) - _later_gradients(config, sizes),
-        embedding=FLOAT32 * widths.vocabulary * widths.stream
-        + 2 * item * own.tokens * widths.stream,
+        embedding=table + waiting + 2 * item * own.tokens * widths.stream,
     )
+
+
+def _shares_table(config: RunConfig, sizes: Mapping[str, int]) -> bool:
+    """Returns whether both ends of the model add up a whole gradient of one table in turn."""
+    (table, *untied) = (array for array in parameters(config) if "V" in array.dims)
+    return not untied and bool(table.axes("D", sizes)) and not gathers_once(config, sizes)
 
 
 def _saved(config: RunConfig, sizes: Mapping[str, int], passes: Passes) -> int:

@@ -323,9 +323,15 @@ def make_eval_step(config: RunConfig, task: Task) -> Callable[[Any, Batch], loss
 
 
 def _sums(model: nn.Module, task: Task, variables: Any, batch: Batch) -> losses.Sums:
-    """Returns the task's sums and counts for a batch, by applying the model to it."""
-    output: Any = model.apply(variables, batch)
-    unembedding: Any = model.apply(variables, method="unembedding")
+    """Returns the task's sums and counts for a batch, by applying the model to it.
+
+    The model is applied once for both ends, which share a tied table's gradient.
+    """
+
+    def ends(model: Any) -> Any:
+        return model(batch), model.unembedding()
+
+    output, unembedding = nn.apply(ends, model)(variables)
     return task.loss(output, unembedding, batch)
 
 
