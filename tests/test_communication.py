@@ -254,11 +254,14 @@ def test_ragged_exchange_for_8_v5p(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize("remat", ["none", "full"])
-def test_a_dense_step_on_8_h200_sends_the_least(remat: str) -> None:
+@pytest.mark.parametrize(
+    ("remat", "gather_once"), [("none", False), ("full", False), ("full", True)]
+)
+def test_a_dense_step_on_8_h200_sends_the_least(remat: str, gather_once: bool) -> None:
     """dense_7b with 4 microbatches of 64 rows, or of 32 rows without remat."""
     rows = {"none": 32, "full": 64}[remat]
     fields = {"model.remat": remat, "train.batch_size": rows, "train.accumulation": 4}
+    fields |= {"train.gather_once": gather_once}
     fields |= {"mesh.data": 1, "mesh.fsdp": 8, "mesh.tensor": 1}
     config, compiled, mesh = compile_step(dense_7b.get_config(), fields, h200s(), "cuda")
     found = sent(compiled, mesh)

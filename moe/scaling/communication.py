@@ -2,12 +2,11 @@
 
 For each microbatch that is: weights that fsdp splits are gathered in the compute dtype twice, in
 the forward and in the backward pass (recomputation shares the gather of the backward pass), and
-their gradients are scattered once, in float32. With `train.gather_once` both happen once a step, in
-float32. What `data` and `context` copy is added up once a
-step. Rows of experts are exchanged four times, and tensor parallelism adds up the outputs of
-attention and feed-forward parts, and the gradients of their inputs. Remat repeats one of the
-exchanges, unless it saves them, and two of the gathers that such sums end with. docs/planning.md
-explains the figures.
+their gradients are scattered once, in float32. With `train.gather_once` both happen once a step.
+What `data` and `context` copy is added up once a step. Rows of experts are exchanged four times,
+and tensor parallelism adds up the outputs of attention and feed-forward parts, and the gradients of
+their inputs. Remat repeats one of the exchanges, unless it saves them, and two of the gathers that
+such sums end with. docs/planning.md explains the figures.
 
 In a pipeline these happen at every tick, also while a stage waits: stages go through the same
 program, and then nobody uses what comes out. Between ticks the ring and the belt send the residual
@@ -158,17 +157,13 @@ def _weights(config: RunConfig, sizes: Mapping[str, int]) -> Iterator[Collective
         axes = array.axes("D", sizes)
         if not axes:
             continue
-        if gathers_once(config, sizes):
-            layers = array.layers(sizes)
-            sent = _sent(FLOAT32 * layers * array.elements(sizes, whole=axes), axes, sizes)
-            yield Collective("all-gather", axes, f"{array.name}: weights", sent, layers)
-            yield Collective("reduce-scatter", axes, f"{array.name}: gradients", sent, layers)
-            continue
         of_vocabulary = array.name in ("embedding", "unembedding")
         serves_once = of_vocabulary and not config.model.tied_embeddings
         passes = staged if array.is_pipelined else own
         scatters = passes.count * array.layers(sizes)
         gathers = (VOCABULARY_GATHERS if serves_once else MATMUL_GATHERS) * scatters
+        if gathers_once(config, sizes):
+            gathers = scatters = array.layers(sizes)
         whole = array.elements(sizes, whole=axes)
         gathered = _sent(_gather_dtype(array, config) * whole, axes, sizes)
         summed = _sent(FLOAT32 * whole, axes, sizes)

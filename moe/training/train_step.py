@@ -345,7 +345,8 @@ def _accumulate(
     run = functools.partial(_accumulate_microbatches, config, model, task)
     if axes := replicas.replica_axes(config):
         declared = declarations(model, task.init_batch)
-        run = replicas.on_replicas(run, axes, task.dims, declared)
+        dtype = config.model.compute_dtype
+        run = replicas.on_replicas(run, axes, task.dims, declared, dtype)
     return run(variables, batch, task.counts(batch))
 
 

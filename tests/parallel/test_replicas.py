@@ -6,11 +6,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import AxisType
 
 from moe.config import MeshConfig, RunConfig
 from moe.model.transformer import Transformer
-from moe.parameters import unbox
+from moe.parallel.collectives.replicas import on_replicas
+from moe.parameters import Declared, unbox
 from moe.scaling.communication import least_collectives
 from moe.scaling.programs import read_collectives
 from tests.parallel.test_remat import EXCHANGES, compile_step
@@ -130,3 +133,25 @@ def test_parameters_gathered_once_are_sent_once_in_a_step() -> None:
     least = sum(use.bytes for use in least_collectives(config, config.mesh))
     sent = sum(use.bytes for use in read_collectives(compiled.as_text(), program.mesh.shape))
     assert 0.99 * least <= sent <= 1.02 * least
+
+
+def test_weights_gathered_once_are_rounded_before_and_norms_are_not() -> None:
+    """Replicas get float32 arrays, and their gradients are summed in float32."""
+    draw = functools.partial(jax.random.normal, dtype=jnp.float32)
+    params = {"w": draw(jax.random.key(0), (16, 4)), "scale": draw(jax.random.key(1), (16,))}
+    declared = {
+        "w": Declared(params["w"], dims="DF", kind="linear", fan_in=16),
+        "scale": Declared(params["scale"], dims="D", kind="norm", fan_in=1),
+    }
+
+    def average(variables: Any, batch: Any, counts: Any) -> tuple[Any, Any]:
+        return jax.tree.map(lambda x: x / 8, variables["params"]), counts
+
+    with jax.set_mesh(jax.make_mesh((8,), ("fsdp",), (AxisType.Auto,))):
+        run = on_replicas(average, ("fsdp",), {}, declared, jnp.bfloat16)
+        found, _ = jax.jit(run)({"params": params}, {}, {})
+    rounded = params["w"].astype(jnp.bfloat16).astype(jnp.float32)
+    assert jnp.any(rounded != params["w"])
+    assert found["w"].dtype == jnp.float32
+    np.testing.assert_array_equal(found["w"], rounded)
+    np.testing.assert_allclose(found["scale"], params["scale"], rtol=1e-6)

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec
 
 from moe.config import AXES, RunConfig, split_axes
 from moe.config.layout import gathers_once
-from moe.parallel.collectives.weights import present, sum_gradient
+from moe.parallel.collectives.weights import lay_out_whole, present, sum_gradient
 from moe.parameters import Declared, is_declared
 
 _ROWS = ("data", "fsdp")  # the axes that may be Manual here and split rows
@@ -47,11 +47,13 @@ def on_replicas(
     axes: tuple[str, ...],
     dims: Mapping[str, str],
     declared: Any,
+    dtype: jax.typing.DTypeLike,
 ) -> Callable[..., tuple[Any, Any]]:
     """Makes a function of whole arrays from one that each replica calls with its own rows.
 
     `function` takes variables, a batch and counts. It returns the gradient of the parameters, which
     are `declared`, and sums; both are added up. `dims` are the dimensions of the batch's fields.
+    `dtype` is that of activations.
     """
 
     def on_replica(*arguments: Any) -> tuple[Any, Any]:
@@ -60,11 +62,11 @@ def on_replicas(
         gradient = jax.tree.map(add_up, declared, gradient, is_leaf=is_declared)
         return gradient, jax.tree.map(lambda x: jax.lax.psum(x, axes), sums)
 
-    def spec(dims: str) -> PartitionSpec:
-        entries = (tuple(axis for axis in own if axis in axes) for own in split_axes(dims, axes))
-        return PartitionSpec(*entries)
+    spec = lambda dims: PartitionSpec(*split_axes(dims, axes))
 
     def run(variables: Any, batch: Mapping[str, jax.Array], counts: Any) -> tuple[Any, Any]:
+        if "fsdp" in axes:
+            variables = _gather_weights(variables, declared, dtype)
         gradient_specs = jax.tree.map(lambda leaf: spec(leaf.dims), declared, is_leaf=is_declared)
         mapped = jax.shard_map(
             on_replica,
@@ -80,6 +82,22 @@ def on_replicas(
         return mapped(variables, batch, counts)
 
     return run
+
+
+def _gather_weights(variables: Any, declared: Any, dtype: jax.typing.DTypeLike) -> Any:
+    """Rounds weights to the dtype that they are multiplied in, and gathers them over fsdp.
+
+    They have the parameter's dtype again then, since gradients have the dtype of what they are of.
+    Norms and routers compute in float32, and are left to `jax.shard_map`.
+    """
+
+    def gather(leaf: Declared, w: jax.Array) -> jax.Array:
+        if "D" not in leaf.dims or leaf.kind in ("norm", "router"):
+            return w
+        return lay_out_whole(w, dtype, leaf.dims).astype(w.dtype)
+
+    params = jax.tree.map(gather, declared, variables["params"], is_leaf=is_declared)
+    return variables | {"params": params}
 
 
 def _add_up(leaf: Declared, gradient: jax.Array, axes: tuple[str, ...]) -> jax.Array:
