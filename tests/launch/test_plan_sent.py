@@ -32,7 +32,7 @@ def case_id(case: Case) -> str:
 @pytest.mark.parametrize("case", COMPILED, ids=case_id)
 def test_a_step_sends_hardly_more_than_it_must(case: Case) -> None:
     assert fits(case)
-    assert 0.98 < ratio(case, RESULTS[case.name]["sent_bytes"]) <= most(case)
+    assert 0.9 < ratio(case, RESULTS[case.name]["sent_bytes"]) <= most(case)
 
 
 def test_the_file_has_cases_that_there_are() -> None:
