@@ -22,21 +22,25 @@ measures a dense layer of the same active FLOPs.
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 
 from launch import command_line
+from launch.kernel_check import check_kernels
 from moe.config import ConfigError, RunConfig
 from moe.files import write_whole
 
 
-def benchmark(config: RunConfig, trials: int = 5) -> dict[str, Any]:
+def benchmark(
+    config: RunConfig, trials: int = 5, kernels: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Times `trials` training steps on random tokens.
 
-    Returns medians over the trials, with the compiled step's memory and JAX's version.
+    `kernels` is what `check_kernels` returned. Returns medians over the trials, with the compiled
+    step's memory and JAX's version.
     """
     import jax
 
@@ -44,7 +48,7 @@ def benchmark(config: RunConfig, trials: int = 5) -> dict[str, Any]:
     from moe.training.start import check_memory
     from moe.training.train_step import make_program
 
-    program = make_program(config)
+    program = make_program(config, refused=(kernels or {}).get("refused"))
     check_memory(program.mesh, program.abstract_state, program.abstract_state.params)
     devices = list(program.mesh.devices.flat)
     size = config.train.batch_size
@@ -170,11 +174,21 @@ def _time_pairs(sparse: Callable[[], Any], dense: Callable[[], Any], trials: int
     }
 
 
-def main(values: flags.FlagValues) -> None:
+def prepare(values: flags.FlagValues) -> Mapping[str, Any]:
+    """Checks the path to write to, and then the kernels of a step, of which it returns all."""
     if values.json:
         Path(values.json).touch()  # a mistyped path must not cost minutes of measuring
-    measure = benchmark_layer if values.layer else benchmark
-    result = measure(command_line.read_run_config(values.config), values.trials)
+    config = command_line.read_run_config(values.config)
+    # A layer alone has no mesh to choose a kernel for: it takes the one that the config names.
+    return {} if values.layer else check_kernels(config)
+
+
+def main(values: flags.FlagValues, kernels: Mapping[str, Any]) -> None:
+    config = command_line.read_run_config(values.config)
+    if values.layer:
+        result = benchmark_layer(config, values.trials)
+    else:
+        result = benchmark(config, values.trials, kernels)
     for name, value in result.items():
         print(f"{name}: {value:,.3f}" if isinstance(value, float) else f"{name}: {value}")
     if not values.layer:
@@ -195,4 +209,4 @@ if __name__ == "__main__":
         "layer", False, "Time one sparse layer against a dense one, instead of the training step."
     )
     flags.DEFINE_string("json", None, "A file to write the numbers to.")
-    command_line.run(main, __doc__, devices=True)
+    command_line.run(main, __doc__, devices=True, prepare=prepare)
