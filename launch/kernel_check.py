@@ -12,8 +12,10 @@ names is taken as it is. Machines without an accelerator have no such kernels, a
 import contextlib
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import os
+import pkgutil
 import signal
 import subprocess
 import sys
@@ -126,7 +128,8 @@ class Checker:
             ended = self._ask({})
         if "chip" not in ended.told:
             raise NotChecked(f"the process that asks for the kind of device {ended.how}")
-        if subject:
+        # Where JAX has found none of the accelerators, it may find them at another start.
+        if subject and ended.told["chip"] != "cpu":
             self._record.keep(subject, ended.told["chip"])
         return ended.told["chip"]
 
@@ -219,9 +222,16 @@ def _read(output: IO[str], errors: IO[str], code: int | None, limit_s: float) ->
 
 def has_accelerator(environment: Mapping[str, str]) -> bool:
     """Returns whether JAX may find a GPU or a TPU here, without asking it."""
-    if environment.get("JAX_PLATFORMS") == "cpu":
+    if environment.get("JAX_PLATFORMS", "").split(",")[0] == "cpu":
         return False
-    return bool(gpu_names(environment)) or on_tpu(environment)
+    return (_has_cuda() and bool(gpu_names(environment))) or on_tpu(environment)
+
+
+def _has_cuda() -> bool:
+    """Returns whether a plugin for CUDA is installed where JAX looks for plugins."""
+    plugins = importlib.util.find_spec("jax_plugins")
+    folders = plugins.submodule_search_locations if plugins else None
+    return any("cuda" in module.name for module in pkgutil.iter_modules(folders or []))
 
 
 def list_accelerators() -> str | None:

@@ -40,6 +40,8 @@ ROOT = Path(__file__).parents[2]
 MODEL = dataclasses.replace(TINY_MODEL, compute_dtype="bfloat16", vocab_size=512)
 CONFIG = RunConfig(model=MODEL)
 SPARSE = RunConfig(model=dataclasses.replace(MODEL, moe=MoEConfig(num_experts=4)))
+OTHER = dataclasses.replace(CONFIG, task="masked_tokens")  # whose attention is not causal
+SHORT = 10.0  # seconds, in which a process begins even on a busy machine
 CALL = "attention of 2 heads of 8, causal True, bfloat16"
 
 # Tells a chip, and then what BODY tells of a kernel. Each process leaves a line in "asked".
@@ -63,6 +65,7 @@ WRONG = "tell(began=True); tell(problem='it is wrong' if kernel == 'hopper' else
 def one_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     add_device(tmp_path / "pci", "0000:01:00.0", "0x10de", "0x2330", "0x030200")
     monkeypatch.setattr(kernel_check, "_PCI", tmp_path / "pci")
+    monkeypatch.setattr(kernel_check, "_has_cuda", lambda: True)
 
 
 def add_device(folder: Path, address: str, vendor: str, device: str, kind: str) -> None:
@@ -78,6 +81,12 @@ def checker(folder: Path, body: str, limit_s: float = 60.0, **options: Any) -> C
     environment = {"CUDA_VISIBLE_DEVICES": "0", "XDG_CACHE_HOME": str(folder)} | options
     code = PROCESS.format(folder=folder, chip=chip, body=body)
     return Checker(environment, (sys.executable, "-c", code), limit_s)
+
+
+def know_chip(folder: Path, chip: str) -> None:
+    """Lets an earlier start have found out which chip is here."""
+    checker(folder, RIGHT, chip=chip).check(OTHER)
+    asked(folder)
 
 
 def asked(folder: Path) -> list[str]:
@@ -118,19 +127,19 @@ def test_a_kernel_that_is_wrong_is_refused_in_a_line_at_each_start(tmp_path, cap
     [
         ("sys.exit(7)", 60.0, "ended with code 7"),
         ("os.abort()", 60.0, "ended with code -6"),
-        ("signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)", 8.0, "took more than 8"),
+        ("signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)", SHORT, "took more than"),
     ],
 )
 def test_a_kernel_that_crashes_or_hangs_is_not_tried_again(
     tmp_path, capsys, end, limit_s, how
 ) -> None:
-    body = f"tell(began=True)\nif kernel == 'hopper': {end}\ntell(problem=None)"
-    for processes in (["no kernel", "hopper attention", "cudnn attention"], []):
-        answer = checker(tmp_path, body, limit_s).check(CONFIG)
-        assert answer["refused"]["attention"] == ["hopper"]
+    know_chip(tmp_path, "TPU v5")
+    for processes in (["tpu attention"], []):
+        found = checker(tmp_path, f"tell(began=True); {end}", limit_s).check(CONFIG)
+        assert found["refused"]["attention"] == ["tpu"]
         assert asked(tmp_path) == processes
         lines = capsys.readouterr().err.splitlines()
-        refused = [line for line in lines if line.startswith("kernel 'hopper' is refused: ")]
+        refused = [line for line in lines if line.startswith("kernel 'tpu' is refused: ")]
         assert len(refused) == 1 and f": its check {how}" in refused[0]
 
 
@@ -162,11 +171,12 @@ os.kill(os.getpid(), signal.{signal_name})
     [
         ("sys.exit('no memory')", "checks 'hopper' ended with code 1 (no memory)"),
         ("os.abort()", "checks 'hopper' ended with code -6"),
-        ("time.sleep(600)", "checks 'hopper' took more than 8 s"),
+        ("time.sleep(600)", "checks 'hopper' took more than 10 s"),
     ],
 )
 def test_a_check_that_cannot_begin_is_told_and_refuses_nothing(tmp_path, capsys, body, why) -> None:
-    answer = checker(tmp_path, body, 60.0 if "sleep" not in body else 8.0).check(CONFIG)
+    know_chip(tmp_path, "NVIDIA H200")
+    answer = checker(tmp_path, body, 60.0 if "sleep" not in body else SHORT).check(CONFIG)
     assert answer["refused"] == {"attention": [], "experts": []}
     lines = capsys.readouterr().err.splitlines()
     assert lines[-1] == f"kernels were not checked: the process that {why}"
@@ -195,11 +205,11 @@ def test_operations_are_refused_apart(tmp_path) -> None:
 def test_an_earlier_start_finds_nothing_for_other_versions(tmp_path, monkeypatch) -> None:
     checker(tmp_path, WRONG).check(CONFIG)
     asked(tmp_path)
+    real = kernel_check.hash_kernels
     monkeypatch.setattr(kernel_check, "hash_kernels", lambda: "other files")
     assert checker(tmp_path, RIGHT).check(CONFIG)["refused"]["attention"] == []
     assert asked(tmp_path) == ["hopper attention"]
-    monkeypatch.undo()
-    monkeypatch.setattr(kernel_check, "_PCI", tmp_path / "pci")
+    monkeypatch.setattr(kernel_check, "hash_kernels", real)
     assert checker(tmp_path, RIGHT).check(CONFIG)["refused"]["attention"] == ["hopper"]
     assert asked(tmp_path) == []
 
@@ -260,6 +270,7 @@ from pathlib import Path
 from launch import kernel_check
 from tests.launch.test_kernel_check import CONFIG, checker, dataclasses
 kernel_check._PCI = Path("{tmp_path}/pci")
+kernel_check._has_cuda = lambda: True
 config = dataclasses.replace(CONFIG, task=sys.argv[1])
 checker(Path("{tmp_path}"), {body!r}).check(config)
 """
@@ -310,6 +321,38 @@ def test_nothing_is_checked_where_nothing_would_be_chosen(tmp_path) -> None:
     model = dataclasses.replace(MODEL, moe=moe, attention=named)
     assert checker(tmp_path, RIGHT).check(RunConfig(model=model)) == {}
     assert asked(tmp_path) == []
+
+
+def test_accelerators_that_jax_did_not_find_are_asked_for_again(tmp_path) -> None:
+    """As with a driver that was broken, or CUDA_VISIBLE_DEVICES=NoDevFiles."""
+    assert checker(tmp_path, RIGHT, chip="cpu").check(CONFIG)["found"] == {}
+    assert checker(tmp_path, RIGHT).check(CONFIG)["found"] == {f"hopper, {CALL}": None}
+    assert asked(tmp_path) == ["no kernel", "no kernel", "hopper attention"]
+
+
+@pytest.mark.parametrize(
+    ("plugin", "environment", "expected"),
+    [
+        ("xla_cuda13", {"CUDA_VISIBLE_DEVICES": "0"}, True),
+        ("xla_cuda13", {"CUDA_VISIBLE_DEVICES": ""}, False),
+        ("xla_cuda13", {"CUDA_VISIBLE_DEVICES": "0", "JAX_PLATFORMS": "cpu"}, False),
+        ("xla_cuda13", {"CUDA_VISIBLE_DEVICES": "0", "JAX_PLATFORMS": "cpu,cuda"}, False),
+        ("xla_cuda13", {"CUDA_VISIBLE_DEVICES": "0", "JAX_PLATFORMS": "cuda,cpu"}, True),
+        ("xla_other", {"CUDA_VISIBLE_DEVICES": "0"}, False),
+        (None, {"CUDA_VISIBLE_DEVICES": "0"}, False),
+    ],
+)
+def test_gpus_count_where_jax_can_use_them(
+    plugin, environment, expected, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(kernel_check, "on_tpu", lambda environment: False)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "jax_plugins", raising=False)
+    if plugin:
+        (tmp_path / "jax_plugins" / plugin).mkdir(parents=True)
+        (tmp_path / "jax_plugins" / plugin / "__init__.py").touch()
+    assert kernel_check.has_accelerator(environment) is expected
 
 
 def test_ctrl_c_ends_the_check_and_its_process(tmp_path) -> None:
