@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 import types
 from pathlib import Path
 from typing import Any
@@ -392,9 +393,8 @@ command_line.run(lambda values, kernels: print("ran"), "", devices=True, prepare
     assert not (tmp_path / "cache" / "moe" / "kernels").exists()
 
 
-def test_the_process_of_a_check_ends_with_its_parent(tmp_path) -> None:
-    """A run that is killed leaves no process that holds the device."""
-    program = """
+# Starts a check whose kernel hangs, says which process that is, and waits for it.
+PARENT = """
 import json, os, subprocess, sys
 text = '''
 import sys, time
@@ -412,6 +412,10 @@ process.stdin.close()
 print(process.pid, flush=True)
 process.wait()
 """
+
+
+def test_the_process_of_a_check_ends_with_its_parent(tmp_path) -> None:
+    """A run that is killed leaves no process that holds the device."""
     request = {
         "run": kernel_check.request_of(CONFIG),
         "operation": "attention",
@@ -419,7 +423,7 @@ process.wait()
         "kernel": "tpu",
     }
     with subprocess.Popen(
-        [sys.executable, "-c", program, json.dumps(request)],
+        [sys.executable, "-c", PARENT, json.dumps(request)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,
@@ -428,7 +432,12 @@ process.wait()
         child = int(parent.stdout.readline())
         assert "chip" in json.loads(parent.stdout.readline())  # it has read its request by now
         parent.kill()
-    wait_until(lambda: not is_running(child))
+    end = time.monotonic() + 60
+    wait_until(lambda: not is_running(child) or time.monotonic() > end)
+    is_left = is_running(child)
+    if is_left:
+        os.kill(child, signal.SIGKILL)
+    assert not is_left
 
 
 def is_running(process_id: int) -> bool:
