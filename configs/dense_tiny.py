@@ -2,7 +2,7 @@
 
 Command:  python -m launch.train --config=configs/dense_tiny.py --workdir=runs/dense_tiny
 Hardware: 2 CPU cores (measured on an AMD EPYC, jax 0.10.2, Python 3.11.7).
-Time:     5 min 14 s at 12,100 tokens/s, with large pages as `make train` sets them. Without them,
+Time:     5 min 14 s at 12,100 tokens/s, with large pages as commands set them. Without them,
           a third fewer tokens/s.
 Result:   1.273 nats per byte (1.837 bits) on the held-out files, 4 % of the library, and text that
           looks like Python.

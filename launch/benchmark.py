@@ -5,6 +5,7 @@ Examples:
     python -m launch.benchmark --config=configs/benchmark_dense.py --trials=10
     python -m launch.benchmark --config=configs/dense_125m.py --json=dense_125m.json
     python -m launch.benchmark --config=configs/benchmark_moe.py:64x8 --layer
+    python -m launch.benchmark --config=configs/moe_tiny.py --beside=transformers
 
 MFU = tokens/s x training FLOPs per token / peak FLOP/s (Chowdhery et al. 2022, appendix B). Only
 the causal half of attention's scores is counted, and recomputation is not counted. The peak is the
@@ -17,36 +18,65 @@ not a share of a peak, and may exceed 1.
 
 With --layer it measures one sparse layer instead, forward and backward. Beside it, in pairs, it
 measures a dense layer of the same active FLOPs.
+
+With --beside=transformers it measures, in pairs, the step of the same model in Hugging Face's
+transformers on PyTorch. That works on CPUs, in float32 (launch/transformers_step.py).
 """
 
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import flags
 
 from launch import command_line
+from launch.kernel_check import check_kernels
 from moe.config import ConfigError, RunConfig
 from moe.files import write_whole
 
 
-def benchmark(config: RunConfig, trials: int = 5) -> dict[str, Any]:
+class Step(NamedTuple):
+    """Holds the compiled training step of a config."""
+
+    run: Callable[[], None]  # takes the next step, on the same batch, and waits for its end
+    devices: list[Any]
+    num_parameters: int
+    compile_seconds: float
+    temporary_bytes: int
+
+
+def benchmark(
+    config: RunConfig, trials: int = 5, kernels: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Times `trials` training steps on random tokens.
 
-    Returns medians over the trials, with the compiled step's memory and JAX's version.
+    `kernels` is what `check_kernels` returned. Returns medians over the trials, with the compiled
+    step's memory and JAX's version.
     """
+    step = compile_step(config, kernels)
+    step.run()  # the first step of a process is slower, and not timed
+    return {
+        **_time_steps(config, step, trials),
+        "compile_seconds": step.compile_seconds,
+        "temporary_bytes_per_device": step.temporary_bytes,
+        **_versions(step.devices),
+    }
+
+
+def compile_step(config: RunConfig, kernels: Mapping[str, Any] | None = None) -> Step:
+    """Compiles the training step of a config, and makes its state and a batch."""
     import jax
 
     from moe.parallel.mesh import global_batch, host_rows
     from moe.training.start import check_memory
     from moe.training.train_step import make_program
 
-    program = make_program(config)
-    check_memory(program.mesh, program.abstract_state, program.abstract_state.params)
-    devices = list(program.mesh.devices.flat)
+    program = make_program(config, refused=(kernels or {}).get("refused"))
+    params = program.abstract_state.params
+    check_memory(program.mesh, program.abstract_state, params)
     size = config.train.batch_size
     rows = program.task.random_rows(config, len(host_rows(program.mesh, size)))
     batch = global_batch(rows, program.mesh, size, program.task.dims)
@@ -57,27 +87,27 @@ def benchmark(config: RunConfig, trials: int = 5) -> dict[str, Any]:
         compiled = jitted.lower(*decay, state, batch).compile()
         compile_seconds = time.perf_counter() - begin
 
-    def step(state: Any) -> Any:
-        return jax.block_until_ready(compiled(*decay, state, batch))[0]
+    def run() -> None:
+        nonlocal state
+        state = jax.block_until_ready(compiled(*decay, state, batch))[0]
 
-    state = step(state)  # the first step of a process is slower, and not timed
-    return {
-        **_time_steps(config, step, state, devices, trials),
-        "compile_seconds": compile_seconds,
-        "temporary_bytes_per_device": compiled.memory_analysis().temp_size_in_bytes,
-        "devices": f"{len(devices)} x {devices[0].device_kind}",
-        "jax": jax.__version__,
-    }
+    return Step(
+        run,
+        list(program.mesh.devices.flat),
+        sum(leaf.size for leaf in jax.tree.leaves(params)),
+        compile_seconds,
+        compiled.memory_analysis().temp_size_in_bytes,
+    )
 
 
-def _time_steps(
-    config: RunConfig,
-    step: Callable[[Any], Any],
-    state: Any,
-    devices: list[Any],
-    trials: int,
-) -> dict[str, Any]:
-    """Times `step`, which takes and returns a training state, each time right after a matmul."""
+def _versions(devices: Sequence[Any]) -> dict[str, str]:
+    import jax
+
+    return {"devices": f"{len(devices)} x {devices[0].device_kind}", "jax": jax.__version__}
+
+
+def _time_steps(config: RunConfig, step: Step, trials: int) -> dict[str, Any]:
+    """Times a step, each time right after a matmul."""
     import jax
     from tqdm import trange
 
@@ -87,19 +117,17 @@ def _time_steps(
     tokens = config.train.batch_size * config.data.sequence_length
     flops = tokens * run_training_flops(config)
     # All virtual devices of a CPU share its cores, which a single matmul already keeps busy.
-    is_cpu = devices[0].platform == "cpu"
-    matmul_devices = 1 if is_cpu else len(devices)
+    is_cpu = step.devices[0].platform == "cpu"
+    matmul_devices = 1 if is_cpu else len(step.devices)
     # A GPU needs a large matmul to be busy longer than it takes to start it.
     size = 2048 if is_cpu else 8192
     seconds, matmul, ratios = [], [], []
     for _ in trange(trials, desc="steps", disable=jax.process_index() > 0):
-        rate = matmul_flops(devices[0], config.model.compute_dtype, size, trials=3)
+        rate = matmul_flops(step.devices[0], config.model.compute_dtype, size, trials=3)
         matmul.append(rate * matmul_devices)
-        begin = time.perf_counter()
-        state = step(state)
-        seconds.append(time.perf_counter() - begin)
+        seconds.append(_seconds(step.run))
         ratios.append(flops / seconds[-1] / matmul[-1])
-    step_seconds, peak = statistics.median(seconds), peak_flops(devices)
+    step_seconds, peak = statistics.median(seconds), peak_flops(step.devices)
     return {
         "tokens_per_second": tokens / step_seconds,
         **({"mfu": flops / step_seconds / peak} if peak else {}),
@@ -108,6 +136,33 @@ def _time_steps(
         "step_seconds": step_seconds,
         "model_flops_per_second": flops / step_seconds,
         "matmul_flops_per_second": statistics.median(matmul),
+    }
+
+
+def benchmark_beside_transformers(config: RunConfig, trials: int = 5) -> dict[str, Any]:
+    """Times steps of this project and of transformers in turn, on a CPU."""
+    from launch.transformers_step import transformers_step
+
+    theirs = transformers_step(config)
+    ours = compile_step(config)
+    if ours.devices[0].platform != "cpu":
+        raise ConfigError(
+            f"--beside=transformers measures on CPUs, and this is a {ours.devices[0].device_kind}: "
+            "set JAX_PLATFORMS=cpu"
+        )
+    our_seconds, their_seconds = _time_pairs(ours.run, theirs.run, trials)
+    tokens = config.train.batch_size * config.data.sequence_length
+    ratios = [b / a for a, b in zip(our_seconds, their_seconds, strict=True)]
+    return {
+        "speed_over_transformers": statistics.median(ratios),
+        "speed_over_transformers_of_trials": ratios,
+        "tokens_per_second": tokens / statistics.median(our_seconds),
+        "transformers_tokens_per_second": tokens / statistics.median(their_seconds),
+        "parameters": ours.num_parameters,
+        "transformers_parameters": theirs.num_parameters,
+        **({"transformers_experts": theirs.experts} if theirs.experts else {}),
+        **_versions(ours.devices),
+        **theirs.versions,
     }
 
 
@@ -142,44 +197,58 @@ def benchmark_layer(config: RunConfig, trials: int = 9) -> dict[str, Any]:
     dense = gradient(
         FeedForward((c.experts_per_token + c.num_shared_experts) * c.expert_dim), lambda y: y
     )
-    return {
-        **_time_pairs(sparse, dense, trials),
-        "devices": f"1 x {jax.devices()[0].device_kind}",
-        "jax": jax.__version__,
-    }
-
-
-def _time_pairs(sparse: Callable[[], Any], dense: Callable[[], Any], trials: int) -> dict[str, Any]:
-    """Times two functions one after the other, so that a busy machine slows both of a pair."""
-    from tqdm import trange
-
-    seconds: dict[Callable[[], Any], list[float]] = {sparse: [], dense: []}
-    for _ in trange(trials + 1, desc="pairs"):
-        for run in seconds:
-            begin = time.perf_counter()
-            run()
-            seconds[run].append(time.perf_counter() - begin)
-    # The first pair warms up.
-    sparse_seconds, dense_seconds = seconds[sparse][1:], seconds[dense][1:]
+    sparse_seconds, dense_seconds = _time_pairs(sparse, dense, trials)
     ratios = [first / second for first, second in zip(sparse_seconds, dense_seconds, strict=True)]
     return {
         "sparse_over_dense": statistics.median(ratios),
         "sparse_over_dense_of_trials": ratios,
         "sparse_seconds": statistics.median(sparse_seconds),
         "dense_seconds": statistics.median(dense_seconds),
+        **_versions(jax.devices()[:1]),
     }
 
 
-def main(values: flags.FlagValues) -> None:
+def _time_pairs(
+    first: Callable[[], Any], second: Callable[[], Any], trials: int
+) -> tuple[list[float], list[float]]:
+    """Returns the seconds of two functions, called in turn: a busy machine slows both of a pair."""
+    from tqdm import trange
+
+    pairs = [(_seconds(first), _seconds(second)) for _ in trange(trials + 1, desc="pairs")]
+    # The first pair warms up.
+    return [pair[0] for pair in pairs[1:]], [pair[1] for pair in pairs[1:]]
+
+
+def _seconds(function: Callable[[], Any]) -> float:
+    begin = time.perf_counter()
+    function()
+    return time.perf_counter() - begin
+
+
+def prepare(values: flags.FlagValues) -> Mapping[str, Any]:
+    """Checks the path to write to, and then the kernels of a step, of which it returns all."""
     if values.json:
         Path(values.json).touch()  # a mistyped path must not cost minutes of measuring
-    measure = benchmark_layer if values.layer else benchmark
-    result = measure(command_line.read_run_config(values.config), values.trials)
+    if values.layer and values.beside:
+        raise ConfigError("--layer and --beside measure different things: set one of them")
+    config = command_line.read_run_config(values.config)
+    # A layer alone has no mesh to choose a kernel for: it takes the one that the config names.
+    return {} if values.layer else check_kernels(config)
+
+
+def main(values: flags.FlagValues, kernels: Mapping[str, Any]) -> None:
+    config = command_line.read_run_config(values.config)
+    if values.layer:
+        result = benchmark_layer(config, values.trials)
+    elif values.beside:
+        result = benchmark_beside_transformers(config, values.trials)
+    else:
+        result = benchmark(config, values.trials, kernels)
     for name, value in result.items():
         print(f"{name}: {value:,.3f}" if isinstance(value, float) else f"{name}: {value}")
-    if not values.layer:
-        if "mfu" in result:
-            print("mfu = model_flops_per_second / the data sheets' bfloat16 rate of all devices")
+    if "mfu" in result:
+        print("mfu = model_flops_per_second / the data sheets' bfloat16 rate of all devices")
+    if "ratio_to_matmul" in result:
         print(
             "ratio_to_matmul = model_flops_per_second / matmul_flops_per_second, "
             "each timed beside the other: not a share of a peak"
@@ -194,5 +263,8 @@ if __name__ == "__main__":
     flags.DEFINE_bool(
         "layer", False, "Time one sparse layer against a dense one, instead of the training step."
     )
+    flags.DEFINE_enum(
+        "beside", None, ["transformers"], "Time the same model in this library as well, in turn."
+    )
     flags.DEFINE_string("json", None, "A file to write the numbers to.")
-    command_line.run(main, __doc__, devices=True)
+    command_line.run(main, __doc__, devices=True, prepare=prepare)

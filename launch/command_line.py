@@ -24,6 +24,7 @@ from launch.compilation_cache import use_cache
 from launch.compiler_flags import use_flags
 from launch.config_file import ConfigFileErrors, check_config_file
 from launch.help_text import config_fields, help_text
+from launch.large_pages import use_large_pages
 from moe.config import ConfigError, RunConfig, SourceConfig
 from moe.config.checks import expand_run_path, show
 from moe.exit_codes import BAD_INPUT, INTERRUPTED, NOT_JOINED, PEER_STUCK, UNREACHABLE
@@ -33,7 +34,8 @@ from moe.parallel.cluster import hidden_rank
 from moe.storage.paths import Unreachable, cloud_errors, explain, is_unreachable, run_path
 from moe.training.progress import Stream
 
-Main = Callable[[flags.FlagValues], int | None]
+Main = Callable[..., int | None]  # of the flags, and of what `prepare` has returned
+Prepare = Callable[[flags.FlagValues], Any]
 
 # The flags that functions of this file define are listed in the help of the calling command, as if
 # the command had defined them itself.
@@ -114,7 +116,13 @@ def _define_cluster() -> None:
     )
 
 
-def run(main: Main, description: str | None, *, devices: bool = False) -> NoReturn:
+def run(
+    main: Main,
+    description: str | None,
+    *,
+    devices: bool = False,
+    prepare: Prepare | None = None,
+) -> NoReturn:
     """Parses this process's flags, calls `main` with them, and exits with the code that it returns.
 
     None stands for 0. Bad input (a flag, a config, a path) gets one line on stderr and exit code 2;
@@ -123,18 +131,19 @@ def run(main: Main, description: str | None, *, devices: bool = False) -> NoRetu
     one of them.
 
     A command that uses `devices` first joins the other processes of its job, if there are any. Then
-    each of them has a log file, and only process 0 prints.
+    each of them has a log file, and only process 0 prints. If there is a `prepare`, it is called
+    with the flags before this process touches its devices, and `main` gets what it returns as well.
     """
     # If the reader of a pipe leaves, as in `| head -1`, the output stops and the command goes on.
     sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
     if devices:
         _define_cluster()
     parse = functools.partial(_parse, description or "")
-    app.run(functools.partial(_call, main, devices), flags_parser=parse)
+    app.run(functools.partial(_call, main, devices, prepare), flags_parser=parse)
 
 
-def _call(main: Main, devices: bool, _: list[str]) -> int:
-    code = _exit_code(main, devices)
+def _call(main: Main, devices: bool, prepare: Prepare | None, _: list[str]) -> int:
+    code = _exit_code(main, devices, prepare)
     if code == UNREACHABLE:
         watch.leave(code)
         watch.fatal(code)  # threads of the store's client would still try for minutes
@@ -143,10 +152,13 @@ def _call(main: Main, devices: bool, _: list[str]) -> int:
     return code
 
 
-def _exit_code(main: Main, devices: bool) -> int:
+def _exit_code(main: Main, devices: bool, prepare: Prepare | None) -> int:
     """Joins the job if `devices` is set, calls `main`, and returns the exit code of the command."""
+    values = flags.FLAGS
+    prepared = (lambda: (prepare(values),)) if prepare else tuple
     try:
         if devices:
+            use_large_pages(os.environ)
             # `kill -USR1` shows what each thread of a process does, which goes on.
             faulthandler.register(signal.SIGUSR1, file=2, all_threads=True)
             # Before a run has anything to save, SIGTERM ends it as Ctrl-C does.
@@ -154,8 +166,8 @@ def _exit_code(main: Main, devices: bool) -> int:
             signal.signal(signal.SIGTERM, interrupt or signal.default_int_handler)
             use_cache(os.environ)
             use_flags(os.environ)
-            _join(flags.FLAGS)
-        return main(flags.FLAGS) or 0
+            return main(values, *_join(values, prepared)) or 0
+        return main(values) or 0
     except distributed.NotJoined as error:
         print(f"not joined: {error}", file=sys.stderr)
         return NOT_JOINED
@@ -180,8 +192,11 @@ def _exit_code(main: Main, devices: bool) -> int:
         return INTERRUPTED
 
 
-def _join(values: flags.FlagValues) -> None:
-    """Joins the other processes of this job, if a scheduler or a flag says that there are any."""
+def _join(values: flags.FlagValues, prepare: Callable[[], tuple[Any, ...]]) -> tuple[Any, ...]:
+    """Joins the other processes of this job, if a scheduler or a flag says that there are any.
+
+    Returns what `prepare` returns, which is called before this process touches its devices.
+    """
     # A mistake in the config is told before anybody waits for anybody.
     mesh = read_run_config(values.config).mesh if "config" in values else None
     cluster = distributed.find_cluster(
@@ -192,15 +207,20 @@ def _join(values: flags.FlagValues) -> None:
     if cluster is None:
         if note := distributed.why_alone(os.environ):
             print(note, file=sys.stderr)
-        return
+        return prepare()
     places = _start_log(values, cluster)
+    last_lines = lambda process_id: "\n".join(logs.last_lines(places.path(process_id)))
+
+    def prepare_watched() -> tuple[Any, ...]:
+        watch.show_last_lines(last_lines)
+        return prepare()
+
     try:
-        distributed.join(cluster, mesh)
+        return distributed.join(cluster, mesh, prepare=prepare_watched)
     except distributed.NotJoined as error:
         if cluster.process_id == 1:  # process 0, which is shown, may not be there
             logs.show(f"not joined: {error}")
         raise
-    watch.show_last_lines(lambda process_id: "\n".join(logs.last_lines(places.path(process_id))))
 
 
 def _start_log(values: flags.FlagValues, cluster: distributed.Cluster) -> logs.Places:

@@ -22,6 +22,7 @@ with this value. --tasks runs tasks of EleutherAI's lm-evaluation-harness, by th
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import sys
@@ -31,6 +32,7 @@ from typing import Any
 from absl import flags
 
 from launch import command_line
+from launch.kernel_check import check_kernels
 from launch.recorded_evaluations import Evaluation, record_evaluation
 from launch.slices import check_documents, open_slices, splits_of
 from moe.config import ConfigError, DataConfig, RunConfig
@@ -49,14 +51,15 @@ def evaluate(
     *,
     datasets: Sequence[str] = (),
     slice_by: str | None = None,
+    kernels: Mapping[str, Any] | None = None,
 ) -> dict[str, float]:
     """Returns `step`, `loss` and `bits_per_byte` of a checkpoint (the latest) on a whole split.
 
     The split is the validation split by default. With `datasets`, these are evaluated and not the
     run's own. `slice_by` is a field of the examples: the values of the documents that share a value
     of it are returned under FIELD=VALUE/loss. A model with sparse layers adds the statistics of
-    their load. Raises ConfigError for an unknown run, step or split, and where a number is not
-    finite.
+    their load. `kernels` is what `check_kernels` returned. Raises ConfigError for an unknown run,
+    step or split, and where a number is not finite.
     """
     # The files that the config names may be gone, as the run has its own copies of them.
     saved = use_stored_tokenizer(workdir, read_config(workdir), must_match=False)
@@ -67,7 +70,7 @@ def evaluate(
     # These load JAX, which bad input need not wait for.
     from moe.training import evaluation, trainer
 
-    config, program, variables, step = trainer.load_run(workdir, step)
+    config, program, variables, step = trainer.load_run(workdir, step, kernels=kernels)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, eval_batches=0))
     data = evaluated_data(config.data, split, datasets)
     if not datasets:
@@ -75,9 +78,8 @@ def evaluate(
     rows = _open_rows(config, program, data, split)
     # The slices are opened first: what is wrong with them need not wait for an evaluation.
     with _open_slices(config, program, data, split, slice_by) as slices:
-        result, *sliced = (
-            evaluation.evaluate_sources(config, program, variables, one) for one in (rows, *slices)
-        )
+        measure = functools.partial(evaluation.evaluate_sources, config, program, variables)
+        result, *sliced = map(measure, (rows, *slices))
     for values in sliced:
         result |= {name: value for name, value in values.items() if "=" in name}
     _check_finite(result, workdir, step)
@@ -180,10 +182,12 @@ def run_tasks(
     directory: str | None = None,
     limit: int | None = None,
     num_fewshot: int | None = None,
+    kernels: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Returns the results of tasks of the lm-evaluation-harness, by their names.
 
-    `directory` holds the user's own task files. Raises ConfigError for an unknown run or task.
+    `directory` holds the user's own task files, and `kernels` is what `check_kernels` returned.
+    Raises ConfigError for an unknown run or task.
     """
     check_decoder(f"workdir={workdir}", read_config(workdir).task)
     try:
@@ -195,7 +199,7 @@ def run_tasks(
     from moe.data.tokenizers import make_tokenizer
     from moe.training import trainer
 
-    config, program, variables, step = trainer.load_run(workdir, step)
+    config, program, variables, step = trainer.load_run(workdir, step, kernels=kernels)
     tokenizer = make_tokenizer(config.data, program.task.special_tokens)
     run = harness.LoadedRun(
         program.model,
@@ -227,8 +231,13 @@ def check_flags(values: flags.FlagValues) -> None:
             raise ConfigError(f"--{name}={value} is too small: set it to {least} or more")
 
 
-def main(values: flags.FlagValues) -> None:
+def prepare(values: flags.FlagValues) -> Mapping[str, Any]:
+    """Checks the flags, and then the kernels of the run, of which it returns what is known."""
     check_flags(values)
+    return check_kernels(read_config(run_path(values.workdir)))
+
+
+def main(values: flags.FlagValues, kernels: Mapping[str, Any]) -> None:
     workdir = run_path(values.workdir)
     if values.tasks:
         result = run_tasks(
@@ -238,10 +247,16 @@ def main(values: flags.FlagValues) -> None:
             directory=values.task_directory,
             limit=values.limit,
             num_fewshot=values.num_fewshot,
+            kernels=kernels,
         )
     else:
         result = evaluate(
-            workdir, values.step, values.split, datasets=values.data, slice_by=values.slice
+            workdir,
+            values.step,
+            values.split,
+            datasets=values.data,
+            slice_by=values.slice,
+            kernels=kernels,
         )
     print(json.dumps(result, allow_nan=False), flush=True)
     if values.record:
@@ -299,4 +314,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("step", None, "The checkpoint's step; the latest by default.")
     define_flags(flags.FLAGS)
     flags.DEFINE_bool("record", False, "Whether to keep the result in the run directory.")
-    command_line.run(main, __doc__, devices=True)
+    command_line.run(main, __doc__, devices=True, prepare=prepare)

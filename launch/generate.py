@@ -17,13 +17,14 @@ The text of the first prompt is shown while it is written, and that of the other
 """
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from absl import flags
 
 from launch import command_line
+from launch.kernel_check import check_kernels
 from moe.config import ConfigError, RunConfig
 from moe.config.checks import is_unicode
 from moe.config.objectives import check_decoder, special_tokens
@@ -46,11 +47,12 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
+    kernels: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """Returns the continuation of each prompt by a run's checkpoint (the latest).
 
-    With a `suffix` it is the text between prompt and suffix. Raises ConfigError for an unknown run
-    or step, and for a bad prompt or option.
+    With a `suffix` it is the text between prompt and suffix. `kernels` is what `check_kernels`
+    returned. Raises ConfigError for an unknown run or step, and for a bad prompt or option.
     """
     parts = stream(
         workdir,
@@ -62,6 +64,7 @@ def generate(
         top_k=top_k,
         top_p=top_p,
         seed=seed,
+        kernels=kernels,
     )
     return ["".join(texts) for texts in zip(*parts, strict=True)]
 
@@ -77,6 +80,7 @@ def stream(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
+    kernels: Mapping[str, Any] | None = None,
 ) -> Iterator[list[str]]:
     """Yields the next characters of each prompt's continuation while they are sampled.
 
@@ -90,9 +94,8 @@ def stream(
     from moe.inference.generate import stream as stream_tokens
     from moe.training import start, trainer
 
-    sampling = Sampling(temperature, top_k, top_p)
-    check_sampling(sampling, max_new_tokens)
-    config, program, variables, step = trainer.load_run(workdir, step)
+    check_sampling(sampling := Sampling(temperature, top_k, top_p), max_new_tokens)
+    config, program, variables, step = trainer.load_run(workdir, step, kernels=kernels)
     start.check_finite(workdir / "checkpoints" / str(step), variables)
     tokenizer = make_tokenizer(config.data, special_tokens(config.task))
     starts, end_id = _starts_and_end(config, tokenizer, prompts, suffix)
@@ -161,7 +164,14 @@ def _check_texts(prompts: Sequence[str], seed: int) -> None:
             raise ConfigError(f"prompt={prompt!r} is not UTF-8: write it in UTF-8")
 
 
-def main(values: flags.FlagValues) -> None:
+def prepare(values: flags.FlagValues) -> Mapping[str, Any]:
+    """Checks the prompts, and then the kernels of the run, of which it returns what is known."""
+    workdir = run_path(values.workdir)
+    _check_input(workdir, values.prompt, values.suffix, values.seed)
+    return check_kernels(read_config(workdir))
+
+
+def main(values: flags.FlagValues, kernels: Mapping[str, Any]) -> None:
     parts = stream(
         run_path(values.workdir),
         values.prompt,
@@ -172,6 +182,7 @@ def main(values: flags.FlagValues) -> None:
         top_k=values.top_k,
         top_p=values.top_p,
         seed=values.seed,
+        kernels=kernels,
     )
     # An answer begins a line of its own, and other text continues the prompt.
     between = "\n" if read_config(run_path(values.workdir)).data.chat_template else ""
@@ -206,4 +217,4 @@ if __name__ == "__main__":
         "Draws among the likeliest tokens that together have this probability; 1 draws among all.",
     )
     flags.DEFINE_integer("seed", 0, "Seed of the draws.")
-    command_line.run(main, __doc__, devices=True)
+    command_line.run(main, __doc__, devices=True, prepare=prepare)

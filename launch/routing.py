@@ -40,6 +40,7 @@ from absl import flags
 from tqdm import tqdm
 
 from launch import command_line
+from launch.kernel_check import check_kernels
 from launch.plotting import THEMES, Drawing, file_name, picture_html, write_drawing
 from launch.routing_figures import drawings
 from moe.config import ConfigError, RunConfig
@@ -55,12 +56,17 @@ if TYPE_CHECKING:
 
 
 def routing(
-    workdir: RunPath, step: int | None = None, compare_step: int | None = None, batches: int = 50
+    workdir: RunPath,
+    step: int | None = None,
+    compare_step: int | None = None,
+    batches: int = 50,
+    *,
+    kernels: Mapping[str, Any] | None = None,
 ) -> RunPath:
     """Writes <workdir>/routing/ for a checkpoint (the latest), and returns its page, routing.md.
 
     With `compare_step` saturation is measured at that earlier checkpoint alone. With 0 `batches`
-    the whole split is read. Raises ConfigError.
+    the whole split is read. `kernels` is what `check_kernels` returned. Raises ConfigError.
     """
     if batches < 0:
         raise ConfigError(
@@ -74,7 +80,7 @@ def routing(
             f"--workdir={workdir} is a dense run (model.moe.num_experts=0): "
             "set --workdir to a run that has experts"
         )
-    results = measure(workdir, step, compare_step, batches)
+    results = measure(workdir, step, compare_step, batches, kernels)
     directory = workdir / "routing"
     make_directory(directory)
     write_whole(directory / "routing.json", json.dumps(results) + "\n")
@@ -86,12 +92,13 @@ def routing(
 
 
 def measure(
-    workdir: RunPath, step: int | None, compare_step: int | None, batches: int
+    workdir: RunPath,
+    step: int | None,
+    compare_step: int | None,
+    batches: int,
+    kernels: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """Returns every statistic of a checkpoint, as routing.json holds it.
-
-    Raises ConfigError for an unknown step.
-    """
+    """Returns every statistic of a checkpoint. Raises ConfigError for an unknown step."""
     # These load JAX, which bad input need not wait for.
     from moe.data.mixtures import open_validation
     from moe.data.tokenizers import make_tokenizer
@@ -101,7 +108,7 @@ def measure(
     with checkpoint.read_checkpoints(workdir) as checkpoints:
         saved = sorted(checkpoints.all_steps())
         earlier_steps = earlier_checkpoints(saved, step, compare_step)
-        config, program, variables, step = trainer.load_run(workdir, step)
+        config, program, variables, step = trainer.load_run(workdir, step, kernels=kernels)
         vocab_size, num_experts = config.model.vocab_size, config.model.moe.num_experts
         rows = open_validation(config, program.task.rows)
         read = choice_reader(config, program, rows, batches)
@@ -337,8 +344,14 @@ def write_drawings(results: Mapping[str, Any], directory: RunPath) -> list[Drawi
     return drawn
 
 
-def main(values: flags.FlagValues) -> None:
-    page = routing(run_path(values.workdir), values.step, values.compare_step, values.batches)
+def prepare(values: flags.FlagValues) -> Mapping[str, Any]:
+    """Checks the kernels of the run, and returns what is known of them."""
+    return check_kernels(read_config(run_path(values.workdir)))
+
+
+def main(values: flags.FlagValues, kernels: Mapping[str, Any]) -> None:
+    options = values.step, values.compare_step, values.batches
+    page = routing(run_path(values.workdir), *options, kernels=kernels)
     print(page.read_text(encoding="utf-8").split("\n<picture>")[0])
     print(f"wrote {page}, and beside it routing.json and the plots")
 
@@ -352,4 +365,4 @@ if __name__ == "__main__":
         "The one earlier checkpoint to measure saturation at; by default all that the run kept.",
     )
     flags.DEFINE_integer("batches", 50, "Batches of the validation split to read; 0 reads all.")
-    command_line.run(main, __doc__, devices=True)
+    command_line.run(main, __doc__, devices=True, prepare=prepare)

@@ -17,9 +17,6 @@ from moe.exit_codes import DIVERGED, INTERRUPTED
 from moe.storage.paths import RunPath
 
 OUTPUT_FILE = "output.log"
-# On a CPU, XLA allocates gigabytes anew at each step. With large pages a step takes a third less
-# time. glibc reads this variable.
-_LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 # A run that was interrupted has saved, was stopped at once by a second signal, or had not begun.
 _STATUS = {
     0: "finished",
@@ -39,10 +36,10 @@ class Slot:
         self._count = count
 
     def environment(self, environment: Mapping[str, str]) -> dict[str, str]:
-        """Returns the variables of a run, which has large pages and its share of the GPUs."""
+        """Returns the variables of a run, with its share of the GPUs."""
         gpus = share(gpu_names(environment), self.number, self._count)
         own = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus and self._count > 1 else {}
-        return {**_LARGE_PAGES, **environment, **own}
+        return {**environment, **own}
 
     def enter(self) -> None:
         """Keeps this process to the slot's cores."""

@@ -32,7 +32,8 @@ devices is refused in one line, which names the cheapest change that makes it fi
 all the same.
 
 On a kind of GPU or TPU that this version of the kernels has not run on, they are checked first, in
-a process of its own. One that fails is named in a line, and another is used in its place.
+processes of their own. One that fails is named in a line at each start, and another is used in its
+place.
 
 SIGUSR1 makes a process write the stacks of all its threads to stderr and go on.
 
@@ -44,13 +45,15 @@ SIGTERM. In a job of several processes: 69 not all have joined it; 76 another pr
 early, and 77 another one is stuck, each told in one line that names process and host.
 """
 
-import os
 import re
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 from absl import flags
 
 from launch import command_line
+from launch.kernel_check import check_kernels
 from moe.config import ConfigError
 from moe.data.chat import read_template
 from moe.data.sources import check_dataset
@@ -61,31 +64,30 @@ from moe.workdir.identity import use_stored_tokenizer
 from moe.workdir.source import read_source
 
 
-def main(values: flags.FlagValues) -> int:
+def prepare(values: flags.FlagValues) -> Mapping[str, Any]:
+    """Checks the input, and then the kernels of the run, of which it returns what is known."""
     config = command_line.read_run_config(values.config)
     workdir = run_path(values.workdir)
-    sources = {
-        name: values[name].value for name in ("init_from", "init_step", "fork_from", "fork_step")
-    }
-    read_source(**sources)  # which tells mistakes that `fit` would tell only later
-    steps = read_profile_steps(values.profile_steps, config.train.steps)
+    read_source(**_sources(values))  # which tells mistakes that `fit` would tell only later
+    read_profile_steps(values.profile_steps, config.train.steps)
     with_own_copies = use_stored_tokenizer(workdir, config)
     check_dataset(with_own_copies.data)
     check_tokenizer(with_own_copies)
     read_template(with_own_copies.data)
-    # This loads JAX, which bad input need not wait for.
-    from launch.kernel_check import check_kernels
+    return check_kernels(config)
+
+
+def main(values: flags.FlagValues, kernels: Mapping[str, Any]) -> int:
+    # These load JAX, which bad input need not wait for.
     from launch.plan_fit import check_fit
-    from moe.parallel.distributed import from_first
     from moe.training.trainer import Diverged, Interrupted, fit
 
-    # Before this process takes the device for itself.
-    kernels = from_first("a check of kernels", lambda: check_kernels(config, os.environ))
+    config, workdir = command_line.read_run_config(values.config), run_path(values.workdir)
     if not values.force:
         check_fit(config)
-
+    steps = read_profile_steps(values.profile_steps, config.train.steps)
     try:
-        metrics = fit(config, workdir, **sources, profile_steps=steps, kernels=kernels)
+        metrics = fit(config, workdir, **_sources(values), profile_steps=steps, kernels=kernels)
     except Diverged as error:
         print(f"diverged: {error}", file=sys.stderr)
         return DIVERGED
@@ -96,6 +98,12 @@ def main(values: flags.FlagValues) -> int:
         print(f"{name}: {value:.4f}")
     print(f"The run is in {workdir}; draw it with: python -m launch.report --workdir={workdir}")
     return 0
+
+
+def _sources(values: flags.FlagValues) -> dict[str, Any]:
+    """Returns the flags that name another run to start from."""
+    names = ("init_from", "init_step", "fork_from", "fork_step")
+    return {name: values[name].value for name in names}
 
 
 def read_profile_steps(text: str | None, last_step: int) -> range | None:
@@ -146,4 +154,4 @@ def define_flags() -> None:
 
 if __name__ == "__main__":
     define_flags()
-    command_line.run(main, __doc__, devices=True)
+    command_line.run(main, __doc__, devices=True, prepare=prepare)

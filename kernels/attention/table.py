@@ -90,16 +90,18 @@ def _hopper_fused_backward(options: Options, inputs: Inputs, *rows: jax.Array) -
 
 
 def _blockwise_blocks(options: Options) -> Blocks:
-    """Returns 256 queries and 512 keys, or fewer keys if `left` and `right` are both limits.
+    """Returns 256 queries, and 512 keys or fewer under a mask.
 
-    A causal mask is the limit 0 of `right`. A block of keys then holds at most half of the window,
-    so that little of what is computed lies outside of it, but never fewer than 128 keys.
+    Under a causal mask, which is the limit 0 of `right`, queries and keys have blocks of one size:
+    then the fewest scores beside the diagonal are computed in vain. If `left` is a limit as well, a
+    block of keys holds at most half of the window, for the same reason, but never fewer than 128.
     """
+    largest = 256 if options.right == 0 else 512
     if options.left is None or options.right is None:
-        return 256, 512
+        return 256, largest
     half = max(1, (options.left + options.right + 1) // 2)
     power_of_two = 1 << half.bit_length() - 1
-    return 256, max(128, min(512, power_of_two))
+    return 256, max(128, min(largest, power_of_two))
 
 
 def _tpu_blocks(options: Options) -> Blocks:

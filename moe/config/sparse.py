@@ -2,7 +2,7 @@
 
 import dataclasses
 from fractions import Fraction
-from typing import Literal
+from typing import Literal, get_args
 
 from moe.config.checks import (
     ConfigError,
@@ -13,6 +13,8 @@ from moe.config.checks import (
     check_types,
     nearest_divisors,
 )
+
+GroupedKernel = Literal["blockwise", "tpu", "hopper"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +62,7 @@ class MoEConfig:
     dispatch: Literal["dense", "capacity", "dropless"] = "dropless"
     # The program that computes the experts' matmuls under "dropless". "auto" takes the fastest one
     # for the mesh's chip, and docs/kernels.md says what each one can do.
-    implementation: Literal["auto", "blockwise", "tpu", "hopper"] = "auto"
+    implementation: Literal["auto", GroupedKernel] = "auto"
     # The room of an expert under "capacity", as a multiple of its even share of a row's tokens.
     capacity_factor: float = 1.25
     # Which tokens stay where an expert is full: those at earlier positions, or those with higher
@@ -162,7 +164,7 @@ class MoEConfig:
             ),
             *(
                 ("implementation", name, ("dropless",), "it computes rows sorted by their experts")
-                for name in ("blockwise", "hopper")
+                for name in get_args(GroupedKernel)
             ),
             (
                 "router",

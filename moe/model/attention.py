@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import einops
@@ -286,26 +286,26 @@ def choose_implementation(
 
 
 def without_kernels(
-    config: ModelConfig, mesh: Mesh, length: int, refused: Collection[str]
+    config: ModelConfig, mesh: Mesh, length: int, refused: Mapping[str, Collection[str]]
 ) -> ModelConfig:
-    """Returns a config that names kernels where the automatic choice would take a refused one.
+    """Returns a config that names kernels where the automatic choice might take a refused one.
 
-    The rows of the model have `length` tokens.
+    `refused` has the names of kernels by operation, "attention" and "experts". The rows of the
+    model have `length` tokens.
     """
     attention, moe = config.attention, config.moe
-    if not refused:
-        return config
-    if attention.implementation == "auto":
-        choose = functools.partial(choose_implementation, config, mesh, length, refused=refused)
+    wrong = refused.get("attention")
+    if wrong and attention.implementation == "auto":
+        choose = functools.partial(choose_implementation, config, mesh, length, refused=wrong)
         names = {found.name for causal in (True, False) if (found := choose(causal=causal))}
         # Encoders and decoders may do best with different kernels. One name must do for both.
         name: Any = names.pop() if len(names) == 1 else "blockwise"
         attention = dataclasses.replace(attention, implementation=name)
-    if moe.implementation == "auto" and moe.num_experts:
+    wrong, is_grouped = refused.get("experts"), moe.num_experts and moe.dispatch == "dropless"
+    if wrong and is_grouped and moe.implementation == "auto":
         shapes = Shapes(moe.experts_per_token, moe.num_experts, config.compute_dtype)
-        moe = dataclasses.replace(
-            moe, implementation=grouped_matmul.choose(chip(mesh), shapes, refused).name
-        )
+        kernel = grouped_matmul.choose(chip(mesh), shapes, wrong)
+        moe = dataclasses.replace(moe, implementation=kernel.name)
     return dataclasses.replace(config, attention=attention, moe=moe)
 
 

@@ -56,13 +56,18 @@ class Late(RuntimeError):
 
 
 def join(
-    cluster: Cluster, mesh: MeshConfig | None = None, timeout_s: float = ARRIVAL_SECONDS
-) -> None:
+    cluster: Cluster,
+    mesh: MeshConfig | None = None,
+    timeout_s: float = ARRIVAL_SECONDS,
+    prepare: Callable[[], Any] = lambda: None,
+) -> Any:
     """Starts JAX over all processes of the job, and checks what each of them sees.
 
     From then on the watch ends this process if another one dies or is stuck. `mesh` is the run's,
-    where the command has a config. Raises NotJoined with one line that names
-    the processes that did not come within `timeout_s`, or that see the wrong devices.
+    where the command has a config. What `prepare` returns is returned: it is called once the
+    processes can speak with each other, and before they touch their devices. Raises NotJoined with
+    one line that names the processes that did not come within `timeout_s`, or that see the wrong
+    devices.
     """
     arrivals = meet(cluster, visible_gpus(os.environ), timeout_s)
     check_gpus(arrivals)
@@ -70,8 +75,7 @@ def join(
 
     _start_jax(cluster)
     _delay_abort()
-    own = arrivals[cluster.process_id]
-    host = cluster.coordinator.rpartition(":")[0].strip("[]")
+    own, host = arrivals[cluster.process_id], cluster.coordinator.rpartition(":")[0].strip("[]")
     try:
         watch.start(cluster.process_id, cluster.num_processes, host, from_first)
     except OSError as error:
@@ -79,7 +83,8 @@ def join(
             f"{own.name} does not reach the watch of process 0 on {host} ({error}): "
             "open the ports between the hosts"
         ) from None
-    _client().key_value_set(_host_key(cluster.process_id), arrivals[cluster.process_id].host)
+    _client().key_value_set(_host_key(cluster.process_id), own.host)
+    prepared = prepare()
     counts = collections.Counter(device.process_index for device in jax.devices())
     check_devices(arrivals, [counts[n] for n in range(cluster.num_processes)], mesh)
     share_cache(arrivals)
@@ -89,6 +94,7 @@ def join(
         file=sys.stderr,
         flush=True,
     )
+    return prepared
 
 
 def _start_jax(cluster: Cluster) -> None:

@@ -29,6 +29,7 @@ from moe.scaling.communication import (
     pipeline_schedule,
     stream_parts,
 )
+from moe.scaling.expert_rows import expert_rows
 from moe.scaling.hardware import Platform
 
 # The arrays [B, T, D] in the backward pass of a layer, of which the tensor axis splits the tokens:
@@ -42,7 +43,6 @@ MADE_INPUTS, GRADIENT_INPUTS = 2, 2
 MADE_WIDTHS, GRADIENT_WIDTHS = 3, 2
 NORMS = 2  # of a layer
 BATCH_BYTES = 17  # of a token: four int32 (token, target, segment and position) and a mask
-BLOCK_ROWS = 64  # to which dropless pads the rows of each expert
 
 
 class Activations(NamedTuple):
@@ -99,8 +99,8 @@ def activations(config: RunConfig, sizes: Mapping[str, int], platform: Platform)
     if config.task == "span_corruption":  # the decoder has as many layers, and fewer tokens
         stacks += config.corrupted_row.targets / config.data.sequence_length
     staged, *others = layer_passes(config, sizes)
-    in_stages = staged.kept * _saved(config, sizes, staged)
-    saved = in_stages + sum(_saved(config, sizes, passes) for passes in others)
+    in_stages = staged.kept * _saved(config, sizes, staged, platform)
+    saved = in_stages + sum(_saved(config, sizes, passes, platform) for passes in others)
     # The backward passes of layers before the stages begin when those of the stages have ended.
     is_after = model.pipelined_group + 1 < len(model.layer_groups)
     freed = 0 if is_after else round(in_stages)
@@ -122,7 +122,7 @@ def _shares_table(config: RunConfig, sizes: Mapping[str, int]) -> bool:
     return not untied and bool(table.axes("D", sizes)) and not gathers_once(config, sizes)
 
 
-def _saved(config: RunConfig, sizes: Mapping[str, int], passes: Passes) -> int:
+def _saved(config: RunConfig, sizes: Mapping[str, int], passes: Passes, platform: Platform) -> int:
     """Returns the bytes that the backward passes of some layers read, for one pass of them."""
     model, tokens = config.model, passes.tokens
     item, widths = ITEM[model.compute_dtype], _widths(config, sizes)
@@ -133,7 +133,7 @@ def _saved(config: RunConfig, sizes: Mapping[str, int], passes: Passes) -> int:
         if model.remat == "save_attention":
             saved += passes.layers * tokens * _attention_outputs(widths)
         if model.remat == "save_exchange":
-            saved += passes.sparse_layers * _exchanged(config, sizes, tokens)
+            saved += passes.sparse_layers * _exchanged(config, sizes, tokens, platform)
         return saved
     saved = passes.layers * tokens * _attention_residuals(widths, item)
     saved += (passes.layers - passes.sparse_layers) * _dense_residuals(model, sizes, tokens)
@@ -141,7 +141,9 @@ def _saved(config: RunConfig, sizes: Mapping[str, int], passes: Passes) -> int:
         saved += passes.sparse_layers * _sparse_residuals(config, sizes, tokens)
         if _keeps_rows(config, sizes):
             width = 2 * model.moe.expert_dim // sizes["tensor"]
-            saved += passes.sparse_layers * item * expert_rows(config, sizes, tokens) * width
+            saved += (
+                passes.sparse_layers * item * expert_rows(config, sizes, tokens, platform) * width
+            )
     return saved
 
 
@@ -198,7 +200,7 @@ def _attention_outputs(widths: Widths) -> int:
     return FLOAT32 * (widths.queries + widths.heads)
 
 
-def _exchanged(config: RunConfig, sizes: Mapping[str, int], tokens: int) -> int:
+def _exchanged(config: RunConfig, sizes: Mapping[str, int], tokens: int, platform: Platform) -> int:
     """Returns the bytes that a device receives for its experts. What comes back is not saved.
 
     The backward pass does not need that, since an expert's device applies the weights of its rows.
@@ -209,7 +211,7 @@ def _exchanged(config: RunConfig, sizes: Mapping[str, int], tokens: int) -> int:
         return 0
     if moe.exchange == "all_gather":
         return row * tokens * devices
-    return row * expert_rows(config, sizes, tokens)
+    return row * expert_rows(config, sizes, tokens, platform)
 
 
 def _dense_residuals(model: ModelConfig, sizes: Mapping[str, int], tokens: int) -> int:
@@ -231,24 +233,6 @@ def _sparse_residuals(config: RunConfig, sizes: Mapping[str, int], tokens: int) 
     return tokens * per_token
 
 
-def expert_rows(config: RunConfig, sizes: Mapping[str, int], tokens: int) -> int:
-    """Returns how many rows the experts of a device have room for in a microbatch."""
-    moe, length = config.model.moe, config.data.sequence_length
-    devices = sizes["expert"]
-    assignments, experts = tokens * moe.experts_per_token, moe.num_experts // devices
-    if devices > 1 and moe.exchange == "ragged_all_to_all":
-        room = math.ceil(assignments * moe.receive_factor)
-        return room + experts * BLOCK_ROWS
-    match moe.dispatch:
-        case "dense":
-            return tokens * devices * experts
-        case "capacity":
-            room = math.ceil(moe.row_share * min(length, tokens))
-            return experts * devices * max(1, tokens // length) * room
-        case "dropless":
-            return assignments * devices + experts * BLOCK_ROWS
-
-
 def _layer(config: RunConfig, sizes: Mapping[str, int], passes: Passes, platform: Platform) -> int:
     """Returns the bytes that the backward pass of the largest of some layers takes.
 
@@ -267,16 +251,18 @@ def _layer(config: RunConfig, sizes: Mapping[str, int], passes: Passes, platform
     arrays = GRADIENT_WIDTHS + (MADE_WIDTHS if recomputes else 0)
     sparse, dense = 0, item * tokens * arrays * model.feed_forward_dim // sizes["tensor"]
     if passes.sparse_layers:
-        sparse = _sparse_layer(config, sizes, tokens)
+        sparse = _sparse_layer(config, sizes, tokens, platform)
         dense = dense if passes.sparse_layers < passes.layers else 0
-    saved = 0 if recomputes else _saved(config, sizes, passes) // passes.layers
+    saved = 0 if recomputes else _saved(config, sizes, passes, platform) // passes.layers
     return common + max(sparse, dense) + saved
 
 
-def _sparse_layer(config: RunConfig, sizes: Mapping[str, int], tokens: int) -> int:
+def _sparse_layer(
+    config: RunConfig, sizes: Mapping[str, int], tokens: int, platform: Platform
+) -> int:
     """Returns the bytes that the backward pass of a sparse part takes beside the stream."""
     model, moe, item = config.model, config.model.moe, ITEM[config.model.compute_dtype]
-    rows, width = expert_rows(config, sizes, tokens), moe.expert_dim // sizes["tensor"]
+    rows, width = expert_rows(config, sizes, tokens, platform), moe.expert_dim // sizes["tensor"]
     # The rows and their gradient, and gate and up. The experts make all else a block at a time.
     made = rows * (2 * model.model_dim + (0 if _keeps_rows(config, sizes) else 2 * width))
     if sizes["expert"] > 1:  # rows leave and arrive, and so do their gradients

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 
 from moe.config import AXES, MeshConfig, RunConfig
-from moe.scaling.activations import BLOCK_ROWS, activations, expert_rows
+from moe.scaling.activations import activations
 from moe.scaling.arrays import parameters
 from moe.scaling.communication import (
     FLOAT32,
@@ -21,6 +21,7 @@ from moe.scaling.communication import (
     least_collectives,
     pipeline_schedule,
 )
+from moe.scaling.expert_rows import block_rows, expert_rows
 from moe.scaling.flops import run_recomputed_flops, run_training_flops, stage_training_flops
 from moe.scaling.hardware import Chip, Platform
 from moe.scaling.memory import StepBytes, state_bytes, step_bytes
@@ -115,11 +116,11 @@ def _expert_traffic(config: RunConfig, sizes: Mapping[str, int]) -> float:
     """
     passes, item = layer_passes(config, sizes)[0], ITEM[config.model.compute_dtype]
     experts = config.model.moe.num_experts // sizes["expert"]
-    rows = expert_rows(config, sizes, passes.tokens)
+    rows = expert_rows(config, sizes, passes.tokens, "cpu")
     weights = sum(a.elements(sizes) for a in parameters(config) if a.name == "experts") // experts
     # The longest runs have 16 blocks. What is left of an expert's rows makes 1.5 runs of 4 blocks
     # and as many of one block, on average.
-    runs = rows / (16 * BLOCK_ROWS) + 3 * experts
+    runs = rows / (16 * block_rows(config.model, rows, experts, "cpu")) + 3 * experts
     moved = 9 * item * rows * config.model.model_dim + runs * (2 * item + 2 * FLOAT32) * weights
     return passes.sparse_layers * moved
 

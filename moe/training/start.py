@@ -291,11 +291,16 @@ def open_records(
 
 
 def load_run(
-    workdir: str | os.PathLike[str], step: int | None = None, *, task: Task | None = None
+    workdir: str | os.PathLike[str],
+    step: int | None = None,
+    *,
+    task: Task | None = None,
+    kernels: Mapping[str, Any] | None = None,
 ) -> tuple[RunConfig, Program, Any, int]:
     """Returns the config, program, model variables and step of a run's checkpoint.
 
-    The checkpoint is the latest one if `step` is None. A run of a custom task needs its `task`. The
+    The checkpoint is the latest one if `step` is None. A run of a custom task needs its `task`.
+    `kernels` is what `launch.kernel_check` found out here, whatever the run itself has used. The
     mesh of the run does not matter. Here the size of the fsdp axis, which splits the parameters, is
     the greatest common divisor of the number of devices and the model's width. Raises ConfigError
     if there is no such run or step.
@@ -308,7 +313,7 @@ def load_run(
     batch_size = -(-config.train.batch_size // devices) * devices
     train = dataclasses.replace(config.train, batch_size=batch_size, accumulation=1)
     config = dataclasses.replace(config, mesh=mesh, train=train)
-    program = make_program(config, task=task)
+    program = make_program(config, task=task, refused=(kernels or {}).get("refused"))
     check_memory(program.mesh, program.abstract_state.variables)
     with checkpoint.read_checkpoints(workdir) as checkpoints:
         variables, step = checkpoint.restore_variables_and_step(

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import einops
@@ -112,16 +112,16 @@ def make_program(
     devices: list[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]  # a class
     *,
     task: Task | None = None,
-    refused: Collection[str] = (),
+    refused: Mapping[str, Collection[str]] | None = None,
 ) -> Program:
     """Makes model, optimizer, state and steps of a run on `devices` (by default, on all of them).
 
-    `task` is the caller's own, where `config.task` is "custom". No `refused` kernel is chosen. Each
-    function of the program is compiled when it is first called.
+    `task` is the caller's own, where `config.task` is "custom". Kernels are not chosen that are
+    `refused` for "attention" or "experts". Each function is compiled when it is first called.
     """
     task = choose_task(config, task)
     mesh = make_mesh(config, devices)
-    model_config = without_kernels(config.model, mesh, config.data.sequence_length, refused)
+    model_config = without_kernels(config.model, mesh, config.data.sequence_length, refused or {})
     config = dataclasses.replace(config, model=model_config)
     implementation = choose_implementation(config.model, mesh, config.data.sequence_length)
     assert implementation is not None  # the devices of a mesh say which chip they are

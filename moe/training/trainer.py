@@ -110,7 +110,7 @@ def fit(
     source = read_source(init_from, init_step, fork_from, fork_step)
     with catch_signals() as interrupted:
         kernels = kernels or {}
-        program = make_program(config, devices, task=task, refused=kernels.get("refused", ()))
+        program = make_program(config, devices, task=task, refused=kernels.get("refused"))
         # A model that is too large is refused before the lock is taken, which makes the directory.
         # The parameters count twice, since the gradient is as large as they are.
         check_memory(program.mesh, program.abstract_state, program.abstract_state.params)

@@ -570,6 +570,15 @@ MOE = {"model__moe__num_experts": 8}
             "because rows are sent in the order of their experts: "
             "set dispatch to 'dropless'",
         ),
+        *(
+            (
+                {"implementation": name, "dispatch": "capacity"},
+                f"implementation='{name}' does not work with dispatch='capacity', "
+                "because it computes rows sorted by their experts: "
+                "set dispatch to 'dropless'",
+            )
+            for name in ("blockwise", "tpu", "hopper")
+        ),
         (
             {"router": "expert_choice"},
             "router='expert_choice' does not work with dispatch='dropless', "

@@ -334,7 +334,7 @@ def test_codes_of_users_and_of_mistakes_are_not_restarted() -> None:
 
 def test_the_commands_are_those_that_use_devices() -> None:
     files = sorted((ROOT / "launch").glob("*.py"))
-    assert [path.stem for path in files if "devices=True)" in path.read_text()] == list(COMMANDS)
+    assert [path.stem for path in files if "devices=True" in path.read_text()] == list(COMMANDS)
 
 
 def test_each_process_gets_its_own_gpus() -> None:

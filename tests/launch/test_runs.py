@@ -118,7 +118,7 @@ def show(monkeypatch, stdout, parts):
     options = ("step", "max_new_tokens", "temperature", "top_k", "top_p", "seed")
     values = dict.fromkeys(options) | {"workdir": "run", "prompt": ["a", "b"], "suffix": "~"}
     monkeypatch.setattr(generate_command, "read_config", lambda workdir: RunConfig())
-    generate_command.main(SimpleNamespace(**values))
+    generate_command.main(SimpleNamespace(**values), {})
 
 
 def test_the_first_text_is_shown_at_once_and_the_others_after_it(monkeypatch):

@@ -11,10 +11,10 @@ from launch.sweep_process import Slot, reason_of, share, status_of
 
 def test_cores_and_gpus_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert share([0, 1, 2, 3, 4], 1, 2) == [2, 3] and share([0], 1, 2) == []
-    environment = {"CUDA_VISIBLE_DEVICES": "4,5,6,7", "GLIBC_TUNABLES": "b"}
-    own = {"CUDA_VISIBLE_DEVICES": "6,7", "GLIBC_TUNABLES": "b"}
+    environment = {"CUDA_VISIBLE_DEVICES": "4,5,6,7", "HOME": "b"}
+    own = {"CUDA_VISIBLE_DEVICES": "6,7", "HOME": "b"}
     assert Slot(1, 2).environment(environment) == own
-    assert Slot(0, 1).environment({}) == {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+    assert Slot(0, 1).environment({}) == {}
     assert Slot(0, 1).environment(environment) == environment
     assert Slot(3, 8).environment(environment) == environment  # there are not enough for each
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 2, 4, 6})

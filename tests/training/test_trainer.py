@@ -567,6 +567,30 @@ def test_the_first_process_alone_writes(config, uninterrupted, tmp_path, monkeyp
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_a_check_of_kernels_found_stands_with_the_run(config, tmp_path, monkeypatch):
+    """The program takes no refused kernel, and environment.jsonl says why."""
+    kernels = {
+        "chip": "a chip",
+        "found": {"hopper, attention": "it is wrong"},
+        "refused": {"attention": ["hopper"], "experts": []},
+    }
+    asked = []
+
+    def make(config, devices, *, task, refused):
+        asked.append(refused)
+        return make_program(config)
+
+    def train(run, state, batches):
+        raise RuntimeError("it would train now")
+
+    monkeypatch.setattr(trainer, "make_program", make)
+    monkeypatch.setattr(trainer, "_train", train)
+    with pytest.raises(RuntimeError, match="it would train now"):
+        trainer.fit(config, tmp_path, kernels=kernels)
+    line = json.loads((tmp_path / "environment.jsonl").read_text())
+    assert asked == [kernels["refused"]] and line["kernels"] == kernels
+
+
 def test_a_refused_config_leaves_its_workdir_free(config, tmp_path):
     wrong = dataclasses.replace(config, data=dataclasses.replace(config.data, train_split="trian"))
     with pytest.raises(ConfigError, match="'trian'"):

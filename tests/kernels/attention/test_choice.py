@@ -77,13 +77,14 @@ def test_blocks_come_from_the_table_or_from_a_rule(monkeypatch):
 def test_an_implementation_s_rule_gives_the_blocks_that_the_table_lacks():
     causal, narrow = (Options(left, 0, None, 1.0) for left in (None, 511))
     assert choice.with_blocks(Choice("tpu"), narrow) == Choice("tpu", (512, 512))
-    assert choice.with_blocks(Choice("blockwise"), causal).blocks == (256, 512)
+    assert choice.with_blocks(Choice("blockwise"), causal).blocks == (256, 256)
     assert choice.with_blocks(Choice("blockwise", (8, 8)), narrow).blocks == (8, 8)
     assert choice.with_blocks(Choice("reference"), narrow).blocks is None
     rule = IMPLEMENTATIONS["blockwise"].blocks
     widths = (9, 300, 511, 1023, 9999)
-    sizes = [rule(Options(left, 0, None, 1.0))[1] for left in widths]
-    assert sizes == [128, 128, 256, 512, 512]
+    sizes = lambda right: [rule(Options(left, right, None, 1.0))[1] for left in widths]
+    assert (sizes(0), sizes(1)) == ([128, 128, 256, 256, 256], [128, 128, 256, 512, 512])
+    assert rule(Options(None, None, None, 1.0)) == (256, 512)
 
 
 def test_an_unknown_name_is_told_with_those_that_are_known():
