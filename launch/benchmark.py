@@ -141,15 +141,17 @@ def _time_steps(config: RunConfig, step: Step, trials: int) -> dict[str, Any]:
 
 def benchmark_beside_transformers(config: RunConfig, trials: int = 5) -> dict[str, Any]:
     """Times steps of this project and of transformers in turn, on a CPU."""
+    import jax
+
     from launch.transformers_step import transformers_step
 
+    if jax.default_backend() != "cpu":
+        raise ConfigError(
+            "--beside=transformers measures on CPUs, and JAX has found a "
+            f"{jax.devices()[0].device_kind}: set JAX_PLATFORMS=cpu"
+        )
     theirs = transformers_step(config)
     ours = compile_step(config)
-    if ours.devices[0].platform != "cpu":
-        raise ConfigError(
-            f"--beside=transformers measures on CPUs, and this is a {ours.devices[0].device_kind}: "
-            "set JAX_PLATFORMS=cpu"
-        )
     our_seconds, their_seconds = _time_pairs(ours.run, theirs.run, trials)
     tokens = config.train.batch_size * config.data.sequence_length
     ratios = [b / a for a, b in zip(our_seconds, their_seconds, strict=True)]
@@ -226,14 +228,15 @@ def _seconds(function: Callable[[], Any]) -> float:
 
 
 def prepare(values: flags.FlagValues) -> Mapping[str, Any]:
-    """Checks the path to write to, and then the kernels of a step, of which it returns all."""
-    if values.json:
-        Path(values.json).touch()  # a mistyped path must not cost minutes of measuring
+    """Checks the flags and the kernels of a step. Returns what is known of the kernels."""
     if values.layer and values.beside:
         raise ConfigError("--layer and --beside measure different things: set one of them")
+    if values.json:
+        Path(values.json).touch()  # a mistyped path must not cost minutes of measuring
     config = command_line.read_run_config(values.config)
-    # A layer alone has no mesh to choose a kernel for: it takes the one that the config names.
-    return {} if values.layer else check_kernels(config)
+    # A layer alone has no mesh to choose a kernel for: it takes the one that the config names. What
+    # is measured beside transformers runs on a CPU.
+    return {} if values.layer or values.beside else check_kernels(config)
 
 
 def main(values: flags.FlagValues, kernels: Mapping[str, Any]) -> None:

@@ -131,8 +131,9 @@ def run(
     one of them.
 
     A command that uses `devices` first joins the other processes of its job, if there are any. Then
-    each of them has a log file, and only process 0 prints. If there is a `prepare`, it is called
-    with the flags before this process touches its devices, and `main` gets what it returns as well.
+    each of them has a log file, and only process 0 prints. Such a command may have a `prepare`. It
+    is called with the flags before this process touches its devices, and `main` gets what it
+    returns as well.
     """
     # If the reader of a pipe leaves, as in `| head -1`, the output stops and the command goes on.
     sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
@@ -155,7 +156,7 @@ def _call(main: Main, devices: bool, prepare: Prepare | None, _: list[str]) -> i
 def _exit_code(main: Main, devices: bool, prepare: Prepare | None) -> int:
     """Joins the job if `devices` is set, calls `main`, and returns the exit code of the command."""
     values = flags.FLAGS
-    prepared = (lambda: (prepare(values),)) if prepare else tuple
+    prepared = lambda: (prepare(values),) if prepare else ()
     try:
         if devices:
             use_large_pages(os.environ)

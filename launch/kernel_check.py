@@ -10,6 +10,7 @@ names is taken as it is. Machines without an accelerator have no such kernels, a
 """
 
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -28,6 +29,7 @@ from launch.child_processes import gpu_names
 from launch.compilation_cache import user_cache
 from launch.kernel_record import Record
 from moe.config import RunConfig
+from moe.config.objectives import causal_kinds
 from moe.files import announce_wait
 from moe.parallel.distributed import from_first, on_tpu
 
@@ -97,18 +99,26 @@ class Checker:
         from moe.kernels.benchmarks import first_start  # which loads JAX
 
         found: dict[str, str | None] = {}
+        unchecked: set[str] = set()
         refused: dict[str, list[str]] = {"attention": [], "experts": []}
         answer = {"found": found, "refused": refused}
         try:
             chip = self._find_chip()
+            if chip == "cpu":
+                raise NotChecked("JAX found no accelerator in a process of its own")
             key = f"{chip}, {_versions()}, kernels {hash_kernels()}"
             for operation, calls in first_start.calls_of(run).items():
 
                 def find_problem(call: "Call", name: str) -> str | None:
                     text = f"{name}, {call.text}"
-                    if text not in found:
-                        found[text] = self._find_problem(f"{key}: {text}", run, call, name)
-                    return found[text]
+                    if text not in found.keys() | unchecked:
+                        asked = {"chip": chip, "run": run, "kernel": name}
+                        try:
+                            found[text] = self._find_problem(f"{key}: {text}", asked, call)
+                        except NotChecked as error:  # what is known of others still holds
+                            unchecked.add(text)
+                            print(f"kernel {name!r} was not checked: {error}", file=sys.stderr)
+                    return found.get(text)
 
                 for name in first_start.right_kernels(calls, chip, find_problem):
                     refused[operation].append(name)
@@ -133,23 +143,21 @@ class Checker:
             self._record.keep(subject, ended.told["chip"])
         return ended.told["chip"]
 
-    def _find_problem(
-        self, subject: str, run: Mapping[str, Any], call: "Call", name: str
-    ) -> str | None:
+    def _find_problem(self, subject: str, asked: Mapping[str, Any], call: "Call") -> str | None:
         """Returns what is wrong with a kernel for a call, or None, and tells it."""
+        name = asked["kernel"]
         finding = self._record.recall(subject)
         is_kept = finding is not None
         if finding:
             problem = finding["found"]
         else:
-            asked = {"run": run, "operation": call.operation, "call": call.text, "kernel": name}
             with announce_wait(
                 f"checking kernel {name!r}, which has not run on this kind of device: "
                 f"at most {self._limit_s:g} s ({call.text})"
             ):
-                ended = self._ask(asked)
+                ended = self._ask({**asked, "operation": call.operation, "call": call.text})
             if "began" not in ended.told:
-                raise NotChecked(f"the process that checks {name!r} {ended.how}")
+                raise NotChecked(f"its process {ended.how}")
             problem = ended.told.get("problem", f"its check {ended.how}")
             is_kept = not ended.by_others and self._record.keep(subject, problem)
         if problem is not None:
@@ -167,7 +175,8 @@ class Checker:
         text = json.dumps({"parent": os.getpid(), **request})
         try:
             # Not pipes, which a compiler that the process has started might hold open.
-            with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+            file = functools.partial(tempfile.TemporaryFile, "w+", errors="replace")
+            with file() as output, file() as errors:
                 process = subprocess.Popen(
                     self._command,
                     cwd=ROOT,
@@ -209,7 +218,8 @@ def _read(output: IO[str], errors: IO[str], code: int | None, limit_s: float) ->
     output.seek(0)
     for line in output:
         if line.startswith("{") and line.endswith("}\n"):
-            told |= json.loads(line)
+            with contextlib.suppress(ValueError):  # a compiler may have written it
+                told |= json.loads(line)
     if code is None:
         return Ended(told, f"took more than {limit_s:g} s")
     how = f"ended with code {code}"
@@ -258,13 +268,12 @@ def list_accelerators() -> str | None:
 def request_of(config: RunConfig) -> dict[str, Any]:
     """Returns what a config computes with kernels that it leaves to `choose`, for the check."""
     model, moe = config.model, config.model.moe
-    causal = {"masked_tokens": [False], "span_corruption": [True, False]}.get(config.task, [True])
     attention = {
         "heads": model.num_heads,
         "kv_heads": model.num_kv_heads,
         "head_dim": model.head_dim,
         "dtype": model.compute_dtype,
-        "causal": causal,
+        "causal": list(causal_kinds(config.task)),
     }
     is_grouped = moe.num_experts and moe.dispatch == "dropless"
     return {
@@ -288,6 +297,7 @@ def hash_kernels() -> str:
     """Returns a digest of all files of kernels, and of those that check them."""
     digest = hashlib.sha256()
     folder = ROOT / "kernels"
-    for path in sorted([*folder.rglob("*.py"), *folder.rglob("*.json")]):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    checking = ROOT / "launch" / "kernel_process.py"
+    for path in sorted([*folder.rglob("*.py"), *folder.rglob("*.json"), checking]):
+        digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:16]

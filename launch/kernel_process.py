@@ -4,7 +4,7 @@
 on a kind of device may end its process, hang, or leave the device in no state to go on. It reads a
 request from stdin as JSON:
 
-    {"parent": 1234, "run": {"attention": {...}, "experts": null},
+    {"parent": 1234, "chip": "NVIDIA H200", "run": {"attention": {...}, "experts": null},
      "operation": "attention", "call": "attention of 4 heads ...", "kernel": "hopper"}
 
 Without a "kernel" it only says which device this is. It prints objects, one a line, each as soon as
@@ -25,9 +25,12 @@ from moe.kernels.benchmarks import first_start
 
 def main(request: Mapping[str, Any]) -> None:
     """Prints what a request asks for."""
-    _tell(chip=jax.devices()[0].device_kind)
+    chip = jax.devices()[0].device_kind
+    _tell(chip=chip)
     if "kernel" not in request:
         return
+    if chip != request["chip"]:  # JAX falls back to CPUs, in silence, where a TPU is busy
+        sys.exit(f"JAX found {chip!r}, not {request['chip']!r}")
     calls = first_start.calls_of(request["run"])[request["operation"]]
     call = next(call for call in calls if call.text == request["call"])
     begin = lambda: _tell(began=True)

@@ -1,8 +1,8 @@
 """Builds the training step of a config with Hugging Face's transformers on PyTorch, on a CPU.
 
 `launch.benchmark --beside=transformers` times it in turn with this project's step. A dense config
-becomes a Llama and a sparse one a Mixtral, with the same number of parameters, the same loss, the
-same clipping and AdamW. Neither package belongs to this project's: pip install torch transformers.
+becomes a Llama and a sparse one a Mixtral, with the same sizes, batches of the same shape, clipping
+and AdamW. This project depends on neither package: pip install torch transformers.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from moe.config.sparse import MoEConfig
 # What Mixtral computes as we do, whatever the values are.
 _FREE = (
     *("num_experts", "experts_per_token", "expert_dim", "balance_weight", "balance_scope"),
-    *("dispatch", "implementation", "capacity_factor", "priority", "exchange", "receive_factor"),
+    *("implementation", "exchange", "receive_factor"),
 )
 
 
@@ -69,9 +69,11 @@ def check_counterpart(config: RunConfig) -> None:
         _refuse("task", config.task, "language_modelling")
     if config.model.compute_dtype != "float32":
         _refuse("model.compute_dtype", config.model.compute_dtype, "float32")
-    default = MoEConfig()
+    sparse, default = config.model.moe, MoEConfig()
+    if sparse.num_experts and sparse.experts_per_token == 1:
+        _refuse("model.moe.experts_per_token", 1, 2)  # Mixtral divides the only weight by itself
     for field in dataclasses.fields(MoEConfig):
-        value = getattr(config.model.moe, field.name)
+        value = getattr(sparse, field.name)
         if field.name not in _FREE and value != getattr(default, field.name):
             _refuse(f"model.moe.{field.name}", value, getattr(default, field.name))
 

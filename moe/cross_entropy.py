@@ -91,11 +91,11 @@ class _Plan(NamedTuple):
     dims: str
     chunk: int
     split: vocabulary.Split
-    parts: tuple[str, ...] | None  # the axes of the parts of a shared weight's gradient
+    part_axes: tuple[str, ...] | None  # the axes of the parts of a shared weight's gradient
 
     @property
     def gradient_dims(self) -> str:
-        return self.dims if self.parts is None else f"P{self.dims}"
+        return self.dims if self.part_axes is None else f"P{self.dims}"
 
     @property
     def width_dim(self) -> int:
@@ -139,7 +139,7 @@ def _sums_backward(
         return (gradient.astype(dtype) * grad_total.astype(dtype)).astype(gradient.dtype)
 
     grad_hidden_BTD, grad_weight = scale(grad_hidden_BTD), scale(grad_weight)
-    if plan.parts is None:
+    if plan.part_axes is None:
         return None, grad_hidden_BTD, grad_weight, None, None
     return grad_weight, grad_hidden_BTD, None, None, None
 
@@ -208,8 +208,8 @@ def _differentiate_shard(
 
 def _sum_weight_gradient(plan: _Plan, gradient: jax.Array, dtype: np.dtype) -> jax.Array:
     """Sums the devices' gradients of the weight. Of a shared weight each keeps its own part."""
-    if plan.parts is not None:
-        return as_part(gradient, plan.parts, plan.split.positions)
+    if plan.part_axes is not None:
+        return as_part(gradient, plan.part_axes, plan.split.positions)
     axes = plan.split.width, plan.split.positions
     return sum_gradient(gradient, plan.width_dim, *axes).astype(dtype)
 

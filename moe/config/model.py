@@ -30,7 +30,7 @@ class AttentionConfig:
 
     # The program that computes attention. "auto" takes the fastest one for the mesh's chip, and
     # docs/kernels.md says what each one can do.
-    implementation: Literal["auto", "blockwise", "tpu", "hopper", "hopper_fused"] = "auto"
+    implementation: Literal["auto", "blockwise", "tpu", "hopper", "hopper_fused", "cudnn"] = "auto"
     # How attention works over the mesh's context axis: "ring" sends keys around a ring of devices,
     # and "ulysses" gives each device all tokens of some heads. docs/context.md compares them.
     context_parallelism: Literal["ring", "ulysses"] = "ring"

@@ -37,6 +37,17 @@ def special_tokens(task: TaskName) -> tuple[str, ...]:
             return ()
 
 
+def causal_kinds(task: TaskName) -> tuple[bool, ...]:
+    """Returns whether the attention of a task's model is causal: both where its parts differ."""
+    match task:
+        case "language_modelling" | "fill_in_the_middle":
+            return (True,)
+        case "masked_tokens":
+            return (False,)
+        case "span_corruption" | "custom":
+            return (True, False)
+
+
 def check_decoder(name: str, task: TaskName) -> None:
     """Raises ConfigError for a task whose model is no decoder alone; `name` says whose task it is.
 

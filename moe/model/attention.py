@@ -10,7 +10,8 @@ import flax.linen as nn
 import jax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
-from moe.config import ConfigError, ModelConfig
+from moe.config import ConfigError, ModelConfig, RunConfig
+from moe.config.objectives import causal_kinds
 from moe.kernels import grouped_matmul
 from moe.kernels.attention import Choice, choose, decode_attention, flash_attention, why_not
 from moe.kernels.grouped_matmul import Shapes
@@ -286,27 +287,29 @@ def choose_implementation(
 
 
 def without_kernels(
-    config: ModelConfig, mesh: Mesh, length: int, refused: Mapping[str, Collection[str]]
-) -> ModelConfig:
+    config: RunConfig, mesh: Mesh, refused: Mapping[str, Collection[str]]
+) -> RunConfig:
     """Returns a config that names kernels where the automatic choice might take a refused one.
 
-    `refused` has the names of kernels by operation, "attention" and "experts". The rows of the
-    model have `length` tokens.
+    `refused` has the names of kernels by operation, "attention" and "experts".
     """
-    attention, moe = config.attention, config.moe
+    model, length = config.model, config.data.sequence_length
+    attention, moe = model.attention, model.moe
     wrong = refused.get("attention")
     if wrong and attention.implementation == "auto":
-        choose = functools.partial(choose_implementation, config, mesh, length, refused=wrong)
-        names = {found.name for causal in (True, False) if (found := choose(causal=causal))}
+        choose = functools.partial(choose_implementation, model, mesh, length, refused=wrong)
+        kinds = causal_kinds(config.task)
+        names = {found.name for causal in kinds if (found := choose(causal=causal))}
         # Encoders and decoders may do best with different kernels. One name must do for both.
         name: Any = names.pop() if len(names) == 1 else "blockwise"
         attention = dataclasses.replace(attention, implementation=name)
     wrong, is_grouped = refused.get("experts"), moe.num_experts and moe.dispatch == "dropless"
     if wrong and is_grouped and moe.implementation == "auto":
-        shapes = Shapes(moe.experts_per_token, moe.num_experts, config.compute_dtype)
+        shapes = Shapes(moe.experts_per_token, moe.num_experts, model.compute_dtype)
         kernel = grouped_matmul.choose(chip(mesh), shapes, wrong)
         moe = dataclasses.replace(moe, implementation=kernel.name)
-    return dataclasses.replace(config, attention=attention, moe=moe)
+    model = dataclasses.replace(model, attention=attention, moe=moe)
+    return dataclasses.replace(config, model=model)
 
 
 def decode_memory(q_BTNH: jax.Array, cache: MemoryCache, layer: jax.Array | int) -> jax.Array:

@@ -117,7 +117,7 @@ def activations(config: RunConfig, sizes: Mapping[str, int], platform: Platform)
 
 
 def _shares_table(config: RunConfig, sizes: Mapping[str, int]) -> bool:
-    """Returns whether both ends of the model add up a whole gradient of one table in turn."""
+    """Returns whether a tied table's gradient by the loss stays whole until the other is added."""
     (table, *untied) = (array for array in parameters(config) if "V" in array.dims)
     return not untied and bool(table.axes("D", sizes)) and not gathers_once(config, sizes)
 

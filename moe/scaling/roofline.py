@@ -120,7 +120,9 @@ def _expert_traffic(config: RunConfig, sizes: Mapping[str, int]) -> float:
     weights = sum(a.elements(sizes) for a in parameters(config) if a.name == "experts") // experts
     # The longest runs have 16 blocks. What is left of an expert's rows makes 1.5 runs of 4 blocks
     # and as many of one block, on average.
-    runs = rows / (16 * block_rows(config.model, rows, experts, "cpu")) + 3 * experts
+    assignments = passes.tokens * config.model.moe.experts_per_token * sizes["expert"]
+    block = block_rows(config.model, assignments, experts, "cpu")
+    runs = rows / (16 * block) + 3 * experts
     moved = 9 * item * rows * config.model.model_dim + runs * (2 * item + 2 * FLOAT32) * weights
     return passes.sparse_layers * moved
 

@@ -121,8 +121,7 @@ def make_program(
     """
     task = choose_task(config, task)
     mesh = make_mesh(config, devices)
-    model_config = without_kernels(config.model, mesh, config.data.sequence_length, refused or {})
-    config = dataclasses.replace(config, model=model_config)
+    config = without_kernels(config, mesh, refused or {})
     implementation = choose_implementation(config.model, mesh, config.data.sequence_length)
     assert implementation is not None  # the devices of a mesh say which chip they are
     model = task.model(config.model)

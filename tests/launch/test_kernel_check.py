@@ -170,9 +170,9 @@ os.kill(os.getpid(), signal.{signal_name})
 @pytest.mark.parametrize(
     ("body", "why"),
     [
-        ("sys.exit('no memory')", "checks 'hopper' ended with code 1 (no memory)"),
-        ("os.abort()", "checks 'hopper' ended with code -6"),
-        ("time.sleep(600)", "checks 'hopper' took more than 10 s"),
+        ("sys.exit('no memory')", "ended with code 1 (no memory)"),
+        ("os.abort()", "ended with code -6"),
+        ("time.sleep(600)", "took more than 10 s"),
     ],
 )
 def test_a_check_that_cannot_begin_is_told_and_refuses_nothing(tmp_path, capsys, body, why) -> None:
@@ -180,7 +180,7 @@ def test_a_check_that_cannot_begin_is_told_and_refuses_nothing(tmp_path, capsys,
     answer = checker(tmp_path, body, 60.0 if "sleep" not in body else SHORT).check(CONFIG)
     assert answer["refused"] == {"attention": [], "experts": []}
     lines = capsys.readouterr().err.splitlines()
-    assert lines[-1] == f"kernels were not checked: the process that {why}"
+    assert lines[-1] == f"kernel 'hopper' was not checked: its process {why}"
     checker(tmp_path, RIGHT).check(CONFIG)
     assert asked(tmp_path)[-1] == "hopper attention"
 
@@ -193,6 +193,42 @@ def test_a_check_that_cannot_be_started_is_told_and_refuses_nothing(tmp_path, ca
     assert line.startswith("kernels were not checked: the process that asks for the kind of device")
     assert "could not be started ([Errno 2] No such file or directory" in line
     assert line.count("\n") == 1
+
+
+def test_what_is_known_is_refused_where_another_check_cannot_begin(tmp_path, capsys) -> None:
+    wrong = "tell(began=True); tell(problem='no' if request['operation'] == 'experts' else None)"
+    first = checker(tmp_path, wrong, chip="TPU v5").check(SPARSE)
+    assert first["refused"] == {"attention": [], "experts": ["tpu"]}
+    other = dataclasses.replace(SPARSE, task="masked_tokens")  # whose attention is not known yet
+    answer = checker(tmp_path, "sys.exit(1)", chip="TPU v5").check(other)
+    assert answer["refused"] == first["refused"]
+    assert not any("causal False" in call for call in answer["found"])
+    assert capsys.readouterr().err.count("kernel 'tpu' was not checked: ") == 1
+
+
+def test_what_a_compiler_prints_does_not_end_the_command(tmp_path) -> None:
+    body = """
+os.write(1, b"{module @a}\\n\\xff\\n")
+os.write(2, b"\\xff\\n")
+tell(began=True)
+os.abort()
+"""
+    assert checker(tmp_path, body).check(CONFIG)["refused"]["attention"] == ["hopper", "cudnn"]
+
+
+def test_a_process_that_got_another_device_checks_nothing() -> None:
+    """JAX takes a CPU, in silence, where a TPU is busy."""
+    run = kernel_check.request_of(CONFIG)
+    call = calls_of(run)["attention"][0]
+    asked = {"parent": os.getpid(), "chip": "TPU v5", "run": run, "kernel": "blockwise"}
+    asked |= {"operation": "attention", "call": call.text}
+    command = [sys.executable, "-m", "launch.kernel_process"]
+    options = {"capture_output": True, "text": True, "check": False, "cwd": ROOT}
+    done = subprocess.run(command, input=json.dumps(asked), **options)
+    assert done.returncode == 1 and "began" not in done.stdout
+    assert done.stderr.splitlines()[-1] == "JAX found 'cpu', not 'TPU v5'"
+    done = subprocess.run(command, input=json.dumps(asked | {"chip": "cpu"}), **options)
+    assert json.loads(done.stdout.splitlines()[-1]) == {"problem": None}
 
 
 def test_operations_are_refused_apart(tmp_path) -> None:
@@ -216,7 +252,9 @@ def test_an_earlier_start_finds_nothing_for_other_versions(tmp_path, monkeypatch
 
 
 def test_a_file_of_another_kernel_changes_the_hash(tmp_path, monkeypatch) -> None:
-    (tmp_path / "kernels").mkdir()
+    for name in ("kernels", "launch"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "launch" / "kernel_process.py").touch()
     monkeypatch.setattr(kernel_check, "ROOT", tmp_path)
     hashes = []
     for name in ("a.py", "blocks.json"):
@@ -324,9 +362,10 @@ def test_nothing_is_checked_where_nothing_would_be_chosen(tmp_path) -> None:
     assert asked(tmp_path) == []
 
 
-def test_accelerators_that_jax_did_not_find_are_asked_for_again(tmp_path) -> None:
+def test_accelerators_that_jax_did_not_find_are_asked_for_again(tmp_path, capsys) -> None:
     """As with a driver that was broken, or CUDA_VISIBLE_DEVICES=NoDevFiles."""
     assert checker(tmp_path, RIGHT, chip="cpu").check(CONFIG)["found"] == {}
+    assert "kernels were not checked: JAX found no accelerator" in capsys.readouterr().err
     assert checker(tmp_path, RIGHT).check(CONFIG)["found"] == {f"hopper, {CALL}": None}
     assert asked(tmp_path) == ["no kernel", "no kernel", "hopper attention"]
 
@@ -420,6 +459,7 @@ def test_the_process_of_a_check_ends_with_its_parent(tmp_path) -> None:
         "run": kernel_check.request_of(CONFIG),
         "operation": "attention",
         "call": CALL,
+        "chip": "cpu",
         "kernel": "tpu",
     }
     with subprocess.Popen(
@@ -453,7 +493,7 @@ def test_the_real_process_tells_what_is_right(tmp_path) -> None:
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(tmp_path)}
     (call,) = calls_of(kernel_check.request_of(SPARSE))["experts"]
     request = {"run": kernel_check.request_of(SPARSE), "operation": "experts", "call": call.text}
-    ended = Checker(environment)._ask(request | {"kernel": "blockwise"})
+    ended = Checker(environment)._ask(request | {"chip": "cpu", "kernel": "blockwise"})
     assert ended.told == {"chip": "cpu", "began": True, "problem": None}, ended
     assert ended.how == "ended with code 0"
 
@@ -528,7 +568,7 @@ def test_a_program_takes_no_refused_kernel(monkeypatch) -> None:
 
     def named(attention: tuple[str, ...] = (), experts: tuple[str, ...] = ()) -> tuple[str, str]:
         refused = {"attention": attention, "experts": experts}
-        model = without_kernels(SPARSE.model, mesh, 64, refused)
+        model = without_kernels(SPARSE, mesh, refused).model
         return model.attention.implementation, model.moe.implementation
 
     assert named() == ("auto", "auto")
@@ -539,11 +579,25 @@ def test_a_program_takes_no_refused_kernel(monkeypatch) -> None:
     assert make_program(SPARSE, refused={"attention": everything}).attention == "blockwise"
 
 
+def test_cudnn_computes_what_hopper_must_not(monkeypatch) -> None:
+    monkeypatch.setattr("moe.model.attention.chip", lambda mesh: "NVIDIA H200")
+    mesh = make_mesh(CONFIG)
+    for task, expected in (
+        ("language_modelling", "cudnn"),
+        ("masked_tokens", "blockwise"),  # cuDNN computes causal attention alone
+        ("span_corruption", "blockwise"),
+    ):
+        model = dataclasses.replace(MODEL, head_dim=64)
+        config = dataclasses.replace(CONFIG, task=task, model=model)
+        found = without_kernels(config, mesh, {"attention": ["hopper"]})
+        assert found.model.attention.implementation == expected
+
+
 def test_a_refused_kernel_does_not_touch_experts_without_rows_in_blocks() -> None:
     moe = MoEConfig(num_experts=4, dispatch="capacity")
     config = RunConfig(model=dataclasses.replace(MODEL, moe=moe))
     refused = {"attention": ("hopper",), "experts": ("tpu",)}
-    model = without_kernels(config.model, make_mesh(config), 64, refused)
+    model = without_kernels(config, make_mesh(config), refused).model
     assert model.moe == moe and model.attention.implementation == "blockwise"
 
 

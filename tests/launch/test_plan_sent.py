@@ -49,7 +49,6 @@ def test_the_file_has_cases_that_there_are() -> None:
         for case in CASES
         if (case.chip, case.devices) == ("h200", 8)
         and (case.changes["model.remat"], case.changes["train.accumulation"]) == ("full", 4)
-        and case.config != "dense_1b"
     ],
     ids=case_id,
 )

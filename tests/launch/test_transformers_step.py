@@ -51,7 +51,14 @@ def test_both_steps_train_models_of_one_size(config: RunConfig) -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("router", "sigmoid"), ("num_shared_experts", 1), ("weight_scale", 2.5), ("z_weight", 0.1)],
+    [
+        ("router", "sigmoid"),
+        ("num_shared_experts", 1),
+        ("weight_scale", 2.5),
+        ("z_weight", 0.1),
+        ("dispatch", "capacity"),
+        ("experts_per_token", 1),
+    ],
 )
 def test_what_mixtral_does_not_compute_is_refused(field: str, value: object) -> None:
     check_counterpart(SPARSE)
@@ -59,6 +66,18 @@ def test_what_mixtral_does_not_compute_is_refused(field: str, value: object) -> 
     config = dataclasses.replace(SPARSE, model=dataclasses.replace(SPARSE.model, moe=sparse))
     with pytest.raises(ConfigError, match=rf"^model\.moe\.{field}=.* set model\.moe\.{field} to "):
         check_counterpart(config)
+
+
+def test_other_tasks_are_refused() -> None:
+    config = dataclasses.replace(SPARSE, task="custom")
+    with pytest.raises(ConfigError, match=r"^task='custom' has no counterpart"):
+        check_counterpart(config)
+
+
+def test_other_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jax.default_backend", lambda: "gpu")
+    with pytest.raises(ConfigError, match=r"measures on CPUs.*: set JAX_PLATFORMS=cpu$"):
+        benchmark_beside_transformers(SPARSE)
 
 
 def test_other_dtypes_are_refused() -> None:
