@@ -9,6 +9,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from launch.large_pages import use_large_pages
+
 if TYPE_CHECKING:
     from sys import UnraisableHookArgs
 
@@ -61,6 +63,7 @@ def _leave() -> None:
 # While Python imports this package to run `python -m launch.COMMAND`, sys.argv[0] is "-m"; the
 # command's path takes its place later. A plain import of the package changes nothing.
 if sys.argv[:1] == ["-m"]:
+    use_large_pages(os.environ)
     _check_packages()
     signal.signal(signal.SIGINT, _interrupt)
     sys.unraisablehook = _end_if_interrupted

@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import itertools
 import os
 import signal
 from collections.abc import Callable, Mapping
@@ -17,7 +18,9 @@ def gpu_names(environment: Mapping[str, str]) -> list[str]:
     if visible is None:
         count = len(list(Path("/dev").glob("nvidia[0-9]*")))
         visible = ",".join(map(str, range(count)))
-    return [name for name in visible.split(",") if name]
+    # As CUDA does, this ends at the first name that is none: -1 hides all GPUs.
+    names = itertools.takewhile(lambda name: not name.startswith("-"), visible.split(","))
+    return [name for name in names if name]
 
 
 def ending_with_parent() -> Callable[[], None] | None:

@@ -24,7 +24,6 @@ from launch.compilation_cache import use_cache
 from launch.compiler_flags import use_flags
 from launch.config_file import ConfigFileErrors, check_config_file
 from launch.help_text import config_fields, help_text
-from launch.large_pages import use_large_pages
 from moe.config import ConfigError, RunConfig, SourceConfig
 from moe.config.checks import expand_run_path, show
 from moe.exit_codes import BAD_INPUT, INTERRUPTED, NOT_JOINED, PEER_STUCK, UNREACHABLE
@@ -159,7 +158,6 @@ def _exit_code(main: Main, devices: bool, prepare: Prepare | None) -> int:
     prepared = lambda: (prepare(values),) if prepare else ()
     try:
         if devices:
-            use_large_pages(os.environ)
             # `kill -USR1` shows what each thread of a process does, which goes on.
             faulthandler.register(signal.SIGUSR1, file=2, all_threads=True)
             # Before a run has anything to save, SIGTERM ends it as Ctrl-C does.

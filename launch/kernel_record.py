@@ -46,7 +46,7 @@ class Record:
         path = self.path(subject)
         try:
             if not path.is_absolute():
-                raise FileNotFoundError(2, "there is no home directory", str(self._folder))
+                raise FileNotFoundError(2, "it is no absolute path", str(self._folder))
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, json.dumps({"subject": subject, "found": found}, indent=1) + "\n")
         except OSError as error:

@@ -7,6 +7,7 @@ and AdamW. This project depends on neither package: pip install torch transforme
 
 import dataclasses
 import importlib
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,8 +16,8 @@ from moe.config.sparse import MoEConfig
 
 # What Mixtral computes as we do, whatever the values are.
 _FREE = (
-    *("num_experts", "experts_per_token", "expert_dim", "balance_weight", "balance_scope"),
-    *("implementation", "exchange", "receive_factor"),
+    *("num_experts", "experts_per_token", "expert_dim", "normalize_weights"),
+    *("balance_weight", "balance_scope", "implementation", "exchange", "receive_factor"),
 )
 
 
@@ -31,6 +32,8 @@ class TransformersStep(NamedTuple):
 
 def transformers_step(config: RunConfig) -> TransformersStep:
     """Makes the model, the optimizer and a batch. Raises ConfigError for what they cannot do."""
+    # Otherwise the threads of a busy machine's OpenMP would wait for each other at full speed.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         torch, transformers = map(importlib.import_module, ("torch", "transformers"))
     except ImportError as error:
@@ -69,9 +72,15 @@ def check_counterpart(config: RunConfig) -> None:
         _refuse("task", config.task, "language_modelling")
     if config.model.compute_dtype != "float32":
         _refuse("model.compute_dtype", config.model.compute_dtype, "float32")
+    if config.model.remat != "none":
+        _refuse("model.remat", config.model.remat, "none")
     sparse, default = config.model.moe, MoEConfig()
-    if sparse.num_experts and sparse.experts_per_token == 1:
+    if not sparse.num_experts:
+        return
+    if sparse.experts_per_token == 1:
         _refuse("model.moe.experts_per_token", 1, 2)  # Mixtral divides the only weight by itself
+    if not sparse.normalized:
+        _refuse("model.moe.normalize_weights", False, True)
     for field in dataclasses.fields(MoEConfig):
         value = getattr(sparse, field.name)
         if field.name not in _FREE and value != getattr(default, field.name):

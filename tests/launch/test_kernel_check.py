@@ -375,6 +375,8 @@ def test_accelerators_that_jax_did_not_find_are_asked_for_again(tmp_path, capsys
     [
         ("xla_cuda13", {"CUDA_VISIBLE_DEVICES": "0"}, True),
         ("xla_cuda13", {"CUDA_VISIBLE_DEVICES": ""}, False),
+        ("xla_cuda13", {"CUDA_VISIBLE_DEVICES": "-1"}, False),
+        ("xla_cuda13", {"CUDA_VISIBLE_DEVICES": "0,-1"}, True),
         ("xla_cuda13", {"CUDA_VISIBLE_DEVICES": "0", "JAX_PLATFORMS": "cpu"}, False),
         ("xla_cuda13", {"CUDA_VISIBLE_DEVICES": "0", "JAX_PLATFORMS": "cpu,cuda"}, False),
         ("xla_cuda13", {"CUDA_VISIBLE_DEVICES": "0", "JAX_PLATFORMS": "cuda,cpu"}, True),

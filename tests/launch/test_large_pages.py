@@ -1,69 +1,57 @@
 """Tests that a command has large pages, and when it leaves its process as it is."""
 
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from launch.large_pages import VALUE, VARIABLE
+from launch.large_pages import SETTING, VALUE, VARIABLE, use_large_pages
 
-# Stands for a command: prints who it is, once it has large pages or does without.
-PROGRAM = """
-import json, os, sys, types
-sys.modules["__main__"].__spec__ = types.SimpleNamespace(name=sys.argv[2])
-from pathlib import Path
-from launch.large_pages import use_large_pages
-use_large_pages(os.environ, Path(sys.argv[1]))
-print(json.dumps([os.environ.get("GLIBC_TUNABLES"), os.getpid(), sys.argv[3:]]))
-"""
-
-
-def start(setting: Path, name: str, **variables: str) -> object:
-    environment = {k: v for k, v in os.environ.items() if k != VARIABLE} | variables
-    command = [sys.executable, "-c", PROGRAM, str(setting), name, "--flag=a b"]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-    output, _ = process.communicate(timeout=60)
-    value, process_id, arguments = json.loads(output)  # one line: it printed once
-    assert (process_id, arguments) == (process.pid, ["--flag=a b"])
-    return value
+ON_REQUEST = "always [madvise] never"
 
 
 @pytest.mark.parametrize(
-    ("setting", "name", "variables", "value"),
+    ("setting", "environment", "value"),
     [
-        ("always [madvise] never", "launch.train", {}, VALUE),
-        ("[always] madvise never", "launch.train", {}, None),
-        ("always madvise [never]", "launch.train", {}, None),
-        ("always [madvise] never", "pytest.__main__", {}, None),
-        ("always [madvise] never", "launch.train", {VARIABLE: ""}, ""),
+        (ON_REQUEST, {"HOME": "x"}, VALUE),
+        ("[always] madvise never", {}, None),
+        ("always madvise [never]", {}, None),
+        (ON_REQUEST, {VARIABLE: ""}, None),
+        (None, {}, None),
     ],
 )
-def test_a_command_has_large_pages_where_they_are_given_on_request(
-    tmp_path: Path, setting: str, name: str, variables: dict[str, str], value: str | None
+def test_a_command_starts_again_where_large_pages_are_given_on_request(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    setting: str | None,
+    environment: dict[str, str],
+    value: str | None,
 ) -> None:
-    path = tmp_path / "enabled"
-    path.write_text(setting)
-    assert start(path, name, **variables) == value
+    started: list[Any] = []
+    monkeypatch.setattr(os, "execve", lambda *arguments: started.append(arguments))
+    monkeypatch.setattr(sys, "orig_argv", ["../python", "-m", "launch.train", "--flag=a b"])
+    if setting:
+        (tmp_path / "enabled").write_text(setting)
+    use_large_pages(environment, tmp_path / "enabled")
+    arguments = [sys.executable, "-m", "launch.train", "--flag=a b"]
+    again = (sys.executable, arguments, environment | {VARIABLE: VALUE})
+    assert started == ([again] if value else [])
 
 
-def test_a_system_without_the_setting_is_left_alone(tmp_path: Path) -> None:
-    assert start(tmp_path / "missing", "launch.train") is None
-
-
-def test_commands_on_devices_ask_for_large_pages(tmp_path: Path) -> None:
-    """A config file is read again by the command that was started again."""
-    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    if not setting.exists() or "[madvise]" not in setting.read_text():
-        pytest.skip("this system does not give large pages on request")
+@pytest.mark.skipif(
+    not SETTING.exists() or "[madvise]" not in SETTING.read_text(),
+    reason="this system does not give large pages on request",
+)
+def test_a_command_has_large_pages_before_it_reads_its_config(tmp_path: Path) -> None:
     seen, config = tmp_path / "seen", tmp_path / "config.py"
     config.write_text(
         "import os\n"
         "from moe.config import RunConfig\n"
         f"with open({str(seen)!r}, 'a') as file:\n"
-        f"    print(os.environ.get({VARIABLE!r}), file=file)\n"
+        f"    print(os.getpid(), os.environ.get({VARIABLE!r}), file=file)\n"
         "def get_config():\n"
         "    config = RunConfig.config_dict()\n"
         "    config.model.num_kv_heads = 3\n"  # a mistake, so that the command ends soon
@@ -71,8 +59,9 @@ def test_commands_on_devices_ask_for_large_pages(tmp_path: Path) -> None:
     )
     environment = {k: v for k, v in os.environ.items() if k != VARIABLE}
     command = [sys.executable, "-m", "launch.benchmark", f"--config={config}"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-    lines = seen.read_text().splitlines()
-    assert (lines[0], lines[-1]) == ("None", VALUE)
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, **pipes) as process:
+        output, errors = process.communicate(timeout=60)
+    assert (process.returncode, output) == (2, "")
+    assert errors.startswith("error: ") and errors.count("\n") == 1
+    assert set(seen.read_text().splitlines()) == {f"{process.pid} {VALUE}"}

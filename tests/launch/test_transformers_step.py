@@ -58,6 +58,7 @@ def test_both_steps_train_models_of_one_size(config: RunConfig) -> None:
         ("z_weight", 0.1),
         ("dispatch", "capacity"),
         ("experts_per_token", 1),
+        ("normalize_weights", False),
     ],
 )
 def test_what_mixtral_does_not_compute_is_refused(field: str, value: object) -> None:

@@ -278,7 +278,7 @@ def test_a_command_checks_the_data_set_before_it_loads_jax(
     with pytest.raises(
         ConfigError, match=r"^data\.dataset='nonesuch': Dataset nonesuch not found: "
     ):
-        train.main(flags)
+        train.prepare(flags)
     assert not list(Path(empty.directory).iterdir())
 
 
