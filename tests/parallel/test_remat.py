@@ -74,6 +74,7 @@ def test_ulysses_sends_again_what_comes_before_an_output_that_is_saved(remat) ->
     assert found == pytest.approx(least(config, "all-to-all", "context"), rel=0.1)
 
 
+@pytest.mark.slow
 def test_a_ring_moves_no_keys_again_for_an_output_that_is_saved() -> None:
     """What is left is the order of the tokens, which the ring changes first."""
 

@@ -51,7 +51,15 @@ def on_one_device(scope: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("scope", [pytest.param("row", marks=pytest.mark.slow), "batch"])
-@pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        # The others take a minute each. What they share is plain.
+        pytest.param(mesh, marks=() if name == "data, expert" else pytest.mark.slow)
+        for name, mesh in MESHES.items()
+    ],
+    ids=MESHES,
+)
 def test_replicas_of_a_sparse_model_compute_what_one_device_does(mesh, scope) -> None:
     """With scope "batch", the balance loss is that of a microbatch on all replicas."""
     assert_same(step(with_mesh(sparse_config(scope), mesh)), on_one_device(scope))

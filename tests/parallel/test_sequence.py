@@ -56,7 +56,11 @@ def run_with(model: ModelConfig, mesh: dict[str, int], length: int) -> RunConfig
     return dataclasses.replace(config, data=DataConfig(sequence_length=length))
 
 
-@pytest.mark.parametrize("case", CASES)
+# Those that take a minute. Another sparse case is plain.
+SLOW = {"sparse, beside context": pytest.mark.slow}
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=SLOW.get(case, ())) for case in CASES])
 def test_a_split_stream_computes_what_one_device_does(case: str) -> None:
     """Compares the loss, every gradient, and the router's statistics."""
     model, mesh, length, fields = CASES[case]

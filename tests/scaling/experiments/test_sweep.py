@@ -145,6 +145,7 @@ def test_overrides_lead_from_the_base_to_the_config() -> None:
     assert overrides_between(BASE, BASE) == {}
 
 
+@pytest.mark.slow
 def test_ten_thousand_runs_are_specified_within_ten_seconds() -> None:
     """In a process of its own, which must not import JAX. The time is the processor's.
 
