@@ -20,11 +20,13 @@ With --layer it measures one sparse layer instead, forward and backward. Beside 
 measures a dense layer of the same active FLOPs.
 
 With --beside=transformers it measures, in pairs, the step of the same model in Hugging Face's
-transformers on PyTorch. That works on CPUs, in float32 (launch/transformers_step.py).
+transformers on PyTorch. That works on CPUs, in float32 (launch/transformers_step.py), and needs a
+machine on which nothing else runs.
 """
 
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -155,6 +157,12 @@ def benchmark_beside_transformers(config: RunConfig, trials: int = 5) -> dict[st
     our_seconds, their_seconds = _time_pairs(ours.run, theirs.run, trials)
     tokens = config.train.batch_size * config.data.sequence_length
     ratios = [b / a for a, b in zip(our_seconds, their_seconds, strict=True)]
+    if max(ratios) > 2 * min(ratios):
+        print(
+            "the pairs differ by more than a factor of 2, as on a busy machine, where PyTorch's "
+            "threads wait for each other: measure again while nothing else runs",
+            file=sys.stderr,
+        )
     return {
         "speed_over_transformers": statistics.median(ratios),
         "speed_over_transformers_of_trials": ratios,

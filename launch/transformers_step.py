@@ -7,7 +7,6 @@ and AdamW. This project depends on neither package: pip install torch transforme
 
 import dataclasses
 import importlib
-import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -32,8 +31,6 @@ class TransformersStep(NamedTuple):
 
 def transformers_step(config: RunConfig) -> TransformersStep:
     """Makes the model, the optimizer and a batch. Raises ConfigError for what they cannot do."""
-    # Otherwise the threads of a busy machine's OpenMP would wait for each other at full speed.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         torch, transformers = map(importlib.import_module, ("torch", "transformers"))
     except ImportError as error:

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from launch.benchmark import benchmark_beside_transformers
-from launch.transformers_step import check_counterpart, transformers_step
+from launch.transformers_step import TransformersStep, check_counterpart, transformers_step
 from moe.config import (
     ConfigError,
     DataConfig,
@@ -67,6 +67,21 @@ def test_what_mixtral_does_not_compute_is_refused(field: str, value: object) -> 
     config = dataclasses.replace(SPARSE, model=dataclasses.replace(SPARSE.model, moe=sparse))
     with pytest.raises(ConfigError, match=rf"^model\.moe\.{field}=.* set model\.moe\.{field} to "):
         check_counterpart(config)
+
+
+@pytest.mark.parametrize(("theirs", "is_told"), [([2.0, 3.0], False), ([2.0, 9.0], True)])
+def test_pairs_of_a_busy_machine_are_told(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    theirs: list[float],
+    is_told: bool,
+) -> None:
+    step = TransformersStep(lambda: 0.0, 7, {"torch": "1"}, None)
+    monkeypatch.setattr("launch.transformers_step.transformers_step", lambda config: step)
+    monkeypatch.setattr("launch.benchmark._time_pairs", lambda *_: ([2.0, 2.0], theirs))
+    result = benchmark_beside_transformers(SPARSE)
+    assert result["speed_over_transformers_of_trials"] == [second / 2 for second in theirs]
+    assert ("measure again" in capsys.readouterr().err) == is_told
 
 
 def test_other_tasks_are_refused() -> None:
