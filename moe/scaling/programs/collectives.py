@@ -76,6 +76,13 @@ class _Reader:
         self._mesh_shape = mesh_shape
         self._num_devices = math.prod(mesh_shape.values())
         self._read: dict[str, _Uses] = {}
+        # The collectives that fusions share, by what is written where each begins.
+        self._begun = {
+            _chain_id(instruction)
+            for computation in program.computations.values()
+            if _begins(computation)
+            for instruction in computation.values()
+        }
 
     def uses(self, name: str) -> _Uses:
         """Returns what one execution of a computation sends."""
@@ -108,7 +115,10 @@ class _Reader:
                 raise UnreadableProgram(instruction, "it is no collective that is known")
             return {}
         instructions = self.program.computations[computation]
-        if _goes_on(instructions, instruction):
+        chain = _chain_id(instruction)
+        if chain is not None and not _begins(instructions):
+            if chain not in self._begun:
+                raise UnreadableProgram(instruction, "nothing begins what it goes on with")
             return {}
         try:
             axes, num_members = self._members(instruction)
@@ -135,14 +145,18 @@ class _Reader:
         return axes_along(groups, self._mesh_shape), groups.shape[1]
 
 
-def _goes_on(computation: Computation, instruction: Instruction) -> bool:
-    """Returns whether an instruction goes on with a collective that another one begins.
+def _chain_id(instruction: Instruction) -> str | None:
+    """Returns the name of a collective that several fusions share, or None.
 
-    On a TPU, several fusions may send a part each, beside matmuls. All of them name the collective.
+    On a TPU, fusions may send a part each, beside matmuls. All of them name the collective.
     """
-    return "chain_id=" in instruction.attributes and not any(
-        '"AsyncCollectiveStart"' in other.attributes for other in computation.values()
-    )
+    found = re.search(r'chain_id="?(\d+)', instruction.attributes)
+    return found[1] if found else None
+
+
+def _begins(computation: Computation) -> bool:
+    """Returns whether a fusion begins the collective that it shares with others."""
+    return any('"AsyncCollectiveStart"' in other.attributes for other in computation.values())
 
 
 def _put_in(computation: Computation, instruction: Instruction) -> int:

@@ -164,6 +164,14 @@ def test_a_tpus_gather_beside_matmuls_is_counted_once() -> None:
     assert sent(program) == [("all-gather", "fsdp", 256, 1)]
 
 
+def test_a_gather_that_nothing_begins_is_refused() -> None:
+    gather = f'%c = {GATHER}, frontend_attributes={{chain_id="3"}}'
+    goes_on = computation("g", gather, "ROOT %r = (f32[64]{0}, f32[128]{0}) tuple(%q, %c)")
+    program = module("%g = f32[] fusion(%p), kind=kCustom, calls=%g", others=goes_on)
+    with pytest.raises(UnreadableProgram, match="nothing begins what it goes on with"):
+        sent(program)
+
+
 def loop(attributes: str, *lines: str, others: str = "") -> str:
     """Returns a program with a loop over (f32[64], counter), whose body gathers."""
     body = (
