@@ -43,7 +43,8 @@ def test_a_command_without_its_packages_says_where_they_are(command: str) -> Non
 def test_a_wrong_python_is_pointed_to_the_one_of_make(tmp_path: Path) -> None:
     package = tmp_path / "launch"
     package.mkdir()
-    (package / "__init__.py").write_text((ROOT / "launch" / "__init__.py").read_text())
+    for name in ("__init__.py", "large_pages.py"):
+        (package / name).write_text((ROOT / "launch" / name).read_text())
     (package / "train.py").write_text("import absl\n")
     python = tmp_path / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)

@@ -3,9 +3,10 @@
 import dataclasses
 import sys
 
+import jax
 import pytest
 
-from launch.benchmark import benchmark_beside_transformers
+from launch.benchmark import Step, benchmark_beside_transformers
 from launch.transformers_step import TransformersStep, check_counterpart, transformers_step
 from moe.config import (
     ConfigError,
@@ -78,6 +79,8 @@ def test_pairs_of_a_busy_machine_are_told(
 ) -> None:
     step = TransformersStep(lambda: 0.0, 7, {"torch": "1"}, None)
     monkeypatch.setattr("launch.transformers_step.transformers_step", lambda config: step)
+    own = Step(lambda: None, jax.devices(), 7, 0.0, 0)
+    monkeypatch.setattr("launch.benchmark.compile_step", lambda config: own)
     monkeypatch.setattr("launch.benchmark._time_pairs", lambda *_: ([2.0, 2.0], theirs))
     result = benchmark_beside_transformers(SPARSE)
     assert result["speed_over_transformers_of_trials"] == [second / 2 for second in theirs]
