@@ -38,6 +38,9 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         check_types(self)
         check_positive(self, "learning_rate", "clip_norm")
+        # So no number of steps makes a parameter infinite, as long as the gradients are finite: an
+        # update is at most some times the learning rate, and decay makes nothing larger.
+        check_range(self, 0.0, 1e24, "learning_rate")
         check_range(self, 0.0, 1.0, "final_learning_rate_fraction")
         for name in ("beta1", "beta2"):
             if not 0.0 <= as_computed(self, name) < 1.0:
@@ -52,6 +55,12 @@ class OptimizerConfig:
             )
         check_range(self, 0.0, 1.0, "decay_fraction")
         check_not_negative(self, "weight_decay")
+        if as_computed(self, "learning_rate") * as_computed(self, "weight_decay") > 2:
+            raise ConfigError(
+                f"weight_decay={self.weight_decay} times learning_rate={self.learning_rate} is "
+                "more than 2, so decay would make weights larger: set weight_decay to "
+                f"{2 / self.learning_rate:.2g} or less"
+            )
         if self.warmup_steps is not None:
             check_not_negative(self, "warmup_steps")
 

@@ -111,10 +111,3 @@ def _with_standard_promotion(function: Callable[..., Any]) -> Callable[..., Any]
 def tree_where(condition: jax.Array, new: Any, old: Any) -> Any:
     """Selects `new` if the scalar condition holds and `old` if not, leaf by leaf."""
     return jax.tree.map(lambda x, y: jax.numpy.where(condition, x, y), new, old)
-
-
-def all_finite(tree: Any) -> jax.Array:
-    """Returns whether a tree's arrays hold neither NaN nor an infinity."""
-    return jax.numpy.all(
-        jax.numpy.stack([jax.numpy.all(jax.numpy.isfinite(x)) for x in jax.tree.leaves(tree)])
-    )

@@ -53,7 +53,7 @@ class Interrupted(Exception):
 class Diverged(Exception):
     """Says that updates in a row were skipped, or that the last validation is not finite.
 
-    An update is skipped if its loss, its gradient or the parameters that it makes are not finite.
+    An update is skipped if its loss or its gradient is not finite.
     """
 
 

@@ -38,10 +38,10 @@ def test_floats_are_checked_as_the_float32_that_they_become(path: str) -> None:
 
 
 def test_the_limits_of_float32_themselves_are_accepted() -> None:
-    config = OptimizerConfig(learning_rate=LARGEST_FLOAT, clip_norm=SMALLEST_FLOAT)
+    config = OptimizerConfig(learning_rate=SMALLEST_FLOAT, clip_norm=LARGEST_FLOAT)
     assert (config.learning_rate, config.clip_norm) == (
-        LARGEST_FLOAT,
         SMALLEST_FLOAT,
+        LARGEST_FLOAT,
     )  # as they were written, not rounded
 
 

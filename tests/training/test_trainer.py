@@ -708,7 +708,9 @@ def test_a_step_that_was_not_saved_is_refused(uninterrupted):
 def test_a_run_that_is_not_finite_stops_and_keeps_its_last_checkpoint(config, tmp_path):
     config = dataclasses.replace(
         config,
-        optimizer=dataclasses.replace(config.optimizer, learning_rate=1e30, warmup_fraction=0.125),
+        optimizer=dataclasses.replace(
+            config.optimizer, learning_rate=1e24, weight_decay=0.0, warmup_fraction=0.125
+        ),
         train=dataclasses.replace(config.train, max_skipped_steps=3, checkpoint_every=1),
     )
     with pytest.raises(trainer.Diverged, match="3 updates in a row"):
