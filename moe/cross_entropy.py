@@ -80,7 +80,7 @@ def cross_entropy_sums(
     # jax.custom_vjp hides the types of its function from a type checker.
     total, parts = cast(
         "tuple[jax.Array, jax.Array]",
-        _sums(plan, companion, hidden_BTD, weight, targets_BT, masks_PBT),
+        _loss_sums(plan, companion, hidden_BTD, weight, targets_BT, masks_PBT),
     )
     return total, *jax.lax.stop_gradient(parts)
 
@@ -103,7 +103,7 @@ class _Plan(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _sums(
+def _loss_sums(
     plan: _Plan,
     companion: jax.Array | None,
     hidden_BTD: jax.Array,
@@ -118,7 +118,7 @@ def _sums(
     return sums_P[0], sums_P[1:]
 
 
-def _sums_forward(
+def _loss_sums_forward(
     plan: _Plan, companion: jax.Array | None, *arrays: jax.Array
 ) -> tuple[tuple[jax.Array, jax.Array], tuple]:
     run = functools.partial(_differentiate_shard, plan)
@@ -128,7 +128,7 @@ def _sums_forward(
     return (sums_P[0], sums_P[1:]), tuple(gradients)
 
 
-def _sums_backward(
+def _loss_sums_backward(
     plan: _Plan, gradients: tuple[jax.Array, jax.Array], grad_sums: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array | None, ...]:
     grad_hidden_BTD, grad_weight = gradients
@@ -144,7 +144,7 @@ def _sums_backward(
     return grad_weight, grad_hidden_BTD, None, None, None
 
 
-_sums.defvjp(_sums_forward, _sums_backward)
+_loss_sums.defvjp(_loss_sums_forward, _loss_sums_backward)
 
 
 def _sum_shard(
@@ -181,11 +181,11 @@ def _differentiate_shard(
     ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         sums_P, grad_weight = carry
         losses = _chunk_losses(plan, whole, *arrays)
-        grad_logits = losses.grad_logits_BTV().astype(hidden_BTD.dtype)
-        grad_hidden = jnp.einsum(f"btv,{letters}->btd", grad_logits, whole)
+        grad_logits = losses.grad_logits_NV().astype(hidden_BTD.dtype)
+        grad_hidden = jnp.einsum(f"nv,{letters}->nd", grad_logits, whole)
         # The operand with the weight's first dimension comes first, so that the product need not
         # be transposed.
-        pair = [(losses.hidden_BTD, "btd"), (grad_logits, "btv")]
+        pair = [(losses.hidden_ND, "nd"), (grad_logits, "nv")]
         (left, left_dims), (right, right_dims) = pair if letters == "dv" else pair[::-1]
         grad_weight += jnp.einsum(
             f"{left_dims},{right_dims}->{letters}",
@@ -198,7 +198,8 @@ def _differentiate_shard(
     zeros = jnp.zeros(masks_PBT.shape[0], jnp.float32), jnp.zeros(whole.shape, _sum_dtype(weight))
     chunks = _cut(plan, hidden_BTD, targets_BT, masks_PBT)
     (sums_P, grad_weight), grads_hidden = jax.lax.scan(add_chunk, zeros, chunks)
-    grad_hidden_BTD = einops.rearrange(grads_hidden, "n b c d -> b (n c) d")
+    split_rows = "chunks (b c) d -> b (chunks c) d"
+    grad_hidden_BTD = einops.rearrange(grads_hidden, split_rows, b=hidden_BTD.shape[0])
     return (
         vocabulary.sum_over_positions(sums_P, plan.split),
         vocabulary.sum_hidden(grad_hidden_BTD[:, : hidden_BTD.shape[1]], plan.split),
@@ -215,59 +216,101 @@ def _sum_weight_gradient(plan: _Plan, gradient: jax.Array, dtype: np.dtype) -> j
 
 
 class _ChunkLosses(NamedTuple):
-    """Holds the losses of a chunk, and what their gradient is made of."""
+    """Holds the losses of a chunk of N positions, and what their gradient is made of."""
 
     sums_P: jax.Array  # over the positions of each mask
-    hidden_BTD: jax.Array  # with zeros at masked positions
-    exps_BTV: jax.Array  # of the logits less their maximum
-    denominator_BT1: jax.Array
-    is_target_BTV: jax.Array
-    factor_BT1: jax.Array  # 1, or 0 at masked positions, or NaN for a target outside [0, V)
+    hidden_ND: jax.Array  # with zeros at masked positions
+    exps_NV: jax.Array  # of the logits less their maximum
+    denominator_N1: jax.Array
+    is_target_NV: jax.Array
+    factor_N1: jax.Array  # 1, or 0 at masked positions, or NaN for a target outside [0, V)
 
-    def grad_logits_BTV(self) -> jax.Array:
+    def grad_logits_NV(self) -> jax.Array:
         """Returns the gradient of the sum over the first mask's positions: softmax less target."""
-        probs_BTV = self.exps_BTV / self.denominator_BT1
-        return (probs_BTV - self.is_target_BTV.astype(jnp.float32)) * self.factor_BT1
+        probs_NV = self.exps_NV / self.denominator_N1
+        return (probs_NV - self.is_target_NV.astype(jnp.float32)) * self.factor_N1
 
 
 def _chunk_losses(
     plan: _Plan,
     whole: jax.Array,
-    hidden_BTD: jax.Array,
-    targets_BT: jax.Array,
-    masks_BTP: jax.Array,
+    hidden_ND: jax.Array,
+    targets_N: jax.Array,
+    masks_NP: jax.Array,
 ) -> _ChunkLosses:
     """Returns the losses of a chunk of positions, from the weight that is whole along D."""
-    split, mask_BT = plan.split, masks_BTP[..., 0]
+    split, mask_N = plan.split, masks_NP[:, 0]
     # Masked positions become zeros before anything multiplies them: 0 times NaN would be NaN, also
     # in the gradient of the weight.
-    hidden_BTD = jnp.where(mask_BT[..., None], hidden_BTD, 0)
-    logits_BTV = jnp.einsum(
-        f"btd,{plan.dims.lower()}->btv", hidden_BTD, whole, preferred_element_type=jnp.float32
+    hidden_ND = jnp.where(mask_N[:, None], hidden_ND, 0)
+    logits_NV = jnp.einsum(
+        f"nd,{plan.dims.lower()}->nv", hidden_ND, whole, preferred_element_type=jnp.float32
     )
-    size = logits_BTV.shape[-1]
-
-    maximum_BT = vocabulary.max_over_vocabulary(jnp.max(logits_BTV, axis=-1), split)
-    exps_BTV = jnp.exp(logits_BTV - maximum_BT[..., None])
-    denominator_BT = vocabulary.sum_over_vocabulary(jnp.sum(exps_BTV, axis=-1), split)
+    size = logits_NV.shape[-1]
 
     # A comparison rather than a gather: it fuses, and it finds no target in other parts of V.
-    is_target_BTV = targets_BT[..., None] == vocabulary.own_tokens(size, split)[None, None]
-    target_logits_BT = jnp.sum(jnp.where(is_target_BTV, logits_BTV, 0.0), axis=-1)
-    target_logits_BT = vocabulary.sum_over_vocabulary(target_logits_BT, split)
+    is_target_NV = targets_N[:, None] == vocabulary.own_tokens(size, split)[None]
+    target_logits_NV = jnp.where(is_target_NV, logits_NV, 0.0)
+    maximum_N, denominator_N, target_logits_N = _sum_parts(logits_NV, target_logits_NV, split)
+    exps_NV = jnp.exp(logits_NV - maximum_N[:, None])
 
-    in_vocabulary_BT = (targets_BT >= 0) & (targets_BT < vocabulary.num_tokens(size, split))
-    factor_BT = jnp.where(mask_BT, jnp.where(in_vocabulary_BT, 1.0, jnp.nan), 0.0)
-    losses_BT = (maximum_BT + jnp.log(denominator_BT) - target_logits_BT) * factor_BT
-    sums_P = jnp.sum(jnp.where(masks_BTP, losses_BT[..., None], 0.0), axis=(0, 1))
+    in_vocabulary_N = (targets_N >= 0) & (targets_N < vocabulary.num_tokens(size, split))
+    factor_N = jnp.where(mask_N, jnp.where(in_vocabulary_N, 1.0, jnp.nan), 0.0)
+    losses_N = (maximum_N + jnp.log(denominator_N) - target_logits_N) * factor_N
+    sums_P = jnp.sum(jnp.where(masks_NP, losses_N[:, None], 0.0), axis=0)
     return _ChunkLosses(
         sums_P,
-        hidden_BTD,
-        exps_BTV,
-        denominator_BT[..., None],
-        is_target_BTV,
-        factor_BT[..., None],
+        hidden_ND,
+        exps_NV,
+        denominator_N[:, None],
+        is_target_NV,
+        factor_N[:, None],
     )
+
+
+def _sum_parts(
+    logits_NV: jax.Array, target_logits_NV: jax.Array, split: vocabulary.Split
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns what `_sums` does, over the parts of V that the devices have."""
+    own_maximum_N, exp_sums_N, target_logits_N = jax.lax.platform_dependent(
+        logits_NV, target_logits_NV, cuda=_sums_in_one_pass, default=_sums
+    )
+    maximum_N = vocabulary.max_over_vocabulary(own_maximum_N, split)
+    exp_sums_N *= jnp.exp(own_maximum_N - maximum_N)
+    denominator_N = vocabulary.sum_over_vocabulary(exp_sums_N, split)
+    return maximum_N, denominator_N, vocabulary.sum_over_vocabulary(target_logits_N, split)
+
+
+def _sums(
+    logits_NV: jax.Array, target_logits_NV: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns the maximum of the logits, the sum of exp(logit - maximum), and the last sum."""
+    maximum_N = jnp.max(logits_NV, axis=1)
+    exps_NV = jnp.exp(logits_NV - maximum_N[:, None])
+    return maximum_N, jnp.sum(exps_NV, axis=1), jnp.sum(target_logits_NV, axis=1)
+
+
+def _sums_in_one_pass(
+    logits_NV: jax.Array, target_logits_NV: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns what `_sums` does (Milakov & Gimelshein 2018, algorithm 3).
+
+    A GPU reads the logits from its memory once, not three times. A CPU takes longer.
+    """
+
+    def add(
+        a: tuple[jax.Array, ...], b: tuple[jax.Array, ...]
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Adds two parts, each of which has a maximum of its own."""
+        is_larger = a[0] >= b[0]
+        maximum = jnp.maximum(a[0], b[0])
+        factor = jnp.exp(jnp.minimum(a[0], b[0]) - maximum)
+        larger, smaller = jnp.where(is_larger, a[1], b[1]), jnp.where(is_larger, b[1], a[1])
+        return maximum, larger + smaller * factor, a[2] + b[2]
+
+    arrays = logits_NV, jnp.ones_like(logits_NV), target_logits_NV
+    lowest = jnp.float32(jnp.finfo(jnp.float32).min)
+    return jax.lax.reduce(arrays, (lowest, jnp.float32(0), jnp.float32(0)), add, (1,))
 
 
 def _sum_dtype(x: jax.Array) -> np.dtype:
@@ -277,7 +320,7 @@ def _sum_dtype(x: jax.Array) -> np.dtype:
 def _cut(
     plan: _Plan, hidden_BTD: jax.Array, targets_BT: jax.Array, masks_PBT: jax.Array
 ) -> tuple[jax.Array, ...]:
-    """Cuts the time of each array into chunks, [number of chunks, B, chunk, ...].
+    """Cuts the time of each array into chunks, [number of chunks, B * chunk, ...].
 
     The chunks have nearly equal sizes, so that the last one needs little padding, which is masked.
     """
@@ -288,6 +331,6 @@ def _cut(
 
     def cut(x: jax.Array) -> jax.Array:
         padded = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
-        return einops.rearrange(padded, "b (n c) ... -> n b c ...", c=chunk)
+        return einops.rearrange(padded, "b (chunks c) ... -> chunks (b c) ...", c=chunk)
 
     return cut(hidden_BTD), cut(targets_BT), cut(jnp.moveaxis(masks_PBT, 0, -1))
