@@ -207,12 +207,39 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        dim = x_BTD.shape[-1]
-        scale_D = parameter(self, "scale", "D", (dim,), kind="norm", fan_in=1)
-        x = x_BTD.astype(jnp.float32)
-        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
-        # Laid out here, the result is gathered after it has been rounded, not before.
-        return constrain((x * scale_D[None, None]).astype(x_BTD.dtype), "BtD")
+        scale_D = parameter(self, "scale", "D", (x_BTD.shape[-1],), kind="norm", fan_in=1)
+        return rms_norm(self.epsilon, x_BTD, scale_D)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def rms_norm(epsilon: float, x_BTD: jax.Array, scale_D: jax.Array) -> jax.Array:
+    """Returns x / sqrt(mean(x²) + epsilon) * scale, and keeps no float32 activations [B, T, D]."""
+    return _rms_norm_forward(epsilon, x_BTD, scale_D)[0]
+
+
+def _rms_norm_forward(
+    epsilon: float, x_BTD: jax.Array, scale_D: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
+    x = x_BTD.astype(jnp.float32)
+    inverse_BT1 = jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + epsilon)
+    # Laid out here, the result is gathered after it has been rounded, not before.
+    y_BTD = constrain((x * inverse_BT1 * scale_D).astype(x_BTD.dtype), "BtD")
+    return y_BTD, (x_BTD, inverse_BT1, scale_D)
+
+
+def _rms_norm_backward(
+    epsilon: float, residuals: tuple[jax.Array, jax.Array, jax.Array], grad_BTD: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x_BTD, inverse_BT1, scale_D = residuals
+    grad = constrain(grad_BTD, "BtD").astype(jnp.float32)
+    normed = x_BTD.astype(jnp.float32) * inverse_BT1
+    grad_scale_D = jnp.sum(grad * normed, axis=(0, 1))
+    grad = grad * scale_D
+    grad_x = inverse_BT1 * (grad - normed * jnp.mean(grad * normed, axis=-1, keepdims=True))
+    return grad_x.astype(x_BTD.dtype), grad_scale_D.astype(scale_D.dtype)
+
+
+rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
 
 
 def rotary_angles(positions_BT: jax.Array, head_dim: int, base: float) -> jax.Array:

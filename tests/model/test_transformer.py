@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from moe.config import ModelConfig, MoEConfig
-from moe.model.layers import einsum, look_up, swiglu
+from moe.model.layers import einsum, look_up, rms_norm, swiglu
 from moe.model.transformer import Transformer
 from moe.parameters import declarations, is_declared, unbox
 from tests.model import plain
@@ -366,3 +366,31 @@ def test_jitter_is_neither_forgotten_in_training_nor_drawn_in_evaluation():
     )
     np.testing.assert_array_equal(quiet, plain)
     assert np.abs(drawn - plain).max() > 1e-4
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_norm_and_its_gradients_are_those_of_its_formula(dtype):
+    """It keeps its input and a number for each token, so no float32 array of activations."""
+    x, grad = jax.random.normal(jax.random.key(0), (2, 2, 5, 64)).astype(dtype)
+    scale = jax.random.uniform(jax.random.key(1), (64,))
+
+    def formula(x, scale):
+        x = x.astype(jnp.float32)
+        return x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 0.1) * scale
+
+    expected, pull_back = jax.vjp(formula, x, scale)
+    actual, own_pull_back = jax.vjp(functools.partial(rms_norm, 0.1), x, scale)
+    assert actual.dtype == x.dtype
+    tolerance = (
+        {"rtol": 2e-2, "atol": 1e-2} if dtype == "bfloat16" else {"rtol": 1e-4, "atol": 1e-5}
+    )
+    for ours, plain_ in zip(
+        (actual, *own_pull_back(grad)),
+        (expected, *pull_back(grad.astype(jnp.float32))),
+        strict=True,
+    ):
+        np.testing.assert_allclose(
+            np.asarray(ours, np.float32), np.asarray(plain_, np.float32), **tolerance
+        )
+    kept = [leaf for leaf in jax.tree.leaves(own_pull_back) if leaf.shape == x.shape]
+    assert [leaf.dtype for leaf in kept] == [x.dtype]
