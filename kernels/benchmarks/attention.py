@@ -13,12 +13,10 @@ import argparse
 import functools
 import importlib
 import importlib.util
-import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +24,8 @@ import numpy as np
 
 from moe.kernels.attention import Choice, choose, flash_attention
 from moe.kernels.benchmarks.results import check_difference, write_rows
+from moe.kernels.benchmarks.timing import median_seconds
 
-Key = TypeVar("Key")
 Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
@@ -124,17 +122,6 @@ def passes(attention: Attention, arrays: tuple[jax.Array, ...]) -> dict[str, Cal
     return calls
 
 
-def median_seconds(calls: dict[Key, Callable[[], Any]], repeats: int) -> dict[Key, float]:
-    """Returns the median time of each call; the calls are taken in turns."""
-    times: dict[Key, list[float]] = {name: [] for name in calls}
-    for _ in range(repeats):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            jax.block_until_ready(call())
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
 def measure(
     chip: str,
     length: int,
@@ -199,7 +186,7 @@ def parse_arguments() -> argparse.Namespace:
         choices=["blockwise", "tpu", "hopper", "hopper_fused"],
         help="which of ours to time; by default what `choose` returns",
     )
-    parser.add_argument("--repeats", type=int, default=20, help="calls whose median is taken")
+    parser.add_argument("--repeats", type=int, default=10, help="turns whose median is taken")
     parser.add_argument(
         "--json", type=Path, help="where to write the rows, with the device and the versions"
     )

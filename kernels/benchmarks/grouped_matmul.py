@@ -14,10 +14,7 @@ import argparse
 import functools
 import importlib
 import importlib.util
-import math
-import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -35,6 +32,7 @@ from moe.kernels.benchmarks.grouped_passes import (
     our_calls,
 )
 from moe.kernels.benchmarks.results import check_difference, write_rows
+from moe.kernels.benchmarks.timing import median_seconds
 from moe.kernels.chips import is_hopper
 from moe.kernels.grouped_matmul import (
     Inputs,
@@ -49,8 +47,6 @@ from moe.kernels.grouped_matmul import (
 SHAPES = ["32768,4096,14336,8", "65536,2048,1024,64"]
 # jax.lax.ragged_dot may hold its rows once for each expert. It is not run where that takes more.
 MOST_BYTES = 24 * 2**30
-# Calls are started for about so many seconds before the clock is read again, at most so many.
-SECONDS_OF_TURN, MOST_CALLS = 4e-3, 10
 # How another library, or the compiler, may fail. NotImplementedError is a RuntimeError.
 FAILURES = (
     AssertionError,
@@ -176,29 +172,11 @@ def measure(
             refused.append({"pass": which, "implementation": name, "refused": reason})
         else:
             calls[name, which] = call
-    times: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
-    launches = {
-        key: min(MOST_CALLS, math.ceil(SECONDS_OF_TURN / _seconds(call, 1)))
-        for key, call in calls.items()
-    }
-    for _ in range(repeats):
-        for key, call in calls.items():
-            times[key].append(_seconds(call, launches[key]))
-    for (name, which), values in times.items():
-        seconds = statistics.median(values)
+    for (name, which), seconds in median_seconds(calls, repeats).items():
         rate = flops_of(which, name, shape) / seconds / 1e12
         row = {"pass": which, "implementation": name, "ms": seconds * 1e3, "tflops": rate}
         yield {"shape": shape._asdict(), **row}
     yield from ({"shape": shape._asdict(), **row} for row in refused)
-
-
-def _seconds(call: Call, launches: int) -> float:
-    """Returns the time of one call, of several that are started one after the other."""
-    start = time.perf_counter()
-    for _ in range(launches - 1):
-        call()
-    jax.block_until_ready(call())
-    return (time.perf_counter() - start) / launches
 
 
 def print_row(row: dict[str, Any]) -> None:

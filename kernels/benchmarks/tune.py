@@ -22,7 +22,8 @@ import jax
 from moe.kernels.attention import IMPLEMENTATIONS, Choice, choice, flash_attention
 from moe.kernels.attention.inputs import Options
 from moe.kernels.attention.table import Blocks
-from moe.kernels.benchmarks.attention import median_seconds, passes, random_arrays
+from moe.kernels.benchmarks.attention import passes, random_arrays
+from moe.kernels.benchmarks.timing import median_seconds
 
 CANDIDATES = {
     "blockwise": ((128, 256, 512), (256, 512, 1024)),

@@ -9,6 +9,7 @@ from moe.kernels.attention.hopper import dkv, dq
 from moe.kernels.attention.hopper.over_queries import (
     prepare_backward,
     prepare_over_queries,
+    query_block,
     without_padding,
 )
 from moe.kernels.attention.inputs import Gradients, Inputs, Options
@@ -24,5 +25,6 @@ def backward(
     """Returns the gradients of q, k and v."""
     operands = prepare_backward(inputs, lse_BTN, dout_BTNH, delta_BTN)
     gradient_q = dq.compute_dq(*dq.prepare_over_keys(options, inputs, operands))
-    gradients_kv = dkv.compute_dkv(*prepare_over_queries(options, inputs, operands))
+    block = query_block(options, operands)
+    gradients_kv = dkv.compute_dkv(*prepare_over_queries(options, inputs, operands, block))
     return without_padding(gradient_q, *gradients_kv, inputs)

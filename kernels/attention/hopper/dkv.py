@@ -26,7 +26,6 @@ from moe.kernels.attention.hopper.common import (
     TileBlocks,
 )
 from moe.kernels.attention.hopper.over_queries import (
-    BLOCK,
     KeyTileScratch,
     compute_dprobs,
     compute_probs,
@@ -72,6 +71,7 @@ def _run(static: StaticArgs, operands: Operands, wanted: Wanted) -> tuple[jax.Ar
         grid_names=("batch", "tile", "head"),
         num_threads=3,
         thread_name="warpgroup",
+        kernel_name="attention_dkv",
         compiler_params=common.PARAMS,
     )(operands)
 
@@ -131,14 +131,14 @@ def _visit_queries(
 
     `k_position` is that of the first key, counted from the first query.
     """
-    products_type = plgpu.ACC((ROWS, BLOCK), jnp.float32)
+    products_type = plgpu.ACC((ROWS, static.q_block), jnp.float32)
 
     def visit(masked: bool, step: Index, count: Index) -> Index:
         slot = static.slot(count)
         is_wide = smem.q.shape[-1] > 128
         keys = hide_index(warpgroup, count) if is_wide else warpgroup
         # S = K Qᵀ and P = exp(S - lse).
-        distance = k_position - blocks.masked_block(step) * BLOCK if masked else None
+        distance = k_position - blocks.masked_block(step) * static.q_block if masked else None
         scores = pl.run_scoped(functools.partial(compute_scores, smem, keys, slot), products_type)
         probs, rounded = compute_probs(static, smem, warpgroup, slot, distance, scores)
         plgpu.barrier_wait(smem.dout_full.at[slot])

@@ -46,10 +46,12 @@ def prepare_over_keys(
 
 
 def _kv_block(width: int) -> int:
-    """Returns the number of keys in a block.
+    """Returns the number of keys in a block, the most for which registers hold S, dP and dQ.
 
-    Beside a sum of 64 x 256 for dQ, registers have no room for S and dP larger than 64 x 32.
+    Beside a sum of 64 x 256 for dQ they have no room for S and dP larger than 64 x 32.
     """
+    if width <= 64:
+        return 128
     return 64 if width <= 192 else 32
 
 
@@ -82,6 +84,7 @@ def compute_dq(static: StaticArgs, operands: Operands) -> jax.Array:
         grid_names=("batch", "tile", "head"),
         num_threads=3,
         thread_name="warpgroup",
+        kernel_name="attention_dq",
         compiler_params=common.PARAMS,
     )(operands)
 
@@ -90,7 +93,8 @@ def _scratch(static: StaticArgs, operands: Operands) -> Scratch:
     width, value_width = operands.q.shape[3], operands.v.shape[3]
     has_ids, stages = operands.q_ids is not None, static.stages
     queries, keys = (2, ROWS), (stages, static.kv_block)
-    swizzled = functools.partial(matrices, dtype=operands.q.dtype, columns=static.kv_block)
+    columns = min(64, static.kv_block)
+    swizzled = functools.partial(matrices, dtype=operands.q.dtype, columns=columns)
     return Scratch(
         q=swizzled((*queries, width)),
         dout=swizzled((*queries, value_width)),

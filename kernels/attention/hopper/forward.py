@@ -61,6 +61,7 @@ def forward(options: Options, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
         grid_names=("batch", "tile", "head"),
         num_threads=3,
         thread_name="warpgroup",
+        kernel_name="attention_forward",
         compiler_params=common.PARAMS,
     )(operands)
     if options.partial:

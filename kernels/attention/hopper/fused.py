@@ -57,7 +57,7 @@ def backward(
 ) -> Gradients:
     """Returns the gradients of q, k and v, for head widths of up to 128."""
     operands = prepare_backward(inputs, lse_BTN, dout_BTNH, delta_BTN)
-    static, operands = prepare_over_queries(options, inputs, operands)
+    static, operands = prepare_over_queries(options, inputs, operands, BLOCK)
     batch, length, heads, _ = operands.k.shape
     zeros = jnp.zeros(operands.q.shape, jnp.float32)
     dq_sums = jax.new_ref(zeros, memory_space=plgpu.GMEM)
@@ -69,6 +69,7 @@ def backward(
             grid_names=("batch", "tile", "head"),
             num_threads=3,
             thread_name="warpgroup",
+            kernel_name="attention_gradients",
         ),
         compiler_params=common.PARAMS,
     )(operands, dq_sums)  # pyright: ignore[reportCallIssue] JAX types it as a decorator

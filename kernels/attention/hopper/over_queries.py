@@ -30,6 +30,15 @@ from moe.kernels.attention.masks import full_query_blocks, query_blocks
 
 # The queries of a block: scores and gradients of 64 x 64 take 64 registers of each thread.
 BLOCK = 64
+# The same where heads are at most 64 wide, whose sums of gradients leave more registers free. A
+# product of 64 x 64 x 64 would end before the next one is issued.
+NARROW_BLOCK = 128
+
+
+def query_block(options: Options, operands: Operands) -> int:
+    """Returns the number of queries in a block of dkv.py. Softcap's slopes take registers too."""
+    widest = max(operands.k.shape[3], operands.v.shape[3])
+    return NARROW_BLOCK if widest <= 64 and options.softcap is None else BLOCK
 
 
 def prepare_backward(
@@ -49,14 +58,17 @@ def prepare_backward(
 
 
 def prepare_over_queries(
-    options: Options, inputs: Inputs, operands: Operands
+    options: Options, inputs: Inputs, operands: Operands, block: int
 ) -> tuple[StaticArgs, Operands]:
-    """Returns the static arguments, and the operands with the ranges of queries to visit."""
-    mask = options, inputs.shift, inputs.lengths, (BLOCK, TILE)
+    """Returns the static arguments, and the operands with the ranges of queries to visit.
+
+    A block has `block` queries.
+    """
+    mask = options, inputs.shift, inputs.lengths, (block, TILE)
     visited = query_blocks(*mask, *inputs.segment_ids)
     full = full_query_blocks(*mask, visited, *inputs.segment_ids)
     ranges = common.stack_ranges(visited, full, len(operands.q))
-    static = backward_static_args(options, (BLOCK, TILE), inputs, operands)
+    static = backward_static_args(options, (block, TILE), inputs, operands)
     return static, operands._replace(ranges=ranges)
 
 
@@ -107,7 +119,7 @@ def key_tile_scratch(static: StaticArgs, operands: Operands, columns: int = 64) 
     """Returns the scratch; matrices lie in tiles of `columns` columns."""
     width, value_width = operands.k.shape[3], operands.v.shape[3]
     has_ids, stages = operands.q_ids is not None, static.stages
-    keys, queries = (2, ROWS), (stages, BLOCK)
+    keys, queries = (2, ROWS), (stages, static.q_block)
     swizzled = functools.partial(matrices, dtype=operands.k.dtype, columns=columns)
     return KeyTileScratch(
         k=swizzled((*keys, width)),
@@ -154,7 +166,7 @@ def copy_queries(
     """
 
     def copy_block(_: bool, head: Index, step: Index, count: Index) -> Index:
-        rows = pl.ds(blocks.block(step) * BLOCK, BLOCK)
+        rows = pl.ds(blocks.block(step) * static.q_block, static.q_block)
         slot, head = jax.lax.rem(count, jnp.int32(static.stages)), n * static.group + head
         copy = lambda source, target, full: plgpu.copy_gmem_to_smem(
             source, target.at[slot], full.at[slot]

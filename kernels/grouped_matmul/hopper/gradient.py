@@ -62,6 +62,7 @@ def grouped_weight_gradient(
         grid_names=("program",),
         num_threads=3,
         thread_name="warpgroup",
+        kernel_name="grouped_weight_gradient",
         compiler_params=PARAMS,
     )(_ranges(experts_G, num_experts), rows_IK, grad_IO)
 

@@ -58,6 +58,7 @@ def grouped_matmul(
         grid_names=("program",),
         num_threads=3,
         thread_name="warpgroup",
+        kernel_name="grouped_matmul",
         compiler_params=PARAMS,
     )(experts_G, rows_IK, *weights)
 
