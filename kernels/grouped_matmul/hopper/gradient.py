@@ -12,7 +12,6 @@ from moe.kernels.grouped_matmul.hopper.pipeline import (
     ROWS,
     STEP,
     TILE,
-    Copy,
     Index,
     Ref,
     Scratch,
@@ -22,9 +21,7 @@ from moe.kernels.grouped_matmul.hopper.pipeline import (
     choose_tiling,
     multiply_tiles,
     num_programs,
-    row_range,
     scratch,
-    store_tile,
     tile_in_bands,
 )
 
@@ -102,22 +99,17 @@ def _kernel(
     def step_rows(tile: Tile, step: Index) -> Index:
         return pl.ds(tile.first_row + step * STEP, STEP)
 
-    def copies(tile: Tile, step: Index, slot: Index) -> list[Copy]:
-        step_rows = pl.ds(tile.first_row + step * STEP, STEP)
-        own_columns = pl.ds(first_column + tile.column * tiling.columns, tiling.columns)
-        return [
-            Copy(rows.at[step_rows, pl.ds(tile.row * TILE, TILE)], smem.left.at[slot]),
-            Copy(grad.at[step_rows, own_columns], smem.right.at[slot]),
-        ]
+    def left(tile: Tile, step: Index) -> list[tuple[Index, Ref]]:
+        return [(True, rows.at[step_rows(tile, step), pl.ds(tile.row * TILE, TILE)])]
 
-    def factors(warpgroup: Index, slot: Index) -> list[tuple[Ref, Ref]]:
+    def right(tile: Tile, step: Index) -> list[tuple[Index, Ref]]:
+        columns = pl.ds(first_column + tile.column * tiling.columns, tiling.columns)
+        return [(True, grad.at[step_rows(tile, step), columns])]
+
+    def factors(warpgroup: Index, slot: Index) -> tuple[Ref, Ref]:
         own_columns = pl.ds(warpgroup * ROWS, ROWS)
-        return [(smem.left.at[slot, :, own_columns].T, smem.right.at[slot])]
+        return smem.left.at[slot, :, own_columns].T, smem.right.at[slot]
 
-    def store(tile: Tile, warpgroup: Index, products: list[jax.Array]) -> None:
-        own_rows = row_range(tile, warpgroup)
-        target = lambda columns: output.at[tile.expert, own_rows, columns]
-        store_tile(tiling, smem, target, tile, warpgroup, products[0])
-
-    work = Work(num_experts * per_expert, tile_of, copies, factors, store)
+    target = lambda tile, rows, columns: output.at[tile.expert, rows, columns]
+    work = Work(num_experts * per_expert, tile_of, left, right, factors, target)
     multiply_tiles(work, tiling, smem)

@@ -12,7 +12,6 @@ from moe.kernels.grouped_matmul.hopper.pipeline import (
     ROWS,
     STEP,
     TILE,
-    Copy,
     Index,
     Ref,
     Scratch,
@@ -22,9 +21,7 @@ from moe.kernels.grouped_matmul.hopper.pipeline import (
     choose_tiling,
     multiply_tiles,
     num_programs,
-    row_range,
     scratch,
-    store_tile,
     tile_in_bands,
 )
 
@@ -72,51 +69,38 @@ def _kernel(
     weights, output, smem = refs[:num_weights], refs[num_weights], Scratch(*refs[num_weights + 1 :])
     num_experts, _, last_dim = weights[0].shape
     row_tiles, column_tiles = output.shape[0] // TILE, output.shape[1] // tiling.columns
+    num_steps = rows.shape[1] // STEP
 
-    def copies(tile: Tile, step: Index, slot: Index) -> list[Copy]:
-        """Returns the copies of the rows, and of the weight that lies in the tile's step."""
+    def tile_of(index: Index) -> Tile:
+        row, column = tile_in_bands(index, row_tiles, column_tiles, tiling.band)
+        expert = experts[row]
+        return Tile(expert, row, column, jnp.where(expert < num_experts, num_steps, 0))
+
+    def left(tile: Tile, step: Index) -> list[tuple[Index, Ref]]:
         block = rows.at[pl.ds(tile.row * TILE, TILE), pl.ds(step * STEP, STEP)]
+        return [(True, block)]
+
+    def right(tile: Tile, step: Index) -> list[tuple[Index, Ref]]:
+        """Returns the block of each weight, of which one lies in the tile's step."""
         size = STEP if transposed else tiling.columns
         per_weight = last_dim // size
         index = step if transposed else tile.column
         other = pl.ds(tile.column * tiling.columns, tiling.columns)
         if not transposed:
             other = pl.ds(step * STEP, STEP)
-        found = [Copy(block, smem.left.at[slot])]
+        sources = []
         for i, weight in enumerate(weights):
             place = index - i * per_weight
-            source = weight.at[tile.expert, other, pl.ds(place * size, size)]
+            block = weight.at[tile.expert, other, pl.ds(place * size, size)]
             is_here = (place >= 0) & (place < per_weight)
-            found.append(Copy(source, smem.right.at[slot], True if num_weights == 1 else is_here))
-        return found
+            sources.append((True if num_weights == 1 else is_here, block))
+        return sources
 
-    def factors(warpgroup: Index, slot: Index) -> list[tuple[Ref, Ref]]:
+    def factors(warpgroup: Index, slot: Index) -> tuple[Ref, Ref]:
         left_factor = smem.left.at[slot, pl.ds(warpgroup * ROWS, ROWS)]
         right_factor = smem.right.at[slot]
-        return [(left_factor, right_factor.T if transposed else right_factor)]
+        return left_factor, right_factor.T if transposed else right_factor
 
-    def store(tile: Tile, warpgroup: Index, products: list[jax.Array]) -> None:
-        own_rows = row_range(tile, warpgroup)
-        store_tile(
-            tiling, smem, lambda columns: output.at[own_rows, columns], tile, warpgroup, products[0]
-        )
-
-    tile_of = functools.partial(
-        expert_tile, experts, num_experts, rows.shape[1] // STEP, (row_tiles, column_tiles), tiling
-    )
-    work = Work(row_tiles * column_tiles, tile_of, copies, factors, store)
+    target = lambda tile, rows, columns: output.at[rows, columns]
+    work = Work(row_tiles * column_tiles, tile_of, left, right, factors, target)
     multiply_tiles(work, tiling, smem)
-
-
-def expert_tile(
-    experts: Ref,
-    num_experts: int,
-    num_steps: int,
-    shape: tuple[int, int],
-    tiling: Tiling,
-    index: Index,
-) -> Tile:
-    """Returns a tile of rows that are grouped by expert. `shape` counts the output's tiles."""
-    row, column = tile_in_bands(index, *shape, tiling.band)
-    expert = experts[row]
-    return Tile(expert, row, column, jnp.where(expert < num_experts, num_steps, 0))

@@ -43,12 +43,11 @@ class Tiling(NamedTuple):
     buffers: int = 2  # of each warpgroup, from which parts of a tile are copied out
 
 
-def choose_tiling(width: int, wanted: Tiling | None = None, other_bytes: int = 0) -> Tiling:
+def choose_tiling(width: int, wanted: Tiling | None = None) -> Tiling:
     """Returns the tiling of an output whose width is a multiple of 64: `wanted`, if it is given.
 
     Wide tiles load the fewest bytes for a FLOP. All columns belong to whole tiles, so another
-    tiling raises ValueError. `other_bytes` are those of shared memory that a kernel takes beside
-    the operands' ring and the staging buffers.
+    tiling raises ValueError.
     """
     if wanted is not None:
         if width % wanted.columns:
@@ -56,7 +55,7 @@ def choose_tiling(width: int, wanted: Tiling | None = None, other_bytes: int = 0
         return wanted
     columns = next(columns for columns in (256, 192, 128, 64) if width % columns == 0)
     bytes_of_stage = 2 * STEP * (TILE + columns)
-    return Tiling(columns, stages=min(8, (RING_BYTES - other_bytes) // bytes_of_stage), band=16)
+    return Tiling(columns, stages=min(8, RING_BYTES // bytes_of_stage), band=16)
 
 
 class Scratch(NamedTuple):
@@ -70,25 +69,20 @@ class Scratch(NamedTuple):
 
 
 def scratch(
-    tiling: Tiling,
-    left: tuple[int, ...],
-    right: tuple[int, ...],
-    dtype: Any,
-    output_dtype: Any,
-    copies: int = 2,
+    tiling: Tiling, left: tuple[int, int], right: tuple[int, int], dtype: Any, output_dtype: Any
 ) -> Scratch:
-    """Returns the scratch, for the shapes of a step's operands, which take so many copies."""
+    """Returns the scratch, for the shapes of the operands of one step."""
     staged_columns = SWIZZLE_BYTES // jnp.dtype(output_dtype).itemsize
     return Scratch(
-        left=matrices((tiling.stages, *left), dtype),
-        right=matrices((tiling.stages, *right), dtype),
-        staged=matrices((2, tiling.buffers, ROWS, staged_columns), output_dtype),
-        full=plgpu.Barrier(num_barriers=tiling.stages, num_arrivals=copies),
+        left=_matrices((tiling.stages, *left), dtype),
+        right=_matrices((tiling.stages, *right), dtype),
+        staged=_matrices((2, tiling.buffers, ROWS, staged_columns), output_dtype),
+        full=plgpu.Barrier(num_barriers=tiling.stages, num_arrivals=2),
         free=plgpu.Barrier(num_barriers=tiling.stages, num_arrivals=2),
     )
 
 
-def matrices(shape: tuple[int, ...], dtype: Any) -> Any:
+def _matrices(shape: tuple[int, ...], dtype: Any) -> Any:
     """Returns shared memory for matrices, in the tiled and swizzled layout that wgmma reads."""
     columns = SWIZZLE_BYTES // jnp.dtype(dtype).itemsize
     transforms = plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(SWIZZLE_BYTES)
@@ -105,29 +99,19 @@ class Tile(NamedTuple):
     first_row: Index = 0  # of the rows that it sums over, in a weight gradient
 
 
-class Copy(NamedTuple):
-    """A copy from global memory to a buffer of the ring."""
-
-    source: Ref
-    target: Ref
-    condition: Any = True  # under which it is made
-
-
 class Work(NamedTuple):
     """What a kernel tells `multiply_tiles`."""
 
     num_tiles: int
     tile: Callable[[Index], Tile]  # tile(index)
-    # copies(tile, step, slot) -> the copies of a step's operands.
-    copies: Callable[[Tile, Index, Index], list[Copy]]
-    # factors(warpgroup, slot) -> the operands of a warpgroup's products in shared memory, which lie
-    # side by side in its rows of the tile.
-    factors: Callable[[Index, Index], list[tuple[Ref, Ref]]]
-    # store(tile, warpgroup, products) writes a warpgroup's rows of a tile.
-    store: Callable[[Tile, Index, list[jax.Array]], None]
-    num_products: int = 1
-    # begin(tile, warpgroup) is called before a warpgroup multiplies.
-    begin: Callable[[Tile, Index], None] = lambda tile, warpgroup: None
+    # sources(tile, step) -> the operands of a step in global memory, with the condition under which
+    # each is the right one, or True.
+    left: Callable[[Tile, Index], list[tuple[Any, Ref]]]
+    right: Callable[[Tile, Index], list[tuple[Any, Ref]]]
+    # factors(warpgroup, slot) -> the operands of a warpgroup's product in shared memory.
+    factors: Callable[[Index, Index], tuple[Ref, Ref]]
+    # target(tile, rows, columns) -> a part of the output in global memory.
+    target: Callable[[Tile, Index, Index], Ref]
 
 
 def tile_in_bands(index: Index, rows: int, columns: int, band: int) -> tuple[Index, Index]:
@@ -178,13 +162,11 @@ def multiply_tiles(work: Work, tiling: Tiling, smem: Scratch) -> None:
         plgpu.set_max_registers(MANY_REGISTERS, action="increase")
 
         def compute_tile(tile: Tile, count: Index) -> None:
-            work.begin(tile, warpgroup)
-            product = plgpu.ACC((ROWS, tiling.columns // work.num_products), jnp.float32)
-            products = pl.run_scoped(
+            values = pl.run_scoped(
                 functools.partial(_multiply, work, tiling, smem, warpgroup, tile.steps, count),
-                *[product] * work.num_products,
+                plgpu.ACC((ROWS, tiling.columns), jnp.float32),
             )
-            work.store(tile, warpgroup, products)
+            _store(work, tiling, smem, warpgroup, tile, values)
 
         visit_tiles(compute_tile)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -199,11 +181,12 @@ def _copy_operands(work: Work, tiling: Tiling, smem: Scratch, tile: Tile, count:
         # From the second round of the ring on, a buffer must be free before it is written again.
         is_reused = count + step >= tiling.stages
         pl.when(is_reused)(lambda: plgpu.barrier_wait(smem.free.at[slot]))
-        for copy in work.copies(tile, step, slot):
-            start = functools.partial(
-                plgpu.copy_gmem_to_smem, copy.source, copy.target, smem.full.at[slot]
-            )
-            start() if copy.condition is True else pl.when(copy.condition)(start)
+        for sources, ring in ((work.left, smem.left), (work.right, smem.right)):
+            for condition, source in sources(tile, step):
+                copy = functools.partial(
+                    plgpu.copy_gmem_to_smem, source, ring.at[slot], smem.full.at[slot]
+                )
+                copy() if condition is True else pl.when(condition)(copy)
 
 
 def _multiply(
@@ -213,9 +196,9 @@ def _multiply(
     warpgroup: Index,
     steps: Index,
     count: Index,
-    *accumulators: Ref,
-) -> list[jax.Array]:
-    """Returns the products of a warpgroup's rows of a tile, in float32."""
+    accumulator: Ref,
+) -> jax.Array:
+    """Returns a warpgroup's rows of a tile, in float32."""
 
     def release(step: Index) -> None:
         plgpu.barrier_arrive(smem.free.at[_slot(tiling, count + step)])
@@ -224,54 +207,30 @@ def _multiply(
     def _(step: Index) -> None:
         slot = _slot(tiling, count + step)
         plgpu.barrier_wait(smem.full.at[slot])
-        for accumulator, factors in zip(accumulators, work.factors(warpgroup, slot), strict=True):
-            plgpu.wgmma(accumulator, *factors)
-        # The products of the last step have ended when only the new ones are left. So the tensor
-        # cores always have a product to go on with.
-        plgpu.wgmma_wait(work.num_products)
+        plgpu.wgmma(accumulator, *work.factors(warpgroup, slot))
+        # The product of the last step has ended when only the new one is left. So the tensor cores
+        # always have a product to go on with.
+        plgpu.wgmma_wait(1)
         pl.when(step > 0)(lambda: release(step - 1))
 
-    # This waits for the last products.
-    products = [plgpu.wgmma_accumulator_load(accumulator) for accumulator in accumulators]
+    values = plgpu.wgmma_accumulator_load(accumulator)  # waits for the last product
     pl.when(steps > 0)(lambda: release(steps - 1))
-    return products
+    return values
 
 
-def row_range(tile: Tile, warpgroup: Index) -> Index:
-    """Returns a warpgroup's rows of a tile, among those of the output."""
-    return pl.ds(tile.row * TILE + warpgroup * ROWS, ROWS)
-
-
-def store_tile(
-    tiling: Tiling,
-    smem: Scratch,
-    target: Callable[[Index], Ref],
-    tile: Tile,
-    warpgroup: Index,
-    values: jax.Array,
+def _store(
+    work: Work, tiling: Tiling, smem: Scratch, warpgroup: Index, tile: Tile, values: jax.Array
 ) -> None:
-    """Writes a warpgroup's rows of a tile, in parts that are as wide as a staging buffer.
-
-    `target(columns)` is the place of some columns of these rows in global memory.
-    """
-    width = smem.staged.shape[-1]
+    """Writes a warpgroup's rows of a tile, in parts that are as wide as a staging buffer."""
+    rows, width = tile.row * TILE + warpgroup * ROWS, smem.staged.shape[-1]
     parts = staging_plan(values.shape[1] // width, tiling.buffers)
-    for part, place in enumerate(parts):
-        columns = pl.ds(tile.column * values.shape[1] + part * width, width)
-        part_values = values[:, part * width : (part + 1) * width]
-        store_part(smem, warpgroup, place, part_values, target(columns))
-
-
-def store_part(
-    smem: Scratch, warpgroup: Index, place: tuple[int, int], values: jax.Array, target: Ref
-) -> None:
-    """Writes a part of a tile through a staging buffer; `place` is out of the `staging_plan`."""
-    buffer, most_unread = place
-    staged = smem.staged.at[warpgroup, buffer]
-    plgpu.wait_smem_to_gmem(most_unread, wait_read_only=True)
-    staged[...] = values.astype(staged.dtype)
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(staged, target)
+    for part, (buffer, most_unread) in enumerate(parts):
+        staged = smem.staged.at[warpgroup, buffer]
+        plgpu.wait_smem_to_gmem(most_unread, wait_read_only=True)
+        staged[...] = values[:, part * width : (part + 1) * width].astype(staged.dtype)
+        plgpu.commit_smem()
+        column = tile.column * values.shape[1] + part * width
+        plgpu.copy_smem_to_gmem(staged, work.target(tile, pl.ds(rows, ROWS), pl.ds(column, width)))
 
 
 def staging_plan(num_parts: int, buffers: int) -> list[tuple[int, int]]:

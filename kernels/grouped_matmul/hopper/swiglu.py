@@ -1,4 +1,4 @@
-"""Computes the experts' SwiGLU on Hopper GPUs.
+"""Computes the experts' SwiGLU on Hopper GPUs by grouped matmuls, with XLA's steps in between.
 
 Rows are gathered by XLA, so that the gathered rows exist as a whole. The equations, and what is
 rounded where, are those of blockwise.py.
@@ -7,11 +7,10 @@ rounded where, are those of blockwise.py.
 import jax
 import jax.numpy as jnp
 
+from moe.kernels.grouped_matmul.activation import swiglu
 from moe.kernels.grouped_matmul.hopper.gradient import grouped_weight_gradient
-from moe.kernels.grouped_matmul.hopper.hidden import hidden_gradients
 from moe.kernels.grouped_matmul.hopper.matmul import grouped_matmul
 from moe.kernels.grouped_matmul.hopper.pipeline import TILE
-from moe.kernels.grouped_matmul.hopper.projections import project
 from moe.kernels.grouped_matmul.inputs import Gradients, Inputs, Outputs
 from moe.kernels.grouped_matmul.widths import change_halves, gather_rows, pad, pad_widths
 
@@ -20,10 +19,11 @@ WIDTH = 64  # D and F are padded to multiples of this
 
 def forward(inputs: Inputs) -> Outputs:
     """Returns each row's output and its gate and up projections, in the dtype of the tokens."""
-    _, dim, width = inputs.w_gate_EDF.shape
+    dtype, (_, dim, width) = inputs.x_ND.dtype, inputs.w_gate_EDF.shape
     inputs, experts_G = _prepare(inputs)
     x_ID = gather_rows(inputs.x_ND, inputs.tokens_I)
-    gate_up, hidden = project(x_ID, inputs.w_gate_EDF, inputs.w_up_EDF, experts_G)
+    gate_up = grouped_matmul(x_ID, (inputs.w_gate_EDF, inputs.w_up_EDF), experts_G)
+    hidden = swiglu(gate_up)[0].astype(dtype)
     rows_ID = grouped_matmul(hidden, (inputs.w_down_EFD,), experts_G)
     return Outputs(rows_ID[:, :dim], change_halves(gate_up, width))
 
@@ -37,14 +37,25 @@ def backward(
     padded_width = inputs.w_gate_EDF.shape[2]
     x_ID = gather_rows(inputs.x_ND, inputs.tokens_I)
     grad_y_ID = gather_rows(pad(grad_y_ND.astype(dtype), 1, multiple=WIDTH), inputs.tokens_I)
-    gate_up = change_halves(gate_up, padded_width)
-    back = hidden_gradients(grad_y_ID, inputs.w_down_EFD, gate_up, weights_I, experts_G)
-    grad_w_down = grouped_weight_gradient(back.weighted, grad_y_ID, experts_G, num_experts)
+    hidden, swiglu_backward = swiglu(change_halves(gate_up, padded_width))
+    weights_I1 = weights_I[:, None]
+
+    # y = weight * (hidden w_down). The gradient of `hidden` before the weight is applied also gives
+    # the weight's own gradient: grad_y (hidden w_down) = (grad_y w_downᵀ) hidden.
+    grad_unweighted = grouped_matmul(
+        grad_y_ID, (inputs.w_down_EFD,), experts_G, transposed=True, dtype=jnp.float32
+    )
+    grad_weights_I = jnp.sum(grad_unweighted * hidden, axis=1)
+    weighted = (hidden * weights_I1).astype(dtype)
+    grad_w_down = grouped_weight_gradient(weighted, grad_y_ID, experts_G, num_experts)
+
+    # Back through the activation, to the two projections, which lie side by side.
+    grad_gate_up = swiglu_backward(grad_unweighted * weights_I1).astype(dtype)
     projections = (inputs.w_gate_EDF, inputs.w_up_EDF)
-    grad_x_ID = grouped_matmul(back.gate_up, projections, experts_G, transposed=True)
+    grad_x_ID = grouped_matmul(grad_gate_up, projections, experts_G, transposed=True)
     grad_w_gate, grad_w_up = (
         grouped_weight_gradient(
-            x_ID, back.gate_up, experts_G, num_experts, columns=(first, padded_width)
+            x_ID, grad_gate_up, experts_G, num_experts, columns=(first, padded_width)
         )
         for first in (0, padded_width)
     )
@@ -53,7 +64,7 @@ def backward(
         grad_w_gate[:, :dim, :width],
         grad_w_up[:, :dim, :width],
         grad_w_down[:, :width, :dim],
-        back.weights_I,
+        grad_weights_I,
     )
 
 
