@@ -6,6 +6,7 @@ Examples:
     python -m launch.benchmark --config=configs/dense_125m.py --json=dense_125m.json
     python -m launch.benchmark --config=configs/benchmark_moe.py:64x8 --layer
     python -m launch.benchmark --config=configs/moe_tiny.py --beside=transformers
+    python -m launch.benchmark --config=configs/moe_tiny.py --kernel_times --json=moe_tiny.json
 
 MFU = tokens/s x training FLOPs per token / peak FLOP/s (Chowdhery et al. 2022, appendix B). Only
 the causal half of attention's scores is counted, and recomputation is not counted. The peak is the
@@ -15,6 +16,9 @@ ratio_to_matmul divides the step's FLOP/s (tokens/s x training FLOPs per token) 
 on all devices, of 2048^3 on CPUs and 8192^3 elsewhere. Every trial times the matmul right before
 the step, since a busy machine slows both, and the result is the median of the trials' ratios. It is
 not a share of a peak, and may exceed 1.
+
+With --kernel_times it also traces two steps, and says which of their kernels take the most time.
+All of them go to the file of --json.
 
 With --layer it measures one sparse layer instead, forward and backward. Beside it, in pairs, it
 measures a dense layer of the same active FLOPs.
@@ -36,8 +40,11 @@ from absl import flags
 
 from launch import command_line
 from launch.kernel_check import check_kernels
+from launch.kernel_times import kernel_times
 from moe.config import ConfigError, RunConfig
 from moe.files import write_whole
+
+PRINTED_KERNELS = 12
 
 
 class Step(NamedTuple):
@@ -51,12 +58,15 @@ class Step(NamedTuple):
 
 
 def benchmark(
-    config: RunConfig, trials: int = 5, kernels: Mapping[str, Any] | None = None
+    config: RunConfig,
+    trials: int = 5,
+    kernels: Mapping[str, Any] | None = None,
+    with_kernel_times: bool = False,
 ) -> dict[str, Any]:
     """Times `trials` training steps on random tokens.
 
     `kernels` is what `check_kernels` returned. Returns medians over the trials, with the compiled
-    step's memory and JAX's version.
+    step's memory and JAX's version, and `kernel_times` if they are asked for.
     """
     step = compile_step(config, kernels)
     step.run()  # the first step of a process is slower, and not timed
@@ -65,6 +75,7 @@ def benchmark(
         "compile_seconds": step.compile_seconds,
         "temporary_bytes_per_device": step.temporary_bytes,
         **_versions(step.devices),
+        **({"kernel_times": kernel_times(step.run)} if with_kernel_times else {}),
     }
 
 
@@ -237,8 +248,11 @@ def _seconds(function: Callable[[], Any]) -> float:
 
 def prepare(values: flags.FlagValues) -> Mapping[str, Any]:
     """Checks the flags and the kernels of a step. Returns what is known of the kernels."""
-    if values.layer and values.beside:
-        raise ConfigError("--layer and --beside measure different things: set one of them")
+    measured = [name for name in ("layer", "beside", "kernel_times") if values[name].value]
+    if len(measured) > 1:
+        raise ConfigError(
+            f"--{measured[0]} and --{measured[1]} measure different things: set one of them"
+        )
     if values.json:
         Path(values.json).open("a").close()  # a mistyped path must not cost minutes of measuring
     config = command_line.read_run_config(values.config)
@@ -254,8 +268,9 @@ def main(values: flags.FlagValues, kernels: Mapping[str, Any]) -> None:
     elif values.beside:
         result = benchmark_beside_transformers(config, values.trials)
     else:
-        result = benchmark(config, values.trials, kernels)
-    for name, value in result.items():
+        result = benchmark(config, values.trials, kernels, values.kernel_times)
+    numbers = {name: value for name, value in result.items() if name != "kernel_times"}
+    for name, value in numbers.items():
         print(f"{name}: {value:,.3f}" if isinstance(value, float) else f"{name}: {value}")
     if "mfu" in result:
         print("mfu = model_flops_per_second / the data sheets' bfloat16 rate of all devices")
@@ -264,6 +279,8 @@ def main(values: flags.FlagValues, kernels: Mapping[str, Any]) -> None:
             "ratio_to_matmul = model_flops_per_second / matmul_flops_per_second, "
             "each timed beside the other: not a share of a peak"
         )
+    for kernel in result.get("kernel_times", [])[:PRINTED_KERNELS]:
+        print(f"{kernel['ms']:9.2f} ms in {kernel['calls']:,g} calls of {kernel['name']}")
     if values.json:
         write_whole(Path(values.json), json.dumps(result, indent=2) + "\n")
 
@@ -277,5 +294,6 @@ if __name__ == "__main__":
     flags.DEFINE_enum(
         "beside", None, ["transformers"], "Time the same model in this library as well, in turn."
     )
+    flags.DEFINE_bool("kernel_times", False, "Trace two more steps, and sum the times by kernel.")
     flags.DEFINE_string("json", None, "A file to write the numbers to.")
     command_line.run(main, __doc__, devices=True, prepare=prepare)
