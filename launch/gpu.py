@@ -26,7 +26,10 @@ from launch import command_line
 from moe.config import ConfigError
 from moe.files import write_whole
 
-_BENCHMARK = ("-m", "launch.benchmark", "--config.train.accumulation=1")
+_BENCHMARK = ("-m", "launch.benchmark")
+# The fastest layout of layers that fit one GPU: nothing is computed again, and no layer copies what
+# it keeps into an array of all layers.
+_LAYERS = ("model.remat=none", "model.scan_layers=False", "mesh.fsdp=1")
 
 
 class Step(NamedTuple):
@@ -79,20 +82,19 @@ STEPS: dict[str, Step] = {
             "--config.model.compute_dtype=bfloat16",
             "--config.model.model_dim=2048",
             "--config.model.moe.expert_dim=1024",
-            "--config.model.moe.implementation=hopper",
             "--layer",
             "--json={json}",
         ),
         120,
     ),
-    "dense_125m": _train_step("dense_125m", "train.batch_size=32"),
-    "dense_1b": _train_step("dense_1b", "train.batch_size=16"),
+    "dense_125m": _train_step("dense_125m", "train.batch_size=32", "train.accumulation=1"),
+    "dense_1b": _train_step("dense_1b", *_LAYERS, "train.batch_size=64", "train.gather_once=False"),
     "moe_1b_7b_4_layers": _train_step(
         "moe_1b_7b",
+        *_LAYERS,
         "model.num_layers=4",
-        "model.moe.implementation=hopper",
-        "train.batch_size=8",
-        "mesh.fsdp=1",
+        "train.batch_size=64",
+        "train.loss_chunk=256",
     ),
 }
 

@@ -51,10 +51,12 @@ def choose(chip: str | None, shapes: Shapes, refused: Collection[str] = ()) -> C
     not known. Implementations that are `refused` are not chosen. Raises NotImplementedError if none
     can compute the call.
     """
-    # "hopper" is no candidate until its drawn cases have run on a device (docs/performance.md says
-    # what has): it must be asked for by name. On CPUs "tpu" is interpreted, for tests.
-    is_tpu = chip is not None and chip.startswith("TPU")
-    candidates: tuple[Name, ...] = ("tpu", "blockwise") if is_tpu else ("blockwise",)
+    candidates: tuple[Name, ...] = ("blockwise",)
+    # On CPUs "tpu" is interpreted, for tests, and must be asked for by name.
+    if chip is not None and chip.startswith("TPU"):
+        candidates = "tpu", "blockwise"
+    elif chip is not None and is_hopper(chip):
+        candidates = "hopper", "blockwise"
     obstacles = {name: why_not(name, chip, shapes) for name in candidates}
     for name in candidates:
         if name not in refused and obstacles[name] is None:

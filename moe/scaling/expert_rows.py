@@ -38,12 +38,13 @@ def block_rows(model: ModelConfig, assignments: int, experts: int, platform: Pla
     """Returns the rows of a block in the implementation that computes a model's experts.
 
     It is the one that the config names, or that `choose` of `moe.kernels.grouped_matmul` takes on
-    such chips, whose rules stand there. A test compares them. TPUs before v5e, for which nothing is
-    planned, have smaller blocks.
+    such chips, whose rules stand there. A test compares them. TPUs before v5e and GPUs before
+    Hopper, for which nothing is planned, have smaller blocks.
     """
     name = model.moe.implementation
     if name == "auto":
-        name = "tpu" if platform == "tpu" else "blockwise"
+        on_gpu = "hopper" if model.compute_dtype in ("bfloat16", "float16") else "blockwise"
+        name = {"tpu": "tpu", "gpu": on_gpu}.get(platform, "blockwise")
     if name == "tpu":
         return 256 if assignments >= 8 * 256 * experts else 128
     if name == "hopper":

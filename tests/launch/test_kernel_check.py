@@ -575,7 +575,7 @@ def test_a_program_takes_no_refused_kernel(monkeypatch) -> None:
 
     assert named() == ("auto", "auto")
     assert named(("tpu",)) == ("hopper", "auto")
-    assert named(experts=("tpu",)) == ("auto", "blockwise")
+    assert named(experts=("hopper",)) == ("auto", "blockwise")
     everything = ("tpu", "hopper", "cudnn")
     assert named(everything) == ("blockwise", "auto")
     assert make_program(SPARSE, refused={"attention": everything}).attention == "blockwise"

@@ -70,8 +70,8 @@ def test_rows_are_those_that_dropless_makes_room_for(kind, tokens, monkeypatch):
     assert made.value.args == (expert_rows(config, sizes, tokens, PLATFORMS[kind]),)
 
 
-def test_a_step_on_a_tpu_takes_more_than_one_on_a_gpu_by_its_rows():
-    """Each of 64 experts has a mean load of 64 rows, in blocks of 8 there and of 128 here."""
+def test_a_step_takes_more_by_the_rows_of_larger_blocks():
+    """Each of 64 experts has a mean load of 64 rows, in blocks of 8 on CPUs and of 128 on TPUs."""
     config = RunConfig(
         model=dataclasses.replace(model(experts=64), remat="none", scan_layers=False),
         data=DataConfig(sequence_length=1024),
@@ -79,7 +79,7 @@ def test_a_step_on_a_tpu_takes_more_than_one_on_a_gpu_by_its_rows():
         mesh=MeshConfig(data=1),
     )
     sizes = dataclasses.asdict(config.mesh)
-    more = expert_rows(config, sizes, 2048, "tpu") - expert_rows(config, sizes, 2048, "gpu")
+    more = expert_rows(config, sizes, 2048, "tpu") - expert_rows(config, sizes, 2048, "cpu")
     assert more == 12288 - 4544  # 4096 rows, with 127 and 7 more for each expert, in whole blocks
     named = dataclasses.replace(config.model.moe, implementation="blockwise")
     smaller = dataclasses.replace(config, model=dataclasses.replace(config.model, moe=named))

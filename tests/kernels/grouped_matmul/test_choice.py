@@ -16,7 +16,7 @@ def test_a_block_is_about_a_sixteenth_of_the_mean_load(num_assignments, num_expe
     assert block_rows(Shapes(num_assignments, num_experts, "float32")) == rows
 
 
-@pytest.mark.parametrize("chip", ["cpu", "TPU v4", "NVIDIA H200", None])
+@pytest.mark.parametrize("chip", ["cpu", "TPU v4", "NVIDIA A100-SXM4-40GB", "NVIDIA B200", None])
 def test_a_chip_that_is_not_here_has_a_choice(chip):
     assert choose(chip, Shapes(16384, 64, "bfloat16")) == Choice("blockwise", 16)
 
@@ -66,6 +66,10 @@ def test_the_hopper_kernels_are_for_hopper_gpus():
         "it runs on Hopper GPUs, not on NVIDIA A100-SXM4-40GB"
     )
     assert with_blocks("hopper", shapes) == Choice("hopper", 128)
+    for chip in ("NVIDIA H200", "NVIDIA H100 80GB HBM3", "NVIDIA GH200 480GB"):
+        assert choose(chip, shapes) == Choice("hopper", 128)
+        assert choose(chip, shapes, refused=["hopper"]) == Choice("blockwise", 8)
+        assert choose(chip, shapes._replace(dtype="float32")) == Choice("blockwise", 8)
 
 
 def test_a_call_that_none_can_compute_is_refused():
