@@ -73,14 +73,14 @@ def cross_entropy_sums(
     weight, dims, companion = unembedding
     if not targets_BT.size:
         return tuple(jnp.zeros((), jnp.float32) for _ in range(1 + len(parts_BT)))
-    masks_PBT = jnp.stack([mask_BT, *(mask_BT & part_BT for part_BT in parts_BT)])
+    masks_JBT = jnp.stack([mask_BT, *(mask_BT & part_BT for part_BT in parts_BT)])
     targets_BT = jnp.asarray(targets_BT).astype(jnp.int32)
     split = vocabulary.split_of(hidden_BTD, weight, dims)
     plan = _Plan(dims, chunk, split, None if companion is None else part_axes())
     # jax.custom_vjp hides the types of its function from a type checker.
     total, parts = cast(
         "tuple[jax.Array, jax.Array]",
-        _loss_sums(plan, companion, hidden_BTD, weight, targets_BT, masks_PBT),
+        _loss_sums(plan, companion, hidden_BTD, weight, targets_BT, masks_JBT),
     )
     return total, *jax.lax.stop_gradient(parts)
 
@@ -109,13 +109,13 @@ def _loss_sums(
     hidden_BTD: jax.Array,
     weight: jax.Array,
     targets_BT: jax.Array,
-    masks_PBT: jax.Array,
+    masks_JBT: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the sum over the first mask's positions, and those over the other masks'."""
     run = functools.partial(_sum_shard, plan)
     in_dims = ("BTD", plan.dims, "BT", "-BT")
-    (sums_P,) = per_shard(run, in_dims, ("-",), hidden_BTD, weight, targets_BT, masks_PBT)
-    return sums_P[0], sums_P[1:]
+    (sums_J,) = per_shard(run, in_dims, ("-",), hidden_BTD, weight, targets_BT, masks_JBT)
+    return sums_J[0], sums_J[1:]
 
 
 def _loss_sums_forward(
@@ -124,8 +124,8 @@ def _loss_sums_forward(
     run = functools.partial(_differentiate_shard, plan)
     hidden_dims = "BtD" if plan.split.splits_time else "BTD"
     in_dims, out_dims = ("BTD", plan.dims, "BT", "-BT"), ("-", hidden_dims, plan.gradient_dims)
-    sums_P, *gradients = per_shard(run, in_dims, out_dims, *arrays)
-    return (sums_P[0], sums_P[1:]), tuple(gradients)
+    sums_J, *gradients = per_shard(run, in_dims, out_dims, *arrays)
+    return (sums_J[0], sums_J[1:]), tuple(gradients)
 
 
 def _loss_sums_backward(
@@ -152,17 +152,17 @@ def _sum_shard(
     hidden_BTD: jax.Array,
     weight: jax.Array,
     targets_BT: jax.Array,
-    masks_PBT: jax.Array,
+    masks_JBT: jax.Array,
 ) -> tuple[jax.Array]:
     """Returns the sums of a device's positions, added up over all devices."""
     whole = vocabulary.gather_width(weight.astype(hidden_BTD.dtype), plan.width_dim, plan.split)
 
-    def add_chunk(sums_P: jax.Array, arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
-        return sums_P + _chunk_losses(plan, whole, *arrays).sums_P, None
+    def add_chunk(sums_J: jax.Array, arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+        return sums_J + _chunk_losses(plan, whole, *arrays).sums_J, None
 
-    zeros_P = jnp.zeros(masks_PBT.shape[0], jnp.float32)
-    sums_P, _ = jax.lax.scan(add_chunk, zeros_P, _cut(plan, hidden_BTD, targets_BT, masks_PBT))
-    return (vocabulary.sum_over_positions(sums_P, plan.split),)
+    zeros_J = jnp.zeros(masks_JBT.shape[0], jnp.float32)
+    sums_J, _ = jax.lax.scan(add_chunk, zeros_J, _cut(plan, hidden_BTD, targets_BT, masks_JBT))
+    return (vocabulary.sum_over_positions(sums_J, plan.split),)
 
 
 def _differentiate_shard(
@@ -170,7 +170,7 @@ def _differentiate_shard(
     hidden_BTD: jax.Array,
     weight: jax.Array,
     targets_BT: jax.Array,
-    masks_PBT: jax.Array,
+    masks_JBT: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns what `_sum_shard` does, and the total's gradients of hidden states and weight."""
     whole = vocabulary.gather_width(weight.astype(hidden_BTD.dtype), plan.width_dim, plan.split)
@@ -179,7 +179,7 @@ def _differentiate_shard(
     def add_chunk(
         carry: tuple[jax.Array, jax.Array], arrays: tuple[jax.Array, ...]
     ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-        sums_P, grad_weight = carry
+        sums_J, grad_weight = carry
         losses = _chunk_losses(plan, whole, *arrays)
         grad_logits = losses.grad_logits_NV().astype(hidden_BTD.dtype)
         grad_hidden = jnp.einsum(f"nv,{letters}->nd", grad_logits, whole)
@@ -193,15 +193,15 @@ def _differentiate_shard(
             right,
             preferred_element_type=grad_weight.dtype,
         )
-        return (sums_P + losses.sums_P, grad_weight), grad_hidden
+        return (sums_J + losses.sums_J, grad_weight), grad_hidden
 
-    zeros = jnp.zeros(masks_PBT.shape[0], jnp.float32), jnp.zeros(whole.shape, _sum_dtype(weight))
-    chunks = _cut(plan, hidden_BTD, targets_BT, masks_PBT)
-    (sums_P, grad_weight), grads_hidden = jax.lax.scan(add_chunk, zeros, chunks)
+    zeros = jnp.zeros(masks_JBT.shape[0], jnp.float32), jnp.zeros(whole.shape, _sum_dtype(weight))
+    chunks = _cut(plan, hidden_BTD, targets_BT, masks_JBT)
+    (sums_J, grad_weight), grads_hidden = jax.lax.scan(add_chunk, zeros, chunks)
     split_rows = "chunks (b c) d -> b (chunks c) d"
     grad_hidden_BTD = einops.rearrange(grads_hidden, split_rows, b=hidden_BTD.shape[0])
     return (
-        vocabulary.sum_over_positions(sums_P, plan.split),
+        vocabulary.sum_over_positions(sums_J, plan.split),
         vocabulary.sum_hidden(grad_hidden_BTD[:, : hidden_BTD.shape[1]], plan.split),
         _sum_weight_gradient(plan, grad_weight, weight.dtype),
     )
@@ -218,7 +218,7 @@ def _sum_weight_gradient(plan: _Plan, gradient: jax.Array, dtype: np.dtype) -> j
 class _ChunkLosses(NamedTuple):
     """Holds the losses of a chunk of N positions, and what their gradient is made of."""
 
-    sums_P: jax.Array  # over the positions of each mask
+    sums_J: jax.Array  # over the positions of each of J masks
     hidden_ND: jax.Array  # with zeros at masked positions
     exps_NV: jax.Array  # of the logits less their maximum
     denominator_N1: jax.Array
@@ -236,10 +236,10 @@ def _chunk_losses(
     whole: jax.Array,
     hidden_ND: jax.Array,
     targets_N: jax.Array,
-    masks_NP: jax.Array,
+    masks_NJ: jax.Array,
 ) -> _ChunkLosses:
     """Returns the losses of a chunk of positions, from the weight that is whole along D."""
-    split, mask_N = plan.split, masks_NP[:, 0]
+    split, mask_N = plan.split, masks_NJ[:, 0]
     # Masked positions become zeros before anything multiplies them: 0 times NaN would be NaN, also
     # in the gradient of the weight.
     hidden_ND = jnp.where(mask_N[:, None], hidden_ND, 0)
@@ -257,9 +257,9 @@ def _chunk_losses(
     in_vocabulary_N = (targets_N >= 0) & (targets_N < vocabulary.num_tokens(size, split))
     factor_N = jnp.where(mask_N, jnp.where(in_vocabulary_N, 1.0, jnp.nan), 0.0)
     losses_N = (maximum_N + jnp.log(denominator_N) - target_logits_N) * factor_N
-    sums_P = jnp.sum(jnp.where(masks_NP, losses_N[:, None], 0.0), axis=0)
+    sums_J = jnp.sum(jnp.where(masks_NJ, losses_N[:, None], 0.0), axis=0)
     return _ChunkLosses(
-        sums_P,
+        sums_J,
         hidden_ND,
         exps_NV,
         denominator_N[:, None],
@@ -318,7 +318,7 @@ def _sum_dtype(x: jax.Array) -> np.dtype:
 
 
 def _cut(
-    plan: _Plan, hidden_BTD: jax.Array, targets_BT: jax.Array, masks_PBT: jax.Array
+    plan: _Plan, hidden_BTD: jax.Array, targets_BT: jax.Array, masks_JBT: jax.Array
 ) -> tuple[jax.Array, ...]:
     """Cuts the time of each array into chunks, [number of chunks, B * chunk, ...].
 
@@ -333,4 +333,4 @@ def _cut(
         padded = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
         return einops.rearrange(padded, "b (chunks c) ... -> chunks (b c) ...", c=chunk)
 
-    return cut(hidden_BTD), cut(targets_BT), cut(jnp.moveaxis(masks_PBT, 0, -1))
+    return cut(hidden_BTD), cut(targets_BT), cut(jnp.moveaxis(masks_JBT, 0, -1))
