@@ -6,8 +6,9 @@ Command:  python -m launch.train --config=configs/dense_1b.py --workdir=runs/den
 Hardware: 8 H200 (1 host), or TPU v5p:2x2x2. Parameters are split over all.
 Time, result: not measured. 26B tokens (21 per parameter) need 2.0e20 FLOPs: 18 hours at 40 % of
           eight H100s' peak. On one H200, 16 rows at a time, a step with --config.model.remat=none
-          and --config.model.scan_layers=False has 56 % (docs/performance.md). Its step with train.batch_size=64 and accumulation=1 compiles for 8 TPU
-          v5p (fsdp=8): 1.7 GiB of state and 7.8 GiB of temporaries on each.
+          and --config.model.scan_layers=False has 56 % (docs/performance.md). A step with
+          train.batch_size=64 and accumulation=1 compiles for 8 TPU v5p (fsdp=8): 1.7 GiB of state
+          and 7.8 GiB of temporaries on each.
 """
 
 from ml_collections import ConfigDict
