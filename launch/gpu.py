@@ -82,6 +82,8 @@ STEPS: dict[str, Step] = {
             "--config.model.compute_dtype=bfloat16",
             "--config.model.model_dim=2048",
             "--config.model.moe.expert_dim=1024",
+            # A layer alone has no mesh, whose chip would be asked for.
+            "--config.model.moe.implementation=hopper",
             "--layer",
             "--json={json}",
         ),
@@ -123,8 +125,10 @@ def run_step(name: str, step: Step, out: Path) -> str | None:
 def _execute(step: Step, result: Path, log: Path) -> str | None:
     """Runs the command of a step. Returns what went wrong, or None."""
     arguments = [argument.replace("{json}", str(result)) for argument in step.arguments]
-    # With a share of the memory for each process, those of the numerics would not fit.
-    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    # With a share of the memory for each process, those of the numerics would not fit. Steps take
+    # more than the three quarters of 80 GB that JAX would take at most.
+    environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92", **os.environ}
+    environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     environment["PYTHONPATH"] = os.pathsep.join([os.getcwd(), *filter(None, sys.path)])
     with log.open("w", encoding="utf-8") as lines:
         try:

@@ -1,14 +1,15 @@
 """Sums up the time of each kernel of a step, from a trace of JAX's profiler."""
 
 import collections
+import itertools
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 STEPS = 2  # that are traced
 
-# Operations of a CPU's program that run others, whose times stand in the trace as well.
+# Operations that run others, whose times stand in the trace as well.
 _CALLERS = ("while", "call", "conditional")
 
 
@@ -31,34 +32,42 @@ def kernel_times(run: Callable[[], None]) -> list[dict[str, Any]]:
 
 def sum_events(planes: list[Any]) -> list[dict[str, Any]]:
     """Returns what `kernel_times` does, from the planes of a trace."""
-    devices = [plane for plane in planes if plane.name.startswith("/device:")]
     times: collections.Counter[str] = collections.Counter()
     calls: collections.Counter[str] = collections.Counter()
-    found = 0
-    for plane in devices or [plane for plane in planes if plane.name == "/host:CPU"]:
-        events = list(_kernels(plane))
-        found += bool(events)
-        for name, nanoseconds in events:
-            times[name] += nanoseconds
-            calls[name] += 1
-    traced = STEPS * max(1, found)
+    devices = set()
+    for kernel in itertools.chain.from_iterable(map(_kernels, planes)):
+        devices.add(kernel.device)
+        times[kernel.name] += kernel.nanoseconds
+        calls[kernel.name] += 1
+    traced = STEPS * max(1, len(devices))
     return [
         {"name": name, "ms": time / 1e6 / traced, "calls": calls[name] / traced}
         for name, time in times.most_common()
     ]
 
 
-def _kernels(plane: Any) -> Iterator[tuple[str, float]]:
-    """Yields the name and the nanoseconds of each kernel that ran on a device.
+class _Kernel(NamedTuple):
+    """Holds a run of a kernel."""
+
+    device: Any
+    name: str
+    nanoseconds: float
+
+
+def _kernels(plane: Any) -> Iterator[_Kernel]:
+    """Yields what ran on a plane's devices.
 
     A GPU has a line for each of its streams, and a TPU one for its operations. Of a CPU's threads,
     those events are kernels that name an operation of a program.
     """
-    on_device = plane.name.startswith("/device:")
+    is_device = plane.name.startswith(("/device:GPU", "/device:TPU"))
+    if not is_device and plane.name != "/host:CPU":
+        return
     for line in plane.lines:
-        if on_device and not line.name.startswith(("Stream", "XLA Ops")):
+        if is_device and not line.name.startswith(("Stream", "XLA Ops")):
             continue
         for event in line.events:
-            is_caller = event.name.startswith(_CALLERS)
-            if on_device or ("hlo_op" in dict(event.stats) and not is_caller):
-                yield event.name, event.duration_ns
+            stats = {} if is_device else dict(event.stats)
+            if (is_device or "hlo_op" in stats) and not event.name.startswith(_CALLERS):
+                device = plane.name, stats.get("device_ordinal")
+                yield _Kernel(device, event.name, event.duration_ns)

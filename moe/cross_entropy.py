@@ -28,6 +28,8 @@ from moe.parallel.collectives.shared import as_part, part_axes
 from moe.parallel.collectives.weights import sum_gradient
 from moe.parallel.mesh import on_auto_axes, per_shard
 
+_LOWEST = float(np.finfo(np.float32).min)
+
 
 class Unembedding(NamedTuple):
     """Holds the weight that turns hidden states into logits."""
@@ -284,8 +286,12 @@ def _sum_parts(
 def _sums(
     logits_NV: jax.Array, target_logits_NV: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns the maximum of the logits, the sum of exp(logit - maximum), and the last sum."""
-    maximum_N = jnp.max(logits_NV, axis=1)
+    """Returns the maximum of the logits, the sum of exp(logit - maximum), and the target's logit.
+
+    The maximum is a finite number even where all logits are minus infinity: other devices may have
+    the rest of them.
+    """
+    maximum_N = jnp.max(logits_NV, axis=1, initial=_LOWEST)
     exps_NV = jnp.exp(logits_NV - maximum_N[:, None])
     return maximum_N, jnp.sum(exps_NV, axis=1), jnp.sum(target_logits_NV, axis=1)
 
@@ -308,9 +314,10 @@ def _sums_in_one_pass(
         larger, smaller = jnp.where(is_larger, a[1], b[1]), jnp.where(is_larger, b[1], a[1])
         return maximum, larger + smaller * factor, a[2] + b[2]
 
-    arrays = logits_NV, jnp.ones_like(logits_NV), target_logits_NV
-    lowest = jnp.float32(jnp.finfo(jnp.float32).min)
-    return jax.lax.reduce(arrays, (lowest, jnp.float32(0), jnp.float32(0)), add, (1,))
+    exps_NV = (logits_NV > -jnp.inf).astype(jnp.float32)  # of each logit less itself
+    arrays = jnp.maximum(logits_NV, _LOWEST), exps_NV, target_logits_NV
+    zero = jnp.float32(0)
+    return jax.lax.reduce(arrays, (jnp.float32(_LOWEST), zero, zero), add, (1,))
 
 
 def _sum_dtype(x: jax.Array) -> np.dtype:

@@ -221,4 +221,15 @@ def test_one_pass_over_the_logits_gives_what_three_do(scale):
     targets = jnp.where(jnp.arange(1000) == 8, logits, 0.0)
     for one, three in zip(_sums_in_one_pass(logits, targets), _sums(logits, targets), strict=True):
         np.testing.assert_allclose(one, three, rtol=1e-5)
-    assert np.isnan(_sums_in_one_pass(logits.at[3, 3].set(jnp.nan), targets)[1][3])
+    for wrong in (jnp.nan, jnp.inf):
+        for sums in (_sums, _sums_in_one_pass):
+            maximum, total, _ = sums(logits.at[3, 3].set(wrong), targets)
+            denominators = np.asarray(maximum + jnp.log(total))
+            assert not np.isfinite(denominators[3]) and np.isfinite(denominators[4])
+
+
+def test_a_device_may_hold_logits_of_minus_infinity_alone():
+    """The maximum and the sum of its part are those of nothing."""
+    for sums in (_sums, _sums_in_one_pass):
+        maximum, total, _ = sums(jnp.full((2, 8), -jnp.inf), jnp.zeros((2, 8)))
+        assert np.all(np.isfinite(maximum)) and np.all(total == 0)

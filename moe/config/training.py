@@ -1,6 +1,7 @@
 """Configures the optimizer, the training loop and where metrics are written."""
 
 import dataclasses
+import math
 from typing import Literal
 
 from moe.config.checks import (
@@ -38,9 +39,6 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         check_types(self)
         check_positive(self, "learning_rate", "clip_norm")
-        # So no number of steps makes a parameter infinite, as long as the gradients are finite: an
-        # update is at most some times the learning rate, and decay makes nothing larger.
-        check_range(self, 0.0, 1e24, "learning_rate")
         check_range(self, 0.0, 1.0, "final_learning_rate_fraction")
         for name in ("beta1", "beta2"):
             if not 0.0 <= as_computed(self, name) < 1.0:
@@ -55,14 +53,42 @@ class OptimizerConfig:
             )
         check_range(self, 0.0, 1.0, "decay_fraction")
         check_not_negative(self, "weight_decay")
-        if as_computed(self, "learning_rate") * as_computed(self, "weight_decay") > 2:
+        self._check_updates()
+        if self.warmup_steps is not None:
+            check_not_negative(self, "warmup_steps")
+
+    def _check_updates(self) -> None:
+        """Raises ConfigError if an update could make a parameter infinite, with finite gradients.
+
+        The root of the second moment, plus 1e-8, divides the first moment, which is at most as
+        large as a clipped gradient. So an update is at most 1e8 times these numbers' product, 1e28,
+        and as long as decay makes nothing larger, 1e10 updates are finite.
+        """
+        rate, decay = as_computed(self, "learning_rate"), as_computed(self, "weight_decay")
+        largest_gradient = min(as_computed(self, "clip_norm"), _LARGEST_NORM)
+        if rate * largest_gradient > _LARGEST_PRODUCT:
+            raise ConfigError(
+                f"learning_rate={self.learning_rate} could make an infinite update with "
+                f"clip_norm={self.clip_norm}: set learning_rate to "
+                f"{_rounded_down(_LARGEST_PRODUCT / largest_gradient)} or less"
+            )
+        if rate * decay > 2:
             raise ConfigError(
                 f"weight_decay={self.weight_decay} times learning_rate={self.learning_rate} is "
                 "more than 2, so decay would make weights larger: set weight_decay to "
-                f"{2 / self.learning_rate:.2g} or less"
+                f"{_rounded_down(2 / rate)} or less"
             )
-        if self.warmup_steps is not None:
-            check_not_negative(self, "warmup_steps")
+
+
+# The norm of a gradient whose squares have a finite sum in float32, and the bound of an update
+# times 1e-8, with room for rounding.
+_LARGEST_NORM, _LARGEST_PRODUCT = 2e19, 1.001e20
+
+
+def _rounded_down(number: float) -> str:
+    """Returns a positive number with two digits, rounded towards 0."""
+    unit = 10.0 ** (math.floor(math.log10(number)) - 1)
+    return f"{math.floor(number / unit) * unit:.2g}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -213,7 +213,10 @@ class RMSNorm(nn.Module):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def rms_norm(epsilon: float, x_BTD: jax.Array, scale_D: jax.Array) -> jax.Array:
-    """Returns x / sqrt(mean(x²) + epsilon) * scale, and keeps no float32 activations [B, T, D]."""
+    """Returns x / sqrt(mean(x²) + epsilon) * scale, and keeps no float32 activations [B, T, D].
+
+    It can be differentiated in reverse mode alone.
+    """
     return _rms_norm_forward(epsilon, x_BTD, scale_D)[0]
 
 
@@ -223,7 +226,7 @@ def _rms_norm_forward(
     x = x_BTD.astype(jnp.float32)
     inverse_BT1 = jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + epsilon)
     # Laid out here, the result is gathered after it has been rounded, not before.
-    y_BTD = constrain((x * inverse_BT1 * scale_D).astype(x_BTD.dtype), "BtD")
+    y_BTD = constrain((x * inverse_BT1 * scale_D[None, None]).astype(x_BTD.dtype), "BtD")
     return y_BTD, (x_BTD, inverse_BT1, scale_D)
 
 
@@ -233,10 +236,15 @@ def _rms_norm_backward(
     x_BTD, inverse_BT1, scale_D = residuals
     grad = constrain(grad_BTD, "BtD").astype(jnp.float32)
     normed = x_BTD.astype(jnp.float32) * inverse_BT1
-    grad_scale_D = jnp.sum(grad * normed, axis=(0, 1))
-    grad = grad * scale_D
+    grad_scale_D = jnp.sum(grad * normed, axis=(0, 1)).astype(scale_D.dtype)
+    # In a caller's shard_map each device has summed over its own tokens.
+    of_gradient, of_scale = (jax.typeof(a).manual_axis_type for a in (grad_scale_D, scale_D))
+    varying = of_gradient.varying - of_scale.varying
+    if varying:
+        grad_scale_D = jax.lax.psum(grad_scale_D, tuple(sorted(varying)))
+    grad = grad * scale_D[None, None]
     grad_x = inverse_BT1 * (grad - normed * jnp.mean(grad * normed, axis=-1, keepdims=True))
-    return grad_x.astype(x_BTD.dtype), grad_scale_D.astype(scale_D.dtype)
+    return grad_x.astype(x_BTD.dtype), grad_scale_D
 
 
 rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)

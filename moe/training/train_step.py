@@ -247,9 +247,9 @@ def _update(
     params = optax.apply_updates(state.params, updates)
     router_state = _update_biases(config, state.router_state, sums["router"])
     # Neither moments nor parameters are tested. The moments are means of gradients and of their
-    # squares, and the gradient's norm is finite only if the sum of all squares is. So AdamW's
-    # updates are finite too, with the learning rates that a config may have. A test would read and
-    # write all parameters once more, which was a tenth of a sparse step on a GPU.
+    # squares, and the gradient's norm is finite only if the sum of all squares is. What a config
+    # may say keeps AdamW's updates finite too (`OptimizerConfig`). A test would read and write all
+    # parameters once more, which was a tenth of a sparse step on a GPU.
     return TrainState(
         step=state.step + 1,
         examples=state.examples.plus(config.train.batch_size),

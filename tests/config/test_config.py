@@ -266,14 +266,19 @@ def test_fields_that_may_be_zero(section: str, name: str) -> None:
             "set final_learning_rate_fraction between 0.0 and 1.0",
         ),
         (
-            {"optimizer__learning_rate": 1e25},
-            "optimizer.learning_rate=1e+25 is out of range: "
-            "set learning_rate between 0.0 and 1e+24",
+            {"optimizer__learning_rate": 2e20},
+            "optimizer.learning_rate=2e+20 could make an infinite update with clip_norm=1.0: "
+            "set learning_rate to 1e+20 or less",
         ),
         (
-            {"optimizer__learning_rate": 4.0, "optimizer__weight_decay": 0.75},
-            "optimizer.weight_decay=0.75 times learning_rate=4.0 is more than 2, so decay would "
-            "make weights larger: set weight_decay to 0.5 or less",
+            {"optimizer__learning_rate": 6.0, "optimizer__clip_norm": 1e30},
+            "optimizer.learning_rate=6.0 could make an infinite update with clip_norm=1e+30: "
+            "set learning_rate to 5 or less",
+        ),
+        (
+            {"optimizer__learning_rate": 3.0, "optimizer__weight_decay": 0.75},
+            "optimizer.weight_decay=0.75 times learning_rate=3.0 is more than 2, so decay would "
+            "make weights larger: set weight_decay to 0.66 or less",
         ),
         (
             {"optimizer__beta1": 1.0},

@@ -1,5 +1,6 @@
 """The list of checks and measurements for a GPU, with commands that need none."""
 
+import ast
 import importlib.util
 import json
 from pathlib import Path
@@ -8,6 +9,9 @@ from types import SimpleNamespace
 import pytest
 
 from launch import gpu
+from launch.plan_check import Case
+from moe.scaling.hardware import CHIPS
+from moe.scaling.memory import step_bytes
 
 WRITES = """
 import json, sys
@@ -84,6 +88,24 @@ def test_every_step_names_a_command_and_a_config_that_exist():
             if argument.startswith(("--config=", "tests/")):
                 path = argument.removeprefix("--config=").split(":")[0]
                 assert (root / path).exists(), argument
+
+
+@pytest.mark.parametrize("name", ["dense_125m", "dense_1b", "moe_1b_7b_4_layers"])
+def test_a_training_step_fits_a_gpu_of_80_gb(name):
+    """JAX takes 0.92 of the memory of an H100."""
+    arguments = [argument for argument in gpu.STEPS[name].arguments if "=" in argument]
+    config, *fields = (argument.split("=", 1) for argument in arguments if "json" not in argument)
+    changes = {field.removeprefix("--config."): value_of(value) for field, value in fields}
+    run = Case(Path(config[1]).stem, "h100", 1, changes).read()
+    counted = step_bytes(run, run.mesh, "gpu").total
+    assert counted < 0.92 * CHIPS["h100"].memory_bytes
+
+
+def value_of(text):
+    try:
+        return ast.literal_eval(text)
+    except ValueError:
+        return text
 
 
 def test_a_check_that_ran_nothing_has_no_result(run, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from launch.kernel_times import STEPS, kernel_times, sum_events
 
 
-def plane(name, **lines):
+def plane(name, device=0, **lines):
     """A plane of a trace, whose lines are lists of (kernel, nanoseconds)."""
     return types.SimpleNamespace(
         name=name,
@@ -17,7 +17,11 @@ def plane(name, **lines):
             types.SimpleNamespace(
                 name=line.replace("_", " "),
                 events=[
-                    types.SimpleNamespace(name=event, duration_ns=time, stats=[("hlo_op", event)])
+                    types.SimpleNamespace(
+                        name=event,
+                        duration_ns=time,
+                        stats=[("hlo_op", event), ("device_ordinal", device)],
+                    )
                     for event, time in events
                 ],
             )
@@ -44,17 +48,22 @@ def test_a_loop_of_matmuls_is_seen_for_what_it_is():
 
 
 @pytest.mark.parametrize(("kind", "line"), [("GPU", "Stream_#13(Compute)"), ("TPU", "XLA_Ops")])
-def test_devices_are_averaged_and_hosts_are_not_counted(kind, line):
+def test_devices_are_averaged_and_nothing_else_is_counted(kind, line):
     devices = [
         plane(
             f"/device:{kind}:{i}",
-            **{line: [("matmul", 3e6 * (i + 1)), ("matmul", 1e6), ("norm", 1e6)]},
+            **{line: [("matmul", 3e6 * (i + 1)), ("matmul", 1e6), ("norm", 1e6), ("while.3", 9e9)]},
             XLA_Modules=[("jit_train_step", 9e9)],
         )
         for i in range(2)
     ]
-    host = plane("/host:CPU", python=[("matmul", 1e12)])
-    found = {kernel["name"]: kernel for kernel in sum_events([host, *devices])}
+    other = plane("/device:CUSTOM:Megascale", **{line: [("matmul", 1e12)]})
+    found = {kernel["name"]: kernel for kernel in sum_events([other, *devices])}
     assert list(found) == ["matmul", "norm"]
     assert found["matmul"]["ms"] == pytest.approx((4 + 7) / 2 / STEPS)
     assert found["matmul"]["calls"] == 2 / STEPS and found["norm"]["calls"] == 1 / STEPS
+
+
+def test_the_devices_of_a_cpu_are_averaged():
+    planes = [plane("/host:CPU", device=i, tf_XLAEigen=[("matmul", 3e6)]) for i in range(4)]
+    assert sum_events(planes) == [{"name": "matmul", "ms": 3 / STEPS, "calls": 1 / STEPS}]

@@ -392,5 +392,14 @@ def test_the_norm_and_its_gradients_are_those_of_its_formula(dtype):
         np.testing.assert_allclose(
             np.asarray(ours, np.float32), np.asarray(plain_, np.float32), **tolerance
         )
+    mesh = AbstractMesh((2,), ("data",), (AxisType.Auto,))
+    rows = jax.P("data")
+    sharded = jax.shard_map(
+        jax.grad(lambda scale, x: rms_norm(0.1, x, scale).sum().astype(jnp.float32)),
+        mesh=mesh,
+        in_specs=(jax.P(), rows),
+        out_specs=jax.P(),
+    )
+    assert jax.eval_shape(sharded, scale, x).shape == scale.shape
     kept = [leaf for leaf in jax.tree.leaves(own_pull_back) if leaf.shape == x.shape]
     assert [leaf.dtype for leaf in kept] == [x.dtype]

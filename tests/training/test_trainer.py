@@ -709,7 +709,7 @@ def test_a_run_that_is_not_finite_stops_and_keeps_its_last_checkpoint(config, tm
     config = dataclasses.replace(
         config,
         optimizer=dataclasses.replace(
-            config.optimizer, learning_rate=1e24, weight_decay=0.0, warmup_fraction=0.125
+            config.optimizer, learning_rate=1e20, weight_decay=0.0, warmup_fraction=0.125
         ),
         train=dataclasses.replace(config.train, max_skipped_steps=3, checkpoint_every=1),
     )

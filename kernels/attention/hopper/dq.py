@@ -36,7 +36,7 @@ def prepare_over_keys(
     options: Options, inputs: Inputs, operands: Operands
 ) -> tuple[StaticArgs, Operands]:
     """Returns the static arguments, and the operands with the ranges of keys to visit."""
-    blocks = TILE, _kv_block(operands.q.shape[3])
+    blocks = TILE, _kv_block(operands.q.shape[3], operands.v.shape[3])
     mask = options, inputs.shift, inputs.lengths, blocks
     visited = key_blocks(*mask, *inputs.segment_ids)
     full = full_key_blocks(*mask, visited, *inputs.segment_ids)
@@ -45,12 +45,13 @@ def prepare_over_keys(
     return static, operands._replace(ranges=ranges)
 
 
-def _kv_block(width: int) -> int:
+def _kv_block(width: int, value_width: int) -> int:
     """Returns the number of keys in a block, the most for which registers hold S, dP and dQ.
 
-    Beside a sum of 64 x 256 for dQ they have no room for S and dP larger than 64 x 32.
+    Beside a sum of 64 x 256 for dQ they have no room for S and dP larger than 64 x 32. Shared
+    memory holds 128 keys beside narrow values alone.
     """
-    if width <= 64:
+    if max(width, value_width) <= 64:
         return 128
     return 64 if width <= 192 else 32
 
