@@ -71,11 +71,12 @@ class Widths(NamedTuple):
 
 
 def weight_copies(config: RunConfig, sizes: Mapping[str, int], platform: Platform) -> int:
-    """Returns the bytes of the weights that a compiler copies for all layers before the loop.
+    """Returns the bytes of the weights that a compiler copies for all layers at once.
 
     That of GPUs reorders, in float32, the parts of weights that are gathered along another
     dimension than their first, and copies the experts' gradients in the loop over rows that adds
-    them up. That of TPUs casts all weights of layers to the compute dtype.
+    them up. That of TPUs casts all weights of layers to the compute dtype. That of CPUs cuts the
+    weights of layers that are unrolled out of their stacks.
     """
     total = 0
     for array in parameters(config):
@@ -88,6 +89,8 @@ def weight_copies(config: RunConfig, sizes: Mapping[str, int], platform: Platfor
         is_cast = array.repeats > 1 and len(array.dims) > 1 and not gathers_once(config, sizes)
         if platform == "tpu" and is_cast:
             total += ITEM[config.model.compute_dtype] * size
+        if platform == "cpu" and not config.model.scan_layers and array.repeats > 1:
+            total += FLOAT32 * size
     return total
 
 
@@ -183,11 +186,11 @@ def _widths(config: RunConfig, sizes: Mapping[str, int]) -> Widths:
 def _attention_residuals(widths: Widths, item: int) -> int:
     """Returns the bytes of a token that the backward pass of attention and norms reads.
 
-    Each norm saves its input and the normed input in float32, and its result. Attention saves
-    queries, keys, values, the log-sum-exp, and the output twice: for itself and for the matmul that
-    follows. (In bfloat16 compilers merge these two, but then it saves what was rounded off.)
+    Each norm saves its input, one float32 number, and its result. Attention saves queries, keys,
+    values, the log-sum-exp, and the output twice: for itself and for the matmul that follows. (In
+    bfloat16 compilers merge these two, but then it saves what was rounded off.)
     """
-    norms = NORMS * (2 * FLOAT32 * widths.own_stream + item * widths.stream)
+    norms = NORMS * (item * (widths.own_stream + widths.stream) + FLOAT32)
     heads = 3 * widths.queries + 2 * widths.keys
     return norms + item * heads + FLOAT32 * widths.heads
 
@@ -236,8 +239,9 @@ def _sparse_residuals(config: RunConfig, sizes: Mapping[str, int], tokens: int) 
 def _layer(config: RunConfig, sizes: Mapping[str, int], passes: Passes, platform: Platform) -> int:
     """Returns the bytes that the backward pass of the largest of some layers takes.
 
-    Remat makes the layer's arrays again. Without it, the backward pass takes the layer's
-    part out of what is saved.
+    Remat makes the layer's arrays again. Without it, the backward pass takes the layer's part out
+    of the stacks of what is saved. Layers that are unrolled have no stacks, but then the compiler
+    of CPUs transposes some of what is saved.
     """
     model, tokens = config.model, passes.tokens
     item, widths = ITEM[model.compute_dtype], _widths(config, sizes)
@@ -253,8 +257,10 @@ def _layer(config: RunConfig, sizes: Mapping[str, int], passes: Passes, platform
     if passes.sparse_layers:
         sparse = _sparse_layer(config, sizes, tokens, platform)
         dense = dense if passes.sparse_layers < passes.layers else 0
-    saved = 0 if recomputes else _saved(config, sizes, passes, platform) // passes.layers
-    return common + max(sparse, dense) + saved
+    copied = 0
+    if not recomputes and (model.scan_layers or platform == "cpu"):
+        copied = _saved(config, sizes, passes, platform) // passes.layers
+    return common + max(sparse, dense) + copied
 
 
 def _sparse_layer(
@@ -298,9 +304,9 @@ def _loss(config: RunConfig, sizes: Mapping[str, int], platform: Platform) -> in
     """Returns the bytes that the loss takes: logits of a chunk, and the unembedding's gradient.
 
     The gradient of each chunk is made before it is added to that of the chunks before. The final
-    norm keeps its result, and its input and the normed input in float32, and beside them stands the
-    gradient of the result. The compiler of TPUs makes logits of the compute dtype within a matmul,
-    and makes the normed input again. That of GPUs makes both float32 arrays again.
+    norm keeps its result and its input, and beside them stands the gradient of the result.
+    Programs for GPUs take no more room for that input. The compiler of TPUs makes logits of the
+    compute dtype within a matmul.
     """
     tokens, is_tpu = own_passes(config, sizes).tokens, platform == "tpu"
     item, widths = ITEM[config.model.compute_dtype], _widths(config, sizes)
@@ -313,5 +319,5 @@ def _loss(config: RunConfig, sizes: Mapping[str, int], platform: Platform) -> in
     sums = 1 if gathers_once(config, sizes) else 2
     weight = _cast_item(config, table, sizes) + sums * FLOAT32
     weight *= widths.vocabulary * widths.stream
-    normed = {"cpu": 2, "gpu": 0, "tpu": 1}[platform] * FLOAT32 * widths.own_stream
-    return logits + weight + tokens * (2 * item * widths.stream + normed)
+    own_input = 0 if platform == "gpu" else widths.own_stream
+    return logits + weight + item * tokens * (2 * widths.stream + own_input)
