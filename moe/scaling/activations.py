@@ -142,6 +142,7 @@ def _saved(config: RunConfig, sizes: Mapping[str, int], passes: Passes, platform
     saved += (passes.layers - passes.sparse_layers) * _dense_residuals(model, sizes, tokens)
     if passes.sparse_layers:
         saved += passes.sparse_layers * _sparse_residuals(config, sizes, tokens)
+        saved += passes.sparse_layers * _exchanged(config, sizes, tokens, platform)
         if _keeps_rows(config, sizes):
             width = 2 * model.moe.expert_dim // sizes["tensor"]
             saved += (
@@ -269,10 +270,18 @@ def _sparse_layer(
     """Returns the bytes that the backward pass of a sparse part takes beside the stream."""
     model, moe, item = config.model, config.model.moe, ITEM[config.model.compute_dtype]
     rows, width = expert_rows(config, sizes, tokens, platform), moe.expert_dim // sizes["tensor"]
-    # The rows and their gradient, and gate and up. The experts make all else a block at a time.
-    made = rows * (2 * model.model_dim + (0 if _keeps_rows(config, sizes) else 2 * width))
-    if sizes["expert"] > 1:  # rows leave and arrive, and so do their gradients
-        made += 2 * (rows + tokens * moe.experts_per_token) * model.model_dim
+    leaving = tokens * moe.experts_per_token
+    # The rows and their gradient, and gate and up.
+    own_widths = 0 if _keeps_rows(config, sizes) else 2 * width
+    made = rows * (2 * model.model_dim + own_widths)
+    if platform == "tpu":
+        # The kernels of TPUs also make the product and the gradients of gate and up for all rows,
+        # when what has arrived has been copied to the rows of each expert.
+        arriving = (3 * rows + leaving) * model.model_dim if sizes["expert"] > 1 else 0
+        made = max(made + rows * (1 + GRADIENT_WIDTHS) * width, arriving)
+    elif sizes["expert"] > 1:  # rows leave and arrive, and so do their gradients
+        # Elsewhere all else is made a block at a time.
+        made += 2 * (rows + leaving) * model.model_dim
     weights = [array for array in parameters(config) if array.name == "experts"]
     # The gradients of all three weights leave the kernel together, before they are scattered.
     whole = sum(array.elements(sizes, whole=("fsdp",)) for array in weights)
@@ -291,13 +300,12 @@ def _cast_item(config: RunConfig, array: Array, sizes: Mapping[str, int]) -> int
 def _later_gradients(config: RunConfig, sizes: Mapping[str, int]) -> int:
     """Returns the bytes of the gradients that begin to exist after the loss.
 
-    They are those of a pipeline's stages, whose one backward pass begins then. Elsewhere they are
-    sums over microbatches.
+    They are those of the layers, for one microbatch or, in a pipeline, for all. Beside the loss
+    stand only their sums over the microbatches before.
     """
-    staged = [array for array in parameters(config) if array.is_pipelined]
-    if sizes["pipeline"] == 1:
-        return 0
-    return FLOAT32 * sum(array.layers(sizes) * array.elements(sizes) for array in staged)
+    whole = ("fsdp",) if gathers_once(config, sizes) else ()
+    layers = [array for array in parameters(config) if "V" not in array.dims]
+    return FLOAT32 * sum(array.layers(sizes) * array.elements(sizes, whole) for array in layers)
 
 
 def _loss(config: RunConfig, sizes: Mapping[str, int], platform: Platform) -> int:
