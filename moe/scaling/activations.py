@@ -109,8 +109,7 @@ def activations(config: RunConfig, sizes: Mapping[str, int], platform: Platform)
     freed = 0 if is_after else round(in_stages)
     largest = [_layer(config, sizes, passes, platform) - freed for passes in others]
     table = FLOAT32 * widths.vocabulary * widths.stream
-    # The gradient that the loss makes of a tied table waits for that of the embedding.
-    waiting = table if _shares_table(config, sizes) else 0
+    waiting = table * _waiting_tables(config, sizes, platform)
     return Activations(
         saved=round(stacks * saved) + _pipeline_hands(config, sizes),
         layer=max([_layer(config, sizes, staged, platform), *largest]) + waiting,
@@ -119,10 +118,16 @@ def activations(config: RunConfig, sizes: Mapping[str, int], platform: Platform)
     )
 
 
-def _shares_table(config: RunConfig, sizes: Mapping[str, int]) -> bool:
-    """Returns whether a tied table's gradient by the loss stays whole until the other is added."""
-    (table, *untied) = (array for array in parameters(config) if "V" in array.dims)
-    return not untied and bool(table.axes("D", sizes)) and not gathers_once(config, sizes)
+def _waiting_tables(config: RunConfig, sizes: Mapping[str, int], platform: Platform) -> int:
+    """Returns how many gradients of the loss stay whole while those of the layers are made.
+
+    That of a tied table waits for the embedding's. Otherwise GPUs scatter it last, and they make
+    the zeros that it begins with once for all microbatches.
+    """
+    table, *untied = (array for array in parameters(config) if "V" in array.dims)
+    if not table.axes("D", sizes) or gathers_once(config, sizes):
+        return 0
+    return (2 if platform == "gpu" else 0) if untied else 1
 
 
 def _saved(config: RunConfig, sizes: Mapping[str, int], passes: Passes, platform: Platform) -> int:
@@ -261,7 +266,11 @@ def _layer(config: RunConfig, sizes: Mapping[str, int], passes: Passes, platform
     copied = 0
     if not recomputes and (model.scan_layers or platform == "cpu"):
         copied = _saved(config, sizes, passes, platform) // passes.layers
-    return common + max(sparse, dense) + copied
+    # Before the loop, GPUs transpose the stack of an input that was gathered.
+    transposed = 0
+    if platform == "gpu" and not recomputes and widths.own_stream < widths.stream:
+        transposed = passes.layers * item * tokens * widths.stream
+    return max(common + max(sparse, dense) + copied, transposed)
 
 
 def _sparse_layer(
@@ -311,7 +320,7 @@ def _later_gradients(config: RunConfig, sizes: Mapping[str, int]) -> int:
 def _loss(config: RunConfig, sizes: Mapping[str, int], platform: Platform) -> int:
     """Returns the bytes that the loss takes: logits of a chunk, and the unembedding's gradient.
 
-    The gradient of each chunk is made before it is added to that of the chunks before. The final
+    CPUs make the gradient of each chunk before they add it to that of the chunks before. The final
     norm keeps its result and its input, and beside them stands the gradient of the result.
     Programs for GPUs take no more room for that input. The compiler of TPUs makes logits of the
     compute dtype within a matmul.
@@ -324,7 +333,7 @@ def _loss(config: RunConfig, sizes: Mapping[str, int], platform: Platform) -> in
     logit = FLOAT32 if is_tpu else FLOAT32 + item
     logits = logit * math.ceil(tokens / chunks) * widths.vocabulary
     # A gradient that is scattered after all microbatches is counted among the gradients.
-    sums = 1 if gathers_once(config, sizes) else 2
+    sums = (0 if gathers_once(config, sizes) else 1) + (platform == "cpu")
     weight = _cast_item(config, table, sizes) + sums * FLOAT32
     weight *= widths.vocabulary * widths.stream
     own_input = 0 if platform == "gpu" else widths.own_stream
