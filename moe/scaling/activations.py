@@ -322,19 +322,17 @@ def _loss(config: RunConfig, sizes: Mapping[str, int], platform: Platform) -> in
 
     CPUs make the gradient of each chunk before they add it to that of the chunks before. The final
     norm keeps its result and its input, and beside them stands the gradient of the result.
-    Programs for GPUs take no more room for that input. The compiler of TPUs makes logits of the
-    compute dtype within a matmul.
+    Programs for GPUs take no more room for that input, and those for TPUs have it in float32.
     """
-    tokens, is_tpu = own_passes(config, sizes).tokens, platform == "tpu"
+    tokens = own_passes(config, sizes).tokens
     item, widths = ITEM[config.model.compute_dtype], _widths(config, sizes)
     # The last of the table's one or two arrays: a tied embedding is cast as an unembedding is.
     table = [array for array in parameters(config) if "V" in array.dims][-1]
     chunks = math.ceil(config.data.sequence_length / config.train.loss_chunk)
-    logit = FLOAT32 if is_tpu else FLOAT32 + item
-    logits = logit * math.ceil(tokens / chunks) * widths.vocabulary
+    logits = (FLOAT32 + item) * math.ceil(tokens / chunks) * widths.vocabulary
     # A gradient that is scattered after all microbatches is counted among the gradients.
     sums = (0 if gathers_once(config, sizes) else 1) + (platform == "cpu")
     weight = _cast_item(config, table, sizes) + sums * FLOAT32
     weight *= widths.vocabulary * widths.stream
-    own_input = 0 if platform == "gpu" else widths.own_stream
-    return logits + weight + item * tokens * (2 * widths.stream + own_input)
+    own_input = {"cpu": item, "gpu": 0, "tpu": FLOAT32}[platform] * widths.own_stream
+    return logits + weight + tokens * (2 * item * widths.stream + own_input)
