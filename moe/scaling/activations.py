@@ -36,8 +36,9 @@ from moe.scaling.hardware import Platform
 # its input and the stream between its parts, and the gradient of the stream.
 MADE_STREAMS, GRADIENT_STREAMS = 2, 1
 # Those of which it does not: the two normed inputs of the parts, and the gradients of the layer's
-# output and of a normed input. If it splits the others, these are gathered or scattered. GPUs do
-# that in another order, [T, B, D], and so each of them exists twice there.
+# output and of a normed input. If it splits the others, these are gathered or scattered. On GPUs
+# queries, keys and values then each make a gradient of the normed input before these are added up,
+# so there are twice as many gradients.
 MADE_INPUTS, GRADIENT_INPUTS = 2, 2
 # The arrays [B, T, F]: gate, up and their product, and the gradients of gate and up.
 MADE_WIDTHS, GRADIENT_WIDTHS = 3, 2
@@ -254,8 +255,9 @@ def _layer(config: RunConfig, sizes: Mapping[str, int], passes: Passes, platform
     heads = 2 * (widths.queries + widths.keys)
     recomputes = model.remat != "none"
     streams = GRADIENT_STREAMS + (MADE_STREAMS if recomputes else 0)
-    inputs = GRADIENT_INPUTS + (MADE_INPUTS if recomputes else 0)
-    inputs *= 2 if platform == "gpu" and widths.own_stream < widths.stream else 1
+    splits_time = widths.own_stream < widths.stream
+    inputs = GRADIENT_INPUTS * (2 if platform == "gpu" and splits_time else 1)
+    inputs += MADE_INPUTS if recomputes else 0
     stream = streams * widths.own_stream + inputs * widths.stream
     common = item * tokens * (stream + (heads if recomputes else 0))
     arrays = GRADIENT_WIDTHS + (MADE_WIDTHS if recomputes else 0)
@@ -268,7 +270,7 @@ def _layer(config: RunConfig, sizes: Mapping[str, int], passes: Passes, platform
         copied = _saved(config, sizes, passes, platform) // passes.layers
     # Before the loop, GPUs transpose the stack of an input that was gathered.
     transposed = 0
-    if platform == "gpu" and not recomputes and widths.own_stream < widths.stream:
+    if platform == "gpu" and not recomputes and splits_time:
         transposed = passes.layers * item * tokens * widths.stream
     return max(common + max(sparse, dense) + copied, transposed)
 
