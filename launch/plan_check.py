@@ -66,6 +66,9 @@ _ON_CPU = (
 _SMALL_BATCH = {"train.batch_size": 64, "train.accumulation": 4}
 _CAPACITY = {"model.moe.dispatch": "capacity", "model.moe.exchange": "all_to_all"}
 _STAGES = {"mesh.pipeline": 2, "train.accumulation": 8, "train.gather_once": False}
+_GATHERED = {"model.remat": "none", "train.batch_size": 64, "train.accumulation": 1}
+_KEPT = {"model.remat": "none", "train.batch_size": 256, "train.accumulation": 4}
+_UNROLLED = {"model.remat": "none", "model.scan_layers": False, "train.batch_size": 512}
 CASES = (
     # The configs, on the hardware that they name.
     *(Case(name, "cpu", 1) for name in _ON_CPU.split()),
@@ -102,6 +105,12 @@ CASES = (
     Case("dense_1b", "h200", 8, {**_STAGES, "train.pipeline_rounds": 4}),
     Case("dense_1b", "v5p", 8, _STAGES),
     Case("dense_1b", "h200", 8, {**_STAGES, "train.batch_size": 128, "model.remat": "none"}),
+    # Where the tensor axis splits the time, gathered inputs are kept.
+    *(Case("dense_7b", chip, 64, _GATHERED) for chip in ("h200", "v5p")),
+    # Experts' rows are kept as they were received.
+    *(Case("moe_30b_a3b", chip, 64, _KEPT) for chip in ("h200", "v5p")),
+    # Layers that are unrolled keep no stacked copies.
+    Case("dense_1b", "h200", 8, _UNROLLED),
 )
 
 

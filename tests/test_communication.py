@@ -150,6 +150,27 @@ def test_a_step_gathers_weights_and_scatters_gradients_as_often_as_it_must(remat
     assert "f32[4,64,128]" not in compiled.as_text()
 
 
+def test_stages_exchange_no_rows_of_other_devices() -> None:
+    """A stage reads ids, segments and positions of all microbatches, each device of its own rows.
+
+    The partitioner would gather the rows of all devices, and the angles of their positions.
+    """
+    layout = {"mesh.pipeline": 2, "mesh.fsdp": 4, "mesh.data": 1}
+    _, compiled, mesh = compile_step(
+        RunConfig.config_dict(), DENSE_STEP | layout, jax.devices(), "cpu"
+    )
+    gathers = [
+        use
+        for use in read_collectives(compiled.as_text(), mesh.shape)
+        if use.kind == "all-gather" and use.what.endswith("stack._run_stages")
+    ]
+    assert gathers and all(use.axes == ("pipeline",) for use in gathers)
+    # At most 16 bytes of ids, positions, segments and masks for each of a device's 2 x 32 tokens,
+    # and two angles for each pair of a head's numbers.
+    head_dim = RunConfig.config_dict().model.head_dim
+    assert sum(use.bytes for use in gathers) <= 2 * 32 * (16 + 4 * head_dim)
+
+
 TIED_LAYOUTS: dict[str, dict[str, Any]] = {
     "fsdp": {"mesh.fsdp": 8},
     "fsdp, microbatches": {"mesh.fsdp": 8, "train.accumulation": 2},

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from moe.config import RunConfig, Schedule
-from moe.parallel.mesh import constrain
+from moe.parallel.mesh import per_shard
 from moe.parallel.remat import make_stage_policy
 
 AXIS = "pipeline"
@@ -222,9 +222,10 @@ def _gather(x: jax.Array) -> jax.Array:
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):  # keys themselves cannot be gathered
         data = jax.lax.all_gather(jax.random.key_data(x), AXIS)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
-    # Without this the partitioner would gather the rows of all devices as well.
+    # Each device gathers its own rows. The partitioner would gather those of all devices as well.
     dims = "MBT---"[: x.ndim]
-    return constrain(jax.lax.all_gather(constrain(x, dims), AXIS), f"-{dims}")
+    gather = lambda x: (jax.lax.all_gather(x, AXIS),)
+    return per_shard(gather, (dims,), (f"-{dims}",), x)[0]
 
 
 def _place_pieces(x: jax.Array, stage: jax.Array, schedule: Schedule) -> jax.Array:

@@ -36,8 +36,9 @@ from moe.scaling.hardware import Platform
 # its input and the stream between its parts, and the gradient of the stream.
 MADE_STREAMS, GRADIENT_STREAMS = 2, 1
 # Those of which it does not: the two normed inputs of the parts, and the gradients of the layer's
-# output and of a normed input. If it splits the others, these are gathered or scattered. GPUs do
-# that in another order, [T, B, D], and so each of them exists twice there.
+# output and of a normed input. If it splits the others, these are gathered or scattered. On GPUs
+# queries, keys and values then each make a gradient of the normed input before these are added up,
+# so there are twice as many gradients.
 MADE_INPUTS, GRADIENT_INPUTS = 2, 2
 # The arrays [B, T, F]: gate, up and their product, and the gradients of gate and up.
 MADE_WIDTHS, GRADIENT_WIDTHS = 3, 2
@@ -71,11 +72,12 @@ class Widths(NamedTuple):
 
 
 def weight_copies(config: RunConfig, sizes: Mapping[str, int], platform: Platform) -> int:
-    """Returns the bytes of the weights that a compiler copies for all layers before the loop.
+    """Returns the bytes of the weights that a compiler copies for all layers at once.
 
     That of GPUs reorders, in float32, the parts of weights that are gathered along another
     dimension than their first, and copies the experts' gradients in the loop over rows that adds
-    them up. That of TPUs casts all weights of layers to the compute dtype.
+    them up. That of TPUs casts all weights of layers to the compute dtype. That of CPUs cuts the
+    weights of layers that are unrolled out of their stacks.
     """
     total = 0
     for array in parameters(config):
@@ -88,6 +90,8 @@ def weight_copies(config: RunConfig, sizes: Mapping[str, int], platform: Platfor
         is_cast = array.repeats > 1 and len(array.dims) > 1 and not gathers_once(config, sizes)
         if platform == "tpu" and is_cast:
             total += ITEM[config.model.compute_dtype] * size
+        if platform == "cpu" and not config.model.scan_layers and array.repeats > 1:
+            total += FLOAT32 * size
     return total
 
 
@@ -106,8 +110,7 @@ def activations(config: RunConfig, sizes: Mapping[str, int], platform: Platform)
     freed = 0 if is_after else round(in_stages)
     largest = [_layer(config, sizes, passes, platform) - freed for passes in others]
     table = FLOAT32 * widths.vocabulary * widths.stream
-    # The gradient that the loss makes of a tied table waits for that of the embedding.
-    waiting = table if _shares_table(config, sizes) else 0
+    waiting = table * _waiting_tables(config, sizes, platform)
     return Activations(
         saved=round(stacks * saved) + _pipeline_hands(config, sizes),
         layer=max([_layer(config, sizes, staged, platform), *largest]) + waiting,
@@ -116,10 +119,16 @@ def activations(config: RunConfig, sizes: Mapping[str, int], platform: Platform)
     )
 
 
-def _shares_table(config: RunConfig, sizes: Mapping[str, int]) -> bool:
-    """Returns whether a tied table's gradient by the loss stays whole until the other is added."""
-    (table, *untied) = (array for array in parameters(config) if "V" in array.dims)
-    return not untied and bool(table.axes("D", sizes)) and not gathers_once(config, sizes)
+def _waiting_tables(config: RunConfig, sizes: Mapping[str, int], platform: Platform) -> int:
+    """Returns how many gradients of the loss stay whole while those of the layers are made.
+
+    That of a tied table waits for the embedding's. Otherwise GPUs scatter it last, and they make
+    the zeros that it begins with once for all microbatches.
+    """
+    table, *untied = (array for array in parameters(config) if "V" in array.dims)
+    if not table.axes("D", sizes) or gathers_once(config, sizes):
+        return 0
+    return (2 if platform == "gpu" else 0) if untied else 1
 
 
 def _saved(config: RunConfig, sizes: Mapping[str, int], passes: Passes, platform: Platform) -> int:
@@ -139,6 +148,7 @@ def _saved(config: RunConfig, sizes: Mapping[str, int], passes: Passes, platform
     saved += (passes.layers - passes.sparse_layers) * _dense_residuals(model, sizes, tokens)
     if passes.sparse_layers:
         saved += passes.sparse_layers * _sparse_residuals(config, sizes, tokens)
+        saved += passes.sparse_layers * _exchanged(config, sizes, tokens, platform)
         if _keeps_rows(config, sizes):
             width = 2 * model.moe.expert_dim // sizes["tensor"]
             saved += (
@@ -183,11 +193,11 @@ def _widths(config: RunConfig, sizes: Mapping[str, int]) -> Widths:
 def _attention_residuals(widths: Widths, item: int) -> int:
     """Returns the bytes of a token that the backward pass of attention and norms reads.
 
-    Each norm saves its input and the normed input in float32, and its result. Attention saves
-    queries, keys, values, the log-sum-exp, and the output twice: for itself and for the matmul that
-    follows. (In bfloat16 compilers merge these two, but then it saves what was rounded off.)
+    Each norm saves its input, one float32 number, and its result. Attention saves queries, keys,
+    values, the log-sum-exp, and the output twice: for itself and for the matmul that follows. (In
+    bfloat16 compilers merge these two, but then it saves what was rounded off.)
     """
-    norms = NORMS * (2 * FLOAT32 * widths.own_stream + item * widths.stream)
+    norms = NORMS * (item * (widths.own_stream + widths.stream) + FLOAT32)
     heads = 3 * widths.queries + 2 * widths.keys
     return norms + item * heads + FLOAT32 * widths.heads
 
@@ -236,16 +246,18 @@ def _sparse_residuals(config: RunConfig, sizes: Mapping[str, int], tokens: int) 
 def _layer(config: RunConfig, sizes: Mapping[str, int], passes: Passes, platform: Platform) -> int:
     """Returns the bytes that the backward pass of the largest of some layers takes.
 
-    Remat makes the layer's arrays again. Without it, the backward pass takes the layer's
-    part out of what is saved.
+    Remat makes the layer's arrays again. Without it, the backward pass takes the layer's part out
+    of the stacks of what is saved. Layers that are unrolled have no stacks, but then the compiler
+    of CPUs transposes some of what is saved.
     """
     model, tokens = config.model, passes.tokens
     item, widths = ITEM[model.compute_dtype], _widths(config, sizes)
     heads = 2 * (widths.queries + widths.keys)
     recomputes = model.remat != "none"
     streams = GRADIENT_STREAMS + (MADE_STREAMS if recomputes else 0)
-    inputs = GRADIENT_INPUTS + (MADE_INPUTS if recomputes else 0)
-    inputs *= 2 if platform == "gpu" and widths.own_stream < widths.stream else 1
+    splits_time = widths.own_stream < widths.stream
+    inputs = GRADIENT_INPUTS * (2 if platform == "gpu" and splits_time else 1)
+    inputs += MADE_INPUTS if recomputes else 0
     stream = streams * widths.own_stream + inputs * widths.stream
     common = item * tokens * (stream + (heads if recomputes else 0))
     arrays = GRADIENT_WIDTHS + (MADE_WIDTHS if recomputes else 0)
@@ -253,8 +265,14 @@ def _layer(config: RunConfig, sizes: Mapping[str, int], passes: Passes, platform
     if passes.sparse_layers:
         sparse = _sparse_layer(config, sizes, tokens, platform)
         dense = dense if passes.sparse_layers < passes.layers else 0
-    saved = 0 if recomputes else _saved(config, sizes, passes, platform) // passes.layers
-    return common + max(sparse, dense) + saved
+    copied = 0
+    if not recomputes and (model.scan_layers or platform == "cpu"):
+        copied = _saved(config, sizes, passes, platform) // passes.layers
+    # Before the loop, GPUs transpose the stack of an input that was gathered.
+    transposed = 0
+    if platform == "gpu" and not recomputes and splits_time:
+        transposed = passes.layers * item * tokens * widths.stream
+    return max(common + max(sparse, dense) + copied, transposed)
 
 
 def _sparse_layer(
@@ -263,10 +281,18 @@ def _sparse_layer(
     """Returns the bytes that the backward pass of a sparse part takes beside the stream."""
     model, moe, item = config.model, config.model.moe, ITEM[config.model.compute_dtype]
     rows, width = expert_rows(config, sizes, tokens, platform), moe.expert_dim // sizes["tensor"]
-    # The rows and their gradient, and gate and up. The experts make all else a block at a time.
-    made = rows * (2 * model.model_dim + (0 if _keeps_rows(config, sizes) else 2 * width))
-    if sizes["expert"] > 1:  # rows leave and arrive, and so do their gradients
-        made += 2 * (rows + tokens * moe.experts_per_token) * model.model_dim
+    leaving = tokens * moe.experts_per_token
+    # The rows and their gradient, and gate and up.
+    own_widths = 0 if _keeps_rows(config, sizes) else 2 * width
+    made = rows * (2 * model.model_dim + own_widths)
+    if platform == "tpu":
+        # The kernels of TPUs also make the product and the gradients of gate and up for all rows,
+        # when what has arrived has been copied to the rows of each expert.
+        arriving = (3 * rows + leaving) * model.model_dim if sizes["expert"] > 1 else 0
+        made = max(made + rows * (1 + GRADIENT_WIDTHS) * width, arriving)
+    elif sizes["expert"] > 1:  # rows leave and arrive, and so do their gradients
+        # Elsewhere all else is made a block at a time.
+        made += 2 * (rows + leaving) * model.model_dim
     weights = [array for array in parameters(config) if array.name == "experts"]
     # The gradients of all three weights leave the kernel together, before they are scattered.
     whole = sum(array.elements(sizes, whole=("fsdp",)) for array in weights)
@@ -285,33 +311,30 @@ def _cast_item(config: RunConfig, array: Array, sizes: Mapping[str, int]) -> int
 def _later_gradients(config: RunConfig, sizes: Mapping[str, int]) -> int:
     """Returns the bytes of the gradients that begin to exist after the loss.
 
-    They are those of a pipeline's stages, whose one backward pass begins then. Elsewhere they are
-    sums over microbatches.
+    They are those of the layers, for one microbatch or, in a pipeline, for all. Beside the loss
+    stand only their sums over the microbatches before.
     """
-    staged = [array for array in parameters(config) if array.is_pipelined]
-    if sizes["pipeline"] == 1:
-        return 0
-    return FLOAT32 * sum(array.layers(sizes) * array.elements(sizes) for array in staged)
+    whole = ("fsdp",) if gathers_once(config, sizes) else ()
+    layers = [array for array in parameters(config) if "V" not in array.dims]
+    return FLOAT32 * sum(array.layers(sizes) * array.elements(sizes, whole) for array in layers)
 
 
 def _loss(config: RunConfig, sizes: Mapping[str, int], platform: Platform) -> int:
     """Returns the bytes that the loss takes: logits of a chunk, and the unembedding's gradient.
 
-    The gradient of each chunk is made before it is added to that of the chunks before. The final
-    norm keeps its result, and its input and the normed input in float32, and beside them stands the
-    gradient of the result. The compiler of TPUs makes logits of the compute dtype within a matmul,
-    and makes the normed input again. That of GPUs makes both float32 arrays again.
+    CPUs make the gradient of each chunk before they add it to that of the chunks before. The final
+    norm keeps its result and its input, and beside them stands the gradient of the result.
+    Programs for GPUs take no more room for that input, and those for TPUs have it in float32.
     """
-    tokens, is_tpu = own_passes(config, sizes).tokens, platform == "tpu"
+    tokens = own_passes(config, sizes).tokens
     item, widths = ITEM[config.model.compute_dtype], _widths(config, sizes)
     # The last of the table's one or two arrays: a tied embedding is cast as an unembedding is.
     table = [array for array in parameters(config) if "V" in array.dims][-1]
     chunks = math.ceil(config.data.sequence_length / config.train.loss_chunk)
-    logit = FLOAT32 if is_tpu else FLOAT32 + item
-    logits = logit * math.ceil(tokens / chunks) * widths.vocabulary
+    logits = (FLOAT32 + item) * math.ceil(tokens / chunks) * widths.vocabulary
     # A gradient that is scattered after all microbatches is counted among the gradients.
-    sums = 1 if gathers_once(config, sizes) else 2
+    sums = (0 if gathers_once(config, sizes) else 1) + (platform == "cpu")
     weight = _cast_item(config, table, sizes) + sums * FLOAT32
     weight *= widths.vocabulary * widths.stream
-    normed = {"cpu": 2, "gpu": 0, "tpu": 1}[platform] * FLOAT32 * widths.own_stream
-    return logits + weight + tokens * (2 * item * widths.stream + normed)
+    own_input = {"cpu": item, "gpu": 0, "tpu": FLOAT32}[platform] * widths.own_stream
+    return logits + weight + tokens * (2 * item * widths.stream + own_input)
