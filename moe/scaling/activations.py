@@ -291,7 +291,8 @@ def _sparse_layer(
         arriving = (3 * rows + leaving) * model.model_dim if sizes["expert"] > 1 else 0
         made = max(made + rows * (1 + GRADIENT_WIDTHS) * width, arriving)
     elif sizes["expert"] > 1:  # rows leave and arrive, and so do their gradients
-        # Elsewhere all else is made a block at a time.
+        # On CPUs all else is made a block at a time. What the kernels of GPUs make for all rows is
+        # not counted: where programs take the most, it is no longer there.
         made += 2 * (rows + leaving) * model.model_dim
     weights = [array for array in parameters(config) if array.name == "experts"]
     # The gradients of all three weights leave the kernel together, before they are scattered.
