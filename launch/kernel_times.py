@@ -32,7 +32,7 @@ def kernel_times(run: Callable[[], None]) -> list[dict[str, Any]]:
 
 def sum_events(planes: list[Any]) -> list[dict[str, Any]]:
     """Returns what `kernel_times` does, from the planes of a trace."""
-    times: collections.Counter[str] = collections.Counter()
+    times: dict[str, float] = collections.defaultdict(float)
     calls: collections.Counter[str] = collections.Counter()
     devices = set()
     for kernel in itertools.chain.from_iterable(map(_kernels, planes)):
@@ -42,7 +42,7 @@ def sum_events(planes: list[Any]) -> list[dict[str, Any]]:
     traced = STEPS * max(1, len(devices))
     return [
         {"name": name, "ms": time / 1e6 / traced, "calls": calls[name] / traced}
-        for name, time in times.most_common()
+        for name, time in sorted(times.items(), key=lambda item: -item[1])
     ]
 
 
