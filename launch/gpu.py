@@ -26,7 +26,6 @@ from launch import command_line
 from moe.config import ConfigError
 from moe.files import write_whole
 
-_BENCHMARK = ("-m", "launch.benchmark")
 # The fastest layout of layers that fit one GPU: nothing is computed again, and no layer copies what
 # it keeps into an array of all layers.
 _LAYERS = ("model.remat=none", "model.scan_layers=False", "mesh.fsdp=1")
@@ -44,10 +43,9 @@ class Step(NamedTuple):
 
 
 def _train_step(config: str, *fields: str) -> Step:
+    command = ("-m", "launch.benchmark", f"--config=configs/{config}.py")
     config_fields = tuple(f"--config.{field}" for field in fields)
-    return Step(
-        (*_BENCHMARK, f"--config=configs/{config}.py", *config_fields, "--json={json}"), 240
-    )
+    return Step((*command, *config_fields, "--json={json}"), 240)
 
 
 def _attention(name: str, *arguments: str) -> Step:

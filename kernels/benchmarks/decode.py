@@ -7,9 +7,8 @@ For each part it prints the median of the ratios of their times.
 """
 
 import argparse
+import functools
 import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import jax.numpy as jnp
 
 from moe.kernels.attention import decode_attention
 from moe.kernels.benchmarks.results import write_rows
+from moe.kernels.benchmarks.timing import seconds
 
 BATCH, SLOTS, HEADS, KV_HEADS, WIDTH = 1, 8192, 8, 2, 64
 PAIRS, CALLS = 25, 20
@@ -28,15 +28,6 @@ def masked_attention(
 ) -> jax.Array:
     mask_B1TS = jnp.arange(k_BSKH.shape[1]) <= positions_BT[:, None, :, None]
     return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask_B1TS)
-
-
-def seconds(function: Callable[..., jax.Array], *arrays: jax.Array) -> float:
-    """Returns the mean time of some calls. A GPU takes half a millisecond to say it is done."""
-    start = time.perf_counter()
-    for _ in range(CALLS - 1):
-        function(*arrays)
-    function(*arrays).block_until_ready()
-    return (time.perf_counter() - start) / CALLS
 
 
 def measure(filled: float, dtype: str) -> list[dict[str, Any]]:
@@ -54,8 +45,11 @@ def measure(filled: float, dtype: str) -> list[dict[str, Any]]:
     error = jnp.max(jnp.abs(results[0].astype(jnp.float32) - results[1].astype(jnp.float32)))
     assert error < (1e-5 if dtype == "float32" else 0.02), error
 
-    ours, theirs = jax.jit(decode_attention), jax.jit(masked_attention)
-    pairs = [(seconds(ours, *arrays), seconds(theirs, *arrays)) for _ in range(PAIRS)]
+    ours, theirs = (
+        functools.partial(jax.jit(attend), *arrays)
+        for attend in (decode_attention, masked_attention)
+    )
+    pairs = [(seconds(ours, CALLS), seconds(theirs, CALLS)) for _ in range(PAIRS)]
     ratio = statistics.median(theirs_s / ours_s for ours_s, theirs_s in pairs)
     case = {"filled": filled, "dtype": dtype}
     medians = [1e3 * statistics.median(times) for times in zip(*pairs, strict=True)]

@@ -21,16 +21,16 @@ def median_seconds(calls: dict[Key, Callable[[], Any]], repeats: int) -> dict[Ke
     times: dict[Key, list[float]] = {key: [] for key in calls}
     for _ in range(repeats):
         for key, call in calls.items():
-            times[key].append(_seconds(call, launches[key]))
+            times[key].append(seconds(call, launches[key]))
     return {key: statistics.median(values) for key, values in times.items()}
 
 
 def _launches(call: Callable[[], Any]) -> int:
     """Returns how often a call is started in a turn."""
-    return max(1, min(MOST_CALLS, math.ceil(SECONDS_OF_TURN / _seconds(call, 3))))
+    return max(1, min(MOST_CALLS, math.ceil(SECONDS_OF_TURN / seconds(call, 3))))
 
 
-def _seconds(call: Callable[[], Any], launches: int) -> float:
+def seconds(call: Callable[[], Any], launches: int) -> float:
     """Returns the time of one call, of several that are started one after the other."""
     start = time.perf_counter()
     for _ in range(launches - 1):
