@@ -258,13 +258,11 @@ def _check_context(config: "RunConfig", mesh: MeshConfig) -> None:
 
 def _check_gather_once(config: "RunConfig", mesh: MeshConfig) -> None:
     """Raises ConfigError if the parameters cannot be gathered once for all microbatches."""
-    for axis in ("pipeline", "expert"):
-        size = dataclasses.asdict(mesh)[axis]
-        if config.train.gather_once and size > 1:
-            raise ConfigError(
-                f"train.gather_once=True gathers over mesh.fsdp alone, and mesh.{axis}={size} "
-                f"splits parameters as well: set train.gather_once to False, or mesh.{axis} to 1"
-            )
+    if config.train.gather_once and mesh.expert > 1:
+        raise ConfigError(
+            f"train.gather_once=True gathers over mesh.fsdp alone, and mesh.expert={mesh.expert} "
+            "splits parameters as well: set train.gather_once to False, or mesh.expert to 1"
+        )
 
 
 def _check_pipeline(config: "RunConfig", mesh: MeshConfig) -> None:

@@ -11,7 +11,7 @@ microbatch m belongs to stage m mod P.
       |   belt                 brings a stage's own microbatches to stage 0, and takes them home
       |   ring                 hands the residual stream on to the next stage
       | dense layers after the experts, final norm, unembedding, loss: on own rows
-      | the caller adds up the stages' sums, and the gradients of the copied parameters
+      | on_stages adds up the stages' sums, and the gradients of the copied parameters
 
 The belt moves from each stage to the one before it, one stage a tick. In a group's first round,
 stage 0 takes the microbatch that arrives, and puts in its place the finished one that the ring

@@ -339,13 +339,17 @@ def _accumulate(
 ) -> tuple[Any, losses.Sums]:
     """Returns the gradient of the whole batch's loss, and its sums, one microbatch at a time."""
     schedule = pipeline.choose_schedule(config)
-    if schedule is not None:
-        return _pipeline_gradient(config, model, task, variables, batch, schedule)
-    run = functools.partial(_accumulate_microbatches, config, model, task)
+    if schedule is None:
+        run = functools.partial(_accumulate_microbatches, config, model, task)
+    else:
+        run = functools.partial(_stage_gradient, config, on_schedule(model, schedule), task)
     if axes := replicas.replica_axes(config):
         declared = declarations(model, task.init_batch)
         dtype = config.model.compute_dtype
         run = replicas.on_replicas(run, axes, task.dims, declared, dtype)
+    if schedule is not None:
+        group = group_name(config.model.pipelined_group)
+        run = pipeline.on_stages(run, schedule, group, (variables["params"], None))
     return run(variables, batch, task.counts(batch))
 
 
@@ -398,32 +402,23 @@ def on_schedule(model: nn.Module, schedule: Schedule) -> nn.Module:
     return model.clone(schedule=schedule)
 
 
-def _pipeline_gradient(
+def _stage_gradient(
     config: RunConfig,
-    model: nn.Module,
+    staged: nn.Module,
     task: Task,
     variables: Any,
     batch: Batch,
-    schedule: Schedule,
+    global_counts: losses.Sums,
 ) -> tuple[Any, losses.Sums]:
-    """Returns what `_accumulate` does, from all microbatches at once in the stages of a pipeline.
+    """Returns what `_accumulate_microbatches` does, as a stage of a pipeline computes it.
 
     Each stage computes its own microbatches' part of the objective. Its gradient reaches all stages
     backwards along the pipeline.
     """
-    staged = on_schedule(model, schedule)
+    rows = pipeline.own_rows(batch, staged.schedule)
 
-    def stage_gradient(
-        variables: Any, batch: Batch, global_counts: losses.Sums
-    ) -> tuple[Any, losses.Sums]:
-        rows = pipeline.own_rows(batch, schedule)
+    def objective(params: Any) -> tuple[jax.Array, losses.Sums]:
+        sums = _sums(staged, task, variables | {"params": params}, rows)
+        return losses.objective(sums, global_counts, config.model.moe), sums
 
-        def objective(params: Any) -> tuple[jax.Array, losses.Sums]:
-            sums = _sums(staged, task, variables | {"params": params}, rows)
-            return losses.objective(sums, global_counts, config.model.moe), sums
-
-        return jax.grad(objective, has_aux=True)(variables["params"])
-
-    group = group_name(config.model.pipelined_group)
-    run = pipeline.on_stages(stage_gradient, schedule, group, (variables["params"], None))
-    return run(variables, batch, task.counts(batch))
+    return jax.grad(objective, has_aux=True)(variables["params"])

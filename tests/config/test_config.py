@@ -402,6 +402,12 @@ def test_values_out_of_range(changes: dict[str, Any], expected: str) -> None:
             "mesh.pipeline*train.pipeline_rounds=4 pieces cannot share: set model.num_layers to 5",
         ),
         (
+            {"mesh__expert": 4, "train__gather_once": True, "model__moe__num_experts": 4}
+            | {"train__batch_size": 8, "train__accumulation": 2},
+            "train.gather_once=True gathers over mesh.fsdp alone, and mesh.expert=4 splits "
+            "parameters as well: set train.gather_once to False, or mesh.expert to 1",
+        ),
+        (
             {"mesh__tensor": 3},
             "model.num_kv_heads=2 and mesh.tensor=3 do not divide each other: "
             "set mesh.tensor to a divisor of 2",
@@ -442,6 +448,7 @@ def test_the_fixes_that_messages_name_are_accepted() -> None:
     run_config(mesh__tensor=8, model__num_heads=8)
     pipeline = {"mesh__pipeline": 2, "train__accumulation": 2}
     run_config(**pipeline, train__pipeline_rounds=4, model__num_layers=8)
+    run_config(**pipeline, train__gather_once=True)
     run_config(seed=2**32 - 1)
 
 

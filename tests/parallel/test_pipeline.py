@@ -152,11 +152,21 @@ SLOW_CASES: dict[str, tuple[ModelConfig, dict[str, int], int, dict[str, Any]]] =
 
 
 def run_of(
-    model: ModelConfig, mesh: dict[str, int], rounds: int = 1, microbatches: int = 4
+    model: ModelConfig,
+    mesh: dict[str, int],
+    rounds: int = 1,
+    microbatches: int = 4,
+    *,
+    gather_once: bool = False,
 ) -> RunConfig:
     """Returns the config of a run on a mesh, with as many microbatches as the reference has."""
     reference = run_config(REFERENCE)
-    train = dataclasses.replace(reference.train, accumulation=microbatches, pipeline_rounds=rounds)
+    train = dataclasses.replace(
+        reference.train,
+        accumulation=microbatches,
+        pipeline_rounds=rounds,
+        gather_once=gather_once,
+    )
     sizes = MeshConfig(**({"data": 1} | mesh))
     return dataclasses.replace(reference, model=model, mesh=sizes, train=train)
 
@@ -196,11 +206,16 @@ def expected_step(model: ModelConfig) -> dict[str, Any]:
 
 
 def assert_equals_one_device(
-    model: ModelConfig, mesh: dict[str, int], rounds: int, fields: dict[str, Any]
+    model: ModelConfig,
+    mesh: dict[str, int],
+    rounds: int,
+    fields: dict[str, Any],
+    *,
+    gather_once: bool = False,
 ) -> None:
     plain = plain_model(model)
     model = dataclasses.replace(model, **fields)
-    actual = step_from(run_of(model, mesh, rounds), *drawn(plain))
+    actual = step_from(run_of(model, mesh, rounds, gather_once=gather_once), *drawn(plain))
     for name, difference in differences(actual, expected_step(plain)).items():
         assert difference < 2e-5, f"{name} differs by {difference:.1e}"
 
@@ -213,6 +228,23 @@ def test_a_pipeline_computes_what_one_device_does(case: str) -> None:
     is the microbatch, so that each microbatch has to have the same rows on one device.
     """
     assert_equals_one_device(*CASES[case])
+
+
+REPLICAS = {"data": 2, "pipeline": 2, "fsdp": 2}
+
+
+@pytest.mark.parametrize("gather_once", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_replicas_of_a_pipeline_compute_what_one_device_does(gather_once: bool) -> None:
+    """Each stage adds up its gradients over the replicas once, whatever the ticks."""
+    assert_equals_one_device(DENSE, REPLICAS, 2, {"remat": "full"}, gather_once=gather_once)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gather_once", [False, True])
+def test_replicas_of_a_sparse_pipeline_compute_what_one_device_does(gather_once: bool) -> None:
+    """The balance loss is that of a microbatch on all replicas."""
+    model = with_moe(SPARSE, dispatch="dropless")
+    assert_equals_one_device(model, REPLICAS, 1, {}, gather_once=gather_once)
 
 
 @pytest.mark.slow

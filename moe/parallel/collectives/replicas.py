@@ -8,6 +8,8 @@ up its own microbatches first, and what it sends does not grow with their number
     parameters -> (gathered over fsdp) -> each device's microbatches, one after the other
                                              |  gradients are added up on the device
     gradients  <- (scattered over fsdp) <- summed over the replicas
+
+In a pipeline each stage does this for its own layers, with its own microbatches, after its ticks.
 """
 
 import functools
@@ -20,6 +22,7 @@ from jax.sharding import PartitionSpec
 from moe.config import AXES, RunConfig, split_axes
 from moe.config.layout import gathers_once
 from moe.parallel.collectives.weights import lay_out_whole, present, sum_gradient
+from moe.parallel.mesh import per_shard
 from moe.parameters import Declared, is_declared
 
 _ROWS = ("data", "fsdp")  # the axes that may be Manual here and split rows
@@ -32,7 +35,7 @@ def replica_axes(config: RunConfig) -> tuple[str, ...]:
     see whole rows, so in sparse models `context` is left to it as well.
     """
     sizes = dict.fromkeys(AXES, 1) | dict(jax.sharding.get_abstract_mesh().shape)
-    if config.train.accumulation == 1 or sizes["pipeline"] > 1:
+    if config.train.accumulation == 1:
         return ()
     axes = ["data"]
     if not config.model.moe.num_experts and config.task != "span_corruption":
@@ -102,9 +105,11 @@ def _gather_weights(variables: Any, declared: Any, dtype: jax.typing.DTypeLike) 
 
 def _add_up(leaf: Declared, gradient: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     """Adds up the gradient of a parameter. What fsdp splits is scattered over it."""
-    # Where fsdp is not among the Manual axes, nothing is scattered.
-    width_axes = ("fsdp",) if "D" in leaf.dims else ()
-    return sum_gradient(gradient, leaf.dims.find("D"), width_axes, axes)
+    width_axes = ("fsdp",) if "fsdp" in axes and "D" in leaf.dims else ()
+    run = lambda gradient: (sum_gradient(gradient, leaf.dims.find("D"), width_axes, axes),)
+    # Each device adds up its own part. The partitioner would join the parts of the Auto axes before
+    # a scatter.
+    return per_shard(run, (leaf.dims,), (leaf.dims,), gradient)[0]
 
 
 def sum_over_replicas(x: jax.Array) -> jax.Array:
