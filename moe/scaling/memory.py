@@ -102,8 +102,10 @@ def step_bytes(config: RunConfig, mesh: MeshConfig, platform: Platform) -> StepB
             array.layers(sizes) * array.elements(sizes, whole=("fsdp",))
             for array in parameters(config)
         )
-        # The compiler of TPUs casts parameters before it gathers them.
-        gathered = whole * (ITEM[config.model.compute_dtype] if platform == "tpu" else WORD)
+        # The compiler of TPUs keeps what it gathered in the compute dtype, unless stages of a
+        # pipeline cut their pieces out of it.
+        keeps_cast = platform == "tpu" and mesh.pipeline == 1
+        gathered = whole * (ITEM[config.model.compute_dtype] if keeps_cast else WORD)
         gradients = WORD * whole
     return StepBytes(
         parameters=state.parameters + gathered,
