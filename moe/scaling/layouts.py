@@ -106,20 +106,24 @@ def _remats(config: RunConfig) -> tuple[str, ...]:
 
 
 def cheapest_fit(config: RunConfig, mesh: MeshConfig, chip: Chip) -> str | None:
-    """Returns the change of remat, microbatches or fsdp that fits a chip at the least cost.
+    """Returns the change that fits a chip at the least cost, or None if nothing fits.
 
-    The fewest changes are cheapest, and of equally many the shortest step. The result names the
-    fields to set, as "model.remat=full, train.accumulation=8", or is None if nothing fits.
+    It may change remat, the microbatches, fsdp, and `train.gather_once` where that is set. The
+    fewest changes are cheapest, and of equally many the shortest step. The result names the fields
+    to set, as "model.remat=full, train.accumulation=8".
     """
     own, remats = config.model.remat, _remats(config)
     remats = remats[remats.index(own) :] if own in remats else (own,)
+    gather_choices = {config.train.gather_once, False}
     fits = []
     for split in _more_fsdp(mesh):
         if not _is_possible(config, split):
             continue
         numbers = [n for n in _microbatches(config, split) if n >= config.train.accumulation]
-        for remat, number in itertools.product(remats, numbers):
+        for remat, number, gathers in itertools.product(remats, numbers, gather_choices):
             changed = _change(config, split, remat, number)
+            train = dataclasses.replace(changed.train, gather_once=gathers)
+            changed = dataclasses.replace(changed, train=train)
             if _fits(changed, chip):
                 changes = _changes(config, mesh, changed, split)
                 time = estimate(changed, split, chip).step_seconds
@@ -134,6 +138,8 @@ def _changes(config: RunConfig, mesh: MeshConfig, new: RunConfig, split: MeshCon
         changes.append(f"model.remat={new.model.remat}")
     if new.train.accumulation != config.train.accumulation:
         changes.append(f"train.accumulation={new.train.accumulation}")
+    if new.train.gather_once != config.train.gather_once:
+        changes.append(f"train.gather_once={new.train.gather_once}")
     if split != mesh:
         changes.append(f"mesh.data={split.data} and mesh.fsdp={split.fsdp}")
     return changes

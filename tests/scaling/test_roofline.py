@@ -116,6 +116,17 @@ def test_the_cheapest_change_that_fits_is_named():
     assert name in ("train.accumulation", "model.remat", "mesh.data") and value
 
 
+def test_parameters_need_not_be_gathered_once_where_they_do_not_fit():
+    """Fewer rows in a microbatch would not do: each device has one already."""
+    config = run_config(batch_size=8, accumulation=2, gather_once=True)
+    mesh = MeshConfig(data=1, fsdp=4)
+    split = dataclasses.replace(config.train, gather_once=False)
+    room = step_bytes(dataclasses.replace(config, train=split), mesh, "gpu").total
+    assert room < step_bytes(config, mesh, "gpu").total
+    chip = dataclasses.replace(CHIP, memory_bytes=room)
+    assert cheapest_fit(config, mesh, chip) == "train.gather_once=False"
+
+
 def test_the_table_of_chips_is_that_of_the_devices():
     assert find_chip("v5p").device_kind == "TPU v5"
     assert PEAK_FLOPS["NVIDIA H200"] == CHIPS["h200"].peak_flops
