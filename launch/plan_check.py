@@ -67,6 +67,7 @@ _SMALL_BATCH = {"train.batch_size": 64, "train.accumulation": 4}
 _CAPACITY = {"model.moe.dispatch": "capacity", "model.moe.exchange": "all_to_all"}
 _STAGES = {"mesh.pipeline": 2, "train.accumulation": 8, "train.gather_once": False}
 _REPLICAS = {"mesh.pipeline": 2, "mesh.data": 2, "mesh.fsdp": 2, "train.accumulation": 8}
+_SPARSE_REPLICAS = {**_REPLICAS, "mesh.expert": 2, "train.batch_size": 64, "model.remat": "none"}
 _GATHERED = {"model.remat": "none", "train.batch_size": 64, "train.accumulation": 1}
 _KEPT = {"model.remat": "none", "train.batch_size": 256, "train.accumulation": 4}
 _UNROLLED = {"model.remat": "none", "model.scan_layers": False, "train.batch_size": 512}
@@ -107,6 +108,7 @@ CASES = (
     Case("dense_1b", "v5p", 8, _STAGES),
     Case("dense_1b", "h200", 8, {**_STAGES, "train.batch_size": 128, "model.remat": "none"}),
     *(Case("dense_1b", chip, 8, _REPLICAS) for chip in ("h200", "v5p")),
+    Case("moe_1b_7b", "h200", 16, _SPARSE_REPLICAS),
     # Where the tensor axis splits the time, gathered inputs are kept.
     *(Case("dense_7b", chip, 64, _GATHERED) for chip in ("h200", "v5p")),
     # Experts' rows are kept as they were received.

@@ -19,7 +19,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from moe.kernels.attention import RESIDUALS as ATTENTION
-from moe.parallel.collectives.expert import EXCHANGED, PROJECTIONS
+from moe.parallel.collectives.expert import EXCHANGED
 from moe.parallel.collectives.weights import forget_gathered
 from moe.parallel.sequence import BETWEEN_PARTS
 
@@ -50,8 +50,7 @@ def make_policy(remat: str) -> Policy:
 def make_stage_policy(remat: str) -> Policy:
     """Returns the policy for all layers of a piece of a pipeline's stage, which is cut out first.
 
-    The layers are in one call of jax.checkpoint, so their inputs are kept by name. Without remat,
-    gate and up of experts' rows are computed again all the same: all ticks' would be too large.
+    The layers are in one call of jax.checkpoint, so their inputs are kept by name.
     """
     if remat == "offload":
         return _keep((), offloaded=True)
@@ -60,9 +59,8 @@ def make_stage_policy(remat: str) -> Policy:
 
     def forget_weights(primitive: Any, *avals: Any, **params: Any) -> bool:
         """Returns whether to keep a result: no copy of a piece's parameters, no gathered weight."""
-        if primitive is jax.lax.dynamic_slice_p or params.get("name") == PROJECTIONS:
-            return False
-        return forget_gathered(primitive, *avals, **params)
+        is_cut = primitive is jax.lax.dynamic_slice_p
+        return not is_cut and forget_gathered(primitive, *avals, **params)
 
     return forget_weights
 

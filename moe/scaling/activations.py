@@ -149,20 +149,9 @@ def _saved(config: RunConfig, sizes: Mapping[str, int], passes: Passes, platform
     if passes.sparse_layers:
         saved += passes.sparse_layers * _sparse_residuals(config, sizes, tokens)
         saved += passes.sparse_layers * _exchanged(config, sizes, tokens, platform)
-        if _keeps_rows(config, sizes):
-            width = 2 * model.moe.expert_dim // sizes["tensor"]
-            saved += (
-                passes.sparse_layers * item * expert_rows(config, sizes, tokens, platform) * width
-            )
+        gate_up = 2 * expert_rows(config, sizes, tokens, platform) * model.moe.expert_dim
+        saved += passes.sparse_layers * item * gate_up // sizes["tensor"]
     return saved
-
-
-def _keeps_rows(config: RunConfig, sizes: Mapping[str, int]) -> bool:
-    """Returns whether gate and up of all experts' rows wait for the backward pass.
-
-    The stages of a pipeline compute them again, whatever `model.remat` says.
-    """
-    return config.model.remat == "none" and sizes["pipeline"] == 1
 
 
 def _pipeline_hands(config: RunConfig, sizes: Mapping[str, int]) -> int:
@@ -283,7 +272,7 @@ def _sparse_layer(
     rows, width = expert_rows(config, sizes, tokens, platform), moe.expert_dim // sizes["tensor"]
     leaving = tokens * moe.experts_per_token
     # The rows and their gradient, and gate and up.
-    own_widths = 0 if _keeps_rows(config, sizes) else 2 * width
+    own_widths = 0 if config.model.remat == "none" else 2 * width
     made = rows * (2 * model.model_dim + own_widths)
     if platform == "tpu":
         # The kernels of TPUs also make the product and the gradients of gate and up for all rows,

@@ -336,6 +336,20 @@ def stored_shapes(jaxpr: Any, ticks: int) -> set[tuple[int, ...]]:
     return shapes
 
 
+def shapes_of_ticks(model: ModelConfig, rounds: int) -> set[tuple[int, ...]]:
+    """Returns the shapes of what the ticks of two stages store, with 4 microbatches."""
+    config = run_of(model, {"pipeline": 2}, rounds)
+    task = make_task(config)
+    declared, _ = drawn(plain_model(model))
+    params, router_state = unbox(declared["params"]), unbox(declared["router_state"])
+    step = make_train_step(config, task.model(model), KEEP_GRADIENT, task, make_schedule(config))
+    init = lambda params, biases: new_state(params, KEEP_GRADIENT.init(params), biases)
+    state = jax.eval_shape(init, params, router_state)
+    with jax.set_mesh(make_mesh(config, jax.devices()[:2])):
+        jaxpr = jax.make_jaxpr(step)(state, batch_rows())
+    return stored_shapes(jaxpr.jaxpr, Schedule(2, rounds, 4).ticks)
+
+
 @pytest.mark.parametrize("remat", [pytest.param("none", marks=pytest.mark.slow), "full"])
 def test_a_tick_stores_activations_alone(remat: str) -> None:
     """Parameters of a tick's piece are cut out again in the backward pass.
@@ -343,20 +357,21 @@ def test_a_tick_stores_activations_alone(remat: str) -> None:
     With remat "full" a tick stores the input of each layer, and what it knows of the tokens.
     """
     model = dataclasses.replace(DENSE, num_layers=8, remat=remat)
-    config = run_of(model, {"pipeline": 2}, rounds=2)
-    task = make_task(config)
-    declared, _ = drawn(model)
-    params, rows, layers = unbox(declared["params"]), ROWS // 4, 2
-    step = make_train_step(config, task.model(model), KEEP_GRADIENT, task, make_schedule(config))
-    state = jax.eval_shape(lambda params: new_state(params, KEEP_GRADIENT.init(params), {}), params)
-    with jax.set_mesh(make_mesh(config, jax.devices()[:2])):
-        jaxpr = jax.make_jaxpr(step)(state, batch_rows())
-    shapes = stored_shapes(jaxpr.jaxpr, Schedule(2, 2, 4).ticks)
+    shapes, rows, layers = shapes_of_ticks(model, rounds=2), ROWS // 4, 2
+    params = unbox(drawn(plain_model(model))[0]["params"])
     weights = {(layers, *leaf.shape[1:]) for leaf in jax.tree.leaves(params["layers_0"])}
     assert not shapes & weights
     large = {shape for shape in shapes if np.prod(shape) >= rows * LENGTH * model.model_dim}
     assert (layers, rows, LENGTH, model.model_dim) in large
     assert len(large) == 1 or remat == "none"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_ticks_store_gate_and_up_of_the_experts_rows_without_remat(remat: str) -> None:
+    model = dataclasses.replace(with_moe(FLAT, dispatch="dropless"), remat=remat)
+    widths = {shape[-1] for shape in shapes_of_ticks(model, rounds=1) if shape}
+    assert (2 * model.moe.expert_dim in widths) == (remat == "none")
 
 
 def test_the_gradient_of_the_embedding_gathers_no_activations() -> None:
