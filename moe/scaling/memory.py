@@ -91,9 +91,11 @@ def step_bytes(config: RunConfig, mesh: MeshConfig, platform: Platform) -> StepB
     """
     state, sizes = state_bytes(config, mesh), dataclasses.asdict(mesh)
     active = activations(config, sizes, platform)
-    # The sum over microbatches stands beside the gradients of one of them. In a pipeline of dense
-    # layers, GPUs and TPUs add each layer's gradient of a tick to the sum where it is made.
-    adds_in_place = mesh.pipeline > 1 and platform != "cpu" and not config.model.sparse_layers
+    # The sum over microbatches stands beside the gradients of one of them. In a pipeline, programs
+    # for GPUs and TPUs add up each layer's gradient where it is made, unless remat computes experts
+    # again.
+    recomputes_experts = config.model.sparse_layers and config.model.remat != "none"
+    adds_in_place = mesh.pipeline > 1 and platform != "cpu" and not recomputes_experts
     copies = 2 if config.train.accumulation > 1 and not adds_in_place else 1
     tokens = config.train.accumulation * local_tokens(config, sizes)
     gathered, gradients = 0, state.gradients
