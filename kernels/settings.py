@@ -40,7 +40,7 @@ def check_axes(name: str, x: object) -> None:
     if AxisType.Explicit in sharding.mesh.axis_types and any(sharding.spec):
         raise ValueError(
             f"{name} {x.shape} is split over Explicit mesh axes, as {sharding.spec}: "
-            "call this inside jax.sharding.auto_axes"
+            "call this inside a jax.shard_map over these axes, with check_vma=False"
         )
     if manual is not None and manual.varying:
         raise ValueError(

@@ -55,6 +55,9 @@ def cross_entropy_sum(
 
     It can be differentiated once, in reverse mode, with respect to hidden states and weight. The
     weight's gradient is summed in float32.
+
+    Raises TypeError for a mask that is not bool, or a weight that is no `Unembedding`, and
+    ValueError for shapes that do not match, or a chunk below 1.
     """
     return cross_entropy_sums(hidden_BTD, unembedding, targets_BT, mask_BT, (), chunk)[0]
 
@@ -72,6 +75,7 @@ def cross_entropy_sums(
 
     The parts are for reports: they have no gradient. A position that `mask_BT` hides is in no part.
     """
+    _check_arguments(hidden_BTD, unembedding, targets_BT, (mask_BT, *parts_BT), chunk)
     weight, dims, companion = unembedding
     if not targets_BT.size:
         return tuple(jnp.zeros((), jnp.float32) for _ in range(1 + len(parts_BT)))
@@ -85,6 +89,41 @@ def cross_entropy_sums(
         _loss_sums(plan, companion, hidden_BTD, weight, targets_BT, masks_JBT),
     )
     return total, *jax.lax.stop_gradient(parts)
+
+
+def _check_arguments(
+    hidden_BTD: jax.Array,
+    unembedding: Unembedding,
+    targets_BT: jax.Array,
+    masks_BT: tuple[jax.Array, ...],
+    chunk: int,
+) -> None:
+    """Raises TypeError or ValueError for arguments that would fail later, or not at all."""
+    if not isinstance(unembedding, Unembedding):
+        raise TypeError(
+            f"unembedding is of type {type(unembedding).__name__}: give Unembedding(weight_DV)"
+        )
+    weight, dims = unembedding.weight, unembedding.dims
+    batch, length, width = hidden_BTD.shape
+    if weight.ndim != 2 or weight.shape[dims.index("D")] != width:
+        raise ValueError(
+            f"the weight {weight.shape} has the dimensions {dims!r}, and hidden states "
+            f"{hidden_BTD.shape} have D = {width}: give Unembedding(weight_DV), or "
+            "Unembedding(table_VD, 'VD')"
+        )
+    for name, x in (("targets", targets_BT), *(("mask", mask) for mask in masks_BT)):
+        if x.shape != (batch, length):
+            raise ValueError(f"{name} has shape {x.shape}: give one of shape {(batch, length)}")
+    for mask in masks_BT:
+        check_mask("mask", mask)
+    if chunk < 1:
+        raise ValueError(f"chunk={chunk} is too small: set it to 1 or more")
+
+
+def check_mask(name: str, mask: jax.Array) -> None:
+    """Raises TypeError for a mask that is not bool. Nothing here weights positions by numbers."""
+    if mask.dtype != bool:
+        raise TypeError(f"{name} is {mask.dtype.name}, and a mask is bool: give {name} > 0")
 
 
 class _Plan(NamedTuple):

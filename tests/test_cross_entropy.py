@@ -233,3 +233,37 @@ def test_a_device_may_hold_logits_of_minus_infinity_alone():
     for sums in (_sums, _sums_in_one_pass):
         maximum, total, _ = sums(jnp.full((2, 8), -jnp.inf), jnp.zeros((2, 8)))
         assert np.all(np.isfinite(maximum)) and np.all(total == 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mask": jnp.full((2, 3), 0.5)}, "mask is float32, and a mask is bool: give mask > 0"),
+        (
+            {"unembedding": np.ones((4, 5))},
+            "unembedding is of type ndarray: give Unembedding(weight_DV)",
+        ),
+        (
+            {"unembedding": Unembedding(jnp.ones((5, 4)))},
+            "the weight (5, 4) has the dimensions 'DV', and hidden states (2, 3, 4) have D = 4: "
+            "give Unembedding(weight_DV), or Unembedding(table_VD, 'VD')",
+        ),
+        (
+            {"targets": jnp.zeros((2, 4), jnp.int32)},
+            "targets has shape (2, 4): give one of shape (2, 3)",
+        ),
+        ({"chunk": 0}, "chunk=0 is too small: set it to 1 or more"),
+    ],
+    ids=["mask", "weight", "transposed", "targets", "chunk"],
+)
+def test_wrong_arguments_are_refused_in_one_line(changes, message):
+    arguments = {
+        "hidden": jnp.ones((2, 3, 4)),
+        "unembedding": Unembedding(jnp.ones((4, 5))),
+        "targets": jnp.zeros((2, 3), jnp.int32),
+        "mask": jnp.ones((2, 3), bool),
+        "chunk": 2,
+    }
+    with pytest.raises((TypeError, ValueError)) as caught:
+        cross_entropy_sum(*(arguments | changes).values())
+    assert str(caught.value) == message

@@ -482,14 +482,15 @@ def heads(batch=8, length=8):
 def test_flash_attention_says_what_explicit_axes_need_and_runs_with_it():
     q, mesh = heads(), jax.make_mesh((4, 2), ("data", "fsdp"))
     attend = functools.partial(flash_attention, causal=True)
-    wrapped = jax.sharding.auto_axes(attend, out_sharding=P("data"))
+    part = P("data")
+    wrapped = jax.shard_map(attend, mesh=mesh, in_specs=part, out_specs=part, check_vma=False)
     run = lambda attend: jax.jit(jax.value_and_grad(lambda q: jnp.sum(jnp.sin(attend(q, q, q)))))
     expected = run(attend)(q)
     with jax.set_mesh(mesh):
         q = layout(mesh, q, "data")
         with pytest.raises(
             ValueError,
-            match=r"q \(8, 8, 4, 8\) is split over Explicit mesh axes, .*jax.sharding.auto_axes",
+            match=r"q \(8, 8, 4, 8\) is split over Explicit mesh axes, .*jax.shard_map over these",
         ):
             attend(q, q, q)
         same(run(wrapped)(q), expected)
@@ -536,7 +537,7 @@ def test_experts_say_what_shard_map_and_explicit_axes_need():
         jax.set_mesh(mesh),
         pytest.raises(
             ValueError,
-            match=r"x_ND \(6, 16\) is split over Explicit .* inside jax.sharding.auto_axes",
+            match=r"x_ND \(6, 16\) is split over Explicit .* inside a jax.shard_map over these",
         ),
     ):
         function(layout(mesh, x, "data"), *arrays)

@@ -29,6 +29,18 @@ class Arrangement(NamedTuple):
         return self.assignments_I // self.slots_NA.shape[1]
 
 
+def check_assignments(x_ND: jax.Array, experts_NA: jax.Array, weights_NA: jax.Array) -> None:
+    """Raises ValueError or TypeError for arrays that do not match, or experts without numbers."""
+    tokens, shape = x_ND.shape[:1], experts_NA.shape
+    if x_ND.ndim != 2 or len(shape) != 2 or shape[:1] != tokens or weights_NA.shape != shape:
+        raise ValueError(
+            f"x has shape {x_ND.shape}, experts {shape} and weights {weights_NA.shape}: "
+            "give x [N, D], and experts and weights [N, A]"
+        )
+    if not jnp.issubdtype(experts_NA.dtype, jnp.integer):
+        raise TypeError(f"experts is {experts_NA.dtype.name}: give the experts' numbers, as int32")
+
+
 def expert_loads(experts_NA: jax.Array, num_experts: int) -> jax.Array:
     """Returns the number of assignments of each expert, int32 [E]."""
     chosen_NAE = jax.nn.one_hot(experts_NA, num_experts, dtype=bool)
@@ -148,12 +160,19 @@ def _combine_backward(
     rows_ID, weights_NA, arrangement = residuals
     g_ID = copy_to_slots(g_ND, arrangement)
     weights_I1 = gather_into_slots(weights_NA, arrangement)[:, None]
-    grad_rows = (g_ID.astype(weights_I1.dtype) * weights_I1).astype(rows_ID.dtype)
-    grad_weights_I = jnp.sum(rows_ID.astype(jnp.float32) * g_ID.astype(jnp.float32), axis=1)
-    return grad_rows, gather_from_slots(grad_weights_I, arrangement), None
+    sum_dtype = _sum_dtype(rows_ID, weights_NA)
+    grad_rows = (g_ID.astype(sum_dtype) * weights_I1.astype(sum_dtype)).astype(rows_ID.dtype)
+    grad_weights_I = jnp.sum(rows_ID.astype(sum_dtype) * g_ID.astype(sum_dtype), axis=1)
+    grad_weights = gather_from_slots(grad_weights_I, arrangement).astype(weights_NA.dtype)
+    return grad_rows, grad_weights, None
 
 
 combine.defvjp(_combine_forward, _combine_backward)
+
+
+def _sum_dtype(*arrays: jax.Array) -> type:
+    """Returns the dtype in which products of these arrays are added up."""
+    return jnp.float64 if any(x.dtype == jnp.float64 for x in arrays) else jnp.float32
 
 
 def weighted_sum(rows_ID: jax.Array, weights_NA: jax.Array, arrangement: Arrangement) -> jax.Array:
@@ -164,8 +183,9 @@ def weighted_sum(rows_ID: jax.Array, weights_NA: jax.Array, arrangement: Arrange
     """
     # One gather for each choice, which XLA fuses with the sum. One gather of all [N, A, D] takes
     # four times as long on a CPU.
-    terms = []
+    sum_dtype = _sum_dtype(rows_ID, weights_NA)
+    weights_NA, terms = weights_NA.astype(sum_dtype), []
     for slots_N, weights_N in zip(arrangement.slots_NA.T, weights_NA.T, strict=True):
         rows_ND = rows_ID.at[slots_N].get(mode="fill", fill_value=0)
-        terms.append(rows_ND.astype(weights_NA.dtype) * weights_N[:, None])
+        terms.append(rows_ND.astype(sum_dtype) * weights_N[:, None])
     return functools.reduce(operator.add, terms).astype(rows_ID.dtype)

@@ -44,12 +44,12 @@ from moe.model.arrangement import (
     add_rows,
     arrange,
     arrange_equally,
+    check_assignments,
     combine,
     copy_to_slots,
     expert_loads,
     gather_from_slots,
     gather_into_slots,
-    weighted_sum,
 )
 from moe.model.layers import swiglu
 from moe.parallel.collectives import expert as expert_parallel
@@ -171,6 +171,7 @@ def dense(
 
     This takes E / A times the work of the others. Tests compare the other strategies with it.
     """
+    check_assignments(x_ND, experts_NA, weights_NA)
     num_experts = weights.num_experts
     # Tokens pass through float32, so that the backward pass adds up their gradients in float32.
     rows_END = jnp.broadcast_to(x_ND.astype(jnp.float32), (num_experts, *x_ND.shape))
@@ -195,6 +196,7 @@ def with_capacity(
 
     `routing.limit_to_capacity` drops in the papers' order, and what it leaves always fits.
     """
+    check_assignments(x_ND, experts_NA, weights_NA)
     arrangement = arrange_equally(experts_NA, weights.num_experts, capacity)
     rows_ECD = _split(copy_to_slots(x_ND, arrangement), weights.num_experts)
     y_ND = combine(_join(weights(rows_ECD)), weights_NA, arrangement)
@@ -216,6 +218,7 @@ def dropless(
     number that suits the kernel and the load. `implementation` names the kernel; "auto" takes the
     fastest one on the mesh's chip.
     """
+    check_assignments(x_ND, experts_NA, weights_NA)
     check_axes("x_ND", x_ND)
     if not experts_NA.size:
         return ExpertOutput(x_ND)
@@ -407,16 +410,12 @@ def _grouped_experts_backward(
     weights_I = gather_into_slots(weights_NA, arrangement)
     grads = grouped_swiglu_backward(inputs, gate_up, weights_I, g_ND, implementation)
     whole_grads = (grads.w_gate_EDF, grads.w_up_EDF, grads.w_down_EFD)
-    grad_weights = Weights(
-        *(
-            expert_parallel.scatter_gradient(grad, dim).astype(w.dtype)
-            for grad, w, dim in zip(
-                whole_grads, weights, weights.split_dims(x_ND.shape[-1]), strict=True
-            )
-        )
-    )
-    grad_x = weighted_sum(grads.rows_ID, jnp.ones_like(weights_NA), arrangement)
-    return grad_x, gather_from_slots(grads.weights_I, arrangement), grad_weights, None
+    split_dims = weights.split_dims(x_ND.shape[-1])
+    parts = map(expert_parallel.scatter_gradient, whole_grads, split_dims)
+    grad_weights = Weights(*(part.astype(w.dtype) for part, w in zip(parts, weights, strict=True)))
+    grad_x = add_rows(grads.rows_ID, arrangement)
+    grad_weights_NA = gather_from_slots(grads.weights_I, arrangement).astype(weights_NA.dtype)
+    return grad_x, grad_weights_NA, grad_weights, None
 
 
 _grouped_experts = jax.custom_vjp(_apply_grouped, nondiff_argnums=(0,))

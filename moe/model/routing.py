@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe.config import ConfigError, MoEConfig
+from moe.cross_entropy import check_mask
 from moe.losses import RouterStats
 from moe.model.arrangement import places_of_sorted
 from moe.parallel.collectives.replicas import sum_over_replicas
@@ -72,7 +73,7 @@ def route(
 
 
 def _check_shapes(logits_BTE: jax.Array, config: MoEConfig, mask_BT: jax.Array | None) -> None:
-    """Raises ConfigError or ValueError for shapes that would fail later, or not at all."""
+    """Raises an error for shapes and masks that would fail later, or not at all."""
     if not config.num_experts:
         raise ConfigError(
             "num_experts=0 leaves a router nothing to choose from: set num_experts to 1 or more"
@@ -87,6 +88,8 @@ def _check_shapes(logits_BTE: jax.Array, config: MoEConfig, mask_BT: jax.Array |
             f"mask has shape {mask_BT.shape}: "
             f"give route a mask [B, T] of shape {logits_BTE.shape[:2]}"
         )
+    if mask_BT is not None:
+        check_mask("mask", mask_BT)
 
 
 def _scores(logits_BTE: jax.Array, config: MoEConfig) -> tuple[jax.Array, jax.Array]:

@@ -151,8 +151,9 @@ def per_shard(
     """Calls `function` on each device's part of the arrays, laid out by RULES (jax.shard_map).
 
     `in_dims` and `out_dims` hold the dimension letters of each array and of each result. The Auto
-    axes of the mesh split the arrays, and without Auto axes `function` gets the whole arrays.
-    `function` is also traced on the whole arrays, to find the shapes of the whole results.
+    axes of the mesh split the arrays. Along an axis that RULES do not name, each device gets the
+    whole arrays, and without Auto axes so does `function`, outside of any shard_map. `function` is
+    also traced on the whole arrays, to find the shapes of the whole results.
 
     Raises ValueError if RULES split a weight's experts or feed-forward width over an axis that a
     surrounding shard_map has made Manual. The collectives of `function` would run over that axis,
@@ -161,20 +162,21 @@ def per_shard(
     mesh = jax.sharding.get_abstract_mesh()
     _check_manual_axes(mesh, in_dims)
     sizes = _auto_sizes(mesh)
-    if not sizes:
+    # A kernel cannot be split by the compiler, so the axes with other names become Manual, too.
+    axes = set(_axes_of_type(mesh, AxisType.Auto))
+    is_split = math.prod(mesh.shape[axis] for axis in axes) > 1
+    if AxisType.Explicit in mesh.axis_types or not (sizes or is_split):
         return function(*arrays)
     results = jax.eval_shape(function, *arrays)
     in_specs, out_specs = (
         tuple(_spec_over(dims, x.shape, sizes) for dims, x in zip(all_dims, xs, strict=True))
         for all_dims, xs in ((in_dims, arrays), (out_dims, results))
     )
-    # All Auto axes become Manual, also those with other names: a kernel cannot be split by the
-    # compiler.
     return jax.shard_map(
         function,
         in_specs=in_specs,
         out_specs=out_specs,
-        axis_names=set(_axes_of_type(mesh, AxisType.Auto)),
+        axis_names=axes,
         check_vma=False,
     )(*arrays)
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from moe import losses
 from moe.config import RunConfig
-from moe.cross_entropy import Unembedding, cross_entropy_sum
+from moe.cross_entropy import Unembedding, check_mask, cross_entropy_sum
 from moe.data.rows import Rows
 from moe.losses import Sums
 from moe.model.stack import Output
@@ -79,11 +79,14 @@ def counts(batch: Batch) -> Sums:
     """Counts a batch's targets and its tokens without padding.
 
     They are known from the batch alone, so that each microbatch can be weighted by its share of
-    the whole batch.
+    the whole batch. Without `segment_ids` there is no padding, as for a model. Raises TypeError for
+    a `loss_mask` that is not bool.
     """
+    check_mask("loss_mask", batch["loss_mask"])
+    segment_ids = batch.get("segment_ids", jnp.ones_like(batch["targets"]))
     return {
         "targets": jnp.sum(batch["loss_mask"], dtype=jnp.float32),
-        "tokens": jnp.sum(batch["segment_ids"] > 0, dtype=jnp.float32),
+        "tokens": jnp.sum(segment_ids > 0, dtype=jnp.float32),
     }
 
 

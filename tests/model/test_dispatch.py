@@ -136,6 +136,47 @@ def test_a_strategy_has_the_oracles_gradients(name):
         close(actual, expected)
 
 
+@pytest.mark.parametrize("weights_dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("name", ["dense", "capacity", "dropless"])
+def test_gradients_have_the_dtypes_of_their_arrays(name, dtype, weights_dtype):
+    x, experts, combine = routed()
+    arrays = (x.astype(dtype), combine.astype(weights_dtype), *(w.astype(dtype) for w in weights()))
+
+    def loss(x, combine, *weights):
+        return jnp.sum(STRATEGIES[name](x, experts, combine, *weights).astype(jnp.float32))
+
+    found = jax.eval_shape(jax.grad(loss, range(5)), *arrays)
+    assert [x.dtype for x in found] == [x.dtype for x in arrays]
+
+
+def test_many_assignments_are_added_up_in_float32():
+    """In bfloat16 a sum of ones stops growing at 256."""
+    tokens, choices = 3, 300
+    arrangement = arrange_equally(jnp.zeros((tokens, choices), jnp.int32), 1, tokens * choices)
+    rows = jnp.ones((tokens * choices, D), jnp.bfloat16)
+    summed = combine(rows, jnp.ones((tokens, choices), jnp.bfloat16), arrangement)
+    np.testing.assert_array_equal(summed, jnp.full((tokens, D), choices, jnp.bfloat16))
+
+
+@pytest.mark.parametrize("name", ["dense", "capacity", "dropless"])
+def test_arrays_that_do_not_match_are_refused(name):
+    x, experts, combine = routed()
+    with_room = functools.partial(with_capacity, capacity=4)
+    strategy = {"dense": dense, "capacity": with_room, "dropless": dropless}[name]
+    run = functools.partial(strategy, weights=Weights(*weights()))
+    for arrays in (
+        (x, experts[:5], combine),
+        (x, experts[:5], combine[:5]),
+        (x[None], experts, combine),
+        (x, experts, combine[:, 0]),
+    ):
+        with pytest.raises(ValueError, match=r"give x \[N, D\], and experts and weights \[N, A\]"):
+            run(*arrays)
+    with pytest.raises(TypeError, match=r"^experts is float32: give the experts' numbers"):
+        run(x, experts.astype(jnp.float32), combine)
+
+
 def test_dropless_takes_the_most_uneven_load():
     """There are enough blocks for all assignments to one expert, to all experts, and to none."""
     x = jnp.float32(np.random.default_rng(0).normal(size=(40, D)))

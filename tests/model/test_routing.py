@@ -514,3 +514,8 @@ def test_wrong_shapes_are_refused_in_one_line(logits, mask, config, message):
     with pytest.raises(ValueError) as caught:
         route(jnp.zeros(logits), config, None if mask is None else jnp.ones(mask, bool))
     assert str(caught.value) == message
+
+
+def test_a_mask_of_numbers_is_refused():
+    with pytest.raises(TypeError, match=r"^mask is float32, and a mask is bool: give mask > 0"):
+        route(jnp.zeros((2, 6, 8)), MoEConfig(num_experts=8), jnp.full((2, 6), 0.5))

@@ -11,7 +11,7 @@ from moe.config import ConfigError, RunConfig
 from moe.cross_entropy import Unembedding
 from moe.model.stack import Output
 from moe.tasks import choose_task, make_task
-from moe.tasks.language_modelling import bits_per_byte, next_token_loss
+from moe.tasks.language_modelling import bits_per_byte, counts, next_token_loss
 
 
 def test_hand_worked_loss():
@@ -60,3 +60,11 @@ def test_a_custom_task_need_not_have_a_vocabulary_of_bytes():
     assert dataclasses.replace(CUSTOM, model=small).model.vocab_size == 4
     with pytest.raises(ConfigError, match="smaller than the byte tokenizer's 256"):
         RunConfig(model=small)
+
+
+def test_counts_need_no_segments_and_refuse_weights():
+    tokens, mask = jnp.zeros((2, 3), jnp.int32), jnp.ones((2, 3), bool)
+    found = counts({"targets": tokens, "loss_mask": mask})
+    assert (int(found["targets"]), int(found["tokens"])) == (6, 6)
+    with pytest.raises(TypeError, match=r"^loss_mask is float32, .*: give loss_mask > 0"):
+        counts({"targets": tokens, "loss_mask": 0.5 * mask})
