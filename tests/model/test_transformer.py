@@ -98,7 +98,13 @@ def loss_and_gradient(config, variables, rows):
 
 
 @pytest.mark.parametrize(
-    "change", [{"remat": "full"}, {"scan_layers": False}, {"remat": "full", "scan_layers": False}]
+    "change",
+    [
+        {"remat": "full"},
+        # tests/test_invariance.py and test_encoder.py have unrolled loops as well.
+        pytest.param({"scan_layers": False}, marks=pytest.mark.slow),
+        {"remat": "full", "scan_layers": False},
+    ],
 )
 def test_layouts_give_the_same_loss_and_gradients(change):
     variables, rows = init(), tokens()
