@@ -59,6 +59,26 @@ def pytest_configure(config: pytest.Config) -> None:
     jax.config.update("jax_num_cpu_devices", 8)
 
 
+def leave_to_the_end() -> None:
+    """Takes all objects that there are out of the garbage collector's sight.
+
+    What tests have traced stays in JAX's caches. A collection late in a run would look through all
+    of it, for seconds, and restoring a checkpoint may ask for one.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_collection_finish() -> None:
+    leave_to_the_end()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    if nextitem is not None and nextitem.path != item.path:
+        leave_to_the_end()
+
+
 @pytest.fixture(scope="session")
 def data_directory(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Returns the directory where data sets are prepared once for all tests."""

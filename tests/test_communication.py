@@ -180,7 +180,15 @@ TIED_LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("layout", TIED_LAYOUTS.values(), ids=TIED_LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    # "data, fsdp" goes the same way as "fsdp".
+    [
+        pytest.param(layout, marks=pytest.mark.slow if name == "fsdp" else ())
+        for name, layout in TIED_LAYOUTS.items()
+    ],
+    ids=TIED_LAYOUTS,
+)
 def test_the_gradients_of_a_tied_table_are_summed_over_devices_once(layout) -> None:
     """Each device first adds up its own gradients of both ends of the model."""
     fields = DENSE_STEP | {"model.tied_embeddings": True, "mesh.data": 1, "train.accumulation": 1}

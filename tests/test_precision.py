@@ -192,9 +192,10 @@ def assert_close(config: RunConfig) -> None:
 @pytest.mark.parametrize(
     ("kind", "mesh", "tied", "scan", "microbatches"),
     [
-        ("no experts", "one device", True, True, 1),
+        # Cases whose embeddings are tied alike share the gradients in float32.
+        ("no experts", "one device", False, True, 1),
         pytest.param("dropless", "one device", False, True, 4, marks=pytest.mark.slow),
-        ("dense", "data 2, expert 4", False, True, 1),
+        ("dense", "data 2, expert 4", True, True, 1),
         ("capacity, all-to-all", "fsdp 2, expert 2, tensor 2", True, True, 1),
     ],
 )

@@ -235,6 +235,9 @@ class Stack(nn.Module):
             length=repeats,
             unroll=1 if self.config.scan_layers else repeats,
             metadata_params={"dim": "L"},
+            # The check traces the period once more, to find broadcast variables, of which there are
+            # none. Without it, `init` would draw other parameters from the same key.
+            check_constancy_invariants=self.is_initializing(),
         )
         return scanned(
             self.config,

@@ -124,16 +124,17 @@ def make_program(
     implementation = choose_implementation(config.model, mesh, config.data.sequence_length)
     assert implementation is not None  # the devices of a mesh say which chip they are
     model = task.model(config.model)
-    declared = declarations(model, task.init_batch)
-    optimizer = make_optimizer(config.optimizer, make_schedule(config), declared)
-    init = _make_init(task, model, optimizer)
-    abstract = _abstract_state(init, config.seed, mesh)
+    draw = functools.partial(_draw_variables, task, model)
+    declared = jax.eval_shape(draw, jax.random.key(config.seed))
+    optimizer = make_optimizer(config.optimizer, make_schedule(config), declared["params"])
+    abstract = _abstract_state(optimizer, declared, mesh)
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
     def init_state() -> TrainState:
         """Makes the state before the first step, every array in its shards."""
-        make_state = jax.jit(lambda key: unbox(init(key)), out_shardings=state_shardings)
-        return make_state(jax.random.key(config.seed))
+        make_state = lambda key: unbox(_first_state(optimizer, draw(key)))
+        jitted = jax.jit(make_state, out_shardings=state_shardings)
+        return jitted(jax.random.key(config.seed))
 
     return Program(
         mesh=mesh,
@@ -142,7 +143,7 @@ def make_program(
         attention=implementation.name,
         abstract_state=abstract,
         init_state=init_state,
-        train_step=_jit_train_step(config, model, task, declared, state_shardings),
+        train_step=_jit_train_step(config, model, task, declared["params"], state_shardings),
         eval_step=_jit_eval_step(config, task, mesh),
     )
 
@@ -169,24 +170,29 @@ def _jit_eval_step(
     return jax.jit(make_eval_step(config, task), out_shardings=whole)
 
 
-def _make_init(
-    task: Task, model: nn.Module, optimizer: optax.GradientTransformation
-) -> Callable[[jax.Array], TrainState]:
-    """Makes the function from a random key to the first state, whose parameters are Declared."""
-
-    def init(key: jax.Array) -> TrainState:
-        variables = model.init(key, jax.tree.map(jnp.asarray, dict(task.init_batch)))
-        params = variables["params"]
-        # The optimizer copies the structure of declared parameters, so its moments are split as
-        # the parameters are.
-        return new_state(params, optimizer.init(params), variables.get("router_state", {}))
-
-    return init
+def _draw_variables(task: Task, model: nn.Module, key: jax.Array) -> Any:
+    """Draws the variables of a new model, whose parameters are Declared."""
+    return dict(model.init(key, jax.tree.map(jnp.asarray, dict(task.init_batch))))
 
 
-def _abstract_state(init: Callable[[jax.Array], TrainState], seed: int, mesh: Mesh) -> TrainState:
-    """Returns the first state's shapes, dtypes and shardings. Nothing is allocated."""
-    declared = jax.eval_shape(init, jax.random.key(seed))
+def _first_state(optimizer: optax.GradientTransformation, variables: Any) -> TrainState:
+    """Returns the state before the first step, from Declared variables.
+
+    The optimizer copies the structure of declared parameters, so its moments are split as the
+    parameters are.
+    """
+    params = variables["params"]
+    return new_state(params, optimizer.init(params), variables.get("router_state", {}))
+
+
+def _abstract_state(
+    optimizer: optax.GradientTransformation, variables: Any, mesh: Mesh
+) -> TrainState:
+    """Returns the first state's shapes, dtypes and shardings, from those of its variables.
+
+    Nothing is allocated, and the model is not traced again.
+    """
+    declared = jax.eval_shape(functools.partial(_first_state, optimizer), variables)
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         unbox(declared),

@@ -15,16 +15,21 @@ from moe.parameters import unbox
 from tests.tiny import TINY_MODEL
 
 MODEL = Transformer(dataclasses.replace(TINY_MODEL, vocab_size=16, num_layers=2))
-VARIABLES = jax.jit(lambda key: unbox(MODEL.init(key, {"tokens": jnp.zeros((1, 1), jnp.int32)})))(
-    jax.random.key(0)
-)
+
+
+@functools.cache
+def variables():
+    init = lambda key: unbox(MODEL.init(key, {"tokens": jnp.zeros((1, 1), jnp.int32)}))
+    return jax.jit(init)(jax.random.key(0))
+
+
 PROMPTS = [np.array([1, 2, 3, 4, 5]), np.array([7]), np.array([9, 9, 8])]
 
 
 @jax.jit
-def all_logits(tokens_BT):
-    hidden = MODEL.apply(VARIABLES, {"tokens": tokens_BT}).hidden
-    return MODEL.apply(VARIABLES, hidden, method="unembed")
+def all_logits(variables, tokens_BT):
+    hidden = MODEL.apply(variables, {"tokens": tokens_BT}).hidden
+    return MODEL.apply(variables, hidden, method="unembed")
 
 
 def check_choices(prompt, text, choose):
@@ -32,12 +37,15 @@ def check_choices(prompt, text, choose):
     tokens = np.zeros(64, np.int32)
     tokens[: len(prompt) + len(text)] = [*prompt, *text]
     places = np.arange(len(prompt), len(prompt) + len(text))
-    assert text.tolist() == choose(all_logits(tokens[None])[0][places - 1], places).tolist()
+    assert (
+        text.tolist()
+        == choose(all_logits(variables(), tokens[None])[0][places - 1], places).tolist()
+    )
 
 
 def test_greedy_equals_full_forward_passes():
     texts = generate(
-        MODEL, VARIABLES, PROMPTS, max_new_tokens=36, end_id=-1, sampling=Sampling(temperature=0)
+        MODEL, variables(), PROMPTS, max_new_tokens=36, end_id=-1, sampling=Sampling(temperature=0)
     )
     for prompt, text in zip(PROMPTS, texts, strict=True):
         assert len(text) == 36
@@ -46,7 +54,7 @@ def test_greedy_equals_full_forward_passes():
 
 def test_samples_depend_on_seed_row_and_position_alone():
     """They are those of full forward passes, so no place at which the loop stops can matter."""
-    texts = generate(MODEL, VARIABLES, PROMPTS, max_new_tokens=36, end_id=-1, seed=3)
+    texts = generate(MODEL, variables(), PROMPTS, max_new_tokens=36, end_id=-1, seed=3)
     for row, (prompt, text) in enumerate(zip(PROMPTS, texts, strict=True)):
         check_choices(prompt, text, functools.partial(sample, jax.random.key(3), row))
 
@@ -59,11 +67,11 @@ def sample(key, row, logits, places):
 
 def test_text_arrives_in_parts_while_it_is_sampled(monkeypatch):
     options = {"max_new_tokens": 36, "end_id": -1, "seed": 3}
-    whole = generate(MODEL, VARIABLES, PROMPTS, **options)
+    whole = generate(MODEL, variables(), PROMPTS, **options)
     runs = []
     extend = module._extend
     monkeypatch.setattr(module, "_extend", lambda *rest: runs.append(0) or extend(*rest))
-    for number, parts in enumerate(stream(MODEL, VARIABLES, PROMPTS, **options)):
+    for number, parts in enumerate(stream(MODEL, variables(), PROMPTS, **options)):
         assert len(runs) == number + 1, "later tokens were sampled before these were given"
         for text, part in zip(whole, parts, strict=True):
             assert part.tolist() == text[16 * number : 16 * (number + 1)].tolist()
@@ -75,11 +83,11 @@ def test_rows_may_end_anywhere_in_a_part(monkeypatch):
     monkeypatch.setattr(module, "_CHUNK", 3)
     module._extend.clear_cache()
     options = {"max_new_tokens": 10, "seed": 3}
-    whole = generate(MODEL, VARIABLES, PROMPTS, end_id=-1, **options)
+    whole = generate(MODEL, variables(), PROMPTS, end_id=-1, **options)
     firsts = [index for index, token in enumerate(whole[0]) if token not in whole[0][:index]]
     for remainder in (0, 1, 2):
         end_id = int(whole[0][next(i for i in firsts if i > 2 and i % 3 == remainder)])
-        parts = [*stream(MODEL, VARIABLES, PROMPTS, end_id=end_id, **options)]
+        parts = [*stream(MODEL, variables(), PROMPTS, end_id=end_id, **options)]
         expected = [[*text, end_id].index(end_id) for text in whole]
         for text, length, row in zip(whole, expected, zip(*parts, strict=True), strict=True):
             assert np.concatenate(row).tolist() == text[:length].tolist()
@@ -90,17 +98,17 @@ def test_rows_may_end_anywhere_in_a_part(monkeypatch):
 
 def test_generation_ends_at_the_end_token():
     options = {"max_new_tokens": 6, "sampling": Sampling(temperature=0)}
-    expected = generate(MODEL, VARIABLES, PROMPTS, end_id=-1, **options)[0].tolist()
+    expected = generate(MODEL, variables(), PROMPTS, end_id=-1, **options)[0].tolist()
     end = next(
         token for index, token in enumerate(expected) if index and token not in expected[:index]
     )
-    texts = generate(MODEL, VARIABLES, PROMPTS, end_id=end, **options)
+    texts = generate(MODEL, variables(), PROMPTS, end_id=end, **options)
     assert texts[0].tolist() == expected[: expected.index(end)]
 
 
 def test_a_row_does_not_depend_on_the_others_and_the_seed_decides():
     sample = lambda prompts, seed: generate(
-        MODEL, VARIABLES, prompts, max_new_tokens=8, end_id=-1, seed=seed
+        MODEL, variables(), prompts, max_new_tokens=8, end_id=-1, seed=seed
     )
     together = sample(PROMPTS, 3)
     np.testing.assert_array_equal(together[0], sample(PROMPTS[:1], 3)[0])
@@ -168,7 +176,7 @@ def test_tokens_are_kept_by_rank(probs, top_k, top_p, kept):
 )
 def test_the_least_random_sample_is_the_likeliest_token(sampling):
     sample = lambda sampling: generate(
-        MODEL, VARIABLES, PROMPTS, max_new_tokens=2, end_id=-1, sampling=sampling
+        MODEL, variables(), PROMPTS, max_new_tokens=2, end_id=-1, sampling=sampling
     )
     np.testing.assert_array_equal(sample(sampling), sample(Sampling(temperature=0)))
 
@@ -176,9 +184,9 @@ def test_the_least_random_sample_is_the_likeliest_token(sampling):
 def test_samples_follow_the_distribution():
     prompts = [np.array([1, 2])] * 4000
     first = np.array(
-        [text[0] for text in generate(MODEL, VARIABLES, prompts, max_new_tokens=1, end_id=-1)]
+        [text[0] for text in generate(MODEL, variables(), prompts, max_new_tokens=1, end_id=-1)]
     )
-    probs = jax.nn.softmax(all_logits(np.array([[1, 2]]))[0, -1])
+    probs = jax.nn.softmax(all_logits(variables(), np.array([[1, 2]]))[0, -1])
     np.testing.assert_allclose(np.bincount(first, minlength=16) / 4000, probs, atol=0.03)
 
 
@@ -212,4 +220,4 @@ def test_samples_follow_the_distribution():
 def test_bad_options_are_refused(options, message):
     arguments = {"prompts": PROMPTS, "max_new_tokens": 4, "end_id": -1} | options
     with pytest.raises(ValueError, match=message):
-        generate(MODEL, VARIABLES, arguments.pop("prompts"), **arguments)
+        generate(MODEL, variables(), arguments.pop("prompts"), **arguments)

@@ -44,7 +44,7 @@ def init(config, seed=0):
     params = jax.tree.map(
         lambda leaf: jnp.array(rng.normal(0, 0.25, leaf.shape), leaf.dtype), shapes["params"]
     )
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    zeros = jax.tree.map(lambda leaf: jnp.array(np.zeros(leaf.shape), leaf.dtype), shapes)
     return zeros | {"params": params}
 
 
@@ -59,16 +59,8 @@ def logits(config, variables):
 def upcycled(config, noise=0.0, key=2):
     check_upcycle(DENSE, config)
     new = init(config, seed=1)
-    return new | {
-        "params": upcycle(
-            init(DENSE)["params"],
-            new["params"],
-            jax.random.key(key),
-            dense=DENSE,
-            config=config,
-            noise=noise,
-        )
-    }
+    run = jax.jit(functools.partial(upcycle, dense=DENSE, config=config, noise=noise))
+    return new | {"params": run(init(DENSE)["params"], new["params"], jax.random.key(key))}
 
 
 def distance(config, variables):

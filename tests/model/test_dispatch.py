@@ -291,7 +291,7 @@ MESH = (2, 4), ("data", "expert"), (AxisType.Auto,) * 2
 def batch(seed=0, rows=8, length=5):
     rng = np.random.default_rng(seed)
     config = dataclasses.replace(CONFIG, normalize_weights=False)
-    routing = route(
+    routing = jax.jit(route, static_argnums=1)(
         jnp.float32(rng.normal(size=(rows, length, E))),
         config,
         jnp.array(rng.random((rows, length)) < 0.8),

@@ -82,24 +82,25 @@ def layer_and_variables(config, x, **tokens):
     return layer, init(jax.random.key(1))
 
 
-@pytest.mark.parametrize("factor", [1.2, 0.7, 1.3])
 @pytest.mark.parametrize(
     "changes",
     [
         {"dispatch": "dense"},
-        {"dispatch": "capacity"},
         {"dispatch": "dropless"},
-        {"dispatch": "capacity", "priority": "probability"},
+        *(
+            {"dispatch": "capacity", "capacity_factor": factor} | priority
+            for factor in (1.2, 0.7, 1.3)
+            for priority in ({}, {"priority": "probability"})
+        ),
     ],
+    ids=str,
 )
-def test_a_row_of_a_batch_changes_no_other(changes, factor):
+def test_a_row_of_a_batch_changes_no_other(changes):
     """The second row crowds expert 0 of 4; the first crowds it too, or crowds another.
 
     With 50 tokens float32 puts 1.2 * 50 / 4 above 15.
     """
-    config = MoEConfig(
-        num_experts=4, experts_per_token=1, expert_dim=F, capacity_factor=factor, **changes
-    )
+    config = MoEConfig(num_experts=4, experts_per_token=1, expert_dim=F, **changes)
     x = jax.random.normal(jax.random.key(0), (2, 50, D))
     layer, variables = layer_and_variables(config, x)
     variables["params"]["router"] = jnp.eye(D)[:, :4] * 5.0
@@ -232,7 +233,8 @@ def test_a_batch_too_small_for_the_mesh_is_copied(sizes, rows, dispatch, exchang
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-4), actual, expected)
 
 
-@pytest.mark.parametrize("scan_layers", [True, False])
+# An unrolled loop has the same body.
+@pytest.mark.parametrize("scan_layers", [True, slow(False)])
 def test_biases_steer_the_choice_whenever_they_are_given(scan_layers):
     """A config that does not move biases obeys them too, as in evaluation or fine-tuning."""
     moe = MoEConfig(num_experts=E, experts_per_token=A, expert_dim=F, bias_update_rate=0.1)

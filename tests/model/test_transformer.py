@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from moe.config import ModelConfig, MoEConfig
+from moe.model import stack
 from moe.model.layers import einsum, look_up, rms_norm, swiglu
 from moe.model.transformer import Transformer
 from moe.parameters import declarations, is_declared, unbox
@@ -97,7 +98,13 @@ def loss_and_gradient(config, variables, rows):
 
 
 @pytest.mark.parametrize(
-    "change", [{"remat": "full"}, {"scan_layers": False}, {"remat": "full", "scan_layers": False}]
+    "change",
+    [
+        {"remat": "full"},
+        # tests/test_invariance.py and test_encoder.py have unrolled loops as well.
+        pytest.param({"scan_layers": False}, marks=pytest.mark.slow),
+        {"remat": "full", "scan_layers": False},
+    ],
 )
 def test_layouts_give_the_same_loss_and_gradients(change):
     variables, rows = init(), tokens()
@@ -298,6 +305,13 @@ def test_declarations_match_the_parameters():
                 else 1.0
             )
             assert np.std(value) == pytest.approx(scale * leaf.fan_in**-0.5, rel=0.15)
+
+
+def test_a_block_is_traced_once_for_all_layers_of_its_group(monkeypatch):
+    variables, traced, name = init(), [], stack.name_layer_input
+    monkeypatch.setattr(stack, "name_layer_input", lambda x: traced.append(x.shape) or name(x))
+    jax.eval_shape(Transformer(SMALL).apply, variables, {"tokens": tokens()})
+    assert traced == [(2, 9, 16)]
 
 
 def test_program_and_compile_size_do_not_grow_with_depth():

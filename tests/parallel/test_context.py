@@ -1,5 +1,6 @@
 """Checks attention over a split sequence: results, gradients, sends, calls, and residuals."""
 
+import functools
 import itertools
 import re
 
@@ -128,6 +129,22 @@ def test_a_ring_is_one_device(name):
     check(context.ring_attention, make_mesh(context=size), **keywords)
 
 
+def rounded_arrays():
+    q, k, v, _, g = random_arrays(length=128)
+    return [x.astype(jnp.bfloat16) for x in (q, k, v + 4, g)]
+
+
+@functools.cache
+def exact_results(window):
+    """Returns what one device computes of the rounded arrays in float64."""
+    with jax.enable_x64(True):
+        q, k, v, g = (x.astype(jnp.float64) for x in rounded_arrays())
+        attend = lambda q, k, v, _: flash_attention(
+            q, k, v, window=window, implementation="reference"
+        )
+        return results(attend, q, k, v, None, g)
+
+
 @pytest.mark.parametrize(
     ("implementation", "window"),
     [("reference", None), ("blockwise", None), ("tpu", None), ("reference", (2, 2))],
@@ -138,18 +155,10 @@ def test_a_ring_in_bfloat16_is_as_exact_as_one_device(implementation, window):
     It compares root mean square errors from float64. Values are alike, so that the rounding of an
     output would show where a query sees few keys.
     """
-    q, k, v, _, g = random_arrays(length=128)
-    q, k, v, g = (x.astype(jnp.bfloat16) for x in (q, k, v + 4, g))
+    q, k, v, g = rounded_arrays()
     mask = {"causal": False, "window": window, "implementation": implementation}
     ring = split(context.ring_attention, make_mesh(context=8), None, **mask)
-    with jax.enable_x64(True):
-        exact = (x.astype(jnp.float64) for x in (q, k, v))
-        wanted = results(
-            lambda q, k, v, _: flash_attention(q, k, v, window=window, implementation="reference"),
-            *exact,
-            None,
-            g.astype(jnp.float64),
-        )
+    wanted = exact_results(window)
     one = results(lambda q, k, v, _: flash_attention(q, k, v, **mask), q, k, v, None, g)
     for name, ours, theirs, right in zip(
         ("output", "q", "k", "v"), results(ring, q, k, v, None, g), one, wanted, strict=True

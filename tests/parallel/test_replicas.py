@@ -31,8 +31,9 @@ GATHERED_ONCE = {
 
 
 def sparse_config(scope: str) -> RunConfig:
-    """Returns a run of 4 microbatches on one device."""
-    return run_config(("one device", "scanned", "full", "4", "a third", "dropless", scope))
+    """Returns a run of 4 microbatches on one device, whose layers are all sparse."""
+    layout = ("one device", "scanned", "full", "4", "a third", "dropless", scope)
+    return run_config(layout, first_dense_layers=0)
 
 
 def with_mesh(config: RunConfig, sizes: dict[str, int], *, gather_once: bool = False) -> RunConfig:
@@ -98,7 +99,7 @@ def dense_on_one_device() -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("mesh", "gather_once", "way"),
     [
-        ({"data": 1, "context": 4, "fsdp": 2}, False, "ring"),
+        ({"data": 2, "context": 2, "fsdp": 2}, False, "ring"),
         ({"data": 2, "context": 2, "tensor": 2}, False, "ulysses"),
         ({"data": 1, "context": 2, "fsdp": 4}, True, "ring"),
     ],
@@ -116,7 +117,7 @@ def test_parts_of_rows_are_replicas_of_a_dense_model(mesh, gather_once, way) -> 
     ("fields", "axis"),
     [
         (EXCHANGES["all_gather"] | {"mesh.data": 8}, "data"),
-        ({"model.moe.num_experts": 0, "mesh.fsdp": 2, "mesh.context": 4}, "context"),
+        ({"model.moe.num_experts": 0, "mesh.fsdp": 4, "mesh.context": 2}, "context"),
         ({"model.moe.num_experts": 0, "mesh.pipeline": 2, "mesh.data": 4}, "data"),
     ],
     ids=["data", "context", "data of a pipeline"],

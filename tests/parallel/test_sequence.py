@@ -102,8 +102,8 @@ def test_a_sparse_layer_leaves_rows_whole_that_context_cannot_split() -> None:
     """Of 6 tokens, tensor=2 could have halves. But 4 devices of context cannot split the row."""
     layer = MoE(MoEConfig(num_experts=4, expert_dim=8))
     x = jax.random.normal(jax.random.key(0), (2, 6, 16))
-    variables = unbox(layer.init(jax.random.key(1), x))
-    expected, _ = layer.apply(variables, x)
+    variables = unbox(jax.jit(layer.init)(jax.random.key(1), x))
+    expected, _ = jax.jit(layer.apply)(variables, x)
     with jax.set_mesh(mesh_of(context=4, tensor=2)):
         assert not splits_time(6) and splits_time(8)
         actual, _ = jax.jit(layer.apply)(variables, x)
@@ -114,7 +114,7 @@ def test_a_sparse_layer_in_a_guests_shard_map_has_the_rows_it_was_given() -> Non
     """The guest's axis splits 12 tokens into 6, which the layer's own axes then split or not."""
     layer = MoE(MoEConfig(num_experts=4, expert_dim=8))
     x = jax.random.normal(jax.random.key(0), (2, 12, 16))
-    variables = unbox(layer.init(jax.random.key(1), x))
+    variables = unbox(jax.jit(layer.init)(jax.random.key(1), x))
     P = jax.sharding.PartitionSpec
     mapped = jax.shard_map(
         lambda variables, x: layer.apply(variables, x)[0],
@@ -124,14 +124,14 @@ def test_a_sparse_layer_in_a_guests_shard_map_has_the_rows_it_was_given() -> Non
         axis_names={"context"},
         check_vma=False,
     )
-    expected, _ = layer.apply(variables, x)
+    expected, _ = jax.jit(layer.apply)(variables, x)
     with jax.set_mesh(mesh_of(context=2, tensor=4)):
         np.testing.assert_allclose(jax.jit(mapped)(variables, x), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_no_row_of_a_sparse_layer_has_no_output() -> None:
     layer = MoE(MoEConfig(num_experts=4, expert_dim=8))
-    variables = unbox(layer.init(jax.random.key(1), jnp.zeros((2, 8, 16))))
+    variables = unbox(jax.jit(layer.init)(jax.random.key(1), jnp.zeros((2, 8, 16))))
     with jax.set_mesh(mesh_of(fsdp=2, tensor=4)):
         y, _ = jax.jit(layer.apply)(variables, jnp.zeros((0, 8, 16)))
     assert y.shape == (0, 8, 16)

@@ -1,7 +1,7 @@
 """Makes calls of the grouped matmuls, and checks an implementation's results against float64."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -81,16 +81,16 @@ def expected_results(name: str) -> Results:
         return Results(*map(np.asarray, both_passes(grad_y_ND, *inputs[:4], weights_I)))
 
 
-def actual_results(case: Case, name: str, dtype: str) -> Results:
-    """Computes the results by an implementation in `dtype`."""
+def actual_results(case: Case, name: str, dtype: str, jit: bool = True) -> Results:
+    """Computes the results by an implementation in `dtype`, as one program or call by call."""
     float_dtype = jnp.promote_types(dtype, jnp.float32)
     *floats, tokens_I, experts_G = case.inputs
     inputs = Inputs(*(jnp.asarray(x, dtype) for x in floats), tokens_I, experts_G)
     weights_I = jnp.asarray(case.weights_I, float_dtype)
     grad_y_ND = jnp.asarray(case.grad_y_ND, dtype)
 
-    outputs = grouped_swiglu(inputs, name)
-    gradients = grouped_swiglu_backward(inputs, outputs.gate_up, weights_I, grad_y_ND, name)
+    run = _run_both_passes if jit else _run_both_passes.__wrapped__
+    outputs, gradients = run(inputs, weights_I, grad_y_ND, name)
     dtypes = [x.dtype for x in (*outputs, *gradients)]
     assert dtypes == [dtype] * 3 + [float_dtype] * 4
 
@@ -107,11 +107,11 @@ def sum_over_rows(rows_ID: np.ndarray, tokens_I: np.ndarray) -> np.ndarray:
     return np.stack([np.sum(rows_ID[tokens_I == token], axis=0) for token in range(N)])
 
 
-def check_implementation(name: str, case_name: str, dtype: str) -> None:
+def check_implementation(name: str, case_name: str, dtype: str, jit: bool = True) -> None:
     """Compares both passes of an implementation with float64, array by array."""
     case, expected = make_case(case_name), expected_results(case_name)
     with jax.enable_x64(dtype == "float64"):
-        actual = actual_results(case, name, dtype)
+        actual = actual_results(case, name, dtype, jit)
     for field in Results._fields:
         values = getattr(expected, field)
         atol = TOLERANCE[dtype] * np.abs(values).max()
@@ -194,12 +194,9 @@ def check_against_plain_jax(name: str, seed: int, shapes: Drawn, block_rows: int
 
 
 @functools.partial(jax.jit, static_argnums=(3,))
-def _run_both_passes(
-    inputs: Inputs, weights_I: jax.Array, grad_y_ND: jax.Array, name: str
-) -> tuple[jax.Array, ...]:
+def _run_both_passes(inputs: Inputs, weights_I: jax.Array, grad_y_ND: jax.Array, name: str) -> Any:
     outputs = grouped_swiglu(inputs, name)
-    gradients = grouped_swiglu_backward(inputs, outputs.gate_up, weights_I, grad_y_ND, name)
-    return outputs.rows_ID, outputs.gate_up, *gradients
+    return outputs, grouped_swiglu_backward(inputs, outputs.gate_up, weights_I, grad_y_ND, name)
 
 
 def _both_passes(case: Case, name: str, dtype: str) -> dict[str, np.ndarray]:
@@ -209,9 +206,10 @@ def _both_passes(case: Case, name: str, dtype: str) -> dict[str, np.ndarray]:
         *(jnp.asarray(x, dtype) for x in floats), jnp.asarray(tokens_I), jnp.asarray(experts_G)
     )
     weights_I = jnp.asarray(case.weights_I, jnp.promote_types(dtype, jnp.float32))
-    results = _run_both_passes(inputs, weights_I, jnp.asarray(case.grad_y_ND, dtype), name)
+    grad_y_ND = jnp.asarray(case.grad_y_ND, dtype)
+    outputs, gradients = _run_both_passes(inputs, weights_I, grad_y_ND, name)
     names = ("rows", "gate_up", "grad_x", "grad_w_gate", "grad_w_up", "grad_w_down", "grad_weights")
-    found = {field: np.float64(x) for field, x in zip(names, results, strict=True)}
+    found = {field: np.float64(x) for field, x in zip(names, (*outputs, *gradients), strict=True)}
     is_row_I = tokens_I < len(case.inputs.x_ND)
     for field in ("rows", "gate_up", "grad_x", "grad_weights"):
         is_row = is_row_I if found[field].ndim == 1 else is_row_I[:, None]

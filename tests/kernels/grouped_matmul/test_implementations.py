@@ -36,6 +36,11 @@ def test_equals_float64(name: str, case: str, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("name", names_on("cpu"))
+def test_equals_float64_outside_of_jit(name: str) -> None:
+    check_implementation(name, "every expert", "float32", jit=False)
+
+
+@pytest.mark.parametrize("name", names_on("cpu"))
 def test_rows_that_do_not_fill_blocks_are_refused(name: str) -> None:
     x, weights = jnp.ones((1, 2)), (jnp.ones((1, 2, 2)),) * 3
     inputs = Inputs(x, *weights, jnp.zeros(7, jnp.int32), jnp.zeros(2, jnp.int32))
