@@ -82,13 +82,19 @@ def _paint_curves(curves: Sequence[Curve], words: Words, axes: "Axes", colours: 
         shade = shade_of(mapped, curve.flops)
         low, high = np.log(padded(curve.parameters[curve.used], 0.05))
         x = np.linspace(low, high, 100)
-        axes.plot(np.exp(x), np.polyval(curve.parabola[::-1], x), color=shade, linewidth=1.3)
+        # A parabola whose minimum does not count is dashed.
+        style: dict[str, Any] = {"linewidth": 1.3, "linestyle": "--" if curve.problem else "-"}
+        axes.plot(np.exp(x), np.polyval(curve.parabola[::-1], x), color=shade, **style)
         axes.plot(curve.parameters[curve.used], curve.loss[curve.used], color=shade, **DOT)
         others: dict[str, Any] = DOT | {"markerfacecolor": "none", "markeredgewidth": 0.9}
         axes.plot(curve.parameters[~curve.used], curve.loss[~curve.used], color=shade, **others)
     good = [curve for curve in curves if not curve.problem]
-    x, y = [curve.best_parameters for curve in good], [curve.best_loss for curve in good]
-    diamonds(axes, x, y, colours["second"], colours["card"], "minimum")
+    if good:
+        x, y = [curve.best_parameters for curve in good], [curve.best_loss for curve in good]
+        diamonds(axes, x, y, colours["second"], colours["card"], "minimum")
+    if len(good) < len(curves):
+        dashes: dict[str, Any] = {"linewidth": 1.3, "linestyle": "--"}
+        axes.plot([], [], color=colours["muted"], label="without a minimum", **dashes)
     if any(not curve.used.all() for curve in curves):
         hollow: dict[str, Any] = DOT | {"markerfacecolor": "none"}
         axes.plot([], [], color=colours["muted"], label="run far from the minimum", **hollow)

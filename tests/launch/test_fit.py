@@ -396,6 +396,32 @@ def test_curves_are_over_the_sizes_that_the_law_counts() -> None:
     assert curve.best_parameters < runs.parameters[6]
 
 
+def test_a_refused_fit_of_curves_draws_them_and_nothing_else(tmp_path: Path) -> None:
+    rising = [row for number, row in enumerate(grid(noise=0)) if number % 7 > 3]
+    path = write_table(tmp_path / "runs.csv", rising)
+    with pytest.raises(ConfigError, match=r"0 of 5 budgets have a minimum.*\. The curves") as error:
+        fit(path, "--law=isoflop")
+    assert str(error.value).startswith(f"{path}: ")
+    drawn = Path(str(error.value).rsplit("drawn in ", 1)[1])
+    assert drawn.exists() and {file.stem for file in drawn.parent.iterdir()} == {
+        "isoflop-light",
+        "isoflop-dark",
+    }
+
+
+@pytest.mark.parametrize("law", ["isoflop", "steplaw"])
+def test_a_refused_fit_leaves_no_empty_directory(tmp_path: Path, law: str) -> None:
+    rows = [row | {"learning_rate": 0.01} for row in grid()[:7]]  # one budget, and one rate
+    path = write_table(tmp_path / "runs.csv", rows)
+    with pytest.raises(ConfigError, match=re.escape(str(path))):
+        fit(path, f"--law={law}", f"--output={tmp_path / 'fits/mine'}")
+    assert list(tmp_path.iterdir()) == [path]
+    (tmp_path / "fits").mkdir()
+    with pytest.raises(ConfigError):
+        fit(path, f"--law={law}", f"--output={tmp_path / 'fits/mine'}")
+    assert list((tmp_path / "fits").iterdir()) == []  # which was there before
+
+
 def test_three_sizes_in_each_budget_have_no_interval_and_are_drawn(tmp_path: Path) -> None:
     rows = [row for number, row in enumerate(grid(noise=0)) if number % 7 in (2, 3, 4)]
     path = write_table(tmp_path / "runs.csv", rows)
@@ -417,7 +443,7 @@ def test_the_hash_is_that_of_the_table_that_was_read(
     """A sweep that still runs writes the table again while it is fitted."""
     path = write_table(tmp_path / "runs.csv", grid())
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    monkeypatch.setattr("launch.fit.__main__.make_output", lambda _: path.unlink())
+    monkeypatch.setattr("launch.fit.__main__.make_output", lambda _: path.unlink() or [])
     assert find(flag_values(path, "--law=isoflop")).results.table_sha256 == digest
 
 
