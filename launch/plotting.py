@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Colormap
+    from matplotlib.figure import Figure
     from matplotlib.typing import RcKeyType
 
 Colours = Mapping[str, str]  # a theme: colours by their role, as #rrggbb
@@ -99,21 +100,26 @@ def style(colours: Colours) -> "dict[RcKeyType, Any]":
 def write_drawing(drawing: Drawing, directory: RunPath) -> None:
     """Writes a figure as one PNG file for each theme."""
     import matplotlib
-    from matplotlib.figure import Figure
 
     for theme, colours in THEMES.items():
         with matplotlib.rc_context(style(colours)), warnings.catch_warnings():
             # A metric may be named in a script that the font lacks.
             warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
-            size = (WIDTH / DPI, HEIGHT / DPI)
-            figure = Figure(figsize=size, dpi=DPI, layout="constrained")
-            axes = figure.subplots()
-            title = shorten(drawing.title)
-            figure.suptitle(title, x=MARGIN, ha="left", fontsize=11, fontweight="bold")
-            drawing.paint(axes, colours)
             image = io.BytesIO()
-            figure.savefig(image, format="png")
+            paint_figure(drawing, colours).savefig(image, format="png")
         write_whole(directory / file_name(drawing, theme), image.getvalue())
+
+
+def paint_figure(drawing: Drawing, colours: Colours) -> "Figure":
+    """Returns the figure of a drawing in a theme's colours, under the settings of `style`."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH / DPI, HEIGHT / DPI), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    title = shorten(drawing.title)
+    figure.suptitle(title, x=MARGIN, ha="left", fontsize=11, fontweight="bold")
+    drawing.paint(axes, colours)
+    return figure
 
 
 def file_name(drawing: Drawing, theme: str) -> str:

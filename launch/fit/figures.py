@@ -18,6 +18,7 @@ from launch.fit.axes import (
     add_bar,
     count_text,
     diamonds,
+    has_room,
     padded,
     power_text,
     round_levels,
@@ -252,7 +253,7 @@ def _paint_experts(name: str, points: Points, words: Words, axes: "Axes", colour
 def _tick_few(axes: "Axes", x: np.ndarray) -> None:
     """Puts the horizontal ticks on the values themselves, if these are few and far apart."""
     values = np.unique(x)
-    if len(values) <= 10 and np.all(values[1:] >= 1.5 * values[:-1]):
+    if len(values) <= 10 and has_room(values, *axes.get_xlim(), count_text):
         axes.set_xticks(values)
 
 

@@ -1,6 +1,7 @@
 """The parts of launch.fit that need no fit: texts, ticks, groups of runs, emitted files."""
 
 import dataclasses
+import itertools
 import json
 from typing import Any
 
@@ -11,7 +12,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from configs import dense_tiny, moe_30b_a3b, moe_tiny
-from launch.fit.axes import count_text, log_ticks, padded, power_text, round_levels
+from launch.fit.axes import (
+    add_bar,
+    count_text,
+    log_ticks,
+    padded,
+    power_text,
+    round_levels,
+    set_counts,
+    set_flops,
+    set_rates,
+    shade_by,
+)
 from launch.fit.emit import config_file
 from launch.fit.figures import (
     Best,
@@ -32,7 +44,7 @@ from launch.fit.results import (
     left_out_lines,
     optimum_table,
 )
-from launch.plotting import THEMES, Drawing, style
+from launch.plotting import THEMES, Colours, Drawing, paint_figure, style
 from moe.config import ConfigError, RunConfig
 from moe.scaling.experiments.optimum import Optimum
 from moe.scaling.experiments.runs import make_runs
@@ -66,6 +78,32 @@ def test_ticks_are_few_and_round(low: float, high: float, ticks: list[float]) ->
     assert log_ticks(low, high) == pytest.approx(ticks)
 
 
+@pytest.mark.parametrize("decades", [0.5, 0.9, 1.2, 1.4, 2, 3, 5, 12])
+@pytest.mark.parametrize("start", [1.1, 4, 9])
+@pytest.mark.parametrize(
+    ("set_axis", "scale"), [(set_counts, 1e5), (set_flops, 1e12), (set_rates, 1e-5)]
+)
+def test_texts_of_horizontal_ticks_do_not_touch(
+    set_axis: Any, scale: float, start: float, decades: float
+) -> None:
+    """Half a digit is between them, also in a figure whose bar of shades takes room."""
+    low = start * scale
+    ends = (low, low * 10**decades)
+
+    def paint(axes: Axes, colours: Colours) -> None:
+        set_counts(axes.yaxis, "tokens", 1e6, 1e9)
+        add_bar(axes, shade_by(colours, np.array(ends)), "training FLOPs", power_text)
+        set_axis(axes.xaxis, "size", *ends)
+
+    axes, *_ = painted(Drawing("x", "x", paint)).axes
+    texts = [label for label in axes.get_xticklabels() if label.get_text()]
+    assert len(texts) >= 2
+    boxes = sorted(label.get_window_extent().extents[[0, 2]].tolist() for label in texts)
+    half_a_digit = 0.3 * 9.5 / 72 * axes.figure.dpi
+    for (_, end), (begin, _) in itertools.pairwise(boxes):
+        assert begin - end > half_a_digit
+
+
 def test_one_value_still_has_an_axis() -> None:
     low, high = padded(np.array([5.0, 5.0]))
     assert 0 < low < 5 < high
@@ -90,12 +128,11 @@ def points(**columns: Any) -> Points:
     return Points(**{name: np.broadcast_to(value, count) + 0.0 for name, value in values.items()})
 
 
-def painted(drawing: Drawing) -> Axes:
-    axes = Figure().subplots()
+def painted(drawing: Drawing) -> Figure:
     with matplotlib.rc_context(style(THEMES["light"])):
-        drawing.paint(axes, THEMES["light"])
-        axes.figure.canvas.draw()
-    return axes
+        figure = paint_figure(drawing, THEMES["light"])
+        figure.canvas.draw()
+    return figure
 
 
 def test_losses_over_experts_have_a_line_for_each_size() -> None:
@@ -105,7 +142,7 @@ def test_losses_over_experts_have_a_line_for_each_size() -> None:
         loss=[4.0, 3.6, 3.3, 3.5, 3.2, 3.0],
         predicted=[4.1, 3.6, 3.2, 3.5, 3.2, 3.0],
     )
-    axes = painted(experts_drawing(drawn, Words()))
+    axes, *_ = painted(experts_drawing(drawn, Words())).axes
     lines = [line for line in axes.lines if line.get_linestyle() == "-" and len(line.get_xdata())]
     assert sorted(tuple(line.get_ydata()) for line in lines) == [(3.5, 3.2, 3.0), (4.1, 3.6, 3.2)]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "4", "16"]
@@ -117,7 +154,7 @@ def test_lines_of_equal_loss_are_drawn_where_there_are_any(loss: Any) -> None:
     predicted = loss(sizes, tokens)
     drawn = points(parameters=sizes, tokens=tokens, loss=predicted, predicted=predicted)
     nothing = Best(*np.zeros((1, 0)), *np.zeros((3, 0, 3)))
-    axes = painted(contour_drawing(loss, drawn, nothing, nothing, Words()))
+    axes, *_ = painted(contour_drawing(loss, drawn, nothing, nothing, Words())).axes
     assert axes.get_xlabel() == "parameters" and axes.get_ylabel() == "tokens"
 
 
