@@ -109,11 +109,18 @@ def log_ticks(low: float, high: float, text: Text | None = None, most: int = 7) 
     return next(filter(fits, shown))  # the last of them has one tick at most
 
 
-def has_room(ticks: Sequence[float], low: float, high: float, text: Text) -> bool:
+def has_room(ticks: Sequence[float] | np.ndarray, low: float, high: float, text: Text) -> bool:
     """Returns whether the texts of neighbouring ticks of a horizontal log axis stay apart."""
     places = ROOM * np.log(np.array(ticks) / low) / np.log(high / low)
     lengths = np.array([len(text(tick)) for tick in ticks])
     return bool(np.all(np.diff(places) >= (lengths[1:] + lengths[:-1]) / 2 + GAP))
+
+
+def tick_values(axes: "Axes", x: np.ndarray) -> None:
+    """Puts the horizontal ticks on the values themselves, if these are few and far apart."""
+    values = np.unique(x)
+    if len(values) <= 10 and has_room(values, *axes.get_xlim(), count_text):
+        axes.set_xticks(values)
 
 
 def padded(values: np.ndarray, share: float = 0.06) -> tuple[float, float]:

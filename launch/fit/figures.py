@@ -16,9 +16,7 @@ from launch.fit.axes import (
     BAND,
     DOT,
     add_bar,
-    count_text,
     diamonds,
-    has_room,
     padded,
     power_text,
     round_levels,
@@ -28,6 +26,7 @@ from launch.fit.axes import (
     shade_by,
     shade_of,
     shades,
+    tick_values,
 )
 from launch.plotting import Colours, Drawing, place_legend
 from moe.scaling.laws.isoflop import Curve
@@ -36,8 +35,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Surface = Callable[[np.ndarray, np.ndarray], np.ndarray]  # the loss at parameters and tokens
-
-SAME_SIZE = 1.1  # models whose sizes differ by less than this factor share a line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +54,6 @@ class Points:
     flops: np.ndarray
     loss: np.ndarray
     predicted: np.ndarray
-    experts: np.ndarray
-    granularity: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,54 +214,10 @@ def _paint_held_out(
         style = DOT | {"marker": marker, "markersize": 6, "markeredgewidth": 0}
         axes.plot(x, 100 * values, color=colours[role], label=label, **style)
     set_counts(axes.xaxis, x_name, *padded(x))
-    _tick_few(axes, x)
+    tick_values(axes, x)
     axes.set_ylabel("predicted − measured, %")
     axes.margins(y=0.12)
     place_legend(axes)
-
-
-def experts_drawing(points: Points, words: Words) -> Drawing:
-    """Returns losses over the number of experts, or over their granularity if that varies alone."""
-    has_experts = len(np.unique(points.experts)) > 1
-    name = "experts" if has_experts else "granularity"
-    title = "Loss over the number of experts" if has_experts else "Loss over granularity"
-    return Drawing("experts", title, functools.partial(_paint_experts, name, points, words))
-
-
-def _paint_experts(name: str, points: Points, words: Words, axes: "Axes", colours: Colours) -> None:
-    x = getattr(points, name)
-    mapped = shade_by(colours, points.parameters)
-    for chosen in size_groups(points.parameters, points.tokens):
-        order = chosen[np.argsort(x[chosen], kind="stable")]
-        shade = shade_of(mapped, float(np.median(points.parameters[order])))
-        axes.plot(x[order], points.predicted[order], color=shade, linewidth=1.3)
-        axes.plot(x[order], points.loss[order], color=shade, **DOT)
-    axes.plot([], [], color=colours["muted"], label="run", **DOT)
-    axes.plot([], [], color=colours["muted"], linewidth=1.3, label="the law")
-    set_counts(axes.xaxis, name, *padded(x))
-    _tick_few(axes, x)
-    set_losses(axes.yaxis, words.loss, *padded(np.concatenate([points.loss, points.predicted])))
-    add_bar(axes, mapped, words.size, count_text)
-    place_legend(axes)
-
-
-def _tick_few(axes: "Axes", x: np.ndarray) -> None:
-    """Puts the horizontal ticks on the values themselves, if these are few and far apart."""
-    values = np.unique(x)
-    if len(values) <= 10 and has_room(values, *axes.get_xlim(), count_text):
-        axes.set_xticks(values)
-
-
-def size_groups(parameters: np.ndarray, tokens: np.ndarray) -> list[np.ndarray]:
-    """Returns the indices of runs that have nearly the same size and as many tokens."""
-    order = np.argsort(parameters, kind="stable")
-    jumps = np.diff(np.log(parameters[order])) > np.log(SAME_SIZE)
-    size_number = np.empty(len(order), int)
-    size_number[order] = np.concatenate([[0], np.cumsum(jumps)])
-    token_number = np.round(np.log(tokens) / np.log(SAME_SIZE)).astype(int)
-    keys = np.stack([size_number, token_number], 1)
-    _, group = np.unique(keys, axis=0, return_inverse=True)
-    return [np.flatnonzero(group.ravel() == number) for number in range(group.max() + 1)]
 
 
 def best_drawings(

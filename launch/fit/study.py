@@ -1,19 +1,19 @@
 """Draws a fit: its runs, its best models, and its test on the largest budget."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import numpy as np
 
+from launch.fit.experts import SAME_SIZE, experts_drawing
 from launch.fit.figures import (
-    SAME_SIZE,
     Best,
     Points,
     Surface,
     Words,
     best_drawings,
     contour_drawing,
-    experts_drawing,
     held_out_drawing,
     isoflop_drawing,
     residual_drawing,
@@ -57,7 +57,7 @@ def draw_fit(
         if not sparse:
             drawings.append(contour_drawing(_surface(fit), points, line, asked, words))
     if sparse:
-        drawings.append(experts_drawing(points, words))
+        drawings.append(_experts(fit, points, words))
     drawings.append(residual_drawing(points, words))
     if fit.held_out is not None:
         drawings.append(_held_out(fit.held_out, fit.runs, points, words))
@@ -88,9 +88,15 @@ def _points(runs: Runs, parameters: np.ndarray, predicted: np.ndarray) -> Points
         flops=runs.flops,
         loss=runs.loss,
         predicted=predicted,
-        experts=runs.experts,
-        granularity=runs.granularity,
     )
+
+
+def _experts(fit: Fit, points: Points, words: Words) -> Drawing:
+    """Returns the figure of what experts bring to models of equal active parameters."""
+    runs, law = fit.runs, functools.partial(predict, fit.law, fit.coefficients)
+    if np.isnan(runs.active_parameters).any():  # a law that does not read them needs none
+        return experts_drawing(runs, points.parameters, words.size, law, words.loss)
+    return experts_drawing(runs, runs.active_parameters, "active parameters", law, words.loss)
 
 
 def _held_out(held: HeldOut, runs: Runs, points: Points, words: Words) -> Drawing:
@@ -98,8 +104,8 @@ def _held_out(held: HeldOut, runs: Runs, points: Points, words: Words) -> Drawin
     place = {name: number for number, name in enumerate(runs.run)}
     chosen = np.array([place[name] for name in held.run])
     x, name = points.parameters[chosen], words.size
-    if np.max(x) < SAME_SIZE * np.min(x) and np.ptp(points.experts[chosen]) > 0:
-        x, name = points.experts[chosen], "experts"
+    if np.max(x) < SAME_SIZE * np.min(x) and np.ptp(runs.experts[chosen]) > 0:
+        x, name = runs.experts[chosen], "experts"
     budget = float(np.median(held.flops))
     return held_out_drawing(budget, x, held.errors, held.repeated_errors, name)
 

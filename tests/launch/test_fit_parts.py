@@ -25,13 +25,12 @@ from launch.fit.axes import (
     shade_by,
 )
 from launch.fit.emit import config_file
+from launch.fit.experts import experts_drawing, size_groups
 from launch.fit.figures import (
     Best,
     Points,
     Words,
     contour_drawing,
-    experts_drawing,
-    size_groups,
 )
 from launch.fit.prediction import notes, table_configs
 from launch.fit.results import (
@@ -47,7 +46,7 @@ from launch.fit.results import (
 from launch.plotting import THEMES, Colours, Drawing, paint_figure, style
 from moe.config import ConfigError, RunConfig
 from moe.scaling.experiments.optimum import Optimum
-from moe.scaling.experiments.runs import make_runs
+from moe.scaling.experiments.runs import Runs, make_runs
 
 
 @pytest.mark.parametrize(
@@ -123,7 +122,7 @@ def test_runs_of_nearly_one_size_share_a_line() -> None:
 
 
 def points(**columns: Any) -> Points:
-    values = {"tokens": 1e9, "flops": 1e18, "granularity": 1.0, "experts": 1.0} | columns
+    values = {"tokens": 1e9, "flops": 1e18} | columns
     count = len(columns["parameters"])
     return Points(**{name: np.broadcast_to(value, count) + 0.0 for name, value in values.items()})
 
@@ -135,17 +134,44 @@ def painted(drawing: Drawing) -> Figure:
     return figure
 
 
-def test_losses_over_experts_have_a_line_for_each_size() -> None:
-    drawn = points(
-        parameters=[1e6, 1e6, 1e6, 8e6, 8e6, 8e6],
-        experts=[1, 4, 16] * 2,
-        loss=[4.0, 3.6, 3.3, 3.5, 3.2, 3.0],
-        predicted=[4.1, 3.6, 3.2, 3.5, 3.2, 3.0],
-    )
-    axes, *_ = painted(experts_drawing(drawn, Words())).axes
+def drawn_lines(drawing: Drawing) -> list[tuple[np.ndarray, np.ndarray]]:
+    axes, *_ = painted(drawing).axes
     lines = [line for line in axes.lines if line.get_linestyle() == "-" and len(line.get_xdata())]
-    assert sorted(tuple(line.get_ydata()) for line in lines) == [(3.5, 3.2, 3.0), (4.1, 3.6, 3.2)]
+    return [(np.asarray(line.get_xdata()), np.asarray(line.get_ydata())) for line in lines]
+
+
+def mixtures(**columns: Any) -> Runs:
+    """Returns two sizes of models with 1, 4 and 16 experts, each of half of a dense model."""
+    experts, dense = np.array([1, 4, 16] * 2), np.repeat([1e6, 8e6], 3)
+    values = {"parameters": dense * (experts + 1) / 2, "active_parameters": dense}
+    values |= {"tokens": np.full(6, 1e9), "loss": 4 * experts**-0.1, "experts": experts}
+    return make_runs(**values | columns)
+
+
+def test_the_law_over_experts_is_curved_between_the_runs() -> None:
+    """It is a line for each size, and reads columns that depend on the number of experts."""
+    law = lambda runs: 9 * runs.parameters**-0.1 + 1 - runs.sparsity
+    runs = mixtures()
+    drawing = experts_drawing(runs, runs.active_parameters, "active parameters", law, "loss")
+    lines = drawn_lines(drawing)
+    assert len(lines) == 2
+    for (x, y), size in zip(lines, (1e6, 8e6), strict=True):
+        np.testing.assert_allclose(y, 9 * (size * (x + 1) / 2) ** -0.1 + 1 / x)
+        assert (x[0], x[-1]) == (1, 16) and np.max(np.diff(np.log(x))) < 0.1
+    axes, *_ = painted(drawing).axes
     assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "4", "16"]
+
+
+def test_each_granularity_has_a_line_that_begins_at_the_dense_model() -> None:
+    runs = mixtures(
+        experts=[1, 4, 16, 1, 16, 64],
+        experts_per_token=[1, 1, 1, 1, 4, 4],
+        granularity=[1, 1, 1, 1, 4, 4],
+        active_parameters=np.full(6, 1e6),
+    )
+    law = lambda runs: 9 * runs.experts**-0.1
+    lines = drawn_lines(experts_drawing(runs, runs.active_parameters, "size", law, "loss"))
+    assert [(x[0], x[-1]) for x, _ in lines] == [(1, 16), (1, 64)]
 
 
 @pytest.mark.parametrize("loss", [lambda n, d: 0 * n + 3, lambda n, d: 2 + n**-0.3 + d**-0.3])
