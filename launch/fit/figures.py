@@ -1,8 +1,8 @@
 """The figures of a law: what was fitted, how far it is off, and what it says of other budgets.
 
 Runs are dots, whose shade is their training FLOPs. A law is a line of the first colour, with its
-95 % interval as a band around it. What the law says of a budget that was asked for is a diamond of
-the second colour.
+95 % interval as a band around it. A diamond of the second colour is the model that the table names
+for a budget that was asked for. It exists, while the line is the best over models of any size.
 """
 
 import dataclasses

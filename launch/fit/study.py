@@ -19,7 +19,7 @@ from launch.fit.figures import (
     residual_drawing,
 )
 from launch.fit.prediction import (
-    best_model,
+    best_of_any_size,
     can_spend,
     is_sparse,
     isoflop_model,
@@ -30,7 +30,7 @@ from launch.fit.prediction import (
 from launch.fit.rates import best_rate_drawing, rate_drawing
 from launch.plotting import Drawing
 from moe.config import ConfigError
-from moe.scaling.experiments.candidates import Candidate
+from moe.scaling.experiments.candidates import Candidate, smooth_families
 from moe.scaling.experiments.optimum import FLOPS_PER_PARAMETER, Optimum
 from moe.scaling.experiments.runs import Runs, make_runs
 from moe.scaling.laws import Fit, HeldOut, predict
@@ -144,10 +144,10 @@ def _budgets(runs: Runs, optima: Sequence[Optimum]) -> np.ndarray:
 
 
 def _line(fit: Fit, candidates: Sequence[Candidate], optima: Sequence[Optimum]) -> Best:
-    """Returns the best models over budgets."""
-    loss = law_loss(fit, EVERY)
+    """Returns the best models over budgets, as if there were models of any size."""
+    loss, families = law_loss(fit, EVERY), smooth_families(candidates)
     budgets = _budgets(fit.runs, optima)
-    return _best([best_model(fit.law, loss, candidates, budget)[0] for budget in budgets])
+    return _best([best_of_any_size(fit.law, loss, families, budget) for budget in budgets])
 
 
 def _best(optima: Sequence[Optimum]) -> Best:

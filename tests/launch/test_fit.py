@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from absl import flags
+from matplotlib.figure import Figure
 
 from configs import dense_tiny
 from launch import sweep_table
@@ -24,7 +25,7 @@ from launch.fit.emit import docstring
 from launch.fit.prediction import isoflop_model
 from launch.fit.results import as_json, as_text
 from launch.fit.study import fit_curves
-from launch.plotting import write_drawing
+from launch.plotting import THEMES, write_drawing
 from moe.config import ConfigError, RunConfig
 from moe.scaling.experiments.candidates import list_candidates
 from moe.scaling.experiments.ladders import iso_flop_ladder, with_experts
@@ -240,6 +241,24 @@ def test_the_best_config_spends_the_budget(emitted: Path) -> None:
         losses[width] = true_loss(total_parameters(model), tokens)
     best = min(losses.values())
     assert losses[config.model.model_dim] < best * 1.001
+
+
+def test_the_law_over_budgets_has_no_steps(tmp_path: Path) -> None:
+    """The best of the models that exist would change from one width to the next."""
+    solution = find(flag_values(swept(tmp_path), "--budget=1e17"))
+    drawings = [
+        drawing for drawing in solution.drawings if drawing.stem.startswith(("best", "con"))
+    ]
+    assert len(drawings) == 4
+    for drawing in drawings:
+        axes = Figure().subplots()
+        drawing.paint(axes, THEMES["light"])
+        labels = ("the law", "best for its budget")
+        (line,) = (line for line in axes.lines if line.get_label() in labels)
+        x, y = np.log([line.get_xdata(), line.get_ydata()])
+        slope = np.diff(y) / np.diff(x)
+        # The slope of a power law is constant, and a floor or attention bends it slowly.
+        assert np.abs(np.diff(slope)).max() < 0.05 * np.abs(np.median(slope)), drawing.stem
 
 
 def load(path: Path) -> RunConfig:
