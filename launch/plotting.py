@@ -142,20 +142,28 @@ def shorten(name: str, length: int = TITLE_LENGTH) -> str:
     return name if len(name) <= length else f"{name[: length // 2]}…{name[-(length // 2 - 1) :]}"
 
 
-def draw_series(axes: "Axes", series: Series, label: str, colour: str) -> None:
+def draw_series(
+    axes: "Axes", series: Series, label: str, colour: str, *, noisy: bool = True
+) -> None:
     """Draws a metric over steps: a short series as a line with a dot for each value.
 
-    A long series is drawn as a faint line, with a line of medians over it.
+    A long series is drawn as a faint line, with a line of medians over it. If it is not `noisy`,
+    such as a schedule, a line goes through every value, because medians would blur its jumps.
     """
     num_values = len(series.steps)
+    line: dict[str, Any] = {"color": colour, "linewidth": 1.6, "label": label}
     if num_values <= 60:
-        dots = {"marker": "o", "markersize": 3}
-        axes.plot(*series, color=colour, linewidth=1.6, label=label, **dots)
-        return
-    # Behind the medians of all metrics of the figure, whose zorder is 2.
-    axes.plot(*keep_extremes(series), color=colour, linewidth=0.7, alpha=0.35, zorder=1.5)
-    medians = block_medians(series, min(80, num_values // 5))
-    axes.plot(*medians, color=colour, linewidth=1.6, label=label)
+        # A value that no line leads to has to be seen as a dot, also at the edge of the axes.
+        is_alone = num_values == 1
+        axes.plot(
+            *series, **line, marker="o", markersize=6 if is_alone else 3, clip_on=not is_alone
+        )
+    elif noisy:
+        # Behind the medians of all metrics of the figure, whose zorder is 2.
+        axes.plot(*keep_extremes(series), color=colour, linewidth=0.7, alpha=0.35, zorder=1.5)
+        axes.plot(*block_medians(series, min(80, num_values // 5)), **line)
+    else:
+        axes.plot(*keep_extremes(series), **line)
 
 
 def draw_crosses(axes: "Axes", steps: Sequence[int], label: str, colour: str) -> None:

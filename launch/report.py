@@ -13,7 +13,8 @@ phones.
 
 The page has, from top to bottom: the last values that a reader looks for first; curves of every
 metric, where a metric that is always 0 is only named; a table of all metrics; the config, with what
-differs from the defaults in bold; and the environment of each start.
+differs from the defaults in bold; and the environment of each start. A curve of more than 60 values
+is faint, with a line of medians over it; the learning rate is drawn as it was logged.
 
 A run over several processes has their step times, slowest and median, and the name of a straggler.
 
