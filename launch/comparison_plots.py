@@ -132,13 +132,14 @@ def _draw_front(
         )
         point.set_markerfacecolor(face)
     if paid:
-        _set_costs(axes, paid)
+        # Without a unit, 3.3 ms would read as 3.3 m.
+        _set_costs(axes, paid, unit="s" if cost == "step_seconds" else "")
     else:  # an axis of no values would show numbers that mean nothing
         axes.set(xticks=[], yticks=[])
         axes.text(0.5, 0.5, "not known yet", ha="center", transform=axes.transAxes)
 
 
-def _set_costs(axes: "Axes", paid: Sequence[float]) -> None:
+def _set_costs(axes: "Axes", paid: Sequence[float], unit: str) -> None:
     """Makes the horizontal axis logarithmic if the costs span a decade, and names a few of them."""
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
@@ -146,6 +147,6 @@ def _set_costs(axes: "Axes", paid: Sequence[float]) -> None:
         axes.set_xscale("log")
     else:
         axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
+    axes.xaxis.set_major_formatter(EngFormatter(unit, sep=" "))
     axes.yaxis.set_major_locator(MaxNLocator(6))
     axes.margins(x=0.1, y=0.12)
