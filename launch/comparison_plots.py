@@ -1,17 +1,17 @@
 """Draws a comparison: losses of the variants, their training losses, and what a loss costs."""
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from launch.comparison import COSTS
-from launch.plotting import THEMES, style
+from launch.plotting import THEMES, as_pdf, as_png, style
 from launch.series import block_medians, read_series
 from moe.storage.paths import RunPath, write_whole
 from moe.workdir.tracking import METRICS_FILE, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # The colours of Okabe & Ito 2008, which colour-blind people can tell apart.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#000000")
@@ -59,10 +59,10 @@ def write_fronts(compared: Mapping[str, Any], path: RunPath) -> None:
         _save(figure, path)
 
 
-def _save(figure: Any, path: RunPath) -> None:
-    image = io.BytesIO()
-    figure.savefig(image, format="png")
-    write_whole(path, image.getvalue())
+def _save(figure: "Figure", path: RunPath) -> None:
+    """Writes a figure as a PNG file, and as a PDF file beside it."""
+    write_whole(path, as_png(figure))
+    write_whole(path.with_suffix(".pdf"), as_pdf(figure))
 
 
 def _draw_losses(

@@ -1,8 +1,8 @@
 """How figures of a run are drawn: their themes, their files, and the parts that they share.
 
-Every figure exists twice, for light and for dark pages. Within a figure a family of lines or shares
-has one colour, and a stronger shade is a larger value. A legend stands above the
-axes, where no line can pass under it.
+Every figure exists as PNG files for light and for dark pages, and as a PDF file for papers. Within
+a figure a family of lines or shares has one colour, and a stronger shade is a larger value. A
+legend stands above the axes, where no line can pass under it.
 
 Functions import matplotlib when they are called. Its import takes a second, and a command has to
 answer bad input before that.
@@ -94,20 +94,36 @@ def style(colours: Colours) -> "dict[RcKeyType, Any]":
         "xtick.major.size": 0,
         "ytick.major.size": 0,
         "text.parse_math": False,  # a metric's name may have a $
+        "pdf.fonttype": 42,  # TrueType: many journals refuse matplotlib's own Type 3
     }
 
 
 def write_drawing(drawing: Drawing, directory: RunPath) -> None:
-    """Writes a figure as one PNG file for each theme."""
+    """Writes a figure as one PNG file for each theme, and as a PDF file in light colours."""
     import matplotlib
 
     for theme, colours in THEMES.items():
         with matplotlib.rc_context(style(colours)), warnings.catch_warnings():
             # A metric may be named in a script that the font lacks.
             warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
-            image = io.BytesIO()
-            paint_figure(drawing, colours).savefig(image, format="png")
-        write_whole(directory / file_name(drawing, theme), image.getvalue())
+            figure = paint_figure(drawing, colours)
+            write_whole(directory / file_name(drawing, theme), as_png(figure))
+            if theme == "light":
+                write_whole(directory / pdf_name(drawing), as_pdf(figure))
+
+
+def as_png(figure: "Figure") -> bytes:
+    """Returns a figure as the bytes of a PNG file."""
+    image = io.BytesIO()
+    figure.savefig(image, format="png")
+    return image.getvalue()
+
+
+def as_pdf(figure: "Figure") -> bytes:
+    """Returns a figure as the bytes of a PDF file, which are the same whenever it is made."""
+    image = io.BytesIO()
+    figure.savefig(image, format="pdf", metadata={"CreationDate": None})
+    return image.getvalue()
 
 
 def paint_figure(drawing: Drawing, colours: Colours) -> "Figure":
@@ -123,8 +139,13 @@ def paint_figure(drawing: Drawing, colours: Colours) -> "Figure":
 
 
 def file_name(drawing: Drawing, theme: str) -> str:
-    """Returns the name of a figure's file for one theme."""
+    """Returns the name of a figure's PNG file for one theme."""
     return f"{drawing.stem}-{theme}.png"
+
+
+def pdf_name(drawing: Drawing) -> str:
+    """Returns the name of a figure's PDF file."""
+    return f"{drawing.stem}.pdf"
 
 
 def picture_html(drawing: Drawing) -> str:

@@ -31,9 +31,10 @@ the config of the best model for the largest budget, to train it with launch.tra
 cannot say what is asked for is refused in one line.
 
 Writes to --output, by default DIRECTORY_OF_TABLE/fit_LAW: index.html, a page that holds everything
-and needs no network; its figures as PNG files; and fit.json, with the coefficients, best models and
-held-out losses without rounding. The same table, flags and --seed give the same bytes. If isoflop
-is refused because budgets lack a minimum, it draws their curves and writes nothing else.
+and needs no network; its figures as PNG files, and as PDF files for papers; and fit.json, with the
+coefficients, best models and held-out losses without rounding. The same table, flags and --seed
+give the same bytes. If isoflop is refused because budgets lack a minimum, it draws their curves and
+writes nothing else.
 
 Exit codes: 0 done, also with warnings; 2 bad input, told in one line; 75 interrupted.
 """

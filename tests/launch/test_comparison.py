@@ -135,7 +135,7 @@ def drawn_panels(
     drawn: list[Figure] = []
     monkeypatch.setattr(comparison_plots, "write_whole", lambda path, content: None)
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
-    compared = comparison(results, dict.fromkeys(results, {}))
+    compared = comparison(results, {name: {} for name in results})
     comparison_plots.write_fronts(compared, Path("fronts.png"))
     return {axes.get_xlabel(): axes for axes in drawn[0].axes}
 

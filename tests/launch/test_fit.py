@@ -178,6 +178,7 @@ def test_the_page_holds_everything(written: Path) -> None:
     assert page.count("data:image/png;base64,") == len(list(written.glob("*.png"))) == 14
     without_images = re.sub(r"data:image/png;base64,[A-Za-z0-9+/=]*", "", page)
     assert not re.search(r"https?://|<script|src=[^\"]|\.png", without_images)
+    assert len(list(written.glob("*.pdf"))) == 7
     for words in ("prefers-color-scheme: dark", "Best models", "alpha", "Warnings"):
         assert words in page
 
@@ -422,9 +423,10 @@ def test_a_refused_fit_of_curves_draws_them_and_nothing_else(tmp_path: Path) -> 
         fit(path, "--law=isoflop")
     assert str(error.value).startswith(f"{path}: ")
     drawn = Path(str(error.value).rsplit("drawn in ", 1)[1])
-    assert drawn.exists() and {file.stem for file in drawn.parent.iterdir()} == {
-        "isoflop-light",
-        "isoflop-dark",
+    assert drawn.exists() and {file.name for file in drawn.parent.iterdir()} == {
+        "isoflop-light.png",
+        "isoflop-dark.png",
+        "isoflop.pdf",
     }
 
 

@@ -5,10 +5,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from launch.plotting import THEMES, Drawing, picture_html, set_values, shorten, write_drawing
+from launch.plotting import (
+    THEMES,
+    Colours,
+    Drawing,
+    picture_html,
+    set_values,
+    shorten,
+    write_drawing,
+)
 from launch.report_plots import group_plots, plot_drawing
 from launch.series import Series
 
@@ -47,8 +56,25 @@ def test_matplotlib_is_not_loaded_before_something_is_drawn() -> None:
 def test_a_figure_is_a_file_for_each_theme_and_its_title_is_escaped(tmp_path: Path) -> None:
     drawing = Drawing("x", '<b>"', lambda axes, colours: None)
     write_drawing(drawing, tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["x-dark.png", "x-light.png"]
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["x-dark.png", "x-light.png", "x.pdf"]
     assert 'alt="&lt;b&gt;&quot;"' in picture_html(drawing)
+
+
+def test_a_figure_for_a_paper_is_the_same_bytes_at_any_time(tmp_path: Path) -> None:
+    """It holds no date, and its fonts are TrueType, which journals ask for."""
+
+    def paint(axes: Axes, colours: Colours) -> None:
+        axes.plot([1, 2], [3, 4], label="a line")
+        axes.legend()
+
+    drawn = []
+    for _ in range(2):
+        write_drawing(Drawing("x", "A title", paint), tmp_path)
+        drawn.append((tmp_path / "x.pdf").read_bytes())
+    first, second = drawn
+    assert first == second and first.startswith(b"%PDF")
+    assert b"Date" not in first and b"/Type3" not in first and b"/CIDFontType2" in first
 
 
 def test_a_long_name_loses_its_middle() -> None:
