@@ -100,7 +100,7 @@ def law_loss(fit: Fit, every: int = 1) -> Loss:
 def size_name(law: Law) -> str:
     """Returns the name of what a law counts as a model's size."""
     if {"body", "active_body"} & set(law.inputs):
-        return "parameters without embeddings"
+        return "non-embedding parameters"
     counts_active = {"active", "decimal_active"} & set(law.inputs)
     return "active parameters" if is_sparse(law.inputs) and counts_active else "parameters"
 

@@ -148,7 +148,7 @@ def test_times_of_a_step_are_written_with_their_unit(monkeypatch: pytest.MonkeyP
     }
     panels = drawn_panels(monkeypatch, results)
     for name, end in (("time per step", " ms"), ("parameters", " k")):
-        panels[name].figure.canvas.draw()
+        panels[name].figure.draw_without_rendering()
         texts = [label.get_text() for label in panels[name].get_xticklabels()]
         assert texts and all(text.endswith(end) for text in texts)
 

@@ -32,7 +32,7 @@ from launch.fit.figures import (
     Words,
     contour_drawing,
 )
-from launch.fit.prediction import notes, table_configs
+from launch.fit.prediction import notes, size_name, table_configs
 from launch.fit.results import (
     HeldOut,
     Results,
@@ -43,10 +43,11 @@ from launch.fit.results import (
     left_out_lines,
     optimum_table,
 )
-from launch.plotting import THEMES, Colours, Drawing, paint_figure, style
+from launch.plotting import THEMES, Colours, Drawing, paint_figure, place_legend, style
 from moe.config import ConfigError, RunConfig
 from moe.scaling.experiments.optimum import Optimum
 from moe.scaling.experiments.runs import Runs, make_runs
+from moe.scaling.laws import LAWS
 
 
 @pytest.mark.parametrize(
@@ -103,6 +104,21 @@ def test_texts_of_horizontal_ticks_do_not_touch(
         assert begin - end > half_a_digit
 
 
+@pytest.mark.parametrize("name", sorted({size_name(law) for law in LAWS.values()}))
+def test_a_name_of_sizes_is_no_longer_than_its_axis(name: str) -> None:
+    """A longer one reaches the legend, or is cut."""
+
+    def paint(axes: Axes, colours: Colours) -> None:
+        set_counts(axes.yaxis, name, 1e6, 1e9)
+        set_flops(axes.xaxis, "training FLOPs", 1e12, 1e15)
+        axes.plot([], [], label="run")
+        axes.plot([], [], label="the law")
+        place_legend(axes)
+
+    axes, *_ = painted(Drawing("x", "x", paint)).axes
+    assert axes.yaxis.label.get_window_extent().height < axes.get_window_extent().height
+
+
 def test_one_value_still_has_an_axis() -> None:
     low, high = padded(np.array([5.0, 5.0]))
     assert 0 < low < 5 < high
@@ -130,7 +146,7 @@ def points(**columns: Any) -> Points:
 def painted(drawing: Drawing) -> Figure:
     with matplotlib.rc_context(style(THEMES["light"])):
         figure = paint_figure(drawing, THEMES["light"])
-        figure.canvas.draw()
+        figure.draw_without_rendering()
     return figure
 
 
