@@ -100,7 +100,8 @@ def _draw_curves(
                 continue
             medians = block_medians(loss, min(40, len(loss.steps)))
             label = None if variant in labelled else variant
-            line = {"color": colours[variant], "linewidth": 1.1, "alpha": 0.8}
+            line: dict[str, Any] = {"color": colours[variant], "linewidth": 1.1, "alpha": 0.8}
+            line["marker"] = "o" if len(medians.steps) == 1 else None  # else it would not be seen
             axes.plot(*medians, label=label, **line)
             labelled.add(variant)
     if labelled:

@@ -22,7 +22,9 @@ from launch.comparison import (
     summarize,
 )
 from launch.sweep_table import Row, planned_row
+from moe.config import TrackingConfig
 from moe.scaling.experiments.sweep import Point, expand
+from moe.workdir.tracking import MetricWriter
 from tests.launch.compared_runs import TINY
 
 PLANNED = planned_row(expand(TINY, [Point("a", {})])[0])
@@ -126,6 +128,22 @@ def test_the_tables_have_a_dash_where_nothing_is_known() -> None:
     assert f"| other | +0.1100 ± 0.0100 | 2 | {p_value:.2g} | " in text
     assert "| waiting | – | 0 | – | – |" in text
     assert "| training FLOPs | base |" in text and "| time per step | base |" in text
+
+
+@pytest.mark.parametrize(("steps", "marker"), [((10,), "o"), ((10, 20), "None")])
+def test_a_run_of_one_logged_loss_is_a_dot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: tuple[int, ...], marker: str
+) -> None:
+    with MetricWriter(tmp_path, TrackingConfig(tensorboard=False), step=0) as writer:
+        for step in steps:
+            writer.write(step, {"train/loss": 3.0})
+    drawn: list[Figure] = []
+    monkeypatch.setattr(comparison_plots, "write_whole", lambda path, content: None)
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    results = {"one": summarize(rows({0: 1.0}), PLANNED)}
+    comparison_plots.write_losses(results, {"one": [tmp_path]}, Path("comparison.png"))
+    (line,) = drawn[0].axes[1].lines
+    assert line.get_marker() == marker
 
 
 def drawn_panels(
