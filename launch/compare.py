@@ -17,8 +17,8 @@ before any is with the second one.
 Writes and prints DIR/comparison.md: losses with standard errors, the paired differences from the
 first variant with a t-test, and the variants on the Pareto fronts of loss against FLOPs,
 parameters, memory and step time. comparison.json beside it has each seed's loss, and
-comparison.png and fronts.png the figures. With --report_only nothing is trained: the runs that are
-there are compared, and others may go on training meanwhile.
+comparison.png and fronts.png the figures, which are PDF files as well. With --report_only nothing
+is trained: the runs that are there are compared, and others may go on training meanwhile.
 
 Exit codes: those of launch.sweep.
 """

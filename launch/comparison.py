@@ -18,7 +18,7 @@ COSTS = {
     "flops": "training FLOPs",
     "parameters": "parameters",
     "memory_bytes": "bytes of training state",
-    "step_seconds": "seconds per step",
+    "step_seconds": "time per step",
 }
 LEGEND = (
     "Loss: mean ± standard error over the seeds that finished. MaxVio (how far the fullest expert "

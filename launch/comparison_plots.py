@@ -1,17 +1,17 @@
 """Draws a comparison: losses of the variants, their training losses, and what a loss costs."""
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from launch.comparison import COSTS
-from launch.plotting import THEMES, style
+from launch.plotting import THEMES, as_pdf, as_png, style
 from launch.series import block_medians, read_series
 from moe.storage.paths import RunPath, write_whole
 from moe.workdir.tracking import METRICS_FILE, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # The colours of Okabe & Ito 2008, which colour-blind people can tell apart.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#000000")
@@ -59,10 +59,10 @@ def write_fronts(compared: Mapping[str, Any], path: RunPath) -> None:
         _save(figure, path)
 
 
-def _save(figure: Any, path: RunPath) -> None:
-    image = io.BytesIO()
-    figure.savefig(image, format="png")
-    write_whole(path, image.getvalue())
+def _save(figure: "Figure", path: RunPath) -> None:
+    """Writes a figure as a PNG file, and as a PDF file beside it."""
+    write_whole(path, as_png(figure))
+    write_whole(path.with_suffix(".pdf"), as_pdf(figure))
 
 
 def _draw_losses(
@@ -100,7 +100,8 @@ def _draw_curves(
                 continue
             medians = block_medians(loss, min(40, len(loss.steps)))
             label = None if variant in labelled else variant
-            line = {"color": colours[variant], "linewidth": 1.1, "alpha": 0.8}
+            line: dict[str, Any] = {"color": colours[variant], "linewidth": 1.1, "alpha": 0.8}
+            line["marker"] = "o" if len(medians.steps) == 1 else None  # else it would not be seen
             axes.plot(*medians, label=label, **line)
             labelled.add(variant)
     if labelled:
@@ -132,13 +133,14 @@ def _draw_front(
         )
         point.set_markerfacecolor(face)
     if paid:
-        _set_costs(axes, paid)
+        # Without a unit, 3.3 ms would read as 3.3 m.
+        _set_costs(axes, paid, unit="s" if cost == "step_seconds" else "")
     else:  # an axis of no values would show numbers that mean nothing
         axes.set(xticks=[], yticks=[])
         axes.text(0.5, 0.5, "not known yet", ha="center", transform=axes.transAxes)
 
 
-def _set_costs(axes: "Axes", paid: Sequence[float]) -> None:
+def _set_costs(axes: "Axes", paid: Sequence[float], unit: str) -> None:
     """Makes the horizontal axis logarithmic if the costs span a decade, and names a few of them."""
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
@@ -146,6 +148,6 @@ def _set_costs(axes: "Axes", paid: Sequence[float]) -> None:
         axes.set_xscale("log")
     else:
         axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
+    axes.xaxis.set_major_formatter(EngFormatter(unit, sep=" "))
     axes.yaxis.set_major_locator(MaxNLocator(6))
     axes.margins(x=0.1, y=0.12)

@@ -1,8 +1,8 @@
 """How figures of a run are drawn: their themes, their files, and the parts that they share.
 
-Every figure exists twice, for light and for dark pages. Within a figure a family of lines or shares
-has one colour, and a stronger shade is a larger value. A legend stands above the
-axes, where no line can pass under it.
+Every figure exists as PNG files for light and for dark pages, and as a PDF file for papers. Within
+a figure a family of lines or shares has one colour, and a stronger shade is a larger value. A
+legend stands above the axes, where no line can pass under it.
 
 Functions import matplotlib when they are called. Its import takes a second, and a command has to
 answer bad input before that.
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Colormap
+    from matplotlib.figure import Figure
     from matplotlib.typing import RcKeyType
 
 Colours = Mapping[str, str]  # a theme: colours by their role, as #rrggbb
@@ -93,32 +94,58 @@ def style(colours: Colours) -> "dict[RcKeyType, Any]":
         "xtick.major.size": 0,
         "ytick.major.size": 0,
         "text.parse_math": False,  # a metric's name may have a $
+        "pdf.fonttype": 42,  # TrueType: many journals refuse matplotlib's own Type 3
     }
 
 
 def write_drawing(drawing: Drawing, directory: RunPath) -> None:
-    """Writes a figure as one PNG file for each theme."""
+    """Writes a figure as one PNG file for each theme, and as a PDF file in light colours."""
     import matplotlib
-    from matplotlib.figure import Figure
 
     for theme, colours in THEMES.items():
         with matplotlib.rc_context(style(colours)), warnings.catch_warnings():
             # A metric may be named in a script that the font lacks.
             warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
-            size = (WIDTH / DPI, HEIGHT / DPI)
-            figure = Figure(figsize=size, dpi=DPI, layout="constrained")
-            axes = figure.subplots()
-            title = shorten(drawing.title)
-            figure.suptitle(title, x=MARGIN, ha="left", fontsize=11, fontweight="bold")
-            drawing.paint(axes, colours)
-            image = io.BytesIO()
-            figure.savefig(image, format="png")
-        write_whole(directory / file_name(drawing, theme), image.getvalue())
+            figure = paint_figure(drawing, colours)
+            write_whole(directory / file_name(drawing, theme), as_png(figure))
+            if theme == "light":
+                write_whole(directory / pdf_name(drawing), as_pdf(figure))
+
+
+def as_png(figure: "Figure") -> bytes:
+    """Returns a figure as the bytes of a PNG file."""
+    image = io.BytesIO()
+    figure.savefig(image, format="png")
+    return image.getvalue()
+
+
+def as_pdf(figure: "Figure") -> bytes:
+    """Returns a figure as the bytes of a PDF file, which are the same whenever it is made."""
+    image = io.BytesIO()
+    figure.savefig(image, format="pdf", metadata={"CreationDate": None})
+    return image.getvalue()
+
+
+def paint_figure(drawing: Drawing, colours: Colours) -> "Figure":
+    """Returns the figure of a drawing in a theme's colours, under the settings of `style`."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH / DPI, HEIGHT / DPI), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    title = shorten(drawing.title)
+    figure.suptitle(title, x=MARGIN, ha="left", fontsize=11, fontweight="bold")
+    drawing.paint(axes, colours)
+    return figure
 
 
 def file_name(drawing: Drawing, theme: str) -> str:
-    """Returns the name of a figure's file for one theme."""
+    """Returns the name of a figure's PNG file for one theme."""
     return f"{drawing.stem}-{theme}.png"
+
+
+def pdf_name(drawing: Drawing) -> str:
+    """Returns the name of a figure's PDF file."""
+    return f"{drawing.stem}.pdf"
 
 
 def picture_html(drawing: Drawing) -> str:
@@ -136,20 +163,28 @@ def shorten(name: str, length: int = TITLE_LENGTH) -> str:
     return name if len(name) <= length else f"{name[: length // 2]}…{name[-(length // 2 - 1) :]}"
 
 
-def draw_series(axes: "Axes", series: Series, label: str, colour: str) -> None:
+def draw_series(
+    axes: "Axes", series: Series, label: str, colour: str, *, noisy: bool = True
+) -> None:
     """Draws a metric over steps: a short series as a line with a dot for each value.
 
-    A long series is drawn as a faint line, with a line of medians over it.
+    A long series is drawn as a faint line, with a line of medians over it. If it is not `noisy`,
+    such as a schedule, a line goes through every value, because medians would blur its jumps.
     """
     num_values = len(series.steps)
+    line: dict[str, Any] = {"color": colour, "linewidth": 1.6, "label": label}
     if num_values <= 60:
-        dots = {"marker": "o", "markersize": 3}
-        axes.plot(*series, color=colour, linewidth=1.6, label=label, **dots)
-        return
-    # Behind the medians of all metrics of the figure, whose zorder is 2.
-    axes.plot(*keep_extremes(series), color=colour, linewidth=0.7, alpha=0.35, zorder=1.5)
-    medians = block_medians(series, min(80, num_values // 5))
-    axes.plot(*medians, color=colour, linewidth=1.6, label=label)
+        # A value that no line leads to has to be seen as a dot, also at the edge of the axes.
+        is_alone = num_values == 1
+        axes.plot(
+            *series, **line, marker="o", markersize=6 if is_alone else 3, clip_on=not is_alone
+        )
+    elif noisy:
+        # Behind the medians of all metrics of the figure, whose zorder is 2.
+        axes.plot(*keep_extremes(series), color=colour, linewidth=0.7, alpha=0.35, zorder=1.5)
+        axes.plot(*block_medians(series, min(80, num_values // 5)), **line)
+    else:
+        axes.plot(*keep_extremes(series), **line)
 
 
 def draw_crosses(axes: "Axes", steps: Sequence[int], label: str, colour: str) -> None:

@@ -9,11 +9,12 @@ Examples:
 Writes report/index.html and the plots beside it, in the run directory, and prints the page's path.
 A run that is still going can be drawn too; run the command again for newer numbers. The page needs
 nothing but its directory: copy report/ anywhere. It is for light and dark screens, wide ones and
-phones.
+phones. Each plot is also a PDF file, for papers.
 
 The page has, from top to bottom: the last values that a reader looks for first; curves of every
 metric, where a metric that is always 0 is only named; a table of all metrics; the config, with what
-differs from the defaults in bold; and the environment of each start.
+differs from the defaults in bold; and the environment of each start. A curve of more than 60 values
+is faint, with a line of medians over it; the learning rate is drawn as it was logged.
 
 A run over several processes has their step times, slowest and median, and the name of a straggler.
 

@@ -33,6 +33,7 @@ class MetricPlot:
     labels: dict[str, str]  # by the metric's name: at most three
     log: bool = False
     percent: bool = False  # values are shares, and are drawn times 100
+    noisy: bool = True  # a long series is drawn with its medians
 
 
 TRAINING_PLOTS = (
@@ -58,7 +59,11 @@ TRAINING_PLOTS = (
         log=True,
     ),
     MetricPlot(
-        "learning_rate", "Learning rate", "learning rate", {"train/learning_rate": "training"}
+        "learning_rate",
+        "Learning rate",
+        "learning rate",
+        {"train/learning_rate": "training"},
+        noisy=False,
     ),
     MetricPlot(
         "throughput", "Throughput", "tokens per second", {"train/tokens_per_second": "training"}
@@ -221,7 +226,7 @@ def _paint(
         if name in metrics:
             steps, values = metrics[name]
             drawn.append(Series(steps, values * 100 if plot.percent else values))
-            draw_series(axes, drawn[-1], label, colours[role])
+            draw_series(axes, drawn[-1], label, colours[role], noisy=plot.noisy)
     _mark_steps(axes, plot, metrics, drawn, colours["alarm"])
     set_steps(axes, 1.02 * max(1, last_step))
     values = np.concatenate([series.values for series in drawn])

@@ -25,8 +25,8 @@ count as a choice.
 
 Prints tables, writes them with plots in WORKDIR/routing/ (routing.md; routing.json holds every
 number), and prints that page's path. launch.report shows the same plots on the run's page when it
-is run after this. The plots are drawn for light and for dark pages. Where a run has many sparse
-layers, four at even distances are drawn; the tables have all.
+is run after this. The plots are PNG files for light and for dark pages, and PDF files for papers.
+Where a run has many sparse layers, four at even distances are drawn; the tables have all.
 """
 
 import functools
@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 from launch import command_line
 from launch.kernel_check import check_kernels
-from launch.plotting import THEMES, Drawing, file_name, picture_html, write_drawing
+from launch.plotting import THEMES, Drawing, file_name, pdf_name, picture_html, write_drawing
 from launch.routing_figures import drawings
 from moe.config import ConfigError, RunConfig
 from moe.config.objectives import check_decoder
@@ -330,7 +330,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def write_drawings(results: Mapping[str, Any], directory: RunPath) -> list[Drawing]:
-    """Writes the plots as PNG files, and returns what was drawn.
+    """Writes the plots as PNG and PDF files, and returns what was drawn.
 
     The plots of an earlier call that are not drawn any more are removed.
     """
@@ -338,7 +338,8 @@ def write_drawings(results: Mapping[str, Any], directory: RunPath) -> list[Drawi
     for drawing in tqdm(drawn, desc="drawing", unit="plot", disable=None, leave=False):
         write_drawing(drawing, directory)
     written = {file_name(drawing, theme) for drawing in drawn for theme in THEMES}
-    for path in directory.glob("*-*.png"):
+    written |= {pdf_name(drawing) for drawing in drawn}
+    for path in (*directory.glob("*-*.png"), *directory.glob("*.pdf")):
         if path.name not in written:
             path.unlink()
     return drawn

@@ -31,8 +31,10 @@ the config of the best model for the largest budget, to train it with launch.tra
 cannot say what is asked for is refused in one line.
 
 Writes to --output, by default DIRECTORY_OF_TABLE/fit_LAW: index.html, a page that holds everything
-and needs no network; its figures as PNG files; and fit.json, with the coefficients, best models and
-held-out losses without rounding. The same table, flags and --seed give the same bytes.
+and needs no network; its figures as PNG files, and as PDF files for papers; and fit.json, with the
+coefficients, best models and held-out losses without rounding. The same table, flags and --seed
+give the same bytes. If isoflop is refused because budgets lack a minimum, it draws their curves and
+writes nothing else.
 
 Exit codes: 0 done, also with warnings; 2 bad input, told in one line; 75 interrupted.
 """
@@ -48,14 +50,16 @@ from absl import flags
 from launch import command_line
 from launch.fit import table
 from launch.fit.emit import config_file, docstring
+from launch.fit.figures import Words, isoflop_drawing
 from launch.fit.page import law_page
 from launch.fit.results import Results, as_json, as_text
-from launch.fit.solve import Request, Solution, check, law_texts, solve
-from launch.plotting import Drawing, write_drawing
+from launch.fit.solve import Request, Solution, check, law_texts, loss_axis, solve
+from launch.plotting import Drawing, file_name, write_drawing
 from moe.config import ConfigError
 from moe.config.checks import expand_path
 from moe.files import write_whole
 from moe.scaling.experiments.candidates import Candidate
+from moe.scaling.laws.isoflop import NoMinima
 
 LEAST_BOOTSTRAPS = 100  # fewer have no 95 % interval worth the name
 
@@ -100,9 +104,12 @@ def find(values: flags.FlagValues) -> Solution:
     )
     with naming(path):
         candidates = check(request)
-    make_output(output_directory(values))
-    with naming(path):
-        return solve_with_bar(request, candidates)
+    output = output_directory(values)
+    with empty_removed(make_output(output)), naming(path):
+        try:
+            return solve_with_bar(request, candidates)
+        except NoMinima as error:
+            raise ConfigError(f"{error}{draw_refused(error, request, output)}") from None
 
 
 @contextlib.contextmanager
@@ -114,8 +121,12 @@ def naming(path: Path) -> Iterator[None]:
         raise ConfigError(f"{path}: {error}") from None
 
 
-def make_output(path: Path) -> None:
-    """Makes the directory to write to. Raises ConfigError before a fit that could not be kept."""
+def make_output(path: Path) -> list[Path]:
+    """Makes the directory to write to, and returns the directories that were made, outermost first.
+
+    Raises ConfigError before a fit that could not be kept.
+    """
+    made = [parent for parent in (path, *path.parents) if not parent.exists()][::-1]
     try:
         path.mkdir(parents=True, exist_ok=True)
         reason = "" if os.access(path, os.W_OK) else "Permission denied"
@@ -125,6 +136,28 @@ def make_output(path: Path) -> None:
         raise ConfigError(
             f"--output={path} cannot be written ({reason}): set --output to a directory that can"
         )
+    return made
+
+
+@contextlib.contextmanager
+def empty_removed(made: Sequence[Path]) -> Iterator[None]:
+    """Removes those of the new directories that an error leaves empty."""
+    try:
+        yield
+    except (ConfigError, KeyboardInterrupt):
+        with contextlib.suppress(OSError):  # one that is not empty stays
+            for path in reversed(made):
+                path.rmdir()
+        raise
+
+
+def draw_refused(error: NoMinima, request: Request, output: Path) -> str:
+    """Draws the curves of a refused fit, and returns a sentence that says where."""
+    if not error.curves:
+        return ""
+    drawing = isoflop_drawing(error.curves, Words(loss=loss_axis(request)))
+    write_drawing(drawing, output)
+    return f". The curves are drawn in {output / file_name(drawing, 'light')}"
 
 
 def output_directory(values: flags.FlagValues) -> Path:

@@ -4,7 +4,7 @@ Sizes, tokens and FLOPs lie on logarithmic axes. Budgets have the shades of viri
 with any colour vision can tell apart, without the end that is too close to the page's colour.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +21,10 @@ SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 SUFFIXES = ((1e15, ""), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
 DOT: dict[str, Any] = {"linestyle": "none", "marker": "o", "markersize": 4.5}
 BAND = 0.22  # how strongly an interval is painted
+ROOM = 46  # characters of ticks that a horizontal axis has room for beside a bar of shades
+GAP = 1.5  # characters between the texts of two ticks
+
+Text = Callable[[float], str]
 
 
 def count_text(value: float, digits: int = 3) -> str:
@@ -43,19 +47,19 @@ def power_text(value: float, digits: int = 2) -> str:
 
 def set_counts(axis: "Axis", label: str, low: float, high: float) -> None:
     """Makes an axis logarithmic, with ticks such as 20M, over counts from `low` to `high`."""
-    _set_log(axis, low, high, lambda value, _: count_text(value))
+    _set_log(axis, low, high, count_text)
     axis.set_label_text(label)
 
 
 def set_flops(axis: "Axis", label: str, low: float, high: float) -> None:
     """Makes an axis logarithmic, with ticks such as 10¹⁹, over FLOPs from `low` to `high`."""
-    _set_log(axis, low, high, lambda value, _: power_text(value))
+    _set_log(axis, low, high, power_text)
     axis.set_label_text(label)
 
 
 def set_rates(axis: "Axis", label: str, low: float, high: float) -> None:
     """Makes an axis logarithmic, with plain numbers as ticks, over learning rates."""
-    _set_log(axis, low, high, lambda value, _: f"{value:g}")
+    _set_log(axis, low, high, lambda value: f"{value:g}")
     axis.set_label_text(label)
 
 
@@ -70,13 +74,14 @@ def set_losses(axis: "Axis", label: str, low: float, high: float) -> None:
     axis.set_label_text(label)
 
 
-def _set_log(axis: "Axis", low: float, high: float, text: Any) -> None:
+def _set_log(axis: "Axis", low: float, high: float, text: Text) -> None:
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     _set_scale(axis, low, high)
-    axis.set_major_locator(FixedLocator(log_ticks(low, high)))
+    is_horizontal = axis is axis.axes.xaxis
+    axis.set_major_locator(FixedLocator(log_ticks(low, high, text if is_horizontal else None)))
     axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(text))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
 
 
 def _set_scale(axis: "Axis", low: float, high: float) -> None:
@@ -86,19 +91,36 @@ def _set_scale(axis: "Axis", low: float, high: float) -> None:
     (axes.set_xlim if is_horizontal else axes.set_ylim)(low, high)
 
 
-def log_ticks(low: float, high: float, most: int = 7) -> list[float]:
+def log_ticks(low: float, high: float, text: Text | None = None, most: int = 7) -> list[float]:
     """Returns up to `most` round numbers in a range, evenly spread on a log axis.
 
-    There may be none in a range that is narrower than the distance of two round numbers.
+    If the axis is horizontal, `text` writes a number, and the texts have room beside each other.
+    There may be no number in a range that is narrower than the distance of two round numbers.
     """
     decades = np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1)
-    for steps in ((1, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,)):
-        ticks = [step * 10.0**decade for decade in decades for step in steps]
-        inside = [tick for tick in ticks if low <= tick <= high]
-        if len(inside) <= most:
-            return inside
-    every = -(-len(inside) // most)
-    return [tick for tick in inside if round(np.log10(tick)) % every == 0]
+    rounds = [
+        [step * 10.0**decade for decade in decades for step in steps]
+        for steps in ((1, 2, 3, 5, 7), (1, 2, 5), (1, 3))
+    ]
+    # Every decade, or every second one, and so on.
+    rounds += [10.0 ** decades[decades % every == 0] for every in range(1, len(decades) + 1)]
+    shown = ([float(tick) for tick in ticks if low <= tick <= high] for ticks in rounds)
+    fits = lambda ticks: len(ticks) <= most and (not text or has_room(ticks, low, high, text))
+    return next(filter(fits, shown))  # the last of them has one tick at most
+
+
+def has_room(ticks: Sequence[float] | np.ndarray, low: float, high: float, text: Text) -> bool:
+    """Returns whether the texts of neighbouring ticks of a horizontal log axis stay apart."""
+    places = ROOM * np.log(np.array(ticks) / low) / np.log(high / low)
+    lengths = np.array([len(text(tick)) for tick in ticks])
+    return bool(np.all(np.diff(places) >= (lengths[1:] + lengths[:-1]) / 2 + GAP))
+
+
+def tick_values(axes: "Axes", x: np.ndarray) -> None:
+    """Puts the horizontal ticks on the values themselves, if these are few and far apart."""
+    values = np.unique(x)
+    if len(values) <= 10 and has_room(values, *axes.get_xlim(), count_text):
+        axes.set_xticks(values)
 
 
 def padded(values: np.ndarray, share: float = 0.06) -> tuple[float, float]:
@@ -133,9 +155,7 @@ def shade_of(mapped: "ScalarMappable", value: float) -> np.ndarray:
     return mapped.to_rgba(np.array([value]))[0]
 
 
-def add_bar(
-    axes: "Axes", mapped: "ScalarMappable", label: str, text: Callable[[float], str]
-) -> None:
+def add_bar(axes: "Axes", mapped: "ScalarMappable", label: str, text: Text) -> None:
     """Adds the bar that says which values the shades stand for."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 

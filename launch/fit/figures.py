@@ -1,8 +1,8 @@
 """The figures of a law: what was fitted, how far it is off, and what it says of other budgets.
 
 Runs are dots, whose shade is their training FLOPs. A law is a line of the first colour, with its
-95 % interval as a band around it. What the law says of a budget that was asked for is a diamond of
-the second colour.
+95 % interval as a band around it. A diamond of the second colour is the model that the table names
+for a budget that was asked for. It exists, while the line is the best over models of any size.
 """
 
 import dataclasses
@@ -16,7 +16,6 @@ from launch.fit.axes import (
     BAND,
     DOT,
     add_bar,
-    count_text,
     diamonds,
     padded,
     power_text,
@@ -27,6 +26,7 @@ from launch.fit.axes import (
     shade_by,
     shade_of,
     shades,
+    tick_values,
 )
 from launch.plotting import Colours, Drawing, place_legend
 from moe.scaling.laws.isoflop import Curve
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Surface = Callable[[np.ndarray, np.ndarray], np.ndarray]  # the loss at parameters and tokens
-
-SAME_SIZE = 1.1  # models whose sizes differ by less than this factor share a line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +54,6 @@ class Points:
     flops: np.ndarray
     loss: np.ndarray
     predicted: np.ndarray
-    experts: np.ndarray
-    granularity: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,13 +78,19 @@ def _paint_curves(curves: Sequence[Curve], words: Words, axes: "Axes", colours: 
         shade = shade_of(mapped, curve.flops)
         low, high = np.log(padded(curve.parameters[curve.used], 0.05))
         x = np.linspace(low, high, 100)
-        axes.plot(np.exp(x), np.polyval(curve.parabola[::-1], x), color=shade, linewidth=1.3)
+        # A parabola whose minimum does not count is dashed.
+        style: dict[str, Any] = {"linewidth": 1.3, "linestyle": "--" if curve.problem else "-"}
+        axes.plot(np.exp(x), np.polyval(curve.parabola[::-1], x), color=shade, **style)
         axes.plot(curve.parameters[curve.used], curve.loss[curve.used], color=shade, **DOT)
         others: dict[str, Any] = DOT | {"markerfacecolor": "none", "markeredgewidth": 0.9}
         axes.plot(curve.parameters[~curve.used], curve.loss[~curve.used], color=shade, **others)
     good = [curve for curve in curves if not curve.problem]
-    x, y = [curve.best_parameters for curve in good], [curve.best_loss for curve in good]
-    diamonds(axes, x, y, colours["second"], colours["card"], "minimum")
+    if good:
+        x, y = [curve.best_parameters for curve in good], [curve.best_loss for curve in good]
+        diamonds(axes, x, y, colours["second"], colours["card"], "minimum")
+    if len(good) < len(curves):
+        dashes: dict[str, Any] = {"linewidth": 1.3, "linestyle": "--"}
+        axes.plot([], [], color=colours["muted"], label="without a minimum", **dashes)
     if any(not curve.used.all() for curve in curves):
         hollow: dict[str, Any] = DOT | {"markerfacecolor": "none"}
         axes.plot([], [], color=colours["muted"], label="run far from the minimum", **hollow)
@@ -212,54 +214,10 @@ def _paint_held_out(
         style = DOT | {"marker": marker, "markersize": 6, "markeredgewidth": 0}
         axes.plot(x, 100 * values, color=colours[role], label=label, **style)
     set_counts(axes.xaxis, x_name, *padded(x))
-    _tick_few(axes, x)
+    tick_values(axes, x)
     axes.set_ylabel("predicted − measured, %")
     axes.margins(y=0.12)
     place_legend(axes)
-
-
-def experts_drawing(points: Points, words: Words) -> Drawing:
-    """Returns losses over the number of experts, or over their granularity if that varies alone."""
-    has_experts = len(np.unique(points.experts)) > 1
-    name = "experts" if has_experts else "granularity"
-    title = "Loss over the number of experts" if has_experts else "Loss over granularity"
-    return Drawing("experts", title, functools.partial(_paint_experts, name, points, words))
-
-
-def _paint_experts(name: str, points: Points, words: Words, axes: "Axes", colours: Colours) -> None:
-    x = getattr(points, name)
-    mapped = shade_by(colours, points.parameters)
-    for chosen in size_groups(points.parameters, points.tokens):
-        order = chosen[np.argsort(x[chosen], kind="stable")]
-        shade = shade_of(mapped, float(np.median(points.parameters[order])))
-        axes.plot(x[order], points.predicted[order], color=shade, linewidth=1.3)
-        axes.plot(x[order], points.loss[order], color=shade, **DOT)
-    axes.plot([], [], color=colours["muted"], label="run", **DOT)
-    axes.plot([], [], color=colours["muted"], linewidth=1.3, label="the law")
-    set_counts(axes.xaxis, name, *padded(x))
-    _tick_few(axes, x)
-    set_losses(axes.yaxis, words.loss, *padded(np.concatenate([points.loss, points.predicted])))
-    add_bar(axes, mapped, words.size, count_text)
-    place_legend(axes)
-
-
-def _tick_few(axes: "Axes", x: np.ndarray) -> None:
-    """Puts the horizontal ticks on the values themselves, if these are few and far apart."""
-    values = np.unique(x)
-    if len(values) <= 10 and np.all(values[1:] >= 1.5 * values[:-1]):
-        axes.set_xticks(values)
-
-
-def size_groups(parameters: np.ndarray, tokens: np.ndarray) -> list[np.ndarray]:
-    """Returns the indices of runs that have nearly the same size and as many tokens."""
-    order = np.argsort(parameters, kind="stable")
-    jumps = np.diff(np.log(parameters[order])) > np.log(SAME_SIZE)
-    size_number = np.empty(len(order), int)
-    size_number[order] = np.concatenate([[0], np.cumsum(jumps)])
-    token_number = np.round(np.log(tokens) / np.log(SAME_SIZE)).astype(int)
-    keys = np.stack([size_number, token_number], 1)
-    _, group = np.unique(keys, axis=0, return_inverse=True)
-    return [np.flatnonzero(group.ravel() == number) for number in range(group.max() + 1)]
 
 
 def best_drawings(

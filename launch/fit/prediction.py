@@ -9,7 +9,16 @@ import numpy as np
 from launch.fit.axes import count_text, power_text
 from moe.config import ConfigError, RunConfig
 from moe.scaling.experiments.candidates import Candidate, columns_at
-from moe.scaling.experiments.optimum import Columns, Loss, Optimum, best_point, best_size, summarise
+from moe.scaling.experiments.optimum import (
+    Columns,
+    Family,
+    Loss,
+    Optimum,
+    best_point,
+    best_size,
+    dense_family,
+    summarise,
+)
 from moe.scaling.experiments.runs import Runs, list_rows, make_runs
 from moe.scaling.flops import planned_flops, planned_tokens
 from moe.scaling.laws import Fit, Law, predict_samples
@@ -91,7 +100,7 @@ def law_loss(fit: Fit, every: int = 1) -> Loss:
 def size_name(law: Law) -> str:
     """Returns the name of what a law counts as a model's size."""
     if {"body", "active_body"} & set(law.inputs):
-        return "parameters without embeddings"
+        return "non-embedding parameters"
     counts_active = {"active", "decimal_active"} & set(law.inputs)
     return "active parameters" if is_sparse(law.inputs) and counts_active else "parameters"
 
@@ -112,12 +121,28 @@ def best_model(
     Without candidates it is a dense model of any size.
     """
     if not candidates:
-        return best_size(loss, budget, {}), None
+        return best_size(loss, budget, [dense_family(budget)]), None
     is_edge_P = np.array([candidate.is_edge for candidate in candidates])
     columns = columns_at(candidates, budget)
     columns["size"] = sizes(law, columns)
     place, optimum = best_point(loss, budget, columns, is_edge_P)
     return optimum, candidates[place]
+
+
+def best_of_any_size(law: Law, loss: Loss, families: Sequence[Family], budget: float) -> Optimum:
+    """Returns the best model for a budget, if there were models of any size.
+
+    Without families they are dense models at 6 FLOPs for each parameter and token.
+    """
+
+    def sized(family: Family) -> Family:
+        def columns(log_size: np.ndarray) -> Columns:
+            known = family.columns(log_size)
+            return {**known, "size": sizes(law, known)}
+
+        return dataclasses.replace(family, columns=columns)
+
+    return best_size(loss, budget, [sized(family) for family in families or [dense_family(budget)]])
 
 
 def isoflop_model(

@@ -48,7 +48,7 @@ def _paint_rates(found: StepLaw, loss_axis: str, axes: "Axes", colours: Colours)
     axes.plot([], [], color=colours["muted"], label="best run of a learning rate", **DOT)
     set_rates(axes.xaxis, "learning rate", *padded(np.concatenate(rates)))
     set_losses(axes.yaxis, loss_axis, *padded(np.concatenate(losses)))
-    add_bar(axes, mapped, "parameters without embeddings", count_text)
+    add_bar(axes, mapped, "non-embedding parameters", count_text)
     place_legend(axes)
 
 
@@ -75,7 +75,7 @@ def _paint_best_rates(found: StepLaw, axes: "Axes", colours: Colours) -> None:
     axes.plot([], [], color=colours["muted"], label="best of a grid", **DOT)
     set_counts(axes.xaxis, "tokens", *ends)
     set_rates(axes.yaxis, "learning rate", *padded(np.concatenate([best, *lines])))
-    add_bar(axes, mapped, "parameters without embeddings", count_text)
+    add_bar(axes, mapped, "non-embedding parameters", count_text)
     place_legend(axes)
 
 

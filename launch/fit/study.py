@@ -1,25 +1,25 @@
 """Draws a fit: its runs, its best models, and its test on the largest budget."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import numpy as np
 
+from launch.fit.experts import SAME_SIZE, experts_drawing
 from launch.fit.figures import (
-    SAME_SIZE,
     Best,
     Points,
     Surface,
     Words,
     best_drawings,
     contour_drawing,
-    experts_drawing,
     held_out_drawing,
     isoflop_drawing,
     residual_drawing,
 )
 from launch.fit.prediction import (
-    best_model,
+    best_of_any_size,
     can_spend,
     is_sparse,
     isoflop_model,
@@ -30,7 +30,7 @@ from launch.fit.prediction import (
 from launch.fit.rates import best_rate_drawing, rate_drawing
 from launch.plotting import Drawing
 from moe.config import ConfigError
-from moe.scaling.experiments.candidates import Candidate
+from moe.scaling.experiments.candidates import Candidate, smooth_families
 from moe.scaling.experiments.optimum import FLOPS_PER_PARAMETER, Optimum
 from moe.scaling.experiments.runs import Runs, make_runs
 from moe.scaling.laws import Fit, HeldOut, predict
@@ -57,7 +57,7 @@ def draw_fit(
         if not sparse:
             drawings.append(contour_drawing(_surface(fit), points, line, asked, words))
     if sparse:
-        drawings.append(experts_drawing(points, words))
+        drawings.append(_experts(fit, points, words))
     drawings.append(residual_drawing(points, words))
     if fit.held_out is not None:
         drawings.append(_held_out(fit.held_out, fit.runs, points, words))
@@ -88,9 +88,15 @@ def _points(runs: Runs, parameters: np.ndarray, predicted: np.ndarray) -> Points
         flops=runs.flops,
         loss=runs.loss,
         predicted=predicted,
-        experts=runs.experts,
-        granularity=runs.granularity,
     )
+
+
+def _experts(fit: Fit, points: Points, words: Words) -> Drawing:
+    """Returns the figure of what experts bring to models of equal active parameters."""
+    runs, law = fit.runs, functools.partial(predict, fit.law, fit.coefficients)
+    if np.isnan(runs.active_parameters).any():  # a law that does not read them needs none
+        return experts_drawing(runs, points.parameters, words.size, law, words.loss)
+    return experts_drawing(runs, runs.active_parameters, "active parameters", law, words.loss)
 
 
 def _held_out(held: HeldOut, runs: Runs, points: Points, words: Words) -> Drawing:
@@ -98,8 +104,8 @@ def _held_out(held: HeldOut, runs: Runs, points: Points, words: Words) -> Drawin
     place = {name: number for number, name in enumerate(runs.run)}
     chosen = np.array([place[name] for name in held.run])
     x, name = points.parameters[chosen], words.size
-    if np.max(x) < SAME_SIZE * np.min(x) and np.ptp(points.experts[chosen]) > 0:
-        x, name = points.experts[chosen], "experts"
+    if np.max(x) < SAME_SIZE * np.min(x) and np.ptp(runs.experts[chosen]) > 0:
+        x, name = runs.experts[chosen], "experts"
     budget = float(np.median(held.flops))
     return held_out_drawing(budget, x, held.errors, held.repeated_errors, name)
 
@@ -138,10 +144,10 @@ def _budgets(runs: Runs, optima: Sequence[Optimum]) -> np.ndarray:
 
 
 def _line(fit: Fit, candidates: Sequence[Candidate], optima: Sequence[Optimum]) -> Best:
-    """Returns the best models over budgets."""
-    loss = law_loss(fit, EVERY)
+    """Returns the best models over budgets, as if there were models of any size."""
+    loss, families = law_loss(fit, EVERY), smooth_families(candidates)
     budgets = _budgets(fit.runs, optima)
-    return _best([best_model(fit.law, loss, candidates, budget)[0] for budget in budgets])
+    return _best([best_of_any_size(fit.law, loss, families, budget) for budget in budgets])
 
 
 def _best(optima: Sequence[Optimum]) -> Best:

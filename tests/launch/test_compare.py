@@ -187,6 +187,8 @@ def test_an_unfinished_experiment_is_written_and_drawn(tmp_path: Path) -> None:
     seen = colours(tmp_path / "comparison.png")
     assert "#0072b2" in seen and "#009e73" not in seen  # the third variant has not begun
     assert (tmp_path / "fronts.png").exists()
+    for name in ("comparison.pdf", "fronts.pdf"):
+        assert (tmp_path / name).read_bytes().startswith(b"%PDF")
 
 
 def test_a_run_that_diverged_is_left_out(tmp_path: Path) -> None:

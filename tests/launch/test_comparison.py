@@ -1,10 +1,13 @@
 """Tests the statistics of a comparison on numbers worked out by hand, and its tables."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy import stats
 
@@ -19,7 +22,9 @@ from launch.comparison import (
     summarize,
 )
 from launch.sweep_table import Row, planned_row
+from moe.config import TrackingConfig
 from moe.scaling.experiments.sweep import Point, expand
+from moe.workdir.tracking import MetricWriter
 from tests.launch.compared_runs import TINY
 
 PLANNED = planned_row(expand(TINY, [Point("a", {})])[0])
@@ -122,7 +127,48 @@ def test_the_tables_have_a_dash_where_nothing_is_known() -> None:
     p_value = 1 - 2 * math.atan(11) / math.pi
     assert f"| other | +0.1100 ± 0.0100 | 2 | {p_value:.2g} | " in text
     assert "| waiting | – | 0 | – | – |" in text
-    assert "| training FLOPs | base |" in text and "| seconds per step | base |" in text
+    assert "| training FLOPs | base |" in text and "| time per step | base |" in text
+
+
+@pytest.mark.parametrize(("steps", "marker"), [((10,), "o"), ((10, 20), "None")])
+def test_a_run_of_one_logged_loss_is_a_dot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: tuple[int, ...], marker: str
+) -> None:
+    with MetricWriter(tmp_path, TrackingConfig(tensorboard=False), step=0) as writer:
+        for step in steps:
+            writer.write(step, {"train/loss": 3.0})
+    drawn: list[Figure] = []
+    monkeypatch.setattr(comparison_plots, "write_whole", lambda path, content: None)
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    results = {"one": summarize(rows({0: 1.0}), PLANNED)}
+    comparison_plots.write_losses(results, {"one": [tmp_path]}, Path("comparison.png"))
+    (line,) = drawn[0].axes[1].lines
+    assert line.get_marker() == marker
+
+
+def drawn_panels(
+    monkeypatch: pytest.MonkeyPatch, results: Mapping[str, dict[str, Any]]
+) -> dict[str, Axes]:
+    """Returns the panels of the figure of fronts by the names of their costs."""
+    drawn: list[Figure] = []
+    monkeypatch.setattr(comparison_plots, "write_whole", lambda path, content: None)
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    compared = comparison(results, {name: {} for name in results})
+    comparison_plots.write_fronts(compared, Path("fronts.png"))
+    return {axes.get_xlabel(): axes for axes in drawn[0].axes}
+
+
+def test_times_of_a_step_are_written_with_their_unit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Costs have prefixes alone, and 3.3 m would read as minutes."""
+    results = {
+        "one": summarize(rows({0: 1.0}, step_seconds=0.0033), PLANNED),
+        "two": summarize(rows({0: 2.0}, step_seconds=0.0038), PLANNED),
+    }
+    panels = drawn_panels(monkeypatch, results)
+    for name, end in (("time per step", " ms"), ("parameters", " k")):
+        panels[name].figure.draw_without_rendering()
+        texts = [label.get_text() for label in panels[name].get_xticklabels()]
+        assert texts and all(text.endswith(end) for text in texts)
 
 
 def test_a_panel_of_costs_that_are_not_known_has_no_numbers(
@@ -130,13 +176,8 @@ def test_a_panel_of_costs_that_are_not_known_has_no_numbers(
 ) -> None:
     """The two runs were too short to have a time of a step."""
     results = {"one": summarize(rows({0: 1.0}), PLANNED), "two": summarize(rows({0: 2.0}), PLANNED)}
-    drawn: list[Figure] = []
-    monkeypatch.setattr(comparison_plots, "write_whole", lambda path, content: None)
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
-    comparison_plots.write_fronts(comparison(results, {"one": {}, "two": {}}), Path("fronts.png"))
-    (figure,) = drawn
-    panels = {axes.get_xlabel(): axes for axes in figure.axes}
-    unknown = panels["seconds per step"]
+    panels = drawn_panels(monkeypatch, results)
+    unknown = panels["time per step"]
     assert list(unknown.get_xticks()) == list(unknown.get_yticks()) == []
     assert [text.get_text() for text in unknown.texts] == ["not known yet"]
     assert len(panels["parameters"].get_xticks()) and not panels["parameters"].texts

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from absl import flags
+from matplotlib.figure import Figure
 
 from configs import dense_tiny
 from launch import sweep_table
@@ -24,7 +25,7 @@ from launch.fit.emit import docstring
 from launch.fit.prediction import isoflop_model
 from launch.fit.results import as_json, as_text
 from launch.fit.study import fit_curves
-from launch.plotting import write_drawing
+from launch.plotting import THEMES, write_drawing
 from moe.config import ConfigError, RunConfig
 from moe.scaling.experiments.candidates import list_candidates
 from moe.scaling.experiments.ladders import iso_flop_ladder, with_experts
@@ -177,6 +178,7 @@ def test_the_page_holds_everything(written: Path) -> None:
     assert page.count("data:image/png;base64,") == len(list(written.glob("*.png"))) == 14
     without_images = re.sub(r"data:image/png;base64,[A-Za-z0-9+/=]*", "", page)
     assert not re.search(r"https?://|<script|src=[^\"]|\.png", without_images)
+    assert len(list(written.glob("*.pdf"))) == 7
     for words in ("prefers-color-scheme: dark", "Best models", "alpha", "Warnings"):
         assert words in page
 
@@ -240,6 +242,24 @@ def test_the_best_config_spends_the_budget(emitted: Path) -> None:
         losses[width] = true_loss(total_parameters(model), tokens)
     best = min(losses.values())
     assert losses[config.model.model_dim] < best * 1.001
+
+
+def test_the_law_over_budgets_has_no_steps(tmp_path: Path) -> None:
+    """The best of the models that exist would change from one width to the next."""
+    solution = find(flag_values(swept(tmp_path), "--budget=1e17"))
+    drawings = [
+        drawing for drawing in solution.drawings if drawing.stem.startswith(("best", "con"))
+    ]
+    assert len(drawings) == 4
+    for drawing in drawings:
+        axes = Figure().subplots()
+        drawing.paint(axes, THEMES["light"])
+        labels = ("the law", "best for its budget")
+        (line,) = (line for line in axes.lines if line.get_label() in labels)
+        x, y = np.log([line.get_xdata(), line.get_ydata()])
+        slope = np.diff(y) / np.diff(x)
+        # The slope of a power law is constant, and a floor or attention bends it slowly.
+        assert np.abs(np.diff(slope)).max() < 0.05 * np.abs(np.median(slope)), drawing.stem
 
 
 def load(path: Path) -> RunConfig:
@@ -396,6 +416,33 @@ def test_curves_are_over_the_sizes_that_the_law_counts() -> None:
     assert curve.best_parameters < runs.parameters[6]
 
 
+def test_a_refused_fit_of_curves_draws_them_and_nothing_else(tmp_path: Path) -> None:
+    rising = [row for number, row in enumerate(grid(noise=0)) if number % 7 > 3]
+    path = write_table(tmp_path / "runs.csv", rising)
+    with pytest.raises(ConfigError, match=r"0 of 5 budgets have a minimum.*\. The curves") as error:
+        fit(path, "--law=isoflop")
+    assert str(error.value).startswith(f"{path}: ")
+    drawn = Path(str(error.value).rsplit("drawn in ", 1)[1])
+    assert drawn.exists() and {file.name for file in drawn.parent.iterdir()} == {
+        "isoflop-light.png",
+        "isoflop-dark.png",
+        "isoflop.pdf",
+    }
+
+
+@pytest.mark.parametrize("law", ["isoflop", "steplaw"])
+def test_a_refused_fit_leaves_no_empty_directory(tmp_path: Path, law: str) -> None:
+    rows = [row | {"learning_rate": 0.01} for row in grid()[:7]]  # one budget, and one rate
+    path = write_table(tmp_path / "runs.csv", rows)
+    with pytest.raises(ConfigError, match=re.escape(str(path))):
+        fit(path, f"--law={law}", f"--output={tmp_path / 'fits/mine'}")
+    assert list(tmp_path.iterdir()) == [path]
+    (tmp_path / "fits").mkdir()
+    with pytest.raises(ConfigError):
+        fit(path, f"--law={law}", f"--output={tmp_path / 'fits/mine'}")
+    assert list((tmp_path / "fits").iterdir()) == []  # which was there before
+
+
 def test_three_sizes_in_each_budget_have_no_interval_and_are_drawn(tmp_path: Path) -> None:
     rows = [row for number, row in enumerate(grid(noise=0)) if number % 7 in (2, 3, 4)]
     path = write_table(tmp_path / "runs.csv", rows)
@@ -417,7 +464,7 @@ def test_the_hash_is_that_of_the_table_that_was_read(
     """A sweep that still runs writes the table again while it is fitted."""
     path = write_table(tmp_path / "runs.csv", grid())
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    monkeypatch.setattr("launch.fit.__main__.make_output", lambda _: path.unlink())
+    monkeypatch.setattr("launch.fit.__main__.make_output", lambda _: path.unlink() or [])
     assert find(flag_values(path, "--law=isoflop")).results.table_sha256 == digest
 
 

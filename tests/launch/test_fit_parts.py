@@ -1,6 +1,7 @@
 """The parts of launch.fit that need no fit: texts, ticks, groups of runs, emitted files."""
 
 import dataclasses
+import itertools
 import json
 from typing import Any
 
@@ -11,17 +12,27 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from configs import dense_tiny, moe_30b_a3b, moe_tiny
-from launch.fit.axes import count_text, log_ticks, padded, power_text, round_levels
+from launch.fit.axes import (
+    add_bar,
+    count_text,
+    log_ticks,
+    padded,
+    power_text,
+    round_levels,
+    set_counts,
+    set_flops,
+    set_rates,
+    shade_by,
+)
 from launch.fit.emit import config_file
+from launch.fit.experts import experts_drawing, size_groups
 from launch.fit.figures import (
     Best,
     Points,
     Words,
     contour_drawing,
-    experts_drawing,
-    size_groups,
 )
-from launch.fit.prediction import notes, table_configs
+from launch.fit.prediction import notes, size_name, table_configs
 from launch.fit.results import (
     HeldOut,
     Results,
@@ -32,10 +43,11 @@ from launch.fit.results import (
     left_out_lines,
     optimum_table,
 )
-from launch.plotting import THEMES, Drawing, style
+from launch.plotting import THEMES, Colours, Drawing, paint_figure, place_legend, style
 from moe.config import ConfigError, RunConfig
 from moe.scaling.experiments.optimum import Optimum
-from moe.scaling.experiments.runs import make_runs
+from moe.scaling.experiments.runs import Runs, make_runs
+from moe.scaling.laws import LAWS
 
 
 @pytest.mark.parametrize(
@@ -66,6 +78,47 @@ def test_ticks_are_few_and_round(low: float, high: float, ticks: list[float]) ->
     assert log_ticks(low, high) == pytest.approx(ticks)
 
 
+@pytest.mark.parametrize("decades", [0.5, 0.9, 1.2, 1.4, 2, 3, 5, 12])
+@pytest.mark.parametrize("start", [1.1, 4, 9])
+@pytest.mark.parametrize(
+    ("set_axis", "scale"), [(set_counts, 1e5), (set_flops, 1e12), (set_rates, 1e-5)]
+)
+def test_texts_of_horizontal_ticks_do_not_touch(
+    set_axis: Any, scale: float, start: float, decades: float
+) -> None:
+    """Half a digit is between them, also in a figure whose bar of shades takes room."""
+    low = start * scale
+    ends = (low, low * 10**decades)
+
+    def paint(axes: Axes, colours: Colours) -> None:
+        set_counts(axes.yaxis, "tokens", 1e6, 1e9)
+        add_bar(axes, shade_by(colours, np.array(ends)), "training FLOPs", power_text)
+        set_axis(axes.xaxis, "size", *ends)
+
+    axes, *_ = painted(Drawing("x", "x", paint)).axes
+    texts = [label for label in axes.get_xticklabels() if label.get_text()]
+    assert len(texts) >= 2
+    boxes = sorted(label.get_window_extent().extents[[0, 2]].tolist() for label in texts)
+    half_a_digit = 0.3 * 9.5 / 72 * axes.figure.dpi
+    for (_, end), (begin, _) in itertools.pairwise(boxes):
+        assert begin - end > half_a_digit
+
+
+@pytest.mark.parametrize("name", sorted({size_name(law) for law in LAWS.values()}))
+def test_a_name_of_sizes_is_no_longer_than_its_axis(name: str) -> None:
+    """A longer one reaches the legend, or is cut."""
+
+    def paint(axes: Axes, colours: Colours) -> None:
+        set_counts(axes.yaxis, name, 1e6, 1e9)
+        set_flops(axes.xaxis, "training FLOPs", 1e12, 1e15)
+        axes.plot([], [], label="run")
+        axes.plot([], [], label="the law")
+        place_legend(axes)
+
+    axes, *_ = painted(Drawing("x", "x", paint)).axes
+    assert axes.yaxis.label.get_window_extent().height < axes.get_window_extent().height
+
+
 def test_one_value_still_has_an_axis() -> None:
     low, high = padded(np.array([5.0, 5.0]))
     assert 0 < low < 5 < high
@@ -85,30 +138,56 @@ def test_runs_of_nearly_one_size_share_a_line() -> None:
 
 
 def points(**columns: Any) -> Points:
-    values = {"tokens": 1e9, "flops": 1e18, "granularity": 1.0, "experts": 1.0} | columns
+    values = {"tokens": 1e9, "flops": 1e18} | columns
     count = len(columns["parameters"])
     return Points(**{name: np.broadcast_to(value, count) + 0.0 for name, value in values.items()})
 
 
-def painted(drawing: Drawing) -> Axes:
-    axes = Figure().subplots()
+def painted(drawing: Drawing) -> Figure:
     with matplotlib.rc_context(style(THEMES["light"])):
-        drawing.paint(axes, THEMES["light"])
-        axes.figure.canvas.draw()
-    return axes
+        figure = paint_figure(drawing, THEMES["light"])
+        figure.draw_without_rendering()
+    return figure
 
 
-def test_losses_over_experts_have_a_line_for_each_size() -> None:
-    drawn = points(
-        parameters=[1e6, 1e6, 1e6, 8e6, 8e6, 8e6],
-        experts=[1, 4, 16] * 2,
-        loss=[4.0, 3.6, 3.3, 3.5, 3.2, 3.0],
-        predicted=[4.1, 3.6, 3.2, 3.5, 3.2, 3.0],
-    )
-    axes = painted(experts_drawing(drawn, Words()))
+def drawn_lines(drawing: Drawing) -> list[tuple[np.ndarray, np.ndarray]]:
+    axes, *_ = painted(drawing).axes
     lines = [line for line in axes.lines if line.get_linestyle() == "-" and len(line.get_xdata())]
-    assert sorted(tuple(line.get_ydata()) for line in lines) == [(3.5, 3.2, 3.0), (4.1, 3.6, 3.2)]
+    return [(np.asarray(line.get_xdata()), np.asarray(line.get_ydata())) for line in lines]
+
+
+def mixtures(**columns: Any) -> Runs:
+    """Returns two sizes of models with 1, 4 and 16 experts, each of half of a dense model."""
+    experts, dense = np.array([1, 4, 16] * 2), np.repeat([1e6, 8e6], 3)
+    values = {"parameters": dense * (experts + 1) / 2, "active_parameters": dense}
+    values |= {"tokens": np.full(6, 1e9), "loss": 4 * experts**-0.1, "experts": experts}
+    return make_runs(**values | columns)
+
+
+def test_the_law_over_experts_is_curved_between_the_runs() -> None:
+    """It is a line for each size, and reads columns that depend on the number of experts."""
+    law = lambda runs: 9 * runs.parameters**-0.1 + 1 - runs.sparsity
+    runs = mixtures()
+    drawing = experts_drawing(runs, runs.active_parameters, "active parameters", law, "loss")
+    lines = drawn_lines(drawing)
+    assert len(lines) == 2
+    for (x, y), size in zip(lines, (1e6, 8e6), strict=True):
+        np.testing.assert_allclose(y, 9 * (size * (x + 1) / 2) ** -0.1 + 1 / x)
+        assert (x[0], x[-1]) == (1, 16) and np.max(np.diff(np.log(x))) < 0.1
+    axes, *_ = painted(drawing).axes
     assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "4", "16"]
+
+
+def test_each_granularity_has_a_line_that_begins_at_the_dense_model() -> None:
+    runs = mixtures(
+        experts=[1, 4, 16, 1, 16, 64],
+        experts_per_token=[1, 1, 1, 1, 4, 4],
+        granularity=[1, 1, 1, 1, 4, 4],
+        active_parameters=np.full(6, 1e6),
+    )
+    law = lambda runs: 9 * runs.experts**-0.1
+    lines = drawn_lines(experts_drawing(runs, runs.active_parameters, "size", law, "loss"))
+    assert [(x[0], x[-1]) for x, _ in lines] == [(1, 16), (1, 64)]
 
 
 @pytest.mark.parametrize("loss", [lambda n, d: 0 * n + 3, lambda n, d: 2 + n**-0.3 + d**-0.3])
@@ -117,7 +196,7 @@ def test_lines_of_equal_loss_are_drawn_where_there_are_any(loss: Any) -> None:
     predicted = loss(sizes, tokens)
     drawn = points(parameters=sizes, tokens=tokens, loss=predicted, predicted=predicted)
     nothing = Best(*np.zeros((1, 0)), *np.zeros((3, 0, 3)))
-    axes = painted(contour_drawing(loss, drawn, nothing, nothing, Words()))
+    axes, *_ = painted(contour_drawing(loss, drawn, nothing, nothing, Words())).axes
     assert axes.get_xlabel() == "parameters" and axes.get_ylabel() == "tokens"
 
 

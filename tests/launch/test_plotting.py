@@ -5,9 +5,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
-from launch.plotting import Drawing, picture_html, set_values, shorten, write_drawing
+from launch.plotting import (
+    THEMES,
+    Colours,
+    Drawing,
+    picture_html,
+    set_values,
+    shorten,
+    write_drawing,
+)
+from launch.report_plots import group_plots, plot_drawing
+from launch.series import Series
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 
@@ -44,8 +56,25 @@ def test_matplotlib_is_not_loaded_before_something_is_drawn() -> None:
 def test_a_figure_is_a_file_for_each_theme_and_its_title_is_escaped(tmp_path: Path) -> None:
     drawing = Drawing("x", '<b>"', lambda axes, colours: None)
     write_drawing(drawing, tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["x-dark.png", "x-light.png"]
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["x-dark.png", "x-light.png", "x.pdf"]
     assert 'alt="&lt;b&gt;&quot;"' in picture_html(drawing)
+
+
+def test_a_figure_for_a_paper_is_the_same_bytes_at_any_time(tmp_path: Path) -> None:
+    """It holds no date, and its fonts are TrueType, which journals ask for."""
+
+    def paint(axes: Axes, colours: Colours) -> None:
+        axes.plot([1, 2], [3, 4], label="a line")
+        axes.legend()
+
+    drawn = []
+    for _ in range(2):
+        write_drawing(Drawing("x", "A title", paint), tmp_path)
+        drawn.append((tmp_path / "x.pdf").read_bytes())
+    first, second = drawn
+    assert first == second and first.startswith(b"%PDF")
+    assert b"Date" not in first and b"/Type3" not in first and b"/CIDFontType2" in first
 
 
 def test_a_long_name_loses_its_middle() -> None:
@@ -69,3 +98,29 @@ def test_the_axis_is_logarithmic_where_that_shows_something(
     axes = Figure().subplots()
     set_values(axes, np.array(values), log=log)
     assert axes.get_yscale() == scale
+
+
+def lines_of(name: str, steps: np.ndarray, values: np.ndarray) -> list[Line2D]:
+    """Returns the lines of the report's figure of one metric."""
+    metrics = {name: Series(steps, values)}
+    (plot,) = group_plots(metrics)["Training"]
+    axes = Figure().subplots()
+    plot_drawing(plot, metrics, int(steps[-1])).paint(axes, THEMES["light"])
+    return list(axes.lines)
+
+
+def test_the_learning_rate_is_drawn_as_it_was_logged() -> None:
+    """A run that is resumed with more steps jumps back to a higher rate, and medians blur that."""
+    steps = np.arange(5, 405, 5)
+    rate = np.where(steps <= 120, 0.003 * (1 - steps / 125), 0.003 * (1 - steps / 405))
+    (line,) = lines_of("train/learning_rate", steps, rate)
+    np.testing.assert_array_equal(line.get_xdata(), steps)
+    np.testing.assert_array_equal(line.get_ydata(), rate)
+    faint, medians = lines_of("train/gradient_norm", steps, rate)
+    assert faint.get_alpha() == 0.35 and len(np.asarray(medians.get_xdata())) < len(steps)
+
+
+def test_a_single_value_is_a_dot_that_can_be_seen() -> None:
+    """No line leads to it, and it may lie at the edge of the axes, as before the first step."""
+    (dot,) = lines_of("validation/bits_per_byte", np.array([0]), np.array([4.2]))
+    assert dot.get_marker() == "o" and dot.get_markersize() >= 6 and not dot.get_clip_on()

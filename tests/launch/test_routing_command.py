@@ -240,7 +240,8 @@ def test_damaged_results_are_refused(results, tmp_path, name):
 
 def test_figures_without_data_are_left_out(page, results, tmp_path):
     alone = results | {"saturation": {}, "coactivation": np.tile(np.eye(4), (2, 1, 1)).tolist()}
-    (tmp_path / "saturation-light.png").write_bytes(b"an earlier call's")
+    for name in ("saturation-light.png", "saturation.pdf"):
+        (tmp_path / name).write_bytes(b"an earlier call's")
     assert "has kept no earlier checkpoint" in tables(alone)
     assert [drawing.stem for drawing in write_drawings(alone, tmp_path)] == [
         "load",
@@ -248,7 +249,7 @@ def test_figures_without_data_are_left_out(page, results, tmp_path):
         "classes_3",
         "vocabulary",
     ]
-    assert not (tmp_path / "saturation-light.png").exists()
+    assert not list(tmp_path.glob("saturation*"))
 
 
 def test_four_of_many_layers_are_drawn_in_shades_of_one_colour(results):

@@ -8,6 +8,7 @@ import pytest
 from moe.config import ConfigError
 from moe.scaling.experiments.runs import make_runs
 from moe.scaling.laws import LAWS, fit, fit_isoflop, power_law, predict
+from moe.scaling.laws.isoflop import NoMinima
 
 
 def parabolic_runs(exponent: float = 0.5, curvature: float = 0.05, budgets: int = 4, noise=0.0):
@@ -81,9 +82,54 @@ def test_minima_at_the_edge_and_repeated_text_are_said():
     assert any(w.startswith("1 budget has fewer than 3 sizes") for w in warnings)
     edge = runs.take((runs.flops > 2e15) | (runs.parameters > 1.0 * 0.3 * np.sqrt(1e15)))
     result = fit_isoflop(edge)
-    assert "its minimum lies outside of its sizes" in result.curves[0].problem
-    assert any("1e+15 FLOP is left out: its" in warning for warning in result.warnings)
+    smallest = f"{runs.parameters[2]:,.0f} parameters"
+    assert result.warnings == [
+        "The budget 1e+15 FLOP is left out: the lowest loss is that of the smallest model, of "
+        f"{smallest}: add smaller ones."
+    ]
     assert result.coefficients["N_exponent"] == pytest.approx(0.5, rel=1e-6)
+
+
+def runs_of_two_budgets(losses):
+    """Returns a curve of the given losses over five sizes, and one with a minimum."""
+    sizes = np.array([14_928, 26_232, 41_632, 107_856, 234_048])
+    good = 1.5 + 0.1 * np.log(sizes / sizes[2]) ** 2
+    flops = np.repeat([4e10, 8e10], 5)
+    return make_runs(
+        parameters=np.tile(sizes, 2),
+        tokens=flops / 6 / np.tile(sizes, 2),
+        loss=np.concatenate([losses, good]),
+    )
+
+
+@pytest.mark.parametrize(
+    ("losses", "problem"),
+    [
+        # The losses far above the lowest one pull the parabola's minimum beyond the smallest size.
+        (
+            [2.276, 2.210, 2.305, 2.591, 2.699],
+            "the lowest loss is within the sizes, at 26,232 parameters, but the parabola has no "
+            "minimum there, since the losses that shape it reach 22.1% above the lowest: add "
+            "sizes nearer to that one",
+        ),
+        # It has no minimum at all.
+        ([2.5, 2.9, 2.4, 2.9, 2.45], "the lowest loss is within the sizes, at 41,632 parameters"),
+        (
+            [2.4, 2.1, 2.0, 1.95, 1.94],
+            "the lowest loss is that of the largest model, of 234,048 parameters: add larger ones",
+        ),
+        ([2.2, 2.1, 2.0, 2.1, 2.2], ""),
+    ],
+)
+def test_a_curve_without_a_minimum_says_where_its_lowest_loss_is(losses, problem):
+    runs = runs_of_two_budgets(losses)
+    if not problem:
+        assert [curve.problem for curve in fit_isoflop(runs).curves] == ["", ""]
+        return
+    with pytest.raises(NoMinima, match=r"^flops: 1 of 2 budgets have a minimum") as error:
+        fit_isoflop(runs)
+    assert f" At 4e+10 FLOP {problem}" in str(error.value)
+    assert [bool(curve.problem) for curve in error.value.curves] == [True, False]
 
 
 def test_two_budgets_are_not_identifiable_and_one_is_refused():

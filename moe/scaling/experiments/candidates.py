@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from moe.config import ConfigError, ModelConfig, RunConfig
+from moe.scaling.experiments.optimum import Columns, Family
 from moe.scaling.experiments.shapes import scale_model, scale_run, tune
 from moe.scaling.flops import model_columns, planned_tokens, run_training_flops
 
@@ -104,3 +105,39 @@ def columns_at(candidates: Sequence[Candidate], budget: float) -> dict[str, np.n
     }
     flops_P = np.array([candidate.flops_per_token for candidate in candidates])
     return columns | {"tokens": budget / flops_P, "flops": np.full_like(flops_P, budget)}
+
+
+def smooth_families(candidates: Sequence[Candidate]) -> list[Family]:
+    """Returns the candidates' families: models with the same experts, as if of any size.
+
+    Widths, depths and heads are whole numbers, so the best candidates over budgets make a
+    staircase. A family has no steps: what a model costs and has besides its size is a cubic
+    polynomial in that, in logarithms, as near as possible to the candidates.
+    """
+    groups: dict[tuple, list[Candidate]] = {}
+    for candidate in candidates:
+        groups.setdefault(_experts_key(candidate.model), []).append(candidate)
+    return [_smooth_family(group) for group in groups.values()]
+
+
+def _smooth_family(group: Sequence[Candidate]) -> Family:
+    """Returns the family of candidates with the same experts."""
+    table = {name: np.array([c.columns[name] for c in group], float) for name in group[0].columns}
+    active, log_size = table["active_parameters"], np.log10(table["active_parameters"])
+    middle, degree = float(np.mean(log_size)), min(3, len(group) - 1)
+    fitted = lambda values: np.polyfit(log_size - middle, np.log(values), degree)
+    body = fitted(active - table["embedding_parameters"])
+    all_of_active = fitted(table["parameters"] / active)
+    cost = fitted(np.array([candidate.flops_per_token for candidate in group]))
+    # What is left depends on the experts alone, but for the rounding of their widths.
+    shared = ("experts", "experts_per_token", "granularity", "sparsity")
+
+    def columns(log_size: np.ndarray) -> Columns:
+        size = 10.0**log_size
+        value = lambda powers: np.exp(np.polyval(powers, log_size - middle))
+        columns = {name: np.full_like(size, np.median(table[name])) for name in shared}
+        columns |= {"active_parameters": size, "parameters": size * value(all_of_active)}
+        columns |= {"embedding_parameters": np.maximum(size - value(body), 0)}
+        return columns | {"flops_per_token": value(cost)}
+
+    return Family((float(log_size.min()), float(log_size.max())), columns)

@@ -10,7 +10,7 @@ and P for points, which are models with their tokens.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -34,37 +34,59 @@ class Optimum:
     at_edge: float  # the share of samples that are best at the smallest or the largest size
 
 
-def best_size(loss: Loss, budget: float, fixed: Mapping[str, float]) -> Optimum:
-    """Returns the best size for a budget, if there could be a model of any size.
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """Models that differ in their size alone, as if there were one of any size between two ends.
 
-    A token costs 6 FLOPs for each parameter. `fixed` holds the columns that all points share, such
-    as the number of experts.
+    `columns` maps log10 of active parameters to the columns that do not depend on the tokens, and
+    `flops_per_token`. The ends are log10 of active parameters, too.
     """
+
+    ends: tuple[float, float]
+    columns: Callable[[np.ndarray], Columns]
+
+    def points(self, log_size: np.ndarray, budget: float) -> dict[str, np.ndarray]:
+        """Returns the columns of models, each with the tokens that the budget pays for."""
+        columns = dict(self.columns(log_size))
+        per_token = columns.pop("flops_per_token")
+        return columns | {"tokens": budget / per_token, "flops": np.full_like(per_token, budget)}
+
+
+def dense_family(budget: float) -> Family:
+    """Returns dense models around a budget's best one, at 6 FLOPs for each parameter and token."""
     middle = 0.5 * np.log10(budget / FLOPS_PER_PARAMETER)
-    num_points = 2 * DECADES * POINTS_PER_DECADE + 1
-    size_P = middle + np.linspace(-DECADES, DECADES, num_points)
-    log_loss_SP = np.log(loss(size_columns(size_P, budget, fixed)))
-    lowest_S = np.argmin(log_loss_SP, axis=1)
-    at_edge = float(np.mean((lowest_S == 0) | (lowest_S == num_points - 1)))
-    best_S, log_loss_S = _lowest_of_parabola(size_P, log_loss_SP, lowest_S)
-    columns = size_columns(best_S, budget, fixed) | {"loss": np.exp(log_loss_S)}
-    return summarise(budget, columns, at_edge)
+
+    def columns(log_size: np.ndarray) -> Columns:
+        size = 10.0**log_size
+        names = ("size", "parameters", "active_parameters")
+        columns = dict.fromkeys(names, size) | {"embedding_parameters": np.zeros_like(size)}
+        return columns | {"flops_per_token": FLOPS_PER_PARAMETER * size}
+
+    return Family((middle - DECADES, middle + DECADES), columns)
 
 
-def size_columns(
-    log_parameters: np.ndarray, budget: float, fixed: Mapping[str, float]
-) -> dict[str, np.ndarray]:
-    """Returns the columns of dense models of 10^log_parameters, each with the tokens it can pay."""
-    parameters = 10.0**log_parameters
+def best_size(loss: Loss, budget: float, families: Sequence[Family]) -> Optimum:
+    """Returns the best size for a budget, if families had a model of any size."""
+    found = [_best_of_family(loss, budget, family) for family in families]
+    family_S = np.argmin([columns["loss"] for columns, _ in found], axis=0)
+    samples_S = np.arange(len(family_S))
     columns = {
-        "size": parameters,
-        "parameters": parameters,
-        "active_parameters": parameters,
-        "embedding_parameters": np.zeros_like(parameters),
-        "tokens": budget / (FLOPS_PER_PARAMETER * parameters),
-        "flops": np.full_like(parameters, budget),
+        name: np.stack([columns[name] for columns, _ in found])[family_S, samples_S]
+        for name in found[0][0]
     }
-    return columns | {name: np.full_like(parameters, value) for name, value in fixed.items()}
+    at_edge_S = np.stack([at_edge for _, at_edge in found])[family_S, samples_S]
+    return summarise(budget, columns, float(np.mean(at_edge_S)))
+
+
+def _best_of_family(loss: Loss, budget: float, family: Family) -> tuple[Columns, np.ndarray]:
+    """Returns the columns of each sample's best model, [S], and whether it is at an end."""
+    low, high = family.ends
+    size_P = np.linspace(low, high, int(np.ceil((high - low) * POINTS_PER_DECADE)) + 1)
+    log_loss_SP = np.log(loss(family.points(size_P, budget)))
+    lowest_S = np.argmin(log_loss_SP, axis=1)
+    best_S, log_loss_S = _lowest_of_parabola(size_P, log_loss_SP, lowest_S)
+    columns = family.points(best_S, budget) | {"loss": np.exp(log_loss_S)}
+    return columns, np.isin(lowest_S, (0, len(size_P) - 1))
 
 
 def best_point(

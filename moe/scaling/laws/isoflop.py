@@ -38,7 +38,15 @@ class Curve:
     best_parameters: float
     best_tokens: float
     best_loss: float
-    problem: str  # why the minimum does not count, or ""
+    problem: str  # why the minimum does not count, and what helps, or ""
+
+
+class NoMinima(ConfigError):
+    """Refuses runs of which fewer than two budgets have a minimum. The curves show why."""
+
+    def __init__(self, message: str, curves: list[Curve]) -> None:
+        super().__init__(message)
+        self.curves = curves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,12 +101,12 @@ def fit_isoflop(runs: Runs, *, seed: int = 0, num_bootstraps: int = 1000) -> Iso
     ]
     good = [curve for curve in curves if not curve.problem]
     if len(good) < 2:
-        why = "; ".join(f"{curve.flops:.3g} FLOP: {curve.problem}" for curve in curves)
-        raise ConfigError(
+        why = [f"At {c.flops:.3g} FLOP {c.problem}." for c in curves if c.problem]
+        message = (
             f"flops: {len(good)} of {len(groups)} budgets have a minimum, and a power law needs "
-            f"two{f' ({why})' * bool(why)}: add budgets of at least {_FEWEST_SIZES} sizes around "
-            "the best one"
+            f"two: add budgets of at least {_FEWEST_SIZES} sizes around the best one."
         )
+        raise NoMinima(" ".join([message, *why]).removesuffix("."), curves)
     flops = np.array([curve.flops for curve in good])
     sizes = np.array([curve.best_parameters for curve in good])
     tokens = np.array([curve.best_tokens for curve in good])
@@ -135,15 +143,7 @@ def _fit_curve(group: Runs) -> Curve:
     near[np.argsort(lowest, kind="stable")[:5]] = True
     used = near[size_N]
     parabola = _parabolas(x[used], loss[used])
-    problem, best = "", float("nan")
-    if parabola[2] <= 0:
-        problem = "its losses have no minimum"
-    else:
-        best = -parabola[1] / (2 * parabola[2])
-        if not x.min() < best < x.max():
-            problem = "its minimum lies outside of its sizes, at the edge of the curve"
-        elif np.argmin(loss) in (np.argmin(x), np.argmax(x)):
-            problem = "its lowest loss is at the edge of the curve"
+    best = -parabola[1] / (2 * parabola[2]) if parabola[2] > 0 else float("nan")
     tokens = np.polyval(np.polyfit(x - x.mean(), np.log(group.tokens), 1), best - x.mean())
     return Curve(
         flops=float(np.exp(np.mean(np.log(group.flops)))),
@@ -155,7 +155,28 @@ def _fit_curve(group: Runs) -> Curve:
         best_parameters=float(np.exp(best)),
         best_tokens=float(np.exp(tokens)),
         best_loss=float(parabola[0] + parabola[1] * best + parabola[2] * best**2),
-        problem=problem,
+        problem=_find_problem(x, loss, best, highest=loss[used].max()),
+    )
+
+
+def _find_problem(x: np.ndarray, loss: np.ndarray, best: float, highest: float) -> str:
+    """Returns why a parabola's minimum, at log size `best`, does not count, and what helps.
+
+    Returns "" if it counts. `highest` is the highest loss of those that shape the parabola. If the
+    parabola has no minimum, `best` is NaN.
+    """
+    lowest_x, lowest = x[np.argmin(loss)], loss.min()
+    size = f"{np.exp(lowest_x):,.0f} parameters"
+    if lowest_x == x.min():
+        return f"the lowest loss is that of the smallest model, of {size}: add smaller ones"
+    if lowest_x == x.max():
+        return f"the lowest loss is that of the largest model, of {size}: add larger ones"
+    if x.min() < best < x.max():
+        return ""
+    return (
+        f"the lowest loss is within the sizes, at {size}, but the parabola has no minimum there, "
+        f"since the losses that shape it reach {highest / lowest - 1:.1%} above the lowest: add "
+        "sizes nearer to that one"
     )
 
 
@@ -237,7 +258,7 @@ def _find_warnings(result: IsoFlop, groups: list[Runs]) -> Iterator[str]:
     """Yields sentences that each say what is doubtful, and what helps."""
     for curve in result.curves:
         if curve.problem:
-            yield f"The budget {curve.flops:.3g} FLOP is left out: {curve.problem}. Add sizes."
+            yield f"The budget {curve.flops:.3g} FLOP is left out: {curve.problem}."
     few = len(groups) - len(result.curves)
     if few:
         number = "1 budget has" if few == 1 else f"{few} budgets have"

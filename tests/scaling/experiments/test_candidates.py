@@ -11,6 +11,7 @@ from moe.scaling.experiments.candidates import (
     columns_at,
     list_candidates,
     rate_factor,
+    smooth_families,
 )
 from moe.scaling.experiments.shapes import scale_run
 from moe.scaling.flops import planned_flops, total_parameters, training_flops_per_token
@@ -95,3 +96,29 @@ def test_the_learning_rate_stays_as_many_times_the_rules() -> None:
     assert rate_factor(tripled) == pytest.approx(3, rel=1e-2)
     (candidate,) = [c for c in list_candidates([tripled]) if c.model.model_dim == 128]
     assert rate_factor(candidate.run(1e14)) == pytest.approx(3, rel=1e-2)
+
+
+def test_families_are_near_their_candidates_and_have_no_steps() -> None:
+    candidates = list_candidates(bases(SMALL, WIDE, SPARSE))
+    dense, sparse = smooth_families(candidates)
+    for family, experts in ((dense, 1), (sparse, 8)):
+        group = [c for c in candidates if c.columns["experts"] == experts]
+        active = np.array([c.columns["active_parameters"] for c in group])
+        assert family.ends == pytest.approx(np.log10([active.min(), active.max()]))
+        columns = family.columns(np.log10(active))
+        np.testing.assert_allclose(columns["active_parameters"], active)
+        for name in ("parameters", "experts", "experts_per_token", "sparsity"):
+            known = np.array([c.columns[name] for c in group])
+            np.testing.assert_allclose(columns[name], known, rtol=0.1)
+        cost = np.array([c.flops_per_token for c in group])
+        np.testing.assert_allclose(columns["flops_per_token"], cost, rtol=0.06)
+        # A step of 1 % in size costs about 1 % more at any size.
+        size = np.arange(*family.ends, np.log10(1.01))
+        growth = np.diff(np.log(family.columns(size)["flops_per_token"])) / np.log(1.01)
+        assert growth.min() > 0.8 and growth.max() < 1.2
+        body = active - [c.columns["embedding_parameters"] for c in group]
+        found = columns["active_parameters"] - columns["embedding_parameters"]
+        np.testing.assert_allclose(found, body, rtol=0.15)
+    np.testing.assert_allclose(
+        dense.columns(np.array([5.0]))["parameters"], 1e5, rtol=1e-9, err_msg="all are active"
+    )
