@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from launch.command_line import read_run_config
 from launch.config_file import ConfigFileErrors, check_config_file
+from launch.sweep_directory import check_name
 from moe.config import ConfigError, RunConfig, flatten
 from moe.data.chat import read_template
 from moe.data.sources import check_dataset
@@ -112,6 +113,8 @@ def plan(
     """Returns the checked runs of some points over a base. Raises ConfigError."""
     try:
         runs = expand(base, points, dict(_read_change(change) for change in changes))
+        for run in runs:
+            check_name(run.name)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     if not runs:

@@ -52,6 +52,7 @@ from launch.fit.page import law_page
 from launch.fit.results import Results, as_json, as_text
 from launch.fit.solve import Request, Solution, check, law_texts, solve
 from launch.plotting import Drawing, write_drawing
+from launch.sweep_directory import FIT_PREFIX
 from moe.config import ConfigError
 from moe.config.checks import expand_path
 from moe.files import write_whole
@@ -131,7 +132,7 @@ def output_directory(values: flags.FlagValues) -> Path:
     """Returns the directory to write to. Raises ConfigError for a text that is no path."""
     if values.output:
         return Path(expand_path("--output", values.output))
-    return Path(expand_path("--runs", values.runs)).parent / f"fit_{values.law}"
+    return Path(expand_path("--runs", values.runs)).parent / f"{FIT_PREFIX}{values.law}"
 
 
 def solve_with_bar(request: Request, candidates: Sequence[Candidate]) -> Solution:
