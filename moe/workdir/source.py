@@ -5,6 +5,7 @@ import os
 from typing import NamedTuple
 
 from moe.config import ConfigError
+from moe.config.checks import without_numpy
 from moe.storage.paths import RunPath, run_path
 
 ORIGIN_FILE = "origin.json"
@@ -58,8 +59,10 @@ def read_source(
                 f"--fork_from={fork_from} names a run, but no step: "
                 "set --fork_step to one of its checkpoints before its decay"
             )
-        return Source(run_path(fork_from), fork_step, is_fork=True)
-    return Source(run_path(init_from), init_step, is_fork=False) if init_from else None
+        return Source(run_path(fork_from), without_numpy(fork_step), is_fork=True)
+    if init_from:
+        return Source(run_path(init_from), without_numpy(init_step), is_fork=False)
+    return None
 
 
 def read_origin(workdir: RunPath) -> Origin | None:
