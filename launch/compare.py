@@ -32,6 +32,7 @@ from launch import sweep
 from launch.command_line import run
 from launch.comparison import LEGEND, Rows, comparison, markdown, summarize
 from launch.comparison_plots import write_fronts, write_losses
+from launch.output_paths import check_directory
 from launch.sweep_directory import (
     COMPARISON_JSON,
     COMPARISON_TEXT,
@@ -49,6 +50,7 @@ Variants = Mapping[str, Sequence[Planned]]
 
 def main(values: flags.FlagValues) -> int:
     workdir = run_path(values.workdir)
+    check_directory("--workdir", workdir)
     planned = read_planned(values)
     variants = group(planned)
     code = 0

@@ -172,7 +172,7 @@ def own(run: "RunPath", lease: int | None) -> None:
     """
     if _running is None or _running.run_log is None:
         return
-    _try(_running.run_log)
+    _try(_running.run_log, "workdir")
     _say(_running, json.dumps([str(_running.run_log), str(run), lease]))
 
 
@@ -206,10 +206,15 @@ def _say(running: _Running, text: str) -> None:
         running.writer.stdin.write(f"{text}\n".encode())
 
 
-def _try(path: "RunPath") -> None:
-    """Makes a log file, or raises OSError. An object store says only later whether it can."""
+def _try(path: "RunPath", place: str = "the current directory") -> None:
+    """Makes a log file, or raises OSError. An object store says only later whether it can.
+
+    The error says to set the `place` to another one.
+    """
     if isinstance(path, Path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        from moe.storage.paths import make_directory
+
+        make_directory(path.parent, place)
         path.open("ab").close()
 
 

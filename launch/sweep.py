@@ -31,6 +31,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from launch import command_line
+from launch.output_paths import check_directory
 from launch.sweep_directory import PARQUET_FILE, RESULTS
 from launch.sweep_file import Planned, check_runs, distinct, jobs_of, read_sweep
 from launch.sweep_progress import DONE
@@ -50,6 +51,7 @@ def main(values: flags.FlagValues) -> int:
     if values.dry_run:
         print(describe(planned, workdir, values.flops_per_second))
         return 0
+    check_directory("--workdir", workdir)
     if values.report_only:
         if not (workdir / RESULTS).exists():
             raise FileNotFoundError(

@@ -38,7 +38,6 @@ Exit codes: 0 done, also with warnings; 2 bad input, told in one line; 75 interr
 """
 
 import contextlib
-import os
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -51,12 +50,14 @@ from launch.fit.emit import config_file, docstring
 from launch.fit.page import law_page
 from launch.fit.results import Results, as_json, as_text
 from launch.fit.solve import Request, Solution, check, law_texts, solve
+from launch.output_paths import check_directory
 from launch.plotting import Drawing, write_drawing
 from launch.sweep_directory import FIT_PREFIX
 from moe.config import ConfigError
 from moe.config.checks import expand_path
 from moe.files import write_whole
 from moe.scaling.experiments.candidates import Candidate
+from moe.storage.paths import make_directory
 
 LEAST_BOOTSTRAPS = 100  # fewer have no 95 % interval worth the name
 
@@ -101,7 +102,8 @@ def find(values: flags.FlagValues) -> Solution:
     )
     with naming(path):
         candidates = check(request)
-    make_output(output_directory(values))
+    check_directory("--output", output_directory(values))
+    make_directory(output_directory(values), "--output")
     with naming(path):
         return solve_with_bar(request, candidates)
 
@@ -113,19 +115,6 @@ def naming(path: Path) -> Iterator[None]:
         yield
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-
-
-def make_output(path: Path) -> None:
-    """Makes the directory to write to. Raises ConfigError before a fit that could not be kept."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        reason = "" if os.access(path, os.W_OK) else "Permission denied"
-    except OSError as error:
-        reason = error.strerror
-    if reason:
-        raise ConfigError(
-            f"--output={path} cannot be written ({reason}): set --output to a directory that can"
-        )
 
 
 def output_directory(values: flags.FlagValues) -> Path:

@@ -81,5 +81,5 @@ def read_origin(workdir: RunPath) -> Origin | None:
         return Origin(run_path(run, ask=False), int(saved["step"]), is_fork)
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"{path} does not say a run and a step ({error}): restore it, or set another --workdir"
+            f"{path} does not say a run and a step ({error}): restore it, or set another workdir"
         ) from None
