@@ -110,10 +110,15 @@ def find(values: flags.FlagValues) -> Solution:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Puts the table's path before an error. The checks of runs do not know where they are from."""
+    """Puts the table's path before an error. The checks of runs do not know where they are from.
+
+    An error of a flag stays as it is.
+    """
     try:
         yield
     except ConfigError as error:
+        if str(error).startswith("--"):
+            raise
         raise ConfigError(f"{path}: {error}") from None
 
 

@@ -21,7 +21,7 @@ from configs import dense_tiny
 from launch import sweep_table
 from launch.fit.__main__ import define_flags, find, main
 from launch.fit.emit import docstring
-from launch.fit.prediction import isoflop_model
+from launch.fit.prediction import isoflop_model, spend
 from launch.fit.results import as_json, as_text
 from launch.fit.study import fit_curves
 from launch.plotting import write_drawing
@@ -325,6 +325,28 @@ def test_a_command_says_so_with_exit_code_2_before_it_loads_much(
     assert not {"jax", "scipy.optimize", "matplotlib", "flax"} & imported
     (line,) = (line for line in lines if not line.startswith("import time:"))
     assert done.returncode == 2 and line.startswith("error: ")
+
+
+@pytest.mark.parametrize("budget", ["1", "1e30"])
+def test_a_budget_that_no_model_can_spend_is_told_before_the_fit(
+    tmp_path: Path, budget: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = swept(tmp_path)
+    monkeypatch.setattr("launch.fit.__main__.solve_with_bar", pytest.fail)
+    number = re.escape(f"{float(budget):g}")
+    with pytest.raises(
+        ConfigError,
+        match=rf"^--budget={number} is no budget for all \d+ models \([^:]*\): "
+        r"set --budget between 1e\+\d+ and 1e\+\d+$",
+    ):
+        find(flag_values(path, f"--budget={budget}"))
+
+
+def test_a_budget_that_only_other_models_can_spend_is_told() -> None:
+    """The models' limits differ, so the best one may be beyond its own."""
+    run = RunConfig.from_config_dict(dense_tiny.get_config())
+    with pytest.raises(ConfigError, match=r"^--budget=1 is no budget for the best model \(.*: set"):
+        spend(list_candidates([run])[:1], 1.0)
 
 
 def test_a_missing_file_is_told(tmp_path: Path) -> None:
