@@ -352,7 +352,9 @@ def main(command: Sequence[str], values: flags.FlagValues) -> int:
     gpus = find_gpus(job, os.environ)
     places = job.logs(0)
     folder = places.first if places.run is None else places.run
-    where = f"; process 0 is shown, and all have logs in {folder}" if job.processes > 1 else ""
+    # A mistake in the command is told before there is any log.
+    shown = f"; process 0 is shown, and all will have logs in {folder}"
+    where = shown if job.processes > 1 else ""
     print(f"{job.processes} x {job.devices} {job.platform} devices{where}", file=sys.stderr)
     return run_with_restarts(job, gpus, values.restarts)
 

@@ -62,7 +62,10 @@ def read_sweep(path: str, changes: Sequence[str]) -> list[Planned]:
     with announce_wait(f"reading {path}"), ConfigFileErrors(path):
         names = runpy.run_path(path)
         base = _read_base(names, path)
-        points = list(_call(names, "get_sweep", path))
+        yielded = _call(names, "get_sweep", path)
+    code = getattr(names["get_sweep"], "__code__", None)
+    with ConfigFileErrors(path, line=code and code.co_firstlineno):
+        points = list(yielded)
     return plan(path, base, points, changes)
 
 

@@ -286,6 +286,28 @@ def test_a_mistake_in_a_sweep_gets_one_line(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        ("repeat([], 3)", "line 9: seeds=3 is one value, not several: set seeds to a list"),
+        ("grid({'seed': 3})", "line 9: seed=3 is one value, not several: set seed to a list"),
+        # These are computed once get_sweep has returned. So the line is where that begins.
+        ("map(int, 'x')", "line 8: ValueError: invalid literal for int() with base 10: 'x'"),
+        ("tuning_grid(RunConfig(), [], [])", "line 8: learning_rates=[]: set learning_rates to"),
+    ],
+)
+def test_a_mistake_of_an_iterator_names_the_line_of_the_file(
+    tmp_path: Path, result: str, message: str
+) -> None:
+    path = tmp_path / "sweep.py"
+    head, _, _ = SWEEP.replace("import Point", "import *").partition("    yield")
+    imported = "from moe.scaling.experiments.ladders import *"
+    path.write_text(f"{imported}{head}    return {result}\n")
+    with pytest.raises(ConfigError) as caught:
+        read_sweep(str(path), [])
+    assert str(caught.value).startswith(f"{path}, {message}")
+
+
 def test_a_directory_of_another_run_is_refused(tmp_path: Path) -> None:
     (one,) = planned_runs(Point("a", {"train.log_every": 5}))
     (tmp_path / "a").mkdir()
