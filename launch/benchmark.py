@@ -33,7 +33,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from absl import flags
@@ -41,6 +40,7 @@ from absl import flags
 from launch import command_line
 from launch.kernel_check import check_kernels
 from launch.kernel_times import kernel_times
+from launch.output_paths import output_file
 from moe.config import ConfigError, RunConfig
 from moe.files import write_whole
 
@@ -254,7 +254,7 @@ def prepare(values: flags.FlagValues) -> Mapping[str, Any]:
             f"--{measured[0]} and --{measured[1]} measure different things: set one of them"
         )
     if values.json:
-        Path(values.json).open("a").close()  # a mistyped path must not cost minutes of measuring
+        output_file("--json", values.json)  # a mistyped path must not cost minutes of measuring
     config = command_line.read_run_config(values.config)
     # A layer alone has no mesh to choose a kernel for: it takes the one that the config names. What
     # is measured beside transformers runs on a CPU.
@@ -282,7 +282,7 @@ def main(values: flags.FlagValues, kernels: Mapping[str, Any]) -> None:
     for kernel in result.get("kernel_times", [])[:PRINTED_KERNELS]:
         print(f"{kernel['ms']:9.2f} ms in {kernel['calls']:,g} calls of {kernel['name']}")
     if values.json:
-        write_whole(Path(values.json), json.dumps(result, indent=2) + "\n")
+        write_whole(output_file("--json", values.json), json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -380,10 +380,23 @@ def _explain_missing(argv: list[str], error: Exception) -> ConfigError | None:
     return None
 
 
+def _hint(name: str) -> str:
+    """Returns which flags may be meant by the name of one that does not exist."""
+    fields = [name for name, _ in config_fields(RunConfig())] if "config" in flags.FLAGS else []
+    # The last part of a field names it too, as people write --steps=3.
+    ends = (f".{name}", f".{name.removeprefix('no')}")
+    near = [field for field in fields if field.endswith(ends)]
+    near = near or difflib.get_close_matches(name, [*flags.FLAGS, *fields], n=1)
+    meant = " or ".join(f"--{found}" for found in near)
+    return f"did you mean {meant}?" if meant else "--help lists the flags"
+
+
 def _explain(message: str) -> str:
     """Returns one line for an error of absl's flags: the flag, the value, and the fix."""
     if missing := re.match(r"flag --(\S+)=None: Flag --\1 must have a value", message):
         return f"--{missing[1]} is missing: set --{missing[1]}=VALUE"
+    if unknown := re.match(r"Unknown command line flag '(.*?)'", message):
+        return f"--{unknown[1]} is not a flag: {_hint(unknown[1])}"
     for name, field_type in config_fields(RunConfig()):
         if mistyped := re.match(rf"flag --{name}=(.*?): ", message):
             return (

@@ -32,6 +32,13 @@ from launch import sweep
 from launch.command_line import run
 from launch.comparison import LEGEND, Rows, comparison, markdown, summarize
 from launch.comparison_plots import write_fronts, write_losses
+from launch.output_paths import check_directory
+from launch.sweep_directory import (
+    COMPARISON_JSON,
+    COMPARISON_TEXT,
+    FRONTS_FIGURE,
+    LOSSES_FIGURE,
+)
 from launch.sweep_file import Planned, check_runs, read_configs, read_sweep
 from launch.sweep_table import planned_row, read_result
 from moe.config import ConfigError
@@ -43,6 +50,7 @@ Variants = Mapping[str, Sequence[Planned]]
 
 def main(values: flags.FlagValues) -> int:
     workdir = run_path(values.workdir)
+    check_directory("--workdir", workdir)
     planned = read_planned(values)
     variants = group(planned)
     code = 0
@@ -114,13 +122,13 @@ def compare(variants: Variants, workdir: RunPath) -> str:
     }
     compared = comparison(results, rows)
     text = markdown(compared)
-    write_whole(workdir / "comparison.json", json.dumps(compared, indent=2) + "\n")
-    write_losses(results, workdirs, workdir / "comparison.png")
-    write_fronts(compared, workdir / "fronts.png")
+    write_whole(workdir / COMPARISON_JSON, json.dumps(compared, indent=2) + "\n")
+    write_losses(results, workdirs, workdir / LOSSES_FIGURE)
+    write_fronts(compared, workdir / FRONTS_FIGURE)
     write_whole(
-        workdir / "comparison.md",
-        f"{text}\n\n{LEGEND}\n\n![Losses by variant, and over steps](comparison.png)\n\n"
-        "![Loss against FLOPs, parameters, memory and step time](fronts.png)\n",
+        workdir / COMPARISON_TEXT,
+        f"{text}\n\n{LEGEND}\n\n![Losses by variant, and over steps]({LOSSES_FIGURE})\n\n"
+        f"![Loss against FLOPs, parameters, memory and step time]({FRONTS_FIGURE})\n",
     )
     return text
 

@@ -42,11 +42,15 @@ class ConfigFileErrors:
 
     A config file may raise anything, even SystemExit and KeyboardInterrupt, so no `except` could
     list it. An error counts as the file's if the file is among the frames of its traceback.
-    Errors of absl's flags stay as they are, and so does an exit that the file did not ask for.
+    Errors of absl's flags stay as they are, and so does an exit that the file did not ask for. So
+    does a ConfigError that is not the file's.
+
+    A function of the file may return an iterator, whose errors come when the file is no longer
+    among the frames. Then `line` is named, where that function begins.
     """
 
-    def __init__(self, path: str):
-        self._path = path
+    def __init__(self, path: str, line: int | None = None):
+        self._path, self._first_line = path, line
         self._files = {path, os.path.abspath(path)}
 
     def __enter__(self) -> None:
@@ -55,7 +59,7 @@ class ConfigFileErrors:
     def __exit__(
         self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None
     ) -> None:
-        if error is None or isinstance(error, ConfigError):
+        if error is None:
             return
         chain = [error]
         while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
@@ -63,6 +67,11 @@ class ConfigFileErrors:
         for raised in chain:
             if line := self._line(raised):
                 raise ConfigError(f"{self._path}, line {line}: {_message(raised)}") from error
+        if self._first_line:
+            text = f"{self._path}, line {self._first_line}: {_message(error)}"
+            raise ConfigError(text) from error
+        if isinstance(error, ConfigError):
+            return
         wrapped = [raised.__context__ for raised in chain if str(raised).startswith(_WRAPPED)]
         raised = wrapped[-1] if wrapped and wrapped[-1] else error
         if "get_config" in str(raised) and isinstance(raised, AttributeError):
@@ -89,7 +98,9 @@ class ConfigFileErrors:
 
 
 def _message(error: BaseException) -> str:
-    """Returns the error's type and message, on one line."""
+    """Returns the error's type and message, on one line. A ConfigError needs no type."""
+    if isinstance(error, ConfigError):
+        return str(error)
     if isinstance(error, SystemExit):
         return (
             f"SystemExit: {error.code}: a config file must return its config, not end the program"

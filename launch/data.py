@@ -15,7 +15,6 @@ of their lengths, and how many have exactly the text of an earlier one.
 import html
 import sys
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from absl import flags
@@ -25,6 +24,7 @@ from launch import command_line
 from launch.data_rows import LEGEND, STYLE, Stream, read_row, row_html, row_text
 from launch.data_statistics import DocumentCounts, Source, count_documents, histogram, source_table
 from launch.html_page import table, whole_page
+from launch.output_paths import output_file
 from moe.config import ConfigError, RunConfig
 from moe.config.data import is_token_files
 from moe.data.chat import read_template
@@ -153,9 +153,7 @@ def html_page(found: Look, title: str) -> str:
 def main(values: flags.FlagValues) -> None:
     if values.rows < 0:
         raise ConfigError(f"--rows={values.rows} is negative: set it to a number of rows")
-    path = Path(values.html).expanduser() if values.html else None
-    if path and not path.parent.is_dir():
-        raise ConfigError(f"--html={values.html}: {path.parent} is no directory: create it first")
+    path = output_file("--html", values.html) if values.html else None
     config = command_line.read_run_config(values.config)
     found = look(config, values.split, values.rows)
     if path:

@@ -33,6 +33,7 @@ from absl import flags
 
 from launch import command_line
 from launch.kernel_check import check_kernels
+from launch.output_paths import check_directory
 from launch.recorded_evaluations import Evaluation, record_evaluation
 from launch.slices import check_documents, open_slices, splits_of
 from moe.config import ConfigError, DataConfig, RunConfig
@@ -234,7 +235,11 @@ def check_flags(values: flags.FlagValues) -> None:
 def prepare(values: flags.FlagValues) -> Mapping[str, Any]:
     """Checks the flags, and then the kernels of the run, of which it returns what is known."""
     check_flags(values)
-    return check_kernels(read_config(run_path(values.workdir)))
+    workdir = run_path(values.workdir)
+    config = read_config(workdir)
+    if values.record:
+        check_directory("--workdir", workdir)
+    return check_kernels(config)
 
 
 def main(values: flags.FlagValues, kernels: Mapping[str, Any]) -> None:

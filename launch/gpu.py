@@ -23,8 +23,11 @@ from typing import Any, NamedTuple
 from absl import flags
 
 from launch import command_line
+from launch.output_paths import check_directory
 from moe.config import ConfigError
+from moe.config.checks import expand_path
 from moe.files import write_whole
+from moe.storage.paths import make_directory
 
 # The fastest layout of layers that fit one GPU: nothing is computed again, and no layer copies what
 # it keeps into an array of all layers.
@@ -193,8 +196,9 @@ def main(values: flags.FlagValues) -> int:
     unknown = [name for name in values.only or () if name not in STEPS]
     if unknown:
         raise ConfigError(f"--only={unknown[0]} is no step: set it to some of {', '.join(STEPS)}")
-    out = Path(values.out)
-    (out / "logs").mkdir(parents=True, exist_ok=True)
+    out = Path(expand_path("--out", values.out))
+    check_directory("--out", out)
+    make_directory(out / "logs", "--out")
     failed = {}
     for name in values.only or STEPS:
         if problem := run_step(name, STEPS[name], out):

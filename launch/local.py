@@ -54,8 +54,8 @@ from absl import flags
 
 from launch import command_line
 from launch.child_processes import ending_with_parent, gpu_names, shell_code
-from launch.local_signals import STOP_SIGNALS, Signals, catch_signals, pause, signal_name
-from launch.logs import Places, find_places, last_lines
+from launch.local_signals import STOP_SIGNALS, Signals, catch_signals, pause
+from launch.logs import LOST, Places, ending, find_places, last_lines
 from moe.config import ConfigError
 from moe.exit_codes import (
     BAD_INPUT,
@@ -203,12 +203,13 @@ def run_job(job: Job, gpus: Sequence[str], signals: Signals) -> Outcome:
             for process in processes:
                 process.popen.kill()
                 process.popen.wait()
+    _show_lost_logs(processes)
     codes = [process.popen.returncode for process in processes]
     cause = find_cause(codes, [rank for rank in order if rank not in killed])
     if cause is None:
         return Outcome(0, was_stopped)
     if codes[cause] not in (BAD_INPUT, DIVERGED, INTERRUPTED) or cause:
-        print(f"process {cause} of {job.processes} {_ending(codes[cause])}", file=sys.stderr)
+        print(f"process {cause} of {job.processes} {ending(codes[cause])}", file=sys.stderr)
     # Process 0 has shown its own lines. If it left because another process failed, it has shown
     # those of that process, too.
     if cause and codes[0] not in _LEFT:
@@ -264,19 +265,25 @@ def find_cause(codes: Sequence[int], order: Sequence[int]) -> int | None:
     return 0 if 0 in order and codes[0] == codes[cause] else cause
 
 
-def _ending(code: int) -> str:
-    """Returns how a process ended, for a message."""
-    if code < 0:
-        return f"was killed by {signal_name(-code) or f'signal {-code}'}"
-    return f"ended with exit code {code}"
+def _show_lost_logs(processes: Sequence[Process]) -> None:
+    """Shows the lines that say that the log of a process is not whole. Process 0 has shown its."""
+    for process in processes:
+        for line in _first_output(process):
+            if line.startswith(LOST):
+                print(line, file=sys.stderr)
+
+
+def _first_output(process: Process) -> list[str]:
+    """Returns the lines that a process wrote while it had no log, but for those of process 0."""
+    if process.output is None:
+        return []
+    process.output.seek(0)
+    return process.output.read().decode(errors="replace").splitlines()
 
 
 def _show_last_lines(process: Process, find_log: Callable[[], RunPath], begin: float) -> None:
     """Shows the last lines of a process: those before its log was open, and those of its log."""
-    lines = []
-    if process.output is not None:
-        process.output.seek(0)
-        lines += process.output.read().decode(errors="replace").splitlines()[-20:]
+    lines = _first_output(process)[-20:]
     # The log of a process that has just ended may still be written. Older lines are of another
     # start.
     end = time.monotonic() + LOG_SECONDS
@@ -345,7 +352,9 @@ def main(command: Sequence[str], values: flags.FlagValues) -> int:
     gpus = find_gpus(job, os.environ)
     places = job.logs(0)
     folder = places.first if places.run is None else places.run
-    where = f"; process 0 is shown, and all have logs in {folder}" if job.processes > 1 else ""
+    # A mistake in the command is told before there is any log.
+    shown = f"; process 0 is shown, and all will have logs in {folder}"
+    where = shown if job.processes > 1 else ""
     print(f"{job.processes} x {job.devices} {job.platform} devices{where}", file=sys.stderr)
     return run_with_restarts(job, gpus, values.restarts)
 

@@ -27,6 +27,7 @@ import tty
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from launch.local_signals import signal_name
 from launch.log_writer import pass_on, time_text
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 _WRITER = Path(__file__).with_name("log_writer.py")
 FINISH_SECONDS = 10.0  # how long a process waits for its writer at its end
+LOST = "log lost: "  # begins the line of a process whose log has ended before it
 _STARTS = "starts: "  # in the first line of each start
 # These would end the writer with its process, before the last lines are written. SIGUSR1 asks a
 # process for its stacks, and SLURM sends it to the writer too.
@@ -172,7 +174,7 @@ def own(run: "RunPath", lease: int | None) -> None:
     """
     if _running is None or _running.run_log is None:
         return
-    _try(_running.run_log)
+    _try(_running.run_log, "workdir")
     _say(_running, json.dumps([str(_running.run_log), str(run), lease]))
 
 
@@ -196,7 +198,20 @@ def finish() -> None:
         os.dup2(running.before[descriptor], number)
     _say(running, "")
     with contextlib.suppress(subprocess.TimeoutExpired):
-        running.writer.wait(FINISH_SECONDS)
+        if code := running.writer.wait(FINISH_SECONDS):
+            # It begins a line of its own, since a progress bar may have been cut off.
+            text = (
+                f"\n{LOST}process {running.process_id}'s {_WRITER.name} {ending(code)}, and what "
+            )
+            text += "the process printed since then is neither shown nor in its log\n"
+            pass_on(2, text.encode())
+
+
+def ending(code: int) -> str:
+    """Returns how a process ended whose return code this is, for a message."""
+    if code >= 0:
+        return f"ended with exit code {code}"
+    return f"was killed by {signal_name(-code) or f'signal {-code}'}"
 
 
 def _say(running: _Running, text: str) -> None:
@@ -206,10 +221,15 @@ def _say(running: _Running, text: str) -> None:
         running.writer.stdin.write(f"{text}\n".encode())
 
 
-def _try(path: "RunPath") -> None:
-    """Makes a log file, or raises OSError. An object store says only later whether it can."""
+def _try(path: "RunPath", place: str = "the current directory") -> None:
+    """Makes a log file, or raises OSError. An object store says only later whether it can.
+
+    The error says to set the `place` to another one.
+    """
     if isinstance(path, Path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        from moe.storage.paths import make_directory
+
+        make_directory(path.parent, place)
         path.open("ab").close()
 
 

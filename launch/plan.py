@@ -32,6 +32,7 @@ from pathlib import Path
 from absl import flags
 
 from launch import command_line
+from launch.output_paths import output_file
 from launch.plan_components import compiled_flops, run_lines, summary
 from launch.plan_page import plan_page
 from launch.plan_program import StepProgram, compile_step, program_lines
@@ -44,14 +45,25 @@ from moe.scaling.layouts import Layout, fitting_layouts
 from moe.scaling.roofline import estimate
 
 
-def plan(values: flags.FlagValues, config: RunConfig) -> None:
-    """Prints the plan of a run on the chips that the flags name, and writes its page."""
+def count_devices(values: flags.FlagValues, config: RunConfig) -> int:
+    """Returns how many devices a plan is for. Raises ConfigError for flags that fit no plan."""
     devices = values.devices or math.prod(abs(size) for size in config.mesh.sizes)
     if values.chip == "cpu" and devices > 1:
         raise ConfigError(
             f"--chip=cpu measures this machine as one device, and the plan is for {devices}: "
             "set --devices=1, and config.mesh to one device"
         )
+    if values.chip != "cpu":
+        chip = find_chip(values.chip)
+        if not values.estimate:
+            find_target(chip, devices)
+    if not values.search:
+        check_layout(config, config.mesh.resolve(devices))
+    return devices
+
+
+def plan(values: flags.FlagValues, config: RunConfig, devices: int, page: Path) -> None:
+    """Prints the plan of a run on so many chips, and writes its page."""
     chip = _read_chip(values.chip)
     if values.search:
         layouts = fitting_layouts(config, devices, chip)
@@ -63,17 +75,14 @@ def plan(values: flags.FlagValues, config: RunConfig) -> None:
         print("\n".join(layout_lines(layouts)))
         layout = layouts[0]
     else:
-        mesh = config.mesh.resolve(devices)
-        check_layout(config, mesh)
-        layout = Layout(config, estimate(config, mesh, chip))
+        layout = Layout(config, estimate(config, config.mesh.resolve(devices), chip))
     print("\n".join(plan_lines(layout, chip)))
-    # A page's path that cannot be written must not cost minutes of compiling.
-    write_whole(Path(values.page), plan_page(layout, chip))
+    write_whole(page, plan_page(layout, chip))
     if not values.estimate and values.chip != "cpu":
         program = _compile(layout, chip, devices)
         if program is not None:
             print("\n".join(program_lines(program, layout.estimate.collectives, chip)))
-            write_whole(Path(values.page), plan_page(layout, chip, program))
+            write_whole(page, plan_page(layout, chip, program))
     print(f"The page is {values.page}")
 
 
@@ -106,12 +115,21 @@ def main(values: flags.FlagValues) -> None:
             raise ConfigError(
                 f"--{name} plans for a chip, and none is named: add --chip={'|'.join(CHIPS)}|cpu"
             )
+    if not values.chip:
+        print_components(config, values.compile)
+        return
+    # All mistakes are told before the first line of the plan.
+    devices, page = count_devices(values, config), output_file("--page", values.page)
+    print_components(config, values.compile)
+    plan(values, config, devices, page)
+
+
+def print_components(config: RunConfig, is_compiled: bool) -> None:
+    """Prints what the config builds, and XLA's count of its FLOPs if the step is compiled."""
     print(summary(config))
     print("\n".join(run_lines(config)))
-    if values.compile:
+    if is_compiled:
         print(f"compiled step: {compiled_flops(config):,.0f} FLOPs per token, by XLA's count")
-    if values.chip:
-        plan(values, config)
 
 
 if __name__ == "__main__":

@@ -16,13 +16,13 @@ import importlib
 import json
 import time
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from absl import flags
 from ml_collections import ConfigDict
 
 from launch import command_line
+from launch.output_paths import output_file
 from launch.plan_program import compile_for
 from launch.plan_text import GIB
 from launch.topologies import Target, find_target
@@ -165,7 +165,7 @@ def compile_missing(values: flags.FlagValues, cases: Iterable[Case]) -> dict[str
 
     Each result is written as soon as it is there, so an interrupted command may go on later.
     """
-    path = Path(values.json)
+    path = output_file("--json", values.json)
     results = json.loads(path.read_text()) if path.exists() else {}
     for case in cases if values.compile else ():
         if case.name not in results and values.only in case.name:

@@ -11,13 +11,13 @@ every step is timed right after a matmul, and a prediction is a multiple of the 
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from absl import flags
 
 from launch import command_line
 from launch.benchmark import benchmark
+from launch.output_paths import output_file
 from launch.plan_check import Case
 from launch.plan_cpu import cpu_chip
 from moe.config import MeshConfig, RunConfig
@@ -73,8 +73,7 @@ def table(measured: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def main(values: flags.FlagValues) -> None:
-    path = Path(values.json)
-    path.open("a").close()  # a mistyped path must not cost minutes of measuring
+    path = output_file("--json", values.json)  # a mistyped one must not cost minutes of measuring
     measured = {FITTED: benchmark(read(FITTED, {}), values.trials)}
     for (name, config), changes in SHAPES.items():
         measured[name] = benchmark(read(config, changes), values.trials)

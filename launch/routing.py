@@ -41,6 +41,7 @@ from tqdm import tqdm
 
 from launch import command_line
 from launch.kernel_check import check_kernels
+from launch.output_paths import check_directory
 from launch.plotting import THEMES, Drawing, file_name, pdf_name, picture_html, write_drawing
 from launch.routing_figures import drawings
 from moe.config import ConfigError, RunConfig
@@ -347,7 +348,10 @@ def write_drawings(results: Mapping[str, Any], directory: RunPath) -> list[Drawi
 
 def prepare(values: flags.FlagValues) -> Mapping[str, Any]:
     """Checks the kernels of the run, and returns what is known of them."""
-    return check_kernels(read_config(run_path(values.workdir)))
+    workdir = run_path(values.workdir)
+    config = read_config(workdir)
+    check_directory("--workdir", workdir)
+    return check_kernels(config)
 
 
 def main(values: flags.FlagValues, kernels: Mapping[str, Any]) -> None:

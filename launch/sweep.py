@@ -31,10 +31,12 @@ from collections.abc import Sequence
 from absl import flags
 
 from launch import command_line
+from launch.output_paths import check_directory
+from launch.sweep_directory import PARQUET_FILE, RESULTS
 from launch.sweep_file import Planned, check_runs, distinct, jobs_of, read_sweep
 from launch.sweep_progress import DONE
 from launch.sweep_runs import Sweep, report_rows
-from launch.sweep_table import PARQUET_FILE, RESULTS, Row, gather, planned_row, read_result
+from launch.sweep_table import Row, gather, planned_row, read_result
 from moe.config import ConfigError
 from moe.parallel.cluster import is_restarted
 from moe.storage.owner import RESTART_WAIT_SECONDS, own_run
@@ -49,6 +51,7 @@ def main(values: flags.FlagValues) -> int:
     if values.dry_run:
         print(describe(planned, workdir, values.flops_per_second))
         return 0
+    check_directory("--workdir", workdir)
     if values.report_only:
         if not (workdir / RESULTS).exists():
             raise FileNotFoundError(

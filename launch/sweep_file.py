@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from launch.command_line import read_run_config
 from launch.config_file import ConfigFileErrors, check_config_file
+from launch.sweep_directory import check_name
 from moe.config import ConfigError, RunConfig, flatten
 from moe.data.chat import read_template
 from moe.data.sources import check_dataset
@@ -61,7 +62,10 @@ def read_sweep(path: str, changes: Sequence[str]) -> list[Planned]:
     with announce_wait(f"reading {path}"), ConfigFileErrors(path):
         names = runpy.run_path(path)
         base = _read_base(names, path)
-        points = list(_call(names, "get_sweep", path))
+        yielded = _call(names, "get_sweep", path)
+    code = getattr(names["get_sweep"], "__code__", None)
+    with ConfigFileErrors(path, line=code and code.co_firstlineno):
+        points = list(yielded)
     return plan(path, base, points, changes)
 
 
@@ -112,6 +116,8 @@ def plan(
     """Returns the checked runs of some points over a base. Raises ConfigError."""
     try:
         runs = expand(base, points, dict(_read_change(change) for change in changes))
+        for run in runs:
+            check_name(run.name)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     if not runs:

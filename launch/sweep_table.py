@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from launch.series import read_series
+from launch.sweep_directory import CSV_FILE, PARQUET_FILE, RESULTS
 from moe.config import ConfigError, MeshConfig, RunConfig
 from moe.data.prepare import open_split
 from moe.scaling.experiments.sweep import Run, identity
@@ -22,8 +23,6 @@ from moe.scaling.memory import state_bytes
 from moe.storage.paths import RunPath, make_directory, write_whole
 from moe.workdir.tracking import METRICS_FILE, read_metrics
 
-RESULTS = "results"
-PARQUET_FILE, CSV_FILE = "runs.parquet", "runs.csv"
 LAST = 10  # logged steps at the end of a run over which the router's statistics are averaged
 
 # The columns of the table, with the types that pyarrow gives them. docs/scaling_laws/sweeps.md says

@@ -38,6 +38,7 @@ from moe.data.sources import check_dataset, open_documents
 from moe.data.tokenizers.huggingface import HuggingFaceVocabulary
 from moe.data.tokenizers.training import LARGEST, SMALLEST, Merges, sample_texts, train_bpe
 from moe.files import write_whole
+from moe.storage.paths import make_directory
 
 SIZES = (1024, 2048, 4096, 8192, 16384, 32768, 50257)
 _HELD_OUT_BYTES = 2_000_000
@@ -84,7 +85,7 @@ def read_out(text: str) -> Path:
     Raises ConfigError, or OSError if the directory cannot be made.
     """
     path = Path(expand_path("--out", text))
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(path.parent, "--out")
     if path.is_dir() or not os.access(path.parent, os.W_OK):
         what = "is a directory" if path.is_dir() else "cannot be written"
         raise ConfigError(f"--out={text} {what}: set --out to a file, such as tokenizer.json")

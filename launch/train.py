@@ -54,6 +54,7 @@ from absl import flags
 
 from launch import command_line
 from launch.kernel_check import check_kernels
+from launch.output_paths import check_directory
 from moe.config import ConfigError
 from moe.data.chat import read_template
 from moe.data.sources import check_dataset
@@ -68,6 +69,7 @@ def prepare(values: flags.FlagValues) -> Mapping[str, Any]:
     """Checks the input, and then the kernels of the run, of which it returns what is known."""
     config = command_line.read_run_config(values.config)
     workdir = run_path(values.workdir)
+    check_directory("--workdir", workdir)
     read_source(**_sources(values))  # which tells mistakes that `fit` would tell only later
     read_profile_steps(values.profile_steps, config.train.steps)
     with_own_copies = use_stored_tokenizer(workdir, config)

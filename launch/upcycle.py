@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from launch import command_line
+from launch.output_paths import check_directory
 from moe.config import ConfigError, RunConfig
 from moe.config.objectives import check_decoder
 from moe.storage.owner import LEASE_DIRECTORY, LOCK_FILE
@@ -130,6 +131,7 @@ def _check_paths(source: RunPath, workdir: RunPath, noise: float) -> None:
             f"--from={source} holds no checkpoint: "
             "set --from to the directory of a dense run that has saved one"
         )
+    check_directory("--workdir", workdir)
     names = {path.name for path in workdir.iterdir()} if workdir.exists() else set()
     if names - {LOCK_FILE, LEASE_DIRECTORY}:
         raise ConfigError(f"--workdir={workdir} is not empty: set --workdir to a new directory")

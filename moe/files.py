@@ -137,6 +137,10 @@ def open_whole(path: Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
+    except OSError as error:
+        if error.filename == str(partial):
+            error.filename = str(path)  # the name that a user knows
+        raise
     finally:
         # The file is still there after an error or Ctrl-C; os.replace has moved it otherwise.
         partial.unlink(missing_ok=True)

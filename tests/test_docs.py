@@ -11,6 +11,7 @@ import pytest
 
 from launch.help_text import config_fields
 from moe.config import RunConfig
+from moe.config.layout import AXES
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
@@ -82,6 +83,11 @@ def test_commands_and_their_flags_exist(page: Path) -> None:
                 continue
             unknown = [flag for flag in flags if flag not in flags_of(command) | fields]
             assert not unknown, f"{page.name}: {line}"
+
+
+def test_the_sample_of_a_start_names_every_axis_of_the_mesh() -> None:
+    sizes = re.search(r"^devices: .*; mesh (.*)$", (ROOT / "docs/launching.md").read_text(), re.M)
+    assert sizes and re.findall(r"(\w+)=\d+", sizes[1]) == list(AXES)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())

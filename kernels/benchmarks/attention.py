@@ -15,7 +15,6 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe.kernels.attention import Choice, choose, flash_attention
-from moe.kernels.benchmarks.results import check_difference, write_rows
+from moe.kernels.benchmarks.results import check_difference, output_file, write_rows
 from moe.kernels.benchmarks.timing import median_seconds
 
 Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -188,7 +187,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--repeats", type=int, default=10, help="turns whose median is taken")
     parser.add_argument(
-        "--json", type=Path, help="where to write the rows, with the device and the versions"
+        "--json", type=output_file, help="where to write the rows, with the device and the versions"
     )
     return parser.parse_args()
 

@@ -9,14 +9,13 @@ For each part it prints the median of the ratios of their times.
 import argparse
 import functools
 import statistics
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from moe.kernels.attention import decode_attention
-from moe.kernels.benchmarks.results import write_rows
+from moe.kernels.benchmarks.results import output_file, write_rows
 from moe.kernels.benchmarks.timing import seconds
 
 BATCH, SLOTS, HEADS, KV_HEADS, WIDTH = 1, 8192, 8, 2, 64
@@ -63,7 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", type=Path, help="where to write the rows")
+    parser.add_argument("--json", type=output_file, help="where to write the rows")
     arguments = parser.parse_args()
     print(
         f"B={BATCH} S={SLOTS} N={HEADS} K={KV_HEADS} H={WIDTH}: "

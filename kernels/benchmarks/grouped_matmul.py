@@ -16,7 +16,6 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -31,7 +30,7 @@ from moe.kernels.benchmarks.grouped_passes import (
     make_problem,
     our_calls,
 )
-from moe.kernels.benchmarks.results import check_difference, write_rows
+from moe.kernels.benchmarks.results import check_difference, output_file, write_rows
 from moe.kernels.benchmarks.timing import median_seconds
 from moe.kernels.chips import is_hopper
 from moe.kernels.grouped_matmul import (
@@ -206,7 +205,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--repeats", type=int, default=10, help="turns whose median is taken")
     parser.add_argument(
-        "--json", type=Path, help="where to write the rows, with the device and the versions"
+        "--json", type=output_file, help="where to write the rows, with the device and the versions"
     )
     return parser.parse_args()
 

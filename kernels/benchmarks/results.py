@@ -1,5 +1,6 @@
 """Checks the numbers of what is timed, and writes the rows that a benchmark measured."""
 
+import argparse
 import json
 import sys
 from collections.abc import Iterable
@@ -26,6 +27,16 @@ def check_difference(
             f"{name} differs from the reference by {worst:.1%}: its times mean nothing"
         )
     return worst
+
+
+def output_file(text: str) -> Path:
+    """Reads the path of a file to write. A mistyped one must not cost minutes of measuring."""
+    path = Path(text)
+    if path.is_dir() or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(
+            f"{text} is a directory, or in none that exists: set it to a file's path"
+        )
+    return path
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]], **about: Any) -> None:

@@ -14,7 +14,6 @@ import functools
 import itertools
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,6 +22,7 @@ from moe.kernels.attention import IMPLEMENTATIONS, Choice, choice, flash_attenti
 from moe.kernels.attention.inputs import Options
 from moe.kernels.attention.table import Blocks
 from moe.kernels.benchmarks.attention import passes, random_arrays
+from moe.kernels.benchmarks.results import output_file
 from moe.kernels.benchmarks.timing import median_seconds
 
 CANDIDATES = {
@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--kv_heads", type=int, default=2, help="K, key/value heads")
     parser.add_argument("--repeats", type=int, default=5, help="calls whose median is taken")
     parser.add_argument(
-        "--table", type=Path, default=choice.TUNED_BLOCKS, help="the table to add to"
+        "--table", type=output_file, default=choice.TUNED_BLOCKS, help="the table to add to"
     )
     arguments = parser.parse_args()
     chip = jax.devices()[0].device_kind

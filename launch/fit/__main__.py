@@ -40,7 +40,6 @@ Exit codes: 0 done, also with warnings; 2 bad input, told in one line; 75 interr
 """
 
 import contextlib
-import os
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -54,12 +53,15 @@ from launch.fit.figures import Words, isoflop_drawing
 from launch.fit.page import law_page
 from launch.fit.results import Results, as_json, as_text
 from launch.fit.solve import Request, Solution, check, law_texts, loss_axis, solve
+from launch.output_paths import check_directory
 from launch.plotting import Drawing, file_name, write_drawing
+from launch.sweep_directory import FIT_PREFIX
 from moe.config import ConfigError
 from moe.config.checks import expand_path
 from moe.files import write_whole
 from moe.scaling.experiments.candidates import Candidate
 from moe.scaling.laws.isoflop import NoMinima
+from moe.storage.paths import make_directory
 
 LEAST_BOOTSTRAPS = 100  # fewer have no 95 % interval worth the name
 
@@ -105,7 +107,8 @@ def find(values: flags.FlagValues) -> Solution:
     with naming(path):
         candidates = check(request)
     output = output_directory(values)
-    with empty_removed(make_output(output)), naming(path):
+    check_directory("--output", output)
+    with new_directories(output), naming(path):
         try:
             return solve_with_bar(request, candidates)
         except NoMinima as error:
@@ -114,40 +117,29 @@ def find(values: flags.FlagValues) -> Solution:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Puts the table's path before an error. The checks of runs do not know where they are from."""
+    """Puts the table's path before an error. The checks of runs do not know where they are from.
+
+    An error of a flag stays as it is.
+    """
     try:
         yield
     except ConfigError as error:
+        if str(error).startswith("--"):
+            raise
         raise ConfigError(f"{path}: {error}") from None
 
 
-def make_output(path: Path) -> list[Path]:
-    """Makes the directory to write to, and returns the directories that were made, outermost first.
-
-    Raises ConfigError before a fit that could not be kept.
-    """
-    made = [parent for parent in (path, *path.parents) if not parent.exists()][::-1]
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        reason = "" if os.access(path, os.W_OK) else "Permission denied"
-    except OSError as error:
-        reason = error.strerror
-    if reason:
-        raise ConfigError(
-            f"--output={path} cannot be written ({reason}): set --output to a directory that can"
-        )
-    return made
-
-
 @contextlib.contextmanager
-def empty_removed(made: Sequence[Path]) -> Iterator[None]:
-    """Removes those of the new directories that an error leaves empty."""
+def new_directories(path: Path) -> Iterator[None]:
+    """Makes the directory to write to. An error removes what was made of it and is still empty."""
+    made = [parent for parent in (path, *path.parents) if not parent.exists()]
+    make_directory(path, "--output")
     try:
         yield
     except (ConfigError, KeyboardInterrupt):
         with contextlib.suppress(OSError):  # one that is not empty stays
-            for path in reversed(made):
-                path.rmdir()
+            for directory in made:
+                directory.rmdir()
         raise
 
 
@@ -164,7 +156,7 @@ def output_directory(values: flags.FlagValues) -> Path:
     """Returns the directory to write to. Raises ConfigError for a text that is no path."""
     if values.output:
         return Path(expand_path("--output", values.output))
-    return Path(expand_path("--runs", values.runs)).parent / f"fit_{values.law}"
+    return Path(expand_path("--runs", values.runs)).parent / f"{FIT_PREFIX}{values.law}"
 
 
 def solve_with_bar(request: Request, candidates: Sequence[Candidate]) -> Solution:

@@ -63,6 +63,36 @@ def check_budgets(law: str, inputs: Iterable[str], has_configs: bool) -> None:
         )
 
 
+def spend(candidates: Sequence[Candidate], budget: float) -> RunConfig:
+    """Returns the config that spends a budget on the first of some models that can be trained so.
+
+    Raises ConfigError, which says what budgets the models can spend, if there is none.
+    """
+    reason = ""
+    for candidate in candidates:
+        try:
+            return candidate.run(budget)
+        except ConfigError as error:
+            reason = str(error).partition(": ")[0]
+    able = [power for power in 10.0 ** np.arange(1, 40) if _can_spend(candidates, float(power))]
+    limits = f"between {able[0]:.0e} and {able[-1]:.0e}" if able else "to another number"
+    models = "the best model" if len(candidates) == 1 else f"all {len(candidates)} models"
+    raise ConfigError(
+        f"--budget={budget:g} is no budget for {models} ({reason}): set --budget {limits}"
+    )
+
+
+def _can_spend(candidates: Sequence[Candidate], budget: float) -> bool:
+    """Returns whether any of the models can be trained on a budget."""
+    for candidate in candidates:
+        try:
+            candidate.run(budget)
+        except ConfigError:
+            continue
+        return True
+    return False
+
+
 def table_configs(runs: Runs, is_strict: bool) -> list[RunConfig]:
     """Returns the different configs of a table's finished runs. Tables from elsewhere have none.
 

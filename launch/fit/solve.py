@@ -14,6 +14,7 @@ from launch.fit.prediction import (
     isoflop_model,
     law_loss,
     notes,
+    spend,
     table_configs,
 )
 from launch.fit.results import (
@@ -96,7 +97,10 @@ def check(request: Request) -> list[Candidate]:
             f"--emit={request.emit} has no config to start from, as there is no column config: "
             "give a table of launch.sweep, or leave --emit out"
         )
-    return list_candidates(configs)
+    candidates = list_candidates(configs)
+    for budget in request.budgets if candidates else ():
+        spend(candidates, budget)  # a budget that none of them can spend need not wait for the fit
+    return candidates
 
 
 def solve(request: Request, candidates: Sequence[Candidate], progress: Progress) -> Solution:
@@ -148,7 +152,7 @@ def _solve_step_law(request: Request) -> Solution:
 def _with_configs(best: Sequence[tuple[Optimum, Candidate | None]]) -> Models:
     """Returns the best models with the configs that train them, where there are candidates."""
     return [
-        (optimum, candidate.run(optimum.budget) if candidate else None)
+        (optimum, spend([candidate], optimum.budget) if candidate else None)
         for optimum, candidate in best
     ]
 

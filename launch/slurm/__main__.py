@@ -37,10 +37,12 @@ from pathlib import Path
 from absl import flags
 
 from launch import command_line, train
+from launch.output_paths import check_directory
 from launch.slurm.job import check_default_time, check_time, job_folder, job_text
 from moe.config import ConfigError
 from moe.config.layout import check_layout
 from moe.files import write_whole
+from moe.storage.paths import make_directory
 
 
 def main(command: list[str], values: flags.FlagValues) -> None:
@@ -59,7 +61,8 @@ def main(command: list[str], values: flags.FlagValues) -> None:
             "or add --dry_run to see the file"
         )
     path = job_folder(values.workdir) / "job.sbatch"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    check_directory("--workdir", path.parent)
+    make_directory(path.parent, "--workdir")
     write_whole(path, text)
     _submit(path, values.chain, values.save_s, "{}_*.log" if values.array else "{}.log")
 

@@ -11,6 +11,7 @@ from absl import flags
 
 from moe.config import ConfigError
 
+FOLDER = "slurm"  # in the run directory
 TEMPLATE = Path(__file__).with_name("job.sbatch")
 # SLURM may send the signal up to a minute late, and starting takes time as well.
 MARGIN_S = 120
@@ -40,7 +41,7 @@ def job_folder(workdir: str) -> Path:
     SLURM cannot write to gs://, so for a run there it is a folder of the current directory.
     """
     path = Path(workdir)
-    return Path("slurm", path.name) if "://" in workdir else path / "slurm"
+    return Path(FOLDER, path.name) if "://" in workdir else path / FOLDER
 
 
 def _options(values: flags.FlagValues) -> list[str]:

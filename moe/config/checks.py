@@ -5,6 +5,7 @@ import math
 import os
 import re
 import struct
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -36,6 +37,15 @@ def show(value: object) -> str:
     return text if len(text) <= 300 else f"{text[:200]}..."
 
 
+def without_numpy(value: Any) -> Any:
+    """Returns a NumPy scalar as Python's value of it, and any other value as it is.
+
+    NumPy is not imported for that. Where nobody has imported it, there is no such scalar.
+    """
+    numpy = sys.modules.get("numpy")
+    return value.item() if numpy and isinstance(value, numpy.generic) else value
+
+
 def is_file_name(name: object) -> TypeGuard[str]:
     """Says whether a value names something in a directory, and leads nowhere else."""
     return isinstance(name, str) and name not in ("", ".", "..") and not {*name} & {*"/\\\0"}
@@ -65,8 +75,8 @@ def check_types(config: object, *, wide: tuple[str, ...] = ()) -> None:
 
     A string must be one of the options of its Literal. JAX must be able to compute with a number:
     a float is finite in float32, and an integer has 32 bits. Only the fields `wide` may hold
-    larger integers. A whole number may stand for a float, and a list, as JSON has it, for a tuple:
-    the field then holds the float or the tuple.
+    larger integers. A whole number may stand for a float, a list, as JSON has it, for a tuple, and
+    a NumPy scalar for a Python number: the field then holds the float, the tuple or the number.
     """
     for name, declared in field_types(type(config)).items():
         value = getattr(config, name)
@@ -78,6 +88,7 @@ def check_types(config: object, *, wide: tuple[str, ...] = ()) -> None:
 
 def _checked(name: str, value: Any, expected: Any, is_wide: bool) -> Any:
     """Returns a field's value in its declared type. Raises ConfigError if it is of another type."""
+    value = without_numpy(value)
     if typing.get_origin(expected) is Literal:
         _check_option(name, value, typing.get_args(expected))
     elif typing.get_origin(expected) is tuple:

@@ -18,6 +18,7 @@ from moe.config.checks import (
     check_types,
     field_types,
     show,
+    without_numpy,
 )
 from moe.config.data import BYTE_VOCABULARY, DataConfig
 from moe.config.layout import MeshConfig, check_layout
@@ -167,7 +168,7 @@ class RunConfig:
     @classmethod
     def config_dict(cls) -> ConfigDict:
         """Returns every field with its default, as the ConfigDict that a config file changes."""
-        config = ConfigDict(cls().to_dict())
+        config = _Fields.from_dict(cls().to_dict())
         model: Any = config.model
         optimizer: Any = config.optimizer
         # These fields are None, but a flag may set them.
@@ -178,6 +179,21 @@ class RunConfig:
     def to_dict(self) -> dict[str, Any]:
         """Returns the config as nested dicts, as config.json holds it."""
         return _as_dict(self)
+
+
+class _Fields(ConfigDict):
+    """Is a ConfigDict whose fields hold a NumPy scalar as the Python number that they expect."""
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "_Fields":
+        """Returns the fields with their values. Groups of fields become such objects, too."""
+        fields = cls()
+        for name, value in values.items():
+            fields[name] = cls.from_dict(value) if isinstance(value, dict) else value
+        return fields
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        super().__setitem__(key, without_numpy(value))
 
 
 # The fields and groups of fields that say where a run is computed, and are no part of what it is.

@@ -111,7 +111,7 @@ class _Wait:
         if time.monotonic() >= self._end:
             raise ConfigError(
                 f"{self.workdir} is being written by {holder}: "
-                "wait until it ends, or set another --workdir"
+                "wait until it ends, or set another workdir"
             )
 
     def sleep(self) -> None:

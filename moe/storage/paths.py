@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar, Union
 
 from moe import files
-from moe.config.checks import ConfigError, expand_run_path
+from moe.config.checks import ConfigError, expand_run_path, show
 from moe.files import announce_wait
 
 if TYPE_CHECKING:
@@ -48,6 +48,8 @@ def run_path(path: str | os.PathLike[str], *, ask: bool = True) -> RunPath:
     this account may not use, and Unreachable if the store does not answer. Without `ask`, the
     bucket is not asked for, since nothing in it may be needed.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise ConfigError(f"workdir={show(path)} is no path: set workdir to the directory of a run")
     # pathlib writes gs://bucket/run as gs:/bucket/run.
     text = re.sub(r"^gs:/+", "gs://", expand_run_path("workdir", os.fspath(path)))
     return _bucket_path(text, ask) if text.startswith("gs://") else Path(text)
@@ -68,10 +70,21 @@ def size(path: RunPath) -> int:
     return path.stat().st_size if isinstance(path, Path) else path.stat().length
 
 
-def make_directory(path: RunPath) -> None:
-    """Makes a directory and those above it. An object store needs none."""
-    if isinstance(path, Path):
+def make_directory(path: RunPath, name: str = "workdir") -> None:
+    """Makes a directory and those above it. An object store needs none.
+
+    Where it cannot, it raises an OSError of one line, whose advice is to set what has this `name`.
+    """
+    if not isinstance(path, Path):
+        return
+    try:
         path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        is_there = isinstance(error, FileExistsError)
+        reason = "something else is there" if is_there else error.strerror
+        raise type(error)(
+            f"{path} cannot be made a directory ({reason}): set {name} to one that can be written"
+        ) from None
 
 
 def remove_tree(path: RunPath) -> None:

@@ -106,7 +106,7 @@ def check_same(workdir: RunPath, stored: StoredFile, config: DataConfig) -> None
         raise ConfigError(
             f"{name}={value} is another {kind} than that of {workdir} "
             f"(SHA-256 {here[:12]} here, {stored.sha256[:12]} there): set {name} to "
-            f"{stored.path}, or set another --workdir"
+            f"{stored.path}, or set another workdir"
         )
 
 

@@ -202,7 +202,7 @@ def wait_for_step(checkpoints: Checkpoints, step: int) -> None:
         if time.monotonic() > deadline:
             raise ConfigError(
                 f"{checkpoints.directory} has no step {step} on this host, and process 0 sees it: "
-                "set --workdir to a directory that all hosts share"
+                "set workdir to a directory that all hosts share"
             )
         time.sleep(0.1)
 

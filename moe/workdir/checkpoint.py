@@ -199,7 +199,7 @@ def read_checkpoints(workdir: RunPath) -> Checkpoints:
     """
     if not (workdir / "checkpoints").is_dir():
         raise ConfigError(
-            f"{workdir / 'checkpoints'} does not exist: set --workdir to a run that has saved one"
+            f"{workdir / 'checkpoints'} does not exist: set workdir to a run that has saved one"
         )
     return Checkpoints(workdir, read_config(workdir))
 
@@ -259,7 +259,7 @@ def check_rows(
             raise ConfigError(
                 f"{checkpoints.directory} was {verb} on rows with checksum {saved[:8]}, and those "
                 f"now under data.directory have {now[:8]}: "
-                "set data.directory to the former, or another --workdir"
+                "set data.directory to the former, or another workdir"
             )
 
 

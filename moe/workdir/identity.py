@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 from moe.config import PLACE_FIELDS, ConfigError, RunConfig, flatten
@@ -110,7 +111,7 @@ def read_saved_config(workdir: RunPath) -> RunConfig | None:
     It is read from config.json, or from the latest checkpoint if that file is missing.
     """
     if (workdir / CONFIG_FILE).exists():
-        return read_config(workdir)
+        return _read_config_file(workdir / CONFIG_FILE)
     directory = workdir / "checkpoints"
     steps = checkpoint_steps(directory)
     if not steps:
@@ -119,22 +120,30 @@ def read_saved_config(workdir: RunPath) -> RunConfig | None:
 
 
 def read_config(workdir: RunPath) -> RunConfig:
-    """Returns the config in a run's config.json. Raises ConfigError if it has none."""
-    path = workdir / CONFIG_FILE
+    """Returns the config of the run in `workdir`. Raises ConfigError if there is none."""
+    if isinstance(workdir, Path) and workdir.is_file():
+        directory = workdir.parent if workdir.name == CONFIG_FILE else "the directory of a run"
+        raise ConfigError(f"{workdir} is a file: set workdir to {directory}")
+    saved = read_saved_config(workdir)
+    if saved is None:
+        raise ConfigError(
+            f"{workdir / CONFIG_FILE} does not exist: set workdir to the directory of a run"
+        )
+    return saved
+
+
+def _read_config_file(path: RunPath) -> RunConfig:
+    """Returns the config in a run's config.json. Raises ConfigError if it is damaged."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(
-            f"{path} does not exist: set --workdir to the directory of a run"
-        ) from None
     except (ValueError, RecursionError) as error:
         raise ConfigError(
-            f"{path} is not JSON ({error}): restore it, or set another --workdir"
+            f"{path} is not JSON ({error}): restore it, or set another workdir"
         ) from None
     if not isinstance(config, dict):
         raise ConfigError(
             f"{path} holds {type(config).__name__} and not an object: "
-            "restore it, or set another --workdir"
+            "restore it, or set another workdir"
         )
     try:
         return RunConfig.from_config_dict(config)

@@ -10,10 +10,8 @@ from moe.storage.paths import RunPath, resolve, run_path, write_whole
 from moe.storage.tokenizer import check_same, names_file, read_stored
 from moe.workdir import checkpoint
 from moe.workdir.identity import (
-    CONFIG_FILE,
     checkpoint_steps,
     differing_fields,
-    read_config,
     read_saved_config,
     use_stored_tokenizer,
 )
@@ -50,7 +48,7 @@ def find_origin(workdir: RunPath, config: RunConfig, source: Source | None) -> O
             verb = "forked" if origin.is_fork else "started"
             raise ConfigError(
                 f"{workdir} {verb} from step {origin.step} of {origin.run}: "
-                f"leave out {source.flag}_from, or set another --workdir"
+                f"leave out {source.flag}_from, or set another workdir"
             )
         if has_begun:
             return origin
@@ -60,14 +58,14 @@ def find_origin(workdir: RunPath, config: RunConfig, source: Source | None) -> O
     if has_begun:
         raise ConfigError(
             f"{workdir} holds a run that started from new parameters: "
-            f"leave out {source.flag}_from, or set another --workdir"
+            f"leave out {source.flag}_from, or set another workdir"
         )
-    if not (source.run / CONFIG_FILE).exists():
+    saved = read_saved_config(source.run)
+    if saved is None:
         raise ConfigError(
             f"{source.flag}_from={source.run} is no run: "
             f"set {source.flag}_from to the directory of a run that has saved a checkpoint"
         )
-    saved = read_config(source.run)
     if source.is_fork:
         check_fork(source, saved, config)
     else:

@@ -5,6 +5,7 @@ import os
 from typing import NamedTuple
 
 from moe.config import ConfigError
+from moe.config.checks import without_numpy
 from moe.storage.paths import RunPath, run_path
 
 ORIGIN_FILE = "origin.json"
@@ -58,8 +59,10 @@ def read_source(
                 f"--fork_from={fork_from} names a run, but no step: "
                 "set --fork_step to one of its checkpoints before its decay"
             )
-        return Source(run_path(fork_from), fork_step, is_fork=True)
-    return Source(run_path(init_from), init_step, is_fork=False) if init_from else None
+        return Source(run_path(fork_from), without_numpy(fork_step), is_fork=True)
+    if init_from:
+        return Source(run_path(init_from), without_numpy(init_step), is_fork=False)
+    return None
 
 
 def read_origin(workdir: RunPath) -> Origin | None:
@@ -78,5 +81,5 @@ def read_origin(workdir: RunPath) -> Origin | None:
         return Origin(run_path(run, ask=False), int(saved["step"]), is_fork)
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"{path} does not say a run and a step ({error}): restore it, or set another --workdir"
+            f"{path} does not say a run and a step ({error}): restore it, or set another workdir"
         ) from None

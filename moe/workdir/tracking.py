@@ -88,8 +88,7 @@ def check_workdir(workdir: RunPath, config: RunConfig) -> None:
     differing = differing_fields(saved, config, allowed=("train.steps",))
     if differing:
         raise ConfigError(
-            f"{workdir} holds a run of another config ({'; '.join(differing)}): "
-            "set another --workdir"
+            f"{workdir} holds a run of another config ({'; '.join(differing)}): set another workdir"
         )
     use_stored_tokenizer(workdir, config)
     files = [field for field in FIELDS if names_file(config.data, field)]
@@ -117,7 +116,7 @@ def _check_steps(workdir: RunPath, saved: RunConfig, config: RunConfig) -> None:
         raise ConfigError(
             f"train.steps={after} has other learning rates from step {shared} on, and {workdir} "
             f"has trained {trained} steps with train.steps={before}: fork it instead, with a new "
-            f"--workdir, --fork_from={workdir} and a --fork_step of at most {shared}"
+            f"workdir, --fork_from={workdir} and a --fork_step of at most {shared}"
         )
 
 

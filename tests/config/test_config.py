@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
@@ -205,6 +206,33 @@ def test_a_section_of_another_class_is_refused() -> None:
 def test_a_whole_number_is_a_float() -> None:
     learning_rate = OptimizerConfig(learning_rate=1).learning_rate
     assert learning_rate == 1.0 and type(learning_rate) is float
+
+
+@pytest.mark.parametrize("width", [32, 64])
+def test_numpy_scalars_are_python_numbers(width: int) -> None:
+    """In every field, in a config file's ConfigDict as in a dict: config.json has plain numbers."""
+    kinds = {int: f"int{width}", float: f"float{width}", bool: "bool", str: "str"}
+    config: Any = RunConfig.config_dict()
+    for section, name, default in FIELDS:
+        if type(default) in kinds:
+            scalar = np.dtype(kinds[type(default)]).type(default)
+            group = config[section.split("__")[0]]
+            for part in section.split("__")[1:]:
+                group = group[part]
+            group[name] = scalar
+            path = f"{section}__{name}"
+            assert json.dumps(run_config(**{path: scalar}).to_dict())
+    plain = json.loads(json.dumps(config.to_dict()))
+    built = RunConfig.from_config_dict(config)
+    assert json.loads(json.dumps(built.to_dict())) == plain
+    assert abs(built.optimizer.learning_rate - 0.001) < 1e-9
+    (stage,) = run_config(data__stages=(np.int64(0),)).data.stages
+    assert type(stage) is int
+
+
+@pytest.mark.parametrize("value", [np.bool_(True), np.longdouble(1), np.datetime64("2026-01-01")])
+def test_other_scalars_are_refused_as_what_they_are(value: np.generic) -> None:
+    assert "set steps to a value of type int" in message(train__steps=value)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

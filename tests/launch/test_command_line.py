@@ -91,7 +91,20 @@ WHOLE = ("--config=config.py", "--workdir=config.py")
         # Flags.
         ((), "--config is missing: set --config to a config file"),
         (("--config=config.py",), "--workdir is missing: set --workdir=VALUE"),
-        ((*WHOLE, "--workdirs=x"), "Unknown command line flag 'workdirs'. Did you mean: workdir ?"),
+        ((*WHOLE, "--workdirs=x"), "--workdirs is not a flag: did you mean --workdir?"),
+        ((*WHOLE, "--zzz=x"), "--zzz is not a flag: --help lists the flags"),
+        (
+            (*WHOLE, "--steps=3"),
+            "--steps is not a flag: did you mean --config.train.steps?",
+        ),
+        (
+            (*WHOLE, "--confg.train.steps=3"),
+            "--confg.train.steps is not a flag: did you mean --config.train.steps?",
+        ),
+        (
+            (*WHOLE, "--noscan_layers"),
+            "--noscan_layers is not a flag: did you mean --config.model.scan_layers?",
+        ),
         (
             (*WHOLE, "--samples=few"),
             "flag --samples=few: invalid literal for int() with base 10: 'few'",

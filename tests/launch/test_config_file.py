@@ -32,6 +32,9 @@ RAISED = {
     "from absl import flags; raise flags.ValidationError('one of absl')": (
         "line 2: absl.flags._exceptions.ValidationError: one of absl"
     ),
+    "from moe.config import ModelConfig; ModelConfig(num_heads=3)": (
+        "line 2: num_heads=3 is not a multiple of num_kv_heads=2: set num_kv_heads to one of"
+    ),
     "import ml_collections; c = ml_collections.ConfigDict(); c.x = c.get_ref('y')": "line 2: ",
 }
 

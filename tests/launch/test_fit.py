@@ -22,7 +22,7 @@ from configs import dense_tiny
 from launch import sweep_table
 from launch.fit.__main__ import define_flags, find, main
 from launch.fit.emit import docstring
-from launch.fit.prediction import isoflop_model
+from launch.fit.prediction import isoflop_model, spend
 from launch.fit.results import as_json, as_text
 from launch.fit.study import fit_curves
 from launch.plotting import THEMES, write_drawing
@@ -328,7 +328,7 @@ def test_bad_input_is_told_in_one_line(
 
 def test_an_output_that_cannot_be_written_is_told_before_the_fit(tmp_path: Path) -> None:
     path = write_table(tmp_path / "runs.csv", grid())
-    with pytest.raises(ConfigError, match=r"^--output=.*cannot be written \(File exists\)"):
+    with pytest.raises(ConfigError, match=r"^--output=.*cannot be written \(.*is no directory\)"):
         fit(path, f"--output={path}")
 
 
@@ -345,6 +345,28 @@ def test_a_command_says_so_with_exit_code_2_before_it_loads_much(
     assert not {"jax", "scipy.optimize", "matplotlib", "flax"} & imported
     (line,) = (line for line in lines if not line.startswith("import time:"))
     assert done.returncode == 2 and line.startswith("error: ")
+
+
+@pytest.mark.parametrize("budget", ["1", "1e30"])
+def test_a_budget_that_no_model_can_spend_is_told_before_the_fit(
+    tmp_path: Path, budget: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = swept(tmp_path)
+    monkeypatch.setattr("launch.fit.__main__.solve_with_bar", pytest.fail)
+    number = re.escape(f"{float(budget):g}")
+    with pytest.raises(
+        ConfigError,
+        match=rf"^--budget={number} is no budget for all \d+ models \([^:]*\): "
+        r"set --budget between 1e\+\d+ and 1e\+\d+$",
+    ):
+        find(flag_values(path, f"--budget={budget}"))
+
+
+def test_a_budget_that_only_other_models_can_spend_is_told() -> None:
+    """The models' limits differ, so the best one may be beyond its own."""
+    run = RunConfig.from_config_dict(dense_tiny.get_config())
+    with pytest.raises(ConfigError, match=r"^--budget=1 is no budget for the best model \(.*: set"):
+        spend(list_candidates([run])[:1], 1.0)
 
 
 def test_a_missing_file_is_told(tmp_path: Path) -> None:
@@ -464,7 +486,7 @@ def test_the_hash_is_that_of_the_table_that_was_read(
     """A sweep that still runs writes the table again while it is fitted."""
     path = write_table(tmp_path / "runs.csv", grid())
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    monkeypatch.setattr("launch.fit.__main__.make_output", lambda _: path.unlink() or [])
+    monkeypatch.setattr("launch.fit.__main__.make_directory", lambda *_: path.unlink())
     assert find(flag_values(path, "--law=isoflop")).results.table_sha256 == digest
 
 

@@ -146,6 +146,20 @@ def test_what_process_0_says_too_is_not_repeated(tmp_path: Path, code: int) -> N
     assert run(tmp_path, body) == ("", "error: x\n", code)
 
 
+def test_a_log_that_was_lost_is_named_though_the_job_succeeds(tmp_path: Path) -> None:
+    body = """
+from pathlib import Path
+from launch import logs
+logs.start(logs.log_path(Path("logs"), rank), rank, 3)
+if rank == 1:
+    logs._running.writer.kill()
+"""
+    _, error, code = run(tmp_path, body)
+    assert code == 0
+    assert error.startswith("log lost: process 1's log_writer.py was killed by SIGKILL, and what")
+    assert len(error.splitlines()) == 1
+
+
 def test_a_process_that_does_not_leave_is_killed(tmp_path: Path) -> None:
     body = """
 if rank == 0:

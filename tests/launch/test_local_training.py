@@ -76,7 +76,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, data_directory: str) -> Path
     output, error = process.communicate(timeout=600)
     assert process.returncode == 0, error
     assert output.count("loss: ") == 1  # process 0 alone prints the result
-    assert error.startswith("2 x 2 cpu devices; process 0 is shown, and all have logs in ")
+    assert error.startswith("2 x 2 cpu devices; process 0 is shown, and all will have logs in ")
     return workdir
 
 

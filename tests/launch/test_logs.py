@@ -98,6 +98,21 @@ def test_a_process_with_a_log_can_still_show_a_text(tmp_path: Path) -> None:
     assert run(body, tmp_path, 0) == (b"log\n", b"", 0)  # it prints such a text itself
 
 
+@pytest.mark.parametrize("process_id", [0, 3])
+def test_a_writer_that_was_killed_is_named_at_the_end(tmp_path: Path, process_id: int) -> None:
+    """As the system does where memory is full. The process itself goes on."""
+    body = "print('one'); time.sleep(0.5); logs._running.writer.kill()\n"
+    body += "logs._running.writer.wait(); print('two'); print('three', flush=True)"
+    body = f"from moe.training.progress import Stream\nsys.stdout = Stream(sys.stdout)\n{body}"
+    output, error, code = run(body, tmp_path, process_id)
+    assert code == 0 and output == (b"" if process_id else b"one\n")
+    assert error.decode() == (
+        f"\nlog lost: process {process_id}'s log_writer.py was killed by SIGKILL, and what the "
+        "process printed since then is neither shown nor in its log\n"
+    )
+    assert logged(tmp_path, process_id) == ["one"]
+
+
 HELD = """
 import subprocess
 holder = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])

@@ -149,6 +149,24 @@ except SystemExit as end:
     assert layout_on(read(moe_671b), 1024, CHIPS["v5p"]).estimate.memory.total > 0
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--chip=h20", "--chip=h20 is no chip of the table: set it to h200"),
+        ("--chip=h200 --devices=3", "does not fit 3 devices: set sizes"),
+        ("--chip=cpu --devices=2", "set --devices=1, and config.mesh to one device"),
+        ("--chip=h200 --devices=3 --config.mesh.tensor=1", "set train.batch_size to a multiple"),
+        ("--chip=h200 --devices=16 --page=no/x.html", "--page=no/x.html: no is no directory"),
+        ("--chip=v5p --devices=2 --config.mesh.tensor=1", "make no usual slice of v5p: set"),
+    ],
+)
+def test_a_mistake_is_told_before_anything_is_printed(flags, message):
+    command = [sys.executable, "-m", "launch.plan", "--config=configs/dense_7b.py", *flags.split()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and not done.stdout
+    assert message in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+
+
 def rows_of_the_page() -> dict[str, tuple[str, str]]:
     """Returns the rows of the page's table of counts: the cells by the first one."""
     page = (ROOT / "docs/scaling_laws/counting.md").read_text()

@@ -288,7 +288,7 @@ def test_a_mistake_is_told_once(slurm: Cluster, tmp_path: Path) -> None:
     job = submit(slurm, f"--workdir={tmp_path}", "--", *command)
     log = tmp_path / "slurm" / f"{job}.log"
     slurm.wait_for(job, "FAILED", lambda _: read_log(log))
-    assert read_log(log).count("error: Unknown command line flag 'stpes'") == 1
+    assert read_log(log).count("error: --stpes is not a flag") == 1
     assert read_log(log).count("Exited with exit code 2") == 2
     (ROOT / "logs" / "train" / "process-00001.log").unlink()
 

@@ -12,12 +12,16 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from pyarrow import parquet
 
 from launch import sweep, sweep_runs, sweep_table
+from launch.compare import compare, group
+from launch.fit.__main__ import output_directory
+from launch.slurm.job import job_folder
 from launch.sweep import describe, train
 from launch.sweep_file import Planned, check_runs, distinct, jobs_of, plan, read_sweep
 from launch.sweep_process import Slot
@@ -25,6 +29,7 @@ from launch.sweep_runs import Sweep, report_rows
 from launch.sweep_table import COLUMNS, gather, read_result
 from moe.config import ConfigError, OptimizerConfig
 from moe.scaling.experiments.sweep import Point
+from moe.storage import owner
 from moe.storage.paths import RunPath
 from moe.workdir.identity import ABOUT_FILE, write_config
 from moe.workdir.tracking import read_metrics
@@ -119,6 +124,25 @@ def test_a_sweep_trains_each_run_and_writes_a_table(tmp_path: Path, pretender: P
     with (tmp_path / "runs.csv").open() as file:
         (first, _) = csv.DictReader(file)
     assert first["loss"] == "1.25" and first["reason"] == "" and first["identity"]
+
+
+@pytest.mark.parametrize("has_lock", [True, False])
+def test_no_run_can_have_the_name_of_what_is_written_beside_it(
+    tmp_path: Path, pretender: Pretender, monkeypatch: pytest.MonkeyPatch, has_lock: bool
+) -> None:
+    """The names are those that the commands write, not a list of this test."""
+    # On a mount the sweep's process holds a lease, a folder that its end leaves there.
+    monkeypatch.setattr(owner, "file_system", lambda path: "tmpfs" if has_lock else "nfs4")
+    planned = planned_runs(Point("a/seed_0", {}), Point("b/seed_0", {"train.log_every": 2}))
+    assert train(planned, tmp_path, 1) == 0
+    compare(group(planned), tmp_path)
+    fitted = SimpleNamespace(output=None, runs=str(tmp_path / "runs.csv"), law="clark")
+    written = {path.name for path in tmp_path.iterdir()} - {"a", "b"}
+    written |= {job_folder(str(tmp_path)).name, output_directory(fitted).name}  # pyright: ignore[reportArgumentType]
+    assert len(written) >= 10
+    for name in sorted(written):
+        with pytest.raises(ConfigError, match=f"{name} cannot name a run's directory"):
+            planned_runs(Point(name, {}))
 
 
 def test_what_is_done_is_not_trained_again(tmp_path: Path, pretender: Pretender) -> None:
@@ -241,6 +265,9 @@ def test_set_changes_every_run(tmp_path: Path) -> None:
         ('"train.steps": 100', '"train.step": 100', "two: train.step=100 is not a field: did you"),
         ('"train.steps": 100', '"train.steps": 0', "two: train.steps=0 must be positive"),
         ('"two"', '"one"', "one names two runs"),
+        ('"two"', '"runs.csv"', "runs.csv cannot name a run's directory, since launch.sweep"),
+        ('"two"', '"results/x"', "results/x cannot name a run's directory, since launch.sweep"),
+        ('"two"', '"fit_x"', "fit_x cannot name a run's directory, since launch.fit writes fit_x"),
         ('yield Point("one"', 'x = 1 / 0; yield Point("one"', "line 9: ZeroDivisionError"),
         ("Point", "Dot", "ImportError: cannot import name 'Dot'"),
         ("    yield", "    return []\n    yield", "get_sweep() yields no run"),
@@ -257,6 +284,28 @@ def test_a_mistake_in_a_sweep_gets_one_line(
         read_sweep(str(path), changes)
     assert message in str(caught.value) and str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        ("repeat([], 3)", "line 9: seeds=3 is one value, not several: set seeds to a list"),
+        ("grid({'seed': 3})", "line 9: seed=3 is one value, not several: set seed to a list"),
+        # These are computed once get_sweep has returned. So the line is where that begins.
+        ("map(int, 'x')", "line 8: ValueError: invalid literal for int() with base 10: 'x'"),
+        ("tuning_grid(RunConfig(), [], [])", "line 8: learning_rates=[]: set learning_rates to"),
+    ],
+)
+def test_a_mistake_of_an_iterator_names_the_line_of_the_file(
+    tmp_path: Path, result: str, message: str
+) -> None:
+    path = tmp_path / "sweep.py"
+    head, _, _ = SWEEP.replace("import Point", "import *").partition("    yield")
+    imported = "from moe.scaling.experiments.ladders import *"
+    path.write_text(f"{imported}{head}    return {result}\n")
+    with pytest.raises(ConfigError) as caught:
+        read_sweep(str(path), [])
+    assert str(caught.value).startswith(f"{path}, {message}")
 
 
 def test_a_directory_of_another_run_is_refused(tmp_path: Path) -> None:

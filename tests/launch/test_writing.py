@@ -35,6 +35,14 @@ def test_a_report_that_is_killed_leaves_the_earlier_files_whole(
     assert {path.name: path.read_bytes() for path in (tmp_path / "report").iterdir()} == before
 
 
+def test_an_error_names_the_file_that_was_to_be_written(tmp_path: Path) -> None:
+    """The hidden name under which it is written first says nothing to a user."""
+    for path in (tmp_path / "no" / "a.md", Path("/proc/a.md")):
+        with pytest.raises(FileNotFoundError) as caught:
+            write_whole(path, "a")
+        assert caught.value.filename == str(path)
+
+
 def test_a_file_is_written_whole_and_readable_as_others_are(tmp_path: Path) -> None:
     path, other = tmp_path / "a.md", tmp_path / "b.md"
     other.write_text("ä")

@@ -101,7 +101,7 @@ def test_another_tokenizer_is_refused_and_the_same_elsewhere_is_not(
     message = (
         rf"^data.tokenizer={other} is another tokenizer than that of {workdir} \(SHA-256 "
         rf"[0-9a-f]{{12}} here, [0-9a-f]{{12}} there\): set data.tokenizer to {workdir}/tokenizer/"
-        "mine.json, or set another --workdir$"
+        "mine.json, or set another workdir$"
     )
     with pytest.raises(ConfigError, match=message):
         check_workdir(workdir, config_with(other))

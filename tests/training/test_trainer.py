@@ -329,7 +329,7 @@ def test_a_new_run_starts_from_anothers_parameters(config, uninterrupted, tmp_pa
     with pytest.raises(
         ConfigError,
         match=r"fork started from step 8 of .*/source: "
-        r"leave out --init_from, or set another --workdir",
+        r"leave out --init_from, or set another workdir",
     ):
         trainer.fit(fork, workdir, init_from=uninterrupted)
     with pytest.raises(ConfigError, match=r"fork started from step 8 of .*/source"):
@@ -612,6 +612,18 @@ def test_a_damaged_checkpoint_is_named(config, uninterrupted, tmp_path):
     assert not (workdir / "checkpoints").exists()
 
 
+def test_what_is_no_run_is_told_without_a_command_s_flags(uninterrupted, tmp_path):
+    for path, message in (
+        (None, r"^workdir=None is no path: set workdir to the directory of a run$"),
+        (uninterrupted / "config.json", rf"is a file: set workdir to {uninterrupted}$"),
+        (uninterrupted / "metrics.jsonl", r"is a file: set workdir to the directory of a run$"),
+        (uninterrupted / "config.json" / "x", r"x.config.json does not exist: set workdir to the"),
+        (tmp_path, r"config.json does not exist: set workdir to the directory of a run$"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            trainer.load_run(path)
+
+
 def test_checkpoints_kept(config, tmp_path):
     train = dataclasses.replace(
         config.train, steps=7, checkpoint_every=1, keep_last=2, keep_every=3
@@ -658,6 +670,7 @@ def test_a_run_without_its_config_json_is_still_that_run(config, uninterrupted, 
     ):
         trainer.fit(dataclasses.replace(config, seed=1), tmp_path)
     assert {path for path in tmp_path.rglob("*") if path.is_file()} == before.keys()
+    assert trainer.load_run(tmp_path)[3] == 8
     trainer.fit(config, tmp_path)
     assert read_config(tmp_path) == config
     assert_same_run(config, tmp_path, uninterrupted)

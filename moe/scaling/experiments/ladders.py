@@ -68,7 +68,7 @@ def sparsity_ladder(
 
 def _check_positive(name: str, values: Sequence[float]) -> None:
     """Raises ConfigError if an argument of a ladder is empty or has numbers that cannot be."""
-    if not values or not all(0 < value < math.inf for value in values):
+    if len(values) == 0 or not all(0 < value < math.inf for value in values):
         raise ConfigError(f"{name}={show(values)}: set {name} to one or more numbers above 0")
 
 

@@ -207,30 +207,47 @@ def changed_fields(before: Mapping[str, Any], config: RunConfig) -> dict[str, An
 
 
 def grid(fields: Mapping[str, Sequence[Any]]) -> Iterator[Point]:
-    """Yields a point for every combination of some values of each dotted field.
+    """Returns a point for every combination of some values of each dotted field.
 
     A name has the last part of each field and its value: learning_rate=0.001/batch_size=16.
     """
-    for values in itertools.product(*fields.values()):
-        chosen = dict(zip(fields, values, strict=True))
-        name = "/".join(f"{field.rpartition('.')[2]}={value}" for field, value in chosen.items())
-        yield Point(name, chosen)
+    for field, values in fields.items():
+        _check_several(field, values)
+    chosen = (
+        dict(zip(fields, values, strict=True)) for values in itertools.product(*fields.values())
+    )
+    return (Point("/".join(map(_part, one.items())), one) for one in chosen)
+
+
+def _part(item: tuple[str, Any]) -> str:
+    """Returns what a field and its value are called in a point's name."""
+    field, value = item
+    return f"{field.rpartition('.')[2]}={value}"
+
+
+def _check_several(name: str, values: Any) -> None:
+    """Raises ConfigError for one value in the place of several, such as a text."""
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise ConfigError(
+            f"{name}={show(values)} is one value, not several: set {name} to a list, as in "
+            f"[{show(values)}]"
+        )
 
 
 def repeat(points: Iterable[Point], seeds: Sequence[int]) -> Iterator[Point]:
-    """Yields each point once with each seed, as NAME/seed_N: all points with the first seed first.
+    """Returns each point once with each seed, as NAME/seed_N: all points with the first seed first.
 
     So all points can be compared once the first seed is trained.
     """
-    listed = [Point(*point) for point in points]
+    _check_several("seeds", seeds)
     if len(set(seeds)) < len(seeds):
         raise ConfigError(f"seeds={show(seeds)} has a seed twice: set distinct numbers")
-    for seed in seeds:
-        for point in listed:
-            trunk = point.fork_from and f"{point.fork_from}/seed_{seed}"
-            yield Point(
-                f"{point.name}/seed_{seed}",
-                {**point.overrides, "seed": seed},
-                trunk,
-                point.fork_step,
-            )
+    listed = [Point(*point) for point in points]
+    return (_with_seed(point, seed) for seed in seeds for point in listed)
+
+
+def _with_seed(point: Point, seed: int) -> Point:
+    """Returns a point with a seed, which starts from the trunk with the same seed, if from any."""
+    trunk = point.fork_from and f"{point.fork_from}/seed_{seed}"
+    overrides = {**point.overrides, "seed": seed}
+    return Point(f"{point.name}/seed_{seed}", overrides, trunk, point.fork_step)

@@ -7,7 +7,7 @@ import pytest
 
 from moe.kernels.attention import Choice
 from moe.kernels.benchmarks import attention as benchmark
-from moe.kernels.benchmarks import grouped_matmul, tune
+from moe.kernels.benchmarks import decode, grouped_matmul, tune
 
 
 def run(monkeypatch, command, *arguments):
@@ -53,6 +53,20 @@ def test_the_benchmark_checks_times_and_writes(tmp_path, monkeypatch, capsys):
             row["tflops"] == pytest.approx(flops / row["ms"] / 1e9)
             and f"{row['ms']:.2f} ms" in printed
         )
+
+
+@pytest.mark.parametrize(
+    ("command", "flag"),
+    [(benchmark, "json"), (decode, "json"), (grouped_matmul, "json"), (tune, "table")],
+)
+def test_a_file_that_cannot_be_written_is_told_before_anything_is_measured(
+    command, flag, tmp_path, monkeypatch, capsys
+):
+    for path in (tmp_path, tmp_path / "no" / "a.json"):
+        with pytest.raises(SystemExit):
+            run(monkeypatch, command, f"--{flag}={path}")
+        output = capsys.readouterr()
+        assert not output.out and f"--{flag}: {path} is a directory, or in none" in output.err
 
 
 def test_the_benchmark_times_one_implementation_under_every_mask(monkeypatch):

@@ -1,7 +1,9 @@
 """Tests the points of scaling experiments: what they vary, and what stays equal."""
 
 import dataclasses
+import json
 
+import numpy as np
 import pytest
 
 from moe.config import (
@@ -136,6 +138,19 @@ def test_forks_start_where_the_decay_does_if_checkpoints_allow() -> None:
 
 
 WSD = dataclasses.replace(BASE, optimizer=OptimizerConfig(schedule="wsd"))
+
+
+def test_ladders_take_numpy_arrays() -> None:
+    base = dataclasses.replace(BASE, optimizer=OptimizerConfig(schedule="wsd"))
+    widths = np.array([32, 64])
+    for ladder, as_arrays, as_lists in (
+        (iso_flop_ladder, ({np.float64(4e13): widths},), ({4e13: [32, 64]},)),
+        (token_ladder, (widths, 2e6 * np.arange(1, 3)), ([32, 64], [2e6, 4e6])),
+        (tuning_grid, (np.array([0.5, 0.25]), widths), ([0.5, 0.25], [32, 64])),
+    ):
+        found = expand(base, ladder(base, *as_arrays))
+        assert found == expand(base, ladder(base, *as_lists))
+        assert json.dumps([run.config.to_dict() for run in found])
 
 
 @pytest.mark.parametrize(

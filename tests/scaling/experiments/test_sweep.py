@@ -138,6 +138,14 @@ def test_points_are_repeated_seed_by_seed() -> None:
         list(repeat(points, (1, 1)))
 
 
+@pytest.mark.parametrize("value", [3, 0.5, "stdlib", None])
+def test_one_value_in_the_place_of_several_is_refused_at_the_call(value: Any) -> None:
+    """Not later, when nobody knows any more which line of a user's file has made the call."""
+    for make in (lambda: grid({"seeds": value}), lambda: repeat([], value)):
+        with pytest.raises(ConfigError, match=rf"^seeds={value!r} is one value, .*\[{value!r}\]$"):
+            make()
+
+
 def test_overrides_lead_from_the_base_to_the_config() -> None:
     changes = {"optimizer.learning_rate": 0.5, "model.moe.num_experts": 8, "seed": 3}
     (run,) = expand(BASE, [Point("a", changes)])
