@@ -119,12 +119,12 @@ def find(values: flags.FlagValues) -> Solution:
 def naming(path: Path) -> Iterator[None]:
     """Puts the table's path before an error. The checks of runs do not know where they are from.
 
-    An error of a flag stays as it is.
+    An error of --budget, which is of no run, stays as it is.
     """
     try:
         yield
     except ConfigError as error:
-        if str(error).startswith("--"):
+        if str(error).startswith("--budget="):
             raise
         raise ConfigError(f"{path}: {error}") from None
 
