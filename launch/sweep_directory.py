@@ -3,6 +3,8 @@
 A run of such a name would lie in the way of what is written, or mix its files with it.
 """
 
+from pathlib import Path
+
 from launch.slurm.job import FOLDER as SLURM_FOLDER
 from moe.config import ConfigError
 from moe.storage.owner import LEASE_DIRECTORY, LOCK_FILE
@@ -22,8 +24,11 @@ _RESERVED = {
     SLURM_FOLDER: "launch.slurm",
     COMPARISON_JSON: "launch.compare",
     COMPARISON_TEXT: "launch.compare",
-    LOSSES_FIGURE: "launch.compare",
-    FRONTS_FIGURE: "launch.compare",
+    **{
+        f"{Path(figure).stem}{suffix}": "launch.compare"
+        for figure in (LOSSES_FIGURE, FRONTS_FIGURE)
+        for suffix in (".png", ".pdf")
+    },
 }
 
 
