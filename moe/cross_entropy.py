@@ -103,7 +103,11 @@ def _check_arguments(
         raise TypeError(
             f"unembedding is of type {type(unembedding).__name__}: give Unembedding(weight_DV)"
         )
+    if hidden_BTD.ndim != 3:
+        raise ValueError(f"hidden states have shape {hidden_BTD.shape}: give them as [B, T, D]")
     weight, dims = unembedding.weight, unembedding.dims
+    if dims not in ("DV", "VD"):
+        raise ValueError(f"Unembedding has dims={dims!r}: set dims to 'DV' or 'VD'")
     batch, length, width = hidden_BTD.shape
     if weight.ndim != 2 or weight.shape[dims.index("D")] != width:
         raise ValueError(
@@ -114,6 +118,8 @@ def _check_arguments(
     for name, x in (("targets", targets_BT), *(("mask", mask) for mask in masks_BT)):
         if x.shape != (batch, length):
             raise ValueError(f"{name} has shape {x.shape}: give one of shape {(batch, length)}")
+    if not jnp.issubdtype(targets_BT.dtype, jnp.integer):
+        raise TypeError(f"targets are {targets_BT.dtype.name}: give token ids, as int32")
     for mask in masks_BT:
         check_mask("mask", mask)
     if chunk < 1:

@@ -264,9 +264,21 @@ def test_a_device_may_hold_logits_of_minus_infinity_alone():
             {"targets": jnp.zeros((2, 4), jnp.int32)},
             "targets has shape (2, 4): give one of shape (2, 3)",
         ),
+        (
+            {"targets": jnp.zeros((2, 3))},
+            "targets are float32: give token ids, as int32",
+        ),
+        (
+            {"hidden": jnp.ones((3, 4))},
+            "hidden states have shape (3, 4): give them as [B, T, D]",
+        ),
+        (
+            {"unembedding": Unembedding(jnp.ones((4, 5)), "EV")},
+            "Unembedding has dims='EV': set dims to 'DV' or 'VD'",
+        ),
         ({"chunk": 0}, "chunk=0 is too small: set it to 1 or more"),
     ],
-    ids=["mask", "weight", "transposed", "targets", "chunk"],
+    ids=["mask", "weight", "transposed", "shape", "dtype", "rank", "dims", "chunk"],
 )
 def test_wrong_arguments_are_refused_in_one_line(changes, message):
     arguments = {

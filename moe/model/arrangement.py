@@ -128,7 +128,7 @@ copy_to_slots.defvjp(_copy_to_slots_forward, _copy_to_slots_backward)
 
 @jax.custom_vjp
 def add_rows(rows_ID: jax.Array, arrangement: Arrangement) -> jax.Array:
-    """Returns the sum of each token's rows, [N, D], summed in float32.
+    """Returns the sum of each token's rows, [N, D], summed in float32 (or float64).
 
     It is the transpose of `copy_to_slots`. Its backward pass needs no rows.
     """
@@ -144,7 +144,10 @@ add_rows.defvjp(
 
 @jax.custom_vjp
 def combine(rows_ID: jax.Array, weights_NA: jax.Array, arrangement: Arrangement) -> jax.Array:
-    """Returns the sum of each token's rows times their weights, [N, D], summed in float32."""
+    """Returns the sum of each token's rows times their weights, [N, D].
+
+    It is summed in float32, or in float64 if one of the arrays is float64.
+    """
     return weighted_sum(rows_ID, weights_NA, arrangement)
 
 

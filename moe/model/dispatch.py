@@ -177,7 +177,8 @@ def dense(
     rows_END = jnp.broadcast_to(x_ND.astype(jnp.float32), (num_experts, *x_ND.shape))
     outputs_END = weights(rows_END.astype(x_ND.dtype))
     chosen_NAE = jax.nn.one_hot(experts_NA, num_experts, dtype=bool)
-    weights_NE = jnp.sum(jnp.where(chosen_NAE, weights_NA[..., None], 0.0), axis=1)
+    weights_NAE = jnp.where(chosen_NAE, weights_NA[..., None], 0.0)
+    weights_NE = jnp.sum(weights_NAE, axis=1, dtype=jnp.float32)
     y_ND = jnp.einsum(
         "end,ne->nd", outputs_END.astype(jnp.float32), weights_NE, precision="highest"
     )
@@ -396,7 +397,7 @@ def _grouped_experts_forward(
     outputs = grouped_swiglu(_kernel_inputs(x_ND, weights, blocks), implementation)
     y_ND = combine(outputs.rows_ID, weights_NA, blocks.arrangement)
     # A policy of jax.checkpoint cannot keep the results of a loop, unless they have a name.
-    gate_up = checkpoint_name(outputs.gate_up, expert_parallel.PROJECTIONS)
+    gate_up = checkpoint_name(outputs.gate_up, "gate and up")
     return y_ND, GroupedResiduals(x_ND, weights_NA, weights, blocks, gate_up)
 
 

@@ -236,8 +236,8 @@ class Stack(nn.Module):
             unroll=1 if self.config.scan_layers else repeats,
             metadata_params={"dim": "L"},
             # The check traces the period once more, to find broadcast variables, of which there are
-            # none. Without it, `init` would draw other parameters from the same key.
-            check_constancy_invariants=self.is_initializing(),
+            # none. Without it, other parameters would be drawn from the same key.
+            check_constancy_invariants=self.is_mutable_collection("params"),
         )
         return scanned(
             self.config,

@@ -82,11 +82,11 @@ def counts(batch: Batch) -> Sums:
     the whole batch. Without `segment_ids` there is no padding, as for a model. Raises TypeError for
     a `loss_mask` that is not bool.
     """
-    check_mask("loss_mask", batch["loss_mask"])
-    segment_ids = batch.get("segment_ids", jnp.ones_like(batch["targets"]))
+    check_mask("loss_mask", mask_BT := batch["loss_mask"])
+    is_text = batch["segment_ids"] > 0 if "segment_ids" in batch else jnp.ones_like(mask_BT)
     return {
-        "targets": jnp.sum(batch["loss_mask"], dtype=jnp.float32),
-        "tokens": jnp.sum(segment_ids > 0, dtype=jnp.float32),
+        "targets": jnp.sum(mask_BT, dtype=jnp.float32),
+        "tokens": jnp.sum(is_text, dtype=jnp.float32),
     }
 
 

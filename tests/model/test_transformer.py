@@ -314,6 +314,14 @@ def test_a_block_is_traced_once_for_all_layers_of_its_group(monkeypatch):
     assert traced == [(2, 9, 16)]
 
 
+def test_apply_draws_the_parameters_that_init_draws():
+    """Flax's other way to make variables, which has to trace what `init` traces."""
+    model, batch, key = Transformer(SMALL), {"tokens": tokens()}, jax.random.key(0)
+    draw = lambda key: model.apply({}, batch, rngs={"params": key}, mutable=["params"])[1]
+    drawn, expected = (unbox(jax.jit(f)(key)) for f in (draw, lambda key: model.init(key, batch)))
+    jax.tree.map(np.testing.assert_array_equal, drawn["params"], expected["params"])
+
+
 def test_program_and_compile_size_do_not_grow_with_depth():
     def program_lines(num_layers):
         config = dataclasses.replace(SMALL, num_layers=num_layers)

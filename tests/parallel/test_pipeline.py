@@ -366,8 +366,7 @@ def test_a_tick_stores_activations_alone(remat: str) -> None:
     assert len(large) == 1 or remat == "none"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("remat", ["none", pytest.param("full", marks=pytest.mark.slow)])
 def test_ticks_store_gate_and_up_of_the_experts_rows_without_remat(remat: str) -> None:
     model = dataclasses.replace(with_moe(FLAT, dispatch="dropless"), remat=remat)
     widths = {shape[-1] for shape in shapes_of_ticks(model, rounds=1) if shape}

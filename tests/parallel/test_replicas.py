@@ -118,15 +118,13 @@ def test_parts_of_rows_are_replicas_of_a_dense_model(mesh, gather_once, way) -> 
     [
         (EXCHANGES["all_gather"] | {"mesh.data": 8}, "data"),
         ({"model.moe.num_experts": 0, "mesh.fsdp": 4, "mesh.context": 2}, "context"),
-        ({"model.moe.num_experts": 0, "mesh.pipeline": 2, "mesh.data": 4}, "data"),
     ],
-    ids=["data", "context", "data of a pipeline"],
+    ids=["data", "context"],
 )
 def test_gradients_of_copies_are_sent_once_in_a_step(fields, axis) -> None:
     fields = fields | {"train.batch_size": 32, "train.accumulation": 4}
     config, program, compiled = compile_step(fields)
-    # What stages copy may be added up over both axes at once, or over one after the other.
-    is_sum = lambda use: use.kind == "all-reduce" and axis in use.axes
+    is_sum = lambda use: (use.kind, use.axes) == ("all-reduce", (axis,))
     least, sent = (
         sum(use.bytes for use in collectives if is_sum(use))
         for collectives in (
@@ -134,7 +132,26 @@ def test_gradients_of_copies_are_sent_once_in_a_step(fields, axis) -> None:
             read_collectives(compiled.as_text(), program.mesh.shape),
         )
     )
-    assert 0.9 * least <= sent <= 1.02 * least
+    assert 0.99 * least <= sent <= 1.02 * least
+
+
+def test_gradients_of_what_stages_copy_are_summed_over_replicas_and_then_over_stages() -> None:
+    """The compiler of GPUs makes one sum of these two, which sends the least that is counted."""
+    stages, replicas = 2, 4
+    fields = {"model.moe.num_experts": 0, "mesh.pipeline": stages, "mesh.data": replicas}
+    fields |= {"train.batch_size": 32, "train.accumulation": 4}
+    config, program, compiled = compile_step(fields)
+    sums = {}
+    for use in least_collectives(config, config.mesh):
+        sums[use.axes] = sums.get(use.axes, 0) + use.bytes * (use.kind == "all-reduce")
+    whole = sums["data", "pipeline"] / (1 - 1 / (stages * replicas))
+    expected = sums["data",] + whole * (1 - 1 / replicas) + whole * (1 - 1 / stages)
+    sent = sum(
+        use.bytes
+        for use in read_collectives(compiled.as_text(), program.mesh.shape)
+        if use.kind == "all-reduce" and {"data", "pipeline"} & set(use.axes)
+    )
+    assert 0.99 * expected <= sent <= 1.02 * expected
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,8 @@ def test_a_custom_task_need_not_have_a_vocabulary_of_bytes():
 
 def test_counts_need_no_segments_and_refuse_weights():
     tokens, mask = jnp.zeros((2, 3), jnp.int32), jnp.ones((2, 3), bool)
-    found = counts({"targets": tokens, "loss_mask": mask})
-    assert (int(found["targets"]), int(found["tokens"])) == (6, 6)
+    for batch in ({}, {"segment_ids": tokens + 1}):
+        found = counts(batch | {"loss_mask": mask})
+        assert (int(found["targets"]), int(found["tokens"])) == (6, 6)
     with pytest.raises(TypeError, match=r"^loss_mask is float32, .*: give loss_mask > 0"):
         counts({"targets": tokens, "loss_mask": 0.5 * mask})

@@ -16,9 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from moe.parallel.collectives.weights import gather, scatter
 from moe.parallel.mesh import axis_size
 
-# Names what a device received for its experts, and gate and up of its experts' rows.
-EXCHANGED = "exchanged rows"
-PROJECTIONS = "experts' projections"
+EXCHANGED = "exchanged rows"  # names what a device received for its experts
 
 
 def _name(received: jax.Array) -> jax.Array:
