@@ -195,7 +195,7 @@ def assert_close(config: RunConfig) -> None:
         # Cases whose embeddings are tied alike share the gradients in float32.
         ("no experts", "one device", False, True, 1),
         pytest.param("dropless", "one device", False, True, 4, marks=pytest.mark.slow),
-        ("dense", "data 2, expert 4", True, True, 1),
+        pytest.param("dense", "data 2, expert 4", True, True, 1, marks=pytest.mark.slow),
         ("capacity, all-to-all", "fsdp 2, expert 2, tensor 2", True, True, 1),
     ],
 )

@@ -128,7 +128,13 @@ def test_a_kernel_that_is_wrong_is_refused_in_a_line_at_each_start(tmp_path, cap
     [
         ("sys.exit(7)", 60.0, "ended with code 7"),
         ("os.abort()", 60.0, "ended with code -6"),
-        ("signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)", SHORT, "took more than"),
+        # Ten seconds pass before it is killed.
+        pytest.param(
+            "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)",
+            SHORT,
+            "took more than",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_kernel_that_crashes_or_hangs_is_not_tried_again(

@@ -147,7 +147,12 @@ def exact_results(window):
 
 @pytest.mark.parametrize(
     ("implementation", "window"),
-    [("reference", None), ("blockwise", None), ("tpu", None), ("reference", (2, 2))],
+    [
+        ("reference", None),
+        pytest.param("blockwise", None, marks=pytest.mark.slow),
+        ("tpu", None),
+        ("reference", (2, 2)),
+    ],
 )
 def test_a_ring_in_bfloat16_is_as_exact_as_one_device(implementation, window):
     """The parts of 8 ranks are rounded once, after they are added up.

@@ -70,7 +70,7 @@ def least(config: RunConfig, kind: str, axis: str) -> float:
         # Without remat nothing is sent again, whatever the exchange.
         pytest.param("all_to_all", "none", marks=pytest.mark.slow),
         ("all_to_all", "save_exchange"),
-        ("all_to_all", "full"),
+        pytest.param("all_to_all", "full", marks=pytest.mark.slow),
     ],
 )
 def test_what_experts_received_is_sent_again_unless_it_is_saved(exchange, remat) -> None:
@@ -82,7 +82,9 @@ def test_what_experts_received_is_sent_again_unless_it_is_saved(exchange, remat)
     assert found == pytest.approx(slots * least(config, kind, "expert"), rel=0.1)
 
 
-@pytest.mark.parametrize("remat", ["none", "save_attention", "full"])
+@pytest.mark.parametrize(
+    "remat", [pytest.param("none", marks=pytest.mark.slow), "save_attention", "full"]
+)
 def test_ulysses_sends_again_what_comes_before_an_output_that_is_saved(remat) -> None:
     fields = {"mesh.fsdp": 2, "mesh.context": 4, "model.remat": remat}
     fields["model.attention.context_parallelism"] = "ulysses"

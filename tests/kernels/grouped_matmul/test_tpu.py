@@ -161,6 +161,7 @@ def test_several_tiles_and_calls(small_tiles):
         check_against_plain_jax("tpu", seed, SEVERAL_TILES, block_rows=16)
 
 
+@pytest.mark.slow
 def test_memory_that_nothing_wrote_is_not_read_and_cores_do_not_race(
     simulation, small_tiles, capsys
 ):
