@@ -295,7 +295,11 @@ def one_document():
     }
 
 
-@pytest.mark.parametrize("model", ["encoder-decoder", "encoder-decoder of experts"])
+@pytest.mark.parametrize(
+    "model",
+    # A cache holds keys and values, whatever the layers have beside attention.
+    ["encoder-decoder", pytest.param("encoder-decoder of experts", marks=pytest.mark.slow)],
+)
 def test_a_cache_changes_nothing(model):
     model, batch = MODELS[model](), one_document()
     rows = np.arange(2)[:, None]

@@ -347,9 +347,11 @@ SPARSE = dataclasses.replace(
 )
 
 
+# tests/test_guests.py and tests/model/test_experts.py have plain ones.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sizes", "rows"),
-    [({"data": 4, "expert": 2}, 4), pytest.param({"fsdp": 8}, 1, marks=pytest.mark.slow)],
+    [({"data": 4, "expert": 2}, 4), ({"fsdp": 8}, 1)],
 )
 def test_a_batch_too_small_for_the_mesh_is_copied(sizes, rows):
     """The batch gives up its axes, and no other dimension takes them: results are one device's."""
