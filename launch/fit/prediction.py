@@ -68,13 +68,11 @@ def spend(candidates: Sequence[Candidate], budget: float) -> RunConfig:
 
     Raises ConfigError, which says what budgets the models can spend, if there is none.
     """
-    reason = ""
-    for candidate in candidates:
-        try:
-            return candidate.run(budget)
-        except ConfigError as error:
-            reason = str(error).partition(": ")[0]
-    able = [power for power in 10.0 ** np.arange(1, 40) if _can_spend(candidates, float(power))]
+    config, reason = _first_trainable(candidates, budget)
+    if config:
+        return config
+    powers = [float(power) for power in 10.0 ** np.arange(1, 40)]
+    able = [power for power in powers if _first_trainable(candidates, power)[0]]
     limits = f"between {able[0]:.0e} and {able[-1]:.0e}" if able else "to another number"
     models = "the best model" if len(candidates) == 1 else f"all {len(candidates)} models"
     raise ConfigError(
@@ -82,15 +80,17 @@ def spend(candidates: Sequence[Candidate], budget: float) -> RunConfig:
     )
 
 
-def _can_spend(candidates: Sequence[Candidate], budget: float) -> bool:
-    """Returns whether any of the models can be trained on a budget."""
+def _first_trainable(
+    candidates: Sequence[Candidate], budget: float
+) -> tuple[RunConfig | None, str]:
+    """Returns the config of the first model that a budget can train, or None and why none can."""
+    reason = ""
     for candidate in candidates:
         try:
-            candidate.run(budget)
-        except ConfigError:
-            continue
-        return True
-    return False
+            return candidate.run(budget), ""
+        except ConfigError as error:
+            reason = str(error).partition(": ")[0]
+    return None, reason
 
 
 def table_configs(runs: Runs, is_strict: bool) -> list[RunConfig]:

@@ -161,12 +161,11 @@ def per_shard(
     """
     mesh = jax.sharding.get_abstract_mesh()
     _check_manual_axes(mesh, in_dims)
-    sizes = _auto_sizes(mesh)
     # A kernel cannot be split by the compiler, so the axes with other names become Manual, too.
     axes = set(_axes_of_type(mesh, AxisType.Auto))
-    is_split = math.prod(mesh.shape[axis] for axis in axes) > 1
-    if AxisType.Explicit in mesh.axis_types or not (sizes or is_split):
+    if AxisType.Explicit in mesh.axis_types or not axes:
         return function(*arrays)
+    sizes = _auto_sizes(mesh)
     results = jax.eval_shape(function, *arrays)
     in_specs, out_specs = (
         tuple(_spec_over(dims, x.shape, sizes) for dims, x in zip(all_dims, xs, strict=True))

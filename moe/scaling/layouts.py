@@ -114,16 +114,16 @@ def cheapest_fit(config: RunConfig, mesh: MeshConfig, chip: Chip) -> str | None:
     """
     own, remats = config.model.remat, _remats(config)
     remats = remats[remats.index(own) :] if own in remats else (own,)
-    gather_choices = {config.train.gather_once, False}
-    fits = []
+    bases, fits = [config], []
+    if config.train.gather_once:
+        train = dataclasses.replace(config.train, gather_once=False)
+        bases.append(dataclasses.replace(config, train=train))
     for split in _more_fsdp(mesh):
         if not _is_possible(config, split):
             continue
         numbers = [n for n in _microbatches(config, split) if n >= config.train.accumulation]
-        for remat, number, gathers in itertools.product(remats, numbers, gather_choices):
-            changed = _change(config, split, remat, number)
-            train = dataclasses.replace(changed.train, gather_once=gathers)
-            changed = dataclasses.replace(changed, train=train)
+        for base, remat, number in itertools.product(bases, remats, numbers):
+            changed = _change(base, split, remat, number)
             if _fits(changed, chip):
                 changes = _changes(config, mesh, changed, split)
                 time = estimate(changed, split, chip).step_seconds

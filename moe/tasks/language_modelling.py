@@ -82,7 +82,8 @@ def counts(batch: Batch) -> Sums:
     the whole batch. Without `segment_ids` there is no padding, as for a model. Raises TypeError for
     a `loss_mask` that is not bool.
     """
-    check_mask("loss_mask", mask_BT := batch["loss_mask"])
+    mask_BT = batch["loss_mask"]
+    check_mask("loss_mask", mask_BT)
     is_text = batch["segment_ids"] > 0 if "segment_ids" in batch else jnp.ones_like(mask_BT)
     return {
         "targets": jnp.sum(mask_BT, dtype=jnp.float32),
