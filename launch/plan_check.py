@@ -63,13 +63,14 @@ _ON_CPU = (
     "dense_tiny moe_tiny bpe_tiny chat_tiny fill_in_the_middle_tiny masked_tiny mixture_tiny "
     "packages_tiny span_corruption_tiny text_tiny benchmark_dense"
 )
+_IN_TURN = {"train.gather_once": False}
 _SMALL_BATCH = {"train.batch_size": 64, "train.accumulation": 4}
 _CAPACITY = {"model.moe.dispatch": "capacity", "model.moe.exchange": "all_to_all"}
 _STAGES = {"mesh.pipeline": 2, "train.accumulation": 8, "train.gather_once": False}
 _REPLICAS = {"mesh.pipeline": 2, "mesh.data": 2, "mesh.fsdp": 2, "train.accumulation": 8}
 _SPARSE_REPLICAS = {**_REPLICAS, "mesh.expert": 2, "train.batch_size": 64, "model.remat": "none"}
 _GATHERED = {"model.remat": "none", "train.batch_size": 64, "train.accumulation": 1}
-_KEPT = {"model.remat": "none", "train.batch_size": 256, "train.accumulation": 4}
+_KEPT = {"model.remat": "none", **_IN_TURN, "train.batch_size": 256, "train.accumulation": 4}
 _UNROLLED = {"model.remat": "none", "model.scan_layers": False, "train.batch_size": 512}
 CASES = (
     # The configs, on the hardware that they name.
@@ -98,10 +99,13 @@ CASES = (
         Case(name, "h200", devices, {**changes, "model.remat": remat})
         for name, devices, changes, remats in (
             ("dense_7b", 8, {"mesh.tensor": 1, **_SMALL_BATCH}, ("save_attention", "offload")),
-            ("moe_8x7b", 64, {}, ("full", "save_attention", "offload")),
+            ("moe_8x7b", 64, _IN_TURN, ("full", "save_exchange", "save_attention", "offload")),
         )
         for remat in remats
     ),
+    Case("moe_8x7b", "v5p", 64, _IN_TURN),
+    *(Case("moe_30b_a3b", chip, 64, _IN_TURN) for chip in ("h200", "v5p")),
+    Case("moe_1b_7b", "h200", 64, {"train.gather_once": True}),
     Case("dense_7b", "h200", 8, {"mesh.tensor": 1, **_SMALL_BATCH, "train.gather_once": True}),
     Case("dense_1b", "h200", 8, _STAGES),
     Case("dense_1b", "h200", 8, {**_STAGES, "train.pipeline_rounds": 4}),

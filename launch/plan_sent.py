@@ -32,6 +32,8 @@ _LAYOUTS: dict[str, tuple[dict[str, int], dict[str, int], int]] = {
     "moe_8x7b": ({"expert": 8}, {"fsdp": 8, "expert": 8}, 1),
     "moe_30b_a3b": ({"expert": 8}, {"fsdp": 8, "expert": 8}, 1),
 }
+# What gathers parameters once a step. The others do for each microbatch, which takes less memory.
+_GATHERED_ONCE = ("dense_1b",)
 
 
 def _mesh(name: str, devices: int) -> dict[str, int]:
@@ -48,7 +50,8 @@ def _cases() -> Iterator[Case]:
         changes: dict[str, Any] = {f"mesh.{axis}": size for axis, size in mesh.items()}
         rows = _LAYOUTS[name][2]
         changes |= {"train.batch_size": microbatches * devices * rows, "model.remat": remat}
-        yield Case(name, chip, devices, changes | {"train.accumulation": microbatches})
+        changes["train.accumulation"] = microbatches
+        yield Case(name, chip, devices, changes | {"train.gather_once": name in _GATHERED_ONCE})
 
 
 CASES = tuple(_cases())

@@ -461,6 +461,23 @@ def test_a_manual_axis_leaves_the_others_their_layouts_and_exchange(name, axis):
     assert all(f" {collective}(" in program for collective in collectives)
 
 
+@pytest.mark.parametrize("exchange", ["all_to_all", "all_gather"])
+def test_a_sparse_layer_takes_its_own_experts_where_a_shard_map_has_split_them(exchange):
+    mesh = jax.make_mesh((2, 4), ("data", "expert"), (AxisType.Auto,) * 2)
+    function, variables, x = sparse_on(exchange), shared_moe_variables(), activations()
+    specs = jax.tree.map(lambda w: P("expert") if w.ndim == 3 else P(), variables)
+    rows = P(("data", "expert"))
+    mapped = jax.shard_map(
+        function, mesh=mesh, in_specs=(specs, rows), out_specs=rows, check_vma=False
+    )
+    gradients = lambda function: jax.jit(
+        jax.value_and_grad(lambda v, x: sum_of_sines(function(v, x)), argnums=(0, 1))
+    )
+    expected = gradients(function)(variables, x)
+    with jax.set_mesh(mesh):
+        same(gradients(mapped)(variables, x), expected, rtol=1e-4)
+
+
 def test_pure_functions_take_explicit_axes_as_they_are():
     config = dataclasses.replace(SPARSE, num_groups=2, groups_per_token=1)
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 # - w_LDF, stacked over layers: pipeline splits L, and the rest is as in w_DF.
 # The letter t is the time of the residual stream, between the matmuls of layers. Inside of them
 # tensor splits heads and widths, and all devices of this axis have the same tokens, T.
+# The letter e counts the experts of one device, where a shard_map has already split them.
 # The letter P counts the parts of a sum over tokens that devices have not exchanged yet: one for
 # each device with tokens of its own.
 # Dimensions that are not listed (H, A, and so on) are never split.
@@ -170,7 +171,6 @@ def check_layout(config: "RunConfig", mesh: MeshConfig) -> None:
     _check_batch(config, sizes)
     _check_context(config, mesh)
     _check_pipeline(config, mesh)
-    _check_gather_once(config, mesh)
     model = config.model
     # Fewer key/value heads than devices on the tensor axis are copied, so either number may divide
     # the other.
@@ -199,7 +199,7 @@ def check_layout(config: "RunConfig", mesh: MeshConfig) -> None:
 
 def gathers_once(config: "RunConfig", sizes: Mapping[str, int]) -> bool:
     """Returns whether a step gathers parameters once for all microbatches on such a mesh."""
-    return config.train.gathers_once and sizes["fsdp"] > 1
+    return config.train.gathers_once and sizes["fsdp"] * sizes["expert"] > 1
 
 
 def count_batch_parts(sizes: Mapping[str, int]) -> int:
@@ -253,15 +253,6 @@ def _check_context(config: "RunConfig", mesh: MeshConfig) -> None:
         raise ConfigError(
             f"model.num_heads={num_heads} cannot be split over mesh.context*tensor={split}, "
             "as Ulysses does: set model.attention.context_parallelism to 'ring'"
-        )
-
-
-def _check_gather_once(config: "RunConfig", mesh: MeshConfig) -> None:
-    """Raises ConfigError if the parameters cannot be gathered once for all microbatches."""
-    if config.train.gather_once and mesh.expert > 1:
-        raise ConfigError(
-            f"train.gather_once=True gathers over mesh.fsdp alone, and mesh.expert={mesh.expert} "
-            "splits parameters as well: set train.gather_once to False, or mesh.expert to 1"
         )
 
 

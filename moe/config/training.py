@@ -98,9 +98,10 @@ class TrainConfig:
     steps: int = 1000  # the number of updates of the parameters
     batch_size: int = 16  # the number of rows in a step, over all devices and microbatches
     accumulation: int = 1  # the number of microbatches into which a step's batch is divided
-    # True gathers the parameters over mesh.fsdp once for all microbatches of a step, and scatters
-    # their gradients once. Each device then holds both whole, in float32. False does it for each
-    # layer and microbatch, and so do steps of one microbatch, which would send no less.
+    # True gathers parameters over mesh.fsdp and mesh.expert once for all microbatches of a step,
+    # and scatters gradients once. Each device then holds both whole, in float32, but of the experts
+    # only its own. False does it for each layer and microbatch, and so do steps of one microbatch,
+    # which would send no less.
     gather_once: bool = False
     # How often each microbatch goes around the stages of mesh.pipeline: 1 is GPipe's schedule, and
     # more rounds of fewer layers each are the circular one, whose stages wait less.

@@ -19,7 +19,7 @@ from moe.model import routing
 from moe.model.dispatch import Weights, run_experts
 from moe.model.layers import FeedForward, check_static, einsum
 from moe.model.tokens import TokenInfo
-from moe.parallel.mesh import constrain, on_auto_axes, per_shard
+from moe.parallel.mesh import axis_size, constrain, on_auto_axes, per_shard
 from moe.parallel.sequence import gather_time, splits_time
 from moe.parameters import parameter
 
@@ -83,9 +83,10 @@ class MoE(nn.Module):
         # over the tensor axis apart, since the router's is the same on all of its devices.
         routed = self._route(gather_time(x_BTD), tokens, capacities)
         capacity = 0 if capacities is None else int(capacities[length])
+        e = "E" if self._num_given() == c.num_experts else "e"
         y_BTD, dropped_BT = per_shard(
             functools.partial(run_experts, c, capacity, splits_time=splits_time(length)),
-            ("BTD", "BTA", "BTA", "EDF", "EDF", "EFD"),
+            ("BTD", "BTA", "BTA", f"{e}DF", f"{e}DF", f"{e}FD"),
             ("BtD", "BT"),
             *(gather_time(x_BTD), routed.experts_BTA, routed.weights_BTA, *self._weights(d)),
         )
@@ -95,9 +96,17 @@ class MoE(nn.Module):
         dropped = routed.stats.dropped + jnp.sum(dropped_BT)
         return y_BTD, routed._replace(stats=routed.stats._replace(dropped=dropped))
 
+    def _num_given(self) -> int:
+        """Returns how many experts' weights are given: all, or in a shard_map a device's own."""
+        num_experts, devices = self.config.num_experts, axis_size("expert")
+        for gate in jax.tree.leaves(self.get_variable("params", "gate")):
+            if len(gate) * devices == num_experts:
+                return len(gate)
+        return num_experts
+
     def _weights(self, d: int) -> Weights:
         """Declares the experts' weights, for activations of width `d`."""
-        e, f, scale = self.config.num_experts, self.config.expert_dim, self.output_scale
+        e, f, scale = self._num_given(), self.config.expert_dim, self.output_scale
         return Weights(
             parameter(self, "gate", "EDF", (e, d, f), kind="linear", fan_in=d),
             parameter(self, "up", "EDF", (e, d, f), kind="linear", fan_in=d),

@@ -304,9 +304,12 @@ def _later_gradients(config: RunConfig, sizes: Mapping[str, int]) -> int:
     They are those of the layers, for one microbatch or, in a pipeline, for all. Beside the loss
     stand only their sums over the microbatches before.
     """
-    whole = ("fsdp",) if gathers_once(config, sizes) else ()
-    layers = [array for array in parameters(config) if "V" not in array.dims]
-    return FLOAT32 * sum(array.layers(sizes) * array.elements(sizes, whole) for array in layers)
+    is_whole = gathers_once(config, sizes)
+    return FLOAT32 * sum(
+        array.layers(sizes) * array.elements(sizes, array.axes("D", sizes) if is_whole else ())
+        for array in parameters(config)
+        if "V" not in array.dims
+    )
 
 
 def _loss(config: RunConfig, sizes: Mapping[str, int], platform: Platform) -> int:

@@ -101,7 +101,7 @@ def step_bytes(config: RunConfig, mesh: MeshConfig, platform: Platform) -> StepB
     gathered, gradients = 0, state.gradients
     if gathers_once(config, sizes):
         whole = sum(
-            array.layers(sizes) * array.elements(sizes, whole=("fsdp",))
+            array.layers(sizes) * array.elements(sizes, whole=array.axes("D", sizes))
             for array in parameters(config)
         )
         # The compiler of TPUs keeps what it gathered in the compute dtype, unless stages of a

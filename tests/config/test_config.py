@@ -430,12 +430,6 @@ def test_values_out_of_range(changes: dict[str, Any], expected: str) -> None:
             "mesh.pipeline*train.pipeline_rounds=4 pieces cannot share: set model.num_layers to 5",
         ),
         (
-            {"mesh__expert": 4, "train__gather_once": True, "model__moe__num_experts": 4}
-            | {"train__batch_size": 8, "train__accumulation": 2},
-            "train.gather_once=True gathers over mesh.fsdp alone, and mesh.expert=4 splits "
-            "parameters as well: set train.gather_once to False, or mesh.expert to 1",
-        ),
-        (
             {"mesh__tensor": 3},
             "model.num_kv_heads=2 and mesh.tensor=3 do not divide each other: "
             "set mesh.tensor to a divisor of 2",
@@ -471,7 +465,6 @@ def test_the_fixes_that_messages_name_are_accepted() -> None:
     run_config(train__batch_size=8, train__accumulation=4)
     run_config(optimizer__warmup_fraction=0.0)
     run_config(mesh__data=3, train__batch_size=3)
-    run_config(mesh__expert=4, train__batch_size=8, train__accumulation=2)
     run_config(mesh__context=3, data__sequence_length=6)
     run_config(mesh__tensor=8, model__num_heads=8)
     pipeline = {"mesh__pipeline": 2, "train__accumulation": 2}

@@ -240,11 +240,15 @@ def test_replicas_of_a_pipeline_compute_what_one_device_does(gather_once: bool) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("gather_once", [False, True])
-def test_replicas_of_a_sparse_pipeline_compute_what_one_device_does(gather_once: bool) -> None:
+@pytest.mark.parametrize(
+    ("mesh", "gather_once"),
+    [(REPLICAS, False), (REPLICAS, True), ({"pipeline": 2, "fsdp": 2, "expert": 2}, True)],
+    ids=str,
+)
+def test_replicas_of_a_sparse_pipeline_compute_what_one_device_does(mesh, gather_once) -> None:
     """The balance loss is that of a microbatch on all replicas."""
     model = with_moe(SPARSE, dispatch="dropless")
-    assert_equals_one_device(model, REPLICAS, 1, {}, gather_once=gather_once)
+    assert_equals_one_device(model, mesh, 1, {}, gather_once=gather_once)
 
 
 @pytest.mark.slow

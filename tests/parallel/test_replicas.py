@@ -25,14 +25,19 @@ MESHES = {
     "data, expert": {"data": 2, "expert": 4},
     "data, context": {"data": 2, "context": 4},
 }
-GATHERED_ONCE = {
-    "data, fsdp, tensor": {"data": 2, "fsdp": 2, "tensor": 2},
-}
+# Meshes on which parameters are gathered once, and the dispatch of their experts.
+GATHERED_ONCE = [
+    ({"data": 2, "fsdp": 2, "tensor": 2}, "dropless"),
+    ({"data": 2, "fsdp": 2, "expert": 2}, "capacity, all-to-all"),
+    pytest.param({"data": 1, "fsdp": 2, "expert": 4}, "dropless", marks=pytest.mark.slow),
+    pytest.param({"data": 1, "expert": 4, "tensor": 2}, "capacity", marks=pytest.mark.slow),
+    pytest.param({"data": 1, "expert": 4, "context": 2}, "dense", marks=pytest.mark.slow),
+]
 
 
-def sparse_config(scope: str) -> RunConfig:
+def sparse_config(scope: str, dispatch: str = "dropless") -> RunConfig:
     """Returns a run of 4 microbatches on one device, whose layers are all sparse."""
-    layout = ("one device", "scanned", "full", "4", "a third", "dropless", scope)
+    layout = ("one device", "scanned", "full", "4", "a third", dispatch, scope)
     return run_config(layout, first_dense_layers=0)
 
 
@@ -66,9 +71,9 @@ def test_replicas_of_a_sparse_model_compute_what_one_device_does(mesh, scope) ->
     assert_same(step(with_mesh(sparse_config(scope), mesh)), on_one_device(scope))
 
 
-@pytest.mark.parametrize("mesh", GATHERED_ONCE.values(), ids=GATHERED_ONCE)
-def test_a_sparse_model_that_is_gathered_once_computes_the_same(mesh) -> None:
-    found = step(with_mesh(sparse_config("batch"), mesh, gather_once=True))
+@pytest.mark.parametrize(("mesh", "dispatch"), GATHERED_ONCE, ids=str)
+def test_a_sparse_model_that_is_gathered_once_computes_the_same(mesh, dispatch) -> None:
+    found = step(with_mesh(sparse_config("batch", dispatch), mesh, gather_once=True))
     assert_same(found, on_one_device("batch"))
 
 
@@ -160,12 +165,13 @@ def test_gradients_of_what_stages_copy_are_summed_over_replicas_and_then_over_st
         {"mesh.fsdp": 8},
         {"mesh.fsdp": 2, "mesh.data": 2, "mesh.pipeline": 2},
         {"mesh.fsdp": 4, "mesh.tensor": 2},
+        EXCHANGES["all_gather"] | {"mesh.fsdp": 2, "mesh.expert": 4},
     ],
     ids=str,
 )
 def test_parameters_gathered_once_are_sent_once_in_a_step(mesh) -> None:
-    fields = mesh | {"train.batch_size": 32, "train.accumulation": 4}
-    fields |= {"model.moe.num_experts": 0, "train.gather_once": True}
+    fields = {"model.moe.num_experts": 0} if "mesh.expert" not in mesh else {}
+    fields |= mesh | {"train.batch_size": 32, "train.accumulation": 4, "train.gather_once": True}
     config, program, compiled = compile_step(fields)
     # CPUs add up the whole stream over the tensor axis, where other chips scatter it.
     is_sum = lambda use: use.kind != "all-gather" and "tensor" in use.axes

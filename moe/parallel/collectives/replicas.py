@@ -1,13 +1,16 @@
 """Adds up over replicas once in a step what each of them computed of its own rows.
 
 The devices of some mesh axes hold copies of the parameters: those of `data`, of `context`, and with
-`train.gather_once` those of `fsdp` for the time of a step. The partitioner adds up the gradients of
-copies for each layer and microbatch. Here these axes are Manual (jax.shard_map), so a device adds
-up its own microbatches first, and what it sends does not grow with their number:
+`train.gather_once` those of `fsdp` and `expert` for the time of a step. The partitioner adds up the
+gradients of copies for each layer and microbatch. Here these axes are Manual (jax.shard_map), so a
+device adds up its own microbatches first, and what it sends does not grow with their number:
 
-    parameters -> (gathered over fsdp) -> each device's microbatches, one after the other
-                                             |  gradients are added up on the device
-    gradients  <- (scattered over fsdp) <- summed over the replicas
+    parameters -> (gathered) -> each device's microbatches, one after the other
+                                   |  gradients are added up on the device
+    gradients  <- (scattered) <- summed over the replicas
+
+Devices along `expert` have no copies of experts' weights, but each its own experts, to which the
+others send rows as ever. The sum over `expert` leaves these weights out.
 
 In a pipeline each stage does this for its own layers, with its own microbatches, after its ticks.
 """
@@ -19,13 +22,14 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
-from moe.config import AXES, RunConfig, split_axes
+from moe.config import AXES, RULES, RunConfig, split_axes
 from moe.config.layout import gathers_once
 from moe.parallel.collectives.weights import lay_out_whole, present, sum_gradient
 from moe.parallel.mesh import per_shard
 from moe.parameters import Declared, is_declared
 
-_ROWS = ("data", "fsdp")  # the axes that may be Manual here and split rows
+_on_declared = functools.partial(jax.tree.map, is_leaf=is_declared)
+_ROWS = ("data", "fsdp", "expert")  # the axes that may be Manual here and split rows
 
 
 def replica_axes(config: RunConfig) -> tuple[str, ...]:
@@ -41,7 +45,7 @@ def replica_axes(config: RunConfig) -> tuple[str, ...]:
     if not config.model.moe.num_experts and config.task != "span_corruption":
         axes.append("context")
     if gathers_once(config, sizes):
-        axes.append("fsdp")
+        axes += ["fsdp", "expert"]
     return tuple(axis for axis in axes if sizes[axis] > 1)
 
 
@@ -61,24 +65,23 @@ def on_replicas(
 
     def on_replica(*arguments: Any) -> tuple[Any, Any]:
         gradient, sums = function(*arguments)
-        add_up = functools.partial(_add_up, axes=axes)
-        gradient = jax.tree.map(add_up, declared, gradient, is_leaf=is_declared)
+        gradient = _on_declared(functools.partial(_add_up, axes), declared, gradient)
         return gradient, jax.tree.map(lambda x: jax.lax.psum(x, axes), sums)
 
-    spec = lambda dims: PartitionSpec(*split_axes(dims, axes))
+    whole, spec = PartitionSpec(), lambda dims: PartitionSpec(*split_axes(dims, axes))
+    weight_specs = _on_declared(functools.partial(_split_experts, axes), declared)
 
     def run(variables: Any, batch: Mapping[str, jax.Array], counts: Any) -> tuple[Any, Any]:
-        if "fsdp" in axes:
+        if not set(axes).isdisjoint(RULES["D"]):
             variables = _gather_weights(variables, declared, dtype)
-        gradient_specs = jax.tree.map(lambda leaf: spec(leaf.dims), declared, is_leaf=is_declared)
         mapped = jax.shard_map(
             on_replica,
             in_specs=(
-                PartitionSpec(),
+                dict.fromkeys(variables, whole) | {"params": weight_specs},
                 {name: spec(dims.get(name, "B")) for name in batch},
-                PartitionSpec(),
+                whole,
             ),
-            out_specs=(gradient_specs, PartitionSpec()),
+            out_specs=(_on_declared(lambda leaf: spec(leaf.dims), declared), whole),
             axis_names=set(axes),
             check_vma=False,
         )
@@ -88,7 +91,7 @@ def on_replicas(
 
 
 def _gather_weights(variables: Any, declared: Any, dtype: jax.typing.DTypeLike) -> Any:
-    """Rounds weights to the dtype that they are multiplied in, and gathers them over fsdp.
+    """Rounds weights to the dtype that they are multiplied in, and gathers their width D.
 
     They have the parameter's dtype again then, since gradients have the dtype of what they are of.
     Norms and routers compute in float32, and are left to `jax.shard_map`.
@@ -99,17 +102,25 @@ def _gather_weights(variables: Any, declared: Any, dtype: jax.typing.DTypeLike) 
             return w
         return lay_out_whole(w, dtype, leaf.dims).astype(w.dtype)
 
-    params = jax.tree.map(gather, declared, variables["params"], is_leaf=is_declared)
-    return variables | {"params": params}
+    return variables | {"params": _on_declared(gather, declared, variables["params"])}
 
 
-def _add_up(leaf: Declared, gradient: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """Adds up the gradient of a parameter. What fsdp splits is scattered over it."""
-    width_axes = ("fsdp",) if "fsdp" in axes and "D" in leaf.dims else ()
-    run = lambda gradient: (sum_gradient(gradient, leaf.dims.find("D"), width_axes, axes),)
+def _split_experts(axes: tuple[str, ...], leaf: Declared) -> PartitionSpec:
+    """Returns the spec of a gathered weight: only its experts are still split, if it has some."""
+    entries = zip(leaf.dims, split_axes(leaf.dims, axes), strict=True)
+    return PartitionSpec(*(split if dim == "E" else () for dim, split in entries))
+
+
+def _add_up(axes: tuple[str, ...], leaf: Declared, gradient: jax.Array) -> jax.Array:
+    """Adds up the gradient of a parameter. Its width is scattered over the axes that split it."""
+    split = dict(zip(leaf.dims, split_axes(leaf.dims, axes), strict=True))
+    width, width_axes, expert_axes = leaf.dims.find("D"), split.get("D", ()), split.get("E", ())
+    copied = tuple(axis for axis in axes if axis not in expert_axes)
+    run = lambda gradient: (sum_gradient(gradient, width, width_axes, copied),)
     # Each device adds up its own part. The partitioner would join the parts of the Auto axes before
     # a scatter.
-    return per_shard(run, (leaf.dims,), (leaf.dims,), gradient)[0]
+    dims = leaf.dims.replace("E", "e") if expert_axes else leaf.dims
+    return per_shard(run, (dims,), (dims,), gradient)[0]
 
 
 def sum_over_replicas(x: jax.Array) -> jax.Array:
