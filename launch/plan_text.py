@@ -9,6 +9,7 @@ from moe.scaling.flops import run_active_parameters, run_recomputed_flops
 from moe.scaling.hardware import Chip
 from moe.scaling.layouts import Layout, cheapest_fit
 from moe.scaling.memory import StepBytes
+from moe.scaling.roofline import estimate
 
 GIB = 2**30
 SHOWN_LAYOUTS = 10
@@ -24,6 +25,7 @@ def plan_lines(layout: Layout, chip: Chip) -> list[str]:
         fit_line(layout, chip),
         "",
         *align(collective_rows(layout)),
+        *gather_lines(layout, chip),
         "",
         *align(time_rows(layout)),
         speed_line(layout),
@@ -90,8 +92,26 @@ def collective_rows(layout: Layout) -> list[tuple[str, ...]]:
                 f"{collective.bytes / GIB:.3f}",
             )
         )
-    total = sum(collective.bytes for collective in layout.estimate.collectives)
-    return [*rows, ("total", "", "", "", f"{total / GIB:.3f}")]
+    return [*rows, ("total", "", "", "", f"{sent_bytes(layout) / GIB:.3f}")]
+
+
+def sent_bytes(layout: Layout) -> float:
+    """Returns the least that each device sends in a step."""
+    return sum(collective.bytes for collective in layout.estimate.collectives)
+
+
+def gather_lines(layout: Layout, chip: Chip) -> list[str]:
+    """Returns what a step sends and takes if it gathers parameters once, if that helps and fits."""
+    train = dataclasses.replace(layout.config.train, gather_once=True)
+    config = dataclasses.replace(layout.config, train=train)
+    once = Layout(config, estimate(config, layout.estimate.mesh, chip))
+    fits = once.estimate.memory.total <= chip.memory_bytes
+    if not fits or sent_bytes(once) >= sent_bytes(layout):
+        return []
+    return [
+        f"With train.gather_once=True it would send {sent_bytes(once) / GIB:.1f} GiB, and take "
+        f"{once.estimate.memory.total / GIB:.1f} GiB of memory."
+    ]
 
 
 def time_rows(layout: Layout) -> list[tuple[str, ...]]:
@@ -130,7 +150,7 @@ def flops_line(layout: Layout) -> str:
 
 def layout_lines(layouts: list[Layout]) -> list[str]:
     """Returns the table of the layouts that fit, and the flags of the best one."""
-    rows = [("", "mesh", "remat", "microbatches", "GiB", "seconds", "MFU", "bounded by")]
+    rows = [("", "mesh", "remat", "microbatches", "gathers", "GiB", "seconds", "MFU", "bounded by")]
     for number, layout in enumerate(layouts[:SHOWN_LAYOUTS], 1):
         plan = layout.estimate
         mesh = dataclasses.asdict(plan.mesh)
@@ -140,6 +160,7 @@ def layout_lines(layouts: list[Layout]) -> list[str]:
                 " ".join(f"{axis}={size}" for axis, size in mesh.items() if size > 1) or "-",
                 layout.config.model.remat,
                 str(layout.config.train.accumulation),
+                "once" if layout.config.train.gather_once else "each",
                 f"{plan.memory.total / GIB:.1f}",
                 f"{plan.step_seconds:.4g}",
                 f"{100 * plan.mfu:.0f} %",

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from moe.config import ConfigError, MeshConfig, RunConfig, check_layout
-from moe.config.layout import count_batch_parts
+from moe.config.layout import count_batch_parts, gathers_once
 from moe.scaling.hardware import Chip
 from moe.scaling.memory import state_bytes, step_bytes
 from moe.scaling.roofline import Estimate, estimate
@@ -31,6 +31,7 @@ class Layout(NamedTuple):
         fields = {f"mesh.{axis}": size for axis, size in mesh.items()} | {
             "model.remat": self.config.model.remat,
             "train.accumulation": train.accumulation,
+            "train.gather_once": train.gather_once,
         }
         if self.config.mesh.pipeline > 1:
             fields["train.pipeline_rounds"] = train.pipeline_rounds
@@ -40,18 +41,20 @@ class Layout(NamedTuple):
 def fitting_layouts(config: RunConfig, devices: int, chip: Chip) -> list[Layout]:
     """Returns the layouts on so many chips that fit their memory, the shortest step first.
 
-    For each mesh and each choice of remat, it has the fewest microbatches that fit. In a pipeline,
-    whose stages wait less with more of them, it has those numbers of microbatches and rounds whose
-    step is shortest. Layouts of equal time come with the least to hide behind it first, then with
-    the most free memory.
+    For each mesh and each choice of remat, it has the fewest microbatches that fit, and so for
+    parameters that are gathered once a step. In a pipeline, whose stages wait less with more of
+    them, it has those numbers of microbatches and rounds whose step is shortest. Layouts of equal
+    time come with the least to hide behind it first, then with the most free memory.
     """
     found = []
     choose = lambda mesh: _first_fit if mesh.pipeline == 1 else _shortest_fit
     for mesh in _meshes(config, devices):
         if state_bytes(config, mesh).total > chip.memory_bytes:
             continue  # most meshes of a large model end here
-        for remat in _remats(config):
-            if fit := choose(mesh)(config, mesh, remat, chip):
+        for remat, once in itertools.product(_remats(config), (False, True)):
+            fit = choose(mesh)(_gather_once(config, once), mesh, remat, chip)
+            # Steps of one microbatch, and meshes that split no parameter, are the same either way.
+            if fit and gathers_once(fit, dataclasses.asdict(mesh)) == once:
                 found.append(Layout(fit, estimate(fit, mesh, chip)))
     order = lambda layout: (
         layout.estimate.step_seconds,
@@ -59,6 +62,12 @@ def fitting_layouts(config: RunConfig, devices: int, chip: Chip) -> list[Layout]
         layout.estimate.memory.total,
     )
     return sorted(found, key=order)
+
+
+def _gather_once(config: RunConfig, value: bool) -> RunConfig:
+    """Returns a config that gathers parameters once a step, or for each microbatch."""
+    train = dataclasses.replace(config.train, gather_once=value)
+    return dataclasses.replace(config, train=train)
 
 
 def _first_fit(config: RunConfig, mesh: MeshConfig, remat: str, chip: Chip) -> RunConfig | None:
@@ -116,8 +125,7 @@ def cheapest_fit(config: RunConfig, mesh: MeshConfig, chip: Chip) -> str | None:
     remats = remats[remats.index(own) :] if own in remats else (own,)
     bases, fits = [config], []
     if config.train.gather_once:
-        train = dataclasses.replace(config.train, gather_once=False)
-        bases.append(dataclasses.replace(config, train=train))
+        bases.append(_gather_once(config, value=False))
     for split in _more_fsdp(mesh):
         if not _is_possible(config, split):
             continue

@@ -52,6 +52,22 @@ def test_a_plan_has_every_kind_of_memory_and_what_is_sent():
     assert "<td class=words>attention: weights</td><td>4,096</td>" in page
 
 
+def test_a_plan_says_what_gathering_once_would_send_and_take():
+    each, once = (
+        layout_on(read(dense_7b, **{"train.gather_once": value}), 64, H200)
+        for value in (False, True)
+    )
+    sent, taken = (
+        sum(use.bytes for use in once.estimate.collectives) / 2**30,
+        once.estimate.memory.total / 2**30,
+    )
+    expected = f"With train.gather_once=True it would send {sent:.1f} GiB, and take {taken:.1f} GiB"
+    assert expected in "\n".join(plan_lines(each, H200))
+    assert "gather_once" not in "\n".join(plan_lines(once, H200))
+    small = dataclasses.replace(H200, memory_bytes=(taken - 1) * 2**30)
+    assert "gather_once" not in "\n".join(plan_lines(each, small))
+
+
 def test_a_layout_that_does_not_fit_names_its_largest_part_and_a_change_that_fits():
     config = read(dense_7b, **{"train.accumulation": 1, "mesh.tensor": 1})
     layout = layout_on(config, 64, H200)
@@ -70,10 +86,8 @@ def test_the_layouts_that_fit_are_listed_with_flags_that_choose_the_first():
     layouts = fitting_layouts(read(dense_7b), 8, H200)
     lines = layout_lines(layouts)
     flags = dict(flag.split("=") for flag in lines[-1].split("--config.")[1:])
-    changes = {
-        name: value.strip() if name == "model.remat" else int(value)
-        for name, value in flags.items()
-    }
+    read_value = {"model.remat": str.strip, "train.gather_once": lambda value: value == "True"}
+    changes = {name: read_value.get(name, int)(value) for name, value in flags.items()}
     chosen = read(dense_7b, **changes)
     assert estimate(chosen, chosen.mesh, H200).memory == layouts[0].estimate.memory
 

@@ -103,6 +103,9 @@ def test_layouts_that_fit_are_ordered_by_time_and_none_is_too_large():
     assert layouts and times == sorted(times)
     assert all(layout.estimate.memory.total <= room for layout in layouts)
     assert len({layout.flags for layout in layouts}) == len(layouts)
+    gathered = [layout.config for layout in layouts if layout.config.train.gather_once]
+    assert gathered and len(gathered) < len(layouts)
+    assert all(c.train.accumulation > 1 and c.mesh.fsdp * c.mesh.expert > 1 for c in gathered)
     assert fitting_layouts(config, 4, dataclasses.replace(CHIP, memory_bytes=1.0)) == []
 
 
