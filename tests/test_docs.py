@@ -49,7 +49,13 @@ def test_every_page_of_docs_can_be_reached() -> None:
 CODE = re.compile(r"^```.*?\n(.*?)^```|`([^`\n]+)`", re.MULTILINE | re.DOTALL)
 FILES = re.compile(r"(?<![\w/$])(?:configs|docs|kernels|launch|moe|tests)/[\w./-]*\.\w+")
 # What stands for a file of the reader.
-EXAMPLES = {"configs/NAME.py", "configs/best.py", "configs/x.py", "kernels/grouped_matmul/NAME.py"}
+EXAMPLES = {
+    "configs/NAME.py",
+    "configs/best.py",
+    "configs/shared_expert.py",
+    "configs/x.py",
+    "kernels/grouped_matmul/NAME.py",
+}
 
 
 def code_of(page: Path) -> Iterator[str]:
