@@ -91,18 +91,23 @@ def _paint_curves(curves: Sequence[Curve], words: Words, axes: "Axes", colours: 
     if len(good) < len(curves):
         dashes: dict[str, Any] = {"linewidth": 1.3, "linestyle": "--"}
         axes.plot([], [], color=colours["muted"], label="without a minimum", **dashes)
-    if any(not curve.used.all() for curve in curves):
-        hollow: dict[str, Any] = DOT | {"markerfacecolor": "none"}
-        axes.plot([], [], color=colours["muted"], label="run far from the minimum", **hollow)
-    axes.plot([], [], color=colours["muted"], label="run", **DOT)
     sizes = np.concatenate([curve.parameters for curve in curves])
     losses = np.concatenate([curve.loss for curve in curves])
     near = np.concatenate([curve.loss[curve.used] for curve in curves])
     bottom, top = padded(losses)
-    # Runs far from the minima would leave the parabolas no room. Those beyond the top are not seen.
+    # Runs far from the minima would leave the parabolas no room. Those above the top are counted.
     top = min(top, float(near.max() * (near.max() / near.min()) ** 0.4))
+    top = max(top, 1.001 * float(near.max()))
+    if any(not curve.used.all() for curve in curves):
+        hidden = int((losses > top).sum())
+        above = f" ({hidden} above)" if hidden else ""
+        hollow: dict[str, Any] = DOT | {"markerfacecolor": "none"}
+        axes.plot(
+            [], [], color=colours["muted"], label=f"run far from the minimum{above}", **hollow
+        )
+    axes.plot([], [], color=colours["muted"], label="run", **DOT)
     set_counts(axes.xaxis, words.size, *padded(sizes))
-    set_losses(axes.yaxis, words.loss, bottom, max(top, 1.001 * float(near.max())))
+    set_losses(axes.yaxis, words.loss, bottom, top)
     add_bar(axes, mapped, "training FLOPs", power_text)
     place_legend(axes)
 
