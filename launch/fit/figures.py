@@ -135,6 +135,9 @@ def _paint_contours(
     surface = loss(*np.meshgrid(x, y))
     highest = min(float(np.max(points.predicted)), float(np.percentile(surface, 97)))
     levels = round_levels(float(surface.min()), highest)
+    # Labels find their places on the lines by the axes' scale, so it comes first.
+    set_counts(axes.xaxis, words.size, *x_ends)
+    set_counts(axes.yaxis, "tokens", *y_ends)
     if len(levels) > 1:
         _paint_levels(axes, colours, x, y, surface, levels)
     small = DOT | {"markersize": 3, "alpha": 0.8}
@@ -142,8 +145,6 @@ def _paint_contours(
     line = {"color": colours["text"], "linewidth": 1.6, "label": "best for its budget"}
     axes.plot(best.parameters[:, 0], best.tokens[:, 0], **line)
     _paint_asked(axes, colours, asked.parameters[:, 0], asked.tokens[:, 0])
-    set_counts(axes.xaxis, words.size, *x_ends)
-    set_counts(axes.yaxis, "tokens", *y_ends)
     axes.grid(False)
     place_legend(axes)
 

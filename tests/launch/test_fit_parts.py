@@ -202,6 +202,19 @@ def test_lines_of_equal_loss_are_drawn_where_there_are_any(loss: Any) -> None:
     assert axes.get_xlabel() == "parameters" and axes.get_ylabel() == "tokens"
 
 
+def test_the_losses_on_the_lines_do_not_cover_each_other() -> None:
+    """The law is that of the runs of Porian et al., whose lines are close where tokens are few."""
+    loss = lambda n, d: 3.131 + 21_180 / n**0.6298 + 860_300 / d**0.7085
+    sizes, tokens = (mesh.ravel() for mesh in np.meshgrid([5e6, 1e8, 9e8], [2e7, 1e9, 3e10]))
+    predicted = loss(sizes, tokens)
+    drawn = points(parameters=sizes, tokens=tokens, loss=predicted, predicted=predicted)
+    nothing = Best(*np.zeros((1, 0)), *np.zeros((3, 0, 3)))
+    axes, *_ = painted(contour_drawing(loss, drawn, nothing, nothing, Words())).axes
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert len(boxes) >= 8
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+
+
 @pytest.mark.parametrize(("worst", "above"), [(3.25, ""), (5.0, " (1 above)")])
 def test_runs_above_the_parabolas_are_counted(worst: float, above: str) -> None:
     """They have no room there: the axis ends a little above the runs near the minima."""
