@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch.comparison import COSTS
 from launch.plotting import THEMES, as_pdf, as_png, style
-from launch.series import block_medians, read_series
+from launch.series import Series, block_medians, mean_series, read_series
 from moe.storage.paths import RunPath, write_whole
 from moe.workdir.tracking import METRICS_FILE, read_metrics
 
@@ -28,7 +28,8 @@ def write_losses(
     """Writes a figure of two panels.
 
     The left one has the finished runs' validation losses with error bars, the right one the
-    training loss of every run that has begun. `workdirs` are the run directories of each variant.
+    training loss of each variant: the mean of the runs that have begun, and each run as a faint
+    line. `workdirs` are the run directories of each variant.
     """
     import matplotlib  # takes a second, which bad input need not wait for
     from matplotlib.figure import Figure
@@ -91,21 +92,27 @@ def _draw_curves(
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    labelled = set()
     for variant, paths in workdirs.items():
-        for workdir in paths:
-            metrics = read_metrics(workdir) if (workdir / METRICS_FILE).exists() else []
-            loss = read_series(metrics, "train/loss")
-            if not len(loss.steps):
-                continue
-            medians = block_medians(loss, min(40, len(loss.steps)))
-            label = None if variant in labelled else variant
-            line: dict[str, Any] = {"color": colours[variant], "linewidth": 1.1, "alpha": 0.8}
-            line["marker"] = "o" if len(medians.steps) == 1 else None  # else it would not be seen
-            axes.plot(*medians, label=label, **line)
-            labelled.add(variant)
-    if labelled:
+        runs = [loss for path in paths if len((loss := _training_loss(path)).steps)]
+        line: dict[str, Any] = {"color": colours[variant]}
+        for loss in runs if len(runs) > 1 else ():
+            axes.plot(*_smooth(loss), linewidth=0.7, alpha=0.2, **line)
+        if runs:
+            mean = _smooth(mean_series(runs))
+            line["marker"] = "o" if len(mean.steps) == 1 else None  # else it would not be seen
+            axes.plot(*mean, label=variant, linewidth=1.4, **line)
+    if axes.lines:
         axes.legend()
+
+
+def _training_loss(workdir: RunPath) -> Series:
+    """Returns the training loss of a run, which is empty if the run has not begun."""
+    metrics = read_metrics(workdir) if (workdir / METRICS_FILE).exists() else []
+    return read_series(metrics, "train/loss")
+
+
+def _smooth(series: Series) -> Series:
+    return block_medians(series, min(40, len(series.steps)))
 
 
 def _draw_front(

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 from absl import flags
 
 from launch import command_line
+from launch.child_processes import gpu_names
 from launch.output_paths import check_directory
 from moe.config import ConfigError
 from moe.config.checks import expand_path
@@ -196,6 +197,11 @@ def main(values: flags.FlagValues) -> int:
     unknown = [name for name in values.only or () if name not in STEPS]
     if unknown:
         raise ConfigError(f"--only={unknown[0]} is no step: set it to some of {', '.join(STEPS)}")
+    if not gpu_names(os.environ):
+        raise ConfigError(
+            "this machine has no NVIDIA GPU in /dev, or CUDA_VISIBLE_DEVICES hides it: run this on "
+            "one that has, or set CUDA_VISIBLE_DEVICES to the GPU's number"
+        )
     out = Path(expand_path("--out", values.out))
     check_directory("--out", out)
     make_directory(out / "logs", "--out")

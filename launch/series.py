@@ -1,6 +1,7 @@
 """The values of one metric over a run's steps: how they are read, and thinned for a plot."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,6 +42,13 @@ def read_all_series(metrics: Metrics) -> dict[str, Series]:
         name: Series(np.array(steps), np.array(values, dtype=float))
         for name, (steps, values) in found.items()
     }
+
+
+def mean_series(runs: Sequence[Series]) -> Series:
+    """Returns the means of several runs' values, at the steps that all of them have."""
+    steps = functools.reduce(np.intersect1d, [run.steps for run in runs])
+    values = [run.values[np.isin(run.steps, steps)] for run in runs]
+    return Series(steps, np.mean(values, axis=0))
 
 
 def block_medians(series: Series, num_blocks: int) -> Series:

@@ -16,9 +16,11 @@ from tests.kernels.grouped_matmul.cases import check_implementation
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/contributing.md").read_text()
+SECTIONS = re.split(r"^(?=## )", PAGE, flags=re.MULTILINE)
+PATHS = re.compile(r"`((?:moe|kernels|tests|configs)/(?!.*NAME)[\w/.]+)`")
 BLOCKS = {
     re.search(r"^## (.*)$", section, re.MULTILINE)[1]: block
-    for section in re.split(r"^(?=## )", PAGE, flags=re.MULTILINE)
+    for section in SECTIONS
     for block in re.findall(r"```python\n(.*?)```", section, re.DOTALL)
 }
 
@@ -31,7 +33,8 @@ def run(section: str, **names: object) -> dict:
 
 
 def test_the_page_has_the_examples() -> None:
-    assert list(BLOCKS) == ["Add a router", "Add a kernel", "Add a data set"]
+    parts = ["a router", "an attention variant", "a kernel", "a data set"]
+    assert list(BLOCKS) == [f"Add {part}" for part in parts]
 
 
 def test_a_router() -> None:
@@ -42,10 +45,20 @@ def test_a_router() -> None:
     np.testing.assert_allclose(names["probs_BTE"], [[[0.25, 0.75]]], rtol=1e-6)
 
 
-def test_the_functions_that_a_router_extends_are_there() -> None:
-    text = (ROOT / "moe/model/routing.py").read_text()
-    for name in re.findall(r"`(_\w+)`", PAGE):
-        assert f"def {name}(" in text
+def test_the_functions_that_a_section_names_are_in_its_files() -> None:
+    for section in SECTIONS:
+        files = [ROOT / path for path in PATHS.findall(section)]
+        text = "".join(path.read_text() for path in files if path.is_file())
+        for name in re.findall(r"`((?:_|test_)\w+)`", section):
+            assert f"def {name}(" in text, name
+
+
+def test_an_attention_variant() -> None:
+    # The root mean squares of the heads are 5 / sqrt(2) and 10 / sqrt(2).
+    query_BTNH = jnp.array([[[[3.0, 4.0], [-6.0, 8.0]]]])
+    names = run("Add an attention variant", query_BTNH=query_BTNH, scale_H=jnp.array([1.0, 10.0]))
+    expected = np.sqrt(2) * np.array([[[[0.6, 8.0], [-0.6, 8.0]]]])
+    np.testing.assert_allclose(names["query_BTNH"], expected, rtol=1e-6)
 
 
 def test_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,9 +80,7 @@ def test_a_data_set(tmp_path: Path) -> None:
     assert document.text == "Many hands make light work."
 
 
-@pytest.mark.parametrize(
-    "path", re.findall(r"`((?:moe|kernels|tests|configs)/(?!.*NAME)[\w/.]+)`", PAGE)
-)
+@pytest.mark.parametrize("path", PATHS.findall(PAGE))
 def test_the_files_that_the_page_names_are_there(path: str) -> None:
     assert (ROOT / path).exists()
 

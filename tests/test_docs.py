@@ -12,6 +12,7 @@ import pytest
 from launch.help_text import config_fields
 from moe.config import RunConfig
 from moe.config.layout import AXES
+from tests.test_architecture import FLOOR
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
@@ -49,7 +50,13 @@ def test_every_page_of_docs_can_be_reached() -> None:
 CODE = re.compile(r"^```.*?\n(.*?)^```|`([^`\n]+)`", re.MULTILINE | re.DOTALL)
 FILES = re.compile(r"(?<![\w/$])(?:configs|docs|kernels|launch|moe|tests)/[\w./-]*\.\w+")
 # What stands for a file of the reader.
-EXAMPLES = {"configs/NAME.py", "configs/best.py", "configs/x.py", "kernels/grouped_matmul/NAME.py"}
+EXAMPLES = {
+    "configs/NAME.py",
+    "configs/best.py",
+    "configs/shared_expert.py",
+    "configs/x.py",
+    "kernels/grouped_matmul/NAME.py",
+}
 
 
 def code_of(page: Path) -> Iterator[str]:
@@ -83,6 +90,28 @@ def test_commands_and_their_flags_exist(page: Path) -> None:
                 continue
             unknown = [flag for flag in flags if flag not in flags_of(command) | fields]
             assert not unknown, f"{page.name}: {line}"
+
+
+def test_the_table_of_rooms_has_every_floor_folder_and_file() -> None:
+    page = (ROOT / "docs/design.md").read_text()
+    floors = {}
+    for floor, names, text in re.findall(r"^\| (\d|ground) \| (.+?) \| (.+) \|$", page, re.M):
+        for room in re.findall(r"`(\w+)(?:/|\.py)`", names):
+            floors[room] = -1 if floor == "ground" else int(floor)
+            folder = ROOT / "moe" / room
+            if folder.is_dir():
+                named = set(re.findall(r"`(\w+(?:/|\.py))`", text))
+                assert modules_in(folder, deep=False) <= named <= modules_in(folder, deep=True)
+    assert floors == FLOOR
+
+
+def modules_in(folder: Path, deep: bool) -> set[str]:
+    """Returns the names of the folders (with a /) and modules in a folder; `deep` goes further."""
+    paths = [path for path in folder.iterdir() if not path.name.startswith("__")]
+    names = {f"{path.name}/" if path.is_dir() else path.name for path in paths}
+    names = {name for name in names if name.endswith(("/", ".py"))}
+    inner = [modules_in(path, deep) for path in paths if deep and path.is_dir()]
+    return names.union(*inner)
 
 
 def test_the_sample_of_a_start_names_every_axis_of_the_mesh() -> None:

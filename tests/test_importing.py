@@ -1,6 +1,8 @@
-"""Runs the examples of docs/importing.md as they stand there, in the order of the page."""
+"""Runs the examples of docs/importing.md as they stand there, in the order of the page.
 
-import functools
+Those of README.md and docs/kernels.md, which show the same calls, are run too.
+"""
+
 import re
 from pathlib import Path
 
@@ -10,50 +12,27 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
-from jax.sharding import AxisType
 
-from moe import ModelConfig, MoE, MoEConfig, RunConfig, Transformer
+from moe import ModelConfig, RunConfig
 from moe.config import TrainConfig
-from moe.kernels.attention import flash_attention
-from moe.model.dispatch import Weights, dropless
-from moe.model.routing import route
-from moe.parallel.context import ring_attention
 from moe.training import trainer
 from moe.training.train_step import make_program
 
-BLOCKS = re.findall(
-    r"```python\n(.*?)```", (Path(__file__).parents[1] / "docs/importing.md").read_text(), re.DOTALL
-)
+ROOT = Path(__file__).parents[1]
+CODE = re.compile(r"```python\n(.*?)```", re.DOTALL)
+BLOCKS = CODE.findall((ROOT / "docs/importing.md").read_text())
+# What the page says is the reader's own. Everything else it imports.
 NAMES = {
-    "eqx": eqx,
     "jax": jax,
-    "nnx": nnx,
-    "MoE": MoE,
-    "MoEConfig": MoEConfig,
-    "ModelConfig": ModelConfig,
-    "route": route,
-}
-NAMES |= {
-    "flash_attention": flash_attention,
-    "q": jnp.ones((1, 9, 4, 8)),
-    "k": jnp.ones((1, 9, 2, 8)),
-    "v": jnp.ones((1, 9, 2, 8)),
-}
-NAMES |= {
-    "Weights": Weights,
-    "dropless": dropless,
-    "gate": jnp.ones((8, 16, 4)),
-    "up": jnp.ones((8, 16, 4)),
-    "down": jnp.ones((8, 4, 16)),
-}
-NAMES |= {
-    "AxisType": AxisType,
-    "functools": functools,
     "jnp": jnp,
     "np": np,
     "optax": optax,
-    "ring_attention": ring_attention,
+    "q": jnp.ones((1, 9, 4, 8)),
+    "k": jnp.ones((1, 9, 2, 8)),
+    "v": jnp.ones((1, 9, 2, 8)),
+    "gate": jnp.ones((8, 16, 4)),
+    "up": jnp.ones((8, 16, 4)),
+    "down": jnp.ones((8, 4, 16)),
 }
 
 
@@ -63,7 +42,6 @@ def run(block: str, **more: object) -> dict:
     names = (
         NAMES
         | {
-            "Transformer": Transformer,
             "tokens": jnp.ones((2, 6), jnp.int32),
             "sources": jnp.ones((2, 5), jnp.int32),
             "x": x,
@@ -77,6 +55,19 @@ def run(block: str, **more: object) -> dict:
 
 def test_the_page_has_the_examples() -> None:
     assert len(BLOCKS) == 12
+
+
+def test_the_readme() -> None:
+    (block,) = CODE.findall((ROOT / "README.md").read_text())
+    names: dict = {}
+    exec(block, names)  # it needs nothing but its own lines
+    assert names["output"].hidden.shape == (2, 16, 256)
+
+
+def test_the_page_about_kernels() -> None:
+    block, *_ = CODE.findall((ROOT / "docs/kernels.md").read_text())
+    names = run(block, ids=jnp.ones((1, 9), jnp.int32))
+    np.testing.assert_allclose(names["output"], np.ones((1, 9, 4, 8)), rtol=1e-6)
 
 
 def test_a_transformer() -> None:

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe.kernels.attention import Choice, choose, flash_attention
+from moe.kernels.attention import Choice, choose, flash_attention, why_not
 from moe.kernels.benchmarks.results import check_difference, output_file, write_rows
 from moe.kernels.benchmarks.timing import median_seconds
 
@@ -203,8 +203,11 @@ def main() -> None:
     arguments = parse_arguments()
     shape = (arguments.heads, arguments.kv_heads, arguments.width)
     chip = jax.devices()[0].device_kind
+    arrays = random_arrays(512, shape, arguments.dtype)[:3]
     chosen = Choice(arguments.implementation) if arguments.implementation else None
-    chosen = chosen or choose(chip, *random_arrays(512, shape, arguments.dtype)[:3], causal=True)
+    chosen = chosen or choose(chip, *arrays, causal=True)
+    if reason := why_not(chosen.name, *arrays, chip=chip, causal=True):
+        sys.exit(f"error: {chosen.name} cannot be timed here, because {reason}")
     try:
         worst = check_numbers(chosen, shape, arguments.dtype)
     except ValueError as error:

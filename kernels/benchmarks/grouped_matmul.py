@@ -40,6 +40,7 @@ from moe.kernels.grouped_matmul import (
     choose,
     grouped_swiglu,
     grouped_swiglu_backward,
+    why_not,
 )
 
 # Mixtral's experts, and OLMoE's.
@@ -213,8 +214,11 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     chip = jax.devices()[0].device_kind
-    chosen = "hopper" if is_hopper(chip) else choose(chip, Shapes(64, 8, arguments.dtype)).name
+    shapes = Shapes(64, 8, arguments.dtype)
+    chosen = "hopper" if is_hopper(chip) else choose(chip, shapes).name
     name: Name = arguments.implementation or chosen
+    if reason := why_not(name, chip, shapes):
+        sys.exit(f"error: {name} cannot be timed here, because {reason}")
     try:
         worst = check_numbers(name, arguments.dtype)
     except ValueError as error:
@@ -223,7 +227,7 @@ def main() -> None:
     rows = []
     for text in arguments.shapes:
         shape = Shape(*map(int, text.split(",")))
-        print(" ".join(f"{field}={size}" for field, size in zip("RDFE", shape, strict=True)))
+        print(*(f"{field}={size}" for field, size in zip("RDFE", shape, strict=True)), flush=True)
         problem = make_problem(shape, name, arguments.dtype)
         for row in measure(problem, arguments.repeats, arguments.tilings):
             rows.append(row)

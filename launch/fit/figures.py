@@ -91,18 +91,23 @@ def _paint_curves(curves: Sequence[Curve], words: Words, axes: "Axes", colours: 
     if len(good) < len(curves):
         dashes: dict[str, Any] = {"linewidth": 1.3, "linestyle": "--"}
         axes.plot([], [], color=colours["muted"], label="without a minimum", **dashes)
-    if any(not curve.used.all() for curve in curves):
-        hollow: dict[str, Any] = DOT | {"markerfacecolor": "none"}
-        axes.plot([], [], color=colours["muted"], label="run far from the minimum", **hollow)
-    axes.plot([], [], color=colours["muted"], label="run", **DOT)
     sizes = np.concatenate([curve.parameters for curve in curves])
     losses = np.concatenate([curve.loss for curve in curves])
     near = np.concatenate([curve.loss[curve.used] for curve in curves])
     bottom, top = padded(losses)
-    # Runs far from the minima would leave the parabolas no room. Those beyond the top are not seen.
+    # Runs far from the minima would leave the parabolas no room. Those above the top are counted.
     top = min(top, float(near.max() * (near.max() / near.min()) ** 0.4))
+    top = max(top, 1.001 * float(near.max()))
+    if any(not curve.used.all() for curve in curves):
+        hidden = int((losses > top).sum())
+        above = f" ({hidden} above)" if hidden else ""
+        hollow: dict[str, Any] = DOT | {"markerfacecolor": "none"}
+        axes.plot(
+            [], [], color=colours["muted"], label=f"run far from the minimum{above}", **hollow
+        )
+    axes.plot([], [], color=colours["muted"], label="run", **DOT)
     set_counts(axes.xaxis, words.size, *padded(sizes))
-    set_losses(axes.yaxis, words.loss, bottom, max(top, 1.001 * float(near.max())))
+    set_losses(axes.yaxis, words.loss, bottom, top)
     add_bar(axes, mapped, "training FLOPs", power_text)
     place_legend(axes)
 
@@ -130,6 +135,9 @@ def _paint_contours(
     surface = loss(*np.meshgrid(x, y))
     highest = min(float(np.max(points.predicted)), float(np.percentile(surface, 97)))
     levels = round_levels(float(surface.min()), highest)
+    # Labels find their places on the lines by the axes' scale, so it comes first.
+    set_counts(axes.xaxis, words.size, *x_ends)
+    set_counts(axes.yaxis, "tokens", *y_ends)
     if len(levels) > 1:
         _paint_levels(axes, colours, x, y, surface, levels)
     small = DOT | {"markersize": 3, "alpha": 0.8}
@@ -137,8 +145,6 @@ def _paint_contours(
     line = {"color": colours["text"], "linewidth": 1.6, "label": "best for its budget"}
     axes.plot(best.parameters[:, 0], best.tokens[:, 0], **line)
     _paint_asked(axes, colours, asked.parameters[:, 0], asked.tokens[:, 0])
-    set_counts(axes.xaxis, words.size, *x_ends)
-    set_counts(axes.yaxis, "tokens", *y_ends)
     axes.grid(False)
     place_legend(axes)
 

@@ -62,7 +62,7 @@ class ModelConfig:
     # What the backward pass computes again to save memory: "none" stores all activations, "full"
     # only the input of each layer, and "offload" stores that in the host's memory. Between these,
     # "save_attention" also stores the outputs of attention, and "save_exchange" what devices sent
-    # each other for experts (docs/planning.md has a table).
+    # each other for experts (docs/training.md has a table).
     remat: Literal["none", "save_exchange", "save_attention", "offload", "full"] = "none"
     # True compiles one layer and loops over it; False writes every layer into the program.
     # Parameters are stored in the same way for both.

@@ -8,8 +8,8 @@ A step is at its largest in one of a few moments, and each moment is a list of a
 
 What all moments share: the inputs of all layers and what else remat saves (without it, everything
 that their backward passes read), and the gradients. In a pipeline these are the layers of a stage,
-for all microbatches that have gone through it. docs/planning.md explains the arrays one by one.
-Compilers add copies of their own, and how well they pack arrays can't be known beforehand.
+for all microbatches that have gone through it. docs/planning/counted.md explains the arrays one
+by one. Compilers add copies of their own, and how well they pack arrays can't be known beforehand.
 """
 
 import math

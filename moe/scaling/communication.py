@@ -6,7 +6,7 @@ their gradients are scattered once, in float32. With `train.gather_once` both ha
 What `data` and `context` copy is added up once a step. Rows of experts are exchanged four times,
 and tensor parallelism adds up the outputs of attention and feed-forward parts, and the gradients of
 their inputs. Remat repeats one of the exchanges, unless it saves them, and two of the gathers that
-such sums end with. docs/planning.md explains the figures.
+such sums end with. docs/planning/counted.md explains the figures.
 
 In a pipeline these happen at every tick, also while a stage waits: stages go through the same
 program, and then nobody uses what comes out. Between ticks the ring and the belt send the residual

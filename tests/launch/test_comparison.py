@@ -146,6 +146,29 @@ def test_a_run_of_one_logged_loss_is_a_dot(
     assert line.get_marker() == marker
 
 
+def test_several_runs_are_drawn_faintly_beside_their_mean(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = {"seed_0": {10: 3.0, 20: 2.0, 30: 1.0}, "seed_1": {10: 5.0, 20: 3.0}}
+    for name, values in losses.items():
+        (tmp_path / name).mkdir()
+        with MetricWriter(tmp_path / name, TrackingConfig(tensorboard=False), step=0) as writer:
+            for step, loss in values.items():
+                writer.write(step, {"train/loss": loss})
+    drawn: list[Figure] = []
+    monkeypatch.setattr(comparison_plots, "write_whole", lambda path, content: None)
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    results = {"one": summarize(rows({0: 1.0}), PLANNED)}
+    workdirs = {"one": [tmp_path / name for name in (*losses, "not_begun")]}
+    comparison_plots.write_losses(results, workdirs, Path("comparison.png"))
+    *faint, mean = drawn[0].axes[1].lines
+    assert [list(line.get_ydata()) for line in faint] == [[3.0, 2.0, 1.0], [5.0, 3.0]]
+    assert list(mean.get_xdata()) == [10, 20] and list(mean.get_ydata()) == [4.0, 2.5]
+    (label,) = drawn[0].axes[1].get_legend().get_texts()
+    assert label.get_text() == "one"
+    assert mean.get_alpha() is None and all(line.get_alpha() < 0.5 for line in faint)
+
+
 def drawn_panels(
     monkeypatch: pytest.MonkeyPatch, results: Mapping[str, dict[str, Any]]
 ) -> dict[str, Axes]:

@@ -31,6 +31,7 @@ from launch.fit.figures import (
     Points,
     Words,
     contour_drawing,
+    isoflop_drawing,
 )
 from launch.fit.prediction import notes, size_name, table_configs
 from launch.fit.results import (
@@ -48,6 +49,7 @@ from moe.config import ConfigError, RunConfig
 from moe.scaling.experiments.optimum import Optimum
 from moe.scaling.experiments.runs import Runs, make_runs
 from moe.scaling.laws import LAWS
+from moe.scaling.laws.isoflop import Curve
 
 
 @pytest.mark.parametrize(
@@ -198,6 +200,32 @@ def test_lines_of_equal_loss_are_drawn_where_there_are_any(loss: Any) -> None:
     nothing = Best(*np.zeros((1, 0)), *np.zeros((3, 0, 3)))
     axes, *_ = painted(contour_drawing(loss, drawn, nothing, nothing, Words())).axes
     assert axes.get_xlabel() == "parameters" and axes.get_ylabel() == "tokens"
+
+
+def test_the_losses_on_the_lines_do_not_cover_each_other() -> None:
+    """The law is that of the runs of Porian et al., whose lines are close where tokens are few."""
+    loss = lambda n, d: 3.131 + 21_180 / n**0.6298 + 860_300 / d**0.7085
+    sizes, tokens = (mesh.ravel() for mesh in np.meshgrid([5e6, 1e8, 9e8], [2e7, 1e9, 3e10]))
+    predicted = loss(sizes, tokens)
+    drawn = points(parameters=sizes, tokens=tokens, loss=predicted, predicted=predicted)
+    nothing = Best(*np.zeros((1, 0)), *np.zeros((3, 0, 3)))
+    axes, *_ = painted(contour_drawing(loss, drawn, nothing, nothing, Words())).axes
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert len(boxes) >= 8
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+
+
+@pytest.mark.parametrize(("worst", "above"), [(3.25, ""), (5.0, " (1 above)")])
+def test_runs_above_the_parabolas_are_counted(worst: float, above: str) -> None:
+    """They have no room there: the axis ends a little above the runs near the minima."""
+    sizes, losses = np.array([1e6, 2e6, 4e6, 6e7, 9e7]), np.array([3.2, 3.0, 3.2, 3.25, worst])
+    parabola = np.polyfit(np.log(sizes[:3]), losses[:3], 2)[::-1]
+    curve = Curve(1e18, sizes, 1e9 + 0 * sizes, losses, losses <= 3.2, parabola, 2e6, 1e9, 3.0, "")
+    axes, *_ = painted(isoflop_drawing([curve], Words())).axes
+    shown = sum(loss <= axes.get_ylim()[1] for loss in losses)
+    assert shown == (4 if above else 5)
+    labels = [line.get_label() for line in axes.lines]
+    assert f"run far from the minimum{above}" in labels
 
 
 @pytest.mark.parametrize("module", [dense_tiny, moe_tiny, moe_30b_a3b])

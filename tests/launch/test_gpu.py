@@ -24,6 +24,8 @@ with open(sys.argv[1], "w") as file:
 def run(tmp_path, monkeypatch, capsys):
     """Returns a function that runs `launch.gpu` on these steps, and returns its code and output."""
 
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")  # as on a machine with a GPU
+
     def run_steps(steps, only=None):
         monkeypatch.setattr(gpu, "STEPS", steps)
         code = gpu.main(SimpleNamespace(out=str(tmp_path), only=only))
@@ -67,6 +69,13 @@ def test_only_some_steps_run(run, tmp_path):
     assert [path.stem for path in tmp_path.glob("*.json")] == ["second"]
     with pytest.raises(gpu.ConfigError, match="--only=third is no step: set it to some of first"):
         run(steps, only=["third"])
+
+
+def test_without_a_gpu_nothing_runs(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    with pytest.raises(gpu.ConfigError, match="this machine has no NVIDIA GPU in /dev"):
+        run({"first": step(WRITES)})
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_summary_compares_with_the_best_of_the_others(run, tmp_path):

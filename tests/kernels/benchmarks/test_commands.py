@@ -69,6 +69,12 @@ def test_a_file_that_cannot_be_written_is_told_before_anything_is_measured(
         assert not output.out and f"--{flag}: {path} is a directory, or in none" in output.err
 
 
+@pytest.mark.parametrize("command", [benchmark, grouped_matmul])
+def test_kernels_of_another_chip_are_refused(command, monkeypatch):
+    with pytest.raises(SystemExit, match="error: hopper cannot be timed here, because it runs on"):
+        run(monkeypatch, command, "--implementation=hopper")
+
+
 def test_the_benchmark_times_one_implementation_under_every_mask(monkeypatch):
     masks = {"causal": {"causal": True}, "window 9": {"causal": True, "window": (8, 0)}}
     monkeypatch.setattr(benchmark, "masks", lambda length: masks)
