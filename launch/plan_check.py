@@ -64,12 +64,12 @@ _ON_CPU = (
     "packages_tiny span_corruption_tiny text_tiny benchmark_dense"
 )
 _IN_TURN = {"train.gather_once": False}
-_SMALL_BATCH = {"train.batch_size": 64, "train.accumulation": 4}
+_SMALL_BATCH = {"train.batch_size": 64, "train.accumulation": 4, "model.remat": "full", **_IN_TURN}
 _CAPACITY = {"model.moe.dispatch": "capacity", "model.moe.exchange": "all_to_all"}
 _STAGES = {"mesh.pipeline": 2, "train.accumulation": 8, "train.gather_once": False}
 _REPLICAS = {"mesh.pipeline": 2, "mesh.data": 2, "mesh.fsdp": 2, "train.accumulation": 8}
 _SPARSE_REPLICAS = {**_REPLICAS, "mesh.expert": 2, "train.batch_size": 64, "model.remat": "none"}
-_GATHERED = {"model.remat": "none", "train.batch_size": 64, "train.accumulation": 1}
+_GATHERED = {"mesh.tensor": 8, "train.batch_size": 64, "train.accumulation": 1}
 _KEPT = {"model.remat": "none", **_IN_TURN, "train.batch_size": 256, "train.accumulation": 4}
 _UNROLLED = {"model.remat": "none", "model.scan_layers": False, "train.batch_size": 512}
 CASES = (

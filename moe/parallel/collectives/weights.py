@@ -108,10 +108,13 @@ def _scatter_once(
     size = gradient.shape[dim] // parts
     # The compiler of TPUs adds up whole arrays where a size of 1 stands in front of the dimension,
     # and for some sizes of a matrix, such as 128,256. Parts with a dimension of their own avoid it.
+    # It also does so for stacked arrays with several dimensions after this one.
     if _is_on_tpus() and math.prod(leading) == 1:
         gradient, dim = gradient.reshape(parts, size, *after), 0
     elif _is_on_tpus() and not after:
         gradient, dim = gradient.reshape(-1, parts, size), 1
+    elif _is_on_tpus():
+        gradient = gradient.reshape(*leading, parts * size, math.prod(after))
     gradient = jax.lax.psum_scatter(
         gradient, axes, scatter_dimension=dim, tiled=True, axis_index_groups=groups
     )

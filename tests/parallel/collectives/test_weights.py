@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe.model.layers import einsum, look_up
 from moe.parallel.collectives import weights
+from moe.scaling.programs import read_collectives
 
 MESHES = {"fsdp": {"fsdp": 8}, "fsdp, expert": {"fsdp": 2, "expert": 4}}
 
@@ -30,7 +31,7 @@ def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 
 @pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
-@pytest.mark.parametrize("shape", [(64, 3), (3, 64), (1, 64, 2), (2, 64, 2)])
+@pytest.mark.parametrize("shape", [(64, 3), (3, 64), (1, 64, 2), (2, 64, 2, 3)])
 def test_a_scatter_adds_up_and_a_gather_joins(mesh, shape, kind) -> None:
     dim, axes = shape.index(64), tuple(mesh)
     parts = np.random.default_rng(0).integers(0, 9, (8, *shape)).astype(np.float32)
@@ -59,3 +60,45 @@ def test_gradients_of_weights_are_the_same_in_turns(mesh, batch, kind) -> None:
         found = jax.jit(jax.grad(loss, (0, 1)))(w_DF, table_VD)
     for gradient, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(gradient, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(
+    ("shape", "dim"),
+    [
+        ((4096, 14_336), 0),
+        ((14_336, 4096), 1),
+        ((128_256, 2048), 1),
+        ((1, 4096, 14_336), 1),
+        ((8, 4096, 14_336), 1),
+        ((8, 14_336, 4096), 2),
+        ((4096, 32, 128), 0),
+        ((8, 4096, 32, 128), 1),
+        ((8, 32, 128, 4096), 3),
+    ],
+    ids=str,
+)
+def test_the_compiler_of_v5p_scatters_what_it_is_told_to(shape, dim, monkeypatch) -> None:
+    """The gradients of one layer and of stacked layers, of attention, experts and vocabulary."""
+    pytest.importorskip("libtpu", reason="needs pip install libtpu")
+    from jax.experimental import topologies
+
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5p:4x4x4").devices
+    mesh = Mesh(
+        np.array(devices).reshape(8, 8), ("fsdp", "expert"), axis_types=(AxisType.Auto,) * 2
+    )
+
+    def scatter(factors: jax.Array) -> jax.Array:
+        gradient = jnp.broadcast_to(factors[0, 0], shape) * factors[0, 1]
+        return weights.scatter(gradient, ("fsdp", "expert"), dim)
+
+    rows = P(("fsdp", "expert"))
+    split = P(*(("fsdp", "expert") if place == dim else None for place in range(len(shape))))
+    mapped = jax.shard_map(scatter, mesh=mesh, in_specs=rows, out_specs=split, check_vma=False)
+    with jax.set_mesh(mesh):
+        sharded = jax.ShapeDtypeStruct((64, 2), jnp.float32, sharding=NamedSharding(mesh, rows))
+        program = jax.jit(mapped).lower(sharded).compile().as_text() or ""
+    kinds = {use.kind for use in read_collectives(program, mesh.shape) if use.bytes > 1e6}
+    assert "reduce-scatter" in kinds and "all-reduce" not in kinds
