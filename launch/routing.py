@@ -48,7 +48,12 @@ from moe.config import ConfigError, RunConfig
 from moe.config.objectives import check_decoder
 from moe.inference import routing_analysis
 from moe.storage.paths import RunPath, make_directory, run_path, write_whole
-from moe.workdir.identity import read_config
+from moe.workdir.identity import (
+    checkpoint_steps,
+    read_config,
+    saved_step,
+    use_stored_tokenizer,
+)
 
 if TYPE_CHECKING:
     from moe.data.rows import JoinedRows
@@ -69,6 +74,22 @@ def routing(
     With `compare_step` saturation is measured at that earlier checkpoint alone. With 0 `batches`
     the whole split is read. `kernels` is what `check_kernels` returned. Raises ConfigError.
     """
+    check_input(workdir, step, compare_step, batches)
+    results = measure(workdir, step, compare_step, batches, kernels)
+    directory = workdir / "routing"
+    make_directory(directory)
+    write_whole(directory / "routing.json", json.dumps(results) + "\n")
+    drawn = write_drawings(results, directory)
+    page = directory / "routing.md"
+    pictures = "".join(f"\n{picture_html(drawing)}\n" for drawing in drawn)
+    write_whole(page, tables(results) + pictures)
+    return page
+
+
+def check_input(
+    workdir: RunPath, step: int | None, compare_step: int | None, batches: int
+) -> RunConfig:
+    """Returns the config of the run. Raises ConfigError for bad input. It loads no JAX."""
     if batches < 0:
         raise ConfigError(
             f"--batches={batches} is no number of batches: set --batches to 1 or more, "
@@ -81,15 +102,10 @@ def routing(
             f"--workdir={workdir} is a dense run (model.moe.num_experts=0): "
             "set --workdir to a run that has experts"
         )
-    results = measure(workdir, step, compare_step, batches, kernels)
-    directory = workdir / "routing"
-    make_directory(directory)
-    write_whole(directory / "routing.json", json.dumps(results) + "\n")
-    drawn = write_drawings(results, directory)
-    page = directory / "routing.md"
-    pictures = "".join(f"\n{picture_html(drawing)}\n" for drawing in drawn)
-    write_whole(page, tables(results) + pictures)
-    return page
+    use_stored_tokenizer(workdir, config, must_match=False)
+    saved_step(workdir, step)
+    earlier_checkpoints(checkpoint_steps(workdir / "checkpoints"), step, compare_step)
+    return config
 
 
 def measure(
@@ -347,9 +363,9 @@ def write_drawings(results: Mapping[str, Any], directory: RunPath) -> list[Drawi
 
 
 def prepare(values: flags.FlagValues) -> Mapping[str, Any]:
-    """Checks the kernels of the run, and returns what is known of them."""
+    """Checks the flags, and then the kernels of the run, of which it returns what is known."""
     workdir = run_path(values.workdir)
-    config = read_config(workdir)
+    config = check_input(workdir, values.step, values.compare_step, values.batches)
     check_directory("--workdir", workdir)
     return check_kernels(config)
 
