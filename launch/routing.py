@@ -40,9 +40,10 @@ from absl import flags
 from tqdm import tqdm
 
 from launch import command_line
+from launch.figure_files import write_drawings
 from launch.kernel_check import check_kernels
 from launch.output_paths import check_directory
-from launch.plotting import THEMES, Drawing, file_name, pdf_name, picture_html, write_drawing
+from launch.plotting import picture_html
 from launch.routing_figures import drawings
 from moe.config import ConfigError, RunConfig
 from moe.config.objectives import check_decoder
@@ -79,7 +80,8 @@ def routing(
     directory = workdir / "routing"
     make_directory(directory)
     write_whole(directory / "routing.json", json.dumps(results) + "\n")
-    drawn = write_drawings(results, directory)
+    drawn = drawings(results)
+    write_drawings(drawn, directory)
     page = directory / "routing.md"
     pictures = "".join(f"\n{picture_html(drawing)}\n" for drawing in drawn)
     write_whole(page, tables(results) + pictures)
@@ -344,22 +346,6 @@ def _saturation_table(results: Mapping[str, Any]) -> str:
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, ["---"] * len(head), *rows))
-
-
-def write_drawings(results: Mapping[str, Any], directory: RunPath) -> list[Drawing]:
-    """Writes the plots as PNG and PDF files, and returns what was drawn.
-
-    The plots of an earlier call that are not drawn any more are removed.
-    """
-    drawn = drawings(results)
-    for drawing in tqdm(drawn, desc="drawing", unit="plot", disable=None, leave=False):
-        write_drawing(drawing, directory)
-    written = {file_name(drawing, theme) for drawing in drawn for theme in THEMES}
-    written |= {pdf_name(drawing) for drawing in drawn}
-    for path in (*directory.glob("*-*.png"), *directory.glob("*.pdf")):
-        if path.name not in written:
-            path.unlink()
-    return drawn
 
 
 def prepare(values: flags.FlagValues) -> Mapping[str, Any]:

@@ -446,10 +446,28 @@ def test_a_refused_fit_of_curves_draws_them_and_nothing_else(tmp_path: Path) -> 
     assert str(error.value).startswith(f"{path}: ")
     drawn = Path(str(error.value).rsplit("drawn in ", 1)[1])
     assert drawn.exists() and {file.name for file in drawn.parent.iterdir()} == {
-        "isoflop-light.png",
-        "isoflop-dark.png",
-        "isoflop.pdf",
+        "refused-light.png",
+        "refused-dark.png",
+        "refused.pdf",
+        "figures.json",
     }
+
+
+def test_a_refused_fit_changes_nothing_of_an_earlier_one(tmp_path: Path) -> None:
+    path = write_table(tmp_path / "runs.csv", grid(noise=0))
+    main(flag_values(path, "--law=isoflop"))
+    read = lambda: {file.name: file.read_bytes() for file in (tmp_path / "fit").iterdir()}
+    first = read()
+    write_table(path, [row for number, row in enumerate(grid(noise=0)) if number % 7 > 3])
+    with pytest.raises(ConfigError, match="The curves are drawn in"):
+        main(flag_values(path, "--law=isoflop"))
+    second = read()
+    changed = {name for name in first | second if first.get(name) != second.get(name)}
+    drawn = {"refused-light.png", "refused-dark.png", "refused.pdf"}
+    assert changed == {"figures.json", *drawn}
+    write_table(path, grid(noise=0))
+    main(flag_values(path, "--law=isoflop"))
+    assert read() == first
 
 
 @pytest.mark.parametrize("law", ["isoflop", "steplaw"])

@@ -22,7 +22,13 @@ def test_a_report_that_is_killed_leaves_the_earlier_files_whole(
 ) -> None:
     report(make_run(tmp_path, [(10, {"train/loss": 2.5})]))
     before = {path.name: path.read_bytes() for path in (tmp_path / "report").iterdir()}
-    assert set(before) == {"index.html", "loss-dark.png", "loss-light.png", "loss.pdf"}
+    assert set(before) == {
+        "index.html",
+        "figures.json",
+        "loss-dark.png",
+        "loss-light.png",
+        "loss.pdf",
+    }
 
     def killed(descriptor: int) -> None:
         os.ftruncate(descriptor, 10)
