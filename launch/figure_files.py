@@ -54,8 +54,9 @@ def read_names(directory: RunPath) -> list[str]:
 
 def _is_figure(name: object) -> bool:
     """Returns whether something names a file that can be a figure, in the directory itself."""
-    is_name = isinstance(name, str) and PurePath(name).name == name and "\0" not in name
-    return is_name and name.endswith((".png", ".pdf"))
+    if not isinstance(name, str) or not name.endswith((".png", ".pdf")):
+        return False
+    return PurePath(name).name == name and "\0" not in name
 
 
 def _write_names(directory: RunPath, names: Sequence[str]) -> None:
