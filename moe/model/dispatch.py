@@ -222,7 +222,7 @@ def dropless(
     check_assignments(x_ND, experts_NA, weights_NA)
     check_axes("x_ND", x_ND)
     if not experts_NA.size:
-        return ExpertOutput(x_ND)
+        return ExpertOutput(jnp.zeros_like(x_ND))
     num_assignments, num_experts = experts_NA.size, weights.num_experts
     shapes = Shapes(num_assignments, num_experts, x_ND.dtype.name)
     choice = choose_kernel(implementation, shapes)
@@ -237,7 +237,7 @@ def dropless(
     first_slots_G = jnp.arange(0, num_slots, block_rows, dtype=jnp.int32)
     experts_G = jnp.searchsorted(ends_E, first_slots_G, side="right").astype(jnp.int32)
     blocks = Blocks(arrangement, experts_G)
-    y_ND = _grouped_experts(choice.name, jnp.asarray(x_ND), weights_NA, weights, blocks)
+    y_ND = _grouped_experts(choice.name, x_ND, weights_NA, weights, blocks)
     return ExpertOutput(y_ND)
 
 
@@ -394,6 +394,9 @@ def _grouped_experts_forward(
     weights: Weights,
     blocks: Blocks,
 ) -> tuple[jax.Array, GroupedResiduals]:
+    # Outside of jit they may be NumPy's, which a traced number cannot index.
+    arrays = jax.tree.map(jnp.asarray, (x_ND, weights_NA, weights, blocks))
+    x_ND, weights_NA, weights, blocks = arrays
     outputs = grouped_swiglu(_kernel_inputs(x_ND, weights, blocks), implementation)
     y_ND = combine(outputs.rows_ID, weights_NA, blocks.arrangement)
     # A policy of jax.checkpoint cannot keep the results of a loop, unless they have a name.
