@@ -139,7 +139,7 @@ def _read_environments(workdir: RunPath) -> Iterator[dict[str, Any]]:
     for line in (line for part in line_parts(path) for line in read_lines(part)):
         try:
             environment = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue  # the start was killed while it wrote this line
         if isinstance(environment, dict):
             yield environment

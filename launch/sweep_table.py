@@ -145,7 +145,7 @@ def read_result(workdir: RunPath, run: Run) -> Row | None:
         trained = RunConfig.from_config_dict(json.loads(row["config"])) if is_whole else None
     except FileNotFoundError:
         return None
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
         trained = None
     if trained is None:
         raise ConfigError(f"{path} is not what was written: delete it, and the run is done again")

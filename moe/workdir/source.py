@@ -102,7 +102,7 @@ def read_origin(workdir: RunPath) -> Origin | None:
         run = saved["fork_from" if is_fork else "init_from"]
         # A run that has begun does not need the other one, which may be gone by now.
         return Origin(run_path(run, ask=False), int(saved["step"]), is_fork)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{path} does not say a run and a step ({error}): restore it, or set another workdir"
         ) from None
