@@ -187,7 +187,7 @@ def test_arrays_that_do_not_match_are_refused(name):
 @pytest.mark.parametrize("name", STRATEGIES_OF_ARRAYS)
 def test_a_token_without_experts_is_refused(name):
     x, experts, combine = routed()
-    with pytest.raises(ValueError, match=r"^experts has shape \(14, 0\): give each token at least"):
+    with pytest.raises(ValueError, match=r"experts \(14, 0\) and .* where A is 1 or more$"):
         STRATEGIES_OF_ARRAYS[name](x, experts[:, :0], combine[:, :0], Weights(*weights()))
 
 
