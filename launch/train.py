@@ -48,6 +48,7 @@ early, and 77 another one is stuck, each told in one line that names process and
 import re
 import sys
 from collections.abc import Mapping
+from shlex import quote
 from typing import Any
 
 from absl import flags
@@ -108,7 +109,8 @@ def main(values: flags.FlagValues, kernels: Mapping[str, Any]) -> int:
         return INTERRUPTED
     for name, value in metrics.items():
         print(f"{name}: {value:.4f}")
-    print(f"The run is in {workdir}; draw it with: python -m launch.report --workdir={workdir}")
+    command = f"python -m launch.report --workdir={quote(str(workdir))}"
+    print(f"The run is in {workdir}; draw it with: {command}")
     return 0
 
 

@@ -22,6 +22,7 @@ of the dense run. --config.mesh.* has to fit this machine, and may differ when t
 import dataclasses
 import functools
 import math
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
@@ -164,7 +165,7 @@ def main(values: flags.FlagValues, _: None) -> None:
     upcycle(source, config, workdir, step=values.step, noise=values.noise)
     print(
         f"{workdir} is at step 0; train on with the same --config flags: "
-        f"python -m launch.train --config=... --workdir={workdir}"
+        f"python -m launch.train --config=... --workdir={quote(str(workdir))}"
     )
 
 

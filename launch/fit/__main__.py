@@ -44,6 +44,7 @@ import dataclasses
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from shlex import quote
 
 from absl import flags
 
@@ -77,7 +78,8 @@ def main(values: flags.FlagValues) -> None:
     print(f"\nwrote {output / 'index.html'}, its figures and fit.json beside it")
     if emit and config:
         write_whole(emit, config_file(config, docstring(emit, results)))
-        print(f"wrote {emit}; train it with: python -m launch.train --config={emit} --workdir=DIR")
+        command = f"python -m launch.train --config={quote(str(emit))} --workdir=DIR"
+        print(f"wrote {emit}; train it with: {command}")
 
 
 def find(values: flags.FlagValues) -> Solution:

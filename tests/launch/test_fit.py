@@ -1,5 +1,6 @@
 """The command that fits a law to a table: what it prints, writes, predicts and refuses."""
 
+import ast
 import contextlib
 import csv
 import hashlib
@@ -21,7 +22,7 @@ from matplotlib.figure import Figure
 from configs import dense_tiny
 from launch import sweep_table
 from launch.fit.__main__ import define_flags, find, main
-from launch.fit.emit import docstring
+from launch.fit.emit import config_file, docstring
 from launch.fit.prediction import isoflop_model, spend
 from launch.fit.results import as_json, as_text
 from launch.fit.study import fit_curves
@@ -267,6 +268,13 @@ def load(path: Path) -> RunConfig:
     names: dict[str, Any] = {}
     exec(compile(path.read_text(), str(path), "exec"), names)
     return RunConfig.from_config_dict(names["get_config"]())
+
+
+@pytest.mark.parametrize("name", ['a""" + exit() + """', "a\\x", "\\N{x}", "a\\", '"', "{x}"])
+def test_names_of_files_stay_text_in_an_emitted_file(name: str) -> None:
+    module = ast.parse(config_file(RunConfig(), f"Fitted to {name}" + "\n"))
+    assert ast.get_docstring(module) == f"Fitted to {name}"
+    assert len(module.body) == 4  # the docstring, two imports and the function
 
 
 def test_an_emitted_file_is_in_the_manner_of_configs(emitted: Path) -> None:
