@@ -70,6 +70,11 @@ def prepare(command: str, flags: dict) -> tuple[str, bool]:
     [
         ("evaluate", EVALUATE | {"step": 3}, "holds no checkpoint of step 3: choose one of its"),
         ("evaluate", EVALUATE | {"split": "tset"}, "split 'tset' is not one of"),
+        (
+            "evaluate",
+            EVALUATE | {"data": ["text:launch"], "split": "tset"},
+            "split 'tset' is not one of data.dataset='text:launch'",
+        ),
         ("evaluate", EVALUATE | {"data": ["text:/nowhere"]}, "text:/nowhere' does not exist"),
         ("evaluate", EVALUATE | {"tasks": ["x"], "step": 3}, "holds no checkpoint of step 3"),
         ("generate", GENERATE | {"step": 3}, "holds no checkpoint of step 3"),
@@ -81,6 +86,15 @@ def prepare(command: str, flags: dict) -> tuple[str, bool]:
         ("routing", ROUTING | {"step": 3}, "holds no checkpoint of step 3"),
         ("routing", ROUTING | {"compare_step": 2}, "--compare_step=2 is no checkpoint before"),
         ("routing", ROUTING | {"workdir": "dense"}, "is a dense run"),
+        (
+            "train",
+            TRAIN
+            | {
+                "workdir": "new",
+                "config": {"data": {"dataset": "text:launch", "train_split": "tset"}},
+            },
+            "split 'tset' is not one of data.dataset='text:launch'",
+        ),
         ("train", TRAIN | {"config": {"seed": 1}}, "holds a run of another config"),
         ("train", TRAIN | {"workdir": "new", "init_from": "new"}, "is no run: set --init_from"),
         (
