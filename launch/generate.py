@@ -149,8 +149,7 @@ def _check_input(
 ) -> None:
     """Raises ConfigError for bad input, and for a run that has not learnt what it asks for."""
     _check_texts([*prompts, suffix or ""], seed)
-    config = use_stored_tokenizer(workdir, read_config(workdir), must_match=False)
-    saved_step(workdir, step)
+    config = read_config(workdir)
     task = config.task
     check_decoder(f"workdir={workdir}", task)
     if suffix is not None and task != "fill_in_the_middle":
@@ -158,6 +157,8 @@ def _check_input(
             f"suffix={suffix!r} needs a run of task 'fill_in_the_middle', and workdir={workdir} "
             f"has task={task!r}: leave suffix out, or give another workdir"
         )
+    use_stored_tokenizer(workdir, config, must_match=False)  # which refuses a damaged copy
+    saved_step(workdir, step)
 
 
 def _check_texts(prompts: Sequence[str], seed: int) -> None:
