@@ -134,9 +134,13 @@ def compare(variants: Variants, workdir: RunPath) -> str:
 
 
 def finished_rows(runs: Sequence[Planned], workdir: RunPath) -> Rows:
-    """Returns the rows of a variant's finished runs, by seed."""
+    """Returns the rows of a variant's finished runs, by seed.
+
+    A run that has lost its metrics has no loss, and counts as one that has not finished.
+    """
     rows = {one.run.config.seed: read_result(workdir, one.run) for one in runs}
-    return {seed: row for seed, row in rows.items() if row and row["status"] == "finished"}
+    is_done = lambda row: row["status"] == "finished" and row["loss"] is not None
+    return {seed: row for seed, row in rows.items() if row and is_done(row)}
 
 
 if __name__ == "__main__":

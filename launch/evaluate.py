@@ -42,7 +42,7 @@ from moe.config.data import is_token_files
 from moe.config.objectives import check_decoder
 from moe.data.sources import check_dataset
 from moe.storage.paths import RunPath, run_path
-from moe.workdir.identity import read_config, use_stored_tokenizer
+from moe.workdir.identity import read_config, saved_step, use_stored_tokenizer
 
 
 def evaluate(
@@ -62,12 +62,7 @@ def evaluate(
     their load. `kernels` is what `check_kernels` returned. Raises ConfigError for an unknown run,
     step or split, and where a number is not finite.
     """
-    # The files that the config names may be gone, as the run has its own copies of them.
-    saved = use_stored_tokenizer(workdir, read_config(workdir), must_match=False)
-    for one in evaluated_data(saved.data, split, datasets).values():
-        check_dataset(one)
-        if slice_by:
-            check_documents(one, slice_by)
+    check_data(workdir, step, split, datasets, slice_by)
     # These load JAX, which bad input need not wait for.
     from moe.training import evaluation, trainer
 
@@ -85,6 +80,23 @@ def evaluate(
         result |= {name: value for name, value in values.items() if "=" in name}
     _check_finite(result, workdir, step)
     return {"step": step, **with_perplexities(result)}
+
+
+def check_data(
+    workdir: RunPath,
+    step: int | None,
+    split: str | None,
+    datasets: Sequence[str],
+    slice_by: str | None,
+) -> None:
+    """Raises ConfigError for an unknown run, step or data set. It loads no JAX."""
+    # The files that the config names may be gone, as the run has its own copies of them.
+    saved = use_stored_tokenizer(workdir, read_config(workdir), must_match=False)
+    saved_step(workdir, step)
+    for one in evaluated_data(saved.data, split, datasets).values():
+        check_dataset(one)
+        if slice_by:
+            check_documents(one, slice_by)
 
 
 @contextlib.contextmanager
@@ -190,12 +202,8 @@ def run_tasks(
     `directory` holds the user's own task files, and `kernels` is what `check_kernels` returned.
     Raises ConfigError for an unknown run or task.
     """
-    check_decoder(f"workdir={workdir}", read_config(workdir).task)
-    try:
-        from launch import harness
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"--tasks needs the package {error.name}: pip install lm-eval") from None
-    manager = harness.find_tasks(names, directory)
+    manager = find_tasks(workdir, step, tuple(names), directory)
+    from launch import harness
     from moe.data.chat import make_chat
     from moe.data.tokenizers import make_tokenizer
     from moe.training import trainer
@@ -213,6 +221,23 @@ def run_tasks(
     )
     results = harness.evaluate_tasks(run, names, manager, limit=limit, num_fewshot=num_fewshot)
     return {"step": step, "tasks": results}
+
+
+@functools.lru_cache(maxsize=1)
+def find_tasks(
+    workdir: RunPath, step: int | None, names: tuple[str, ...], directory: str | None
+) -> Any:
+    """Returns the harness's manager of tasks. Raises ConfigError for an unknown run, step or task.
+
+    To list its tasks takes the harness seconds, so the last answer is kept.
+    """
+    check_decoder(f"workdir={workdir}", read_config(workdir).task)
+    saved_step(workdir, step)
+    try:
+        from launch import harness
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"--tasks needs the package {error.name}: pip install lm-eval") from None
+    return harness.find_tasks(names, directory)
 
 
 _DATA_FLAGS = ("data", "slice", "split")
@@ -239,6 +264,10 @@ def prepare(values: flags.FlagValues) -> Mapping[str, Any]:
     config = read_config(workdir)
     if values.record:
         check_directory("--workdir", workdir)
+    if values.tasks:
+        find_tasks(workdir, values.step, tuple(values.tasks), values.task_directory)
+    else:
+        check_data(workdir, values.step, values.split, values.data, values.slice)
     return check_kernels(config)
 
 

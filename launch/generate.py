@@ -28,9 +28,10 @@ from launch.kernel_check import check_kernels
 from moe.config import ConfigError, RunConfig
 from moe.config.checks import is_unicode
 from moe.config.objectives import check_decoder, special_tokens
+from moe.inference.sampling import Sampling, check_sampling
 from moe.storage.paths import RunPath, run_path
 from moe.training.progress import Stream
-from moe.workdir.identity import read_config
+from moe.workdir.identity import read_config, saved_step, use_stored_tokenizer
 
 if TYPE_CHECKING:
     from moe.data.tokenizers import Tokenizer
@@ -87,14 +88,13 @@ def stream(
     All parts of a prompt, one after another, are what `generate` returns for it. A part may be
     empty. The arguments and errors are those of `generate`.
     """
-    _check_input(workdir, prompts, suffix, seed)
+    _check_input(workdir, prompts, suffix, seed, step)
+    check_sampling(sampling := Sampling(temperature, top_k, top_p), max_new_tokens)
     # These load JAX, which --help need not wait for.
     from moe.data.tokenizers import make_tokenizer
-    from moe.inference.generate import Sampling, check_sampling
     from moe.inference.generate import stream as stream_tokens
     from moe.training import start, trainer
 
-    check_sampling(sampling := Sampling(temperature, top_k, top_p), max_new_tokens)
     config, program, variables, step = trainer.load_run(workdir, step, kernels=kernels)
     start.check_finite(workdir / "checkpoints" / str(step), variables)
     tokenizer = make_tokenizer(config.data, special_tokens(config.task))
@@ -144,16 +144,21 @@ def _starts_and_end(
     return [tokenizer.encode_prompt(text) for text in prompts], boundary
 
 
-def _check_input(workdir: RunPath, prompts: Sequence[str], suffix: str | None, seed: int) -> None:
+def _check_input(
+    workdir: RunPath, prompts: Sequence[str], suffix: str | None, seed: int, step: int | None
+) -> None:
     """Raises ConfigError for bad input, and for a run that has not learnt what it asks for."""
     _check_texts([*prompts, suffix or ""], seed)
-    task = read_config(workdir).task
+    config = read_config(workdir)
+    task = config.task
     check_decoder(f"workdir={workdir}", task)
     if suffix is not None and task != "fill_in_the_middle":
         raise ConfigError(
             f"suffix={suffix!r} needs a run of task 'fill_in_the_middle', and workdir={workdir} "
             f"has task={task!r}: leave suffix out, or give another workdir"
         )
+    use_stored_tokenizer(workdir, config, must_match=False)  # which refuses a damaged copy
+    saved_step(workdir, step)
 
 
 def _check_texts(prompts: Sequence[str], seed: int) -> None:
@@ -165,9 +170,11 @@ def _check_texts(prompts: Sequence[str], seed: int) -> None:
 
 
 def prepare(values: flags.FlagValues) -> Mapping[str, Any]:
-    """Checks the prompts, and then the kernels of the run, of which it returns what is known."""
+    """Checks the flags, and then the kernels of the run, of which it returns what is known."""
     workdir = run_path(values.workdir)
-    _check_input(workdir, values.prompt, values.suffix, values.seed)
+    _check_input(workdir, values.prompt, values.suffix, values.seed, values.step)
+    sampling = Sampling(values.temperature, values.top_k, values.top_p)
+    check_sampling(sampling, values.max_new_tokens)
     return check_kernels(read_config(workdir))
 
 

@@ -115,7 +115,8 @@ def run_step(name: str, step: Step, out: Path) -> str | None:
     if problem := _execute(step, unfinished, log):
         return f"{problem}: see {log}"
     if not unfinished.exists():
-        last_line = log.read_text(encoding="utf-8").strip().splitlines()[-1]
+        lines = log.read_text(encoding="utf-8").strip().splitlines()
+        last_line = lines[-1] if lines else "it has printed nothing"
         if " passed" not in last_line:
             return f"ran nothing ({last_line}): see {log}"
         write_whole(unfinished, json.dumps({"passed": last_line}, indent=1) + "\n")
@@ -153,8 +154,11 @@ def summary(out: Path) -> list[str]:
     for name in STEPS:
         path = out / f"{name}.json"
         if path.exists():
-            result = json.loads(path.read_text(encoding="utf-8"))
-            lines += [f"{name}: {line}" for line in _describe(result)]
+            try:
+                told = _describe(json.loads(path.read_text(encoding="utf-8")))
+            except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
+                told = [f"{path} is no result of this step: delete it, and run the command again"]
+            lines += [f"{name}: {line}" for line in told]
     return lines
 
 

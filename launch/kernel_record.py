@@ -36,7 +36,7 @@ class Record:
             return None
         except OSError as error:
             reason = error.strerror
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
             reason = "it is damaged"
         print(f"{path} cannot be read ({reason}), so this is checked again", file=sys.stderr)
         return None

@@ -45,26 +45,26 @@ from moe.scaling.layouts import Layout, fitting_layouts
 from moe.scaling.roofline import estimate
 
 
-def count_devices(values: flags.FlagValues, config: RunConfig) -> int:
-    """Returns how many devices a plan is for. Raises ConfigError for flags that fit no plan."""
+def count_devices(values: flags.FlagValues, config: RunConfig, chip: Chip | None) -> int:
+    """Returns how many devices a plan is for. Raises ConfigError for flags that fit no plan.
+
+    The chip is None for that of this machine, which is not measured yet.
+    """
     devices = values.devices or math.prod(abs(size) for size in config.mesh.sizes)
-    if values.chip == "cpu" and devices > 1:
+    if chip is None and devices > 1:
         raise ConfigError(
             f"--chip=cpu measures this machine as one device, and the plan is for {devices}: "
             "set --devices=1, and config.mesh to one device"
         )
-    if values.chip != "cpu":
-        chip = find_chip(values.chip)
-        if not values.estimate:
-            find_target(chip, devices)
+    if chip and not values.estimate:
+        find_target(chip, devices)
     if not values.search:
         check_layout(config, config.mesh.resolve(devices))
     return devices
 
 
-def plan(values: flags.FlagValues, config: RunConfig, devices: int, page: Path) -> None:
+def plan(values: flags.FlagValues, config: RunConfig, chip: Chip, devices: int, page: Path) -> None:
     """Prints the plan of a run on so many chips, and writes its page."""
-    chip = _read_chip(values.chip)
     if values.search:
         layouts = fitting_layouts(config, devices, chip)
         if not layouts:
@@ -99,19 +99,10 @@ def _compile(layout: Layout, chip: Chip, devices: int) -> StepProgram | None:
     return compile_step(layout.config, chip, devices)
 
 
-def _read_chip(name: str) -> Chip:
-    """Returns the chip that --chip names. That of "cpu" is measured."""
-    if name != "cpu":
-        return find_chip(name)
-    from launch.plan_cpu import measure_cpu
-
-    return measure_cpu()
-
-
 def main(values: flags.FlagValues) -> None:
     config = command_line.read_run_config(values.config)
-    for name in ("devices", "estimate", "search"):
-        if values[name].value and not values.chip:
+    for name in ("devices", "estimate", "search", "page"):
+        if values[name].present and values[name].value and not values.chip:
             raise ConfigError(
                 f"--{name} plans for a chip, and none is named: add --chip={'|'.join(CHIPS)}|cpu"
             )
@@ -119,9 +110,14 @@ def main(values: flags.FlagValues) -> None:
         print_components(config, values.compile)
         return
     # All mistakes are told before the first line of the plan.
-    devices, page = count_devices(values, config), output_file("--page", values.page)
+    chip = None if values.chip == "cpu" else find_chip(values.chip)
+    devices, page = count_devices(values, config, chip), output_file("--page", values.page)
     print_components(config, values.compile)
-    plan(values, config, devices, page)
+    if chip is None:
+        from launch.plan_cpu import measure_cpu
+
+        chip = measure_cpu()
+    plan(values, config, chip, devices, page)
 
 
 def print_components(config: RunConfig, is_compiled: bool) -> None:

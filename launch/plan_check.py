@@ -16,6 +16,7 @@ import importlib
 import json
 import time
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from absl import flags
@@ -170,7 +171,7 @@ def compile_missing(values: flags.FlagValues, cases: Iterable[Case]) -> dict[str
     Each result is written as soon as it is there, so an interrupted command may go on later.
     """
     path = output_file("--json", values.json)
-    results = json.loads(path.read_text()) if path.exists() else {}
+    results = read_results(path) if path.exists() else {}
     for case in cases if values.compile else ():
         if case.name not in results and values.only in case.name:
             found = program_bytes(case)
@@ -178,6 +179,21 @@ def compile_missing(values: flags.FlagValues, cases: Iterable[Case]) -> dict[str
             if found:
                 results[case.name] = found
                 write_whole(path, json.dumps(results, indent=2) + "\n")
+    return results
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """Returns the results in a file. Raises ConfigError if it holds something else."""
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        sizes = [found.get("bytes", 0) for found in results.values()]
+        is_whole = all(isinstance(size, int | float) for size in sizes)
+    except (ValueError, RecursionError, AttributeError):
+        is_whole = False
+    if not is_whole:
+        raise ConfigError(
+            f"--json={path} holds no results of this command: set --json to another file"
+        )
     return results
 
 

@@ -57,7 +57,7 @@ def read_evaluations(workdir: RunPath) -> list[Evaluation]:
             lists = {name: tuple(fields[name]) for name in ("datasets", "tasks")}
             evaluation = Evaluation(**(fields | lists))
             _ = evaluation.values.items(), int(evaluation.step)
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
             raise ConfigError(
                 f"{path} is damaged: delete it, and run launch.evaluate --record again"
             ) from None

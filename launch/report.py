@@ -34,10 +34,9 @@ from shlex import quote
 from typing import Any
 
 from absl import flags
-from tqdm import tqdm
 
 from launch import command_line, routing_figures
-from launch.plotting import write_drawing
+from launch.figure_files import write_drawings
 from launch.report_card import write_card
 from launch.report_hosts import hosts_section
 from launch.report_load import load_drawing, load_maps, read_router_lines, worst_layers
@@ -68,9 +67,7 @@ def report(workdir: RunPath) -> RunPath:
         sections += [Section("Load of the experts", drawings, note), routing_section(workdir)]
     directory = workdir / "report"
     make_directory(directory)
-    drawings = [drawing for section in sections for drawing in section.drawings]
-    for drawing in tqdm(drawings, desc="drawing", disable=None, leave=False):
-        write_drawing(drawing, directory)
+    write_drawings([drawing for section in sections for drawing in section.drawings], directory)
     environments = list(_read_environments(workdir))
     facts = RunFacts(resolve(workdir).name, last_step, config.to_dict(), environments)
     index = directory / "index.html"
@@ -142,7 +139,7 @@ def _read_environments(workdir: RunPath) -> Iterator[dict[str, Any]]:
     for line in (line for part in line_parts(path) for line in read_lines(part)):
         try:
             environment = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue  # the start was killed while it wrote this line
         if isinstance(environment, dict):
             yield environment

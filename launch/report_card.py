@@ -137,6 +137,6 @@ def _find_rows(config: RunConfig, sha256: str | None) -> dict[str, Any]:
             metadata = json.loads(path.read_text())
             if metadata["sha256"] == sha256:
                 return metadata
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, RecursionError, KeyError, TypeError):
             continue  # rows of another version, or of another user
     return {}

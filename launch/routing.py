@@ -40,15 +40,21 @@ from absl import flags
 from tqdm import tqdm
 
 from launch import command_line
+from launch.figure_files import write_drawings
 from launch.kernel_check import check_kernels
 from launch.output_paths import check_directory
-from launch.plotting import THEMES, Drawing, file_name, pdf_name, picture_html, write_drawing
+from launch.plotting import picture_html
 from launch.routing_figures import drawings
 from moe.config import ConfigError, RunConfig
 from moe.config.objectives import check_decoder
 from moe.inference import routing_analysis
 from moe.storage.paths import RunPath, make_directory, run_path, write_whole
-from moe.workdir.identity import read_config
+from moe.workdir.identity import (
+    checkpoint_steps,
+    read_config,
+    saved_step,
+    use_stored_tokenizer,
+)
 
 if TYPE_CHECKING:
     from moe.data.rows import JoinedRows
@@ -69,6 +75,23 @@ def routing(
     With `compare_step` saturation is measured at that earlier checkpoint alone. With 0 `batches`
     the whole split is read. `kernels` is what `check_kernels` returned. Raises ConfigError.
     """
+    check_input(workdir, step, compare_step, batches)
+    results = measure(workdir, step, compare_step, batches, kernels)
+    directory = workdir / "routing"
+    make_directory(directory)
+    write_whole(directory / "routing.json", json.dumps(results) + "\n")
+    drawn = drawings(results)
+    write_drawings(drawn, directory)
+    page = directory / "routing.md"
+    pictures = "".join(f"\n{picture_html(drawing)}\n" for drawing in drawn)
+    write_whole(page, tables(results) + pictures)
+    return page
+
+
+def check_input(
+    workdir: RunPath, step: int | None, compare_step: int | None, batches: int
+) -> RunConfig:
+    """Returns the config of the run. Raises ConfigError for bad input. It loads no JAX."""
     if batches < 0:
         raise ConfigError(
             f"--batches={batches} is no number of batches: set --batches to 1 or more, "
@@ -81,15 +104,10 @@ def routing(
             f"--workdir={workdir} is a dense run (model.moe.num_experts=0): "
             "set --workdir to a run that has experts"
         )
-    results = measure(workdir, step, compare_step, batches, kernels)
-    directory = workdir / "routing"
-    make_directory(directory)
-    write_whole(directory / "routing.json", json.dumps(results) + "\n")
-    drawn = write_drawings(results, directory)
-    page = directory / "routing.md"
-    pictures = "".join(f"\n{picture_html(drawing)}\n" for drawing in drawn)
-    write_whole(page, tables(results) + pictures)
-    return page
+    use_stored_tokenizer(workdir, config, must_match=False)
+    saved_step(workdir, step)
+    earlier_checkpoints(checkpoint_steps(workdir / "checkpoints"), step, compare_step)
+    return config
 
 
 def measure(
@@ -330,26 +348,10 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, ["---"] * len(head), *rows))
 
 
-def write_drawings(results: Mapping[str, Any], directory: RunPath) -> list[Drawing]:
-    """Writes the plots as PNG and PDF files, and returns what was drawn.
-
-    The plots of an earlier call that are not drawn any more are removed.
-    """
-    drawn = drawings(results)
-    for drawing in tqdm(drawn, desc="drawing", unit="plot", disable=None, leave=False):
-        write_drawing(drawing, directory)
-    written = {file_name(drawing, theme) for drawing in drawn for theme in THEMES}
-    written |= {pdf_name(drawing) for drawing in drawn}
-    for path in (*directory.glob("*-*.png"), *directory.glob("*.pdf")):
-        if path.name not in written:
-            path.unlink()
-    return drawn
-
-
 def prepare(values: flags.FlagValues) -> Mapping[str, Any]:
-    """Checks the kernels of the run, and returns what is known of them."""
+    """Checks the flags, and then the kernels of the run, of which it returns what is known."""
     workdir = run_path(values.workdir)
-    config = read_config(workdir)
+    config = check_input(workdir, values.step, values.compare_step, values.batches)
     check_directory("--workdir", workdir)
     return check_kernels(config)
 

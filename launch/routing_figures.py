@@ -42,7 +42,7 @@ def read_results(path: RunPath) -> dict[str, Any]:
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
         is_whole = _is_whole(results)
-    except (ValueError, TypeError, AttributeError, KeyError):
+    except (ValueError, RecursionError, TypeError, AttributeError, KeyError):
         is_whole = False
     if not is_whole:
         raise ConfigError(

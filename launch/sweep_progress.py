@@ -114,6 +114,6 @@ def _parse(line: str) -> dict[str, Any]:
     """Returns the values of a line, or none if it is being written or was cut."""
     try:
         values = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return values if isinstance(values, dict) else {}

@@ -132,6 +132,17 @@ def _measured(config: RunConfig, workdir: RunPath) -> Row:
     return values | {"loss": loss if loss is None or math.isfinite(loss) else None}
 
 
+def _fits(value: Any, kind: str) -> bool:
+    """Returns whether a value may stand in a column of this type. A value may be missing."""
+    if value is None or kind == "string":
+        return value is None or isinstance(value, str)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    if isinstance(value, float):
+        return kind == "double"
+    return abs(value) < 2**63
+
+
 def read_result(workdir: RunPath, run: Run) -> Row | None:
     """Returns the row of a run's result file, under the run's name, or None if it has none.
 
@@ -141,11 +152,12 @@ def read_result(workdir: RunPath, run: Run) -> Row | None:
     path = result_path(workdir, run.identity)
     try:
         row = json.loads(path.read_text(encoding="utf-8"))
-        is_whole = row.keys() <= COLUMNS.keys() and row["identity"] == run.identity
+        is_whole = all(_fits(value, COLUMNS[name]) for name, value in row.items())
+        is_whole = is_whole and row["identity"] == run.identity
         trained = RunConfig.from_config_dict(json.loads(row["config"])) if is_whole else None
     except FileNotFoundError:
         return None
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
         trained = None
     if trained is None:
         raise ConfigError(f"{path} is not what was written: delete it, and the run is done again")

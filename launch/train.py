@@ -48,6 +48,7 @@ early, and 77 another one is stuck, each told in one line that names process and
 import re
 import sys
 from collections.abc import Mapping
+from shlex import quote
 from typing import Any
 
 from absl import flags
@@ -55,14 +56,16 @@ from absl import flags
 from launch import command_line
 from launch.kernel_check import check_kernels
 from launch.output_paths import check_directory
-from moe.config import ConfigError
+from moe.config import ConfigError, RunConfig
 from moe.data.chat import read_template
 from moe.data.sources import check_dataset
 from moe.data.tokenizers import check_tokenizer
 from moe.exit_codes import DIVERGED, INTERRUPTED
-from moe.storage.paths import run_path
+from moe.parallel.distributed import from_first
+from moe.storage.paths import RunPath, run_path
 from moe.workdir.identity import use_stored_tokenizer
-from moe.workdir.source import read_source
+from moe.workdir.source import Source, find_origin, read_source
+from moe.workdir.tracking import is_same_run
 
 
 def prepare(values: flags.FlagValues) -> Mapping[str, Any]:
@@ -70,13 +73,21 @@ def prepare(values: flags.FlagValues) -> Mapping[str, Any]:
     config = command_line.read_run_config(values.config)
     workdir = run_path(values.workdir)
     check_directory("--workdir", workdir)
-    read_source(**_sources(values))  # which tells mistakes that `fit` would tell only later
+    source = read_source(**_sources(values))
     read_profile_steps(values.profile_steps, config.train.steps)
     with_own_copies = use_stored_tokenizer(workdir, config)
     check_dataset(with_own_copies.data)
     check_tokenizer(with_own_copies)
     read_template(with_own_copies.data)
+    # `fit` tells these mistakes, too. The disk may show files late to other hosts.
+    from_first("a look at the run directory", lambda: check_run(workdir, config, source))
     return check_kernels(config)
+
+
+def check_run(workdir: RunPath, config: RunConfig, source: Source | None) -> None:
+    """Raises ConfigError if a directory holds another run, or a run cannot start from `source`."""
+    is_same_run(workdir, config)
+    find_origin(workdir, config, source)
 
 
 def main(values: flags.FlagValues, kernels: Mapping[str, Any]) -> int:
@@ -98,7 +109,8 @@ def main(values: flags.FlagValues, kernels: Mapping[str, Any]) -> int:
         return INTERRUPTED
     for name, value in metrics.items():
         print(f"{name}: {value:.4f}")
-    print(f"The run is in {workdir}; draw it with: python -m launch.report --workdir={workdir}")
+    command = f"python -m launch.report --workdir={quote(str(workdir))}"
+    print(f"The run is in {workdir}; draw it with: {command}")
     return 0
 
 

@@ -22,6 +22,7 @@ of the dense run. --config.mesh.* has to fit this machine, and may differ when t
 import dataclasses
 import functools
 import math
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
@@ -30,9 +31,12 @@ from launch import command_line
 from launch.output_paths import check_directory
 from moe.config import ConfigError, RunConfig
 from moe.config.objectives import check_decoder
+from moe.data.sources import check_dataset
+from moe.data.tokenizers import check_tokenizer
+from moe.interop.compatible import check_upcycle
 from moe.storage.owner import LEASE_DIRECTORY, LOCK_FILE
 from moe.storage.paths import RunPath, run_path, write_whole
-from moe.workdir.identity import UNFINISHED_FILE, read_config, write_config
+from moe.workdir.identity import UNFINISHED_FILE, read_config, saved_step, write_config
 
 if TYPE_CHECKING:
     from moe.training.train_step import Program, TrainState
@@ -50,18 +54,16 @@ def upcycle(
 
     The checkpoint is the latest one by default. Raises ConfigError.
     """
-    _check_paths(source, workdir, noise)
+    check_input(source, config, workdir, step, noise)
     # These load JAX, which bad input need not wait for.
     import jax
 
     from moe.data.mixtures import open_training
-    from moe.interop.upcycle import check_upcycle, upcycle
+    from moe.interop.upcycle import upcycle
     from moe.training.start import check_memory
     from moe.training.train_step import make_program
 
     dense = read_config(source).model
-    check_decoder("config", config.task)
-    check_upcycle(dense, config.model)
     program = make_program(config)
     check_memory(program.mesh, program.abstract_state)
     dense_params = _read_dense_params(source, dataclasses.replace(config, model=dense), step)
@@ -125,6 +127,18 @@ def _write_run(
             unfinished.unlink()
 
 
+def check_input(
+    source: RunPath, config: RunConfig, workdir: RunPath, step: int | None, noise: float
+) -> None:
+    """Raises ConfigError for bad input. It loads no JAX, and makes nothing."""
+    _check_paths(source, workdir, noise)
+    saved_step(source, step)
+    check_decoder("config", config.task)
+    check_upcycle(read_config(source).model, config.model)
+    check_dataset(config.data)
+    check_tokenizer(config)
+
+
 def _check_paths(source: RunPath, workdir: RunPath, noise: float) -> None:
     if not (source / "checkpoints").is_dir():
         raise ConfigError(
@@ -139,13 +153,19 @@ def _check_paths(source: RunPath, workdir: RunPath, noise: float) -> None:
         raise ConfigError(f"--noise={noise} is no standard deviation: set --noise to 0.0 or more")
 
 
-def main(values: flags.FlagValues) -> None:
+def prepare(values: flags.FlagValues) -> None:
+    """Checks the flags. No program of this command runs kernels that would need a check."""
+    config, workdir = command_line.read_run_config(values.config), run_path(values.workdir)
+    check_input(run_path(getattr(values, "from")), config, workdir, values.step, values.noise)
+
+
+def main(values: flags.FlagValues, _: None) -> None:
     config, workdir = command_line.read_run_config(values.config), run_path(values.workdir)
     source = run_path(getattr(values, "from"))
     upcycle(source, config, workdir, step=values.step, noise=values.noise)
     print(
         f"{workdir} is at step 0; train on with the same --config flags: "
-        f"python -m launch.train --config=... --workdir={workdir}"
+        f"python -m launch.train --config=... --workdir={quote(str(workdir))}"
     )
 
 
@@ -162,4 +182,4 @@ if __name__ == "__main__":
         "The standard deviation of the noise that is added to each expert's copy, as a multiple of "
         "the copied matrix's own standard deviation. Its seed is config.seed.",
     )
-    command_line.run(main, __doc__, devices=True)
+    command_line.run(main, __doc__, devices=True, prepare=prepare)

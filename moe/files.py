@@ -115,6 +115,20 @@ def flush(path: Path) -> None:
 
 
 @contextlib.contextmanager
+def naming_file(path: Path) -> Iterator[None]:
+    """Names the file in an error of writing it, as on a full disk.
+
+    The system names a file only where it opens one. Commands tell an error with a name in one line.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextlib.contextmanager
 def open_whole(path: Path) -> Iterator[IO[bytes]]:
     """Opens a file that takes the place of `path` once it is written whole.
 
@@ -124,7 +138,7 @@ def open_whole(path: Path) -> Iterator[IO[bytes]]:
     file must not take its place.
     """
     if path.is_symlink() or (path.exists() and not path.is_file()):
-        with path.open("wb") as file:
+        with naming_file(path), path.open("wb") as file:
             yield file
         return
     # Host and process keep two commands apart that write the same file. In containers every process
@@ -132,7 +146,7 @@ def open_whole(path: Path) -> Iterator[IO[bytes]]:
     writer = f"{socket.gethostname()}.{os.getpid()}"
     partial = path.with_name(f".{path.name[:150]}.{writer}.partial")
     try:
-        with partial.open("wb") as file:
+        with naming_file(path), partial.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -40,13 +40,16 @@ Exit codes: 0 done, also with warnings; 2 bad input, told in one line; 75 interr
 """
 
 import contextlib
+import dataclasses
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from shlex import quote
 
 from absl import flags
 
 from launch import command_line
+from launch.figure_files import write_drawings
 from launch.fit import table
 from launch.fit.emit import config_file, docstring
 from launch.fit.figures import Words, isoflop_drawing
@@ -54,7 +57,7 @@ from launch.fit.page import law_page
 from launch.fit.results import Results, as_json, as_text
 from launch.fit.solve import Request, Solution, check, law_texts, loss_axis, solve
 from launch.output_paths import check_directory
-from launch.plotting import Drawing, file_name, write_drawing
+from launch.plotting import Drawing, file_name
 from launch.sweep_directory import FIT_PREFIX
 from moe.config import ConfigError
 from moe.config.checks import expand_path
@@ -75,7 +78,8 @@ def main(values: flags.FlagValues) -> None:
     print(f"\nwrote {output / 'index.html'}, its figures and fit.json beside it")
     if emit and config:
         write_whole(emit, config_file(config, docstring(emit, results)))
-        print(f"wrote {emit}; train it with: python -m launch.train --config={emit} --workdir=DIR")
+        command = f"python -m launch.train --config={quote(str(emit))} --workdir=DIR"
+        print(f"wrote {emit}; train it with: {command}")
 
 
 def find(values: flags.FlagValues) -> Solution:
@@ -148,7 +152,9 @@ def draw_refused(error: NoMinima, request: Request, output: Path) -> str:
     if not error.curves:
         return ""
     drawing = isoflop_drawing(error.curves, Words(loss=loss_axis(request)))
-    write_drawing(drawing, output)
+    # An earlier fit, whose page has other curves, may be here.
+    drawing = dataclasses.replace(drawing, stem="refused")
+    write_drawings([drawing], output, keep_others=True)
     return f". The curves are drawn in {output / file_name(drawing, 'light')}"
 
 
@@ -190,10 +196,7 @@ def read_emit(text: str | None, budgets: Sequence[str]) -> Path | None:
 
 def write(output: Path, results: Results, drawings: Sequence[Drawing]) -> None:
     """Writes the figures, the page and the numbers."""
-    from tqdm import tqdm
-
-    for drawing in tqdm(drawings, desc="drawing", disable=None, leave=False):
-        write_drawing(drawing, output)
+    write_drawings(drawings, output)
     write_whole(output / "fit.json", as_json(results))
     write_whole(output / "index.html", law_page(results, drawings, output))
 

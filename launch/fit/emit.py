@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from launch.fit.axes import power_text
@@ -41,7 +42,7 @@ It predicts, with 95 % of the bootstrap in brackets:
 
 {said}
 
-Command:  python -m launch.train --config={path} --workdir=runs/{path.stem}
+Command:  python -m launch.train --config={quote(str(path))} --workdir={quote(f"runs/{path.stem}")}
 Hardware: not run yet.
 Time, result: not measured yet.
 """
@@ -49,6 +50,8 @@ Time, result: not measured yet.
 
 def config_file(config: RunConfig, docstring: str) -> str:
     """Returns the text of a config file whose get_config() gives `config`."""
+    # The docstring has names of files, which may have any characters, and must stay a text.
+    docstring = docstring.replace("\\", r"\\").replace('"""', r"\"\"\"")
     changed = _changed(config.to_dict(), RunConfig().to_dict())
     body = "\n".join(_statements(changed, "config"))
     return _FILE.format(docstring=docstring, body=body)

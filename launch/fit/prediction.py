@@ -106,7 +106,7 @@ def table_configs(runs: Runs, is_strict: bool) -> list[RunConfig]:
             continue  # another program's column of this name is none of ours
         try:
             configs[text] = RunConfig.from_config_dict(json.loads(text))
-        except ValueError as error:  # ConfigError is one
+        except (ValueError, RecursionError) as error:  # ConfigError is a ValueError
             if not is_strict:
                 return []
             raise ConfigError(

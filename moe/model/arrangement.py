@@ -32,10 +32,11 @@ class Arrangement(NamedTuple):
 def check_assignments(x_ND: jax.Array, experts_NA: jax.Array, weights_NA: jax.Array) -> None:
     """Raises ValueError or TypeError for arrays that do not match, or experts without numbers."""
     tokens, shape = x_ND.shape[:1], experts_NA.shape
-    if x_ND.ndim != 2 or len(shape) != 2 or shape[:1] != tokens or weights_NA.shape != shape:
+    fits = x_ND.ndim == len(shape) == 2 and shape[:1] == tokens and weights_NA.shape == shape
+    if not fits or not shape[1]:
         raise ValueError(
             f"x has shape {x_ND.shape}, experts {shape} and weights {weights_NA.shape}: "
-            "give x [N, D], and experts and weights [N, A]"
+            "give x [N, D], and experts and weights [N, A], where A is 1 or more"
         )
     if not jnp.issubdtype(experts_NA.dtype, jnp.integer):
         raise TypeError(f"experts is {experts_NA.dtype.name}: give the experts' numbers, as int32")
@@ -87,9 +88,16 @@ def arrange_equally(experts_NA: jax.Array, num_experts: int, capacity: int) -> A
     return arrange(experts_NA, first_slots_E, num_experts * capacity)
 
 
+def take_or_zero(values: jax.Array, index: jax.Array) -> jax.Array:
+    """Returns the values at an index along the first dimension, and 0 where it is beyond them."""
+    # JAX gathers from no array without values. Outside of jit they may be NumPy's.
+    values = jnp.asarray(values) if len(values) else jnp.zeros((1, *values.shape[1:]), values.dtype)
+    return values.at[index].get(mode="fill", fill_value=0)
+
+
 def gather_from_slots(slot_values: jax.Array, arrangement: Arrangement) -> jax.Array:
     """Returns each assignment's value from its slot, [N, A], or 0 if it has none."""
-    return slot_values.at[arrangement.slots_NA].get(mode="fill", fill_value=0)
+    return take_or_zero(slot_values, arrangement.slots_NA)
 
 
 @jax.custom_vjp
@@ -98,7 +106,7 @@ def gather_into_slots(values_NA: jax.Array, arrangement: Arrangement) -> jax.Arr
 
     This is the transpose of `gather_from_slots`, computed by a gather.
     """
-    return values_NA.reshape(-1).at[arrangement.assignments_I].get(mode="fill", fill_value=0)
+    return take_or_zero(values_NA.reshape(-1), arrangement.assignments_I)
 
 
 gather_into_slots.defvjp(
@@ -110,7 +118,7 @@ gather_into_slots.defvjp(
 @jax.custom_vjp
 def copy_to_slots(x_ND: jax.Array, arrangement: Arrangement) -> jax.Array:
     """Returns the token of each slot's assignment, [I, D], or zeros if it has none."""
-    return x_ND.at[arrangement.tokens_I].get(mode="fill", fill_value=0)
+    return take_or_zero(x_ND, arrangement.tokens_I)
 
 
 def _copy_to_slots_forward(
@@ -189,6 +197,6 @@ def weighted_sum(rows_ID: jax.Array, weights_NA: jax.Array, arrangement: Arrange
     sum_dtype = _sum_dtype(rows_ID, weights_NA)
     weights_NA, terms = weights_NA.astype(sum_dtype), []
     for slots_N, weights_N in zip(arrangement.slots_NA.T, weights_NA.T, strict=True):
-        rows_ND = rows_ID.at[slots_N].get(mode="fill", fill_value=0)
-        terms.append(rows_ND.astype(sum_dtype) * weights_N[:, None])
+        rows_ND = take_or_zero(rows_ID, slots_N).astype(sum_dtype)
+        terms.append(rows_ND * weights_N[:, None])
     return functools.reduce(operator.add, terms).astype(rows_ID.dtype)

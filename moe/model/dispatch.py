@@ -124,8 +124,7 @@ def run_experts(
         sums_BTD = expert_parallel.sum_over_tensor(x_BTD, splits_time)
         return sums_BTD, jnp.zeros((batch, length), jnp.float32)
     # If the context axis splits rows, `length` is that of a part, and an expert cannot take more
-    # tokens than the part has. There is at least one slot, since an empty array cannot be gathered
-    # from.
+    # tokens than the part has. An exchange needs at least one slot.
     slots_per_row = max(1, min(capacity, length))
     run = choose_strategy(config, batch * slots_per_row)
     x_ND, experts_NA, weights_NA = (
@@ -222,7 +221,7 @@ def dropless(
     check_assignments(x_ND, experts_NA, weights_NA)
     check_axes("x_ND", x_ND)
     if not experts_NA.size:
-        return ExpertOutput(x_ND)
+        return ExpertOutput(jnp.zeros_like(x_ND))
     num_assignments, num_experts = experts_NA.size, weights.num_experts
     shapes = Shapes(num_assignments, num_experts, x_ND.dtype.name)
     choice = choose_kernel(implementation, shapes)
@@ -237,8 +236,7 @@ def dropless(
     first_slots_G = jnp.arange(0, num_slots, block_rows, dtype=jnp.int32)
     experts_G = jnp.searchsorted(ends_E, first_slots_G, side="right").astype(jnp.int32)
     blocks = Blocks(arrangement, experts_G)
-    y_ND = _grouped_experts(choice.name, jnp.asarray(x_ND), weights_NA, weights, blocks)
-    return ExpertOutput(y_ND)
+    return ExpertOutput(_grouped_experts(choice.name, x_ND, weights_NA, weights, blocks))
 
 
 def choose_kernel(implementation: Literal["auto"] | Name, shapes: Shapes) -> Choice:
@@ -383,6 +381,7 @@ def _apply_grouped(
 
 def _kernel_inputs(x_ND: jax.Array, weights: Weights, blocks: Blocks) -> Inputs:
     """Gathers the weights over fsdp, and lists what the kernel takes."""
+    x_ND, weights = jax.tree.map(jnp.asarray, (x_ND, weights))  # which may be NumPy's
     whole = weights.gather(x_ND.dtype, x_ND.shape[-1])
     return Inputs(x_ND, *whole, blocks.arrangement.tokens_I, blocks.experts_G)
 

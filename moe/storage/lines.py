@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from moe.files import naming_file
 from moe.storage.paths import RunPath, write_whole
 
 PART_BYTES = 2**20  # a part that has grown beyond this is followed by another one
@@ -56,7 +57,7 @@ class LineWriter:
         """Adds a line. In a file system it is written when this returns."""
         if isinstance(self._path, Path):
             self._check()
-            with self._path.open("a", encoding="utf-8") as file:
+            with naming_file(self._path), self._path.open("a", encoding="utf-8") as file:
                 file.write(line)
             return
         self._content += line.encode()

@@ -189,7 +189,7 @@ class _Seen(NamedTuple):
 
     def field(self, name: str) -> Any:
         """Returns a field of the content, or None if it is not there, or only half written."""
-        with contextlib.suppress(ValueError, AttributeError):
+        with contextlib.suppress(ValueError, RecursionError, AttributeError):
             return json.loads(self.text).get(name)
         return None
 

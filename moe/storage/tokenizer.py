@@ -66,7 +66,7 @@ def read_stored(workdir: RunPath, field: str = "tokenizer") -> StoredFile | None
         return StoredFile(field, path.parent / Path(about["file"]).name, str(about["sha256"]))
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError, LookupError):
+    except (ValueError, RecursionError, TypeError, LookupError):
         raise ConfigError(
             f"{path} is not what was written: restore it, or delete {path.parent}, "
             f"so that data.{field} is read instead"

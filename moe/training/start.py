@@ -44,8 +44,8 @@ from moe.workdir import checkpoint
 from moe.workdir.checkpoint import Checkpoints
 from moe.workdir.first_lines import first_lines
 from moe.workdir.identity import read_config, read_saved_config, use_stored_tokenizer, write_config
-from moe.workdir.origin import find_origin, read_state, read_variables, write_origin
-from moe.workdir.source import Origin, Source
+from moe.workdir.origin import read_state, read_variables, write_origin
+from moe.workdir.source import Origin, Source, find_origin
 from moe.workdir.tracking import MetricWriter, check_workdir, copy_lines, write_environment
 
 _VISIBLE_SECONDS = 60.0

@@ -34,6 +34,7 @@ from moe.workdir.identity import (
     differing_fields,
     read_about,
     read_config,
+    saved_step,
     unfinished_steps,
     write_about,
 )
@@ -193,14 +194,7 @@ def open_checkpoints(workdir: RunPath, config: RunConfig, check: Check = uncheck
 
 
 def read_checkpoints(workdir: RunPath) -> Checkpoints:
-    """Opens a run's checkpoints for reading only: nothing is created or deleted.
-
-    Raises ConfigError if there are none.
-    """
-    if not (workdir / "checkpoints").is_dir():
-        raise ConfigError(
-            f"{workdir / 'checkpoints'} does not exist: set workdir to a run that has saved one"
-        )
+    """Opens a run's checkpoints for reading only: nothing is created or deleted."""
     return Checkpoints(workdir, read_config(workdir))
 
 
@@ -305,15 +299,7 @@ def restore_variables_and_step(
 
 def _open_step(checkpoints: Checkpoints, step: int | None) -> tuple[RunPath, dict[str, Any]]:
     """Returns the directory of a checkpoint and its about.json, whose config must be the run's."""
-    steps = checkpoints.all_steps()
-    if not steps or step not in (None, *steps):
-        wanted = "" if step is None else f" of step {step}"
-        choices = ", ".join(map(str, steps)) or "none yet"
-        raise ConfigError(
-            f"{checkpoints.directory} holds no checkpoint{wanted}: "
-            f"choose one of its steps ({choices})"
-        )
-    path = checkpoints.directory / str(steps[-1] if step is None else step)
+    path = checkpoints.directory / str(saved_step(checkpoints.directory.parent, step))
     try:
         about = read_about(path)
     except FileNotFoundError:

@@ -41,6 +41,24 @@ def unfinished_steps(directory: RunPath) -> list[int]:
     ]
 
 
+def saved_step(workdir: RunPath, step: int | None) -> int:
+    """Returns the step of a run's checkpoint: `step` itself, or that of the latest one if None.
+
+    Raises ConfigError if there is no such checkpoint.
+    """
+    directory = workdir / "checkpoints"
+    if not directory.is_dir():
+        raise ConfigError(f"{directory} does not exist: set workdir to a run that has saved one")
+    steps = checkpoint_steps(directory)
+    if not steps or step not in (None, *steps):
+        wanted = "" if step is None else f" of step {step}"
+        choices = ", ".join(map(str, steps)) or "none yet"
+        raise ConfigError(
+            f"{directory} holds no checkpoint{wanted}: choose one of its steps ({choices})"
+        )
+    return steps[-1] if step is None else step
+
+
 def _numbered(directory: RunPath) -> list[int]:
     """Returns the steps of all checkpoints in `directory`, in order."""
     names = [path.name for path in directory.iterdir()] if directory.is_dir() else []

@@ -81,21 +81,31 @@ def check_workdir(workdir: RunPath, config: RunConfig) -> None:
     if unfinished.exists():
         reason = unfinished.read_text().strip()
         raise ConfigError(f"{workdir} is no run yet ({reason}): delete it, and make it again")
-    saved = read_saved_config(workdir)
-    if saved is None:
+    if not is_same_run(workdir, config):
         store_tokenizer(workdir, config.data)
         return
+    files = [field for field in FIELDS if names_file(config.data, field)]
+    if any(read_stored(workdir, field) is None for field in files):
+        store_tokenizer(workdir, config.data)
+
+
+def is_same_run(workdir: RunPath, config: RunConfig) -> bool:
+    """Returns whether a directory holds this run, or False if it holds none. Writes nothing.
+
+    Raises ConfigError for another run, as `check_workdir` does.
+    """
+    saved = read_saved_config(workdir)
+    if saved is None:
+        return False
     differing = differing_fields(saved, config, allowed=("train.steps",))
     if differing:
         raise ConfigError(
             f"{workdir} holds a run of another config ({'; '.join(differing)}): set another workdir"
         )
     use_stored_tokenizer(workdir, config)
-    files = [field for field in FIELDS if names_file(config.data, field)]
-    if any(read_stored(workdir, field) is None for field in files):
-        store_tokenizer(workdir, config.data)
     if config.train.steps != saved.train.steps:
         _check_steps(workdir, saved, config)
+    return True
 
 
 def _check_steps(workdir: RunPath, saved: RunConfig, config: RunConfig) -> None:

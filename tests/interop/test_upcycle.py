@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from moe.config import ConfigError, ModelConfig, MoEConfig
-from moe.interop.upcycle import check_upcycle, stack_layers, unstack_layers, upcycle
+from moe.interop.compatible import check_upcycle
+from moe.interop.upcycle import stack_layers, unstack_layers, upcycle
 from moe.model.experts import MoE
 from moe.model.layers import FeedForward
 from moe.model.tokens import TokenInfo

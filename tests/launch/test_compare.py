@@ -203,6 +203,18 @@ def test_a_run_that_diverged_is_left_out(tmp_path: Path) -> None:
     assert values["differences"]["two"]["num_seeds"] == 1
 
 
+def test_a_run_that_lost_its_metrics_is_left_out(tmp_path: Path) -> None:
+    planned = plan_runs(["a", "b"], (0, 1))
+    for one in planned:
+        write_run(one, tmp_path, [4.0])
+    lost = named(planned, "a/seed_1")
+    (tmp_path / lost.name / "metrics.jsonl").unlink()
+    sweep_table.write_result(lost.run, tmp_path, "finished", "a version", None)
+    assert "| a |" in compare(group(planned), tmp_path)
+    results = json.loads((tmp_path / "comparison.json").read_text())
+    assert list(results["variants"]["a"]["loss"]["of_seeds"]) == ["0"]
+
+
 def test_equal_variants_are_compared_though_one_is_trained(tmp_path: Path) -> None:
     points = repeat([Point("a", {}), Point("same", {}), Point("b", {"train.steps": 5})], (0,))
     planned = plan("e.py", TINY, points, [])

@@ -1,5 +1,6 @@
 """The command that fits a law to a table: what it prints, writes, predicts and refuses."""
 
+import ast
 import contextlib
 import csv
 import hashlib
@@ -21,7 +22,7 @@ from matplotlib.figure import Figure
 from configs import dense_tiny
 from launch import sweep_table
 from launch.fit.__main__ import define_flags, find, main
-from launch.fit.emit import docstring
+from launch.fit.emit import config_file, docstring
 from launch.fit.prediction import isoflop_model, spend
 from launch.fit.results import as_json, as_text
 from launch.fit.study import fit_curves
@@ -269,6 +270,13 @@ def load(path: Path) -> RunConfig:
     return RunConfig.from_config_dict(names["get_config"]())
 
 
+@pytest.mark.parametrize("name", ['a""" + exit() + """', "a\\x", "\\N{x}", "a\\", '"', "{x}"])
+def test_names_of_files_stay_text_in_an_emitted_file(name: str) -> None:
+    module = ast.parse(config_file(RunConfig(), f"Fitted to {name}" + "\n"))
+    assert ast.get_docstring(module) == f"Fitted to {name}"
+    assert len(module.body) == 4  # the docstring, two imports and the function
+
+
 def test_an_emitted_file_is_in_the_manner_of_configs(emitted: Path) -> None:
     text = emitted.read_text()
     _, docstring, code = text.split('"""')
@@ -446,10 +454,28 @@ def test_a_refused_fit_of_curves_draws_them_and_nothing_else(tmp_path: Path) -> 
     assert str(error.value).startswith(f"{path}: ")
     drawn = Path(str(error.value).rsplit("drawn in ", 1)[1])
     assert drawn.exists() and {file.name for file in drawn.parent.iterdir()} == {
-        "isoflop-light.png",
-        "isoflop-dark.png",
-        "isoflop.pdf",
+        "refused-light.png",
+        "refused-dark.png",
+        "refused.pdf",
+        "figures.json",
     }
+
+
+def test_a_refused_fit_changes_nothing_of_an_earlier_one(tmp_path: Path) -> None:
+    path = write_table(tmp_path / "runs.csv", grid(noise=0))
+    main(flag_values(path, "--law=isoflop"))
+    read = lambda: {file.name: file.read_bytes() for file in (tmp_path / "fit").iterdir()}
+    first = read()
+    write_table(path, [row for number, row in enumerate(grid(noise=0)) if number % 7 > 3])
+    with pytest.raises(ConfigError, match="The curves are drawn in"):
+        main(flag_values(path, "--law=isoflop"))
+    second = read()
+    changed = {name for name in first | second if first.get(name) != second.get(name)}
+    drawn = {"refused-light.png", "refused-dark.png", "refused.pdf"}
+    assert changed == {"figures.json", *drawn}
+    write_table(path, grid(noise=0))
+    main(flag_values(path, "--law=isoflop"))
+    assert read() == first
 
 
 @pytest.mark.parametrize("law", ["isoflop", "steplaw"])

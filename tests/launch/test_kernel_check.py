@@ -32,7 +32,7 @@ from moe.model.attention import without_kernels
 from moe.parallel.mesh import make_mesh
 from moe.training import trainer
 from moe.training.train_step import make_program
-from moe.workdir.identity import write_config
+from moe.workdir.identity import ABOUT_FILE, write_config
 from tests.jobs import wait_until
 from tests.parallel.test_distributed import run_processes
 from tests.tiny import TINY_MODEL
@@ -515,9 +515,9 @@ def test_every_command_that_uses_devices_checks_kernels() -> None:
     texts = {path.stem: path.read_text() for path in (ROOT / "launch").glob("*.py")}
     using = {name for name, text in texts.items() if "devices=True" in text}
     using -= {"command_line"}
-    checking = {name for name in using if "devices=True, prepare=prepare)" in texts[name]}
+    checking = {name for name in using if "check_kernels(" in texts[name]}
     assert using - checking == WITHOUT_KERNELS
-    assert all("check_kernels(" in texts[name] for name in checking)
+    assert all("devices=True, prepare=prepare)" in texts[name] for name in checking)
 
 
 KERNELS = {"refused": {"attention": ["hopper"], "experts": []}}
@@ -550,6 +550,7 @@ def test_every_command_hands_on_what_the_check_found(command, tmp_path, monkeypa
     monkeypatch.setattr(trainer, "fit" if command == "train" else "load_run", stop)
     write_config(tmp_path, SPARSE)
     (tmp_path / "checkpoints" / "1").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "1" / ABOUT_FILE).touch()
     stand_in = types.SimpleNamespace(find_tasks=lambda *args: None)
     monkeypatch.setitem(sys.modules, "launch.harness", stand_in)
     monkeypatch.setattr(launch, "harness", stand_in, raising=False)

@@ -168,6 +168,7 @@ except SystemExit as end:
     ("flags", "message"),
     [
         ("--chip=h20", "--chip=h20 is no chip of the table: set it to h200"),
+        ("--page=plan.html", "--page plans for a chip, and none is named: add --chip="),
         ("--chip=h200 --devices=3", "does not fit 3 devices: set sizes"),
         ("--chip=cpu --devices=2", "set --devices=1, and config.mesh to one device"),
         ("--chip=h200 --devices=3 --config.mesh.tensor=1", "set train.batch_size to a multiple"),

@@ -103,6 +103,7 @@ def test_slices_are_opened_before_anything_is_evaluated(
     program = types.SimpleNamespace(task=types.SimpleNamespace(rows=rows))
     loaded = (config, program, {}, 1)
     monkeypatch.setattr("launch.evaluate.read_config", lambda workdir: config)
+    monkeypatch.setattr("launch.evaluate.saved_step", lambda workdir, step: 1)
     monkeypatch.setattr("moe.training.trainer.load_run", lambda workdir, step, kernels: loaded)
     with pytest.raises(ConfigError, match="--slice=on is no field"):
         evaluate(tmp_path, split="train", slice_by="on")

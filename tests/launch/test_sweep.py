@@ -425,6 +425,31 @@ def test_a_damaged_result_is_refused(tmp_path: Path) -> None:
         read_result(tmp_path, one.run)
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"loss": "1.25"},
+        {"loss": [1.25]},
+        {"loss": True},
+        {"steps": 1.5},
+        {"steps": 2**63},
+        {"flops": 2**64},
+        {"status": 1},
+        {"dataset": {}},
+        {"another": 1},
+    ],
+)
+def test_a_result_with_values_of_another_kind_is_refused(
+    tmp_path: Path, pretender: Pretender, damage: dict[str, Any]
+) -> None:
+    (one,) = seeds("a")
+    train([one], tmp_path, 1)
+    path = tmp_path / "results" / f"{one.run.identity}.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | damage))
+    with pytest.raises(ConfigError, match="is not what was written: delete it"):
+        read_result(tmp_path, one.run)
+
+
 def test_a_result_of_another_version_is_read_if_it_means_the_same(
     tmp_path: Path, pretender: Pretender
 ) -> None:

@@ -1,6 +1,7 @@
 """Commands write each file whole: whoever reads it while they run, or after a kill, finds one."""
 
 import ast
+import errno
 import os
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 
 from launch.report import report
 from moe.files import write_whole
+from moe.storage.lines import LineWriter
 from tests.launch.report_runs import make_run
 
 ROOT = Path(__file__).parents[2]
@@ -22,7 +24,13 @@ def test_a_report_that_is_killed_leaves_the_earlier_files_whole(
 ) -> None:
     report(make_run(tmp_path, [(10, {"train/loss": 2.5})]))
     before = {path.name: path.read_bytes() for path in (tmp_path / "report").iterdir()}
-    assert set(before) == {"index.html", "loss-dark.png", "loss-light.png", "loss.pdf"}
+    assert set(before) == {
+        "index.html",
+        "figures.json",
+        "loss-dark.png",
+        "loss-light.png",
+        "loss.pdf",
+    }
 
     def killed(descriptor: int) -> None:
         os.ftruncate(descriptor, 10)
@@ -41,6 +49,26 @@ def test_an_error_names_the_file_that_was_to_be_written(tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError) as caught:
             write_whole(path, "a")
         assert caught.value.filename == str(path)
+
+
+def test_a_full_disk_is_told_with_the_file_that_did_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Commands tell an error with a file's name in one line, and any other with a traceback."""
+    (tmp_path / "link").symlink_to("/dev/full")
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    for name in ("link", "file"):
+        with pytest.raises(OSError, match="No space left on device") as caught:
+            write_whole(tmp_path / name, "text")
+        assert caught.value.filename == str(tmp_path / name)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        LineWriter(tmp_path / "link").append("line\n")
+    assert caught.value.filename == str(tmp_path / "link")
+    assert [path.name for path in tmp_path.iterdir()] == ["link"]
 
 
 def test_a_file_is_written_whole_and_readable_as_others_are(tmp_path: Path) -> None:

@@ -61,6 +61,13 @@ STRATEGIES = {
 }
 
 
+STRATEGIES_OF_ARRAYS = {
+    "dense": dense,
+    "capacity": functools.partial(with_capacity, capacity=14),
+    "dropless": dropless,
+}
+
+
 class SameRows(NamedTuple):
     """Stands for weights of experts that return their rows as they are."""
 
@@ -175,6 +182,51 @@ def test_arrays_that_do_not_match_are_refused(name):
             run(*arrays)
     with pytest.raises(TypeError, match=r"^experts is float32: give the experts' numbers"):
         run(x, experts.astype(jnp.float32), combine)
+
+
+@pytest.mark.parametrize("name", STRATEGIES_OF_ARRAYS)
+def test_a_token_without_experts_is_refused(name):
+    x, experts, combine = routed()
+    with pytest.raises(ValueError, match=r"experts \(14, 0\) and .* where A is 1 or more$"):
+        STRATEGIES_OF_ARRAYS[name](x, experts[:, :0], combine[:, :0], Weights(*weights()))
+
+
+@pytest.mark.parametrize("name", STRATEGIES_OF_ARRAYS)
+def test_no_tokens_have_no_sums_and_no_gradients(name):
+    """A device of a mesh may have no tokens, and so may a guest's batch."""
+    arrays = [array[:0] for array in routed()]
+
+    def loss(x, combine, *weights):
+        output = STRATEGIES_OF_ARRAYS[name](x, arrays[1], combine, Weights(*weights))
+        assert output.y_ND.shape == (0, D)
+        return jnp.sum(output.y_ND)
+
+    for compiled in (lambda f: f, jax.jit):
+        found = compiled(jax.grad(loss, range(5)))(arrays[0], arrays[2], *weights())
+        for gradient, array in zip(found, (arrays[0], arrays[2], *weights()), strict=True):
+            np.testing.assert_array_equal(gradient, np.zeros_like(array))
+
+
+@pytest.mark.parametrize("name", STRATEGIES_OF_ARRAYS)
+def test_numpy_arrays_are_taken_outside_of_jit(name):
+    arrays = [np.asarray(array) for array in (*routed(), *weights())]
+    run = lambda x, experts, combine, *weights: STRATEGIES_OF_ARRAYS[name](
+        x, experts, combine, Weights(*weights)
+    )
+    output = run(*arrays)
+    close(output.y_ND, plain(*arrays))
+    assert isinstance(output.y_ND, jax.Array)
+    by_x, by_combine = jax.grad(
+        lambda x, c: jnp.sum(run(x, arrays[1], c, *arrays[3:]).y_ND), (0, 1)
+    )(arrays[0], arrays[2])
+    assert np.isfinite(by_x).all() and np.isfinite(by_combine).all()
+
+
+def test_experts_without_room_drop_and_count_everything():
+    x, experts, combine = routed()
+    output = with_capacity(x, experts, combine, Weights(*weights()), capacity=0)
+    np.testing.assert_array_equal(output.y_ND, jnp.zeros_like(x))
+    np.testing.assert_array_equal(output.dropped_N, jnp.sum(experts < E, axis=1))
 
 
 def test_dropless_takes_the_most_uneven_load():

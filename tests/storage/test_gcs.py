@@ -19,8 +19,8 @@ from moe.storage.owner import LostRun, own_run
 from moe.storage.paths import run_path, write_whole
 from moe.workdir import orbax_errors, tensorboard, tracking
 from moe.workdir.identity import write_config
-from moe.workdir.origin import find_origin, write_origin
-from moe.workdir.source import Origin
+from moe.workdir.origin import write_origin
+from moe.workdir.source import Origin, find_origin
 from moe.workdir.tracking import MetricWriter, read_metrics, read_router
 
 NO_COPIES = TrackingConfig(tensorboard=False)

@@ -12,8 +12,7 @@ from moe.config import ConfigError, DataConfig, RunConfig
 from moe.storage.paths import RunPath, run_path
 from moe.storage.tokenizer import FIELDS, local_copy, names_file, read_stored, store_tokenizer
 from moe.workdir.identity import use_stored_tokenizer, write_config
-from moe.workdir.origin import find_origin
-from moe.workdir.source import Source
+from moe.workdir.source import Source, find_origin
 from moe.workdir.tracking import check_workdir
 
 

@@ -41,7 +41,7 @@ from moe.config import (
 from moe.data import prepare
 from moe.data.rows import JoinedRows
 from moe.files import try_lock
-from moe.interop.upcycle import SHARED_FIELDS
+from moe.interop.compatible import SHARED_FIELDS
 from moe.parallel.hub import HostTimes
 from moe.scaling import hardware
 from moe.training import evaluation, log, signals, start, train_step, trainer
@@ -49,7 +49,7 @@ from moe.training.optimizer import make_schedule
 from moe.training.signals import SIGNALS
 from moe.workdir import checkpoint
 from moe.workdir.identity import read_config
-from moe.workdir.origin import SHARED_MOE_FIELDS
+from moe.workdir.source import SHARED_MOE_FIELDS
 from moe.workdir.tracking import check_workdir, read_metrics, read_router
 from tests.tiny import TINY_MODEL
 

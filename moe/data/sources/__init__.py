@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from moe.config import ConfigError, DataConfig
 from moe.data.sources import tfds
 from moe.data.sources.document import Document, Documents
-from moe.data.sources.listing import find_files
+from moe.data.sources.listing import check_split, find_files
 
 __all__ = [
     "Document",
@@ -54,6 +54,8 @@ def check_dataset(config: DataConfig) -> None:
         return
     match config.dataset.partition(":")[0]:
         case "text":
+            for split in (config.train_split, config.validation_split):
+                check_split(config.dataset, split)
             find_files(config.dataset.removeprefix("text:"))
         case "arrow":
             from moe.data.sources import arrow

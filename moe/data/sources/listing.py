@@ -58,6 +58,15 @@ class Listing(NamedTuple):
         return self.file_system.unstrip_protocol(file.path).removeprefix("file://")
 
 
+def check_split(dataset: str, split: str) -> None:
+    """Raises ConfigError for a split that the user's files cannot have. It reads no file."""
+    if split not in SPLITS:
+        raise ConfigError(
+            f"split {split!r} is not one of data.dataset={dataset!r}: "
+            "set the split to 'train' or 'validation'"
+        )
+
+
 def find_files(path: str) -> Listing:
     """Returns the files of text at `path`. Raises ConfigError if there is none to read."""
     file_system = _file_system(path)

@@ -25,6 +25,7 @@ from moe.data.sources.listing import (
     SPLITS,
     Listing,
     SourceFile,
+    check_split,
     explained,
     find_files,
     is_plain,
@@ -195,6 +196,7 @@ def open_text_files(config: DataConfig, split: str) -> RecordDocuments:
 
     Raises ConfigError for files that cannot be read and for a split without documents.
     """
+    check_split(config.dataset, split)
     builder = TextFiles(config)
     is_new = not is_prepared(builder)
     builder = prepare_builder(config, builder, lambda: TextFiles(config))
@@ -204,11 +206,6 @@ def open_text_files(config: DataConfig, split: str) -> RecordDocuments:
             f"{config.dataset}: {len(places)} documents were skipped, such as {places[0]}; "
             f"{skipped} lists them",
             file=sys.stderr,
-        )
-    if split not in SPLITS:
-        raise ConfigError(
-            f"split {split!r} is not one of data.dataset={config.dataset!r}: "
-            "set the split to 'train' or 'validation'"
         )
     if not builder.info.splits:
         raise ConfigError(

@@ -263,7 +263,7 @@ def _download_and_prepare(
             builder.download_and_prepare()
     except ConfigError:
         raise
-    except (ImportError, OSError, ValueError, AssertionError) as error:
+    except (ImportError, OSError, ValueError, AssertionError, RuntimeError) as error:
         builder = make()
         # If it is prepared now, another host was quicker: hosts need not see each other's locks.
         if not is_prepared(builder):

@@ -121,9 +121,12 @@ def test_a_directory_that_cannot_be_written_is_refused_in_one_line(
         )
 
 
-def test_a_failure_of_tfds_is_told_in_one_line(empty: DataConfig, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("kind", [ImportError, RuntimeError])  # ArrayRecord raises the second
+def test_a_failure_of_tfds_is_told_in_one_line(
+    empty: DataConfig, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+):
     def fail() -> None:
-        raise ImportError("no tensorflow\nand a long explanation")
+        raise kind("no tensorflow\nand a long explanation")
 
     monkeypatch.setattr(SmallText, "before_generating", fail)
     with pytest.raises(
