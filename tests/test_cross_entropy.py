@@ -81,6 +81,15 @@ def test_a_target_outside_the_vocabulary_is_nan_unless_it_is_masked(wrong, chunk
     )
 
 
+def test_a_target_that_int32_cannot_hold_is_outside_the_vocabulary():
+    hidden, weight, targets, mask = inputs(dtype=np.float32)
+    with jax.enable_x64(True):
+        far = jnp.asarray(targets, jnp.int64) + 2**32
+        total = cross_entropy_sum(hidden, Unembedding(weight), far, np.ones_like(mask), 4)
+        masked = cross_entropy_sum(hidden, Unembedding(weight), far, np.zeros_like(mask), 4)
+    assert np.isnan(total) and masked == 0
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("chunk", [4, 100])
 def test_what_a_masked_position_holds_changes_nothing(chunk, value):

@@ -77,6 +77,8 @@ def stream(
     `generate`, and the errors are raised by the call itself.
     """
     check_sampling(sampling, max_new_tokens)
+    if not 0 <= seed < 2**32:  # JAX would take its lowest 32 bits, which are another seed
+        raise ConfigError(f"seed={seed} is out of range: set it to at least 0 and less than 2**32")
     lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
     if not len(lengths_B) or lengths_B.min() < 1:
         raise ConfigError(

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from moe.cross_entropy import as_int32
 from moe.parallel.collectives.shared import as_part, part_axes
 from moe.parallel.collectives.weights import (
     lay_out_whole,
@@ -107,7 +108,7 @@ def look_up(
     equal terms stops growing at 256 of them. The companion of a table that is shared takes the
     gradient in its place (`parallel.collectives.shared`).
     """
-    return _look_up(dtype, companion_PVD is not None, table_VD, companion_PVD, ids_BT)
+    return _look_up(dtype, companion_PVD is not None, table_VD, companion_PVD, as_int32(ids_BT))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -216,8 +216,8 @@ class EncoderDecoder(nn.Module):
         segment_ids_BS = encoder_batch["segment_ids"]
         encoded = self.encode(batch)
         if cache is not None and (memory_cache := cache[0][0].cross_attention) is not None:
-            fits_B = jnp.all(fits_memory_cache(memory_cache, segment_ids_BS), axis=1)
-            x_BTD = jnp.where(fits_B[:, None, None], x_BTD, jnp.nan)
+            fits_BS = fits_memory_cache(memory_cache, segment_ids_BS, batch)
+            x_BTD = jnp.where(jnp.all(fits_BS, axis=1)[:, None, None], x_BTD, jnp.nan)
         memory = Memory(join_time(encoded.hidden), segment_ids_BS)
         tokens = dataclasses.replace(tokens, memory=memory)
         output = self.decoder(x_BTD, tokens, cache)

@@ -333,8 +333,10 @@ def test_a_memory_may_be_shorter_than_what_is_decoded():
     np.testing.assert_allclose(got, expected[:, 2:], atol=1e-5)
 
 
-@pytest.mark.parametrize("ids", [[1, 1, 2, 2, 0, 0, 0, 0], [0, 1, 1, 1, 1, 1, 1, 1]], ids=str)
-def test_a_memory_that_is_not_one_document_from_its_start_is_nan(ids):
+@pytest.mark.parametrize(
+    "ids", [[1, 1, 2, 2, 0, 0, 0, 0], [0, 1, 1, 1, 1, 1, 1, 1], [2] * 8], ids=str
+)
+def test_a_memory_that_is_not_the_prompts_document_from_its_start_is_nan(ids):
     model, batch = encoder_decoder(), one_document()
     batch["encoder_segment_ids"][1] = ids
     cache = model.init_cache(batch_size=2, length=9, encoder_length=8)
