@@ -145,8 +145,8 @@ class Schedule:
     def turn(self, tick: Any, stage: Any) -> Turn:
         """Returns what a stage does at a tick."""
         number = tick - stage  # of the turn, among those of this stage
-        group, rest = divmod(number, self.rounds * self.stages)
-        round_, member = divmod(rest, self.stages)
+        group, turn_of_group = divmod(number, self.rounds * self.stages)
+        round_, member = divmod(turn_of_group, self.stages)
         is_busy = (number >= 0) & (number < self.rounds * self.microbatches)
         return Turn(is_busy, group, round_, member)
 

@@ -112,7 +112,7 @@ def activations(config: RunConfig, sizes: Mapping[str, int], platform: Platform)
     table = FLOAT32 * widths.vocabulary * widths.stream
     waiting = table * _waiting_tables(config, sizes, platform)
     return Activations(
-        saved=round(stacks * saved) + _pipeline_hands(config, sizes),
+        saved=round(stacks * saved) + _pipeline_carry(config, sizes),
         layer=max([_layer(config, sizes, staged, platform), *largest]) + waiting,
         loss=_loss(config, sizes, platform) - _later_gradients(config, sizes),
         embedding=table + waiting + 2 * item * own.tokens * widths.stream,
@@ -154,11 +154,8 @@ def _saved(config: RunConfig, sizes: Mapping[str, int], passes: Passes, platform
     return saved
 
 
-def _pipeline_hands(config: RunConfig, sizes: Mapping[str, int]) -> int:
-    """Returns the bytes of what a stage has between two ticks.
-
-    These are the ring, the belt and the stage's own microbatches.
-    """
+def _pipeline_carry(config: RunConfig, sizes: Mapping[str, int]) -> int:
+    """Returns the bytes that a stage carries between ticks: ring, belt and own microbatches."""
     schedule = pipeline_schedule(config, sizes)
     if schedule is None:
         return 0
