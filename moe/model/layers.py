@@ -11,7 +11,7 @@ from moe.cross_entropy import as_int32
 from moe.parallel.collectives.shared import as_part, part_axes
 from moe.parallel.collectives.weights import (
     lay_out_whole,
-    present,
+    manual_axes,
     sum_gradient,
     sum_products,
     weights_are_split,
@@ -30,7 +30,7 @@ def einsum(
 ) -> jax.Array:
     """Multiplies activations by a weight, and sums the weight's gradient in float32.
 
-    The weight is whole along D while it is multiplied by, and its gradient is split as it is.
+    The weight is gathered along D for the product, and its gradient is split as the weight is.
 
     All matmuls with weights go through here, except those of experts (`parallel.collectives`) and
     of the loss (`moe.cross_entropy`).
@@ -59,8 +59,8 @@ def _einsum_forward(
     _, w_dims = equation.split("->")[0].split(",")
     whole_w = lay_out_whole(w, x.dtype, w_dims)
     y = jnp.einsum(equation, x, whole_w, preferred_element_type=dtype, precision=precision)
-    # What is gathered is kept, so that a recomputed forward pass gathers for the gradient of x as
-    # well. Where nothing is gathered, nothing is kept beside the weight itself.
+    # The gathered weight is a residual, so that the gather of a recomputed forward pass also serves
+    # the gradient of x. Where nothing is gathered, the weight itself is the residual.
     is_split = weights_are_split(w.shape[w_dims.index("D")])
     return y, (x, whole_w if is_split else w, jnp.zeros((0,), w.dtype))
 
@@ -169,7 +169,7 @@ def _add_to_table(
     all_parts = part_axes()
 
     def add_shard(x_BTD: jax.Array, rows_BT: jax.Array) -> tuple[jax.Array]:
-        axes = present(vocabulary_axes)
+        axes = manual_axes(vocabulary_axes)
         size = num_rows // math.prod(map(axis_size, axes))  # of this device's part of V
         first = jax.lax.axis_index(axes) * size if axes else 0
         own_rows_BT = jnp.where(rows_BT < first, size, rows_BT - first)
@@ -239,9 +239,8 @@ def _rms_norm_backward(
     normed = x_BTD.astype(jnp.float32) * inverse_BT1
     grad_scale_D = jnp.sum(grad * normed, axis=(0, 1)).astype(scale_D.dtype)
     # In a caller's shard_map each device has summed over its own tokens.
-    of_gradient, of_scale = (jax.typeof(a).manual_axis_type for a in (grad_scale_D, scale_D))
-    varying = of_gradient.varying - of_scale.varying
-    if varying:
+    varying, allowed = (jax.typeof(x).manual_axis_type.varying for x in (grad_scale_D, scale_D))
+    if varying := varying - allowed:
         grad_scale_D = jax.lax.psum(grad_scale_D, tuple(sorted(varying)))
     grad = grad * scale_D[None, None]
     grad_x = inverse_BT1 * (grad - normed * jnp.mean(grad * normed, axis=-1, keepdims=True))

@@ -20,7 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from moe.kernels.attention import RESIDUALS as ATTENTION
 from moe.parallel.collectives.expert import EXCHANGED
-from moe.parallel.collectives.weights import forget_gathered
+from moe.parallel.collectives.weights import save_all_but_gathered
 from moe.parallel.sequence import BETWEEN_PARTS
 
 Policy = Callable[..., Any]  # as jax.checkpoint takes it
@@ -43,7 +43,7 @@ def name_layer_input(x_BTD: jax.Array) -> jax.Array:
 def make_policy(remat: str) -> Policy:
     """Returns the policy of jax.checkpoint for a layer."""
     if remat == "none":
-        return forget_gathered
+        return save_all_but_gathered
     return _keep(_SAVED[remat], offloaded=remat == "offload")
 
 
@@ -60,7 +60,7 @@ def make_stage_policy(remat: str) -> Policy:
     def forget_weights(primitive: Any, *avals: Any, **params: Any) -> bool:
         """Returns whether to keep a result: no copy of a piece's parameters, no gathered weight."""
         is_cut = primitive is jax.lax.dynamic_slice_p
-        return not is_cut and forget_gathered(primitive, *avals, **params)
+        return not is_cut and save_all_but_gathered(primitive, *avals, **params)
 
     return forget_weights
 

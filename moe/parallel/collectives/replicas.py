@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec
 
 from moe.config import AXES, RunConfig, split_axes
 from moe.config.layout import gathers_once
-from moe.parallel.collectives.weights import lay_out_whole, present, sum_gradient
+from moe.parallel.collectives.weights import lay_out_whole, sum_gradient, sum_over
 from moe.parallel.mesh import per_shard
 from moe.parameters import Declared, is_declared
 
@@ -113,6 +113,5 @@ def _add_up(leaf: Declared, gradient: jax.Array, axes: tuple[str, ...]) -> jax.A
 
 
 def sum_over_replicas(x: jax.Array) -> jax.Array:
-    """Adds up what replicas know of their own rows, where their axes are Manual."""
-    axes = present(_ROWS)
-    return jax.lax.psum(x, axes) if axes else x
+    """Sums over replicas, where their axes are Manual, what each has computed of its own rows."""
+    return sum_over(x, _ROWS)
