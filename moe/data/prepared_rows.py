@@ -88,7 +88,7 @@ class PreparedRows:
 
     @functools.cached_property
     def _key(self) -> object:
-        """Returns what tells the open files of this object from those of all others."""
+        """Returns the key under which the open files of this object alone are cached."""
         return object()
 
 

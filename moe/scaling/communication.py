@@ -12,8 +12,8 @@ In a pipeline these happen at every tick, also while a stage waits: stages go th
 program, and then nobody uses what comes out. Between ticks the ring and the belt send the residual
 stream, and its gradient in the backward pass (docs/pipeline.md).
 
-Sums of single numbers, of losses and of router statistics are left out, and so are the tokens'
-order in a ring and the ids that experts are told: they are small.
+Some collectives are small and left out: sums of single numbers, of losses and of router statistics,
+the zig-zag of a ring, and the experts' numbers that go with rows.
 """
 
 import dataclasses
@@ -157,8 +157,8 @@ def _weights(config: RunConfig, sizes: Mapping[str, int]) -> Iterator[Collective
         axes = array.axes("D", sizes)
         if not axes:
             continue
-        of_vocabulary = array.name in ("embedding", "unembedding")
-        serves_once = of_vocabulary and not config.model.tied_embeddings
+        is_vocabulary = array.name in ("embedding", "unembedding")
+        serves_once = is_vocabulary and not config.model.tied_embeddings
         passes = staged if array.is_pipelined else own
         scatters = passes.count * array.layers(sizes)
         gathers = (VOCABULARY_GATHERS if serves_once else MATMUL_GATHERS) * scatters

@@ -49,7 +49,7 @@ def check_dataset(config: DataConfig) -> None:
     """
     for source in config.mixture:
         with naming_source(source.name):
-            check_dataset(config.of_source(source))
+            check_dataset(config.for_source(source))
     if config.mixture:
         return
     match config.dataset.partition(":")[0]:

@@ -35,7 +35,7 @@ class Stdlib(tfds.core.GeneratorBasedBuilder):
 
 
 def text_with_path(builder: tfds.core.DatasetBuilder) -> tfds.core.DatasetInfo:
-    """Returns what TFDS is told of a data set of texts and the paths of their files, in order."""
+    """Returns TFDS's description of a data set of texts with the paths of their files, in order."""
     features = {"text": tfds.features.Text(), "path": tfds.features.Text()}
     return tfds.core.DatasetInfo(
         builder=builder, features=tfds.features.FeaturesDict(features), disable_shuffling=True

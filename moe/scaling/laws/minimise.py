@@ -15,7 +15,7 @@ import numpy as np
 
 from moe.scaling.laws.formulas import Inputs, Law, Objective
 
-# Hears how many parts are done, of how many, and what they are.
+# Called with the number of parts that are done, the number of all parts, and what they are.
 Progress = Callable[[int, int, str], None]
 # Maps starts, [P, K], and weights, [P, N], to coefficients, [P, K], and values, [P].
 Minimiser = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
