@@ -293,11 +293,7 @@ class _ChunkLosses(NamedTuple):
 
 
 def _chunk_losses(
-    plan: _Plan,
-    whole_w: jax.Array,
-    hidden_ND: jax.Array,
-    targets_N: jax.Array,
-    masks_NJ: jax.Array,
+    plan: _Plan, whole_w: jax.Array, hidden_ND: jax.Array, targets_N: jax.Array, masks_NJ: jax.Array
 ) -> _ChunkLosses:
     """Returns the losses of a chunk of positions, from the weight that is whole along D."""
     split, mask_N = plan.split, masks_NJ[:, 0]
@@ -320,12 +316,7 @@ def _chunk_losses(
     losses_N = (maximum_N + jnp.log(denominator_N) - target_logits_N) * factor_N
     sums_J = jnp.sum(jnp.where(masks_NJ, losses_N[:, None], 0.0), axis=0)
     return _ChunkLosses(
-        sums_J,
-        hidden_ND,
-        exps_NV,
-        denominator_N[:, None],
-        is_target_NV,
-        factor_N[:, None],
+        sums_J, hidden_ND, exps_NV, denominator_N[:, None], is_target_NV, factor_N[:, None]
     )
 
 

@@ -267,11 +267,8 @@ def _check_gather_once(config: "RunConfig", mesh: MeshConfig) -> None:
 
 def _check_pipeline(config: "RunConfig", mesh: MeshConfig) -> None:
     """Raises ConfigError if layers or microbatches cannot be dealt out to the pipeline's stages."""
-    stages, rounds, microbatches = (
-        mesh.pipeline,
-        config.train.pipeline_rounds,
-        config.train.accumulation,
-    )
+    stages, rounds = mesh.pipeline, config.train.pipeline_rounds
+    microbatches = config.train.accumulation
     if stages == 1:
         return
     if config.task == "span_corruption":

@@ -67,11 +67,8 @@ class Attention(nn.Module):
         layer: jax.Array | int = 0,
     ) -> tuple[jax.Array, Cache | None]:
         """Returns [B, T, D], and the cache with the new keys and values at `layer`."""
-        positions_BT, segment_ids_BT, rotary = (
-            tokens.positions_BT,
-            tokens.segment_ids_BT,
-            tokens.rotary,
-        )
+        positions_BT, segment_ids_BT = tokens.positions_BT, tokens.segment_ids_BT
+        rotary = tokens.rotary
         if positions_BT is None or segment_ids_BT is None or rotary is None:
             raise ValueError(
                 "tokens hold no positions and segments, which attention needs: "

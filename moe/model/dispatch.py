@@ -345,8 +345,7 @@ def ragged_all_to_all(
     unsent_I = expert_parallel.unsent_rows(exchange, loads_E, experts_NA.size)
     unsent_NA = gather_from_slots(unsent_I, arrangement)
     return ExpertOutput(
-        add_rows(returned_ID, arrangement),
-        jnp.sum(unsent_NA, axis=1, dtype=jnp.float32),
+        add_rows(returned_ID, arrangement), jnp.sum(unsent_NA, axis=1, dtype=jnp.float32)
     )
 
 
@@ -371,11 +370,7 @@ class GroupedResiduals(NamedTuple):
 
 
 def _apply_grouped(
-    implementation: Name,
-    x_ND: jax.Array,
-    weights_NA: jax.Array,
-    weights: Weights,
-    blocks: Blocks,
+    implementation: Name, x_ND: jax.Array, weights_NA: jax.Array, weights: Weights, blocks: Blocks
 ) -> jax.Array:
     """Returns each token's weighted sum. The kernel gathers the rows from `x_ND` as it goes."""
     return _grouped_experts_forward(implementation, x_ND, weights_NA, weights, blocks)[0]
@@ -388,11 +383,7 @@ def _kernel_inputs(x_ND: jax.Array, weights: Weights, blocks: Blocks) -> Inputs:
 
 
 def _grouped_experts_forward(
-    implementation: Name,
-    x_ND: jax.Array,
-    weights_NA: jax.Array,
-    weights: Weights,
-    blocks: Blocks,
+    implementation: Name, x_ND: jax.Array, weights_NA: jax.Array, weights: Weights, blocks: Blocks
 ) -> tuple[jax.Array, GroupedResiduals]:
     outputs = grouped_swiglu(_kernel_inputs(x_ND, weights, blocks), implementation)
     y_ND = combine(outputs.rows_ID, weights_NA, blocks.arrangement)

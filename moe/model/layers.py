@@ -108,7 +108,10 @@ def look_up(
     equal terms stops growing at 256 of them. The companion of a table that is shared takes the
     gradient in its place (`parallel.collectives.shared`).
     """
-    return _look_up(dtype, companion_PVD is not None, table_VD, companion_PVD, as_int32(ids_BT))
+    ids_BT = as_int32(ids_BT)
+    # JAX would count a negative index from the end. V is no row either, and needs no such care.
+    rows_BT = jnp.where(ids_BT < 0, table_VD.shape[0], ids_BT)
+    return _look_up(dtype, companion_PVD is not None, table_VD, companion_PVD, rows_BT)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -117,19 +120,14 @@ def _look_up(
     is_shared: bool,
     table_VD: jax.Array,
     companion_PVD: jax.Array | None,
-    ids_BT: jax.Array,
+    rows_BT: jax.Array,
 ) -> jax.Array:
     # The table is gathered over fsdp first, as every weight is. Looking up in a table that is
     # split along D would move activations instead.
     table_VD = lay_out_whole(table_VD, dtype, "VD")
-    rows_BT = constrain(_row_numbers(ids_BT, table_VD), "BT")
+    rows_BT = constrain(rows_BT, "BT")
     x_BTD = scatter_time(table_VD.at[rows_BT].get(mode="clip"))
     return jnp.where((rows_BT < table_VD.shape[0])[..., None], x_BTD, jnp.nan)
-
-
-def _row_numbers(ids_BT: jax.Array, table_VD: jax.Array) -> jax.Array:
-    """Returns the ids, with V in place of negative ones, which JAX would count from the end."""
-    return jnp.where(ids_BT < 0, table_VD.shape[0], ids_BT)
 
 
 def _look_up_forward(
@@ -137,17 +135,17 @@ def _look_up_forward(
     is_shared: bool,
     table_VD: jax.Array,
     companion_PVD: jax.Array | None,
-    ids_BT: jax.Array,
+    rows_BT: jax.Array,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _look_up(dtype, is_shared, table_VD, companion_PVD, ids_BT), (table_VD, ids_BT)
+    return _look_up(dtype, is_shared, table_VD, companion_PVD, rows_BT), (table_VD, rows_BT)
 
 
 def _look_up_backward(
     dtype: str, is_shared: bool, residuals: tuple[jax.Array, jax.Array], grad_BTD: jax.Array
 ) -> tuple[jax.Array | None, jax.Array | None, None]:
-    table_VD, ids_BT = residuals
+    table_VD, rows_BT = residuals
     sum_dtype = jnp.promote_types(table_VD.dtype, jnp.float32)
-    rows_BT = constrain(_row_numbers(ids_BT, table_VD), "BT")
+    rows_BT = constrain(rows_BT, "BT")
     grad_BTD = constrain(grad_BTD.astype(sum_dtype), "BTD")
     gradient = _add_to_table(grad_BTD, rows_BT, table_VD.shape[0], is_shared)
     if is_shared:

@@ -76,11 +76,7 @@ def _values(program: Program, sums: losses.Sums, rows: Any) -> dict[str, float]:
 
 
 def _sum_over_batches(
-    config: RunConfig,
-    program: Program,
-    variables: Any,
-    rows: Rows,
-    stops: Callable[[Any], bool],
+    config: RunConfig, program: Program, variables: Any, rows: Rows, stops: Callable[[Any], bool]
 ) -> losses.Sums:
     """Returns the task's sums and counts over an evaluation's batches, or {} if it ends early."""
     size = config.train.batch_size

@@ -108,9 +108,7 @@ def claim_run(
 
 @contextlib.contextmanager
 def lock_run(
-    workdir: RunPath,
-    begin: Callable[[], T],
-    interrupted: Callable[[], bool] = lambda: False,
+    workdir: RunPath, begin: Callable[[], T], interrupted: Callable[[], bool] = lambda: False
 ) -> Iterator[tuple[T, Check]]:
     """Makes this job the only one that writes the run.
 

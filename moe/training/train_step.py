@@ -25,13 +25,7 @@ from moe.parallel.mesh import make_mesh, shardings
 from moe.parameters import declarations, unbox
 from moe.tasks import Task, choose_task
 from moe.tasks.task import Batch
-from moe.training.optimizer import (
-    Decay,
-    choose_decay,
-    make_optimizer,
-    make_schedule,
-    tree_where,
-)
+from moe.training.optimizer import Decay, choose_decay, make_optimizer, make_schedule, tree_where
 
 Metrics = dict[str, Any]  # scalars by name, and under "router" a dict of arrays [L, ...]
 

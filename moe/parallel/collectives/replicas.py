@@ -1,4 +1,4 @@
-"""Adds up over replicas once in a step what each of them computed of its own rows.
+"""Sums gradients and statistics over replicas once a step.
 
 The devices of some mesh axes hold copies of the parameters: those of `data`, of `context`, and with
 `train.gather_once` those of `fsdp` for the time of a step. The partitioner adds up the gradients of
@@ -29,7 +29,7 @@ _ROWS = ("data", "fsdp")  # the axes that may be Manual here and split rows
 
 
 def replica_axes(config: RunConfig) -> tuple[str, ...]:
-    """Returns the axes of the mesh that is set whose replicas are to be added up once in a step.
+    """Returns the axes of the set mesh over whose replicas a step sums once.
 
     Where one microbatch is a step, the partitioner already adds up once, while it computes. Experts
     see whole rows, so in sparse models `context` is left to it as well.
@@ -90,7 +90,7 @@ def on_replicas(
 def _gather_weights(variables: Any, declared: Any, dtype: jax.typing.DTypeLike) -> Any:
     """Rounds weights to the dtype that they are multiplied in, and gathers them over fsdp.
 
-    They have the parameter's dtype again then, since gradients have the dtype of what they are of.
+    The result has the parameter's dtype again, which a gradient with respect to it then has too.
     Norms and routers compute in float32, and are left to `jax.shard_map`.
     """
 
@@ -104,7 +104,7 @@ def _gather_weights(variables: Any, declared: Any, dtype: jax.typing.DTypeLike) 
 
 
 def _add_up(leaf: Declared, gradient: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """Adds up the gradient of a parameter. What fsdp splits is scattered over it."""
+    """Sums a parameter's gradient over the replicas, and scatters over fsdp what it splits."""
     width_axes = ("fsdp",) if "fsdp" in axes and "D" in leaf.dims else ()
     run = lambda gradient: (sum_gradient(gradient, leaf.dims.find("D"), width_axes, axes),)
     # Each device adds up its own part. The partitioner would join the parts of the Auto axes before

@@ -27,13 +27,7 @@ from moe.kernels.attention import (
     round_output,
     sinks_gradient,
 )
-from moe.kernels.attention.inputs import (
-    Options,
-    Window,
-    check_inputs,
-    make_options,
-    make_request,
-)
+from moe.kernels.attention.inputs import Options, Window, check_inputs, make_options, make_request
 from moe.parallel.context.ring_steps import Order, RingStep, chunk_order, ring_steps
 
 
