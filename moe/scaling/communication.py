@@ -88,7 +88,7 @@ class Passes(NamedTuple):
     """Says how often a device applies some of its layers in a step, and to how many tokens."""
 
     count: float  # in the forward passes; as often in the backward passes
-    kept: float  # the passes whose results wait at the same time for their backward passes
+    stored: float  # the passes whose results are stored at once for their backward passes
     tokens: int  # that one pass computes
     layers: int  # that one pass applies
     sparse_layers: int  # those of them that have experts
@@ -110,8 +110,8 @@ def layer_passes(config: RunConfig, sizes: Mapping[str, int]) -> list[Passes]:
     # The backward pass begins after the last tick.
     passes = schedule.ticks / schedule.rounds
     # Without remat a tick's arrays are there once more, until they are among those of all ticks.
-    kept = passes + (1 / schedule.rounds if model.remat == "none" else 0)
-    found = [Passes(passes, kept, tokens, staged // stages, num_sparse // stages)]
+    stored = passes + (1 / schedule.rounds if model.remat == "none" else 0)
+    found = [Passes(passes, stored, tokens, staged // stages, num_sparse // stages)]
     if model.num_layers > staged:
         found.append(own_passes(config, sizes)._replace(layers=model.num_layers - staged))
     return found

@@ -202,12 +202,13 @@ def _bootstrap(curves: list[Curve], generator: np.random.Generator, count: int) 
         x = np.log(curve.parameters[curve.used])
         design = np.vander(x - x.mean(), 3, increasing=True)
         hat = design @ np.linalg.pinv(design)
-        left = 1 - np.diag(hat)
+        noise_share = 1 - np.diag(hat)
         fitted = hat @ curve.loss[curve.used]
         designs.append((x, fitted))
-        # A parabola through three points leaves nothing, which says nothing of the noise.
-        some = left > 0.05
-        residuals.append(((curve.loss[curve.used] / fitted - 1)[some]) / np.sqrt(left[some]))
+        # A parabola through three points has no residual, which shows nothing of the noise.
+        shows_noise = noise_share > 0.05
+        residual = (curve.loss[curve.used] / fitted - 1)[shows_noise]
+        residuals.append(residual / np.sqrt(noise_share[shows_noise]))
     pool = np.concatenate(residuals)
     if not len(pool):
         return np.full((1, 4), np.nan)

@@ -179,7 +179,7 @@ def _lbfgs(
             keep = ~ended
             live, phi, value, gradient = live[keep], phi[keep], value[keep], gradient[keep]
             direction, length, stalled = direction[keep], length[keep], stalled[keep]
-            memory.keep(keep)
+            memory.select(keep)
     return done_phi @ transform.T, done_value
 
 
@@ -202,8 +202,8 @@ class _Memory:
         self._steps = np.zeros((len(phi), _HISTORY, phi.shape[-1]))
         self._changes = np.zeros_like(self._steps)
 
-    def keep(self, kept: np.ndarray) -> None:
-        self._steps, self._changes = self._steps[kept], self._changes[kept]
+    def select(self, live: np.ndarray) -> None:
+        self._steps, self._changes = self._steps[live], self._changes[live]
 
     def add(self, accepted: np.ndarray, step: np.ndarray, change: np.ndarray) -> None:
         """Adds the pairs of accepted steps, unless the objective is not convex along a step."""
