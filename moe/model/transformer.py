@@ -44,6 +44,8 @@ class Vocabulary(nn.Module):
             raise ValueError(
                 f"tokens have shape {tokens_BT.shape}: give at least one row of at least one token"
             )
+        if not jnp.issubdtype(tokens_BT.dtype, jnp.integer):
+            raise TypeError(f"tokens are {tokens_BT.dtype.name}: give token ids, as int32")
         if "segment_ids" in batch:  # padding may hold any number
             tokens_BT = jnp.where(batch["segment_ids"] > 0, tokens_BT, 0)
         dtype, companion_PVD = self.config.compute_dtype, self.companion_PVD
@@ -59,6 +61,8 @@ class Vocabulary(nn.Module):
         """Returns the weight that makes logits."""
         if self.config.tied_embeddings:
             return Unembedding(self.embedding_VD, "VD", self.companion_PVD)
+        if not self.makes_logits:
+            raise ValueError("this Encoder has no unembedding: make it with makes_logits=True")
         return Unembedding(self.unembedding_DV, "DV")
 
 

@@ -265,6 +265,12 @@ def test_experts_choose_tokens_in_an_encoder_alone():
         jax.eval_shape(Transformer(config).init, jax.random.key(0), encoder_batch())
 
 
+def test_an_encoder_without_logits_says_how_to_make_them():
+    unembed = functools.partial(Encoder(SMALL).init, method="unembed")
+    with pytest.raises(ValueError, match="has no unembedding: make it with makes_logits=True"):
+        jax.eval_shape(unembed, jax.random.key(0), jnp.zeros((1, 1, SMALL.model_dim)))
+
+
 def test_an_encoder_of_one_segment_needs_tokens_alone():
     model, tokens = Encoder(SMALL), encoder_batch()["tokens"][1:]
     got = apply(model, variables(model), {"tokens": tokens}).hidden

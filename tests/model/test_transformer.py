@@ -120,6 +120,13 @@ def test_layouts_give_the_same_loss_and_gradients(change):
     )
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bool"])
+def test_tokens_are_integers(dtype):
+    rows = {"tokens": tokens().astype(dtype)}
+    with pytest.raises(TypeError, match=f"tokens are {dtype}: give token ids, as int32"):
+        jax.eval_shape(Transformer(SMALL).init, jax.random.key(0), rows)
+
+
 def test_an_array_that_no_layer_has_cannot_be_captured():
     model = Transformer(SMALL, capture=("residuals",))
     with pytest.raises(ValueError, match="'residuals', which no layer has: name 'residual' and"):
