@@ -24,7 +24,7 @@ from moe.parallel.sequence import gather_time, scatter_time
 from moe.parameters import parameter
 
 
-class Weights(NamedTuple):
+class AttentionWeights(NamedTuple):
     """Holds the four weights of an attention part."""
 
     query_DNH: jax.Array
@@ -33,10 +33,12 @@ class Weights(NamedTuple):
     output_NHD: jax.Array
 
 
-def declare_weights(module: nn.Module, config: ModelConfig, output_scale: float) -> Weights:
+def declare_weights(
+    module: nn.Module, config: ModelConfig, output_scale: float
+) -> AttentionWeights:
     """Declares the weights of an attention part as parameters of `module`."""
     d, n, k, h = config.model_dim, config.num_heads, config.num_kv_heads, config.head_dim
-    return Weights(
+    return AttentionWeights(
         parameter(module, "query", "DNH", (d, n, h), kind="linear", fan_in=d),
         parameter(module, "key", "DKH", (d, k, h), kind="linear", fan_in=d),
         parameter(module, "value", "DKH", (d, k, h), kind="linear", fan_in=d),

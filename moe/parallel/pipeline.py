@@ -14,9 +14,10 @@ microbatch m belongs to stage m mod P.
       | on_stages adds up the stages' sums, and the gradients of the copied parameters
 
 The belt moves from each stage to the one before it, one stage a tick. In a group's first round,
-stage 0 takes the microbatch that arrives, and puts in its place the finished one that the ring
-brings from the last stage: that of the group before, whose owner the place returns to. So a stage
-never holds more than its own microbatches, one on the ring and one on the belt.
+stage 0 takes the microbatch that arrives on the belt. In its place it puts a finished one, of the
+group before, which the ring brings from the last stage. The belt takes this on to its owner, the
+stage that the other one came from. So a stage never holds more than its own microbatches, one on
+the ring and one on the belt.
 
 Gradients come from JAX's autodiff of the loop over ticks. Parameters [L, ...] are stored in the
 model's order, whatever the schedule. A schedule of several rounds exchanges them once in a step.
