@@ -245,20 +245,15 @@ def _differentiate_shard(
         # be transposed.
         pair = [(losses.hidden_ND, "nd"), (grad_logits, "nv")]
         (left, left_dims), (right, right_dims) = pair if letters == "dv" else pair[::-1]
-        grad_weight += jnp.einsum(
-            f"{left_dims},{right_dims}->{letters}",
-            left,
-            right,
-            preferred_element_type=grad_weight.dtype,
-        )
+        equation = f"{left_dims},{right_dims}->{letters}"
+        grad_weight += jnp.einsum(equation, left, right, preferred_element_type=grad_weight.dtype)
         return (sums_J + losses.sums_J, grad_weight), grad_hidden
 
-    zeros = (
-        jnp.zeros(masks_JBT.shape[0], jnp.float32),
-        jnp.zeros(whole_w.shape, _sum_dtype(weight)),
-    )
+    no_sums_J = jnp.zeros(masks_JBT.shape[0], jnp.float32)
+    no_gradient = jnp.zeros(whole_w.shape, _sum_dtype(weight))
     chunks = _cut(plan, hidden_BTD, targets_BT, masks_JBT)
-    (sums_J, grad_weight), grads_hidden = jax.lax.scan(add_chunk, zeros, chunks)
+    carry, grads_hidden = jax.lax.scan(add_chunk, (no_sums_J, no_gradient), chunks)
+    sums_J, grad_weight = carry
     split_rows = "chunks (b c) d -> b (chunks c) d"
     grad_hidden_BTD = einops.rearrange(grads_hidden, split_rows, b=hidden_BTD.shape[0])
     return (
