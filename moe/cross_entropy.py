@@ -264,7 +264,7 @@ def _differentiate_shard(
 
 
 def _sum_weight_gradient(plan: _Plan, gradient: jax.Array, dtype: np.dtype) -> jax.Array:
-    """Sums the devices' gradients of the weight. Of a shared weight each keeps its own part."""
+    """Sums the devices' gradients of the weight. If it is shared, each keeps its own part."""
     if plan.part_axes is not None:
         return as_part(gradient, plan.part_axes, plan.split.positions)
     axes = plan.split.width, plan.split.positions

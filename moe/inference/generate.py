@@ -261,7 +261,7 @@ def keep_likeliest(logits_BV: jax.Array, top_k: int, top_p: float) -> jax.Array:
     """Returns the logits, with -inf for tokens that must not be sampled.
 
     First the `top_k` tokens with the largest logits are kept, or all if `top_k` is 0. Their softmax
-    gives their probabilities. Of these tokens the nucleus is kept: as few as possible, the most
+    gives their probabilities. Then their nucleus is kept: as few tokens as possible, the most
     probable ones, whose probabilities add up to `top_p` (Holtzman et al. 2020, eq. 2-3). Among
     tokens with equal logits, those with lower ids come first.
     """

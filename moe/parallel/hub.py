@@ -272,7 +272,7 @@ class Judge:
         self._peers[number] = Peer(number, host, now, now, Place("starting"))
 
     def hear(self, number: int, message: dict[str, Any], now: float) -> None:
-        """Takes in what a process says: what it does, or its goodbye."""
+        """Takes in a message of a process: what it does now, or its goodbye."""
         peer = self._peers[number]
         peer.heard = now
         if "exit_code" in message:

@@ -164,10 +164,9 @@ def start(
 
 
 def report(phase: Phase, step: int = 0, batch: int = 0) -> None:
-    """Says what this process does now. The step of a phase that has none is that of the last.
+    """Reports what this process does now. Without a step, it is still that of the phase before.
 
-    In an evaluation it also says the number of the batch, from 1. "waiting" belongs to that batch
-    too.
+    In an evaluation `batch` is the number of the batch, from 1. "waiting" belongs to that batch.
     """
     watch = _watch
     if watch is None:

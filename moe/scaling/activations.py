@@ -298,8 +298,8 @@ def _cast_item(config: RunConfig, array: Array, sizes: Mapping[str, int]) -> int
 def _later_gradients(config: RunConfig, sizes: Mapping[str, int]) -> int:
     """Returns the bytes of the gradients that begin to exist after the loss.
 
-    They are those of the layers, for one microbatch or, in a pipeline, for all. Beside the loss
-    stand only their sums over the microbatches before.
+    They are those of the layers, for one microbatch or, in a pipeline, for all. While
+    the loss is computed, only their sums over the microbatches before it exist.
     """
     whole = ("fsdp",) if gathers_once(config, sizes) else ()
     layers = [array for array in parameters(config) if "V" not in array.dims]

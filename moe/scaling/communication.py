@@ -226,7 +226,7 @@ def _tensor(config: RunConfig, sizes: Mapping[str, int]) -> Iterator[Collective]
         kinds = {"reduce-scatter": (4, 1), "all-gather": (6 if recomputes else 4, 1)}
     for kind, (in_layer, factor) in kinds.items():
         uses = [(passes, in_layer * passes.layers) for passes in layer_passes(config, sizes)]
-        # Beside the layers, there are the rows of embeddings and the last hidden states.
+        # The rows of embeddings and the last hidden states are sums as well.
         for passes, times in (*uses, (own_passes(config, sizes), 2)):
             count = passes.count * times
             sent = factor * _sent(number * passes.tokens, axes, sizes)

@@ -104,7 +104,7 @@ def _gather_weights(variables: Any, declared: Any, dtype: jax.typing.DTypeLike) 
 
 
 def _add_up(leaf: Declared, gradient: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """Sums a parameter's gradient over the replicas, and scatters over fsdp what it splits."""
+    """Sums a parameter's gradient over replicas, and scatters it over fsdp if that splits it."""
     width_axes = ("fsdp",) if "fsdp" in axes and "D" in leaf.dims else ()
     run = lambda gradient: (sum_gradient(gradient, leaf.dims.find("D"), width_axes, axes),)
     # Each device adds up its own part. The partitioner would join the parts of the Auto axes before

@@ -94,9 +94,9 @@ def expand(
 def link(runs: Sequence[Run]) -> list[Run]:
     """Returns runs that say which of them are the same, also if they have different bases.
 
-    Of equal runs, the first one that is no fork is trained, or the first one if all are forks. So
-    the trunk of each fork is trained from its first step. Raises ConfigError for
-    names and forks that do not fit together.
+    The first of equal runs that is no fork is trained, or the first one if all are forks. So the
+    trunk of each fork is trained from its first step. Raises ConfigError for names and forks that
+    do not fit together.
     """
     _check_names([run.name for run in runs])
     _check_forks(runs)
