@@ -115,7 +115,7 @@ def run_experts(
     """Applies the experts of all devices of the group to one device's tokens.
 
     Returns each token's sum, [B, T, D], and its number of dropped assignments, [B, T]. With
-    `splits_time` the sums are those of this device's part of T alone (`parallel.sequence`).
+    `splits_time` the sums are only those of this device's part of T (`parallel.sequence`).
     `capacity` is the most assignments that an expert takes of one packed row, the last entry of
     `routing.capacity_table`. `weights` are this device's shards of gate, up and down.
     """
@@ -325,7 +325,7 @@ def ragged_all_to_all(
     receive_factor: float,
     implementation: Literal["auto"] | Name = "auto",
 ) -> ExpertOutput:
-    """Sends the assigned rows alone, and drops what exceeds a device's room.
+    """Sends only the assigned rows, and drops what exceeds a device's room.
 
     A device has room for `receive_factor` times the rows that it would get under an even load.
     """

@@ -214,7 +214,7 @@ class RMSNorm(nn.Module):
 def rms_norm(epsilon: float, x_BTD: jax.Array, scale_D: jax.Array) -> jax.Array:
     """Returns x / sqrt(mean(x²) + epsilon) * scale, and keeps no float32 activations [B, T, D].
 
-    It can be differentiated in reverse mode alone.
+    It can only be differentiated in reverse mode.
     """
     return _rms_norm_forward(epsilon, x_BTD, scale_D)[0]
 

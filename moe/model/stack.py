@@ -206,7 +206,7 @@ class Stack(nn.Module):
         c = self.config
         if unknown := [name for name in self.capture if name not in CAPTURABLE]:
             listed = " and ".join(map(repr, CAPTURABLE))
-            raise ValueError(f"capture has {unknown[0]!r}, which no layer has: name {listed} alone")
+            raise ValueError(f"capture has {unknown[0]!r}, which no layer has: name {listed} only")
         if self.causal and c.moe.num_experts and c.moe.router == "expert_choice":
             raise ConfigError(
                 "moe.router='expert_choice' looks at later tokens, which a decoder must not: "

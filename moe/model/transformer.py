@@ -184,7 +184,7 @@ class EncoderDecoder(nn.Module):
     segment i of a row reads segment i of the encoder's row. Both parts share one embedding.
 
     With a cache, the first batch is a prompt, with `encoder_tokens` and without `positions`. Later
-    batches have `positions` alone, since the cache holds what the decoder reads of the encoder.
+    batches have `positions` instead, since the cache holds what the decoder reads of the encoder.
     """
 
     config: ModelConfig  # of the decoder
@@ -235,7 +235,7 @@ class EncoderDecoder(nn.Module):
 
     @on_auto_axes(output_specs)
     def encode(self, batch: Batch) -> Output:
-        """Returns the encoder's output alone, from the fields that start with `encoder_`."""
+        """Returns only the encoder's output, from the fields that start with `encoder_`."""
         encoder_batch = _encoder_batch(batch)
         check_static("encoder_tokens", encoder_batch["tokens"].shape)
         tokens = TokenInfo.from_batch(encoder_batch, self.encoder_config)
