@@ -1,4 +1,4 @@
-"""Gives attention as plain functions of arrays.
+"""Provides attention as plain functions of arrays.
 
     output = flash_attention(q, k, v, causal=True, q_segment_ids=ids, kv_segment_ids=ids)
 

@@ -277,7 +277,7 @@ _FIELDS_OF_A_SOURCE = tuple(
 
 
 def is_token_files(dataset: str) -> bool:
-    """Says whether a data set is a directory of token files, which are read in place."""
+    """Returns whether a data set is a directory of token files, which are read in place."""
     return dataset.startswith("tokens:")
 
 

@@ -107,7 +107,7 @@ class MoEConfig:
 
     @property
     def normalized(self) -> bool:
-        """Says whether combine weights are divided by their sum, also where the field is None."""
+        """Returns whether combine weights are divided by their sum, also if the field is None."""
         if self.normalize_weights is not None:
             return self.normalize_weights
         return self.router == "hash" or (

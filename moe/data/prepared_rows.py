@@ -124,7 +124,7 @@ def open_rows(directory: Path) -> PreparedRows:
 
 
 def _is_consistent(rows: PreparedRows) -> bool:
-    """Says whether the numbers in metadata are valid and agree with each other."""
+    """Returns whether the numbers in metadata are valid and agree with each other."""
     counts = (
         rows.num_rows,
         rows.num_tokens,

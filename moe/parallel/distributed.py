@@ -123,7 +123,7 @@ def _start_jax(cluster: Cluster) -> None:
 
 
 def _delay_abort() -> None:
-    """Lets an abort of this process take 6 seconds, in which the watch can end it with one line.
+    """Delays an abort of this process by 6 seconds, in which the watch can end it with one line.
 
     JAX aborts a process whose connection to process 0 breaks. The watch notices the same break, and
     it alone names the process that died and exits with PEER_DIED. The handler is C's own sleep(),

@@ -95,7 +95,7 @@ def make_optimizer(
 
 
 def _with_standard_promotion(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Lets a function of optax mix integers and floats.
+    """Allows a function of optax to mix integers and floats.
 
     Some of them do so, which is an error in a program with jax_numpy_dtype_promotion="strict".
     """

@@ -202,13 +202,13 @@ def _version(info: dict[str, Any]) -> str:
 
 
 def _is_text(name: str) -> bool:
-    """Says whether a file is read: it is of a known kind, and it and its folders are not hidden."""
+    """Returns whether a file is read: its kind is known, and no part of its path is hidden."""
     is_hidden = any(part.startswith(".") for part in PurePosixPath(name).parts)
     return name.endswith(SUFFIXES) and not is_hidden
 
 
 def is_plain(file: SourceFile) -> bool:
-    """Says whether a file is text as it stands."""
+    """Returns whether a file is text as it stands."""
     return file.name.endswith(PLAIN)
 
 

@@ -158,7 +158,7 @@ def columns_to_read(schema: pa.Schema, text_field: str) -> list[str]:
 
 
 def _can_be_sliced(kind: pa.DataType) -> bool:
-    """Says whether a column holds numbers, truth values or strings."""
+    """Returns whether a column holds numbers, truth values or strings."""
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     kinds = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
@@ -242,7 +242,7 @@ def _damaged(error: Exception) -> str:
 
 
 def _is_failure(error: Exception) -> bool:
-    """Says whether a file could not be read at all, and is not just damaged.
+    """Returns whether a file could not be read at all, and is not just damaged.
 
     Arrow's own errors are plain OSErrors without a number.
     """

@@ -66,7 +66,7 @@ def python_files(root: Path) -> Iterator[tuple[str, str]]:
 
 
 def is_validation(text: str) -> bool:
-    """Says whether a document belongs to the validation split.
+    """Returns whether a document belongs to the validation split.
 
     That depends only on its contents, so all copies of a document are in the same split.
     """

@@ -241,7 +241,7 @@ def _builder(config: DataConfig) -> "tfds.core.DatasetBuilder":
 
 
 def is_prepared(builder: "tfds.core.DatasetBuilder") -> bool:
-    """Says whether TFDS has prepared the data set."""
+    """Returns whether TFDS has prepared the data set."""
     # The builder has a method for this, but it warns if nothing is there yet.
     return Path(builder.data_dir, "dataset_info.json").exists()
 

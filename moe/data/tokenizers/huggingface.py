@@ -110,7 +110,7 @@ class HuggingFaceVocabulary:
             )
 
     def _is_found(self, name: str) -> bool:
-        """Says whether text that spells a special token becomes it."""
+        """Returns whether text that spells a special token becomes it."""
         id = self.special_ids[name]
         texts = [spelling.replace("{}", name) for spelling in _SPELLINGS]
         return any(id in ids for ids in self.encode(texts))

@@ -33,7 +33,7 @@ class Point(NamedTuple):
 
 
 class Run(NamedTuple):
-    """Is a checked point: the whole config of one run."""
+    """Holds a checked point: the whole config of one run."""
 
     name: str
     config: RunConfig
@@ -66,7 +66,7 @@ def _default_fields() -> Mapping[str, Any]:
 
 
 def _says_where(name: str) -> bool:
-    """Says whether a dotted field is, or is in a group of fields, where a run is computed."""
+    """Returns whether a dotted field is, or is in a group of fields, where a run is computed."""
     return any(name == place or name.startswith(f"{place}.") for place in PLACE_FIELDS)
 
 
