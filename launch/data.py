@@ -88,7 +88,7 @@ def open_sources(config: RunConfig, open_rows: Any, split: str) -> Mapping[str, 
 def _documents(config: RunConfig, split: str) -> Iterator[Document]:
     """Yields the documents of all sources, with a progress bar for each."""
     for source in config.data.sources:
-        data = config.data.of_source(source)
+        data = config.data.for_source(source)
         name = source.train_split if split == "train" else source.validation_split
         documents = open_documents(data, name)
         found = documents.between(0, len(documents))

@@ -115,7 +115,7 @@ def _open_slices(
         # Of the user's own files that --data names, all documents are read.
         (source, splits_of(source, split if name else source.validation_split))
         for name, one in data.items()
-        for source in map(one.of_source, one.sources)
+        for source in map(one.for_source, one.sources)
     ]
     with open_slices(config, splits, program.task.rows, slice_by) as slices:
         yield [slices]

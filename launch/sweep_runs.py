@@ -124,7 +124,7 @@ class Sweep:
         return left
 
     def _is_lost(self, trunk: str) -> bool:
-        """Says whether a run has ended, and not by finishing."""
+        """Returns whether a run has ended, and not by finishing."""
         is_over = trunk in self._codes or self._status(trunk) in DONE
         return is_over and self._status(trunk) != "finished"
 

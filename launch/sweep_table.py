@@ -105,7 +105,7 @@ def _distinct_tokens(config: RunConfig) -> int:
     data = config.data
     if config.task == "span_corruption":
         data = dataclasses.replace(data, sequence_length=config.corrupted_row.tokens)
-    rows = [open_split(data.of_source(source), source.train_split) for source in data.sources]
+    rows = [open_split(data.for_source(source), source.train_split) for source in data.sources]
     return sum(map(len, rows)) * config.data.sequence_length
 
 

@@ -10,8 +10,8 @@ The data passes through once, on each device's own positions:
                                       -> added to the gradient of the weight
     gradient of the weight -> summed over the devices, split as the weight is
 
-The loss is the end of a model, so its own gradient is a number: the backward pass multiplies by it.
-So no logits are made twice, as they would be if the backward pass had to make them again.
+The loss is the end of a model, so its own gradient is one number. The backward pass multiplies the
+two gradients above by it, and need not make the logits again.
 """
 
 import functools
@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec
 
 from moe.parallel.collectives import vocabulary
 from moe.parallel.collectives.shared import as_part, part_axes
-from moe.parallel.collectives.weights import sum_gradient
+from moe.parallel.collectives.weights import gather, sum_gradient, sum_over
 from moe.parallel.mesh import on_auto_axes, per_shard
 
 _LOWEST = float(np.finfo(np.float32).min)
@@ -80,7 +80,7 @@ def cross_entropy_sums(
     if not targets_BT.size:
         return tuple(jnp.zeros((), jnp.float32) for _ in range(1 + len(parts_BT)))
     masks_JBT = jnp.stack([mask_BT, *(mask_BT & part_BT for part_BT in parts_BT)])
-    targets_BT = jnp.asarray(targets_BT).astype(jnp.int32)
+    targets_BT = as_int32(jnp.asarray(targets_BT))
     split = vocabulary.split_of(hidden_BTD, weight, dims)
     plan = _Plan(dims, chunk, split, None if companion is None else part_axes())
     # jax.custom_vjp hides the types of its function from a type checker.
@@ -132,8 +132,19 @@ def check_mask(name: str, mask: jax.Array) -> None:
         raise TypeError(f"{name} is {mask.dtype.name}, and a mask is bool: give {name} > 0")
 
 
+def as_int32(x: jax.Array) -> jax.Array:
+    """Returns integers as int32. One that int32 cannot hold becomes the nearest one that it can.
+
+    A plain cast would turn an id of 2**32 + 5, which is outside of every vocabulary, into 5.
+    """
+    own, int32 = np.iinfo(x.dtype), np.iinfo(np.int32)
+    if own.min < int32.min or own.max > int32.max:
+        x = jnp.clip(x, max(own.min, int32.min), int32.max)
+    return x.astype(jnp.int32)
+
+
 class _Plan(NamedTuple):
-    """Holds what is static."""
+    """Holds what is known while the program is traced."""
 
     dims: str
     chunk: int
@@ -202,14 +213,14 @@ def _sum_shard(
     masks_JBT: jax.Array,
 ) -> tuple[jax.Array]:
     """Returns the sums of a device's positions, added up over all devices."""
-    whole = vocabulary.gather_width(weight.astype(hidden_BTD.dtype), plan.width_dim, plan.split)
+    whole_w = gather(weight.astype(hidden_BTD.dtype), plan.split.width, plan.width_dim)
 
     def add_chunk(sums_J: jax.Array, arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
-        return sums_J + _chunk_losses(plan, whole, *arrays).sums_J, None
+        return sums_J + _chunk_losses(plan, whole_w, *arrays).sums_J, None
 
     zeros_J = jnp.zeros(masks_JBT.shape[0], jnp.float32)
     sums_J, _ = jax.lax.scan(add_chunk, zeros_J, _cut(plan, hidden_BTD, targets_BT, masks_JBT))
-    return (vocabulary.sum_over_positions(sums_J, plan.split),)
+    return (sum_over(sums_J, plan.split.positions),)
 
 
 def _differentiate_shard(
@@ -220,42 +231,40 @@ def _differentiate_shard(
     masks_JBT: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns what `_sum_shard` does, and the total's gradients of hidden states and weight."""
-    whole = vocabulary.gather_width(weight.astype(hidden_BTD.dtype), plan.width_dim, plan.split)
+    whole_w = gather(weight.astype(hidden_BTD.dtype), plan.split.width, plan.width_dim)
     letters = plan.dims.lower()
 
     def add_chunk(
         carry: tuple[jax.Array, jax.Array], arrays: tuple[jax.Array, ...]
     ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         sums_J, grad_weight = carry
-        losses = _chunk_losses(plan, whole, *arrays)
+        losses = _chunk_losses(plan, whole_w, *arrays)
         grad_logits = losses.grad_logits_NV().astype(hidden_BTD.dtype)
-        grad_hidden = jnp.einsum(f"nv,{letters}->nd", grad_logits, whole)
+        grad_hidden = jnp.einsum(f"nv,{letters}->nd", grad_logits, whole_w)
         # The operand with the weight's first dimension comes first, so that the product need not
         # be transposed.
         pair = [(losses.hidden_ND, "nd"), (grad_logits, "nv")]
         (left, left_dims), (right, right_dims) = pair if letters == "dv" else pair[::-1]
-        grad_weight += jnp.einsum(
-            f"{left_dims},{right_dims}->{letters}",
-            left,
-            right,
-            preferred_element_type=grad_weight.dtype,
-        )
+        equation = f"{left_dims},{right_dims}->{letters}"
+        grad_weight += jnp.einsum(equation, left, right, preferred_element_type=grad_weight.dtype)
         return (sums_J + losses.sums_J, grad_weight), grad_hidden
 
-    zeros = jnp.zeros(masks_JBT.shape[0], jnp.float32), jnp.zeros(whole.shape, _sum_dtype(weight))
+    no_sums_J = jnp.zeros(masks_JBT.shape[0], jnp.float32)
+    no_gradient = jnp.zeros(whole_w.shape, _sum_dtype(weight))
     chunks = _cut(plan, hidden_BTD, targets_BT, masks_JBT)
-    (sums_J, grad_weight), grads_hidden = jax.lax.scan(add_chunk, zeros, chunks)
+    carry, grads_hidden = jax.lax.scan(add_chunk, (no_sums_J, no_gradient), chunks)
+    sums_J, grad_weight = carry
     split_rows = "chunks (b c) d -> b (chunks c) d"
     grad_hidden_BTD = einops.rearrange(grads_hidden, split_rows, b=hidden_BTD.shape[0])
     return (
-        vocabulary.sum_over_positions(sums_J, plan.split),
+        sum_over(sums_J, plan.split.positions),
         vocabulary.sum_hidden(grad_hidden_BTD[:, : hidden_BTD.shape[1]], plan.split),
         _sum_weight_gradient(plan, grad_weight, weight.dtype),
     )
 
 
 def _sum_weight_gradient(plan: _Plan, gradient: jax.Array, dtype: np.dtype) -> jax.Array:
-    """Sums the devices' gradients of the weight. Of a shared weight each keeps its own part."""
+    """Sums the devices' gradients of the weight. If it is shared, each keeps its own part."""
     if plan.part_axes is not None:
         return as_part(gradient, plan.part_axes, plan.split.positions)
     axes = plan.split.width, plan.split.positions
@@ -279,11 +288,7 @@ class _ChunkLosses(NamedTuple):
 
 
 def _chunk_losses(
-    plan: _Plan,
-    whole: jax.Array,
-    hidden_ND: jax.Array,
-    targets_N: jax.Array,
-    masks_NJ: jax.Array,
+    plan: _Plan, whole_w: jax.Array, hidden_ND: jax.Array, targets_N: jax.Array, masks_NJ: jax.Array
 ) -> _ChunkLosses:
     """Returns the losses of a chunk of positions, from the weight that is whole along D."""
     split, mask_N = plan.split, masks_NJ[:, 0]
@@ -291,7 +296,7 @@ def _chunk_losses(
     # in the gradient of the weight.
     hidden_ND = jnp.where(mask_N[:, None], hidden_ND, 0)
     logits_NV = jnp.einsum(
-        f"nd,{plan.dims.lower()}->nv", hidden_ND, whole, preferred_element_type=jnp.float32
+        f"nd,{plan.dims.lower()}->nv", hidden_ND, whole_w, preferred_element_type=jnp.float32
     )
     size = logits_NV.shape[-1]
 
@@ -306,29 +311,24 @@ def _chunk_losses(
     losses_N = (maximum_N + jnp.log(denominator_N) - target_logits_N) * factor_N
     sums_J = jnp.sum(jnp.where(masks_NJ, losses_N[:, None], 0.0), axis=0)
     return _ChunkLosses(
-        sums_J,
-        hidden_ND,
-        exps_NV,
-        denominator_N[:, None],
-        is_target_NV,
-        factor_N[:, None],
+        sums_J, hidden_ND, exps_NV, denominator_N[:, None], is_target_NV, factor_N[:, None]
     )
 
 
 def _sum_parts(
     logits_NV: jax.Array, target_logits_NV: jax.Array, split: vocabulary.Split
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns what `_sums` does, over the parts of V that the devices have."""
+    """Returns what `_softmax_sums` does, for all devices' parts of V together."""
     own_maximum_N, exp_sums_N, target_logits_N = jax.lax.platform_dependent(
-        logits_NV, target_logits_NV, cuda=_sums_in_one_pass, default=_sums
+        logits_NV, target_logits_NV, cuda=_softmax_sums_in_one_pass, default=_softmax_sums
     )
     maximum_N = vocabulary.max_over_vocabulary(own_maximum_N, split)
     exp_sums_N *= jnp.exp(own_maximum_N - maximum_N)
-    denominator_N = vocabulary.sum_over_vocabulary(exp_sums_N, split)
-    return maximum_N, denominator_N, vocabulary.sum_over_vocabulary(target_logits_N, split)
+    denominator_N = sum_over(exp_sums_N, split.vocabulary)
+    return maximum_N, denominator_N, sum_over(target_logits_N, split.vocabulary)
 
 
-def _sums(
+def _softmax_sums(
     logits_NV: jax.Array, target_logits_NV: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns the maximum of the logits, the sum of exp(logit - maximum), and the target's logit.
@@ -341,10 +341,10 @@ def _sums(
     return maximum_N, jnp.sum(exps_NV, axis=1), jnp.sum(target_logits_NV, axis=1)
 
 
-def _sums_in_one_pass(
+def _softmax_sums_in_one_pass(
     logits_NV: jax.Array, target_logits_NV: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns what `_sums` does (Milakov & Gimelshein 2018, algorithm 3).
+    """Returns what `_softmax_sums` does (Milakov & Gimelshein 2018, algorithm 3).
 
     A GPU reads the logits from its memory once, not three times. A CPU takes longer.
     """

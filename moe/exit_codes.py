@@ -4,7 +4,7 @@ Schedulers and scripts decide by them whether to start a command again. 0 means 
 or a broken machine, with a traceback.
 """
 
-BAD_INPUT = 2  # told in one line
+BAD_INPUT = 2  # a mistake in the input, which was printed in one line
 # Too many updates in a row were not finite and were skipped, or the last validation is not finite.
 DIVERGED = 3
 SLOW = 4  # launch.preflight found a device or a process that is much slower than the others

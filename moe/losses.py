@@ -1,6 +1,6 @@
 """Computes losses and statistics as sums and counts.
 
-Sums add up over microbatches and shards. This file alone divides them, once, by global counts.
+Sums add up over microbatches and shards. Only this file divides them, once, by global counts.
 """
 
 import math

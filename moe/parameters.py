@@ -79,7 +79,7 @@ def parameter(
 
 
 def is_declared(leaf: Any) -> bool:
-    """Says whether a leaf of a tree is a declaration; `jax.tree` then does not look inside it."""
+    """Returns whether a leaf is a declaration. As `is_leaf`, it keeps `jax.tree` out of these."""
     return isinstance(leaf, Declared)
 
 

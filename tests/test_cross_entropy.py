@@ -11,8 +11,8 @@ from jax.sharding import AxisType, NamedSharding
 
 from moe.cross_entropy import (
     Unembedding,
-    _sums,
-    _sums_in_one_pass,
+    _softmax_sums,
+    _softmax_sums_in_one_pass,
     cross_entropy_sum,
     cross_entropy_sums,
 )
@@ -79,6 +79,15 @@ def test_a_target_outside_the_vocabulary_is_nan_unless_it_is_masked(wrong, chunk
     assert all(np.isfinite(gradient).all() for gradient in gradients) and not np.any(
         gradients[0][1, 2]
     )
+
+
+def test_a_target_that_int32_cannot_hold_is_outside_the_vocabulary():
+    hidden, weight, targets, mask = inputs(dtype=np.float32)
+    with jax.enable_x64(True):
+        far = jnp.asarray(targets, jnp.int64) + 2**32
+        total = cross_entropy_sum(hidden, Unembedding(weight), far, np.ones_like(mask), 4)
+        masked = cross_entropy_sum(hidden, Unembedding(weight), far, np.zeros_like(mask), 4)
+    assert np.isnan(total) and masked == 0
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -231,10 +240,12 @@ def test_one_pass_over_the_logits_gives_what_three_do(scale):
     logits = jax.random.normal(jax.random.key(0), (5, 1000)) * scale
     logits = logits.at[0, 7].set(-jnp.inf).at[1].set(-3e38).at[2, :900].set(0.0)
     targets = jnp.where(jnp.arange(1000) == 8, logits, 0.0)
-    for one, three in zip(_sums_in_one_pass(logits, targets), _sums(logits, targets), strict=True):
+    for one, three in zip(
+        _softmax_sums_in_one_pass(logits, targets), _softmax_sums(logits, targets), strict=True
+    ):
         np.testing.assert_allclose(one, three, rtol=1e-5)
     for wrong in (jnp.nan, jnp.inf):
-        for sums in (_sums, _sums_in_one_pass):
+        for sums in (_softmax_sums, _softmax_sums_in_one_pass):
             maximum, total, _ = sums(logits.at[3, 3].set(wrong), targets)
             denominators = np.asarray(maximum + jnp.log(total))
             assert not np.isfinite(denominators[3]) and np.isfinite(denominators[4])
@@ -242,7 +253,7 @@ def test_one_pass_over_the_logits_gives_what_three_do(scale):
 
 def test_a_device_may_hold_logits_of_minus_infinity_alone():
     """The maximum and the sum of its part are those of nothing."""
-    for sums in (_sums, _sums_in_one_pass):
+    for sums in (_softmax_sums, _softmax_sums_in_one_pass):
         maximum, total, _ = sums(jnp.full((2, 8), -jnp.inf), jnp.zeros((2, 8)))
         assert np.all(np.isfinite(maximum)) and np.all(total == 0)
 

@@ -1,4 +1,4 @@
-"""Gives attention as plain functions of arrays.
+"""Provides attention as plain functions of arrays.
 
     output = flash_attention(q, k, v, causal=True, q_segment_ids=ids, kv_segment_ids=ids)
 
@@ -311,9 +311,9 @@ def _attend_forward(
     # Not rounded yet, since the backward pass needs delta of the exact output.
     exact = dataclasses.replace(options, partial=True)
     output, lse = attention_forward(choice, exact, inputs)
-    kept = name_residuals(*round_output(output, inputs.q_BTNH.dtype), lse)
-    output, _, lse = kept
-    return (output, lse), (inputs, *kept)
+    saved = name_residuals(*round_output(output, inputs.q_BTNH.dtype), lse)
+    output, _, lse = saved
+    return (output, lse), (inputs, *saved)
 
 
 def _attend_backward(

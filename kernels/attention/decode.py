@@ -27,7 +27,7 @@ SPLITS = 4
 STEPS = 16
 
 
-class Cache(NamedTuple):
+class LayerCache(NamedTuple):
     """The keys and values of several layers, of which one is read."""
 
     k_LBSKH: jax.Array
@@ -35,7 +35,7 @@ class Cache(NamedTuple):
     layer: jax.Array
 
 
-class State(NamedTuple):
+class SoftmaxState(NamedTuple):
     """The online softmax of each split: [B, P, K, R], and H for the output.
 
     P counts the splits, and R the positions of all heads that share a key.
@@ -80,7 +80,7 @@ def decode_attention(
     positions_BT = jnp.asarray(positions_BT, jnp.int32)
     layer = jnp.asarray(0 if layer is None else layer, jnp.int32)
     sinks = None if sinks is None else jnp.asarray(sinks, sum_dtype(q_BTNH))
-    cache = Cache(k_LBSKH, v_LBSKH, layer)
+    cache = LayerCache(k_LBSKH, v_LBSKH, layer)
     with own_settings(q_BTNH.dtype):
         return _attend(options, q_BTNH, cache, positions_BT, sinks)
 
@@ -111,7 +111,7 @@ def _check_cache(
 def _attend(
     options: Options,
     q_BTNH: jax.Array,
-    cache: Cache,
+    cache: LayerCache,
     positions_BT: jax.Array,
     sinks: jax.Array | None,
 ) -> jax.Array:
@@ -122,11 +122,11 @@ def _attend(
     q_BKRH = _by_kv_head(q_BTNH, kv_heads)
     positions_B11R1 = jnp.repeat(positions_BT, heads // kv_heads, axis=1)[:, None, None, :, None]
 
-    def take_step(step: jax.Array, state: State) -> State:
+    def take_step(step: jax.Array, state: SoftmaxState) -> SoftmaxState:
         return _take_step(options, q_BKRH, cache, positions_B11R1, splits, step, state)
 
     shape, dtype = (batch, splits, *q_BKRH.shape[1:3]), sum_dtype(q_BTNH)
-    state = State(
+    state = SoftmaxState(
         jnp.zeros((*shape, cache.v_LBSKH.shape[4]), dtype),
         jnp.full(shape, -jnp.inf, dtype),
         jnp.zeros(shape, dtype),
@@ -142,12 +142,12 @@ def _attend(
 def _take_step(
     options: Options,
     q_BKRH: jax.Array,
-    cache: Cache,
+    cache: LayerCache,
     positions_B11R1: jax.Array,
     splits: int,
     step: jax.Array,
-    state: State,
-) -> State:
+    state: SoftmaxState,
+) -> SoftmaxState:
     """Adds one block of slots to the online softmax of each split."""
     batch, slots = q_BKRH.shape[0], cache.k_LBSKH.shape[2]
     block = min(BLOCK, slots)
@@ -178,7 +178,7 @@ def _take_step(
     product = matmul("bpkrs,bpskh->bpkrh", weights.astype(values.dtype), values)
     output = state.output * rescale[..., None] + product
     denominator = state.denominator * rescale + jnp.sum(weights, axis=-1)
-    return State(output, new_max, denominator)
+    return SoftmaxState(output, new_max, denominator)
 
 
 def _steps(
@@ -210,7 +210,7 @@ def _slice(x_LBSKH: jax.Array, layer: jax.Array, start: jax.Array, size: int) ->
     return jax.lax.platform_dependent(x_LBSKH, layer, start, cpu=tied, default=plain)
 
 
-def _merge(state: State, sinks: jax.Array) -> jax.Array:
+def _merge(state: SoftmaxState, sinks: jax.Array) -> jax.Array:
     """Returns [B, K, R, H], merged from the splits P and the sinks [K, R], which have no value."""
     # m of all splits and the sink. Each split's O and l are rescaled to it, and added up.
     base = _finite(jnp.maximum(jnp.max(state.running_max, axis=1), sinks))

@@ -41,7 +41,7 @@ class Implementation(NamedTuple):
 
 
 def differentiable_once(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes a kernel raise an error of ours if it is differentiated: Pallas' own does not help."""
+    """Makes a kernel raise a clear error where it is differentiated, in place of Pallas' own."""
 
     # The kernel itself cannot be a custom_jvp, since it may write to references, which custom_jvp
     # does not take. So its arrays pass through one.

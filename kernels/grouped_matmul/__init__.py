@@ -1,4 +1,4 @@
-"""Gives the experts' SwiGLU on rows that are grouped by expert, as functions of arrays.
+"""Provides the experts' SwiGLU on rows that are grouped by expert, as functions of arrays.
 
     choice = choose(chip, Shapes(num_assignments, num_experts, dtype))
     inputs = Inputs(x, w_gate, w_up, w_down, tokens, experts)  # rows in blocks of choice.block_rows

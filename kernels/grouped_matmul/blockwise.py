@@ -21,11 +21,11 @@ from moe.kernels.grouped_matmul.inputs import Gradients, Inputs, Outputs
 # faster, while the blocks stay small, so that an expert's last block has little padding.
 RUN_LENGTHS = (16, 4, 1)
 
-Carry = TypeVar("Carry", Outputs, Gradients)
+Arrays = TypeVar("Arrays", Outputs, Gradients)
 
 # Computes a run of blocks. Takes the arrays to write to, the number of the run's first row, the
 # number of its rows (static) and its expert, and returns the arrays.
-ComputeRun = Callable[[Carry, jax.Array, int, jax.Array], Carry]
+ComputeRun = Callable[[Arrays, jax.Array, int, jax.Array], Arrays]
 
 _slice = jax.lax.dynamic_slice_in_dim
 _update = jax.lax.dynamic_update_slice_in_dim
@@ -95,10 +95,10 @@ def backward(
     return _compute_all_runs(inputs, compute_run, Gradients(rows_ID, *zeros))
 
 
-def _compute_all_runs(inputs: Inputs, compute_run: ComputeRun[Carry], arrays: Carry) -> Carry:
+def _compute_all_runs(inputs: Inputs, compute_run: ComputeRun[Arrays], arrays: Arrays) -> Arrays:
     """Applies `compute_run` to every run of blocks that an expert uses."""
 
-    def step(run_length: int, first_blocks: jax.Array, i: jax.Array, arrays: Carry) -> Carry:
+    def step(run_length: int, first_blocks: jax.Array, i: jax.Array, arrays: Arrays) -> Arrays:
         block = first_blocks[i]
         start, size = block * inputs.block_rows, run_length * inputs.block_rows
         return compute_run(arrays, start, size, inputs.experts_G[block])

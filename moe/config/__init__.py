@@ -1,4 +1,4 @@
-"""Gives a run's configuration types, defaults and checks.
+"""Provides the types of a run's config, with their defaults and checks.
 
 Config files hold ml_collections ConfigDicts; the code sees only these frozen dataclasses. Every
 default lives here, and every field and every pair of fields is checked here, before JAX is

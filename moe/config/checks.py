@@ -47,7 +47,7 @@ def without_numpy(value: Any) -> Any:
 
 
 def is_file_name(name: object) -> TypeGuard[str]:
-    """Says whether a value names something in a directory, and leads nowhere else."""
+    """Returns whether a value names something in a directory, and leads nowhere else."""
     return isinstance(name, str) and name not in ("", ".", "..") and not {*name} & {*"/\\\0"}
 
 
@@ -208,7 +208,7 @@ def _check_text(name: str, path: str) -> None:
 
 
 def is_unicode(text: str) -> bool:
-    """Says whether a text can be encoded: halves of a surrogate pair alone cannot.
+    """Returns whether a text can be encoded: halves of a surrogate pair alone cannot.
 
     Bytes of a command line that are not UTF-8 arrive as such halves.
     """

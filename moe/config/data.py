@@ -157,7 +157,7 @@ class DataConfig:
             )
 
     def _check_token_files(self) -> None:
-        """Raises ConfigError for fields that token files, which are read in place, cannot heed."""
+        """Raises ConfigError for fields without effect on token files, which are read in place."""
         is_read_in_place = any(is_token_files(one.dataset) for one in self.sources)
         for name in ("packing", "chat_template"):
             value = getattr(self, name)
@@ -235,8 +235,8 @@ class DataConfig:
             for stage in range(len(self.stages))
         )
 
-    def of_source(self, source: SourceConfig) -> "DataConfig":
-        """Returns the config of data that have one of the sources alone."""
+    def for_source(self, source: SourceConfig) -> "DataConfig":
+        """Returns the config of one source alone, without a mixture."""
         shared = {name: getattr(source, name) for name in _FIELDS_OF_A_SOURCE}
         return dataclasses.replace(self, mixture=(), stages=(0,), **shared)
 
@@ -277,7 +277,7 @@ _FIELDS_OF_A_SOURCE = tuple(
 
 
 def is_token_files(dataset: str) -> bool:
-    """Says whether a data set is a directory of token files, which are read in place."""
+    """Returns whether a data set is a directory of token files, which are read in place."""
     return dataset.startswith("tokens:")
 
 

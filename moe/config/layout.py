@@ -146,8 +146,8 @@ class Schedule:
     def turn(self, tick: Any, stage: Any) -> Turn:
         """Returns what a stage does at a tick."""
         number = tick - stage  # of the turn, among those of this stage
-        group, rest = divmod(number, self.rounds * self.stages)
-        round_, member = divmod(rest, self.stages)
+        group, turn_of_group = divmod(number, self.rounds * self.stages)
+        round_, member = divmod(turn_of_group, self.stages)
         is_busy = (number >= 0) & (number < self.rounds * self.microbatches)
         return Turn(is_busy, group, round_, member)
 
@@ -258,11 +258,8 @@ def _check_context(config: "RunConfig", mesh: MeshConfig) -> None:
 
 def _check_pipeline(config: "RunConfig", mesh: MeshConfig) -> None:
     """Raises ConfigError if layers or microbatches cannot be dealt out to the pipeline's stages."""
-    stages, rounds, microbatches = (
-        mesh.pipeline,
-        config.train.pipeline_rounds,
-        config.train.accumulation,
-    )
+    stages, rounds = mesh.pipeline, config.train.pipeline_rounds
+    microbatches = config.train.accumulation
     if stages == 1:
         return
     if config.task == "span_corruption":

@@ -49,9 +49,9 @@ def causal_kinds(task: TaskName) -> tuple[bool, ...]:
 
 
 def check_decoder(name: str, task: TaskName) -> None:
-    """Raises ConfigError for a task whose model is no decoder alone; `name` says whose task it is.
+    """Raises ConfigError for a task whose model cannot continue text, which only decoders can.
 
-    Only such a decoder continues text.
+    `name` is that of the run with the task, for the message.
     """
     if task in ("masked_tokens", "span_corruption"):
         raise ConfigError(

@@ -182,7 +182,7 @@ class RunConfig:
 
 
 class _Fields(ConfigDict):
-    """Is a ConfigDict whose fields hold a NumPy scalar as the Python number that they expect."""
+    """Extends ConfigDict: a field that is set to a NumPy scalar holds the Python number of it."""
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "_Fields":

@@ -68,7 +68,7 @@ class MoEConfig:
     # Which tokens stay where an expert is full: those at earlier positions, or those with higher
     # probabilities.
     priority: Literal["position", "probability"] = "position"
-    # How tokens travel between the devices of the mesh's expert axis.
+    # How tokens are exchanged between the devices of the mesh's expert axis.
     exchange: Literal["all_gather", "all_to_all", "ragged_all_to_all"] = "all_gather"
     # The room of a device in a ragged exchange, as a multiple of the mean number of rows.
     receive_factor: float = 2.0
@@ -107,7 +107,7 @@ class MoEConfig:
 
     @property
     def normalized(self) -> bool:
-        """Says whether combine weights are divided by their sum, also where the field is None."""
+        """Returns whether combine weights are divided by their sum, also if the field is None."""
         if self.normalize_weights is not None:
             return self.normalize_weights
         return self.router == "hash" or (

@@ -164,7 +164,7 @@ def _open(config: RunConfig, open_rows: Open, splits: list[str]) -> JoinedRows:
     for source, split in zip(config.data.sources, splits, strict=True):
         one = config
         if config.data.mixture:
-            one = dataclasses.replace(config, data=config.data.of_source(source))
+            one = dataclasses.replace(config, data=config.data.for_source(source))
         with naming_source(source.name):
             rows[source.name] = open_rows(one, split)
     return JoinedRows(rows)

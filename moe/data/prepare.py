@@ -57,7 +57,7 @@ def prepare(config: DataConfig, split: str, num_workers: int | None = None) -> P
     if config.mixture:
         raise ConfigError(
             "data.mixture has several sources, and each is prepared alone: "
-            "prepare data.of_source(source) for each of data.sources"
+            "prepare data.for_source(source) for each of data.sources"
         )
     tokenizer = make_tokenizer(config)
     identity = {

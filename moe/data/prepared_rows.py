@@ -88,7 +88,7 @@ class PreparedRows:
 
     @functools.cached_property
     def _key(self) -> object:
-        """Returns what tells the open files of this object from those of all others."""
+        """Returns the key under which the open files of this object alone are cached."""
         return object()
 
 
@@ -124,7 +124,7 @@ def open_rows(directory: Path) -> PreparedRows:
 
 
 def _is_consistent(rows: PreparedRows) -> bool:
-    """Says whether the numbers in metadata are valid and agree with each other."""
+    """Returns whether the numbers in metadata are valid and agree with each other."""
     counts = (
         rows.num_rows,
         rows.num_tokens,

@@ -40,7 +40,7 @@ SUMS = (
     "num_cut",
     "num_placed",
 )
-_TELL_SECONDS = 0.5  # the time between two messages about how far a shard is
+_REPORT_SECONDS = 0.5  # the time between two reports on a shard
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,20 +162,20 @@ def write_shard(job: ShardJob, shard: int, advance: Callable[[int], object]) -> 
 
 
 def _documents(job: ShardJob, shard: int, advance: Callable[[int], object]) -> Iterator[Document]:
-    """Yields the documents of a shard with any text, and tells now and then how many were read.
+    """Yields the documents of a shard with any text, and reports now and then how many were read.
 
-    A conversation without text is no conversation, and is left to what reads it to refuse.
+    A conversation without text is yielded too, so that the chat encoder refuses it.
     """
     first = shard * job.documents_per_shard
     documents = reopen_documents(job.config, job.split, job.source)
-    told, num_read = time.monotonic(), 0
+    reported, num_read = time.monotonic(), 0
     for document in documents.between(first, first + job.documents_per_shard):
         if document.text or job.config.chat_template:
             yield document
         num_read += 1
-        if time.monotonic() - told > _TELL_SECONDS:
+        if time.monotonic() - reported > _REPORT_SECONDS:
             advance(num_read)
-            told, num_read = time.monotonic(), 0
+            reported, num_read = time.monotonic(), 0
     advance(num_read)
 
 

@@ -1,4 +1,4 @@
-"""Reads rows from files of tokens that somebody else has prepared, in place.
+"""Reads rows from files of tokens that another program has prepared, in place.
 
 A split's name is the name of its file: NAME.bin with NAME.idx, as Megatron-LM writes them, or
 NAME.npy, one dimension of integers. The files are mapped into memory and never copied or scanned,

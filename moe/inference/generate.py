@@ -66,6 +66,8 @@ def stream(
     `generate`, and the errors are raised by the call itself.
     """
     check_sampling(sampling, max_new_tokens)
+    if not 0 <= seed < 2**32:  # JAX would take its lowest 32 bits, which are another seed
+        raise ConfigError(f"seed={seed} is out of range: set it to at least 0 and less than 2**32")
     lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
     if not len(lengths_B) or lengths_B.min() < 1:
         raise ConfigError(
@@ -231,7 +233,7 @@ def keep_likeliest(logits_BV: jax.Array, top_k: int, top_p: float) -> jax.Array:
     """Returns the logits, with -inf for tokens that must not be sampled.
 
     First the `top_k` tokens with the largest logits are kept, or all if `top_k` is 0. Their softmax
-    gives their probabilities. Of these tokens the nucleus is kept: as few as possible, the most
+    gives their probabilities. Then their nucleus is kept: as few tokens as possible, the most
     probable ones, whose probabilities add up to `top_p` (Holtzman et al. 2020, eq. 2-3). Among
     tokens with equal logits, those with lower ids come first.
     """

@@ -97,7 +97,7 @@ def _score(
         log_probs_BTV = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
         targets_BT, is_scored_BT = cut(batch["targets"]), cut(batch["is_scored"])
         log_probs_BT = jnp.take_along_axis(log_probs_BTV, targets_BT[..., None], axis=-1)[..., 0]
-        is_likeliest_BT = jnp.argmax(logits, axis=-1) == targets_BT
+        is_likeliest_BT = jnp.argmax(logits, axis=-1).astype(jnp.int32) == targets_BT
         log_prob_B = sums[0] + jnp.sum(jnp.where(is_scored_BT, log_probs_BT, 0.0), axis=1)
         return (log_prob_B, sums[1] & jnp.all(is_likeliest_BT | ~is_scored_BT, axis=1)), None
 

@@ -2,7 +2,7 @@
 
 Each of N tokens has A assignments to experts. An arrangement gives an assignment a slot, which is a
 place for a row, so that the rows of an expert lie next to one another. Values move between tokens
-and slots by gathers alone, forward and backward. A scatter would be slow on a CPU, and unordered on
+and slots only by gathers, forward and backward. A scatter would be slow on a CPU, and unordered on
 a GPU.
 """
 

@@ -24,7 +24,7 @@ from moe.parallel.sequence import gather_time, scatter_time
 from moe.parameters import parameter
 
 
-class Weights(NamedTuple):
+class AttentionWeights(NamedTuple):
     """Holds the four weights of an attention part."""
 
     query_DNH: jax.Array
@@ -33,10 +33,12 @@ class Weights(NamedTuple):
     output_NHD: jax.Array
 
 
-def declare_weights(module: nn.Module, config: ModelConfig, output_scale: float) -> Weights:
+def declare_weights(
+    module: nn.Module, config: ModelConfig, output_scale: float
+) -> AttentionWeights:
     """Declares the weights of an attention part as parameters of `module`."""
     d, n, k, h = config.model_dim, config.num_heads, config.num_kv_heads, config.head_dim
-    return Weights(
+    return AttentionWeights(
         parameter(module, "query", "DNH", (d, n, h), kind="linear", fan_in=d),
         parameter(module, "key", "DKH", (d, k, h), kind="linear", fan_in=d),
         parameter(module, "value", "DKH", (d, k, h), kind="linear", fan_in=d),
@@ -67,11 +69,8 @@ class Attention(nn.Module):
         layer: jax.Array | int = 0,
     ) -> tuple[jax.Array, Cache | None]:
         """Returns [B, T, D], and the cache with the new keys and values at `layer`."""
-        positions_BT, segment_ids_BT, rotary = (
-            tokens.positions_BT,
-            tokens.segment_ids_BT,
-            tokens.rotary,
-        )
+        positions_BT, segment_ids_BT = tokens.positions_BT, tokens.segment_ids_BT
+        rotary = tokens.rotary
         if positions_BT is None or segment_ids_BT is None or rotary is None:
             raise ValueError(
                 "tokens hold no positions and segments, which attention needs: "
@@ -168,7 +167,7 @@ def attend(
     length = q_BTNH.shape[1]
     mesh = jax.sharding.get_abstract_mesh()
     implementation = choose_implementation(config, mesh, length, causal=causal)
-    # Then this device's part is all that is to be seen of a row, whose other parts lie on others.
+    # In a caller's shard_map over context, `length` is that of this device's part of a row.
     context_is_manual = axis_size("context") > 1
 
     def attend_shard(
@@ -262,9 +261,9 @@ def choose_implementation(
     """Returns the implementation that computes a model's attention on a mesh.
 
     A row has `length` queries and `kv_length` keys, by default as many. The result is None if the
-    mesh does not know its chip; the choice is then left to the platform. It is none of those that
-    are `refused`. Raises ConfigError if
-    the config names an implementation that cannot compute this attention.
+    mesh does not know its chip; the choice is then left to the platform. Implementations that are
+    `refused` are not chosen. Raises ConfigError if the config names one that cannot compute this
+    attention.
     """
     name, kind = config.attention.implementation, chip(mesh)
     kv_length = length if kv_length is None else kv_length
@@ -295,18 +294,17 @@ def without_kernels(
     """
     model, length = config.model, config.data.sequence_length
     attention, moe = model.attention, model.moe
-    wrong = refused.get("attention")
-    if wrong and attention.implementation == "auto":
-        choose = functools.partial(choose_implementation, model, mesh, length, refused=wrong)
-        kinds = causal_kinds(config.task)
-        names = {found.name for causal in kinds if (found := choose(causal=causal))}
-        # Encoders and decoders may do best with different kernels. One name must do for both.
-        name: Any = names.pop() if len(names) == 1 else "blockwise"
+    if (names := refused.get("attention")) and attention.implementation == "auto":
+        choose = functools.partial(choose_implementation, model, mesh, length, refused=names)
+        choices = (choose(causal=causal) for causal in causal_kinds(config.task))
+        chosen = {choice.name for choice in choices if choice}
+        # A config names one kernel, also where that of encoders would differ from that of decoders.
+        name: Any = chosen.pop() if len(chosen) == 1 else "blockwise"
         attention = dataclasses.replace(attention, implementation=name)
-    wrong, is_grouped = refused.get("experts"), moe.num_experts and moe.dispatch == "dropless"
-    if wrong and is_grouped and moe.implementation == "auto":
+    is_grouped = moe.num_experts and moe.dispatch == "dropless" and moe.implementation == "auto"
+    if (names := refused.get("experts")) and is_grouped:
         shapes = Shapes(moe.experts_per_token, moe.num_experts, model.compute_dtype)
-        kernel = grouped_matmul.choose(chip(mesh), shapes, wrong)
+        kernel = grouped_matmul.choose(chip(mesh), shapes, names)
         moe = dataclasses.replace(moe, implementation=kernel.name)
     model = dataclasses.replace(model, attention=attention, moe=moe)
     return dataclasses.replace(config, model=model)

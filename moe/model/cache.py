@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from moe.config import ModelConfig
+from moe.cross_entropy import as_int32
 from moe.model.tokens import Batch
 from moe.parallel.mesh import chip
 
@@ -84,16 +85,16 @@ def fits_cache(cache: Cache, batch: Batch) -> jax.Array:
             "a batch has positions and segment_ids, and a cache holds one document a row: "
             "leave segment_ids out"
         )
-    positions_BT = batch["positions"]
+    positions_BT = as_int32(batch["positions"])
     highest_BT = jnp.pad(jax.lax.cummax(positions_BT, axis=1), ((0, 0), (1, 0)), constant_values=-1)
     return (positions_BT > highest_BT[:, :length]) & (positions_BT < slots)
 
 
-def fits_memory_cache(cache: MemoryCache, segment_ids_BS: jax.Array) -> jax.Array:
+def fits_memory_cache(cache: MemoryCache, segment_ids_BS: jax.Array, prompt: Batch) -> jax.Array:
     """Returns for each token [B, S] of a memory whether a layer's cache has room for it.
 
-    Each row is one document from its start, with padding after it. Raises ValueError for more
-    tokens than the cache has slots.
+    Each row is one document from its start, with padding after it, and has the prompt's segment id,
+    since later tokens read all of it. Raises ValueError for more tokens than the cache has slots.
     """
     length, slots = segment_ids_BS.shape[1], cache.key_LBSKH.shape[2]
     if length > slots:
@@ -101,7 +102,9 @@ def fits_memory_cache(cache: MemoryCache, segment_ids_BS: jax.Array) -> jax.Arra
             f"encoder_tokens have {length} positions and the cache has {slots}: "
             f"make the cache with encoder_length={length} or more"
         )
-    return in_first_document(segment_ids_BS)
+    id_B1 = prompt["segment_ids"][:, :1] if "segment_ids" in prompt else jnp.int32(1)
+    is_read_BS = (segment_ids_BS == id_B1.astype(segment_ids_BS.dtype)) | (segment_ids_BS == 0)
+    return in_first_document(segment_ids_BS) & is_read_BS
 
 
 def in_first_document(segment_ids_BT: jax.Array) -> jax.Array:
@@ -125,6 +128,7 @@ def update_cache(
     rows_B1 = jnp.arange(positions_BT.shape[0])[:, None]
     slots = cache.key_LBSKH.shape[2]
     # JAX counts a negative index from the end. Beyond the end, "drop" writes nothing.
+    positions_BT = as_int32(positions_BT)
     positions_BT = jnp.where(positions_BT < 0, slots, positions_BT)
 
     def write(cached_LBSKH: jax.Array, new_BTKH: jax.Array) -> jax.Array:

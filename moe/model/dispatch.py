@@ -115,7 +115,7 @@ def run_experts(
     """Applies the experts of all devices of the group to one device's tokens.
 
     Returns each token's sum, [B, T, D], and its number of dropped assignments, [B, T]. With
-    `splits_time` the sums are those of this device's part of T alone (`parallel.sequence`).
+    `splits_time` the sums are only those of this device's part of T (`parallel.sequence`).
     `capacity` is the most assignments that an expert takes of one packed row, the last entry of
     `routing.capacity_table`. `weights` are this device's shards of gate, up and down.
     """
@@ -323,7 +323,7 @@ def ragged_all_to_all(
     receive_factor: float,
     implementation: Literal["auto"] | Name = "auto",
 ) -> ExpertOutput:
-    """Sends the assigned rows alone, and drops what exceeds a device's room.
+    """Sends only the assigned rows, and drops what exceeds a device's room.
 
     A device has room for `receive_factor` times the rows that it would get under an even load.
     """
@@ -343,8 +343,7 @@ def ragged_all_to_all(
     unsent_I = expert_parallel.unsent_rows(exchange, loads_E, experts_NA.size)
     unsent_NA = gather_from_slots(unsent_I, arrangement)
     return ExpertOutput(
-        add_rows(returned_ID, arrangement),
-        jnp.sum(unsent_NA, axis=1, dtype=jnp.float32),
+        add_rows(returned_ID, arrangement), jnp.sum(unsent_NA, axis=1, dtype=jnp.float32)
     )
 
 
@@ -369,11 +368,7 @@ class GroupedResiduals(NamedTuple):
 
 
 def _apply_grouped(
-    implementation: Name,
-    x_ND: jax.Array,
-    weights_NA: jax.Array,
-    weights: Weights,
-    blocks: Blocks,
+    implementation: Name, x_ND: jax.Array, weights_NA: jax.Array, weights: Weights, blocks: Blocks
 ) -> jax.Array:
     """Returns each token's weighted sum. The kernel gathers the rows from `x_ND` as it goes."""
     return _grouped_experts_forward(implementation, x_ND, weights_NA, weights, blocks)[0]
@@ -387,11 +382,7 @@ def _kernel_inputs(x_ND: jax.Array, weights: Weights, blocks: Blocks) -> Inputs:
 
 
 def _grouped_experts_forward(
-    implementation: Name,
-    x_ND: jax.Array,
-    weights_NA: jax.Array,
-    weights: Weights,
-    blocks: Blocks,
+    implementation: Name, x_ND: jax.Array, weights_NA: jax.Array, weights: Weights, blocks: Blocks
 ) -> tuple[jax.Array, GroupedResiduals]:
     outputs = grouped_swiglu(_kernel_inputs(x_ND, weights, blocks), implementation)
     y_ND = combine(outputs.rows_ID, weights_NA, blocks.arrangement)

@@ -29,8 +29,8 @@ def _hide_padding(x_BTD: jax.Array, tokens: TokenInfo) -> tuple[jax.Array, Token
 
     Padding may hold anything. A NaN there would reach the weights' gradients as 0 * NaN.
     """
-    # Laid out here, the mask doesn't make the compiler split what the router computes, and what it
-    # hides is gathered without it.
+    # Without this layout the compiler would split what the router computes as it splits the mask,
+    # and would gather the mask beside the activations.
     mask_BT = constrain(tokens.mask_BT, "BT")
     x_BTD = jnp.where(mask_BT[..., None], x_BTD, jnp.zeros((), x_BTD.dtype))
     return constrain(x_BTD, "BtD"), dataclasses.replace(tokens, mask_BT=mask_BT)

@@ -7,10 +7,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from moe.cross_entropy import as_int32
 from moe.parallel.collectives.shared import as_part, part_axes
 from moe.parallel.collectives.weights import (
     lay_out_whole,
-    present,
+    manual_axes,
     sum_gradient,
     sum_products,
     weights_are_split,
@@ -29,7 +30,7 @@ def einsum(
 ) -> jax.Array:
     """Multiplies activations by a weight, and sums the weight's gradient in float32.
 
-    The weight is whole along D while it is multiplied by, and its gradient is split as it is.
+    The weight is gathered along D for the product, and its gradient is split as the weight is.
 
     All matmuls with weights go through here, except those of experts (`parallel.collectives`) and
     of the loss (`moe.cross_entropy`).
@@ -58,8 +59,8 @@ def _einsum_forward(
     _, w_dims = equation.split("->")[0].split(",")
     whole_w = lay_out_whole(w, x.dtype, w_dims)
     y = jnp.einsum(equation, x, whole_w, preferred_element_type=dtype, precision=precision)
-    # What is gathered is kept, so that a recomputed forward pass gathers for the gradient of x as
-    # well. Where nothing is gathered, nothing is kept beside the weight itself.
+    # The gathered weight is a residual, so that the gather of a recomputed forward pass also serves
+    # the gradient of x. Where nothing is gathered, the weight itself is the residual.
     is_split = weights_are_split(w.shape[w_dims.index("D")])
     return y, (x, whole_w if is_split else w, jnp.zeros((0,), w.dtype))
 
@@ -107,7 +108,10 @@ def look_up(
     equal terms stops growing at 256 of them. The companion of a table that is shared takes the
     gradient in its place (`parallel.collectives.shared`).
     """
-    return _look_up(dtype, companion_PVD is not None, table_VD, companion_PVD, ids_BT)
+    ids_BT = as_int32(ids_BT)
+    # JAX would count a negative index from the end. V is no row either, and needs no such care.
+    rows_BT = jnp.where(ids_BT < 0, table_VD.shape[0], ids_BT)
+    return _look_up(dtype, companion_PVD is not None, table_VD, companion_PVD, rows_BT)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -116,19 +120,14 @@ def _look_up(
     is_shared: bool,
     table_VD: jax.Array,
     companion_PVD: jax.Array | None,
-    ids_BT: jax.Array,
+    rows_BT: jax.Array,
 ) -> jax.Array:
     # The table is gathered over fsdp first, as every weight is. Looking up in a table that is
     # split along D would move activations instead.
     table_VD = lay_out_whole(table_VD, dtype, "VD")
-    rows_BT = constrain(_row_numbers(ids_BT, table_VD), "BT")
+    rows_BT = constrain(rows_BT, "BT")
     x_BTD = scatter_time(table_VD.at[rows_BT].get(mode="clip"))
     return jnp.where((rows_BT < table_VD.shape[0])[..., None], x_BTD, jnp.nan)
-
-
-def _row_numbers(ids_BT: jax.Array, table_VD: jax.Array) -> jax.Array:
-    """Returns the ids, with V in place of negative ones, which JAX would count from the end."""
-    return jnp.where(ids_BT < 0, table_VD.shape[0], ids_BT)
 
 
 def _look_up_forward(
@@ -136,17 +135,17 @@ def _look_up_forward(
     is_shared: bool,
     table_VD: jax.Array,
     companion_PVD: jax.Array | None,
-    ids_BT: jax.Array,
+    rows_BT: jax.Array,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _look_up(dtype, is_shared, table_VD, companion_PVD, ids_BT), (table_VD, ids_BT)
+    return _look_up(dtype, is_shared, table_VD, companion_PVD, rows_BT), (table_VD, rows_BT)
 
 
 def _look_up_backward(
     dtype: str, is_shared: bool, residuals: tuple[jax.Array, jax.Array], grad_BTD: jax.Array
 ) -> tuple[jax.Array | None, jax.Array | None, None]:
-    table_VD, ids_BT = residuals
+    table_VD, rows_BT = residuals
     sum_dtype = jnp.promote_types(table_VD.dtype, jnp.float32)
-    rows_BT = constrain(_row_numbers(ids_BT, table_VD), "BT")
+    rows_BT = constrain(rows_BT, "BT")
     grad_BTD = constrain(grad_BTD.astype(sum_dtype), "BTD")
     gradient = _add_to_table(grad_BTD, rows_BT, table_VD.shape[0], is_shared)
     if is_shared:
@@ -168,7 +167,7 @@ def _add_to_table(
     all_parts = part_axes()
 
     def add_shard(x_BTD: jax.Array, rows_BT: jax.Array) -> tuple[jax.Array]:
-        axes = present(vocabulary_axes)
+        axes = manual_axes(vocabulary_axes)
         size = num_rows // math.prod(map(axis_size, axes))  # of this device's part of V
         first = jax.lax.axis_index(axes) * size if axes else 0
         own_rows_BT = jnp.where(rows_BT < first, size, rows_BT - first)
@@ -215,7 +214,7 @@ class RMSNorm(nn.Module):
 def rms_norm(epsilon: float, x_BTD: jax.Array, scale_D: jax.Array) -> jax.Array:
     """Returns x / sqrt(mean(x²) + epsilon) * scale, and keeps no float32 activations [B, T, D].
 
-    It can be differentiated in reverse mode alone.
+    It can only be differentiated in reverse mode.
     """
     return _rms_norm_forward(epsilon, x_BTD, scale_D)[0]
 
@@ -238,9 +237,8 @@ def _rms_norm_backward(
     normed = x_BTD.astype(jnp.float32) * inverse_BT1
     grad_scale_D = jnp.sum(grad * normed, axis=(0, 1)).astype(scale_D.dtype)
     # In a caller's shard_map each device has summed over its own tokens.
-    of_gradient, of_scale = (jax.typeof(a).manual_axis_type for a in (grad_scale_D, scale_D))
-    varying = of_gradient.varying - of_scale.varying
-    if varying:
+    varying, allowed = (jax.typeof(x).manual_axis_type.varying for x in (grad_scale_D, scale_D))
+    if varying := varying - allowed:
         grad_scale_D = jax.lax.psum(grad_scale_D, tuple(sorted(varying)))
     grad = grad * scale_D[None, None]
     grad_x = inverse_BT1 * (grad - normed * jnp.mean(grad * normed, axis=-1, keepdims=True))

@@ -155,7 +155,7 @@ def _limit_groups(choice_BTE: jax.Array, config: MoEConfig) -> jax.Array:
 def _largest(x: jax.Array, count: int) -> jax.Array:
     """Returns the indices of the `count` largest values of the last dimension, largest first.
 
-    They are int32 [..., count]. Of equal values, the first wins.
+    They are int32 [..., count]. The first of equal values wins.
     """
     # jax.lax.top_k would do this, but XLA gathers its operand from all devices, even if the last
     # dimension is whole on each device.

@@ -68,6 +68,9 @@ class Carry(NamedTuple):
     caches: tuple[BlockCache, ...] | None
 
 
+CAPTURABLE = ("residual", "experts")  # the names that `capture` may have
+
+
 class PeriodOutput(NamedTuple):
     """Holds what the loop stacks: the statistics and the captured arrays of a period's blocks."""
 
@@ -201,6 +204,9 @@ class Stack(nn.Module):
 
     def setup(self) -> None:
         c = self.config
+        if unknown := [name for name in self.capture if name not in CAPTURABLE]:
+            listed = " and ".join(map(repr, CAPTURABLE))
+            raise ValueError(f"capture has {unknown[0]!r}, which no layer has: name {listed} only")
         if self.causal and c.moe.num_experts and c.moe.router == "expert_choice":
             raise ConfigError(
                 "moe.router='expert_choice' looks at later tokens, which a decoder must not: "

@@ -39,7 +39,7 @@ class TokenInfo:
     mask_BT: jax.Array  # False on padding
     row_keys_B: jax.Array | None = None  # keys of each row's random draws in this step
     positions_BT: jax.Array | None = None  # counted from the start of the token's document
-    segment_ids_BT: jax.Array | None = None  # a token sees its own segment alone
+    segment_ids_BT: jax.Array | None = None  # a token sees only its own segment
     rotary: Rotary | None = None
     memory: Memory | None = None  # what cross-attention reads; None in models without it
     # Whether every row starts at position 0, so that nothing comes before its tokens. This is

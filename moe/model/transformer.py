@@ -44,6 +44,8 @@ class Vocabulary(nn.Module):
             raise ValueError(
                 f"tokens have shape {tokens_BT.shape}: give at least one row of at least one token"
             )
+        if not jnp.issubdtype(tokens_BT.dtype, jnp.integer):
+            raise TypeError(f"tokens are {tokens_BT.dtype.name}: give token ids, as int32")
         if "segment_ids" in batch:  # padding may hold any number
             tokens_BT = jnp.where(batch["segment_ids"] > 0, tokens_BT, 0)
         dtype, companion_PVD = self.config.compute_dtype, self.companion_PVD
@@ -59,6 +61,8 @@ class Vocabulary(nn.Module):
         """Returns the weight that makes logits."""
         if self.config.tied_embeddings:
             return Unembedding(self.embedding_VD, "VD", self.companion_PVD)
+        if not self.makes_logits:
+            raise ValueError("this Encoder has no unembedding: make it with makes_logits=True")
         return Unembedding(self.unembedding_DV, "DV")
 
 
@@ -180,7 +184,7 @@ class EncoderDecoder(nn.Module):
     segment i of a row reads segment i of the encoder's row. Both parts share one embedding.
 
     With a cache, the first batch is a prompt, with `encoder_tokens` and without `positions`. Later
-    batches have `positions` alone, since the cache holds what the decoder reads of the encoder.
+    batches have `positions` instead, since the cache holds what the decoder reads of the encoder.
     """
 
     config: ModelConfig  # of the decoder
@@ -216,8 +220,8 @@ class EncoderDecoder(nn.Module):
         segment_ids_BS = encoder_batch["segment_ids"]
         encoded = self.encode(batch)
         if cache is not None and (memory_cache := cache[0][0].cross_attention) is not None:
-            fits_B = jnp.all(fits_memory_cache(memory_cache, segment_ids_BS), axis=1)
-            x_BTD = jnp.where(fits_B[:, None, None], x_BTD, jnp.nan)
+            fits_BS = fits_memory_cache(memory_cache, segment_ids_BS, batch)
+            x_BTD = jnp.where(jnp.all(fits_BS, axis=1)[:, None, None], x_BTD, jnp.nan)
         memory = Memory(join_time(encoded.hidden), segment_ids_BS)
         tokens = dataclasses.replace(tokens, memory=memory)
         output = self.decoder(x_BTD, tokens, cache)
@@ -231,7 +235,7 @@ class EncoderDecoder(nn.Module):
 
     @on_auto_axes(output_specs)
     def encode(self, batch: Batch) -> Output:
-        """Returns the encoder's output alone, from the fields that start with `encoder_`."""
+        """Returns only the encoder's output, from the fields that start with `encoder_`."""
         encoder_batch = _encoder_batch(batch)
         check_static("encoder_tokens", encoder_batch["tokens"].shape)
         tokens = TokenInfo.from_batch(encoder_batch, self.encoder_config)

@@ -64,10 +64,9 @@ def join(
     """Starts JAX over all processes of the job, and checks what each of them sees.
 
     From then on the watch ends this process if another one dies or is stuck. `mesh` is the run's,
-    where the command has a config. What `prepare` returns is returned: it is called once the
-    processes can speak with each other, and before they touch their devices. Raises NotJoined with
-    one line that names the processes that did not come within `timeout_s`, or that see the wrong
-    devices.
+    where the command has a config. Returns what `prepare` returns, which is called once the
+    processes can exchange messages, and before they touch their devices. Raises NotJoined with one
+    line that names the processes that did not come within `timeout_s`, or see the wrong devices.
     """
     arrivals = meet(cluster, visible_gpus(os.environ), timeout_s)
     check_gpus(arrivals)
@@ -124,12 +123,12 @@ def _start_jax(cluster: Cluster) -> None:
 
 
 def _delay_abort() -> None:
-    """Lets an abort of this process take 6 seconds, in which the watch can end it with one line.
+    """Delays an abort of this process by 6 seconds, in which the watch can end it with one line.
 
-    JAX aborts a process whose connection to process 0 breaks. That is the moment at which the watch
-    hears of it too, and only the watch names who died, with the exit code that says so. The handler
-    is C's own sleep(), as Python's handlers never run during an abort. It gets the number of the
-    signal, which is 6 for SIGABRT, and so sleeps as many seconds.
+    JAX aborts a process whose connection to process 0 breaks. The watch notices the same break, and
+    it alone names the process that died and exits with PEER_DIED. The handler is C's own sleep(),
+    since Python's handlers never run during an abort. Its argument is the number of the signal, so
+    for SIGABRT it sleeps 6 seconds.
     """
     libc = ctypes.CDLL(None)
     libc.signal(signal.SIGABRT, libc.sleep)
@@ -219,7 +218,7 @@ def barrier(name: str, timeout_s: float) -> None:
         if "DEADLINE_EXCEEDED" not in str(error):
             raise
         present = {int(found.rpartition("/")[2]) for found, _ in client.key_value_dir_get(key)}
-        # A process that comes after the others have given up is told so at once.
+        # A process that comes after the others have given up gets this error at once.
         late = [n for n in range(num_processes) if n not in present] or [process_id]
         names = ", ".join(
             process_name(number, num_processes, client.key_value_try_get(_host_key(number)))
@@ -232,7 +231,7 @@ def barrier(name: str, timeout_s: float) -> None:
 def from_first(name: str, make: Callable[[], T]) -> T:
     """Returns in every process what `make` returns in process 0, a value that JSON can hold.
 
-    So what process 0 decides holds everywhere. If `make` raises ConfigError there, it is raised in
+    If `make` raises ConfigError there, it is raised in
     every process. Other errors end process 0, and the watch ends the others.
     """
     client = _client()

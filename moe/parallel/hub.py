@@ -18,15 +18,7 @@ from collections import deque
 from collections.abc import Callable, Collection
 from typing import Any, Literal, NamedTuple
 
-from moe.exit_codes import (
-    BAD_INPUT,
-    DIVERGED,
-    INTERRUPTED,
-    NOT_JOINED,
-    PEER_DIED,
-    PEER_STUCK,
-    SLOW,
-)
+from moe.exit_codes import BAD_INPUT, DIVERGED, INTERRUPTED, NOT_JOINED, PEER_DIED, PEER_STUCK, SLOW
 from moe.parallel.cluster import process_name
 from moe.parallel.rendezvous import open_server
 
@@ -35,14 +27,7 @@ from moe.parallel.rendezvous import open_server
 # evaluation's first batch may be a compilation too, so it is still "evaluating", and so is what
 # follows the last batch.
 Phase = Literal[
-    "starting",
-    "preparing",
-    "compiling",
-    "training",
-    "waiting",
-    "evaluating",
-    "scoring",
-    "saving",
+    "starting", "preparing", "compiling", "training", "waiting", "evaluating", "scoring", "saving"
 ]
 IN_STEP = ("training", "scoring", "waiting")
 
@@ -287,7 +272,7 @@ class Judge:
         self._peers[number] = Peer(number, host, now, now, Place("starting"))
 
     def hear(self, number: int, message: dict[str, Any], now: float) -> None:
-        """Takes in what a process says: what it does, or its goodbye."""
+        """Takes in a message of a process: what it does now, or its goodbye."""
         peer = self._peers[number]
         peer.heard = now
         if "exit_code" in message:

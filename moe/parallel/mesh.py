@@ -172,11 +172,7 @@ def per_shard(
         for all_dims, xs in ((in_dims, arrays), (out_dims, results))
     )
     return jax.shard_map(
-        function,
-        in_specs=in_specs,
-        out_specs=out_specs,
-        axis_names=axes,
-        check_vma=False,
+        function, in_specs=in_specs, out_specs=out_specs, axis_names=axes, check_vma=False
     )(*arrays)
 
 

@@ -14,9 +14,10 @@ microbatch m belongs to stage m mod P.
       | on_stages adds up the stages' sums, and the gradients of the copied parameters
 
 The belt moves from each stage to the one before it, one stage a tick. In a group's first round,
-stage 0 takes the microbatch that arrives, and puts in its place the finished one that the ring
-brings from the last stage: that of the group before, whose owner the place returns to. So a stage
-never holds more than its own microbatches and those in its hands.
+stage 0 takes the microbatch that arrives on the belt. In its place it puts a finished one, of the
+group before, which the ring brings from the last stage. The belt takes this on to its owner, the
+stage that the other one came from. So a stage never holds more than its own microbatches, one on
+the ring and one on the belt.
 
 Gradients come from JAX's autodiff of the loop over ticks. Parameters [L, ...] are stored in the
 model's order, whatever the schedule. A schedule of several rounds exchanges them once in a step.
@@ -42,12 +43,12 @@ AXIS = "pipeline"
 Layers = Callable[[Any, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 
 
-class Hands(NamedTuple):
-    """Holds what a stage has between two ticks."""
+class TickCarry(NamedTuple):
+    """Holds what a stage carries from one tick to the next."""
 
     ring_BTD: Any  # the residual stream of the microbatch that the stage works on next
     belt_BTD: Any  # a microbatch on its way to stage 0, or from there to its owner
-    own_MBTD: Any  # the stage's own microbatches, which have not left or have come back
+    own_MBTD: Any  # the stage's own microbatches: those not sent yet, and the finished ones
     stats: Any  # the sums of this stage's layers, [rounds, layers of a piece, ...]
 
 
@@ -143,23 +144,23 @@ def run_layers(
     sums = jax.eval_shape(work, variables, all_tokens, zeros_BTD, jnp.int32(0), stage)[1]
     zeros = jax.tree.map(lambda x: jnp.zeros((schedule.rounds, *x.shape), x.dtype), sums)
 
-    def tick(hands: Hands, number: jax.Array) -> tuple[Hands, None]:
-        hands = _exchange(_reload(hands, number, schedule), number, stage, schedule)
-        x_BTD, sums = work(variables, all_tokens, hands.ring_BTD, number, stage)
+    def tick(carry: TickCarry, number: jax.Array) -> tuple[TickCarry, None]:
+        carry = _exchange(_reload(carry, number, schedule), number, stage, schedule)
+        x_BTD, sums = work(variables, all_tokens, carry.ring_BTD, number, stage)
         turn = schedule.turn(number, stage)
         stats = jax.tree.map(
             lambda total, x: total.at[turn.round].add(jnp.where(turn.is_busy, x, 0)),
-            hands.stats,
+            carry.stats,
             sums,
         )
-        return _move(hands._replace(ring_BTD=x_BTD, stats=stats), schedule), None
+        return _move(carry._replace(ring_BTD=x_BTD, stats=stats), schedule), None
 
     numbers = jnp.arange(schedule.ticks, dtype=jnp.int32)
-    hands, _ = jax.lax.scan(tick, Hands(zeros_BTD, zeros_BTD, own_MBTD, zeros), numbers)
+    carry, _ = jax.lax.scan(tick, TickCarry(zeros_BTD, zeros_BTD, own_MBTD, zeros), numbers)
     # The last microbatch is finished, but still has to go home.
-    hands = _move(_exchange(hands, jnp.int32(schedule.ticks), stage, schedule), schedule)
-    own_MBTD = hands.own_MBTD.at[schedule.groups - 1].set(hands.belt_BTD)
-    stats = jax.tree.map(lambda x: _place_pieces(x, stage, schedule), hands.stats)
+    carry = _move(_exchange(carry, jnp.int32(schedule.ticks), stage, schedule), schedule)
+    own_MBTD = carry.own_MBTD.at[schedule.groups - 1].set(carry.belt_BTD)
+    stats = jax.tree.map(lambda x: _place_pieces(x, stage, schedule), carry.stats)
     return einops.rearrange(own_MBTD, "g b ... -> (b g) ..."), stats
 
 
@@ -183,38 +184,40 @@ def _make_work(layers: Layers, schedule: Schedule, remat: str) -> Callable[..., 
     return jax.checkpoint(work, policy=make_stage_policy(remat), prevent_cse=False)
 
 
-def _reload(hands: Hands, number: jax.Array, schedule: Schedule) -> Hands:
+def _reload(carry: TickCarry, number: jax.Array, schedule: Schedule) -> TickCarry:
     """Puts an own microbatch on the belt when a group begins, and takes a finished one off it."""
-    group, rest = divmod(number, schedule.rounds * schedule.stages)
-    loads = (rest == 0) & (group < schedule.groups)
-    # A group is finished in the first round of the group after it.
-    stores, finished = (rest == 0) & (group >= 2), jnp.maximum(group - 2, 0)
-    own_MBTD, belt_BTD = hands.own_MBTD, hands.belt_BTD
+    group, tick_of_group = divmod(number, schedule.rounds * schedule.stages)
+    loads = (tick_of_group == 0) & (group < schedule.groups)
+    # The finished microbatches of a group are on their way back in the first round of the next one.
+    stores, finished = (tick_of_group == 0) & (group >= 2), jnp.maximum(group - 2, 0)
+    own_MBTD, belt_BTD = carry.own_MBTD, carry.belt_BTD
     read = lambda index: jax.lax.dynamic_index_in_dim(own_MBTD, index, keepdims=False)
     new_BTD = jnp.where(loads, read(jnp.minimum(group, schedule.groups - 1)), belt_BTD)
-    kept_BTD = jnp.where(stores, belt_BTD, read(finished))
-    own_MBTD = jax.lax.dynamic_update_index_in_dim(own_MBTD, kept_BTD, finished, axis=0)
-    return hands._replace(belt_BTD=new_BTD, own_MBTD=own_MBTD)
+    stored_BTD = jnp.where(stores, belt_BTD, read(finished))
+    own_MBTD = jax.lax.dynamic_update_index_in_dim(own_MBTD, stored_BTD, finished, axis=0)
+    return carry._replace(belt_BTD=new_BTD, own_MBTD=own_MBTD)
 
 
-def _exchange(hands: Hands, number: jax.Array, stage: jax.Array, schedule: Schedule) -> Hands:
+def _exchange(
+    carry: TickCarry, number: jax.Array, stage: jax.Array, schedule: Schedule
+) -> TickCarry:
     """Lets stage 0 put a finished microbatch on the belt, in place of one that it takes.
 
     It does so in the first round of each group.
     """
     takes = (stage == 0) & (number % (schedule.rounds * schedule.stages) < schedule.stages)
-    ring_BTD, belt_BTD = hands.ring_BTD, hands.belt_BTD
-    return hands._replace(
+    ring_BTD, belt_BTD = carry.ring_BTD, carry.belt_BTD
+    return carry._replace(
         ring_BTD=jnp.where(takes, belt_BTD, ring_BTD), belt_BTD=jnp.where(takes, ring_BTD, belt_BTD)
     )
 
 
-def _move(hands: Hands, schedule: Schedule) -> Hands:
+def _move(carry: TickCarry, schedule: Schedule) -> TickCarry:
     """Moves the ring one stage on, and the belt one stage back."""
     send = lambda x, by: jax.lax.ppermute(
         x, AXIS, [(stage, (stage + by) % schedule.stages) for stage in range(schedule.stages)]
     )
-    return hands._replace(ring_BTD=send(hands.ring_BTD, 1), belt_BTD=send(hands.belt_BTD, -1))
+    return carry._replace(ring_BTD=send(carry.ring_BTD, 1), belt_BTD=send(carry.belt_BTD, -1))
 
 
 def _gather(x: jax.Array) -> jax.Array:

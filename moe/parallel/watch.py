@@ -129,7 +129,7 @@ class _Watch:
 _watch: _Watch | None = None
 _show: Callable[[str], None] = lambda text: None
 _finish: Callable[[], None] = lambda: None
-_own: Callable[[RunPath, int | None], None] = lambda run, lease: None
+_move_log: Callable[[RunPath, int | None], None] = lambda run, lease: None
 
 
 def start(
@@ -164,10 +164,9 @@ def start(
 
 
 def report(phase: Phase, step: int = 0, batch: int = 0) -> None:
-    """Says what this process does now. The step of a phase that has none is that of the last.
+    """Reports what this process does now. Without a step, it is still that of the phase before.
 
-    In an evaluation it also says the number of the batch, from 1. "waiting" belongs to that batch
-    too.
+    In an evaluation `batch` is the number of the batch, from 1. "waiting" belongs to that batch.
     """
     watch = _watch
     if watch is None:
@@ -197,23 +196,23 @@ def take_times(last: int = 0) -> list[HostTimes]:
 def use_log(
     show: Callable[[str], None],
     finish: Callable[[], None],
-    own: Callable[[RunPath, int | None], None] = _own,
+    move: Callable[[RunPath, int | None], None] = _move_log,
 ) -> None:
     """Sets what is called if this process has a log instead of printing.
 
-    `show` prints a text in spite of that. `finish` waits at the end until the log is written. `own`
-    lets the log go on in the directory of a run.
+    `show` prints a text all the same. `finish` waits at the end until the log is written. `move`
+    continues the log in the directory of a run.
     """
-    global _show, _finish, _own
-    _show, _finish, _own = show, finish, own
+    global _show, _finish, _move_log
+    _show, _finish, _move_log = show, finish, move
 
 
 def log_into(run: RunPath, lease: int | None) -> None:
-    """Lets the log of this process go on in the directory of a run that its job owns now.
+    """Continues the log of this process in the directory of a run that its job owns now.
 
     `lease` is the number of the lease by which the job owns it, if there is one.
     """
-    _own(run, lease)
+    _move_log(run, lease)
 
 
 def show_last_lines(read: Callable[[int], str]) -> None:
@@ -234,8 +233,8 @@ def stop_in_warm_up() -> None:
 def leave(code: int, text: str = "") -> None:
     """Prints a text, says goodbye with the exit code and ends this process.
 
-    The others come to the same end by themselves, or are told. Process 0 leaves last. Returns only
-    without a watch.
+    The others come to the same end by themselves, or the hub ends them. Process 0 leaves last.
+    Returns only without a watch.
     """
     if _watch is None:
         return
@@ -248,7 +247,7 @@ def leave(code: int, text: str = "") -> None:
 def fatal(code: int, text: str = "", *, flush_seconds: float = 1.0) -> NoReturn:
     """Prints a text and ends this process at once, from any thread.
 
-    Nothing is waited for: neither JAX's other processes nor a thread that holds a stream.
+    It waits neither for JAX's other processes nor for a thread that holds a stream.
     """
     if text:
         with contextlib.suppress(OSError):  # stderr may be closed

@@ -32,13 +32,13 @@ from moe.scaling.communication import (
 from moe.scaling.expert_rows import expert_rows
 from moe.scaling.hardware import Platform
 
-# The arrays [B, T, D] in the backward pass of a layer, of which the tensor axis splits the tokens:
-# its input and the stream between its parts, and the gradient of the stream.
+# The arrays [B, T, D] in a layer's backward pass whose tokens the tensor axis splits: the layer's
+# input and the stream between its parts, and the gradient of the stream.
 MADE_STREAMS, GRADIENT_STREAMS = 2, 1
-# Those of which it does not: the two normed inputs of the parts, and the gradients of the layer's
-# output and of a normed input. If it splits the others, these are gathered or scattered. On GPUs
-# queries, keys and values then each make a gradient of the normed input before these are added up,
-# so there are twice as many gradients.
+# The arrays [B, T, D] whose tokens it does not split: the two normed inputs of the parts, and the
+# gradients of the layer's output and of a normed input. If it splits the stream, these are gathered
+# or scattered. On GPUs queries, keys and values then each make a gradient of the normed input
+# before the three are added up, so there are twice as many gradients.
 MADE_INPUTS, GRADIENT_INPUTS = 2, 2
 # The arrays [B, T, F]: gate, up and their product, and the gradients of gate and up.
 MADE_WIDTHS, GRADIENT_WIDTHS = 3, 2
@@ -74,10 +74,10 @@ class Widths(NamedTuple):
 def weight_copies(config: RunConfig, sizes: Mapping[str, int], platform: Platform) -> int:
     """Returns the bytes of the weights that a compiler copies for all layers at once.
 
-    That of GPUs reorders, in float32, the parts of weights that are gathered along another
+    The compiler of GPUs reorders, in float32, the parts of weights that are gathered along another
     dimension than their first, and copies the experts' gradients in the loop over rows that adds
-    them up. That of TPUs casts all weights of layers to the compute dtype. That of CPUs cuts the
-    weights of layers that are unrolled out of their stacks.
+    them up. The one of TPUs casts all weights of layers to the compute dtype. The one of CPUs cuts
+    the weights of unrolled layers out of their stacks.
     """
     total = 0
     for array in parameters(config):
@@ -103,7 +103,7 @@ def activations(config: RunConfig, sizes: Mapping[str, int], platform: Platform)
     if config.task == "span_corruption":  # the decoder has as many layers, and fewer tokens
         stacks += config.corrupted_row.targets / config.data.sequence_length
     staged, *others = layer_passes(config, sizes)
-    in_stages = staged.kept * _saved(config, sizes, staged, platform)
+    in_stages = staged.stored * _saved(config, sizes, staged, platform)
     saved = in_stages + sum(_saved(config, sizes, passes, platform) for passes in others)
     # The backward passes of layers before the stages begin when those of the stages have ended.
     is_after = model.pipelined_group + 1 < len(model.layer_groups)
@@ -112,7 +112,7 @@ def activations(config: RunConfig, sizes: Mapping[str, int], platform: Platform)
     table = FLOAT32 * widths.vocabulary * widths.stream
     waiting = table * _waiting_tables(config, sizes, platform)
     return Activations(
-        saved=round(stacks * saved) + _pipeline_hands(config, sizes),
+        saved=round(stacks * saved) + _pipeline_carry(config, sizes),
         layer=max([_layer(config, sizes, staged, platform), *largest]) + waiting,
         loss=_loss(config, sizes, platform) - _later_gradients(config, sizes),
         embedding=table + waiting + 2 * item * own.tokens * widths.stream,
@@ -154,11 +154,8 @@ def _saved(config: RunConfig, sizes: Mapping[str, int], passes: Passes, platform
     return saved
 
 
-def _pipeline_hands(config: RunConfig, sizes: Mapping[str, int]) -> int:
-    """Returns the bytes of what a stage has between two ticks.
-
-    These are the ring, the belt and the stage's own microbatches.
-    """
+def _pipeline_carry(config: RunConfig, sizes: Mapping[str, int]) -> int:
+    """Returns the bytes that a stage carries between ticks: ring, belt and own microbatches."""
     schedule = pipeline_schedule(config, sizes)
     if schedule is None:
         return 0
@@ -301,8 +298,8 @@ def _cast_item(config: RunConfig, array: Array, sizes: Mapping[str, int]) -> int
 def _later_gradients(config: RunConfig, sizes: Mapping[str, int]) -> int:
     """Returns the bytes of the gradients that begin to exist after the loss.
 
-    They are those of the layers, for one microbatch or, in a pipeline, for all. Beside the loss
-    stand only their sums over the microbatches before.
+    They are those of the layers, for one microbatch or, in a pipeline, for all. While
+    the loss is computed, only their sums over the microbatches before it exist.
     """
     is_whole = gathers_once(config, sizes)
     return FLOAT32 * sum(

@@ -12,8 +12,8 @@ In a pipeline these happen at every tick, also while a stage waits: stages go th
 program, and then nobody uses what comes out. Between ticks the ring and the belt send the residual
 stream, and its gradient in the backward pass (docs/pipeline.md).
 
-Sums of single numbers, of losses and of router statistics are left out, and so are the tokens'
-order in a ring and the ids that experts are told: they are small.
+Some collectives are small and left out: sums of single numbers, of losses and of router statistics,
+the zig-zag of a ring, and the experts' numbers that go with rows.
 """
 
 import dataclasses
@@ -88,7 +88,7 @@ class Passes(NamedTuple):
     """Says how often a device applies some of its layers in a step, and to how many tokens."""
 
     count: float  # in the forward passes; as often in the backward passes
-    kept: float  # the passes whose results wait at the same time for their backward passes
+    stored: float  # the passes whose results are stored at once for their backward passes
     tokens: int  # that one pass computes
     layers: int  # that one pass applies
     sparse_layers: int  # those of them that have experts
@@ -110,8 +110,8 @@ def layer_passes(config: RunConfig, sizes: Mapping[str, int]) -> list[Passes]:
     # The backward pass begins after the last tick.
     passes = schedule.ticks / schedule.rounds
     # Without remat a tick's arrays are there once more, until they are among those of all ticks.
-    kept = passes + (1 / schedule.rounds if model.remat == "none" else 0)
-    found = [Passes(passes, kept, tokens, staged // stages, num_sparse // stages)]
+    stored = passes + (1 / schedule.rounds if model.remat == "none" else 0)
+    found = [Passes(passes, stored, tokens, staged // stages, num_sparse // stages)]
     if model.num_layers > staged:
         found.append(own_passes(config, sizes)._replace(layers=model.num_layers - staged))
     return found
@@ -157,8 +157,8 @@ def _weights(config: RunConfig, sizes: Mapping[str, int]) -> Iterator[Collective
         axes = array.axes("D", sizes)
         if not axes:
             continue
-        of_vocabulary = array.name in ("embedding", "unembedding")
-        serves_once = of_vocabulary and not config.model.tied_embeddings
+        is_vocabulary = array.name in ("embedding", "unembedding")
+        serves_once = is_vocabulary and not config.model.tied_embeddings
         passes = staged if array.is_pipelined else own
         scatters = passes.count * array.layers(sizes)
         gathers = (VOCABULARY_GATHERS if serves_once else MATMUL_GATHERS) * scatters
@@ -226,7 +226,7 @@ def _tensor(config: RunConfig, sizes: Mapping[str, int]) -> Iterator[Collective]
         kinds = {"reduce-scatter": (4, 1), "all-gather": (6 if recomputes else 4, 1)}
     for kind, (in_layer, factor) in kinds.items():
         uses = [(passes, in_layer * passes.layers) for passes in layer_passes(config, sizes)]
-        # Beside the layers, there are the rows of embeddings and the last hidden states.
+        # The rows of embeddings and the last hidden states are sums as well.
         for passes, times in (*uses, (own_passes(config, sizes), 2)):
             count = passes.count * times
             sent = factor * _sent(number * passes.tokens, axes, sizes)

@@ -102,9 +102,9 @@ def memory_traffic(config: RunConfig, mesh: MeshConfig, platform: Platform) -> f
     microbatches = config.train.accumulation
     if platform == "cpu" and config.model.sparse_layers:
         update += microbatches * _expert_traffic(config, sizes)
-    # The stages of a pipeline keep what all microbatches make.
-    kept = microbatches if pipeline_schedule(config, sizes) is None else 1
-    return update + kept * passes * made + microbatches * 3 * state.gradients
+    # The activations of a pipeline's stages already are those of all microbatches.
+    times = microbatches if pipeline_schedule(config, sizes) is None else 1
+    return update + times * passes * made + microbatches * 3 * state.gradients
 
 
 def _expert_traffic(config: RunConfig, sizes: Mapping[str, int]) -> float:

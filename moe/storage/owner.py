@@ -155,7 +155,7 @@ def file_system(path: Path, mounts: Path = Path("/proc/self/mountinfo")) -> str 
         # with spaces as \040, and the first one behind the dash is the type.
         mount, _, rest = line.partition(" - ")
         point = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), mount.split(" ")[4])
-        # Of two at one place, the later one hides the former.
+        # The later of two mounts at one place hides the other.
         if len(point) >= longest and Path(os.path.realpath(path)).is_relative_to(point):
             found, longest = rest.split(" ")[0], len(point)
     return found

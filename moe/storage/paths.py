@@ -119,7 +119,7 @@ def write_whole(path: RunPath, content: str | bytes) -> None:
 
 
 def create(path: RunPath, content: str) -> bool:
-    """Writes a new file, or returns False if there is one. Of several processes, one succeeds."""
+    """Writes a new file, or returns False if there is one. One of several processes succeeds."""
     try:
         if isinstance(path, Path):
             with path.open("x", encoding="utf-8") as file:

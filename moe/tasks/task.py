@@ -64,5 +64,5 @@ class Task(NamedTuple):
     special_tokens: tuple[str, ...] = ()
 
     # Makes the function from a row that `rows` holds to the row's fields of a batch. It is pure
-    # NumPy and takes its random numbers from its key alone (`moe.data.rows.Transform`).
+    # NumPy and takes its random numbers only from its key (`moe.data.rows.Transform`).
     transform: Callable[[RunConfig], Transform] = lambda config: unchanged

@@ -39,33 +39,31 @@ def evaluate_sources(
     """
     totals: losses.Sums = {}
     values: dict[str, float] = {}
-    read = _Read(0.0, 0.0)
-    for name, one in rows.sources.items():
-        sums = _sum_over_batches(config, program, variables, one, stops)
+    counts = _TextCounts(0.0, 0.0)
+    for name, source_rows in rows.sources.items():
+        sums = _sum_over_batches(config, program, variables, source_rows, stops)
         if not sums:
             return {}
         prefix = f"{name}/" if name else ""
-        values |= {prefix + key: value for key, value in _values(program, sums, one).items()}
+        source_values = _values(program, sums, source_rows)
+        values |= {prefix + key: value for key, value in source_values.items()}
         totals = jax.tree.map(lambda a, b: a + b, totals, sums) if totals else sums
-        read = read.and_of(float(sums["targets"]), one)
-    return values if "" in rows.sources else _values(program, totals, read) | values
+        counts = counts.plus(float(sums["targets"]), source_rows)
+    return values if "" in rows.sources else _values(program, totals, counts) | values
 
 
-class _Read(NamedTuple):
-    """Counts what was read of several sources, as the rows of one source count all of it."""
+class _TextCounts(NamedTuple):
+    """Counts the text that was read of several sources. `Task.score` takes it in place of rows."""
 
     num_targets: float
-    num_bytes: float  # 0 if it is not known of a source
+    num_bytes: float  # 0 if a source does not know its bytes
 
-    def and_of(self, num_targets: float, rows: Any) -> "_Read":
-        """Returns the counts with so many targets of `rows` added, and the bytes that they have.
-
-        An evaluation may read a part of each source, so the bytes of whole sources would not do.
-        """
+    def plus(self, num_targets: float, rows: Any) -> "_TextCounts":
+        """Adds the first `num_targets` targets of `rows`, and the bytes that these stand for."""
         all_bytes = getattr(rows, "num_bytes", 0)
         is_known = all_bytes and (self.num_bytes or not self.num_targets)
         num_bytes = self.num_bytes + num_targets * all_bytes / rows.num_targets if is_known else 0.0
-        return _Read(self.num_targets + num_targets, num_bytes)
+        return _TextCounts(self.num_targets + num_targets, num_bytes)
 
 
 def _values(program: Program, sums: losses.Sums, rows: Any) -> dict[str, float]:
@@ -78,11 +76,7 @@ def _values(program: Program, sums: losses.Sums, rows: Any) -> dict[str, float]:
 
 
 def _sum_over_batches(
-    config: RunConfig,
-    program: Program,
-    variables: Any,
-    rows: Rows,
-    stops: Callable[[Any], bool],
+    config: RunConfig, program: Program, variables: Any, rows: Rows, stops: Callable[[Any], bool]
 ) -> losses.Sums:
     """Returns the task's sums and counts over an evaluation's batches, or {} if it ends early."""
     size = config.train.batch_size
@@ -121,9 +115,9 @@ def add_on_host(totals: losses.Sums, sums: losses.Sums) -> losses.Sums:
 
 
 def _watched(batches: Iterator[Fields]) -> Iterator[tuple[int, Fields]]:
-    """Yields the batches of an evaluation with their numbers, and tells the watch of each.
+    """Yields the batches of an evaluation with their numbers, which it reports to the watch.
 
-    The first one may have to be compiled, and so may take any time.
+    The first batch may take any time, since the program may have to be compiled.
     """
     watch.report("evaluating", batch=1)
     for number, fields in enumerate(batches, 1):

@@ -37,7 +37,7 @@ class Records(NamedTuple):
 
     metrics: Record
     hosts: Callable[[HostTimes], None]  # writes how long a step took on each host
-    flush: Callable[[], None]  # writes what was recorded, before a checkpoint of it
+    flush: Callable[[], None]  # writes all records out, before a checkpoint is saved
 
 
 class Log:

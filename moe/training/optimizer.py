@@ -18,8 +18,8 @@ DECAYED_KINDS = ("linear", "router", "unembedding")
 class Decay(NamedTuple):
     """Says when the learning rate of the schedule "wsd" falls. Both numbers are int32.
 
-    They are arguments of a run's program instead of constants in it. Programs of other constants
-    may round otherwise, and a fork must compute what the run without a fork computes.
+    They are arguments of a run's program instead of constants in it. A program with other constants
+    may round differently, and a fork must compute bit for bit what a run without a fork does.
     """
 
     start: Any  # the number of updates before the decay
@@ -95,7 +95,7 @@ def make_optimizer(
 
 
 def _with_standard_promotion(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Lets a function of optax mix integers and floats.
+    """Allows a function of optax to mix integers and floats.
 
     Some of them do so, which is an error in a program with jax_numpy_dtype_promotion="strict".
     """

@@ -108,9 +108,7 @@ def claim_run(
 
 @contextlib.contextmanager
 def lock_run(
-    workdir: RunPath,
-    begin: Callable[[], T],
-    interrupted: Callable[[], bool] = lambda: False,
+    workdir: RunPath, begin: Callable[[], T], interrupted: Callable[[], bool] = lambda: False
 ) -> Iterator[tuple[T, Check]]:
     """Makes this job the only one that writes the run.
 
@@ -239,13 +237,13 @@ def fork_from(
 
 
 def show_first_lines(config: RunConfig, workdir: RunPath, mesh: jax.sharding.Mesh) -> None:
-    """Prints, on process 0 alone, what the run runs on and where it writes."""
+    """Prints, only on process 0, what the run runs on and where it writes."""
     if jax.process_index() == 0:
         print(first_lines(config, workdir, mesh), file=Stream(sys.stderr), flush=True)
 
 
 def show_sources(config: RunConfig, rows: TrainingRows) -> list[dict[str, Any]]:
-    """Prints, on process 0 alone, how much the run reads of each source, and returns it."""
+    """Prints, only on process 0, how much the run reads of each source, and returns it."""
     sources = describe_sources(config, rows)
     if jax.process_index() == 0:
         lines = [f"data:     {source_line(source)}" for source in sources]

@@ -25,13 +25,7 @@ from moe.parallel.mesh import make_mesh, shardings
 from moe.parameters import declarations, unbox
 from moe.tasks import Task, choose_task
 from moe.tasks.task import Batch
-from moe.training.optimizer import (
-    Decay,
-    choose_decay,
-    make_optimizer,
-    make_schedule,
-    tree_where,
-)
+from moe.training.optimizer import Decay, choose_decay, make_optimizer, make_schedule, tree_where
 
 Metrics = dict[str, Any]  # scalars by name, and under "router" a dict of arrays [L, ...]
 
@@ -211,8 +205,8 @@ def make_train_step(
 
     The loss is a mean over the targets of all microbatches together, so accumulation changes only
     how much memory a step needs. An update is skipped and counted if its loss or its gradient is
-    not finite; `optimizer` must make finite updates of a finite gradient. `schedule` is for the
-    metrics alone.
+    not finite; `optimizer` must make finite updates of a finite gradient. `schedule` only
+    serves the metrics.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -277,7 +271,7 @@ def row_keys(config: RunConfig, examples: LargeCount) -> jax.Array:
 
     def row_key(number: LargeCount) -> jax.Array:
         key = jax.random.fold_in(seed_key, number.low)
-        # A run rarely has 2**32 rows. Until then, a row's key is that of its low word alone.
+        # A run rarely has 2**32 rows. Until then, a row's key follows only from its low word.
         return jnp.where(number.high > 0, jax.random.fold_in(key, number.high), key)
 
     return jax.vmap(row_key)(numbers_B)

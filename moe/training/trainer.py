@@ -248,8 +248,7 @@ def _check_skipped(log: Log, max_skipped: int) -> None:
     if log.skipped_in_row >= max_skipped:
         raise Diverged(
             f"step {log.finished_step}: {log.skipped_in_row} updates in a row were skipped, since "
-            "their loss, their gradient or the parameters that they made were not finite: "
-            f"{_ADVICE} of these steps"
+            f"their loss or their gradient was not finite: {_ADVICE} of these steps"
         )
 
 
@@ -260,8 +259,8 @@ def check_outcome(step: int, skipped: int, metrics: Mapping[str, float]) -> None
     """
     if step and skipped == step:
         raise Diverged(
-            f"step {step}: every update was skipped, since its loss, its gradient or the "
-            f"parameters that it made were not finite: {_ADVICE}"
+            f"step {step}: every update was skipped, since its loss or its gradient was not "
+            f"finite: {_ADVICE}"
         )
     for name, value in metrics.items():
         if not math.isfinite(value):

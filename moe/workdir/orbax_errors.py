@@ -47,7 +47,7 @@ class SilencedLog(logging.Filter):
             logging.getLogger(name).addFilter(self)
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Says whether a record is logged. Records by Orbax or about Orbax are not."""
+        """Returns whether a record is logged. Records by Orbax or about Orbax are not."""
         return "orbax" not in record.pathname and "orbax" not in record.getMessage()
 
     def end(self) -> None:

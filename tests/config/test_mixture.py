@@ -48,13 +48,13 @@ def test_a_config_without_a_mixture_has_one_source_without_a_name():
     (source,) = data.sources
     assert (source.name, source.dataset) == ("", "lm1b")
     assert (source.train_split, source.validation_split) == ("test", "train")
-    assert data.of_source(source) == data
+    assert data.for_source(source) == data
     assert data.description == "lm1b"
 
 
 def test_the_config_of_one_source_has_its_fields():
     data = build(sequence_length=64).data
-    alone = data.of_source(data.mixture[1])
+    alone = data.for_source(data.mixture[1])
     assert alone == DataConfig(dataset="lm1b", sequence_length=64)
     assert data.description == "code=stdlib 3/1 + text=lm1b 1/1 from 0/1000"
     splits = [source.validation_split for source in data.with_validation_split("test").mixture]

@@ -161,5 +161,5 @@ def test_a_mixture_is_prepared_source_by_source(fresh: DataConfig):
     mixed = DataConfig(mixture=(source,), directory=fresh.directory, sequence_length=8)
     with pytest.raises(ConfigError, match=r"^data\.mixture has several sources"):
         prepare(mixed, "validation")
-    rows = prepare(mixed.of_source(source), "validation")
+    rows = prepare(mixed.for_source(source), "validation")
     assert isinstance(rows, PreparedRows) and rows == prepare(fresh, "validation")

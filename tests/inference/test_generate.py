@@ -202,6 +202,8 @@ def test_samples_follow_the_distribution():
         ({"sampling": Sampling(temperature=1e39)}, "temperature=1e[+]39"),
         ({"sampling": Sampling(top_k=-1)}, "top_k=-1"),
         ({"sampling": Sampling(top_p=0.0)}, "top_p=0.0"),
+        ({"seed": 2**32 + 1}, "seed=4294967297 is out of range: set it to at least 0"),
+        ({"seed": -1}, "seed=-1 is out of range"),
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
         (
             {"max_new_tokens": 10**12},

@@ -63,6 +63,14 @@ def test_scores_equal_full_forward_passes():
     assert [s[1] for s in found[-2:]] == [True, False]
 
 
+def test_64_bit_types_and_strict_promotion_change_nothing():
+    parts = [Part(np.array([1, 2, 3, 4]), 2), Part(np.array([5, 6]), 1)]
+    expected = scores(parts)
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        found = scores(parts)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
 def test_lengths_share_programs():
     """Sequences of 1,000 lengths need six programs."""
     before = _score._cache_size()

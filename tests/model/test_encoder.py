@@ -265,6 +265,12 @@ def test_experts_choose_tokens_in_an_encoder_alone():
         jax.eval_shape(Transformer(config).init, jax.random.key(0), encoder_batch())
 
 
+def test_an_encoder_without_logits_says_how_to_make_them():
+    unembed = functools.partial(Encoder(SMALL).init, method="unembed")
+    with pytest.raises(ValueError, match="has no unembedding: make it with makes_logits=True"):
+        jax.eval_shape(unembed, jax.random.key(0), jnp.zeros((1, 1, SMALL.model_dim)))
+
+
 def test_an_encoder_of_one_segment_needs_tokens_alone():
     model, tokens = Encoder(SMALL), encoder_batch()["tokens"][1:]
     got = apply(model, variables(model), {"tokens": tokens}).hidden
@@ -333,8 +339,10 @@ def test_a_memory_may_be_shorter_than_what_is_decoded():
     np.testing.assert_allclose(got, expected[:, 2:], atol=1e-5)
 
 
-@pytest.mark.parametrize("ids", [[1, 1, 2, 2, 0, 0, 0, 0], [0, 1, 1, 1, 1, 1, 1, 1]], ids=str)
-def test_a_memory_that_is_not_one_document_from_its_start_is_nan(ids):
+@pytest.mark.parametrize(
+    "ids", [[1, 1, 2, 2, 0, 0, 0, 0], [0, 1, 1, 1, 1, 1, 1, 1], [2] * 8], ids=str
+)
+def test_a_memory_that_is_not_the_prompts_document_from_its_start_is_nan(ids):
     model, batch = encoder_decoder(), one_document()
     batch["encoder_segment_ids"][1] = ids
     cache = model.init_cache(batch_size=2, length=9, encoder_length=8)

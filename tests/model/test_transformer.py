@@ -11,6 +11,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from moe.config import ModelConfig, MoEConfig
 from moe.model import stack
+from moe.model.cache import fits_cache, init_cache, update_cache
 from moe.model.layers import einsum, look_up, rms_norm, swiglu
 from moe.model.transformer import Transformer
 from moe.parameters import declarations, is_declared, unbox
@@ -119,6 +120,19 @@ def test_layouts_give_the_same_loss_and_gradients(change):
     )
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bool"])
+def test_tokens_are_integers(dtype):
+    rows = {"tokens": tokens().astype(dtype)}
+    with pytest.raises(TypeError, match=f"tokens are {dtype}: give token ids, as int32"):
+        jax.eval_shape(Transformer(SMALL).init, jax.random.key(0), rows)
+
+
+def test_an_array_that_no_layer_has_cannot_be_captured():
+    model = Transformer(SMALL, capture=("residuals",))
+    with pytest.raises(ValueError, match="'residuals', which no layer has: name 'residual' and"):
+        jax.eval_shape(model.init, jax.random.key(0), {"tokens": tokens()})
+
+
 def test_full_remat_keeps_less():
     config = dataclasses.replace(SMALL, num_layers=16, model_dim=64, feed_forward_dim=256)
     variables, rows = init(config), tokens(batch=8, length=128)
@@ -162,6 +176,19 @@ def test_a_token_outside_the_vocabulary_has_no_other_ones_value(wrong):
         lambda table: look_up("float32", table, jnp.array([[wrong, 3]])), jnp.ones((16, 2))
     )[1](jnp.ones((1, 2, 2)))[0]
     np.testing.assert_array_equal(gradient, np.eye(16)[3][:, None] * np.ones(2))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "uint16", "uint32", "int64"])
+def test_ids_and_positions_may_have_any_integer_dtype(dtype):
+    """A vocabulary of 256 and a cache of 300 slots are more than int8 and uint8 can count."""
+    ids = np.array([[3, 127]], dtype)
+    found = look_up("float32", jnp.arange(512.0).reshape(256, 2), ids)
+    np.testing.assert_array_equal(found[..., 0], [[6, 254]])
+    cache = init_cache(SMALL, layers=1, batch_size=1, length=300)
+    assert np.all(fits_cache(cache, {"tokens": ids, "positions": ids}))
+    keys = jnp.ones((1, 2, *cache.key_LBSKH.shape[3:]))
+    written = update_cache(cache, 0, keys, keys, jnp.asarray(ids)).key_LBSKH
+    np.testing.assert_array_equal(np.flatnonzero(written[0, 0, :, 0, 0]), [3, 127])
 
 
 def test_a_vocabulary_over_devices_has_rows_for_its_own_tokens_alone():

@@ -319,7 +319,7 @@ def test_each_visible_pair_of_chunks_has_one_call(size, window, causal):
     num_calls, distance = np.zeros_like(seen, int), 0
     for step in ring_steps(options, order, chunk):
         assert step.distance == distance
-        distance += step.onward
+        distance += step.hop
         useful = np.zeros(len(step.calls))
         for (number, calls), rank in itertools.product(enumerate(step.calls), range(size)):
             i, j, shift = calls[rank]

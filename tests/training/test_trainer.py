@@ -789,7 +789,7 @@ def test_a_short_run_whose_every_update_was_skipped_has_diverged(config, tmp_pat
     monkeypatch.setattr(trainer, "first_state", lambda *_: broken)
     with pytest.raises(
         trainer.Diverged,
-        match="step 2: every update was skipped, since its loss, its gradient or the parameters",
+        match="step 2: every update was skipped, since its loss or its gradient was not finite",
     ):
         trainer.fit(config, tmp_path)
     monkeypatch.undo()

@@ -100,7 +100,7 @@ class Tile(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What a kernel tells `multiply_tiles`."""
+    """Describes to `multiply_tiles` what a kernel computes."""
 
     num_tiles: int
     tile: Callable[[Index], Tile]  # tile(index)

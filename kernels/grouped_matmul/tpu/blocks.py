@@ -78,7 +78,7 @@ class Kernel(NamedTuple):
     in_specs: Sequence[pl.BlockSpec]
     out_specs: pl.BlockSpec | tuple[pl.BlockSpec, ...]
     out_shapes: Any  # like `out_specs`
-    parallel: int  # the first dimensions of the grid, so many, may be split over cores
+    parallel: int  # how many of the grid's first dimensions may be split over cores
     # What a call computes and reads. The compiler hides communication behind it by this estimate.
     flops: int
     bytes_read: int

@@ -45,8 +45,8 @@ class Chat:
 
         The targets are the answers with the end-of-turn token after each, or what the template has
         in {% generation %} if it has that. `text` is a list of messages in JSON, and `origin` the
-        place that it comes from. Raises ConfigError for messages that are none, where the template
-        fails on them or ends no answer, and for a conversation that is longer than a row.
+        place that it comes from. Raises ConfigError for invalid messages, for a template that fails
+        on them or ends no answer, and for a conversation that is longer than a row.
         """
         messages = read_messages(text, origin)
         runs = list(self._runs(messages, self.template.parts(messages, origin), origin))

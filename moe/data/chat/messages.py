@@ -10,7 +10,7 @@ ROLES = ("system", "user", "assistant", "tool")
 
 
 class Message(NamedTuple):
-    """Holds who says something, and what is said."""
+    """Holds one message: the role of its author, and its text."""
 
     role: str
     content: str

@@ -1,4 +1,4 @@
-"""Fills in a chat template, and tells what the template writes from what the messages say.
+"""Fills in a chat template, and separates the template's own text from that of the messages.
 
 The template is filled in twice: with the contents of the messages, and with a mark in place of each
 content. The second output is cut at its marks, and the first one shows whether the template wrote

@@ -50,9 +50,10 @@ def move_middles(
     in_middle = np.zeros(max(int(lengths.sum()), length + 1), bool)
     for start, (piece, first) in zip(starts, moved, strict=True):
         in_middle[start + first : start + len(piece)] = True
-    kept = np.clip(length + 1 - starts, 0, lengths)
+    lengths_in_row = np.clip(length + 1 - starts, 0, lengths)
     tokens = np.concatenate([piece for piece, _ in moved])[: length + 1]
-    fields = unpack(tokens, kept[kept > 0].astype(np.uint32), length)
+    lengths_in_row = lengths_in_row[lengths_in_row > 0].astype(np.uint32)
+    fields = unpack(tokens, lengths_in_row, length)
     return fields | {"in_middle": in_middle[1 : length + 1] & fields["loss_mask"]}
 
 

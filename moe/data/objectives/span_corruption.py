@@ -95,7 +95,7 @@ def _shares(total: int, weights: np.ndarray) -> np.ndarray:
 
 
 def choose_spans(words: np.ndarray, noise: int, spans: int) -> np.ndarray:
-    """Says of each token of a piece whether it is hidden; at least one lies between two spans.
+    """Returns whether each token of a piece is hidden; at least one lies between two spans.
 
     Every division of the hidden tokens into spans, and of the others into the gaps before, between
     and after them, is equally likely. `words` holds a random number for each token.

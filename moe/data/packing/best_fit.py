@@ -50,7 +50,7 @@ def _rows(
 def best_fit(lengths: np.ndarray, capacity: int) -> list[list[int]]:
     """Returns the numbers of the pieces in each row, for pieces [P] of at most `capacity` tokens.
 
-    Of equal pieces, the first is placed first. Of rows with equal room, the first one takes it. So
+    The first of equal pieces is placed first, in the first of the rows with equal room. So
     the result depends on the lengths alone. It takes O(P log(P capacity)) steps.
     """
     rows: list[list[int]] = []

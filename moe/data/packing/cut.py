@@ -8,9 +8,9 @@ import numpy as np
 def cut_document(document: np.ndarray, sequence_length: int) -> Iterator[np.ndarray]:
     """Yields a document in pieces of at most sequence_length + 1 tokens.
 
-    A document that fits is its only piece. Of a longer one, each piece but the last has that many
-    tokens and starts with the last token of the piece before it. So each token but the document's
-    first is a target exactly once.
+    A document that fits is its only piece. A longer one is cut into several: all but the last have
+    that many tokens, and all but the first start with the last token of the piece before. So each
+    token but the document's first is a target exactly once.
     """
     yield document[: sequence_length + 1]
     for start in range(sequence_length, len(document) - 1, sequence_length):

@@ -44,12 +44,11 @@ def source_name(config: DataConfig) -> str:
 def check_dataset(config: DataConfig) -> None:
     """Raises ConfigError for a data set that does not exist or cannot be read.
 
-    Nothing is downloaded or prepared, and JAX is not imported. Of a mixture, all sources are
-    checked.
+    Nothing is downloaded or prepared, and JAX is not imported. It checks all sources of a mixture.
     """
     for source in config.mixture:
         with naming_source(source.name):
-            check_dataset(config.of_source(source))
+            check_dataset(config.for_source(source))
     if config.mixture:
         return
     match config.dataset.partition(":")[0]:

@@ -124,7 +124,7 @@ def open_arrow(config: DataConfig, split: str) -> "ArrowDocuments":
 
 
 def source_name(config: DataConfig) -> str:
-    """Returns a name that is another one if any of the files has changed."""
+    """Returns a name that changes if any of the files does."""
     found = [
         (split, file.name, file.stat().st_size, file.stat().st_mtime_ns)
         for split, files in find_splits(config).items()

@@ -27,7 +27,7 @@ class SourceFile(NamedTuple):
     path: str  # as its file system takes it
     name: str  # relative to the directory that was listed, in which it is unique
     size: int
-    version: str  # its etag, or the time of its last change: it tells whether the file has changed
+    version: str  # its etag, or the time of its last change
 
 
 class Listing(NamedTuple):
@@ -45,7 +45,7 @@ class Listing(NamedTuple):
 
     @property
     def fingerprint(self) -> str:
-        """Returns a text that is another one if any file is changed, added or removed."""
+        """Returns a text that changes if any file is changed, added or removed."""
         described = [file._replace(path="") for file in self.files]
         return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
@@ -120,7 +120,7 @@ def _check_folders(listing: Listing, root: str) -> None:
 
 
 def _check_names(files: tuple[SourceFile, ...]) -> None:
-    """Raises ConfigError for a name that is not UTF-8, which no document could tell as its origin.
+    """Raises ConfigError for a name that is not UTF-8, as a document's origin has to be.
 
     Python holds such bytes as halves of characters.
     """
@@ -205,19 +205,19 @@ def _base(root: str, found: dict[str, Any]) -> str:
 
 
 def _version(info: dict[str, Any]) -> str:
-    """Returns what is another text once a file has changed."""
+    """Returns a text that changes when a file does."""
     known = (info.get(name) for name in ("etag", "ETag", "mtime"))
     return next(str(value) for value in known if value is not None)
 
 
 def _is_text(name: str) -> bool:
-    """Says whether a file is read: it is of a known kind, and it and its folders are not hidden."""
+    """Returns whether a file is read: its kind is known, and no part of its path is hidden."""
     is_hidden = any(part.startswith(".") for part in PurePosixPath(name).parts)
     return name.endswith(SUFFIXES) and not is_hidden
 
 
 def is_plain(file: SourceFile) -> bool:
-    """Says whether a file is text as it stands."""
+    """Returns whether a file is text as it stands."""
     return file.name.endswith(PLAIN)
 
 

@@ -94,24 +94,24 @@ def _decompressed(file: IO[bytes], name: str) -> IO[bytes]:
 class _Decompressed(io.RawIOBase):
     """Decompresses a file, and raises the error of a damaged one after all that comes before it.
 
-    Unlike zstandard, Arrow tells that a file was cut. But its read that finds the cut drops what it
-    has decompressed by then, so that those bytes are read once more, one at a time.
+    Unlike zstandard, Arrow raises an error for a file that was cut, but the read that fails drops
+    what it has already decompressed. So those bytes are read again, one at a time.
     """
 
     def __init__(self, file: IO[bytes], codec: str) -> None:
         self._file, self._codec = file, codec
         # All streams are kept: the first one's end would close the file.
         self._streams = [self._open()]
-        self._num_read, self._at_once = 0, _BLOCK
+        self._num_read, self._read_size = 0, _BLOCK
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any, /) -> int:
         try:
-            data = self._streams[-1].read(min(len(buffer), self._at_once))
+            data = self._streams[-1].read(min(len(buffer), self._read_size))
         except (pa.ArrowException, OSError) as error:
-            if self._at_once == 1 or _is_failure(error):
+            if self._read_size == 1 or _is_failure(error):
                 raise
             self._read_again()
             return self.readinto(buffer)
@@ -130,7 +130,7 @@ class _Decompressed(io.RawIOBase):
         self._streams.append(self._open())
         for start in range(0, self._num_read, _BLOCK):
             self._streams[-1].read(min(_BLOCK, self._num_read - start))
-        self._at_once = 1
+        self._read_size = 1
 
 
 def read_parquet(file: IO[bytes], name: str, refuse: Refuse, text_field: str) -> Iterator[Document]:
@@ -158,7 +158,7 @@ def columns_to_read(schema: pa.Schema, text_field: str) -> list[str]:
 
 
 def _can_be_sliced(kind: pa.DataType) -> bool:
-    """Says whether a column holds numbers, truth values or strings."""
+    """Returns whether a column holds numbers, truth values or strings."""
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     kinds = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
@@ -242,7 +242,7 @@ def _damaged(error: Exception) -> str:
 
 
 def _is_failure(error: Exception) -> bool:
-    """Says whether a file could not be read at all, and is not just damaged.
+    """Returns whether a file could not be read at all, and is not just damaged.
 
     Arrow's own errors are plain OSErrors without a number.
     """

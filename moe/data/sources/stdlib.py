@@ -35,7 +35,7 @@ class Stdlib(tfds.core.GeneratorBasedBuilder):
 
 
 def text_with_path(builder: tfds.core.DatasetBuilder) -> tfds.core.DatasetInfo:
-    """Returns what TFDS is told of a data set of texts and the paths of their files, in order."""
+    """Returns TFDS's description of a data set of texts with the paths of their files, in order."""
     features = {"text": tfds.features.Text(), "path": tfds.features.Text()}
     return tfds.core.DatasetInfo(
         builder=builder, features=tfds.features.FeaturesDict(features), disable_shuffling=True
@@ -66,7 +66,7 @@ def python_files(root: Path) -> Iterator[tuple[str, str]]:
 
 
 def is_validation(text: str) -> bool:
-    """Says whether a document belongs to the validation split.
+    """Returns whether a document belongs to the validation split.
 
     That depends only on its contents, so all copies of a document are in the same split.
     """

@@ -4,6 +4,7 @@ The text of the files is copied into ArrayRecord once, so that it cannot change 
 reads it. The name of the data set follows from the files' names, sizes and times.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -67,7 +68,6 @@ class TextFiles(dataset_builder.FileReaderBuilder):
     ) -> None:
         directory = Path(self.data_dir)
         writers = {split: RecordWriter(directory, split) for split in SPLITS}
-        skipped = (directory / _SKIPPED).open("w", encoding="utf-8") if self._skips else None
 
         def refuse(place: str, reason: str) -> None:
             if skipped is None:
@@ -75,10 +75,11 @@ class TextFiles(dataset_builder.FileReaderBuilder):
                 raise ConfigError(f"{place} {reason}, {fix}")
             skipped.write(f"{place} {reason}\n")
 
-        for split, document in read_documents(self._listing, self._text_field, refuse):
-            writers[split].write(document)
-        if skipped is not None:
-            skipped.close()
+        with contextlib.ExitStack() as stack:
+            path = directory / _SKIPPED
+            skipped = stack.enter_context(path.open("w", encoding="utf-8")) if self._skips else None
+            for split, document in read_documents(self._listing, self._text_field, refuse):
+                writers[split].write(document)
         if find_files(self._path).files != self._listing.files:
             raise ConfigError(
                 f"data.dataset='text:{self._path}' has changed while it was read: "
@@ -201,7 +202,7 @@ def open_text_files(config: DataConfig, split: str) -> RecordDocuments:
     is_new = not is_prepared(builder)
     builder = prepare_builder(config, builder, lambda: TextFiles(config))
     skipped = Path(builder.data_dir, _SKIPPED)
-    if is_new and skipped.exists() and (places := skipped.read_text().splitlines()):
+    if is_new and skipped.exists() and (places := skipped.read_text("utf-8").splitlines()):
         print(
             f"{config.dataset}: {len(places)} documents were skipped, such as {places[0]}; "
             f"{skipped} lists them",

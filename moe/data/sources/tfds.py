@@ -156,14 +156,14 @@ def check_dataset(config: DataConfig) -> None:
         for split in splits:
             _check_split(config, builder, split)
     else:
-        _tell_needs(config, builder)
+        _report_needs(config, builder)
 
 
-def _tell_needs(config: DataConfig, builder: "tfds.core.DatasetBuilder") -> None:
+def _report_needs(config: DataConfig, builder: "tfds.core.DatasetBuilder") -> None:
     """Prints what preparing a data set downloads, and refuses one that needs TensorFlow.
 
-    TFDS tells neither. A builder that uses TensorFlow has it as a name of its file, where TFDS
-    loads it when it is first used.
+    TFDS reports neither. The file of a builder that uses TensorFlow has a global name for it, which
+    TFDS loads on its first use.
     """
     names = vars(sys.modules[type(builder).__module__])
     wanted = {"tf": "tensorflow", "tensorflow": "tensorflow", "beam": "apache_beam"}
@@ -241,7 +241,7 @@ def _builder(config: DataConfig) -> "tfds.core.DatasetBuilder":
 
 
 def is_prepared(builder: "tfds.core.DatasetBuilder") -> bool:
-    """Says whether TFDS has prepared the data set."""
+    """Returns whether TFDS has prepared the data set."""
     # The builder has a method for this, but it warns if nothing is there yet.
     return Path(builder.data_dir, "dataset_info.json").exists()
 

@@ -1,4 +1,4 @@
-"""Words the mistakes that a tokenizer's file can have, whatever its kind."""
+"""Makes the errors for mistakes that a tokenizer's file of any kind can have."""
 
 from moe.config import ConfigError
 from moe.config.checks import show

@@ -71,9 +71,9 @@ class HuggingFaceVocabulary:
                 raise ordinary_error(path, name)
 
     def _find_special_ids(self, saved: Mapping[str, Any]) -> dict[str, int]:
-        """Returns the file's special tokens, but the one that stands for unknown characters.
+        """Returns the file's special tokens, without the one for unknown characters.
 
-        That one does arise from text.
+        Text can become that one.
         """
         model = saved["model"]
         unknown = model.get("unk_token")
@@ -110,7 +110,7 @@ class HuggingFaceVocabulary:
             )
 
     def _is_found(self, name: str) -> bool:
-        """Says whether text that spells a special token becomes it."""
+        """Returns whether text that spells a special token becomes it."""
         id = self.special_ids[name]
         texts = [spelling.replace("{}", name) for spelling in _SPELLINGS]
         return any(id in ids for ids in self.encode(texts))

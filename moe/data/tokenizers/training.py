@@ -51,11 +51,10 @@ def train_bpe(
 ) -> Merges:
     """Returns the merges of a byte-level BPE of at most `vocab_size` tokens.
 
-    The package shows a bar for each of its phases, and the first counts to `num_texts`.
-
     The tokenizer changes no character, finds no special token in text, and has a token
-    <|endoftext|> that stands between documents. It needs memory for each different word of the
-    texts, not for the texts.
+    <|endoftext|> that stands between documents. Training needs memory for each different word of
+    the texts, not for the texts. With `show_progress` the package shows a bar for each of its
+    phases, of which the first counts to `num_texts`.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 

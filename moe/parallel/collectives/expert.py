@@ -20,7 +20,7 @@ EXCHANGED = "exchanged rows"  # names what a device received for its experts
 
 
 def _name(received: jax.Array) -> jax.Array:
-    """Names what devices received, so that policies of `parallel.remat` can keep it."""
+    """Names what devices received, so that policies of `parallel.remat` can save it."""
     return checkpoint_name(received, EXCHANGED)
 
 
@@ -231,10 +231,10 @@ def return_ragged(buffer_RD: jax.Array, exchange: RaggedExchange, num_rows: int)
 
 @jax.custom_vjp
 def send_numbers(values_I: jax.Array, exchange: RaggedExchange) -> jax.Array:
-    """Sends a number with each row to where `send_ragged` sends the row, [room]; else it is 0.
+    """Sends a number for each row to the place of the row in its receiver's buffer, [room].
 
-    Every device sees the numbers of all, and takes its own. A ragged exchange would send fewer, but
-    on TPUs it sends 128 numbers for each one. The gradient goes back in the same way.
+    Empty places get 0. Every device gathers the numbers of all, and takes its own. A ragged
+    exchange sends 128 numbers for each one on TPUs. The gradient goes back in the same way.
     """
     all_PI = _name(jax.lax.all_gather(values_I, "expert"))
     row_R = jnp.arange(exchange.experts_R.shape[0], dtype=jnp.int32)
@@ -247,7 +247,7 @@ def send_numbers(values_I: jax.Array, exchange: RaggedExchange) -> jax.Array:
 def _send_numbers_forward(
     values_I: jax.Array, exchange: RaggedExchange
 ) -> tuple[jax.Array, tuple[RaggedExchange, jax.Array]]:
-    # An array without elements, for the number of rows.
+    # The empty array carries the number of rows in its shape.
     return send_numbers(values_I, exchange), (exchange, jnp.zeros((*values_I.shape, 0)))
 
 

@@ -1,4 +1,4 @@
-"""Adds up over replicas once in a step what each of them computed of its own rows.
+"""Sums gradients and statistics over replicas once a step.
 
 The devices of some mesh axes hold copies of the parameters: those of `data`, of `context`, and with
 `train.gather_once` those of `fsdp` and `expert` for the time of a step. The partitioner adds up the
@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec
 
 from moe.config import AXES, RULES, RunConfig, split_axes
 from moe.config.layout import gathers_once
-from moe.parallel.collectives.weights import lay_out_whole, present, sum_gradient
+from moe.parallel.collectives.weights import lay_out_whole, sum_gradient, sum_over
 from moe.parallel.mesh import per_shard
 from moe.parameters import Declared, is_declared
 
@@ -33,7 +33,7 @@ _ROWS = ("data", "fsdp", "expert")  # the axes that may be Manual here and split
 
 
 def replica_axes(config: RunConfig) -> tuple[str, ...]:
-    """Returns the axes of the mesh that is set whose replicas are to be added up once in a step.
+    """Returns the axes of the set mesh over whose replicas a step sums once.
 
     Where one microbatch is a step, the partitioner already adds up once, while it computes. Experts
     see whole rows, so in sparse models `context` is left to it as well.
@@ -93,7 +93,7 @@ def on_replicas(
 def _gather_weights(variables: Any, declared: Any, dtype: jax.typing.DTypeLike) -> Any:
     """Rounds weights to the dtype that they are multiplied in, and gathers their width D.
 
-    They have the parameter's dtype again then, since gradients have the dtype of what they are of.
+    The result has the parameter's dtype again, which a gradient with respect to it then has too.
     Norms and routers compute in float32, and are left to `jax.shard_map`.
     """
 
@@ -112,7 +112,7 @@ def _split_experts(axes: tuple[str, ...], leaf: Declared) -> PartitionSpec:
 
 
 def _add_up(axes: tuple[str, ...], leaf: Declared, gradient: jax.Array) -> jax.Array:
-    """Adds up the gradient of a parameter. Its width is scattered over the axes that split it."""
+    """Sums a parameter's gradient over replicas, and scatters its width over what splits it."""
     split = dict(zip(leaf.dims, split_axes(leaf.dims, axes), strict=True))
     width, width_axes, expert_axes = leaf.dims.find("D"), split.get("D", ()), split.get("E", ())
     copied = tuple(axis for axis in axes if axis not in expert_axes)
@@ -124,6 +124,5 @@ def _add_up(axes: tuple[str, ...], leaf: Declared, gradient: jax.Array) -> jax.A
 
 
 def sum_over_replicas(x: jax.Array) -> jax.Array:
-    """Adds up what replicas know of their own rows, where their axes are Manual."""
-    axes = present(_ROWS)
-    return jax.lax.psum(x, axes) if axes else x
+    """Sums over replicas, where their axes are Manual, what each has computed of its own rows."""
+    return sum_over(x, _ROWS)

@@ -3,8 +3,8 @@
 A tied table makes embeddings at one end of a model, and logits at the other. Autodiff adds the two
 gradients up, but only after each was summed over the devices, which sends them twice. JAX has no
 array on Auto axes whose parts are still to be summed over the devices. So a shared weight has a
-companion of zeros [P, ...], of which each device holds one part. Nobody reads the zeros. They are
-there for their gradient:
+companion of zeros [P, ...], of which each device holds one part. The zeros are never read. They
+exist for their gradient:
 
     gradients of a device's own tokens -> its part of the companion's gradient, added up over uses
     gradient of the companion          -> summed over the devices once: gradient of the weight
@@ -62,8 +62,8 @@ def part_axes() -> tuple[str, ...]:
 def as_part(gradient: jax.Array, axes: tuple[str, ...], token_axes: tuple[str, ...]) -> jax.Array:
     """Returns a device's gradient as its part [1, ...] of the companion's, inside of `per_shard`.
 
-    `axes` are the `part_axes` outside of it, and `token_axes` split the tokens that the gradient is
-    of. Along other axes devices have equal gradients, of which each gives its share.
+    `axes` are the `part_axes` outside of it. `token_axes` split the tokens of the gradient. Along
+    other axes devices have equal gradients, which are divided by the number of these devices.
     """
     copies = math.prod(axis_size(axis) for axis in axes if axis not in token_axes)
     # In the trace on whole arrays, which finds the shape of the result, all parts are here.

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moe.parallel.collectives.weights import gather, present
+from moe.parallel.collectives.weights import manual_axes, sum_over
 from moe.parallel.mesh import axis_size, splitting_axes
 from moe.parallel.sequence import splits_time
 
@@ -28,45 +28,28 @@ class Split(NamedTuple):
 def split_of(hidden_BTD: jax.Array, weight: jax.Array, dims: str) -> Split:
     """Returns how RULES split hidden states, and a weight of the dimensions "DV" or "VD"."""
     rows, time, _ = splitting_axes("BTD", hidden_BTD.shape)
-    of_weight = dict(zip(dims, splitting_axes(dims, weight.shape), strict=True))
+    weight_axes = dict(zip(dims, splitting_axes(dims, weight.shape), strict=True))
     splits = splits_time(hidden_BTD.shape[1])
-    return Split(rows + time, of_weight["D"], of_weight["V"], splits)
-
-
-def gather_width(weight: jax.Array, dim: int, split: Split) -> jax.Array:
-    """Returns the weight whole along D, its dimension `dim`."""
-    return gather(weight, split.width, dim)
-
-
-def sum_over_positions(x: jax.Array, split: Split) -> jax.Array:
-    """Adds up what the devices have for their positions."""
-    axes = present(split.positions)
-    return jax.lax.psum(x, axes) if axes else x
-
-
-def sum_over_vocabulary(x: jax.Array, split: Split) -> jax.Array:
-    """Adds up what the devices have for their parts of V."""
-    axes = present(split.vocabulary)
-    return jax.lax.psum(x, axes) if axes else x
+    return Split(rows + time, weight_axes["D"], weight_axes["V"], splits)
 
 
 def sum_hidden(grad_BTD: jax.Array, split: Split) -> jax.Array:
-    """Adds up the parts of V's gradients of hidden states, split as the residual stream is."""
+    """Sums the gradient of hidden states over the parts of V, and splits it as the stream is."""
     if split.splits_time and axis_size("tensor") > 1:
         return jax.lax.psum_scatter(grad_BTD, "tensor", scatter_dimension=1, tiled=True)
-    return sum_over_vocabulary(grad_BTD, split)
+    return sum_over(grad_BTD, split.vocabulary)
 
 
 def max_over_vocabulary(x: jax.Array, split: Split) -> jax.Array:
-    """Returns the largest of what the devices have for their parts of V."""
-    axes = present(split.vocabulary)
+    """Returns the maximum over the devices that hold other parts of V."""
+    axes = manual_axes(split.vocabulary)
     return jax.lax.pmax(x, axes) if axes else x
 
 
 def own_tokens(size: int, split: Split) -> jax.Array:
     """Returns the numbers of the `size` tokens that this device's part of V stands for."""
     tokens = jnp.arange(size, dtype=jnp.int32)
-    axes = present(split.vocabulary)
+    axes = manual_axes(split.vocabulary)
     return tokens + jax.lax.axis_index(axes) * size if axes else tokens
 
 

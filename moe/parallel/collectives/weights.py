@@ -1,13 +1,13 @@
 """Gathers the weights that fsdp splits, and sums their gradients, for each pass that uses them.
 
 A weight is gathered once in the forward pass and once in the backward pass, in the dtype of the
-activations. So whoever multiplies by it keeps the gathered weight for its gradient, and the layer
-forgets it after the forward pass and gathers it again: by recomputing everything (remat "full"), or
-by recomputing the gathers alone (`forget_gathered`).
+activations. A matmul's backward pass reads the gathered weight, but no layer stores it until then:
+remat gathers it again, as a part of recomputing everything ("full"), or as all that is recomputed
+(`save_all_but_gathered`).
 
-`gather` and `scatter` run inside shard_map. A TPU's network is a torus, on which the compiler knows
-gathers over two of its dimensions at most, and scatters as well. Where more are asked of it, it
-adds up whole arrays, which sends twice as much. So on TPUs both go one axis of the mesh at a time.
+`gather` and `scatter` run inside shard_map. A TPU's network is a torus, and its compiler gathers
+and scatters over two dimensions of it at most. Over three it would add up whole arrays, which sends
+twice as much. So on TPUs both functions take one axis of the mesh at a time.
 """
 
 import math
@@ -33,7 +33,7 @@ def lay_out_whole(w: jax.Array, dtype: jax.typing.DTypeLike, dims: str) -> jax.A
     whole_dims = "".join(
         "-" if dim == "D" or set(RULES.get(dim, ())) & set(axes) else dim for dim in dims
     )
-    if _goes_in_steps(axes):
+    if _needs_own_collectives(axes):
         run = lambda w: (gather(w, axes, dims.index("D")),)
         (w,) = per_shard(run, (dims,), (whole_dims,), w)
     else:
@@ -53,7 +53,7 @@ def sum_products(
     """
     shape = jax.eval_shape(multiply, *factors)
     width_axes, dim = _width_axes(shape, dims), dims.index("D")
-    if not _goes_in_steps(width_axes):
+    if not _needs_own_collectives(width_axes):
         return constrain(multiply(*factors), dims)
     rows, time, *_ = splitting_axes(factor_dims[0], factors[0].shape)
     run = lambda *factors: (sum_gradient(multiply(*factors), dim, width_axes, rows + time),)
@@ -67,35 +67,40 @@ def sum_gradient(
 
     The width of the weight is split over `width_axes`, and the tokens over `token_axes`.
     """
-    axes = present(width_axes)
+    axes = manual_axes(width_axes)
     # An axis that splits the weight and no tokens has devices with equal gradients.
     copies = math.prod(axis_size(axis) for axis in axes if axis not in token_axes)
     gradient = gradient / copies if copies > 1 else gradient
     gradient = scatter(gradient, axes, dim)
-    # The other axes sum what is left, a part of it.
-    others = tuple(axis for axis in present(token_axes) if axis not in axes)
-    return jax.lax.psum(gradient, others) if others else gradient
+    # What is left to sum over the other axes is this device's part alone.
+    return sum_over(gradient, tuple(axis for axis in token_axes if axis not in axes))
 
 
-def present(axes: tuple[str, ...]) -> tuple[str, ...]:
-    """Returns the axes that have several devices here. Outside of shard_map there are none."""
+def manual_axes(axes: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns those of some axes that a shard_map has made Manual and that have several devices."""
     return tuple(axis for axis in axes if axis_size(axis) > 1)
+
+
+def sum_over(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """Sums an array over the devices of those axes that are Manual here."""
+    axes = manual_axes(axes)
+    return jax.lax.psum(x, axes) if axes else x
 
 
 def gather(w: jax.Array, axes: tuple[str, ...], dim: int) -> jax.Array:
     """Joins the parts of a weight along a dimension, which some mesh axes split."""
-    for step in reversed(_one_by_one(present(axes))):
-        # The compiler gathers over a cube of 8 at once, though it does not scatter.
-        for groups in reversed(_groups(step, smallest=16)):
-            w = jax.lax.all_gather(w, step, axis=dim, tiled=True, axis_index_groups=groups)
+    for axes_at_once in reversed(_steps(manual_axes(axes))):
+        # The compiler gathers over a cube of 8 at once, though it does not scatter over one.
+        for groups in reversed(_rounds(axes_at_once, smallest=16)):
+            w = jax.lax.all_gather(w, axes_at_once, axis=dim, tiled=True, axis_index_groups=groups)
     return w
 
 
 def scatter(gradient: jax.Array, axes: tuple[str, ...], dim: int) -> jax.Array:
     """Adds up the devices' gradients over some mesh axes, which then split the dimension."""
-    for step in _one_by_one(present(axes)):
-        for groups in _groups(step, smallest=8):
-            gradient = _scatter_once(gradient, step, dim, groups)
+    for axes_at_once in _steps(manual_axes(axes)):
+        for groups in _rounds(axes_at_once, smallest=8):
+            gradient = _scatter_once(gradient, axes_at_once, dim, groups)
     return gradient
 
 
@@ -121,8 +126,8 @@ def _scatter_once(
     return gradient.reshape(*leading, size, *after)
 
 
-def _one_by_one(axes: tuple[str, ...]) -> list[tuple[str, ...]]:
-    """Returns the axes that a gather or scatter takes at once, in the order of a scatter."""
+def _steps(axes: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """Returns the axes that each step of a scatter takes at once. A gather reverses the steps."""
     if _is_on_tpus():
         return [(axis,) for axis in axes]
     return [axes] if axes else []
@@ -133,17 +138,18 @@ def _is_on_tpus() -> bool:
     return (chip(jax.sharding.get_abstract_mesh()) or "").startswith("TPU")
 
 
-def _groups(axes: tuple[str, ...], smallest: int) -> list[list[list[int]] | None]:
-    """Returns the groups of devices that scatter with one another, in turn. None is all at once.
+def _rounds(axes: tuple[str, ...], smallest: int) -> list[list[list[int]] | None]:
+    """Returns the groups of devices of each round of a scatter over some axes.
 
-    An axis of all devices of a cube takes two turns, if they are `smallest` or more. First devices
-    scatter that are as many places apart as there are in a group of neighbours, then neighbours.
+    An axis of all devices of a cube takes two rounds, if they are `smallest` or more: devices
+    scatter with distant ones first, and then, in groups of `number`, with their neighbours. Other
+    axes take one round, in which None stands for one group of all devices.
     """
     mesh = jax.sharding.get_abstract_mesh()
     size = axis_size(axes[0])
     if chip(mesh) not in _CUBES or size < max(mesh.size, smallest):
         return [None]
-    number = 2 ** (size.bit_length() // 2)  # of devices in a group of the second turn
+    number = 2 ** (size.bit_length() // 2)  # about the square root, so that rounds are alike
     far = [list(range(place, size, number)) for place in range(number)]
     near = [list(range(start, start + number)) for start in range(0, size, number)]
     return [far, near]
@@ -154,19 +160,19 @@ def _width_axes(w: Any, dims: str) -> tuple[str, ...]:
     return splitting_axes(dims, w.shape)[dims.index("D")]
 
 
-def _goes_in_steps(axes: tuple[str, ...]) -> bool:
-    """Returns whether the compiler, left alone, would send much more than it must over these axes.
+def _needs_own_collectives(axes: tuple[str, ...]) -> bool:
+    """Returns whether the partitioner would send much more over these axes than `gather` does.
 
-    One axis of a whole cube of 8 TPUs is left to it: it sends a seventh more, but piece by piece
-    while it multiplies. Over more devices it would send twice as much.
+    One axis of a whole cube of 8 TPUs is left to the partitioner: it sends a seventh more, but
+    piece by piece while it multiplies. Over more devices it would send twice as much.
     """
     mesh = jax.sharding.get_abstract_mesh()
     is_large_cube = chip(mesh) in _CUBES and 8 < mesh.size == math.prod(mesh.shape[a] for a in axes)
-    return len(_one_by_one(axes)) > 1 or is_large_cube
+    return len(_steps(axes)) > 1 or is_large_cube
 
 
 def name_gathered_tokens(x: jax.Array) -> jax.Array:
-    """Names activations that were gathered, so that `forget_gathered` keeps them."""
+    """Names activations that were gathered, so that `save_all_but_gathered` saves them."""
     return checkpoint_name(x, _TOKENS)
 
 
@@ -176,12 +182,11 @@ def weights_are_split(width: int) -> bool:
     return bool(axes)
 
 
-def forget_gathered(primitive: Any, *_: Any, **params: Any) -> bool:
-    """Returns whether a backward pass keeps a result: a policy of jax.checkpoint.
+def save_all_but_gathered(primitive: Any, *_: Any, **params: Any) -> bool:
+    """Returns whether to save a result: a policy of jax.checkpoint, for all but gathered weights.
 
-    It keeps everything but gathered weights. To refuse their name alone would not do, because then
-    the result of the gather is kept, which the name was given to. So no result of a gather is kept
-    that has no name of its own, as gathered tokens have.
+    It is not enough to refuse their name, since the gather's own result would be saved instead. So
+    no result of a gather is saved, unless it has another name, as gathered tokens have.
     """
     gathers = ("sharding_constraint", "all_gather")
     return primitive.name not in gathers and params.get("name") != _GATHERED

@@ -27,13 +27,7 @@ from moe.kernels.attention import (
     round_output,
     sinks_gradient,
 )
-from moe.kernels.attention.inputs import (
-    Options,
-    Window,
-    check_inputs,
-    make_options,
-    make_request,
-)
+from moe.kernels.attention.inputs import Options, Window, check_inputs, make_options, make_request
 from moe.parallel.context.ring_steps import Order, RingStep, chunk_order, ring_steps
 
 
@@ -51,7 +45,7 @@ def ring_attention(
     scale: float | None = None,
     implementation: str | Choice | None = None,
 ) -> jax.Array:
-    """Returns `flash_attention` of the whole sequence: keys and values travel, queries stay.
+    """Returns `flash_attention` of the whole sequence, in a ring that keys go around.
 
     This rank's part of q is [B, T/P, N, H], of k and v [B, T/P, K, H], of `segment_ids` (of queries
     and keys) [B, T/P]; `sinks` is [N]. The result is this rank's [B, T/P, N, H] (Liu et al. 2023).
@@ -232,8 +226,8 @@ class _Ring(NamedTuple):
         return [_TracedCall(*jnp.asarray(calls)[rank]) for calls in step.calls]
 
 
-class _Visitors(NamedTuple):
-    """The keys, values and segment ids that travel."""
+class _KeyValues(NamedTuple):
+    """The keys, values and segment ids of one rank, which go around the ring."""
 
     k: jax.Array
     v: jax.Array
@@ -244,7 +238,7 @@ class _Residuals(NamedTuple):
     """What the backward pass needs, all of it this rank's own: its size does not grow with P."""
 
     q: jax.Array
-    visitors: _Visitors  # this rank's own keys, before they are sent
+    kv: _KeyValues  # this rank's own
     sinks_N: jax.Array | None
     output: jax.Array
     remainder: jax.Array | None  # what rounding took from the output
@@ -278,52 +272,51 @@ def _ring_forward(
     ids: jax.Array | None,
 ) -> tuple[jax.Array, _Residuals]:
     dtype = np.promote_types(q.dtype, np.float32)
-    # The output and the log-sum-exp of the keys that have visited so far.
+    # The output and the log-sum-exp over the keys of the steps so far.
     total = jnp.zeros((*q.shape[:-1], v.shape[-1]), dtype), jnp.full(q.shape[:-1], -jnp.inf, dtype)
-    own = visitors = _Visitors(k, v, ids)
+    own_kv = kv = _KeyValues(k, v, ids)
     for step in ring_steps(ring.options, ring.order, q.shape[2]):
-        following, calls = ring.send(visitors, step.onward), ring.calls(step)
+        next_kv, calls = ring.send(kv, step.hop), ring.calls(step)
         parts = [
-            _attend(ring.choice, ring.options, _chunk_inputs(q, ids, visitors, call))
-            for call in calls
+            _attend(ring.choice, ring.options, _chunk_inputs(q, ids, kv, call)) for call in calls
         ]
-        following, total, parts = _barrier(following, total, parts)
+        next_kv, total, parts = _barrier(next_kv, total, parts)
         for (i, _, _), part in zip(calls, parts, strict=True):
             merged = _merge(*(x[i] for x in total), *part)
             total = tuple(_put(x, i, value) for x, value in zip(total, merged, strict=True))
-        visitors, total = _barrier(following, total)
+        kv, total = _barrier(next_kv, total)
     output, lse = total
     if sinks_N is not None:
         # A sink counts once for each query, so it is merged after all parts.
         output, lse = _merge(output, lse, 0.0, jnp.broadcast_to(sinks_N.astype(dtype), lse.shape))
     output, remainder, lse = name_residuals(*round_output(output, q.dtype), lse)
-    return output, _Residuals(q, own, sinks_N, output, remainder, lse)
+    return output, _Residuals(q, own_kv, sinks_N, output, remainder, lse)
 
 
 def _ring_backward(ring: _Ring, residuals: _Residuals, dout: jax.Array) -> tuple[Any, ...]:
     """Sends keys and values around the ring again, together with their gradients."""
-    q, visitors, sinks_N, output, remainder, lse = residuals
-    q_ids = visitors.ids
+    q, kv, sinks_N, output, remainder, lse = residuals
+    q_ids = kv.ids
     # Without a barrier the compiler would merge these sends with those of the first ring, and keep
     # all keys that the first ring received.
-    visitors, dout = _barrier(visitors, dout)
+    kv, dout = _barrier(kv, dout)
     delta = compute_delta(output, remainder, dout, lse.dtype)
-    gradients = Gradients(*(jnp.zeros(x.shape, lse.dtype) for x in (q, visitors.k, visitors.v)))
+    gradients = Gradients(*(jnp.zeros(x.shape, lse.dtype) for x in (q, kv.k, kv.v)))
     steps = ring_steps(ring.options, ring.order, q.shape[2])
     for step in steps:
-        following, calls = ring.send(visitors, step.onward), ring.calls(step)
+        next_kv, calls = ring.send(kv, step.hop), ring.calls(step)
         parts = []
         for call in calls:
             i = call.q_index
             rows = {"lse_BTN": lse[i], "dout_BTNH": dout[i], "delta_BTN": delta[i]}
-            chunk = _chunk_inputs(q, q_ids, visitors, call)
+            chunk = _chunk_inputs(q, q_ids, kv, call)
             parts.append(_differentiate(ring.choice, ring.options, chunk, **rows))
-        following, gradients, parts = _barrier(following, gradients, parts)
+        next_kv, gradients, parts = _barrier(next_kv, gradients, parts)
         for call, part in zip(calls, parts, strict=True):
             gradients = _add_chunk(gradients, part, call)
-        visitors, gradients = _barrier(following, gradients)
-        # dk and dv travel while the next calls are computed, whose gradients are added after that.
-        dk, dv = ring.send(gradients[1:], step.onward)
+        kv, gradients = _barrier(next_kv, gradients)
+        # dk and dv are sent while the next calls compute, before the gradients of those are added.
+        dk, dv = ring.send(gradients[1:], step.hop)
         gradients = Gradients(gradients.dq, dk, dv)
     # After the last step each rank's dk and dv go back to the rank that holds the keys.
     dk, dv = ring.send(gradients[1:], -steps[-1].distance)
@@ -335,13 +328,13 @@ _ring.defvjp(_ring_forward, _ring_backward)
 
 
 def _chunk_inputs(
-    q: jax.Array, q_ids: jax.Array | None, visitors: _Visitors, call: _TracedCall
+    q: jax.Array, q_ids: jax.Array | None, kv: _KeyValues, call: _TracedCall
 ) -> Inputs:
     """Returns the inputs of one call, without sinks, which are merged once at the end."""
     i, j, shift = call
     q_ids = None if q_ids is None else q_ids[i]
-    kv_ids = None if visitors.ids is None else visitors.ids[j]
-    return Inputs(q[i], visitors.k[j], visitors.v[j], None, q_ids, kv_ids, shift)
+    kv_ids = None if kv.ids is None else kv.ids[j]
+    return Inputs(q[i], kv.k[j], kv.v[j], None, q_ids, kv_ids, shift)
 
 
 def _add_chunk(gradients: Gradients, part: Gradients, call: _TracedCall) -> Gradients:
@@ -358,9 +351,9 @@ def _barrier(*trees: Any) -> Any:
     """Computes all of the trees before anything that follows.
 
     These barriers separate a step's sends and kernel calls from its sums. XLA's scheduler starts a
-    send as late as it can. It is content with any work that it estimates to take as long as the
-    send. Without the barriers it would hide sends behind the sums instead of the kernel calls. It
-    would also put off the sums, and until then hold the parts of every step.
+    send as late as it can, beside any work that it estimates to take as long. Without the barriers
+    it would hide sends behind the sums instead of the kernel calls. It would also put off the sums,
+    and until then hold the parts of every step.
     """
     return jax.lax.optimization_barrier(trees)
 

@@ -1,7 +1,6 @@
-"""Plans a ring of attention: which rank computes with which tokens, and when keys travel.
+"""Plans ring attention: which rank computes with which tokens, and when keys are sent on.
 
-Everything here is known before a program is traced. Nothing is sent or computed; context.py does
-that.
+All of it is static. `ring_attention` sends and computes what is planned here.
 """
 
 import itertools
@@ -15,18 +14,18 @@ Order = tuple[tuple[int, ...], ...]  # the chunks that each rank computes with
 
 
 class ChunkCall(NamedTuple):
-    """One call of the kernel by one rank: a chunk of its queries with a chunk of visiting keys."""
+    """One call of the kernel by one rank: one chunk of its queries, one of the keys at hand."""
 
     q_index: int  # the place of the chunk among the rank's chunks of queries
-    kv_index: int  # the place of the chunk among the visitors' chunks of keys
+    kv_index: int  # the place of the chunk among those of the keys that the rank now has
     shift: int  # the position of the first query minus that of the first key, in tokens
 
 
 class RingStep(NamedTuple):
-    """One stop of the travelling keys, where each rank attends to the keys of another rank."""
+    """One step of a ring, in which each rank attends to the keys of one rank."""
 
-    distance: int  # how far the keys have come, in ranks: rank r has those of rank r - distance
-    onward: int  # how far the next stop is, in ranks; 0 at the last stop
+    distance: int  # rank r has the keys of rank r - distance
+    hop: int  # by how many ranks the keys are sent on for the next step; 0 in the last step
     calls: np.ndarray  # int32 [calls, P, 3]: the `ChunkCall` of each call and rank
 
 
@@ -65,7 +64,7 @@ def ring_steps(options: Options, order: Order, length: int) -> list[RingStep]:
     needs fewer also makes calls in which its queries see nothing: they compute no block.
     """
     size = len(order)
-    stops = {}
+    calls_by_distance = {}
     for distance in range(size):
         ranks = [_calls_of_rank(options, order, length, rank, distance) for rank in range(size)]
         num_calls = max(
@@ -73,15 +72,16 @@ def ring_steps(options: Options, order: Order, length: int) -> list[RingStep]:
         )
         if num_calls:
             calls = np.array([calls[:num_calls] for calls in ranks], np.int32)
-            stops[distance] = calls.swapaxes(0, 1)
-    onward = np.diff([*stops, max(stops)]).tolist()
-    return [RingStep(*step) for step in zip(stops, onward, stops.values(), strict=True)]
+            calls_by_distance[distance] = calls.swapaxes(0, 1)
+    hops = np.diff([*calls_by_distance, max(calls_by_distance)]).tolist()
+    steps = zip(calls_by_distance, hops, calls_by_distance.values(), strict=True)
+    return [RingStep(*step) for step in steps]
 
 
 def _calls_of_rank(
     options: Options, order: Order, length: int, rank: int, distance: int
 ) -> list[ChunkCall]:
-    """Returns the calls of a rank with keys that have come `distance` ranks.
+    """Returns the calls of a rank with the keys of the rank `distance` before it.
 
     The calls in which a query sees a key come first.
     """

@@ -127,7 +127,7 @@ def _smooth_family(group: Sequence[Candidate]) -> Family:
     middle, degree = float(np.mean(log_size)), min(3, len(group) - 1)
     fitted = lambda values: np.polyfit(log_size - middle, np.log(values), degree)
     body = fitted(active - table["embedding_parameters"])
-    all_of_active = fitted(table["parameters"] / active)
+    parameters_per_active = fitted(table["parameters"] / active)
     cost = fitted(np.array([candidate.flops_per_token for candidate in group]))
     # What is left depends on the experts alone, but for the rounding of their widths.
     shared = ("experts", "experts_per_token", "granularity", "sparsity")
@@ -136,7 +136,7 @@ def _smooth_family(group: Sequence[Candidate]) -> Family:
         size = 10.0**log_size
         value = lambda powers: np.exp(np.polyval(powers, log_size - middle))
         columns = {name: np.full_like(size, np.median(table[name])) for name in shared}
-        columns |= {"active_parameters": size, "parameters": size * value(all_of_active)}
+        columns |= {"active_parameters": size, "parameters": size * value(parameters_per_active)}
         columns |= {"embedding_parameters": np.maximum(size - value(body), 0)}
         return columns | {"flops_per_token": value(cost)}
 

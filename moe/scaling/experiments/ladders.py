@@ -13,7 +13,7 @@ from moe.config.checks import show
 from moe.scaling.experiments.shapes import scale_model, scale_run, tokens_for
 from moe.scaling.experiments.sweep import Point, overrides_between
 
-_KEPT = 40  # checkpoints of a trunk, at most, unless its forks need others
+_MOST_SAVES = 40  # of a trunk, unless its forks need others
 
 
 def iso_flop_ladder(
@@ -162,25 +162,25 @@ def _fork_points(
     """Yields a trunk of the largest number of steps, and a fork of it for each other number."""
     optimizer = dataclasses.replace(typical.optimizer, warmup_steps=typical.warmup_steps)
 
-    def run_of(number: int, kept: int) -> RunConfig:
-        """Returns the run of a number of steps whose every `kept`-th checkpoint is kept."""
+    def make_run(number: int, interval: int) -> RunConfig:
+        """Returns the run of a number of steps that keeps a checkpoint every `interval` steps."""
         train = dataclasses.replace(
             typical.train,
             steps=number,
             eval_every=steps[-1],
-            checkpoint_every=kept,
-            keep_every=kept,
+            checkpoint_every=interval,
+            keep_every=interval,
         )
         return dataclasses.replace(typical, optimizer=optimizer, train=train)
 
-    trunk = run_of(steps[-1], 1)
-    ends = [run_of(number, 1).shared_updates(trunk) for number in steps[:-1]]
-    # Forks start where their stable phase ends, if a trunk of at most _KEPT checkpoints has one at
-    # each of these steps. Otherwise they start from the last checkpoint before.
-    kept = max(math.gcd(*ends) if ends else steps[-1], -(-steps[-1] // _KEPT))
-    yield Point(f"{name}/steps_{steps[-1]}", overrides_between(base, run_of(steps[-1], kept)))
+    trunk = make_run(steps[-1], 1)
+    ends = [make_run(number, 1).shared_updates(trunk) for number in steps[:-1]]
+    # Forks start where their stable phase ends, if a trunk of at most _MOST_SAVES checkpoints has
+    # one at each of these steps. Otherwise they start from the last checkpoint before.
+    interval = max(math.gcd(*ends) if ends else steps[-1], -(-steps[-1] // _MOST_SAVES))
+    yield Point(f"{name}/steps_{steps[-1]}", overrides_between(base, make_run(steps[-1], interval)))
     for number, end in zip(steps, ends, strict=False):
-        fork_step = end // kept * kept
+        fork_step = end // interval * interval
         trunk_name = f"{name}/steps_{steps[-1]}" if fork_step else None
-        overrides = overrides_between(base, run_of(number, kept))
+        overrides = overrides_between(base, make_run(number, interval))
         yield Point(f"{name}/steps_{number}", overrides, trunk_name, fork_step)

@@ -94,7 +94,7 @@ def best_point(
 ) -> tuple[int, Optimum]:
     """Returns the index of the best of given points, and the spread of the samples' best ones.
 
-    `is_edge_P` tells the smallest and the largest models, beyond which the best one could lie.
+    `is_edge_P` marks the smallest and the largest models, beyond which the best one could lie.
     """
     loss_SP = loss(points)
     lowest_S = np.argmin(loss_SP, axis=1)

@@ -171,7 +171,7 @@ def _read_table(path: Path, content: bytes) -> pyarrow.Table:
     try:
         table = read(pyarrow.BufferReader(content))
         names = table.column_names
-    # A name that is not UTF-8 is told only when it is asked for.
+    # Arrow raises UnicodeDecodeError for a name only when the name is read.
     except (OSError, pyarrow.ArrowException, UnicodeDecodeError) as error:
         message = str(error).splitlines()[0]
         raise ConfigError(f"{path} is no table of runs, CSV or Parquet: {message}") from None

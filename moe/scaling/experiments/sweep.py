@@ -33,7 +33,7 @@ class Point(NamedTuple):
 
 
 class Run(NamedTuple):
-    """Is a checked point: the whole config of one run."""
+    """Holds a checked point: the whole config of one run."""
 
     name: str
     config: RunConfig
@@ -66,7 +66,7 @@ def _default_fields() -> Mapping[str, Any]:
 
 
 def _says_where(name: str) -> bool:
-    """Says whether a dotted field is, or is in a group of fields, where a run is computed."""
+    """Returns whether a dotted field is, or is in a group of fields, where a run is computed."""
     return any(name == place or name.startswith(f"{place}.") for place in PLACE_FIELDS)
 
 
@@ -94,9 +94,9 @@ def expand(
 def link(runs: Sequence[Run]) -> list[Run]:
     """Returns runs that say which of them are the same, also if they have different bases.
 
-    Of equal runs, the first one that is no fork is trained, or the first one if all are forks. So
-    the trunk of each fork is trained from its first step. Raises ConfigError for
-    names and forks that do not fit together.
+    The first of equal runs that is no fork is trained, or the first one if all are forks. So the
+    trunk of each fork is trained from its first step. Raises ConfigError for names and forks that
+    do not fit together.
     """
     _check_names([run.name for run in runs])
     _check_forks(runs)

@@ -31,8 +31,8 @@ def fit(
 ) -> Fit:
     """Returns a law's fit to runs. Runs that cannot be used are left out, or refused in one line.
 
-    The result follows from the runs and `seed`. `progress(done, of, what)` hears of the starts and
-    of the bootstraps, which take most of the time.
+    The result follows from the runs and `seed`. `progress(done, total, what)` is called during the
+    starts and the bootstraps, which take most of the time.
     """
     runs, left_out = check_runs(runs, law.columns, len(law.coefficients))
     generator = np.random.default_rng(seed)

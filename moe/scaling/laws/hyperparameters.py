@@ -28,7 +28,7 @@ class Grid:
 
     runs: Runs
     near: np.ndarray
-    best: int
+    best: int  # the index of the run with the lowest loss
     at_edge: tuple[str, ...]  # the columns whose best value is the smallest or largest one tried
 
 

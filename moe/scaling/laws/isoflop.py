@@ -193,27 +193,16 @@ def _bootstrap(curves: list[Curve], generator: np.random.Generator, count: int) 
     """Returns the coefficients for resampled residuals, [count, 4].
 
     With the usual five sizes a budget, redrawn runs would often leave no three different ones. So
-    the runs' residuals are redrawn from those of all budgets, each first divided by the share of
-    the noise that its parabola leaves, sqrt(1 - leverage). A minimum outside of the sizes does not
-    count.
+    the runs' residuals are redrawn from those of all budgets. A minimum outside of the sizes does
+    not count.
     """
-    designs, residuals = [], []
-    for curve in curves:
-        x = np.log(curve.parameters[curve.used])
-        design = np.vander(x - x.mean(), 3, increasing=True)
-        hat = design @ np.linalg.pinv(design)
-        left = 1 - np.diag(hat)
-        fitted = hat @ curve.loss[curve.used]
-        designs.append((x, fitted))
-        # A parabola through three points leaves nothing, which says nothing of the noise.
-        some = left > 0.05
-        residuals.append(((curve.loss[curve.used] / fitted - 1)[some]) / np.sqrt(left[some]))
-    pool = np.concatenate(residuals)
+    fits = [_fit_residuals(curve) for curve in curves]
+    pool = np.concatenate([residuals for *_, residuals in fits])
     if not len(pool):
         return np.full((1, 4), np.nan)
     pool = pool - pool.mean()
     sizes, tokens = [], []
-    for curve, (x, fitted) in zip(curves, designs, strict=True):
+    for curve, (x, fitted, _) in zip(curves, fits, strict=True):
         loss = fitted * (1 + generator.choice(pool, (count, len(x))))
         parabola = _parabolas(x, loss)
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -229,6 +218,21 @@ def _bootstrap(curves: list[Curve], generator: np.random.Generator, count: int) 
         return np.full((1, 4), np.nan)
     pairs = (*power_law(flops, size[enough]), *power_law(flops, token[enough]))
     return np.stack(pairs, -1)
+
+
+def _fit_residuals(curve: Curve) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns log sizes and fitted losses of the runs that shape a parabola, and their residuals.
+
+    A residual is relative, and divided by sqrt(1 - leverage), the share of the noise that is left
+    in it. Where nearly none is left, as with three sizes, there is no residual.
+    """
+    x, loss = np.log(curve.parameters[curve.used]), curve.loss[curve.used]
+    design = np.vander(x - x.mean(), 3, increasing=True)
+    hat = design @ np.linalg.pinv(design)
+    fitted, noise_share = hat @ loss, 1 - np.diag(hat)
+    shows_noise = noise_share > 0.05
+    residuals = (loss / fitted - 1)[shows_noise] / np.sqrt(noise_share[shows_noise])
+    return x, fitted, residuals
 
 
 def _why_not_identifiable(result: IsoFlop) -> Iterator[str]:

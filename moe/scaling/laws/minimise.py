@@ -15,7 +15,7 @@ import numpy as np
 
 from moe.scaling.laws.formulas import Inputs, Law, Objective
 
-# Hears how many parts are done, of how many, and what they are.
+# Called with the number of parts that are done, the number of all parts, and what they are.
 Progress = Callable[[int, int, str], None]
 # Maps starts, [P, K], and weights, [P, N], to coefficients, [P, K], and values, [P].
 Minimiser = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
@@ -179,7 +179,7 @@ def _lbfgs(
             keep = ~ended
             live, phi, value, gradient = live[keep], phi[keep], value[keep], gradient[keep]
             direction, length, stalled = direction[keep], length[keep], stalled[keep]
-            memory.keep(keep)
+            memory.select(keep)
     return done_phi @ transform.T, done_value
 
 
@@ -202,8 +202,8 @@ class _Memory:
         self._steps = np.zeros((len(phi), _HISTORY, phi.shape[-1]))
         self._changes = np.zeros_like(self._steps)
 
-    def keep(self, kept: np.ndarray) -> None:
-        self._steps, self._changes = self._steps[kept], self._changes[kept]
+    def select(self, live: np.ndarray) -> None:
+        self._steps, self._changes = self._steps[live], self._changes[live]
 
     def add(self, accepted: np.ndarray, step: np.ndarray, change: np.ndarray) -> None:
         """Adds the pairs of accepted steps, unless the objective is not convex along a step."""

@@ -129,7 +129,7 @@ def condition_number(problem: Problem, theta_K: np.ndarray) -> float:
 
     Each column has length 1, so units play no part (Belsley, Kuh and Welsch 1980). It is infinite
     if the data cannot tell two directions apart at all. A term that is 0 at the optimum has no
-    effect nearby; it is not counted, since it is told as a coefficient at its bound.
+    effect nearby. It is not counted: another test reports a coefficient at its bound.
     """
     jacobian_NK = problem.residuals(theta_K[None])[1][0]
     length_K = np.linalg.norm(jacobian_NK, axis=0)

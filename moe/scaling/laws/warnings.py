@@ -138,16 +138,16 @@ def _without_skill(fit: Fit) -> Iterator[str]:
 def find_warnings(fit: Fit) -> list[str]:
     """Returns sentences that each say what is doubtful about a fit, and what helps."""
     return [
-        *_of_optimiser(fit),
-        *_of_floor(fit),
-        *_of_saturation(fit),
-        *_of_data(fit),
-        *_of_held_out(fit),
+        *_optimiser_warnings(fit),
+        *_floor_warnings(fit),
+        *_saturation_warnings(fit),
+        *_data_warnings(fit),
+        *_held_out_warnings(fit),
         *runs_left_out(fit.left_out),
     ]
 
 
-def _of_optimiser(fit: Fit) -> Iterator[str]:
+def _optimiser_warnings(fit: Fit) -> Iterator[str]:
     """Yields warnings about the search for the optimum."""
     if fit.starts_at_optimum < 0.5:
         yield (
@@ -173,7 +173,7 @@ def _of_optimiser(fit: Fit) -> Iterator[str]:
         )
 
 
-def _of_floor(fit: Fit) -> Iterator[str]:
+def _floor_warnings(fit: Fit) -> Iterator[str]:
     """Yields a warning if the irreducible loss is at one of its bounds."""
     name = fit.law.irreducible
     if name is None:
@@ -188,7 +188,7 @@ def _of_floor(fit: Fit) -> Iterator[str]:
         )
 
 
-def _of_saturation(fit: Fit) -> Iterator[str]:
+def _saturation_warnings(fit: Fit) -> Iterator[str]:
     """Yields a warning if the runs do not show beyond how many experts more bring nothing."""
     most = float(fit.runs.experts.max())
     if "E_max" in fit.intervals and fit.intervals["E_max"][1] > 100 * most:
@@ -198,7 +198,7 @@ def _of_saturation(fit: Fit) -> Iterator[str]:
         )
 
 
-def _of_data(fit: Fit) -> Iterator[str]:
+def _data_warnings(fit: Fit) -> Iterator[str]:
     """Yields warnings about repeated text, narrow ranges and large residuals."""
     yield from repeated_text(fit.runs)
     for name in ("active_parameters", "tokens"):
@@ -224,7 +224,7 @@ def _of_data(fit: Fit) -> Iterator[str]:
         )
 
 
-def _of_held_out(fit: Fit) -> Iterator[str]:
+def _held_out_warnings(fit: Fit) -> Iterator[str]:
     """Yields a warning if the largest budget could not be held out, or is predicted badly."""
     if fit.held_out is None:
         yield "The largest budget cannot be held out, since too few runs are left without it."

@@ -18,7 +18,7 @@ from moe.scaling.programs.text import (
 )
 
 # The bytes that one of n devices sends for each byte that it puts in, by the kind of collective.
-# They are those of a ring, which no other way of sending undercuts.
+# They are those of a ring. No other algorithm sends less.
 SENT: dict[Kind, Callable[[int], float]] = {
     "all-gather": lambda n: n - 1,
     "reduce-scatter": lambda n: (n - 1) / n,
@@ -122,7 +122,7 @@ class _Reader:
             return {}
         try:
             axes, num_members = self._members(instruction)
-            put_in = _put_in(instructions, instruction)
+            input_bytes = _input_bytes(instructions, instruction)
         except ValueError as error:
             raise UnreadableProgram(instruction, str(error)) from None
         if num_members == 1:
@@ -130,7 +130,7 @@ class _Reader:
         if kind == "all-reduce" and "all-reduce-scatter" in computation:  # a TPU's way to write it
             kind = "reduce-scatter"
         use = _Use(kind, axes, _place(instructions, instruction))
-        return {use: _Traffic(put_in * SENT[kind](num_members), 1)}
+        return {use: _Traffic(input_bytes * SENT[kind](num_members), 1)}
 
     def _members(self, instruction: Instruction) -> tuple[tuple[str, ...], int]:
         """Returns the axes that a collective runs along, and how many devices join in each."""
@@ -159,7 +159,7 @@ def _begins(computation: Computation) -> bool:
     return any('"AsyncCollectiveStart"' in other.attributes for other in computation.values())
 
 
-def _put_in(computation: Computation, instruction: Instruction) -> int:
+def _input_bytes(computation: Computation, instruction: Instruction) -> int:
     """Returns the bytes that a device gives to a collective. Raises ValueError if it gives none."""
     sizes = [shape_bytes(computation[name].shape) for name in instruction.operands]
     if not sizes:
@@ -167,8 +167,8 @@ def _put_in(computation: Computation, instruction: Instruction) -> int:
     if not instruction.opcode.startswith("ragged"):
         return sum(sizes)
     # The rows that are sent lie in the first operand, and in the second on the other side. One of
-    # them has room for more rows than travel, so the smaller one counts: its even share goes to
-    # each device. How many rows really travel depends on the routing.
+    # them has room for more rows than are sent, so the smaller one counts: its even share goes to
+    # each device. How many rows are really sent depends on the routing.
     return min(sizes[:2])
 
 

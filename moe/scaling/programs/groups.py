@@ -41,7 +41,7 @@ def read_groups(text: str, num_devices: int) -> np.ndarray:
 def read_lists(text: str) -> np.ndarray:
     """Returns a table from text such as {{0,1},{2,3}}. Raises ValueError if rows differ in length.
 
-    Of one pair of braces without numbers, it has no rows.
+    One pair of braces without numbers gives a table without rows.
     """
     if not (found := re.match(r"\{((?:\{[\d,]+\},?)*)\}", text)):
         raise ValueError(f"{text[:40]!r} is no list of devices")

@@ -32,7 +32,7 @@ class _Number(NamedTuple):
     offset: int
 
 
-# Stands for the tuple that the rounds of a loop pass on. None stands for what cannot be told.
+# Stands for the tuple that the rounds of a loop pass on. None stands for what is not known.
 _STATE = "state"
 _Value = _Number | str | None
 
@@ -42,10 +42,10 @@ def count_iterations(program: ProgramText, computation: str, loop: Instruction) 
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
         return int(known[1])
     condition = _Scope(program, loop.computation("condition"), (_STATE,))
-    found = condition.comparison(condition.root)
-    if found is None:
+    comparison = condition.comparison(condition.root)
+    if comparison is None:
         raise UnreadableProgram(loop, "its condition does not compare a counter with a number")
-    direction, counter, bound = found
+    direction, counter, bound = comparison
     before = _Scope(program, computation, ())
     body = _Scope(program, loop.computation("body"), (_STATE,))
     first = _first_value(before, loop, counter)
@@ -82,7 +82,7 @@ def _count_rounds(direction: str, distance: int, step: int) -> int | None:
 
 
 def _first_value(before: "_Scope", loop: Instruction, number: _Number) -> int | None:
-    """Returns the value of a number in a loop's first round, or None if it cannot be told."""
+    """Returns the value of a number in a loop's first round, or None if it is not known."""
     if number.element is None:
         return number.offset
     begin = before.element(loop.operands[0], number.element)
@@ -102,37 +102,37 @@ class _Scope:
     @property
     def root(self) -> str:
         """Returns the name of the instruction whose value the computation returns."""
-        return next(name for name, found in self._computation.items() if found.is_root)
+        return next(name for name, instruction in self._computation.items() if instruction.is_root)
 
     def value(self, name: str) -> _Value:
         """Returns what is known of an instruction's value."""
-        found = self._computation[name]
-        match found.opcode:
+        instruction = self._computation[name]
+        match instruction.opcode:
             case "parameter":
-                index = int(found.literal)
+                index = int(instruction.literal)
                 return self._arguments[index] if index < len(self._arguments) else None
             case "constant":
-                whole = re.fullmatch(r"-?\d+", found.literal)
+                whole = re.fullmatch(r"-?\d+", instruction.literal)
                 return _Number(None, int(whole[0])) if whole else None
             case "get-tuple-element":
-                return self.element(found.operands[0], _tuple_index(found))
+                return self.element(instruction.operands[0], _tuple_index(instruction))
             case "add" | "subtract":
-                return self._sum(found)
+                return self._sum(instruction)
             case "fusion" | "call":
-                called = self._called(found)
+                called = self._called(instruction)
                 return called.value(called.root)
-        return self.value(found.operands[0]) if found.opcode in _SAME else None
+        return self.value(instruction.operands[0]) if instruction.opcode in _SAME else None
 
     def element(self, name: str, index: int) -> _Value:
         """Returns what is known of one element of an instruction's tuple."""
-        found = self._computation[name]
-        if found.opcode == "tuple":
-            return self.value(found.operands[index])
-        if found.opcode in ("fusion", "call"):
-            called = self._called(found)
+        instruction = self._computation[name]
+        if instruction.opcode == "tuple":
+            return self.value(instruction.operands[index])
+        if instruction.opcode in ("fusion", "call"):
+            called = self._called(instruction)
             return called.element(called.root, index)
-        if found.opcode in _SAME:
-            return self.element(found.operands[0], index)
+        if instruction.opcode in _SAME:
+            return self.element(instruction.operands[0], index)
         return _Number(index, 0) if self.value(name) == _STATE else None
 
     def comparison(self, name: str) -> tuple[str, _Number, _Number] | None:
@@ -140,25 +140,25 @@ class _Scope:
 
         The counter is the side that is an element of the loop's state.
         """
-        found = self._computation[name]
-        if found.opcode in ("fusion", "call"):
-            called = self._called(found)
+        instruction = self._computation[name]
+        if instruction.opcode in ("fusion", "call"):
+            called = self._called(instruction)
             return called.comparison(called.root)
-        if found.opcode != "compare":
-            return self.comparison(found.operands[0]) if found.opcode in _SAME else None
-        direction = (found.attribute("direction") or "")[:2]
-        left, right = (self.value(operand) for operand in found.operands)
+        if instruction.opcode != "compare":
+            return self.comparison(instruction.operands[0]) if instruction.opcode in _SAME else None
+        direction = (instruction.attribute("direction") or "")[:2]
+        left, right = (self.value(operand) for operand in instruction.operands)
         if not isinstance(left, _Number) or not isinstance(right, _Number):
             return None
         if left.element is None:
             direction, left, right = direction.translate(_MIRROR), right, left
         return (direction, left, right) if left.element is not None else None
 
-    def _sum(self, found: Instruction) -> _Value:
-        left, right = (self.value(operand) for operand in found.operands)
+    def _sum(self, instruction: Instruction) -> _Value:
+        left, right = (self.value(operand) for operand in instruction.operands)
         if not isinstance(left, _Number) or not isinstance(right, _Number):
             return None
-        if found.opcode == "subtract":
+        if instruction.opcode == "subtract":
             if right.element is not None:
                 return None
             return _Number(left.element, left.offset - right.offset)
@@ -167,11 +167,11 @@ class _Scope:
         element = right.element if left.element is None else left.element
         return _Number(element, left.offset + right.offset)
 
-    def _called(self, found: Instruction) -> "_Scope":
+    def _called(self, instruction: Instruction) -> "_Scope":
         """Returns the scope of what a fusion or a call runs."""
-        arguments = tuple(self.value(operand) for operand in found.operands)
-        return _Scope(self._program, found.called[0], arguments)
+        arguments = tuple(self.value(operand) for operand in instruction.operands)
+        return _Scope(self._program, instruction.called[0], arguments)
 
 
-def _tuple_index(found: Instruction) -> int:
-    return int((found.attribute("index") or "").split(",")[0])
+def _tuple_index(instruction: Instruction) -> int:
+    return int((instruction.attribute("index") or "").split(",")[0])

@@ -22,11 +22,11 @@ def make_mesh(**sizes: int) -> jax.sharding.Mesh:
 
 @pytest.fixture(params=["cpu", "TPU v5"])
 def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The kind of the devices, as the collectives see it: TPUs take several turns."""
+    """The kind of the devices, as the collectives see it: TPUs take several steps and rounds."""
     monkeypatch.setattr(weights, "chip", lambda mesh: request.param)
     # So few devices would gather at once.
-    groups = weights._groups
-    monkeypatch.setattr(weights, "_groups", lambda axes, smallest: groups(axes, smallest=8))
+    rounds = weights._rounds
+    monkeypatch.setattr(weights, "_rounds", lambda axes, smallest: rounds(axes, smallest=8))
     return request.param
 
 
