@@ -201,13 +201,13 @@ def main(values: flags.FlagValues) -> int:
     unknown = [name for name in values.only or () if name not in STEPS]
     if unknown:
         raise ConfigError(f"--only={unknown[0]} is no step: set it to some of {', '.join(STEPS)}")
+    out = Path(expand_path("--out", values.out))
+    check_directory("--out", out)
     if not gpu_names(os.environ):
         raise ConfigError(
             "this machine has no NVIDIA GPU in /dev, or CUDA_VISIBLE_DEVICES hides it: run this on "
             "one that has, or set CUDA_VISIBLE_DEVICES to the GPU's number"
         )
-    out = Path(expand_path("--out", values.out))
-    check_directory("--out", out)
     make_directory(out / "logs", "--out")
     failed = {}
     for name in values.only or STEPS:

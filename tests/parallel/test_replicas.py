@@ -27,8 +27,9 @@ MESHES = {
 }
 # Meshes on which parameters are gathered once, and the dispatch of their experts.
 GATHERED_ONCE = [
-    ({"data": 2, "fsdp": 2, "tensor": 2}, "dropless"),
     ({"data": 2, "fsdp": 2, "expert": 2}, "capacity, all-to-all"),
+    # These take longer. Of tensor, plain tests count what it sends.
+    pytest.param({"data": 2, "fsdp": 2, "tensor": 2}, "dropless", marks=pytest.mark.slow),
     pytest.param({"data": 1, "fsdp": 2, "expert": 4}, "dropless", marks=pytest.mark.slow),
     pytest.param({"data": 1, "expert": 4, "tensor": 2}, "capacity", marks=pytest.mark.slow),
     pytest.param({"data": 1, "expert": 4, "context": 2}, "dense", marks=pytest.mark.slow),
@@ -105,7 +106,9 @@ def dense_on_one_device() -> dict[str, Any]:
     ("mesh", "gather_once", "way"),
     [
         pytest.param({"data": 2, "context": 2, "fsdp": 2}, False, "ring", marks=pytest.mark.slow),
-        ({"data": 2, "context": 2, "tensor": 2}, False, "ulysses"),
+        pytest.param(
+            {"data": 2, "context": 2, "tensor": 2}, False, "ulysses", marks=pytest.mark.slow
+        ),
         ({"data": 1, "context": 2, "fsdp": 4}, True, "ring"),
     ],
     ids=str,
