@@ -97,8 +97,8 @@ def _draw_curves(
         line: dict[str, Any] = {"color": colours[variant]}
         for loss in runs if len(runs) > 1 else ():
             axes.plot(*_smooth(loss), linewidth=0.7, alpha=0.2, **line)
-        if runs:
-            mean = _smooth(mean_series(runs))
+        if runs and len((mean := mean_series(runs)).steps):
+            mean = _smooth(mean)
             line["marker"] = "o" if len(mean.steps) == 1 else None  # else it would not be seen
             axes.plot(*mean, label=variant, linewidth=1.4, **line)
     if axes.lines:

@@ -1,6 +1,5 @@
 """The values of one metric over a run's steps: how they are read, and thinned for a plot."""
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -45,10 +44,14 @@ def read_all_series(metrics: Metrics) -> dict[str, Series]:
 
 
 def mean_series(runs: Sequence[Series]) -> Series:
-    """Returns the means of several runs' values, at the steps that all of them have."""
-    steps = functools.reduce(np.intersect1d, [run.steps for run in runs])
-    values = [run.values[np.isin(run.steps, steps)] for run in runs]
-    return Series(steps, np.mean(values, axis=0))
+    """Returns the means of several runs' values, at the steps that all of them have.
+
+    Of a step that a run has twice, the last value counts.
+    """
+    by_step = [dict(zip(*map(np.ndarray.tolist, run), strict=True)) for run in runs]
+    steps = sorted(set.intersection(*map(set, by_step)))
+    means = [np.mean([values[step] for values in by_step]) for step in steps]
+    return Series(np.array(steps, dtype=int), np.array(means, dtype=float))
 
 
 def block_medians(series: Series, num_blocks: int) -> Series:

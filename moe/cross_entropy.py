@@ -80,7 +80,7 @@ def cross_entropy_sums(
     if not targets_BT.size:
         return tuple(jnp.zeros((), jnp.float32) for _ in range(1 + len(parts_BT)))
     masks_JBT = jnp.stack([mask_BT, *(mask_BT & part_BT for part_BT in parts_BT)])
-    targets_BT = as_int32(jnp.asarray(targets_BT))
+    targets_BT = as_int32(targets_BT)
     split = vocabulary.split_of(hidden_BTD, weight, dims)
     plan = _Plan(dims, chunk, split, None if companion is None else part_axes())
     # jax.custom_vjp hides the types of its function from a type checker.
@@ -135,12 +135,14 @@ def check_mask(name: str, mask: jax.Array) -> None:
 def as_int32(x: jax.Array) -> jax.Array:
     """Returns integers as int32. One that int32 cannot hold becomes the nearest one that it can.
 
-    A plain cast would turn an id of 2**32 + 5, which is outside of every vocabulary, into 5.
+    A plain cast would turn an id of 2**32 + 5, which is outside of every vocabulary, into 5. JAX
+    casts so what it gets from NumPy without 64-bit types, so a NumPy array is clipped before.
     """
-    own, int32 = np.iinfo(x.dtype), np.iinfo(np.int32)
+    own, int32 = jnp.iinfo(x.dtype), np.iinfo(np.int32)
     if own.min < int32.min or own.max > int32.max:
-        x = jnp.clip(x, max(own.min, int32.min), int32.max)
-    return x.astype(jnp.int32)
+        clip = np.clip if isinstance(x, np.ndarray) else jnp.clip
+        return jnp.asarray(clip(x, max(int(own.min), int32.min), int32.max), jnp.int32)
+    return jnp.asarray(x, jnp.int32)
 
 
 class _Plan(NamedTuple):

@@ -13,6 +13,7 @@ from moe.cross_entropy import (
     Unembedding,
     _softmax_sums,
     _softmax_sums_in_one_pass,
+    as_int32,
     cross_entropy_sum,
     cross_entropy_sums,
 )
@@ -88,6 +89,14 @@ def test_a_target_that_int32_cannot_hold_is_outside_the_vocabulary():
         total = cross_entropy_sum(hidden, Unembedding(weight), far, np.ones_like(mask), 4)
         masked = cross_entropy_sum(hidden, Unembedding(weight), far, np.zeros_like(mask), 4)
     assert np.isnan(total) and masked == 0
+
+
+def test_a_numpy_id_that_int32_cannot_hold_is_outside_the_vocabulary_without_64_bit_types():
+    far = np.array([2**32 + 5, -(2**40), 7, 2**31 - 1])
+    np.testing.assert_array_equal(as_int32(far), [2**31 - 1, -(2**31), 7, 2**31 - 1])
+    hidden, weight, targets, mask = inputs(dtype=np.float32)
+    far = targets.astype(np.int64) + 2**32
+    assert np.isnan(cross_entropy_sum(hidden, Unembedding(weight), far, np.ones_like(mask), 4))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

@@ -196,8 +196,12 @@ class _Fields(ConfigDict):
         super().__setitem__(key, without_numpy(value))
 
 
-# The fields and groups of fields that say where a run is computed, and are no part of what it is.
-PLACE_FIELDS = ("mesh", "train.pipeline_rounds", "data.directory")
+# The fields and groups of fields that say where a run is computed, and how it fits there. They are
+# no part of what it is.
+PLACE_FIELDS = (
+    *("mesh", "train.pipeline_rounds", "train.gather_once"),
+    *("model.remat", "data.directory"),
+)
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

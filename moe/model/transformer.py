@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from moe.config import ConfigError, ModelConfig, Schedule
-from moe.cross_entropy import Unembedding
+from moe.cross_entropy import Unembedding, as_int32
 from moe.model.cache import fits_cache, fits_memory_cache
 from moe.model.layers import check_static, einsum, look_up
 from moe.model.stack import Output, Stack, StackCache, init_stack_cache, output_specs
@@ -47,7 +47,7 @@ class Vocabulary(nn.Module):
         if not jnp.issubdtype(tokens_BT.dtype, jnp.integer):
             raise TypeError(f"tokens are {tokens_BT.dtype.name}: give token ids, as int32")
         if "segment_ids" in batch:  # padding may hold any number
-            tokens_BT = jnp.where(batch["segment_ids"] > 0, tokens_BT, 0)
+            tokens_BT = jnp.where(batch["segment_ids"] > 0, as_int32(tokens_BT), 0)
         dtype, companion_PVD = self.config.compute_dtype, self.companion_PVD
         return look_up(dtype, self.embedding_VD, tokens_BT, companion_PVD)
 

@@ -184,10 +184,11 @@ def _check_manual_axes(mesh: AnyMesh, in_dims: tuple[str, ...]) -> None:
             wrong = manual.intersection(axes)
             if wrong and dim in "EF":
                 axis = min(wrong)
+                own = f", give each device its own experts (P({axis!r}))" if dim == "E" else ""
                 raise ValueError(
                     f"dimension {dim} of {dims} is to be split over the mesh axis {axis!r}, which "
                     f"a jax.shard_map around this has made Manual: leave {axis!r} out of its "
-                    "axis_names, or give that axis of your mesh another name"
+                    f"axis_names{own}, or give that axis of your mesh another name"
                 )
 
 

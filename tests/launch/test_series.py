@@ -4,7 +4,14 @@ import math
 
 import numpy as np
 
-from launch.series import Series, block_medians, keep_extremes, read_all_series, read_series
+from launch.series import (
+    Series,
+    block_medians,
+    keep_extremes,
+    mean_series,
+    read_all_series,
+    read_series,
+)
 
 LINES = [{"step": 1, "a": 2, "b": 3.5}, {"step": 2, "a": math.inf}, {"step": 2, "b": 0.0}]
 
@@ -39,3 +46,14 @@ def test_a_line_of_many_values_keeps_its_extremes() -> None:
     assert {7, 70_000} <= set(chosen) and np.isnan(thinned).any()
     short = Series(steps[:9], values[:9])
     assert keep_extremes(short) is short
+
+
+def test_a_mean_has_the_steps_that_all_runs_have():
+    """One run is longer, another one was written twice at a step, and a third has other steps."""
+    long = Series(np.array([1, 2, 4]), np.array([1.0, 2.0, 5.0]))
+    twice = Series(np.array([1, 1, 2]), np.array([3.0, 5.0, 4.0]))
+    steps, values = mean_series([long, twice])
+    np.testing.assert_array_equal(steps, [1, 2])
+    np.testing.assert_array_equal(values, [3.0, 3.0])
+    other = Series(np.array([3]), np.array([7.0]))
+    assert not len(mean_series([long, other]).steps)

@@ -230,10 +230,13 @@ def test_another_config_is_refused_whatever_config_json_says(copy):
 
 
 def test_where_a_run_is_laid_out_is_no_part_of_its_identity(copy):
+    """A run may go on where there is more or less memory."""
     elsewhere = dataclasses.replace(
         CONFIG,
+        model=dataclasses.replace(CONFIG.model, remat="full"),
         mesh=dataclasses.replace(CONFIG.mesh, fsdp=2),
         data=dataclasses.replace(CONFIG.data, directory="/elsewhere"),
+        train=dataclasses.replace(CONFIG.train, gather_once=True),
     )
     assert_same(restore(copy, config=elsewhere), 4)
 
