@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from launch.plan_components import align
 from moe.scaling.flops import run_active_parameters, run_recomputed_flops
 from moe.scaling.hardware import Chip
-from moe.scaling.layouts import Layout, cheapest_fit
+from moe.scaling.layouts import Layout, cheapest_fit, with_gather_once
 from moe.scaling.memory import StepBytes
 from moe.scaling.roofline import estimate
 
@@ -102,8 +102,7 @@ def sent_bytes(layout: Layout) -> float:
 
 def gather_lines(layout: Layout, chip: Chip) -> list[str]:
     """Returns what a step sends and takes if it gathers parameters once, if that helps and fits."""
-    train = dataclasses.replace(layout.config.train, gather_once=True)
-    config = dataclasses.replace(layout.config, train=train)
+    config = with_gather_once(layout.config, value=True)
     once = Layout(config, estimate(config, layout.estimate.mesh, chip))
     fits = once.estimate.memory.total <= chip.memory_bytes
     if not fits or sent_bytes(once) >= sent_bytes(layout):

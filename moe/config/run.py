@@ -199,8 +199,11 @@ class _Fields(ConfigDict):
 # The fields and groups of fields that say where a run is computed, and how it fits there. They are
 # no part of what it is.
 PLACE_FIELDS = (
-    *("mesh", "train.pipeline_rounds", "train.gather_once"),
-    *("model.remat", "data.directory"),
+    "mesh",
+    "model.remat",
+    "train.gather_once",
+    "train.pipeline_rounds",
+    "data.directory",
 )
 
 

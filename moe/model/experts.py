@@ -83,12 +83,13 @@ class MoE(nn.Module):
         # over the tensor axis apart, since the router's is the same on all of its devices.
         routed = self._route(gather_time(x_BTD), tokens, capacities)
         capacity = 0 if capacities is None else int(capacities[length])
-        e = "E" if self._num_given() == c.num_experts else "e"
+        weights = self._weights(d)
+        e = "E" if weights.num_experts == c.num_experts else "e"
         y_BTD, dropped_BT = per_shard(
             functools.partial(run_experts, c, capacity, splits_time=splits_time(length)),
             ("BTD", "BTA", "BTA", f"{e}DF", f"{e}DF", f"{e}FD"),
             ("BtD", "BT"),
-            *(gather_time(x_BTD), routed.experts_BTA, routed.weights_BTA, *self._weights(d)),
+            *(gather_time(x_BTD), routed.experts_BTA, routed.weights_BTA, *weights),
         )
         if c.num_shared_experts:
             width = c.num_shared_experts * c.expert_dim

@@ -52,7 +52,7 @@ def fitting_layouts(config: RunConfig, devices: int, chip: Chip) -> list[Layout]
         if state_bytes(config, mesh).total > chip.memory_bytes:
             continue  # most meshes of a large model end here
         for remat, once in itertools.product(_remats(config), (False, True)):
-            fit = choose(mesh)(_gather_once(config, once), mesh, remat, chip)
+            fit = choose(mesh)(with_gather_once(config, once), mesh, remat, chip)
             # Steps of one microbatch, and meshes that split no parameter, are the same either way.
             if fit and gathers_once(fit, dataclasses.asdict(mesh)) == once:
                 found.append(Layout(fit, estimate(fit, mesh, chip)))
@@ -64,7 +64,7 @@ def fitting_layouts(config: RunConfig, devices: int, chip: Chip) -> list[Layout]
     return sorted(found, key=order)
 
 
-def _gather_once(config: RunConfig, value: bool) -> RunConfig:
+def with_gather_once(config: RunConfig, value: bool) -> RunConfig:
     """Returns a config that gathers parameters once a step, or for each microbatch."""
     train = dataclasses.replace(config.train, gather_once=value)
     return dataclasses.replace(config, train=train)
@@ -125,7 +125,7 @@ def cheapest_fit(config: RunConfig, mesh: MeshConfig, chip: Chip) -> str | None:
     remats = remats[remats.index(own) :] if own in remats else (own,)
     bases, fits = [config], []
     if config.train.gather_once:
-        bases.append(_gather_once(config, value=False))
+        bases.append(with_gather_once(config, value=False))
     for split in _more_fsdp(mesh):
         if not _is_possible(config, split):
             continue
