@@ -208,7 +208,9 @@ def _join(values: flags.FlagValues, prepare: Callable[[], tuple[Any, ...]]) -> t
             print(note, file=sys.stderr)
         return prepare()
     places = _start_log(values, cluster)
-    last_lines = lambda process_id: "\n".join(logs.last_lines(places.path(process_id)))
+
+    def last_lines(process_id: int) -> str:
+        return "\n".join(logs.last_lines_of_ended(lambda: places.path(process_id)))
 
     def prepare_watched() -> tuple[Any, ...]:
         watch.show_last_lines(last_lines)

@@ -55,7 +55,7 @@ from absl import flags
 from launch import command_line
 from launch.child_processes import ending_with_parent, gpu_names, shell_code
 from launch.local_signals import STOP_SIGNALS, Signals, catch_signals, pause
-from launch.logs import LOST, Places, ending, find_places, last_lines
+from launch.logs import LOST, Places, ending, find_places, last_lines_of_ended
 from moe.config import ConfigError
 from moe.exit_codes import (
     BAD_INPUT,
@@ -284,15 +284,11 @@ def _first_output(process: Process) -> list[str]:
 def _show_last_lines(process: Process, find_log: Callable[[], RunPath], begin: float) -> None:
     """Shows the last lines of a process: those before its log was open, and those of its log."""
     lines = _first_output(process)[-20:]
-    # The log of a process that has just ended may still be written. Older lines are of another
-    # start.
-    end = time.monotonic() + LOG_SECONDS
-    while not (logged := last_lines(log := find_log(), since=begin)) and not lines:
-        if time.monotonic() > end:
-            break
-        time.sleep(0.05)
+    # Older lines are of another start. If there are lines from before the log, it may never come.
+    seconds = 0.0 if lines else LOG_SECONDS
+    logged = last_lines_of_ended(find_log, since=begin, seconds=seconds)
     if logged:
-        print(f"its last lines, all of which are in {log}:", file=sys.stderr)
+        print(f"its last lines, all of which are in {find_log()}:", file=sys.stderr)
         lines += logged
     for line in lines:
         print(f"    {line}", file=sys.stderr)

@@ -31,10 +31,14 @@ from launch.local_signals import signal_name
 from launch.log_writer import pass_on, time_text
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from moe.storage.paths import RunPath
 
 _WRITER = Path(__file__).with_name("log_writer.py")
 FINISH_SECONDS = 10.0  # how long a process waits for its writer at its end
+WRITTEN_SECONDS = 2.0  # how long a reader waits for the log of a process that has just ended
+_QUIET_SECONDS = 0.2  # after which a log without a change counts as written
 LOST = "log lost: "  # begins the line of a process whose log has ended before it
 _STARTS = "starts: "  # in the first line of each start
 # These would end the writer with its process, before the last lines are written. SIGUSR1 asks a
@@ -248,6 +252,23 @@ def last_lines(path: "RunPath", count: int = 20, since: float = 0.0) -> list[str
             lines = lines[number + 1 :]
             break
     return [line for line in lines if line >= time_text(since)][-count:]
+
+
+def last_lines_of_ended(
+    find_path: "Callable[[], RunPath]", since: float = 0.0, seconds: float = WRITTEN_SECONDS
+) -> list[str]:
+    """Returns the last lines of a process that has just ended, whose writer may still be writing.
+
+    Returns them once there are some that stay the same for a while, or after `seconds`. The log may
+    move until then.
+    """
+    end, before = time.monotonic() + seconds, []
+    while (lines := last_lines(find_path(), since=since)) != before or not lines:
+        if time.monotonic() > end:
+            break
+        before = lines
+        time.sleep(_QUIET_SECONDS)
+    return lines
 
 
 def _read_end(path: "RunPath", size: int) -> bytes:

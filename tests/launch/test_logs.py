@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from etils import epath
 
 from launch import log_writer
 from launch.log_writer import Lines, Log
-from launch.logs import last_lines, log_directory, log_path
+from launch.logs import last_lines, last_lines_of_ended, log_directory, log_path
 from moe.storage import lines, paths
 from moe.storage.paths import RunPath
 
@@ -218,6 +219,27 @@ def test_a_new_start_appends_and_its_last_lines_are_its_own(tmp_path: Path) -> N
     assert last_lines(log_path(tmp_path, 4)) == []
 
 
+def test_the_lines_of_a_process_that_has_ended_are_waited_for(tmp_path: Path) -> None:
+    path = log_path(tmp_path, 3)
+    numbers = [str(number) for number in range(10)]
+
+    def write() -> None:
+        for number in numbers:
+            time.sleep(0.01)
+            with path.open("a") as file:
+                file.write(f"{log_writer.time_text(time.time())} host 3 | {number}\n")
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    shown = last_lines_of_ended(lambda: path, seconds=60.0)
+    writer.join()
+    assert [line.split(" | ")[1] for line in shown] == numbers
+
+
+def test_lines_that_never_come_are_not_waited_for_any_longer(tmp_path: Path) -> None:
+    assert last_lines_of_ended(lambda: log_path(tmp_path, 3), seconds=0.3) == []
+
+
 OWNED = """
 import os, sys, time
 from pathlib import Path
@@ -287,7 +309,9 @@ def from_first(name, make):
     return path.read_text()
 watch.use_log(logs.show, logs.finish)
 watch.start(process_id, 3, "127.0.0.1", from_first)
-watch.show_last_lines(lambda n: "\\n".join(logs.last_lines(logs.log_path(directory, n))))
+def last_lines(number):
+    return "\\n".join(logs.last_lines_of_ended(lambda: logs.log_path(directory, number)))
+watch.show_last_lines(last_lines)
 print("last line of", process_id)
 (directory / f"ready-{process_id}").touch()
 time.sleep(600)
