@@ -28,7 +28,8 @@ BLOCKS = {
 def run(section: str, **names: object) -> dict:
     """Runs a section's example, and returns the names that it leaves."""
     names = {"jax": jax, "jnp": jnp, "__name__": __name__} | names
-    exec(BLOCKS[section], names)  # word for word what the page says
+    with jax.numpy_rank_promotion("raise"):  # as in a process that imports the model
+        exec(BLOCKS[section], names)  # word for word what the page says
     return names
 
 
