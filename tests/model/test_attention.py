@@ -29,7 +29,9 @@ def watch(patch: pytest.MonkeyPatch, module: Any, name: str) -> list[dict[str, A
 
     @functools.wraps(function)
     def record(*arguments: Any, **keywords: Any) -> Any:
-        options = {key: value for key, value in keywords.items() if key not in BESIDE}
+        options = {
+            key: value for key, value in keywords.items() if key not in BESIDE and value is not None
+        }
         if options not in calls:
             calls.append(options)
         return function(*arguments, **keywords)
