@@ -17,7 +17,7 @@ from tests.kernels.grouped_matmul.cases import check_implementation
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/contributing.md").read_text()
 SECTIONS = re.split(r"^(?=## )", PAGE, flags=re.MULTILINE)
-PATHS = re.compile(r"`((?:moe|kernels|tests|configs)/(?!.*NAME)[\w/.]+)`")
+PATHS = re.compile(r"`((?:moe|kernels|launch|tests|configs)/(?!.*NAME)[\w/.]+)`")
 BLOCKS = {
     re.search(r"^## (.*)$", section, re.MULTILINE)[1]: block
     for section in SECTIONS
