@@ -8,6 +8,7 @@ import numpy as np
 from launch.recorded_evaluations import Evaluation
 from launch.series import Metrics
 from moe.config import RunConfig
+from moe.config.objectives import TaskName
 from moe.data.rows import source_line
 from moe.scaling.flops import (
     embedding_parameters,
@@ -50,7 +51,7 @@ class _Kind(NamedTuple):
 
 
 # The kinds of models by the task that trains them.
-_KINDS = {
+_KINDS: dict[TaskName, _Kind] = {
     "language_modelling": _Kind(
         "A decoder-only Transformer language model", "causal", "It continues text."
     ),

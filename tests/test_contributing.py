@@ -17,7 +17,7 @@ from tests.kernels.grouped_matmul.cases import check_implementation
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/contributing.md").read_text()
 SECTIONS = re.split(r"^(?=## )", PAGE, flags=re.MULTILINE)
-PATHS = re.compile(r"`((?:moe|kernels|tests|configs)/(?!.*NAME)[\w/.]+)`")
+PATHS = re.compile(r"`((?:moe|kernels|launch|tests|configs)/(?!.*NAME)[\w/.]+)`")
 BLOCKS = {
     re.search(r"^## (.*)$", section, re.MULTILINE)[1]: block
     for section in SECTIONS
@@ -28,7 +28,8 @@ BLOCKS = {
 def run(section: str, **names: object) -> dict:
     """Runs a section's example, and returns the names that it leaves."""
     names = {"jax": jax, "jnp": jnp, "__name__": __name__} | names
-    exec(BLOCKS[section], names)  # word for word what the page says
+    with jax.numpy_rank_promotion("raise"):  # as in a process that imports the model
+        exec(BLOCKS[section], names)  # word for word what the page says
     return names
 
 

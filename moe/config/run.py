@@ -18,6 +18,7 @@ from moe.config.checks import (
     check_types,
     field_types,
     show,
+    without_none,
     without_numpy,
 )
 from moe.config.data import BYTE_VOCABULARY, DataConfig
@@ -168,17 +169,24 @@ class RunConfig:
     @classmethod
     def config_dict(cls) -> ConfigDict:
         """Returns every field with its default, as the ConfigDict that a config file changes."""
-        config = _Fields.from_dict(cls().to_dict())
-        model: Any = config.model
-        optimizer: Any = config.optimizer
-        # These fields are None, but a flag may set them.
-        model.moe.normalize_weights = placeholder(bool)
-        optimizer.warmup_steps = placeholder(int)
-        return config
+        return _Fields.from_dict(_with_placeholders(cls, cls().to_dict()))
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the config as nested dicts, as config.json holds it."""
         return _as_dict(self)
+
+
+def _with_placeholders(config_class: type, values: dict[str, Any]) -> dict[str, Any]:
+    """Returns a config's values as nested dicts, in which a flag may set also what is None."""
+    types = field_types(config_class)
+    found = {}
+    for name, value in values.items():
+        if dataclasses.is_dataclass(types[name]):
+            value = _with_placeholders(types[name], value)
+        elif value is None:
+            value = placeholder(without_none(types[name]))
+        found[name] = value
+    return found
 
 
 class _Fields(ConfigDict):

@@ -318,13 +318,23 @@ def _auto_sizes(mesh: AnyMesh) -> dict[str, int]:
 def shardings(tree: Any, mesh: Mesh) -> Any:
     """Returns a NamedSharding for each array of a tree of shapes.
 
-    A Declared array is split by its dimensions. Any other is copied to every device.
+    A Declared array is split by its dimensions. Any other is copied to every device. An optimizer
+    that leaves a parameter to another one has a node without arrays in its declaration. Raises
+    ValueError for an array that lacks a dimension of its parameter, as a factored moment does.
     """
 
-    def sharding(leaf: Any) -> NamedSharding:
-        if is_declared(leaf):
-            return NamedSharding(mesh, spec(leaf.dims, leaf.value.shape, mesh))
-        return NamedSharding(mesh, PartitionSpec())
+    def sharding(leaf: Any) -> Any:
+        if not is_declared(leaf):
+            return NamedSharding(mesh, PartitionSpec())
+        return jax.tree.map(functools.partial(split, leaf.dims), leaf.value)
+
+    def split(dims: str, x: Any) -> NamedSharding:
+        if len(x.shape) != len(dims):
+            raise ValueError(
+                f"an array of shape {x.shape} stands for a parameter of dimensions {dims}: "
+                "take an optimizer whose state has the shapes of the parameters"
+            )
+        return NamedSharding(mesh, spec(dims, x.shape, mesh))
 
     return jax.tree.map(sharding, tree, is_leaf=is_declared)
 

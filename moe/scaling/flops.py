@@ -91,7 +91,7 @@ def run_counts(config: RunConfig) -> list[Count]:
                 dataclasses.replace(count, forward_flops=count.forward_flops * targets / length)
                 for count in counts
             ]
-        case _:
+        case "language_modelling" | "fill_in_the_middle" | "custom":
             return component_counts(model, length)
 
 

@@ -136,11 +136,27 @@ def test_messages_have_one_line_where_a_config_dict_prints_many() -> None:
         RunConfig.from_config_dict(misplaced)
 
 
+@pytest.mark.parametrize(
+    ("section", "name"), [(section, name) for section, name, default in FIELDS if default is None]
+)
+def test_a_field_that_is_none_has_its_type_in_a_config_dict(section: str, name: str) -> None:
+    """So a flag can set it, and refuses what is of another type."""
+    group: Any = RunConfig.config_dict()
+    for part in section.split("__"):
+        group = group[part]
+    reference = group.get_ref(name)
+    assert reference.get() is None and reference.get_type() in (bool, int, float, str)
+    with pytest.raises(TypeError):
+        group[name] = ["a"]
+
+
 @pytest.mark.parametrize(("section", "name", "default"), FIELDS)
 def test_every_field_refuses_a_wrong_type(section: str, name: str, default: Any) -> None:
     for wrong in (
-        ("a", 1.5)
-        if default is None or isinstance(default, tuple)
+        ("a", [1])
+        if default is None
+        else ("a", 1.5)
+        if isinstance(default, tuple)
         else ([1], None, 1 if isinstance(default, bool | str) else True)
     ):
         text = message(**{f"{section}__{name}": wrong})

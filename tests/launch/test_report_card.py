@@ -26,6 +26,7 @@ from moe.scaling.flops import training_flops_per_token
 from moe.workdir.identity import read_about
 from moe.workdir.tracking import read_metrics
 from tests.launch.report_runs import make_run
+from tests.tiny import OTHER_TASKS
 
 LINE = {"train/loss": 2.5, "train/skipped_steps": 0, "train/tokens_per_second": 8192.0}
 VALIDATION = {"validation/loss": 2.25, "validation/bits_per_byte": 3.25}
@@ -128,6 +129,10 @@ def test_a_card_that_a_person_wrote_alone_is_not_overwritten(tmp_path: Path) -> 
     (workdir / CARD_FILE).write_text("# My model\n")
     with pytest.raises(ConfigError, match="move the file away"):
         write_card(workdir)
+
+
+def test_a_card_describes_every_task() -> None:
+    assert report_card_sections._KINDS.keys() == {"language_modelling", *OTHER_TASKS}
 
 
 def test_a_custom_task_has_no_card(tmp_path: Path) -> None:

@@ -4,15 +4,17 @@ import dataclasses
 import functools
 import math
 from fractions import Fraction
+from typing import get_args, get_type_hints
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe.config import ConfigError, MoEConfig
+from moe.config import ConfigError, ModelConfig, MoEConfig
 from moe.model import routing as routing_module
 from moe.model.routing import capacity_table, jitter, update_bias
+from moe.scaling.flops import component_counts
 
 # Compiled one by one, the operations of a call take ten times as long as the whole call.
 route = jax.jit(routing_module.route, static_argnames="config")
@@ -28,6 +30,25 @@ TOP2 = MoEConfig(num_experts=3, experts_per_token=2, normalize_weights=False)
 
 def close(actual, expected):
     np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=1e-7)
+
+
+# A field that gives tokens other numbers of experts has a case here.
+@pytest.mark.parametrize(
+    "change",
+    [{"router": router} for router in get_args(get_type_hints(MoEConfig)["router"])],
+    ids=str,
+)
+def test_a_token_has_as_many_experts_as_are_counted(change):
+    """FLOPs, active parameters and what follows from them are counted from the config."""
+    config = MoEConfig(num_experts=8, capacity_factor=0.75, dispatch="capacity", **change)
+    ids = np.arange(32).reshape(2, 16)
+    logits = np.random.default_rng(0).normal(size=(2, 16, 8)).astype(np.float32)
+    if config.router == "hash":
+        logits = hash_logits(jnp.asarray(ids), config)
+    stats = route(logits, config).stats
+    counts = component_counts(ModelConfig(moe=config), sequence_length=16)
+    experts = next(count for count in counts if count.name == "experts")
+    assert jnp.sum(stats.load) / stats.tokens == 8 * experts.active_parameters / experts.parameters
 
 
 def test_top_1_as_in_switch():

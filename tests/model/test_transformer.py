@@ -29,6 +29,10 @@ SMALL = ModelConfig(
 )
 
 
+# A variant of attention has a config here.
+VARIANTS = pytest.mark.parametrize("config", [SMALL], ids=["plain"])
+
+
 @functools.cache
 def init(config=SMALL, seed=0):
     init = jax.jit(
@@ -68,27 +72,29 @@ def test_equals_a_plain_transformer():
         )
 
 
-def test_no_position_sees_a_later_one():
-    variables, rows = init(), tokens(batch=1)
+@VARIANTS
+def test_no_position_sees_a_later_one(config):
+    variables, rows = init(config), tokens(batch=1)
     changed = rows.at[0, 5].set((rows[0, 5] + 1) % 16)
-    before, after = (logits(SMALL, variables, {"tokens": x})[0] for x in (rows, changed))
+    before, after = (logits(config, variables, {"tokens": x})[0] for x in (rows, changed))
     np.testing.assert_array_equal(before[:5], after[:5])
     assert np.all(np.any(before[5:] != after[5:], axis=-1))
 
 
-def test_packed_documents_do_not_see_each_other():
-    variables, rows = init(), tokens(batch=1, length=9)
+@VARIANTS
+def test_packed_documents_do_not_see_each_other(config):
+    variables, rows = init(config), tokens(batch=1, length=9)
     packed = {
         "tokens": rows,
         "segment_ids": jnp.array([[1, 1, 1, 1, 2, 2, 2, 0, 0]]),
         "positions": jnp.array([[0, 1, 2, 3, 0, 1, 2, 0, 1]]),
     }
-    together = logits(SMALL, variables, packed)[0]
+    together = logits(config, variables, packed)[0]
     np.testing.assert_allclose(
-        together[:4], logits(SMALL, variables, {"tokens": rows[:, :4]})[0], atol=1e-5
+        together[:4], logits(config, variables, {"tokens": rows[:, :4]})[0], atol=1e-5
     )
     np.testing.assert_allclose(
-        together[4:7], logits(SMALL, variables, {"tokens": rows[:, 4:7]})[0], atol=1e-5
+        together[4:7], logits(config, variables, {"tokens": rows[:, 4:7]})[0], atol=1e-5
     )
 
 
@@ -107,10 +113,11 @@ def loss_and_gradient(config, variables, rows):
         {"remat": "full", "scan_layers": False},
     ],
 )
-def test_layouts_give_the_same_loss_and_gradients(change):
-    variables, rows = init(), tokens()
-    value, gradient = loss_and_gradient(SMALL, variables, rows)
-    changed = dataclasses.replace(SMALL, **change)
+@VARIANTS
+def test_layouts_give_the_same_loss_and_gradients(config, change):
+    variables, rows = init(config), tokens()
+    value, gradient = loss_and_gradient(config, variables, rows)
+    changed = dataclasses.replace(config, **change)
     other, other_gradient = loss_and_gradient(changed, variables, rows)
     np.testing.assert_allclose(value, other, rtol=1e-5)
     jax.tree.map(
@@ -146,8 +153,9 @@ def test_full_remat_keeps_less():
     assert temporary_bytes(dataclasses.replace(config, remat="full")) < temporary_bytes(config) / 2
 
 
-def test_the_cache_changes_nothing():
-    model, variables, rows = Transformer(SMALL), init(), tokens(batch=2, length=9)
+@VARIANTS
+def test_the_cache_changes_nothing(config):
+    model, variables, rows = Transformer(config), init(config), tokens(batch=2, length=9)
     apply = jax.jit(model.apply)
     expected = apply(variables, {"tokens": rows}).hidden
     # The first row's prompt has 5 tokens, the second's 3 and two of padding, which later tokens

@@ -1,6 +1,7 @@
 """The RULES table, and the hosts' parts of a batch."""
 
 import dataclasses
+import functools
 import importlib
 import itertools
 import re
@@ -9,6 +10,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -25,6 +27,7 @@ from moe.parallel.mesh import (
     per_shard,
     spec,
 )
+from moe.parameters import Declared, unbox
 
 ROOT = Path(__file__).parents[2]
 DIMS = {"tokens": "BT", "loss_mask": "BT"}
@@ -246,6 +249,37 @@ def test_a_global_batch_holds_the_hosts_rows(sizes):
     np.testing.assert_array_equal(host_rows(mesh, 16), np.arange(16))
     jax.tree.map(np.testing.assert_array_equal, batch, rows)
     assert batch["tokens"].sharding.spec == spec("BT", (16, 4), mesh)
+
+
+def optimizer_shardings(optimizer):
+    """Returns the state of an optimizer of a matrix and a scale, and how a mesh splits it."""
+    struct = jax.ShapeDtypeStruct
+    declared = {
+        "w": Declared(struct((8, 16), "float32"), dims="DF", kind="linear", fan_in=8),
+        "scale": Declared(struct((8,), "float32"), dims="D", kind="norm", fan_in=1),
+    }
+    state = jax.eval_shape(optimizer.init, declared)
+    return unbox(state), mesh_module.shardings(state, make_mesh(data=2, fsdp=2, tensor=2))
+
+
+def test_the_state_of_an_optimizer_that_leaves_parameters_out_is_split():
+    """Optax puts a node without arrays in the place of what a part of an optimizer leaves out."""
+    names = functools.partial(jax.tree.map, lambda x: "momentum" if x.ndim == 2 else "adam")
+    parts = {"momentum": optax.trace(0.9), "adam": optax.scale_by_adam()}
+    state, found = optimizer_shardings(optax.partition(parts, names))
+    assert jax.tree.structure(state) == jax.tree.structure(found)
+    assert [leaf.spec for leaf in jax.tree.leaves(found)] == [
+        P(),  # the number of Adam's updates
+        P(("fsdp", "expert")),
+        P(("fsdp", "expert")),
+        P(("fsdp", "expert"), ("tensor",)),
+    ]
+
+
+def test_an_optimizer_whose_state_has_other_shapes_is_refused():
+    factored = optax.scale_by_factored_rms(min_dim_size_to_factor=8)
+    with pytest.raises(ValueError, match=r"^an array of shape \(8,\) stands for a parameter"):
+        optimizer_shardings(optax.masked(factored, {"w": True, "scale": False}))
 
 
 def test_only_time_is_split_over_context():

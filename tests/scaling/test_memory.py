@@ -17,6 +17,7 @@ from moe.config import (
 )
 from moe.scaling.memory import StateBytes, state_bytes
 from moe.training.train_step import make_program
+from tests.tiny import OTHER_TASKS
 
 DENSE = ModelConfig(
     vocab_size=512,
@@ -107,7 +108,7 @@ def test_bytes_of_a_pipeline_equal_those_of_its_stages():
     check_bytes(dataclasses.replace(config, mesh=mesh, train=train))
 
 
-@pytest.mark.parametrize("task", ["masked_tokens", "span_corruption", "fill_in_the_middle"])
+@pytest.mark.parametrize("task", OTHER_TASKS)
 def test_bytes_of_a_run_equal_those_of_its_tasks_model(task):
     config = run_config(MODELS["sparse"], MeshConfig(data=1, fsdp=2, expert=2, tensor=2))
     check_bytes(dataclasses.replace(config, task=task))
