@@ -8,10 +8,10 @@ Hardware: 64 H200 (8 hosts), or TPU v5p:4x4x4. Parameters are split over the 8 G
 Time, result: not measured. The paper's 5.1T tokens need 4.0e22 FLOPs: 18 days at 40 % of 64 H100s'
           peak.
 
-Unlike OLMoE, the model has no norm on queries and keys (65,536 parameters), and the load is
-balanced over a microbatch on all devices rather than on each device. So far text is read as bytes.
-The vocabulary has the published size all the same, so a step costs as much as with the published
-vocabulary.
+Unlike OLMoE, the model has no norm of queries and keys: OLMoE's is over all heads together (65,536
+parameters). The load is balanced over a microbatch on all devices rather than on each device. So
+far text is read as bytes. The vocabulary has the published size all the same, so a step costs as
+much as with the published vocabulary.
 """
 
 from ml_collections import ConfigDict

@@ -10,11 +10,10 @@ Hardware: 64 H200 (8 hosts), or TPU v5p:4x4x4. Each of a host's 8 GPUs, or of 8 
 Time, result: not measured. 1.05T tokens need 2.4e22 FLOPs: 11 days at 40 % of 64 H100s' peak.
 
 The load is balanced over a microbatch on all devices, the global batch of Qiu et al. 2025, with the
-weight of the published config. Unlike Qwen3, the model has no norm on queries and keys (12,288
-parameters). The paper does not give batch size and learning rate; usual ones stand here. A device
-has room for twice its mean load, and rows beyond that are dropped. So far text is read as bytes.
-The vocabulary has the published size all the same, so a step costs as much as with the published
-vocabulary.
+weight of the published config. The paper does not give batch size and learning rate; usual ones
+stand here. A device has room for twice its mean load, and rows beyond that are dropped. So far text
+is read as bytes. The vocabulary has the published size all the same, so a step costs as much as
+with the published vocabulary.
 """
 
 from ml_collections import ConfigDict
@@ -25,7 +24,7 @@ from moe.config import RunConfig
 def get_config() -> ConfigDict:
     config = RunConfig.config_dict()
     config.model.update(num_layers=48, model_dim=2048, num_heads=32, num_kv_heads=4, head_dim=128)
-    config.model.update(vocab_size=151_936, rope_base=1e6, remat="full")
+    config.model.update(vocab_size=151_936, rope_base=1e6, qk_norm=True, remat="full")
     config.model.moe.update(
         num_experts=128, experts_per_token=8, expert_dim=768, normalize_weights=True
     )

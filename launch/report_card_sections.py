@@ -102,7 +102,8 @@ def _architecture(config: RunConfig) -> Iterator[tuple[str, str]]:
     yield "width", f"{model.model_dim}"
     groups = f"{model.num_heads} query heads and {model.num_kv_heads} key/value heads"
     attention = _KINDS[config.task].attention
-    yield "attention", f"{attention}, {groups} of width {model.head_dim}, rotary positions"
+    norms = ", norms of queries and keys (QK-norm)" if model.qk_norm else ""
+    yield "attention", f"{attention}, {groups} of width {model.head_dim}, rotary positions{norms}"
     dense = model.num_layers - len(model.sparse_layers)
     if dense:
         yield "feed-forward", f"SwiGLU of width {model.feed_forward_dim}, in {dense} layers"

@@ -71,6 +71,8 @@ def check_counterpart(config: RunConfig) -> None:
         _refuse("model.compute_dtype", config.model.compute_dtype, "float32")
     if config.model.remat != "none":
         _refuse("model.remat", config.model.remat, "none")
+    if config.model.qk_norm:
+        _refuse("model.qk_norm", True, False)  # Llama and Mixtral have none
     sparse, default = config.model.moe, MoEConfig()
     if not sparse.num_experts:
         return

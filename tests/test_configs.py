@@ -158,14 +158,14 @@ def test_the_default_config_of_make_train_exists():
     assert default[1] in NAMES
 
 
-# The parameters of published checkpoints, by the sizes in their safetensors index. Norms on queries
-# and keys are subtracted, since this model has none.
+# The parameters of published checkpoints, by the sizes in their safetensors index. OLMoE's norms on
+# queries and keys are subtracted, since these are over all heads together.
 TOTALS = {
     "dense_1b": 1_235_814_400,
     "dense_7b": 6_738_415_616,
     "moe_1b_7b": 6_919_161_856 - 16 * 2 * 2048,
     "moe_8x7b": 46_702_792_704,
-    "moe_30b_a3b": 30_532_122_624 - 48 * 2 * 128,
+    "moe_30b_a3b": 30_532_122_624,
 }
 
 

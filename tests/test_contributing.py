@@ -55,10 +55,14 @@ def test_the_functions_that_a_section_names_are_in_its_files() -> None:
 
 
 def test_an_attention_variant() -> None:
-    # The root mean squares of the heads are 5 / sqrt(2) and 10 / sqrt(2).
-    query_BTNH = jnp.array([[[[3.0, 4.0], [-6.0, 8.0]]]])
-    names = run("Add an attention variant", query_BTNH=query_BTNH, scale_H=jnp.array([1.0, 10.0]))
-    expected = np.sqrt(2) * np.array([[[[0.6, 8.0], [-0.6, 8.0]]]])
+    # The token at position 7 sees 8 keys: log 8 is 3 log 2. The one at position 0 sees itself.
+    names = run(
+        "Add an attention variant",
+        query_BTNH=jnp.array([[[[5.0], [7.0]], [[1.0], [-2.0]]]]),
+        positions_BT=jnp.array([[0, 7]]),
+        scale_N=jnp.array([1.0, 10.0]),
+    )
+    expected = 3 * np.log(2) * np.array([[[[0.0], [0.0]], [[1.0], [-20.0]]]])
     np.testing.assert_allclose(names["query_BTNH"], expected, rtol=1e-6)
 
 

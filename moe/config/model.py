@@ -56,6 +56,9 @@ class ModelConfig:
     head_dim: int = 64  # the width of one head
     rope_base: float = 10_000.0  # the base of the frequencies of rotary positions
     norm_epsilon: float = 1e-6  # the number that RMSNorm adds to the mean square before the root
+    # True gives each head of a query and of a key a norm of its own before the rotation (QK-norm),
+    # so that the scores of attention cannot grow with these.
+    qk_norm: bool = False
     tied_embeddings: bool = False  # True computes the logits with the embedding's own matrix
     # The type of activations. Parameters, norms, softmax and losses are float32 in any case.
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"

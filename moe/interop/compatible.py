@@ -16,6 +16,7 @@ SHARED_FIELDS = (
     "head_dim",
     "rope_base",
     "norm_epsilon",
+    "qk_norm",
     "tied_embeddings",
 )
 

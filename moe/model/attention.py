@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Collection, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import einops
 import flax.linen as nn
@@ -16,7 +16,7 @@ from moe.kernels import grouped_matmul
 from moe.kernels.attention import Choice, choose, decode_attention, flash_attention, why_not
 from moe.kernels.grouped_matmul import Shapes
 from moe.model.cache import Cache, MemoryCache, fill_memory_cache, update_cache
-from moe.model.layers import einsum, rotate
+from moe.model.layers import RMSNorm, einsum, rotate
 from moe.model.tokens import TokenInfo
 from moe.parallel.context import ring_attention, ulysses_attention
 from moe.parallel.mesh import axis_size, chip, constrain, on_auto_axes, per_shard
@@ -46,6 +46,19 @@ def declare_weights(
             module, "output", "NHD", (n, h, d), kind="linear", fan_in=n * h, scale=output_scale
         ),
     )
+
+
+def norm_heads(config: ModelConfig, name: Literal["query", "key"], x_BTNH: jax.Array) -> jax.Array:
+    """Returns queries or keys with a root mean square of 1 in each head, times a learned scale.
+
+    This is QK-norm (Henry et al. 2020) with the norm of Qwen3 (Yang et al. 2025, section 2). All
+    heads share the scale, which becomes a parameter of the module that is called. Without
+    `config.qk_norm` it returns `x` as it is.
+    """
+    if not config.qk_norm:
+        return x_BTNH
+    dims = "BTNH" if name == "query" else "BTKH"
+    return RMSNorm(config.norm_epsilon, dims, name=f"{name}_norm")(x_BTNH)
 
 
 class Attention(nn.Module):
@@ -81,8 +94,8 @@ class Attention(nn.Module):
         query_BTNH = constrain(einsum("BTD,DNH->BTNH", x_BTD, weights.query_DNH), "BTNH")
         key_BTKH = constrain(einsum("BTD,DKH->BTKH", x_BTD, weights.key_DKH), "BTKH")
         value_BTKH = constrain(einsum("BTD,DKH->BTKH", x_BTD, weights.value_DKH), "BTKH")
-        query_BTNH = rotate(query_BTNH, *rotary)
-        key_BTKH = rotate(key_BTKH, *rotary)
+        query_BTNH = rotate(norm_heads(self.config, "query", query_BTNH), *rotary)
+        key_BTKH = rotate(norm_heads(self.config, "key", key_BTKH), *rotary)
         if cache is not None:
             cache = update_cache(cache, layer, key_BTKH, value_BTKH, positions_BT)
         if cache is None or tokens.from_start:
@@ -125,6 +138,7 @@ class CrossAttention(nn.Module):
         weights = declare_weights(self, self.config, self.output_scale)
         x_BTD = gather_time(x_BTD)
         query_BTNH = constrain(einsum("BTD,DNH->BTNH", x_BTD, weights.query_DNH), "BTNH")
+        query_BTNH = norm_heads(self.config, "query", query_BTNH)
         memory, segment_ids_BT = tokens.memory, tokens.segment_ids_BT
         if memory is not None and segment_ids_BT is not None:
             memory_BSD = gather_time(memory.hidden_BSD)
@@ -134,6 +148,7 @@ class CrossAttention(nn.Module):
                 constrain(einsum("BSD,DKH->BSKH", memory_BSD, w_DKH), "BTKH")
                 for w_DKH in (weights.key_DKH, weights.value_DKH)
             )
+            key_BSKH = norm_heads(self.config, "key", key_BSKH)
             ids_BS = memory.segment_ids_BS
             if cache is not None:
                 cache = fill_memory_cache(cache, layer, key_BSKH, value_BSKH, ids_BS)

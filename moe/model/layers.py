@@ -199,50 +199,54 @@ def check_static(name: str, shape: tuple[int, ...]) -> None:
 class RMSNorm(nn.Module):
     """Divides by the root mean square (Zhang & Sennrich 2019, eq. 4) and multiplies by a scale.
 
-    It computes in float32 and returns the dtype of its input.
+    The mean is over the last dimension, and the scale has its size. It computes in float32 and
+    returns the dtype of its input.
     """
 
     epsilon: float
+    dims: str = "BtD"  # of the input, by the legend
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        scale_D = parameter(self, "scale", "D", (x_BTD.shape[-1],), kind="norm", fan_in=1)
-        return rms_norm(self.epsilon, x_BTD, scale_D)
+    def __call__(self, x: jax.Array) -> jax.Array:
+        last, size = self.dims[-1], x.shape[-1]
+        scale = parameter(self, "scale", last, (size,), kind="norm", fan_in=1)
+        return rms_norm(self.epsilon, self.dims, x, scale)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def rms_norm(epsilon: float, x_BTD: jax.Array, scale_D: jax.Array) -> jax.Array:
-    """Returns x / sqrt(mean(x²) + epsilon) * scale, and keeps no float32 activations [B, T, D].
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def rms_norm(epsilon: float, dims: str, x: jax.Array, scale: jax.Array) -> jax.Array:
+    """Returns x / sqrt(mean(x²) + epsilon) * scale, and keeps no float32 array of the size of x.
 
-    It can only be differentiated in reverse mode.
+    `dims` are the dimensions of x, of which the last is averaged over. It can only be
+    differentiated in reverse mode.
     """
-    return _rms_norm_forward(epsilon, x_BTD, scale_D)[0]
+    return _rms_norm_forward(epsilon, dims, x, scale)[0]
 
 
 def _rms_norm_forward(
-    epsilon: float, x_BTD: jax.Array, scale_D: jax.Array
+    epsilon: float, dims: str, x: jax.Array, scale: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
-    x = x_BTD.astype(jnp.float32)
-    inverse_BT1 = jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + epsilon)
+    x_float32 = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(x_float32 * x_float32, axis=-1, keepdims=True) + epsilon)
+    y = x_float32 * inverse * jnp.expand_dims(scale, range(x.ndim - 1))
     # Laid out here, the result is gathered after it has been rounded, not before.
-    y_BTD = constrain((x * inverse_BT1 * scale_D[None, None]).astype(x_BTD.dtype), "BtD")
-    return y_BTD, (x_BTD, inverse_BT1, scale_D)
+    return constrain(y.astype(x.dtype), dims), (x, inverse, scale)
 
 
 def _rms_norm_backward(
-    epsilon: float, residuals: tuple[jax.Array, jax.Array, jax.Array], grad_BTD: jax.Array
+    epsilon: float, dims: str, residuals: tuple[jax.Array, jax.Array, jax.Array], grad_y: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    x_BTD, inverse_BT1, scale_D = residuals
-    grad = constrain(grad_BTD, "BtD").astype(jnp.float32)
-    normed = x_BTD.astype(jnp.float32) * inverse_BT1
-    grad_scale_D = jnp.sum(grad * normed, axis=(0, 1)).astype(scale_D.dtype)
+    x, inverse, scale = residuals
+    grad = constrain(grad_y, dims).astype(jnp.float32)
+    normed = x.astype(jnp.float32) * inverse
+    grad_scale = jnp.sum(grad * normed, axis=range(x.ndim - 1)).astype(scale.dtype)
     # In a caller's shard_map each device has summed over its own tokens.
-    varying, allowed = (jax.typeof(x).manual_axis_type.varying for x in (grad_scale_D, scale_D))
+    varying, allowed = (jax.typeof(array).manual_axis_type.varying for array in (grad_scale, scale))
     if varying := varying - allowed:
-        grad_scale_D = jax.lax.psum(grad_scale_D, tuple(sorted(varying)))
-    grad = grad * scale_D[None, None]
-    grad_x = inverse_BT1 * (grad - normed * jnp.mean(grad * normed, axis=-1, keepdims=True))
-    return grad_x.astype(x_BTD.dtype), grad_scale_D
+        grad_scale = jax.lax.psum(grad_scale, tuple(sorted(varying)))
+    grad = grad * jnp.expand_dims(scale, range(x.ndim - 1))
+    grad_x = inverse * (grad - normed * jnp.mean(grad * normed, axis=-1, keepdims=True))
+    return grad_x.astype(x.dtype), grad_scale
 
 
 rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)

@@ -144,7 +144,7 @@ def _saved(config: RunConfig, sizes: Mapping[str, int], passes: Passes, platform
         if model.remat == "save_exchange":
             saved += passes.sparse_layers * _exchanged(config, sizes, tokens, platform)
         return saved
-    saved = passes.layers * tokens * _attention_residuals(widths, item)
+    saved = passes.layers * tokens * _attention_residuals(model, widths)
     saved += (passes.layers - passes.sparse_layers) * _dense_residuals(model, sizes, tokens)
     if passes.sparse_layers:
         saved += passes.sparse_layers * _sparse_residuals(config, sizes, tokens)
@@ -176,14 +176,19 @@ def _widths(config: RunConfig, sizes: Mapping[str, int]) -> Widths:
     )
 
 
-def _attention_residuals(widths: Widths, item: int) -> int:
+def _attention_residuals(model: ModelConfig, widths: Widths) -> int:
     """Returns the bytes of a token that the backward pass of attention and norms reads.
 
     Each norm saves its input, one float32 number, and its result. Attention saves queries, keys,
     values, the log-sum-exp, and the output twice: for itself and for the matmul that follows. (In
-    bfloat16 compilers merge these two, but then it saves what was rounded off.)
+    bfloat16 compilers merge these two, but then it saves what was rounded off.) The norms of
+    queries and keys save their inputs and a number for each head as well.
     """
+    item = ITEM[model.compute_dtype]
     norms = NORMS * (item * (widths.own_stream + widths.stream) + FLOAT32)
+    if model.qk_norm:
+        heads_of_both = (widths.queries + widths.keys) // model.head_dim
+        norms += item * (widths.queries + widths.keys) + FLOAT32 * heads_of_both
     heads = 3 * widths.queries + 2 * widths.keys
     return norms + item * heads + FLOAT32 * widths.heads
 
@@ -238,7 +243,7 @@ def _layer(config: RunConfig, sizes: Mapping[str, int], passes: Passes, platform
     """
     model, tokens = config.model, passes.tokens
     item, widths = ITEM[model.compute_dtype], _widths(config, sizes)
-    heads = 2 * (widths.queries + widths.keys)
+    heads = (3 if model.qk_norm else 2) * (widths.queries + widths.keys)
     recomputes = model.remat != "none"
     streams = GRADIENT_STREAMS + (MADE_STREAMS if recomputes else 0)
     splits_time = widths.own_stream < widths.stream

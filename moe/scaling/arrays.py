@@ -87,12 +87,15 @@ def _repeat(repeats: int, name: str, arrays: list[tuple[str, tuple[int, ...]]]) 
 
 
 def _mixing(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yields the four weights of an attention part."""
+    """Yields the four weights of an attention part, and its norms."""
     d, h = config.model_dim, config.head_dim
     yield "DNH", (d, config.num_heads, h)
     yield "DKH", (d, config.num_kv_heads, h)
     yield "DKH", (d, config.num_kv_heads, h)
     yield "NHD", (config.num_heads, h, d)
+    if config.qk_norm:
+        yield "H", (h,)
+        yield "H", (h,)
 
 
 def _feed_forward(d: int, f: int) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -225,7 +225,8 @@ def _stack_counts(config: ModelConfig, sequence_length: int, mask: Mask) -> list
         ),
         _mixing("attention scores and sums", config, keys),
         *_feed_forward_counts(config, sequence_length),
-        _norms("norms", config, 2 * layers + 1),
+        _norms("norms", d, 2 * layers + 1),
+        *_head_norms("query and key norms", config),
     ]
 
 
@@ -246,7 +247,8 @@ def _cross_attention_counts(
             keys_and_values, forward_flops=encoder_tokens * keys_and_values.forward_flops
         ),
         _mixing("cross-attention scores and sums", config, encoder_length),
-        _norms("cross-attention norms", config, layers),
+        _norms("cross-attention norms", d, layers),
+        *_head_norms("cross-attention query and key norms", config),
     ]
 
 
@@ -260,10 +262,14 @@ def _mixing(name: str, config: ModelConfig, keys: float) -> Count:
     return Count(name, f"{n} heads of {h}", layers, 0, 0, layers * 4 * n * h * keys)
 
 
-def _norms(name: str, config: ModelConfig, repeats: int) -> Count:
+def _norms(name: str, width: int, repeats: int) -> Count:
     """Returns the count of so many scales of norms."""
-    d = config.model_dim
-    return Count(name, f"{d}", repeats, repeats * d, repeats * d, 0.0)
+    return Count(name, f"{width}", repeats, repeats * width, repeats * width, 0.0)
+
+
+def _head_norms(name: str, config: ModelConfig) -> list[Count]:
+    """Returns the count of the norms of queries and keys, if a model has them."""
+    return [_norms(name, config.head_dim, 2 * config.num_layers)] if config.qk_norm else []
 
 
 def _feed_forward_counts(config: ModelConfig, sequence_length: int) -> list[Count]:

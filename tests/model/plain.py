@@ -20,6 +20,16 @@ def float64(tree: Tree) -> Tree:
     return jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
 
 
+def draw_scales(tree: Tree) -> Tree:
+    """Draws the norms' scales, which start as ones: where one is left out, that would not show."""
+    rng = np.random.default_rng(0)
+
+    def draw(path: tuple, leaf: jax.Array) -> jax.Array:
+        return leaf * rng.uniform(0.5, 1.5, leaf.shape) if path[-1].key == "scale" else leaf
+
+    return jax.tree_util.tree_map_with_path(draw, tree)
+
+
 def norm(config: ModelConfig, x: np.ndarray, params: Tree) -> np.ndarray:
     mean_square = np.mean(x * x, -1, keepdims=True)
     return x / np.sqrt(mean_square + config.norm_epsilon) * params["scale"]
@@ -44,6 +54,9 @@ def attention(
     """Attention of `x` to `memory`, with rotary positions if these are given."""
     query = np.einsum("td,dnh->tnh", x, params["query"])
     key, value = (np.einsum("sd,dkh->skh", memory, params[name]) for name in ("key", "value"))
+    if config.qk_norm:
+        query = norm(config, query, params["query_norm"])
+        key = norm(config, key, params["key_norm"])
     if positions is not None:
         query, key = rotate(config, query, positions), rotate(config, key, positions)
     mixed = np.zeros_like(query)

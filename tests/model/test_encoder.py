@@ -24,6 +24,7 @@ SMALL = ModelConfig(
     num_heads=4,
     num_kv_heads=2,
     head_dim=4,
+    qk_norm=True,
     compute_dtype="float32",
 )
 EXPERT_CHOICE = MoEConfig(
@@ -66,7 +67,8 @@ def batch_of(model, rows=2):
 @functools.cache
 def variables(model):
     example = jax.tree.map(lambda x: x[:1, :1], batch_of(model))
-    return jax.jit(lambda key: unbox(model.init(key, example)))(jax.random.key(0))
+    drawn = jax.jit(lambda key: unbox(model.init(key, example)))(jax.random.key(0))
+    return plain.draw_scales(drawn)
 
 
 def loss(model, variables, batch):

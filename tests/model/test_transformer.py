@@ -25,6 +25,7 @@ SMALL = ModelConfig(
     num_heads=4,
     num_kv_heads=2,
     head_dim=4,
+    qk_norm=True,
     compute_dtype="float32",
 )
 
@@ -38,7 +39,7 @@ def init(config=SMALL, seed=0):
     init = jax.jit(
         lambda key: unbox(Transformer(config).init(key, {"tokens": jnp.zeros((1, 1), jnp.int32)}))
     )
-    return init(jax.random.key(seed))
+    return plain.draw_scales(init(jax.random.key(seed)))
 
 
 def tokens(batch=2, length=9, vocab=16, seed=1):
@@ -427,10 +428,17 @@ def test_jitter_is_neither_forgotten_in_training_nor_drawn_in_evaluation():
     assert np.abs(drawn - plain).max() > 1e-4
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_norm_and_its_gradients_are_those_of_its_formula(dtype):
+@pytest.mark.parametrize(
+    ("dtype", "dims", "shape"),
+    [
+        ("float32", "BtD", (2, 5, 64)),
+        ("bfloat16", "BtD", (2, 5, 64)),
+        ("float32", "BTNH", (2, 5, 3, 64)),
+    ],
+)
+def test_the_norm_and_its_gradients_are_those_of_its_formula(dtype, dims, shape):
     """It keeps its input and a number for each token, so no float32 array of activations."""
-    x, grad = jax.random.normal(jax.random.key(0), (2, 2, 5, 64)).astype(dtype)
+    x, grad = jax.random.normal(jax.random.key(0), (2, *shape)).astype(dtype)
     scale = jax.random.uniform(jax.random.key(1), (64,))
 
     def formula(x, scale):
@@ -438,7 +446,7 @@ def test_the_norm_and_its_gradients_are_those_of_its_formula(dtype):
         return x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 0.1) * scale
 
     expected, pull_back = jax.vjp(formula, x, scale)
-    actual, own_pull_back = jax.vjp(functools.partial(rms_norm, 0.1), x, scale)
+    actual, own_pull_back = jax.vjp(functools.partial(rms_norm, 0.1, dims), x, scale)
     assert actual.dtype == x.dtype
     tolerance = (
         {"rtol": 2e-2, "atol": 1e-2} if dtype == "bfloat16" else {"rtol": 1e-4, "atol": 1e-5}
@@ -454,7 +462,7 @@ def test_the_norm_and_its_gradients_are_those_of_its_formula(dtype):
     mesh = AbstractMesh((2,), ("data",), (AxisType.Auto,))
     rows = jax.P("data")
     sharded = jax.shard_map(
-        jax.grad(lambda scale, x: rms_norm(0.1, x, scale).sum().astype(jnp.float32)),
+        jax.grad(lambda scale, x: rms_norm(0.1, dims, x, scale).sum().astype(jnp.float32)),
         mesh=mesh,
         in_specs=(jax.P(), rows),
         out_specs=jax.P(),

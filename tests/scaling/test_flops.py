@@ -32,7 +32,7 @@ MOE = MoEConfig(num_experts=8, experts_per_token=2, expert_dim=40)
 
 
 # A field that adds parameters has a case here.
-@pytest.mark.parametrize("change", [{}, {"tied_embeddings": True}], ids=str)
+@pytest.mark.parametrize("change", [{}, {"tied_embeddings": True}, {"qk_norm": True}], ids=str)
 def test_parameters_equal_the_models(change):
     config = dataclasses.replace(CONFIG, **change)
     leaves = jax.tree.leaves(declarations(Transformer(config)), is_leaf=is_declared)
@@ -284,7 +284,9 @@ def multiply_visible(q_BTNH, k_BSKH, v_BSKH, *, causal, window=None, **_):
 
 # A field that changes which keys a token sees has a case here.
 @pytest.mark.parametrize(
-    ("task", "change"), [(task, {}) for task in ("language_modelling", *OTHER_TASKS)]
+    ("task", "change"),
+    [(task, {}) for task in ("language_modelling", *OTHER_TASKS)]
+    + [("span_corruption", {"qk_norm": True})],
 )
 def test_flops_of_a_run_equal_the_matmuls_of_its_model(task, change, monkeypatch):
     """The keys that a token sees are those of the calls that the model makes."""

@@ -38,7 +38,7 @@ MOE = MoEConfig(
 )
 MODELS = {
     "dense": DENSE,
-    "tied": dataclasses.replace(DENSE, tied_embeddings=True),
+    "tied": dataclasses.replace(DENSE, tied_embeddings=True, qk_norm=True),
     "sparse": dataclasses.replace(DENSE, moe=MOE),
     "every second layer sparse": dataclasses.replace(
         DENSE, num_layers=5, moe=MoEConfig(num_experts=8, expert_dim=12, layer_period=2)
