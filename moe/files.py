@@ -91,7 +91,7 @@ def try_lock(path: Path) -> Iterator[str | None]:
     process, even if that is killed. Raises NoLocks on a file system without locks.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as file:
+    with path.open("a+", encoding="utf-8", errors="replace") as file:
         holder = None
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -107,3 +107,34 @@ def test_commands_write_files_by_write_whole_alone() -> None:
         if not (node.func.attr == "savefig" and ast.unparse(node.args[0]) == "image")
     ]
     assert not wrong, "\n".join(wrong)
+
+
+# Functions called open that give bytes, or a descriptor.
+BYTES = ("os.open", "listing.open", "self.file_system.open")
+
+
+def has_encoding(call: ast.Call) -> bool:
+    """Returns whether a call that reads or writes text says how, so that no locale decides it."""
+    name = getattr(call.func, "attr", getattr(call.func, "id", ""))
+    constants = [str(given.value) for given in call.args if isinstance(given, ast.Constant)]
+    keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+    is_bytes = any("b" in mode for mode in constants) or ast.unparse(call.func) in BYTES
+    is_text = (
+        name in ("read_text", "write_text")
+        or (name == "open" and not is_bytes)
+        or keywords.get("text") == "True"  # of a subprocess
+    )
+    # What is passed on as **names has the key None.
+    return not is_text or not {"encoding", None}.isdisjoint(keywords) or "utf-8" in constants
+
+
+@pytest.mark.parametrize("folder", ["moe", "kernels", "launch"])
+def test_text_is_utf_8_whatever_the_locale_is(folder: str) -> None:
+    """With LC_ALL=C and without Python's UTF-8 mode, the default is ASCII."""
+    wrong = [
+        f"{path}:{node.lineno}: {ast.unparse(node)[:60]}"
+        for path in (ROOT / folder).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and not has_encoding(node)
+    ]
+    assert not wrong, "\n".join(wrong)
