@@ -19,9 +19,8 @@ from typing import Any, NamedTuple
 from moe.config import PLACE_FIELDS, ConfigError, RunConfig, flatten
 from moe.config.checks import show, without_numpy
 
-# Each part of a name is a directory, so it may not begin with a dot.
-_NAME = re.compile(r"\w[\w.=+-]*(/\w[\w.=+-]*)*", re.ASCII)
-_LONGEST_PART = 255  # bytes, in nearly all file systems
+# Each part of a name is a directory, so it may not begin with a dot, nor have more than 255 bytes.
+_NAME = re.compile(r"\w[\w.=+-]{,254}(/\w[\w.=+-]{,254})*", re.ASCII)
 
 
 class Point(NamedTuple):
@@ -119,26 +118,19 @@ def _check_point(point: Any) -> Point:
     try:
         point = Point(*point)
         is_point = isinstance(point.name, str) and isinstance(point.overrides, Mapping)
-        fork_step = without_numpy(point.fork_step)
-        is_fork = isinstance(point.fork_from, str) and type(fork_step) is int
+        types = (type(point.fork_from), type(without_numpy(point.fork_step)))
+        is_point = is_point and types in ((str, int), (type(None), int))
     except TypeError:
-        is_point = is_fork = False
-    if not is_point or not (is_fork or point.fork_from is None):
+        is_point = False
+    if not is_point:
         raise ConfigError(
             f"get_sweep() yielded {show(point)}: yield Point(name, overrides), where overrides is "
-            "a dict of dotted fields, or Point(name, overrides, fork_from, fork_step), "
-            "with the name and the step of another point"
+            "a dict of dotted fields, or add another point's name and a step, from which it forks"
         )
     if not _NAME.fullmatch(point.name):
         raise ConfigError(
             f"{show(point.name)} cannot name a run's directory: "
-            "use letters, digits and _ . = + -, with / between directories"
-        )
-    longest = max(map(len, point.name.split("/")))
-    if longest > _LONGEST_PART:
-        raise ConfigError(
-            f"{show(point.name)} cannot name a run's directory, since {longest} characters are too "
-            f"long for a file system: use at most {_LONGEST_PART} between two /"
+            "use letters, digits and _ . = + -, at most 255, with / between directories"
         )
     return point
 
