@@ -69,9 +69,9 @@ def _read_holder(file: IO[str]) -> str:
 def _write_holder(file: IO[str]) -> None:
     """Writes the name of this process into a file that it has locked."""
     with contextlib.suppress(OSError):  # the lock holds without the name, as on a full disk
-        file.truncate(0)
-        file.write(f"{this_process()}\n")
-        file.flush()
+        os.ftruncate(file.fileno(), 0)
+        # What a buffer still held after an error would be written, and fail, when the file closes.
+        os.write(file.fileno(), f"{this_process()}\n".encode())
 
 
 def this_process() -> str:

@@ -4,12 +4,14 @@ import ast
 import errno
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from launch.report import report
-from moe.files import write_whole
+from moe.files import hold_lock, try_lock, write_whole
 from moe.storage.lines import LineWriter
+from tests.jobs import file_size_limit
 from tests.launch.report_runs import make_run
 
 ROOT = Path(__file__).parents[2]
@@ -69,6 +71,14 @@ def test_a_full_disk_is_told_with_the_file_that_did_not_fit(
         LineWriter(tmp_path / "link").append("line\n")
     assert caught.value.filename == str(tmp_path / "link")
     assert [path.name for path in tmp_path.iterdir()] == ["link"]
+
+
+@pytest.mark.parametrize("lock", [hold_lock, try_lock])
+def test_a_lock_holds_on_a_full_disk(tmp_path: Path, lock: Any) -> None:
+    """The name of the holder cannot be written then, neither at once nor at the end."""
+    with file_size_limit(0), lock(tmp_path / "lock") as held:
+        assert held is (True if lock is hold_lock else None)
+        assert (tmp_path / "lock").read_bytes() == b""
 
 
 def test_a_file_is_written_whole_and_readable_as_others_are(tmp_path: Path) -> None:
