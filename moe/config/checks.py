@@ -204,6 +204,7 @@ def _check_text(name: str, path: str) -> None:
     if "\0" in path or not is_unicode(path):
         raise ConfigError(
             f"{name}={show(path)} is not UTF-8, or has a NUL: set it to a path in UTF-8 without NUL"
+            f"{locale_advice()}"
         )
 
 
@@ -213,6 +214,14 @@ def is_unicode(text: str) -> bool:
     Bytes of a command line that are not UTF-8 arrive as such halves.
     """
     return text.encode(errors="ignore").decode() == text
+
+
+def locale_advice() -> str:
+    """Returns what to do where the system's words, such as arguments, are not taken for UTF-8."""
+    encoding = sys.getfilesystemencoding()
+    if encoding == "utf-8":
+        return ""
+    return f", and set PYTHONUTF8=1, since this process takes arguments for {encoding}"
 
 
 def expand_path(name: str, path: str) -> str:
