@@ -15,6 +15,7 @@ _SCHEME = re.compile(r"[A-Za-z][\w+.-]*://")
 # A bucket and a name in it. Clients of Google Cloud Storage take #, ?, * and [ for more than text.
 _BUCKET_PATH = re.compile(r"gs://[a-z0-9][a-z0-9._-]+[a-z0-9](/[^/#?*\[\]]+)+/?")
 
+LONGEST_NAME = 255  # bytes of a file's name in nearly all file systems
 LARGEST_INT = 2**31 - 1  # JAX's integers have 32 bits unless a program asks for more
 LARGEST_FLOAT = float.fromhex("0x1.fffffep127")
 # float32 can hold numbers that are smaller than this one, but accelerators treat them as 0.
@@ -194,6 +195,12 @@ def check_path(name: str, path: str) -> None:
         raise ConfigError(
             f"{name}={show(path)} is an address, and this must lie in a file system: "
             "set it to a local or mounted directory"
+        )
+    longest = max(path.split("/"), key=lambda part: len(part.encode()))
+    if len(longest.encode()) > LONGEST_NAME:
+        raise ConfigError(
+            f"{name}={show(path)} has a name of {len(longest.encode())} bytes: "
+            f"set it to a path whose files and directories have names of at most {LONGEST_NAME}"
         )
 
 

@@ -199,6 +199,11 @@ def test_messages_stay_short_whatever_the_value_is() -> None:
             "directory='file:///x' is an address, and this must lie in a file system: "
             "set it to a local or mounted directory",
         ),
+        (
+            f"a/{'é' * 128}",
+            f"directory='a/{'é' * 128}' has a name of 256 bytes: "
+            "set it to a path whose files and directories have names of at most 255",
+        ),
     ],
 )
 def test_texts_that_are_not_paths_are_refused(directory: str, expected: str) -> None:
