@@ -30,6 +30,7 @@ from moe.exit_codes import BAD_INPUT, INTERRUPTED, NOT_JOINED, PEER_STUCK, UNREA
 from moe.files import announce_wait
 from moe.parallel import distributed, watch
 from moe.parallel.cluster import hidden_rank
+from moe.parallel.devices import check_platforms
 from moe.storage.paths import Unreachable, cloud_errors, explain, is_unreachable, run_path
 from moe.training.progress import Stream
 
@@ -206,7 +207,9 @@ def _join(values: flags.FlagValues, prepare: Callable[[], tuple[Any, ...]]) -> t
     if cluster is None:
         if note := distributed.why_alone(os.environ):
             print(note, file=sys.stderr)
-        return prepare()
+        prepared = prepare()
+        check_platforms(os.environ)
+        return prepared
     places = _start_log(values, cluster)
 
     def last_lines(process_id: int) -> str:
