@@ -24,6 +24,7 @@ from launch.compilation_cache import use_cache
 from launch.compiler_flags import use_flags
 from launch.config_file import ConfigFileErrors, check_config_file
 from launch.help_text import config_fields, help_text
+from launch.output_paths import check_current_directory
 from moe.config import ConfigError, RunConfig, SourceConfig
 from moe.config.checks import expand_run_path, show
 from moe.exit_codes import BAD_INPUT, INTERRUPTED, NOT_JOINED, PEER_STUCK, UNREACHABLE
@@ -251,6 +252,7 @@ def _parse(description: str, argv: list[str]) -> list[str]:
     logging.get_absl_logger().addFilter(is_wanted)
     help_wanted = {"--help", "-help", "-h", "--helpshort", "--helpfull"}.intersection(argv)
     try:
+        check_current_directory()
         argv[1:] = _expand_config_path(argv[1:])
         path = _config_path(argv) if "config" in flags.FLAGS else None
         if help_wanted:
