@@ -24,12 +24,14 @@ from launch.compilation_cache import use_cache
 from launch.compiler_flags import use_flags
 from launch.config_file import ConfigFileErrors, check_config_file
 from launch.help_text import config_fields, help_text
+from launch.output_paths import check_current_directory
 from moe.config import ConfigError, RunConfig, SourceConfig
 from moe.config.checks import expand_run_path, show
 from moe.exit_codes import BAD_INPUT, INTERRUPTED, NOT_JOINED, PEER_STUCK, UNREACHABLE
 from moe.files import announce_wait
 from moe.parallel import distributed, watch
 from moe.parallel.cluster import hidden_rank
+from moe.parallel.devices import check_platforms
 from moe.storage.paths import Unreachable, cloud_errors, explain, is_unreachable, run_path
 from moe.training.progress import Stream
 
@@ -206,7 +208,9 @@ def _join(values: flags.FlagValues, prepare: Callable[[], tuple[Any, ...]]) -> t
     if cluster is None:
         if note := distributed.why_alone(os.environ):
             print(note, file=sys.stderr)
-        return prepare()
+        prepared = prepare()
+        check_platforms(os.environ)
+        return prepared
     places = _start_log(values, cluster)
 
     def last_lines(process_id: int) -> str:
@@ -248,6 +252,7 @@ def _parse(description: str, argv: list[str]) -> list[str]:
     logging.get_absl_logger().addFilter(is_wanted)
     help_wanted = {"--help", "-help", "-h", "--helpshort", "--helpfull"}.intersection(argv)
     try:
+        check_current_directory()
         argv[1:] = _expand_config_path(argv[1:])
         path = _config_path(argv) if "config" in flags.FLAGS else None
         if help_wanted:

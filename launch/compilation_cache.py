@@ -42,7 +42,9 @@ def user_cache(environment: Mapping[str, str]) -> Path:
 
 
 def _read_cpu_info() -> str:
-    return _CPU_INFO.read_text(errors="replace") if _CPU_INFO.exists() else platform.processor()
+    if not _CPU_INFO.exists():
+        return platform.processor()
+    return _CPU_INFO.read_text(encoding="utf-8", errors="replace")
 
 
 def cpu_kind(cpu_info: str) -> str:

@@ -60,7 +60,8 @@ def _devices(platform: str, topology: str) -> list[Any]:
     if platform == "tpu":
         found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
     else:
-        target = resources.files("moe.scaling.programs").joinpath("h200.textproto").read_text()
+        file = resources.files("moe.scaling.programs").joinpath("h200.textproto")
+        target = file.read_text(encoding="utf-8")
         found = topologies.get_topology_desc(
             platform="cuda", target_config=target, topology=topology
         )

@@ -26,10 +26,10 @@ def check_config_file(path: str, flag: str = "config") -> None:
     try:
         mode = os.stat(path).st_mode
         if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
-            open(path).close()
+            open(path, "rb").close()
     except OSError as error:
         elsewhere = ROOT / path
-        where = f"{elsewhere}, which is there" if elsewhere.is_file() else "a config file"
+        where = f"{elsewhere}, which is there" if os.path.isfile(elsewhere) else "a config file"
         raise ConfigError(f"--{flag}={path}: {error.strerror}: set --{flag} to {where}") from None
     if not stat.S_ISREG(mode):
         raise ConfigError(

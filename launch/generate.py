@@ -26,7 +26,7 @@ from absl import flags
 from launch import command_line
 from launch.kernel_check import check_kernels
 from moe.config import ConfigError, RunConfig
-from moe.config.checks import is_unicode
+from moe.config.checks import is_unicode, locale_advice
 from moe.config.objectives import check_decoder, special_tokens
 from moe.inference.sampling import Sampling, check_sampling
 from moe.storage.paths import RunPath, run_path
@@ -166,7 +166,7 @@ def _check_texts(prompts: Sequence[str], seed: int) -> None:
         raise ConfigError(f"seed={seed} is out of range: set it to at least 0 and less than 2**32")
     for prompt in prompts:
         if not is_unicode(prompt):
-            raise ConfigError(f"prompt={prompt!r} is not UTF-8: write it in UTF-8")
+            raise ConfigError(f"prompt={prompt!r} is not UTF-8: write it in UTF-8{locale_advice()}")
 
 
 def prepare(values: flags.FlagValues) -> Mapping[str, Any]:

@@ -174,7 +174,9 @@ class Checker:
         text = json.dumps({"parent": os.getpid(), **request})
         try:
             # Not pipes, which a compiler that the process has started might hold open.
-            file = functools.partial(tempfile.TemporaryFile, "w+", errors="replace")
+            file = functools.partial(
+                tempfile.TemporaryFile, "w+", encoding="utf-8", errors="replace"
+            )
             with file() as output, file() as errors:
                 process = subprocess.Popen(
                     self._command,
@@ -183,7 +185,7 @@ class Checker:
                     stdin=subprocess.PIPE,
                     stdout=output,
                     stderr=errors,
-                    text=True,
+                    encoding="utf-8",
                     start_new_session=True,
                 )
                 code = _wait(process, text, self._limit_s)
@@ -251,7 +253,7 @@ def list_accelerators() -> str | None:
     gpus, others = set(), set()
     with contextlib.suppress(OSError):
         for device in _PCI.iterdir():
-            read = lambda name, device=device: (device / name).read_text().strip()
+            read = lambda name, device=device: (device / name).read_text(encoding="utf-8").strip()
             if (vendor := read("vendor")) not in (_NVIDIA, _GOOGLE):
                 continue
             kind = f"{vendor}:{read('device')}:{read('subsystem_device')}"

@@ -24,6 +24,6 @@ def use_large_pages(environment: Mapping[str, str], setting: Path = SETTING) -> 
     """
     if VARIABLE in environment or not setting.exists():
         return
-    if "[madvise]" in setting.read_text():
+    if "[madvise]" in setting.read_text(encoding="utf-8"):
         arguments = [sys.executable, *sys.orig_argv[1:]]
         os.execve(sys.executable, arguments, {**environment, VARIABLE: VALUE})

@@ -8,6 +8,14 @@ from moe.config.checks import expand_path
 from moe.storage.paths import RunPath
 
 
+def check_current_directory() -> None:
+    """Raises ConfigError in a directory that was deleted, where nothing says which one it was."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise ConfigError("the current directory was deleted: cd to one that is there") from None
+
+
 def check_directory(flag: str, path: RunPath) -> None:
     """Raises ConfigError if no directory can be made at a path, or nothing written into it.
 

@@ -38,10 +38,11 @@ from launch.plan_page import plan_page
 from launch.plan_program import StepProgram, compile_step, program_lines
 from launch.plan_text import layout_lines, plan_lines
 from launch.topologies import find_target
-from moe.config import ConfigError, RunConfig, check_layout
+from moe.config import ConfigError, MeshConfig, RunConfig, check_layout
 from moe.files import write_whole
 from moe.scaling.hardware import CHIPS, Chip, find_chip
-from moe.scaling.layouts import Layout, fitting_layouts
+from moe.scaling.layouts import Layout, fitting_layouts, possible_meshes
+from moe.scaling.memory import state_bytes
 from moe.scaling.roofline import estimate
 
 
@@ -63,19 +64,32 @@ def count_devices(values: flags.FlagValues, config: RunConfig, chip: Chip | None
     return devices
 
 
-def plan(values: flags.FlagValues, config: RunConfig, chip: Chip, devices: int, page: Path) -> None:
-    """Prints the plan of a run on so many chips, and writes its page."""
+def find_layouts(config: RunConfig, devices: int, chip: Chip) -> list[Layout]:
+    """Returns the layouts that fit so many chips, the best first. Raises ConfigError for none."""
+    if layouts := fitting_layouts(config, devices, chip):
+        return layouts
+    train = config.train
+    if not any(possible_meshes(config, devices)):
+        raise ConfigError(
+            f"--devices={devices} cannot split this model and train.batch_size={train.batch_size}: "
+            f"set train.batch_size to a multiple of {devices}, or --devices to another number"
+        )
+    state = state_bytes(config, MeshConfig(data=1)).total
+    needed = max(devices + 1, math.ceil(state / chip.memory_bytes))
+    raise ConfigError(
+        f"--devices={devices} of {chip.name} have no layout that fits: the training state takes "
+        f"{state / 2**30:,.1f} GiB, and activations come on top: "
+        f"set --devices to at least {needed}, or take a smaller model"
+    )
+
+
+def plan(
+    values: flags.FlagValues, layouts: list[Layout], chip: Chip, devices: int, page: Path
+) -> None:
+    """Prints the plan of the first layout on so many chips, and writes its page."""
     if values.search:
-        layouts = fitting_layouts(config, devices, chip)
-        if not layouts:
-            raise ConfigError(
-                f"--devices={devices} of {chip.name} have no layout that fits: "
-                "set more devices, or take a smaller model"
-            )
         print("\n".join(layout_lines(layouts)))
-        layout = layouts[0]
-    else:
-        layout = Layout(config, estimate(config, config.mesh.resolve(devices), chip))
+    layout = layouts[0]
     print("\n".join(plan_lines(layout, chip)))
     write_whole(page, plan_page(layout, chip))
     if not values.estimate and values.chip != "cpu":
@@ -112,12 +126,16 @@ def main(values: flags.FlagValues) -> None:
     # All mistakes are told before the first line of the plan.
     chip = None if values.chip == "cpu" else find_chip(values.chip)
     devices, page = count_devices(values, config, chip), output_file("--page", values.page)
-    print_components(config, values.compile)
     if chip is None:
         from launch.plan_cpu import measure_cpu
 
         chip = measure_cpu()
-    plan(values, config, chip, devices, page)
+    if values.search:
+        layouts = find_layouts(config, devices, chip)
+    else:
+        layouts = [Layout(config, estimate(config, config.mesh.resolve(devices), chip))]
+    print_components(config, values.compile)
+    plan(values, layouts, chip, devices, page)
 
 
 def print_components(config: RunConfig, is_compiled: bool) -> None:

@@ -76,7 +76,7 @@ def compile_for(config: RunConfig, target: Target) -> StepProgram:
             "parent": os.getpid(),
         }
         _run_compiler(json.dumps(request), target)
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
     if "error" in found:
         raise ConfigError(found["error"])
     names = [field.name for field in dataclasses.fields(ProgramMemory)]
@@ -120,7 +120,8 @@ def _run_compiler(request: str, target: Target) -> None:
         env=_compiler_environment(os.environ, target.platform),
         stdin=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
+        encoding="utf-8",
+        errors="replace",
     )
     assert process.stdin is not None and process.stderr is not None
     with contextlib.suppress(BrokenPipeError), process.stdin as pipe:

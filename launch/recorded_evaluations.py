@@ -53,7 +53,7 @@ def read_evaluations(workdir: RunPath) -> list[Evaluation]:
     found = []
     for path in (workdir / DIRECTORY).glob("*.json"):
         try:
-            fields = json.loads(path.read_text())
+            fields = json.loads(path.read_text(encoding="utf-8"))
             lists = {name: tuple(fields[name]) for name in ("datasets", "tasks")}
             evaluation = Evaluation(**(fields | lists))
             _ = evaluation.values.items(), int(evaluation.step)

@@ -134,7 +134,7 @@ def _find_rows(config: RunConfig, sha256: str | None) -> dict[str, Any]:
     """Returns the metadata of the prepared rows with a checksum, if they are on this machine."""
     for path in sorted(config.data.path.glob("rows/*/metadata.json")):
         try:
-            metadata = json.loads(path.read_text())
+            metadata = json.loads(path.read_text(encoding="utf-8"))
             if metadata["sha256"] == sha256:
                 return metadata
         except (OSError, ValueError, RecursionError, KeyError, TypeError):

@@ -112,7 +112,7 @@ def reason_of(code: int, directory: RunPath, *, shown: bool = False) -> str | No
     path = directory / OUTPUT_FILE
     text = ""
     if not shown and isinstance(path, Path) and path.exists():
-        text = path.read_text(errors="replace")
+        text = path.read_text(encoding="utf-8", errors="replace")
     words = [line.strip() for line in text.replace("\r", "\n").splitlines() if line.strip()]
     # The first line of a start is its command.
     if not words or (words[-1].startswith("$ ") and " launch.train " in words[-1]):

@@ -21,6 +21,7 @@ from moe.scaling.experiments.sweep import Run, identity
 from moe.scaling.flops import model_columns, planned_flops, planned_tokens
 from moe.scaling.memory import state_bytes
 from moe.storage.paths import RunPath, make_directory, write_whole
+from moe.workdir.identity import digest
 from moe.workdir.tracking import METRICS_FILE, read_metrics
 
 LAST = 10  # logged steps at the end of a run over which the router's statistics are averaged
@@ -96,7 +97,8 @@ def write_result(
     except ConfigError as error:
         row |= {"status": "failed", "reason": str(error)}
     make_directory(workdir / RESULTS)
-    write_whole(result_path(workdir, run.identity), json.dumps(row, indent=1) + "\n")
+    saved = row | {"sha256": digest(row)}
+    write_whole(result_path(workdir, run.identity), json.dumps(saved, indent=1) + "\n")
     return row
 
 
@@ -146,13 +148,15 @@ def _fits(value: Any, kind: str) -> bool:
 def read_result(workdir: RunPath, run: Run) -> Row | None:
     """Returns the row of a run's result file, under the run's name, or None if it has none.
 
-    Columns that the version which wrote it did not have are None. Raises ConfigError for a damaged
-    file, and for the result of another config: a default may have changed since it was written.
+    Columns that the version which wrote it did not have are None, and older versions wrote no
+    checksum. Raises ConfigError for a damaged file, and for the result of another config: a default
+    may have changed since it was written.
     """
     path = result_path(workdir, run.identity)
     try:
         row = json.loads(path.read_text(encoding="utf-8"))
-        is_whole = all(_fits(value, COLUMNS[name]) for name, value in row.items())
+        is_whole = row.pop("sha256", None) in (None, digest(row))
+        is_whole = is_whole and all(_fits(value, COLUMNS[name]) for name, value in row.items())
         is_whole = is_whole and row["identity"] == run.identity
         trained = RunConfig.from_config_dict(json.loads(row["config"])) if is_whole else None
     except FileNotFoundError:

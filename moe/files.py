@@ -69,9 +69,9 @@ def _read_holder(file: IO[str]) -> str:
 def _write_holder(file: IO[str]) -> None:
     """Writes the name of this process into a file that it has locked."""
     with contextlib.suppress(OSError):  # the lock holds without the name, as on a full disk
-        file.truncate(0)
-        file.write(f"{this_process()}\n")
-        file.flush()
+        os.ftruncate(file.fileno(), 0)
+        # What a buffer still held after an error would be written, and fail, when the file closes.
+        os.write(file.fileno(), f"{this_process()}\n".encode())
 
 
 def this_process() -> str:
@@ -91,7 +91,7 @@ def try_lock(path: Path) -> Iterator[str | None]:
     process, even if that is killed. Raises NoLocks on a file system without locks.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as file:
+    with path.open("a+", encoding="utf-8", errors="replace") as file:
         holder = None
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

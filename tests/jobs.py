@@ -1,10 +1,12 @@
 """What tests share that start commands, or jobs of several processes."""
 
+import contextlib
 import resource
+import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # The fields of a model whose training takes a command seconds.
@@ -56,3 +58,16 @@ def answers_within(seconds: float, command: Callable[[], object]) -> bool:
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
     return any(busy_seconds() < seconds for _ in range(3))
+
+
+@contextlib.contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """Lets no file grow beyond `size` bytes. It stands for a full disk: EFBIG instead of ENOSPC."""
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)

@@ -56,7 +56,7 @@ from launch.fit.figures import Words, isoflop_drawing
 from launch.fit.page import law_page
 from launch.fit.results import Results, as_json, as_text
 from launch.fit.solve import Request, Solution, check, law_texts, loss_axis, solve
-from launch.output_paths import check_directory
+from launch.output_paths import check_directory, output_file
 from launch.plotting import Drawing, file_name
 from launch.sweep_directory import FIT_PREFIX
 from moe.config import ConfigError
@@ -191,7 +191,7 @@ def read_emit(text: str | None, budgets: Sequence[str]) -> Path | None:
             f"--emit={text} is no place for a config file: "
             "set --emit to a file NAME.py in a directory that exists"
         )
-    return path
+    return output_file("--emit", text)
 
 
 def write(output: Path, results: Results, drawings: Sequence[Drawing]) -> None:

@@ -101,9 +101,7 @@ def _submit(path: Path, chain: int, save_s: int, log: str) -> None:
     previous = None
     for _ in range(chain):
         dependency = [f"--dependency=afterany:{previous}"] if previous else []
-        done = subprocess.run(
-            ["sbatch", "--parsable", *dependency, str(path)], capture_output=True, text=True
-        )
+        done = _ask_slurm("sbatch", "--parsable", *dependency, str(path))
         if done.returncode:
             reason = " ".join(done.stderr.split()).removeprefix("sbatch: error: ")
             raise ConfigError(f"sbatch refused {path}: {reason}")
@@ -113,6 +111,11 @@ def _submit(path: Path, chain: int, save_s: int, log: str) -> None:
         print(f"submitted job {previous}{after}; its output: {path.parent / log.format(previous)}")
 
 
+def _ask_slurm(*command: str) -> subprocess.CompletedProcess[str]:
+    """Runs a command of SLURM, and returns its exit code with what it prints."""
+    return subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
+
+
 def _cancel_if_too_short(job: str, save_s: int) -> None:
     """Cancels a job whose time limit, which SLURM knows now, is too short, and raises ConfigError.
 
@@ -120,8 +123,7 @@ def _cancel_if_too_short(job: str, save_s: int) -> None:
     """
     if not shutil.which("squeue"):
         return
-    command = ["squeue", "--noheader", f"--jobs={job}", "--format=%l"]
-    answer = subprocess.run(command, capture_output=True, text=True).stdout
+    answer = _ask_slurm("squeue", "--noheader", f"--jobs={job}", "--format=%l").stdout
     try:
         check_default_time(answer, save_s)
     except ConfigError:

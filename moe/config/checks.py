@@ -15,6 +15,7 @@ _SCHEME = re.compile(r"[A-Za-z][\w+.-]*://")
 # A bucket and a name in it. Clients of Google Cloud Storage take #, ?, * and [ for more than text.
 _BUCKET_PATH = re.compile(r"gs://[a-z0-9][a-z0-9._-]+[a-z0-9](/[^/#?*\[\]]+)+/?")
 
+LONGEST_NAME = 255  # bytes of a file's name in nearly all file systems
 LARGEST_INT = 2**31 - 1  # JAX's integers have 32 bits unless a program asks for more
 LARGEST_FLOAT = float.fromhex("0x1.fffffep127")
 # float32 can hold numbers that are smaller than this one, but accelerators treat them as 0.
@@ -195,6 +196,12 @@ def check_path(name: str, path: str) -> None:
             f"{name}={show(path)} is an address, and this must lie in a file system: "
             "set it to a local or mounted directory"
         )
+    longest = max(path.split("/"), key=lambda part: len(part.encode()))
+    if len(longest.encode()) > LONGEST_NAME:
+        raise ConfigError(
+            f"{name}={show(path)} has a name of {len(longest.encode())} bytes: "
+            f"set it to a path whose files and directories have names of at most {LONGEST_NAME}"
+        )
 
 
 def _check_text(name: str, path: str) -> None:
@@ -204,6 +211,7 @@ def _check_text(name: str, path: str) -> None:
     if "\0" in path or not is_unicode(path):
         raise ConfigError(
             f"{name}={show(path)} is not UTF-8, or has a NUL: set it to a path in UTF-8 without NUL"
+            f"{locale_advice()}"
         )
 
 
@@ -213,6 +221,14 @@ def is_unicode(text: str) -> bool:
     Bytes of a command line that are not UTF-8 arrive as such halves.
     """
     return text.encode(errors="ignore").decode() == text
+
+
+def locale_advice() -> str:
+    """Returns what to do where the system's words, such as arguments, are not taken for UTF-8."""
+    encoding = sys.getfilesystemencoding()
+    if encoding == "utf-8":
+        return ""
+    return f", and set PYTHONUTF8=1, since this process takes arguments for {encoding}"
 
 
 def expand_path(name: str, path: str) -> str:

@@ -22,7 +22,7 @@ from moe.data.sources import Documents, open_documents, source_name
 from moe.data.token_files import TokenFileRows, open_token_rows
 from moe.data.tokenizers import make_tokenizer
 from moe.data.workers import write_in_processes
-from moe.files import flush, hold_lock
+from moe.files import flush, hold_lock, write_whole
 
 __all__ = ["PreparedRows", "open_rows", "prepare"]
 
@@ -119,8 +119,7 @@ def _write(
                 f"data.dataset={config.dataset!r} has changed while its rows were made: "
                 "run the same command again when its files are complete"
             )
-        (target / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n")
-        flush(target / "metadata.json")
+        write_whole(target / "metadata.json", json.dumps(metadata, indent=2) + "\n")
         flush(target)
         try:
             target.rename(directory)

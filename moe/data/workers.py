@@ -128,10 +128,10 @@ def _describe(workers: list[subprocess.Popen[bytes]], shards_left: list[list[int
         if not left:
             continue
         try:
-            state = Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()[0]
+            state = Path(f"/proc/{worker.pid}/stat").read_bytes().rpartition(b")")[2].split()[0]
         except OSError:  # the worker has just ended, or the system is not Linux
-            state = ""
+            state = b""
         advice = f", which is stopped (kill -CONT {worker.pid} lets it go on)"
-        stopped = advice if state == "T" else ""
+        stopped = advice if state == b"T" else ""
         texts.append(f"data worker {worker.pid} writing {shard_name(left[0])}{stopped}")
     return "; ".join(texts)

@@ -1,6 +1,6 @@
 """Finds out which devices each process of a job sees, and whether they fit together.
 
-Nothing here imports JAX: GPUs are asked for before it starts.
+GPUs are asked for before JAX starts.
 """
 
 import ctypes
@@ -49,6 +49,26 @@ def _parse_ids(chosen: str) -> list[int]:
     except ValueError:
         raise ConfigError(
             f"JAX_LOCAL_DEVICE_IDS={chosen} is no list of numbers: set it to one such as 0,1"
+        ) from None
+
+
+def check_platforms(environment: Mapping[str, str]) -> None:
+    """Raises ConfigError if JAX_PLATFORMS names a platform that this JAX has no plugin for.
+
+    JAX itself raises an AssertionError without a word for "cuda", and a RuntimeError for others.
+    """
+    import jax
+
+    try:
+        jax.local_devices()
+    except (AssertionError, RuntimeError) as error:
+        # Other errors are not of the variable: a device may be in use, or a driver may be broken.
+        if str(error) and "not in the list of known backends" not in str(error):
+            raise
+        raise ConfigError(
+            f"JAX_PLATFORMS={environment.get('JAX_PLATFORMS', '')} names a platform that this "
+            "installation of JAX has no plugin for: install it, as make ACCELERATOR=cuda13 does "
+            "for GPUs, or set JAX_PLATFORMS=cpu"
         ) from None
 
 

@@ -140,7 +140,7 @@ def on_tpu(environment: Mapping[str, str]) -> bool:
     if platforms.split(",")[0] != "tpu" or not importlib.util.find_spec("libtpu"):
         return False
     vendors = _PCI.glob("*/vendor")
-    return any(vendor.read_text().strip() == _GOOGLE for vendor in vendors)
+    return any(vendor.read_text(encoding="utf-8").strip() == _GOOGLE for vendor in vendors)
 
 
 def find_tpu_cluster() -> Cluster | None:

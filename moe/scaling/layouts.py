@@ -48,7 +48,7 @@ def fitting_layouts(config: RunConfig, devices: int, chip: Chip) -> list[Layout]
     """
     found = []
     choose = lambda mesh: _first_fit if mesh.pipeline == 1 else _shortest_fit
-    for mesh in _meshes(config, devices):
+    for mesh in possible_meshes(config, devices):
         if state_bytes(config, mesh).total > chip.memory_bytes:
             continue  # most meshes of a large model end here
         for remat, once in itertools.product(_remats(config), (False, True)):
@@ -195,7 +195,7 @@ def _is_possible(config: RunConfig, mesh: MeshConfig) -> bool:
     return True
 
 
-def _meshes(config: RunConfig, devices: int) -> Iterator[MeshConfig]:
+def possible_meshes(config: RunConfig, devices: int) -> Iterator[MeshConfig]:
     """Yields the meshes of so many devices that could suit a config, at one round of a pipeline."""
     train = dataclasses.replace(config.train, pipeline_rounds=1)
     config = dataclasses.replace(config, train=train)

@@ -146,7 +146,7 @@ def _lock_file(wait: _Wait, path: Path) -> contextlib.ExitStack:
 def file_system(path: Path, mounts: Path = Path("/proc/self/mountinfo")) -> str | None:
     """Returns the type of the file system in which a path lies, or None if the system hides it."""
     try:
-        lines = mounts.read_text(errors="replace").splitlines()
+        lines = mounts.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return None
     found, longest = None, -1
@@ -300,7 +300,8 @@ def _look(directory: RunPath) -> _Seen:
     """Returns the newest lease."""
     number = max(_numbers(directory), default=0)
     try:
-        return _Seen(number, (directory / str(number)).read_text() if number else "")
+        path = directory / str(number)
+        return _Seen(number, path.read_text(encoding="utf-8") if number else "")
     except OSError as error:
         # ESTALE is NFS's word for a file that was deleted by another host.
         if isinstance(error, FileNotFoundError) or error.errno == errno.ESTALE:

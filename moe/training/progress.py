@@ -17,7 +17,8 @@ from tqdm import tqdm
 class Stream:
     """Writes text to a stream, and drops what cannot be written.
 
-    Nothing can be written to a pipe whose reader has left, as in `2>&1 | head -1`.
+    Nothing can be written to a pipe whose reader has left, as in `2>&1 | head -1`. A character that
+    the stream's encoding lacks, as ASCII does under LC_ALL=C, is written as its escape.
     """
 
     def __init__(self, stream: TextIO | None):
@@ -28,6 +29,8 @@ class Stream:
     def write(self, text: str) -> int:
         try:
             self._stream.write(text)
+        except UnicodeEncodeError as error:
+            self.write(text.encode(error.encoding, "backslashreplace").decode(error.encoding))
         except OSError as error:
             self._abandon(error)
         return len(text)

@@ -80,7 +80,7 @@ def write_about(path: RunPath, about: dict[str, Any], check: Check = unchecked) 
     """
     about = {"format_version": FORMAT_VERSION} | about
     check()
-    write_whole(path / ABOUT_FILE, json.dumps(about | {"sha256": _digest(about)}, indent=1) + "\n")
+    write_whole(path / ABOUT_FILE, json.dumps(about | {"sha256": digest(about)}, indent=1) + "\n")
 
 
 def read_about(path: RunPath) -> dict[str, Any]:
@@ -90,9 +90,9 @@ def read_about(path: RunPath) -> dict[str, Any]:
     """
     try:
         about = json.loads((path / ABOUT_FILE).read_text(encoding="utf-8"))
-        digest = about.pop("sha256")
+        saved = about.pop("sha256")
         version = about["format_version"]
-        whole = digest == _digest(about)
+        whole = saved == digest(about)
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
         whole = False
     if not whole:
@@ -222,6 +222,6 @@ def use_stored_tokenizer(
     return dataclasses.replace(config, data=dataclasses.replace(config.data, **paths))
 
 
-def _digest(about: dict[str, Any]) -> str:
-    """Returns the SHA-256 of what an about.json says."""
-    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+def digest(values: dict[str, Any]) -> str:
+    """Returns the SHA-256 of values as JSON, which a file of them holds beside them."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

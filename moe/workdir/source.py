@@ -97,7 +97,7 @@ def read_origin(workdir: RunPath) -> Origin | None:
     if not path.exists():
         return None
     try:
-        saved = json.loads(path.read_text())
+        saved = json.loads(path.read_text(encoding="utf-8"))
         is_fork = "fork_from" in saved
         run = saved["fork_from" if is_fork else "init_from"]
         # A run that has begun does not need the other one, which may be gone by now.

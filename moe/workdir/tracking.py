@@ -79,7 +79,7 @@ def check_workdir(workdir: RunPath, config: RunConfig) -> None:
     make_directory(workdir)
     unfinished = workdir / UNFINISHED_FILE
     if unfinished.exists():
-        reason = unfinished.read_text().strip()
+        reason = unfinished.read_text(encoding="utf-8").strip()
         raise ConfigError(f"{workdir} is no run yet ({reason}): delete it, and make it again")
     if not is_same_run(workdir, config):
         store_tokenizer(workdir, config.data)
@@ -400,5 +400,5 @@ def _git(file: Path, *arguments: str) -> str:
     """Returns what a git command prints in the directory of `file`."""
     command = ["git", "--no-optional-locks", *arguments]
     return subprocess.run(
-        command, cwd=file.parent, capture_output=True, text=True, timeout=10, check=True
+        command, cwd=file.parent, capture_output=True, encoding="utf-8", timeout=10, check=True
     ).stdout.strip()

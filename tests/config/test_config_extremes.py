@@ -13,7 +13,13 @@ import pytest
 
 from launch.plan_components import summary
 from moe.config import ConfigError, DataConfig, ModelConfig, MoEConfig, OptimizerConfig, RunConfig
-from moe.config.checks import LARGEST_FLOAT, LARGEST_INT, SMALLEST_FLOAT, nearest_divisors
+from moe.config.checks import (
+    LARGEST_FLOAT,
+    LARGEST_INT,
+    SMALLEST_FLOAT,
+    expand_run_path,
+    nearest_divisors,
+)
 from tests.config.test_config import FIELDS, ROOT, message, run_config
 
 FLOATS = [f"{section}__{name}" for section, name, default in FIELDS if isinstance(default, float)]
@@ -193,6 +199,11 @@ def test_messages_stay_short_whatever_the_value_is() -> None:
             "directory='file:///x' is an address, and this must lie in a file system: "
             "set it to a local or mounted directory",
         ),
+        (
+            f"a/{'é' * 128}",
+            f"directory='a/{'é' * 128}' has a name of 256 bytes: "
+            "set it to a path whose files and directories have names of at most 255",
+        ),
     ],
 )
 def test_texts_that_are_not_paths_are_refused(directory: str, expected: str) -> None:
@@ -352,3 +363,11 @@ def test_every_int_is_bounded() -> None:
             run_config(**{path: LARGEST_INT})
         except ConfigError as error:
             assert "int32:" not in str(error)
+
+
+def test_where_arguments_are_not_taken_for_utf_8_a_path_in_utf_8_is_told_so(monkeypatch):
+    """With LC_ALL=C and PYTHONUTF8=0 an é of the command line arrives as two halves."""
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "ascii")
+    advice = "without NUL, and set PYTHONUTF8=1, since this process takes arguments for ascii"
+    with pytest.raises(ConfigError, match=advice):
+        expand_run_path("--workdir", "\udcc3\udca9")

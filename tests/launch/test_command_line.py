@@ -204,7 +204,8 @@ WHOLE = ("--config=config.py", "--workdir=config.py")
         ),
         (
             (f"--workdir={'x' * 300}", "--config=config.py"),
-            f"[Errno 36] File name too long: '{'x' * 300}'",
+            f"--workdir='{'x' * 199}... has a name of 300 bytes: "
+            "set it to a path whose files and directories have names of at most 255",
         ),
         (
             ("--workdir=no checkpoint", "--config=config.py"),

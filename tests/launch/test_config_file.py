@@ -59,6 +59,8 @@ def test_a_path_that_is_no_regular_file_is_not_read(tmp_path: Path) -> None:
             match=r"^--config=\S+ is a FIFO, a socket or a device: set --config to a config file$",
         ):
             check_config_file(str(path))
+    with pytest.raises(ConfigError, match=r"^--config=a{256}\.py: File name too long: set"):
+        check_config_file(f"{'a' * 256}.py")
 
 
 def test_a_config_of_the_repository_is_found_from_another_directory(

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 from configs import dense_tiny
 from launch import sweep_table
-from launch.fit.__main__ import define_flags, find, main
+from launch.fit.__main__ import define_flags, find, main, read_emit
 from launch.fit.emit import config_file, docstring
 from launch.fit.prediction import isoflop_model, spend
 from launch.fit.results import as_json, as_text
@@ -300,6 +300,12 @@ def sparse(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         row | {"experts": 8 if number % 2 else 1, "active_parameters": row["parameters"] / 2}
         for number, row in enumerate(rows)
     ]
+
+
+def test_a_config_that_cannot_be_written_is_told_before_the_fit(tmp_path: Path) -> None:
+    (tmp_path / "best.py").mkdir()
+    with pytest.raises(ConfigError, match=r"best\.py is a directory: set --emit to a file"):
+        read_emit(str(tmp_path / "best.py"), ["1e15"])
 
 
 @pytest.mark.parametrize(

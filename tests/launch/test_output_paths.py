@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.output_paths import check_directory, output_file
+from launch.output_paths import check_current_directory, check_directory, output_file
 from moe.config import ConfigError
 from moe.storage.paths import make_directory, run_path
 
@@ -108,3 +108,16 @@ def test_what_the_system_refuses_to_make_is_told_in_words(
     assert caught.value.errno is None  # so commands take it for a mistake, without a traceback
     assert str(caught.value).startswith(f"{tmp_path / path} cannot be made a directory (")
     assert str(caught.value).endswith("): set workdir to one that can be written")
+
+
+def test_a_current_directory_that_was_deleted_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    check_current_directory()
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(ConfigError, match="the current directory was deleted: cd to one that is"):
+        check_current_directory()
+    monkeypatch.chdir(tmp_path)

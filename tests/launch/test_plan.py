@@ -13,6 +13,7 @@ import pytest
 
 from configs import benchmark_dense, dense_7b, dense_tiny, moe_671b, moe_pipeline_tiny
 from launch import plan_fit
+from launch.plan import find_layouts
 from launch.plan_cpu import cpu_chip
 from launch.plan_page import plan_page
 from launch.plan_text import layout_lines, plan_lines
@@ -91,6 +92,16 @@ def test_the_layouts_that_fit_are_listed_with_flags_that_choose_the_first():
     changes = {name: read_value.get(name, int)(value) for name, value in flags.items()}
     chosen = read(dense_7b, **changes)
     assert estimate(chosen, chosen.mesh, H200).memory == layouts[0].estimate.memory
+
+
+def test_where_no_layout_fits_a_number_of_devices_or_rows_is_named():
+    no_room = r"state takes 100\.4 GiB, and .* on top: set --devices to at least 7, or"
+    with pytest.raises(ConfigError, match=no_room):
+        find_layouts(read(dense_7b), 2, dataclasses.replace(H200, memory_bytes=16 * 2**30))
+    with pytest.raises(ConfigError, match=r"batch_size=1024: set train\.batch_size to a mult.* 7,"):
+        find_layouts(read(dense_7b), 7, H200)
+    changed = read(dense_7b, **{"train.batch_size": 7, "train.accumulation": 1})
+    assert find_layouts(changed, 7, H200)
 
 
 def test_a_run_that_cannot_fit_is_refused_and_one_that_may_fit_is_not(monkeypatch):
@@ -173,6 +184,7 @@ except SystemExit as end:
         ("--chip=cpu --devices=2", "set --devices=1, and config.mesh to one device"),
         ("--chip=h200 --devices=3 --config.mesh.tensor=1", "set train.batch_size to a multiple"),
         ("--chip=h200 --devices=16 --page=no/x.html", "--page=no/x.html: no is no directory"),
+        ("--estimate --chip=v5e --devices=1 --search", "set --devices to at least 7, or take"),
         ("--chip=v5p --devices=2 --config.mesh.tensor=1", "make no usual slice of v5p: set"),
     ],
 )

@@ -437,9 +437,11 @@ def test_a_damaged_result_is_refused(tmp_path: Path) -> None:
         {"status": 1},
         {"dataset": {}},
         {"another": 1},
+        {"loss": 1.35},  # a digit that is another one
+        {"sha256": "0"},
     ],
 )
-def test_a_result_with_values_of_another_kind_is_refused(
+def test_a_result_with_other_values_is_refused(
     tmp_path: Path, pretender: Pretender, damage: dict[str, Any]
 ) -> None:
     (one,) = seeds("a")
@@ -458,8 +460,8 @@ def test_a_result_of_another_version_is_read_if_it_means_the_same(
     path = tmp_path / "results" / f"{one.run.identity}.json"
     row = json.loads(path.read_text())
     config = json.loads(row["config"])
-    # That version had neither this column nor this field.
-    del row["memory_bytes"], config["data"]["tokenizer"]
+    # That version had neither this column nor this field, and wrote no checksum.
+    del row["sha256"], row["memory_bytes"], config["data"]["tokenizer"]
     path.write_text(json.dumps(row | {"config": json.dumps(config)}))
     found = read_result(tmp_path, one.run)
     assert found and found["memory_bytes"] is None and found["loss"] == 1.25

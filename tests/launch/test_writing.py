@@ -4,12 +4,14 @@ import ast
 import errno
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from launch.report import report
-from moe.files import write_whole
+from moe.files import hold_lock, try_lock, write_whole
 from moe.storage.lines import LineWriter
+from tests.jobs import file_size_limit
 from tests.launch.report_runs import make_run
 
 ROOT = Path(__file__).parents[2]
@@ -71,6 +73,14 @@ def test_a_full_disk_is_told_with_the_file_that_did_not_fit(
     assert [path.name for path in tmp_path.iterdir()] == ["link"]
 
 
+@pytest.mark.parametrize("lock", [hold_lock, try_lock])
+def test_a_lock_holds_on_a_full_disk(tmp_path: Path, lock: Any) -> None:
+    """The name of the holder cannot be written then, neither at once nor at the end."""
+    with file_size_limit(0), lock(tmp_path / "lock") as held:
+        assert held is (True if lock is hold_lock else None)
+        assert (tmp_path / "lock").read_bytes() == b""
+
+
 def test_a_file_is_written_whole_and_readable_as_others_are(tmp_path: Path) -> None:
     path, other = tmp_path / "a.md", tmp_path / "b.md"
     other.write_text("ä")
@@ -105,5 +115,36 @@ def test_commands_write_files_by_write_whole_alone() -> None:
         and node.func.attr in direct
         # `image` is a picture in memory, which write_whole then writes.
         if not (node.func.attr == "savefig" and ast.unparse(node.args[0]) == "image")
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+# Functions called open that give bytes, or a descriptor.
+BYTES = ("os.open", "listing.open", "self.file_system.open")
+
+
+def has_encoding(call: ast.Call) -> bool:
+    """Returns whether a call that reads or writes text says how, so that no locale decides it."""
+    name = getattr(call.func, "attr", getattr(call.func, "id", ""))
+    constants = [str(given.value) for given in call.args if isinstance(given, ast.Constant)]
+    keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+    is_bytes = any("b" in mode for mode in constants) or ast.unparse(call.func) in BYTES
+    is_text = (
+        name in ("read_text", "write_text")
+        or (name == "open" and not is_bytes)
+        or keywords.get("text") == "True"  # of a subprocess
+    )
+    # What is passed on as **names has the key None.
+    return not is_text or not {"encoding", None}.isdisjoint(keywords) or "utf-8" in constants
+
+
+@pytest.mark.parametrize("folder", ["moe", "kernels", "launch"])
+def test_text_is_utf_8_whatever_the_locale_is(folder: str) -> None:
+    """With LC_ALL=C and without Python's UTF-8 mode, the default is ASCII."""
+    wrong = [
+        f"{path}:{node.lineno}: {ast.unparse(node)[:60]}"
+        for path in (ROOT / folder).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and not has_encoding(node)
     ]
     assert not wrong, "\n".join(wrong)

@@ -12,12 +12,13 @@ import threading
 import time
 from pathlib import Path
 
+import jax
 import pytest
 
 from moe.config import ConfigError, MeshConfig
 from moe.exit_codes import BAD_INPUT, PEER_STUCK
 from moe.parallel.cluster import Cluster, expand_hosts, find_cluster, is_restarted, why_alone
-from moe.parallel.devices import check_devices, check_gpus, visible_gpus
+from moe.parallel.devices import check_devices, check_gpus, check_platforms, visible_gpus
 from moe.parallel.distributed import barrier, from_first, on_tpu
 from moe.parallel.rendezvous import Arrival, NotJoined, listed, meet
 from tests.jobs import free_port
@@ -263,6 +264,31 @@ def test_processes_that_hold_the_same_gpu_are_named():
     check_gpus(arrivals("", "", ""))
     with pytest.raises(NotJoined, match="process 2 of 4 on node-1 and process 3 of 4 on node-1"):
         check_gpus(arrivals("ab", "cd", "ef", "gf"))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        AssertionError(),  # for "cuda"
+        RuntimeError("Unable to initialize: Backend 'x' is not in the list of known backends: []"),
+    ],
+)
+def test_a_platform_without_a_plugin_is_told_in_one_line(monkeypatch, error):
+    def raise_error() -> None:
+        raise error
+
+    monkeypatch.setattr(jax, "local_devices", raise_error)
+    with pytest.raises(ConfigError, match=r"^JAX_PLATFORMS=cuda names a platform .*: install it"):
+        check_platforms({"JAX_PLATFORMS": "cuda"})
+
+
+def test_a_device_that_is_in_use_is_no_mistake_of_the_user(monkeypatch):
+    def raise_error() -> None:
+        raise RuntimeError("The TPU is already in use by process with pid 1")
+
+    monkeypatch.setattr(jax, "local_devices", raise_error)
+    with pytest.raises(RuntimeError, match="already in use"):
+        check_platforms({})
 
 
 def test_a_process_that_sees_another_number_of_devices_is_named():

@@ -26,6 +26,7 @@ from moe.config import ConfigError, RunConfig, TrainConfig
 from moe.storage.owner import LostRun
 from moe.workdir import checkpoint, identity
 from moe.workdir.checksum import checksum, checksums
+from tests.jobs import file_size_limit
 
 CONFIG = RunConfig(train=TrainConfig(keep_last=2))
 ONE = RunConfig(train=TrainConfig(keep_last=1))
@@ -290,23 +291,14 @@ def test_too_many_open_files_are_not_called_damage(copy):
 
 
 def test_a_full_disk_ends_a_save_in_one_line(tmp_path, capfd):
-    """A limit on the size of a file stands for a full disk: it raises EFBIG, not ENOSPC."""
-    import signal
-
-    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     large = make_state(4).replace(params={"w": jax.random.normal(jax.random.key(0), (512, 512))})
     begin = time.monotonic()
-    try:
-        with pytest.raises(  # noqa: SIM117
-            OSError, match=r"checkpoints/4 cannot be saved: .*File too large"
-        ) as error:
-            with checkpoint.open_checkpoints(tmp_path, CONFIG) as checkpoints:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))
-                checkpoint.save(checkpoints, CONFIG, ROWS, large)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, before)
+    with (
+        file_size_limit(2**16),
+        pytest.raises(OSError, match=r"checkpoints/4 cannot be saved: .*File too large") as error,
+        checkpoint.open_checkpoints(tmp_path, CONFIG) as checkpoints,
+    ):
+        checkpoint.save(checkpoints, CONFIG, ROWS, large)
     one_line(error)
     assert time.monotonic() - begin < 60
     assert capfd.readouterr().err.count("\n") < 3

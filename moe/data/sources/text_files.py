@@ -34,6 +34,7 @@ from moe.data.sources.listing import (
 from moe.data.sources.records import FEATURES, RecordDocuments, RecordWriter
 from moe.data.sources.stdlib import is_validation
 from moe.data.sources.tfds import is_prepared, prepare_builder
+from moe.files import naming_file
 
 _TRAIN_SHARE = 0.95  # of the bytes of a single plain file
 _SKIPPED = "skipped.txt"  # the file that lists the documents which could not be read
@@ -73,10 +74,14 @@ class TextFiles(dataset_builder.FileReaderBuilder):
             if skipped is None:
                 fix = "or set data.skip_bad_documents to count and skip such documents"
                 raise ConfigError(f"{place} {reason}, {fix}")
-            skipped.write(f"{place} {reason}\n")
+            try:
+                skipped.write(f"{place} {reason}\n")
+            except OSError as error:  # which would be taken for an error of reading the document
+                raise RuntimeError(f"{path} cannot be written: {error.strerror}") from None
 
         with contextlib.ExitStack() as stack:
             path = directory / _SKIPPED
+            stack.enter_context(naming_file(path))  # what is left of it is written at the end
             skipped = stack.enter_context(path.open("w", encoding="utf-8")) if self._skips else None
             for split, document in read_documents(self._listing, self._text_field, refuse):
                 writers[split].write(document)

@@ -17,10 +17,10 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from moe.config import PLACE_FIELDS, ConfigError, RunConfig, flatten
-from moe.config.checks import show
+from moe.config.checks import show, without_numpy
 
-# Each part of a name is a directory, so it may not begin with a dot.
-_NAME = re.compile(r"\w[\w.=+-]*(/\w[\w.=+-]*)*", re.ASCII)
+# Each part of a name is a directory, so it may not begin with a dot, nor have more than 255 bytes.
+_NAME = re.compile(r"\w[\w.=+-]{,254}(/\w[\w.=+-]{,254})*", re.ASCII)
 
 
 class Point(NamedTuple):
@@ -118,17 +118,19 @@ def _check_point(point: Any) -> Point:
     try:
         point = Point(*point)
         is_point = isinstance(point.name, str) and isinstance(point.overrides, Mapping)
+        types = (type(point.fork_from), type(without_numpy(point.fork_step)))
+        is_point = is_point and types in ((str, int), (type(None), int))
     except TypeError:
         is_point = False
     if not is_point:
         raise ConfigError(
-            f"get_sweep() yielded {show(point)}: yield Point(name, overrides), "
-            "where overrides is a dict of dotted fields"
+            f"get_sweep() yielded {show(point)}: yield Point(name, overrides), where overrides is "
+            "a dict of dotted fields, or add another point's name and a step, from which it forks"
         )
     if not _NAME.fullmatch(point.name):
         raise ConfigError(
             f"{show(point.name)} cannot name a run's directory: "
-            "use letters, digits and _ . = + -, with / between directories"
+            "use letters, digits and _ . = + -, at most 255, with / between directories"
         )
     return point
 

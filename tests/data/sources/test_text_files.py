@@ -25,6 +25,7 @@ from moe.data.sources import check_dataset, open_documents, records, reopen_docu
 from moe.data.sources import readers as readers_module
 from moe.data.sources.document import Document, Documents
 from moe.data.sources.stdlib import is_validation
+from tests.jobs import file_size_limit
 
 HELD_OUT = [str(i) for i in range(4000) if is_validation(str(i))]
 TRAINED_ON = [str(i) for i in range(4000) if not is_validation(str(i))]
@@ -331,6 +332,16 @@ def test_what_cannot_be_read_is_told_in_one_line_or_counted(
     (line,) = capfd.readouterr().err.splitlines()
     assert re.match(rf"text:{folder}: 1 documents were skipped, such as {folder}/{message}", line)
     assert Path(documents.directory, "skipped.txt").read_text().count("\n") == 1
+
+
+def test_a_full_disk_is_not_told_as_an_error_of_the_file_that_is_read(folder: Path):
+    """The list of skipped documents is written while the file of documents is read."""
+    write(folder / "a.jsonl", "{\n" * 300)
+    with file_size_limit(4096), pytest.raises(OSError) as error:
+        open_documents(config_for(folder, skip_bad_documents=True), "train")
+    assert re.search(
+        r"could not be prepared in .* File too large: '/\S*/skipped.txt'$", str(error.value)
+    )
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])

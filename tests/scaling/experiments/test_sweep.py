@@ -71,9 +71,12 @@ def test_equal_runs_are_found_by_content() -> None:
         ),
         ([Point("../a", {})], "'../a' cannot name a run's directory"),
         ([Point("a//b", {})], "'a//b' cannot name a run's directory"),
+        ([Point(f"a/{'b' * 256}", {})], "b' cannot name a run's directory"),
         (["a"], "get_sweep() yielded 'a': yield Point"),
         ([Point("a", None)], "get_sweep() yielded Point(name='a', overrides=None"),
         ([Point("a", {"seed": 1}, "b", 10)], "a: fork_from=b is no run of the sweep"),
+        ([Point("a", {"seed": 1}, ["b"], 10)], "fork_from=['b'], fork_step=10): yield Point"),
+        ([Point("a", {"seed": 1}, "b", "10")], "fork_from='b', fork_step='10'): yield Point"),
         (
             [Point("t", {}), Point("a", {"train.steps": 9}, "t", 9)],
             "a: fork_step=9 is not a step before the end of this run and of t",
