@@ -6,6 +6,7 @@ device, as on a user's machine, unless the test gives it more (JAX_NUM_CPU_DEVIC
 
 import functools
 import gc
+import itertools
 import os
 import shutil
 import signal
@@ -81,8 +82,19 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
 
 @pytest.fixture(scope="session")
 def data_directory(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Returns the directory where data sets are prepared once for all tests."""
-    return str(tmp_path_factory.mktemp("data"))
+    """Returns the directory where data sets are prepared once for all tests.
+
+    Its `stdlib` has every eighth document alone, so that it is read, cut and evaluated in seconds.
+    """
+    from moe.config import DataConfig
+    from moe.data.sources import open_documents, stdlib
+
+    directory, whole = str(tmp_path_factory.mktemp("data")), stdlib.files_of_split
+    with pytest.MonkeyPatch.context() as patch:
+        eighth = lambda validation: itertools.islice(whole(validation), 0, None, 8)
+        patch.setattr(stdlib, "files_of_split", eighth)
+        open_documents(DataConfig(directory=directory), "train")
+    return directory
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -130,8 +130,15 @@ def compile_step(
     return config, lowered.compile(), program.mesh
 
 
-@pytest.mark.parametrize("scanned", [True, False])
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize(
+    ("remat", "scanned"),
+    [
+        ("none", True),
+        ("full", False),
+        pytest.param("none", False, marks=pytest.mark.slow),
+        pytest.param("full", True, marks=pytest.mark.slow),
+    ],
+)
 def test_a_step_gathers_weights_and_scatters_gradients_as_often_as_it_must(remat, scanned) -> None:
     """The recomputed forward pass gathers for the gradients too, and the loss gathers once."""
     fields = {"model.remat": remat, "model.scan_layers": scanned, "mesh.fsdp": 8, "mesh.data": 1}
@@ -180,11 +187,14 @@ TIED_LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
+TIED_SLOW = ("fsdp", "fsdp, microbatches")
+
+
 @pytest.mark.parametrize(
     "layout",
-    # "data, fsdp" goes the same way as "fsdp".
+    # "data, fsdp" goes the same way as "fsdp", with and without microbatches.
     [
-        pytest.param(layout, marks=pytest.mark.slow if name == "fsdp" else ())
+        pytest.param(layout, marks=pytest.mark.slow if name in TIED_SLOW else ())
         for name, layout in TIED_LAYOUTS.items()
     ],
     ids=TIED_LAYOUTS,

@@ -150,7 +150,7 @@ def exact_results(window):
     [
         ("reference", None),
         pytest.param("blockwise", None, marks=pytest.mark.slow),
-        ("tpu", None),
+        pytest.param("tpu", None, marks=pytest.mark.slow),
         ("reference", (2, 2)),
     ],
 )

@@ -109,12 +109,6 @@ def with_moe(model: ModelConfig, **fields: Any) -> ModelConfig:
 
 
 CASES: dict[str, tuple[ModelConfig, dict[str, int], int, dict[str, Any]]] = {
-    "dense, circular, fsdp and tensor, remat": (
-        DENSE,
-        {"pipeline": 2, "fsdp": 2, "tensor": 2},
-        2,
-        {"remat": "full"},
-    ),
     "sparse, GPipe, expert and tensor": (
         with_moe(FLAT, dispatch="capacity", exchange="all_to_all"),
         {"pipeline": 2, "expert": 2, "tensor": 2},
@@ -123,6 +117,12 @@ CASES: dict[str, tuple[ModelConfig, dict[str, int], int, dict[str, Any]]] = {
     ),
 }
 SLOW_CASES: dict[str, tuple[ModelConfig, dict[str, int], int, dict[str, Any]]] = {
+    "dense, circular, fsdp and tensor, remat": (
+        DENSE,
+        {"pipeline": 2, "fsdp": 2, "tensor": 2},
+        2,
+        {"remat": "full"},
+    ),
     "dense, GPipe, 4 stages, data": (DENSE, {"pipeline": 4, "data": 2}, 1, {}),
     "dense, GPipe, 2 stages, context, unrolled": (
         DENSE,

@@ -109,7 +109,7 @@ def dense_on_one_device() -> dict[str, Any]:
         pytest.param(
             {"data": 2, "context": 2, "tensor": 2}, False, "ulysses", marks=pytest.mark.slow
         ),
-        ({"data": 1, "context": 2, "fsdp": 4}, True, "ring"),
+        pytest.param({"data": 1, "context": 2, "fsdp": 4}, True, "ring", marks=pytest.mark.slow),
     ],
     ids=str,
 )

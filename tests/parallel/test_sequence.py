@@ -57,7 +57,10 @@ def run_with(model: ModelConfig, mesh: dict[str, int], length: int) -> RunConfig
 
 
 # Those that take a minute. Another sparse case is plain.
-SLOW = {"sparse, beside context": pytest.mark.slow}
+SLOW = {
+    "sparse, beside context": pytest.mark.slow,
+    "a row that four devices cannot split": pytest.mark.slow,
+}
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, marks=SLOW.get(case, ())) for case in CASES])
@@ -146,20 +149,21 @@ def stored(config: RunConfig, layers: int, rows: int) -> set[int]:
     return set(map(int, found))
 
 
-def test_full_remat_stores_a_device_s_own_tokens() -> None:
+@pytest.mark.parametrize(
+    ("length", "tokens"), [(64, 16), pytest.param(66, 66, marks=pytest.mark.slow)]
+)
+def test_full_remat_stores_a_device_s_own_tokens(length, tokens) -> None:
     """For all layers together, a row's 64 tokens are stored in 4 parts, or whole if 66 are."""
     model = ModelConfig(
         vocab_size=256, num_layers=5, model_dim=48, num_heads=4, num_kv_heads=4, head_dim=12
     )
     config = RunConfig(
         model=dataclasses.replace(model, feed_forward_dim=56, remat="full"),
-        data=DataConfig(sequence_length=64),
+        data=DataConfig(sequence_length=length),
         mesh=MeshConfig(data=1, fsdp=2, tensor=4),
         train=TrainConfig(batch_size=6),
     )
-    assert stored(config, layers=5, rows=3) == {16}
-    uneven = dataclasses.replace(config, data=DataConfig(sequence_length=66))
-    assert stored(uneven, layers=5, rows=3) == {66}
+    assert stored(config, layers=5, rows=3) == {tokens}
 
 
 def chips(platform: str, monkeypatch: pytest.MonkeyPatch) -> list[Any]:

@@ -170,6 +170,7 @@ def test_the_grouped_matmul_is_checked_timed_and_written(tmp_path, monkeypatch, 
     assert "not run: out of memory" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_passes_of_the_tpu_kernels_are_timed_beside_ragged_dot(tmp_path, monkeypatch):
     path = tmp_path / "grouped_matmul.json"
     options = ("--shapes", "40,128,256,3", "--repeats=1", f"--json={path}", "--implementation=tpu")
