@@ -1,11 +1,14 @@
 """What tests share that start commands, or jobs of several processes."""
 
+import atexit
+import contextlib
 import resource
-import socket
 import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+from launch.local import reserve_port
 
 # The fields of a model whose training takes a command seconds.
 SMALL_MODEL = {
@@ -18,10 +21,13 @@ SMALL_MODEL = {
 }
 
 
+_reserved = contextlib.ExitStack()
+atexit.register(_reserved.close)
+
+
 def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    """Returns a port for a job's process 0, which no other program gets until the tests end."""
+    return _reserved.enter_context(reserve_port())
 
 
 def wait_until(is_true: Callable[[], object], *processes: subprocess.Popen) -> None:
