@@ -409,7 +409,8 @@ def test_gpus_count_where_jax_can_use_them(
 
 def test_ctrl_c_ends_the_check_and_its_process(tmp_path) -> None:
     hanging = f"""
-import os, sys, time
+import json, os, sys, time
+json.load(sys.stdin)  # as the real one does, which ends if its parent ends before
 open("{tmp_path}/started", "w").write(str(os.getpid()))
 time.sleep(600)
 """
