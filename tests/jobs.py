@@ -26,7 +26,10 @@ atexit.register(_reserved.close)
 
 
 def free_port() -> int:
-    """Returns a port for a job's process 0, which no other program gets until the tests end."""
+    """Returns a port that no other program is given until the tests end.
+
+    A server can listen there if it allows others to use its address, as those of jobs do.
+    """
     return _reserved.enter_context(reserve_port())
 
 
