@@ -42,8 +42,17 @@ def wait_until(is_true: Callable[[], object], *processes: subprocess.Popen) -> N
         ended = [process for process in processes if process.poll() is not None]
         if is_true():  # also where a process has come so far, and ended
             return
-        assert not ended, [process.communicate() for process in ended]
+        assert not ended, [last_words(process) for process in processes]
         time.sleep(0.01)
+
+
+def last_words(process: subprocess.Popen) -> tuple[int, str, str]:
+    """Returns the exit code and the output of a process of a job in which one has ended."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(20)  # the watch of a job ends it
+    process.kill()
+    output, errors = process.communicate()
+    return process.returncode, output, errors
 
 
 def wait_for_step(workdir: Path, step: int, *processes: subprocess.Popen) -> None:
