@@ -65,6 +65,13 @@ def wait_for_steps(process: subprocess.Popen[str], run: Path) -> int:
     return int(found[1])
 
 
+def let_it_stop(process: subprocess.Popen[str], run: Path, gate: Path) -> None:
+    """Opens the gate once a run has heard that it is to stop."""
+    said = "stopping: this step is finished"
+    wait_until(lambda: said in (run / "output.log").read_text(), process)
+    gate.touch()
+
+
 def finish(directory: Path, name: str, *flags: str) -> str:
     """Starts the sweep, and returns its output once it has ended well."""
     process = start(directory, name, *flags)
@@ -102,13 +109,10 @@ def test_a_killed_sweep_goes_on(tmp_path: Path) -> None:
     process = start(tmp_path, "killed", gate=90)
     wait_for_steps(process, workdir / "one")
     process.send_signal(signal.SIGTERM)
-    output_log = workdir / "one" / "output.log"
-    wait_until(lambda: "stopping: this step is finished" in output_log.read_text(), process)
-    (tmp_path / "open").touch()
+    let_it_stop(process, workdir / "one", tmp_path / "open")
     output, errors = process.communicate(timeout=400)
     assert process.returncode == 75 and "1 interrupted" in output, errors
     assert "1 of 3 runs are done already" in errors
-
     finish(tmp_path, "killed")
     assert column(workdir, "status") == ["finished"] * 3
     starts = [
