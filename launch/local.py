@@ -55,7 +55,7 @@ from absl import flags
 from launch import command_line
 from launch.child_processes import ending_with_parent, gpu_names, shell_code
 from launch.local_signals import STOP_SIGNALS, Signals, catch_signals, pause
-from launch.logs import LOST, Places, ending, find_places, last_lines_of_ended
+from launch.logs import LOST, Places, ending, find_places, last_lines, last_lines_of_ended
 from moe.config import ConfigError
 from moe.exit_codes import (
     BAD_INPUT,
@@ -285,7 +285,8 @@ def _show_last_lines(process: Process, find_log: Callable[[], RunPath], begin: f
     """Shows the last lines of a process: those before its log was open, and those of its log."""
     lines = _first_output(process)[-20:]
     # Older lines are of another start. If there are lines from before the log, it may never come.
-    seconds = 0.0 if lines else LOG_SECONDS
+    may_come = not lines or last_lines(find_log(), since=begin)
+    seconds = LOG_SECONDS if may_come else 0.0
     logged = last_lines_of_ended(find_log, since=begin, seconds=seconds)
     if logged:
         print(f"its last lines, all of which are in {find_log()}:", file=sys.stderr)

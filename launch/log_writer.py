@@ -8,6 +8,7 @@ log, and so do those that were written before. If another job takes the run over
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import re
@@ -150,11 +151,16 @@ def _is_lost(run: str, lease: int) -> bool:
 
 
 class _File:
-    """Appends to a log in a file system, and says once if that fails."""
+    """Appends to a log in a file system, and says once if that fails.
+
+    It is locked until this process ends, so that a reader sees whether more lines may come.
+    """
 
     def __init__(self, path: str):
         self._path, self._failed = path, False
-        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+        with contextlib.suppress(OSError):  # a file system may have no locks
+            fcntl.flock(self._file, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
     def write(self, text: bytes) -> None:
         try:

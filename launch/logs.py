@@ -13,6 +13,7 @@ last one.
 
 import atexit
 import contextlib
+import fcntl
 import json
 import os
 import re
@@ -259,16 +260,31 @@ def last_lines_of_ended(
 ) -> list[str]:
     """Returns the last lines of a process that has just ended, whose writer may still be writing.
 
-    Returns them once there are some that stay the same for a while, or after `seconds`. The log may
-    move until then.
+    Returns them once the writer has ended and there are some, or after `seconds`. Where no lock
+    tells whether it has, they count as whole if they stay the same for a while. The log may move
+    until then.
     """
     end, before = time.monotonic() + seconds, []
-    while (lines := last_lines(find_path(), since=since)) != before or not lines:
-        if time.monotonic() > end:
-            break
+    while True:
+        is_open = _is_open(path := find_path())
+        lines = last_lines(path, since=since)
+        if (lines and lines == before and not is_open) or time.monotonic() > end:
+            return lines
         before = lines
         time.sleep(_QUIET_SECONDS)
-    return lines
+
+
+def _is_open(path: "RunPath") -> bool:
+    """Returns whether a writer still holds a log, as far as the file system tells."""
+    if isinstance(path, Path):
+        try:
+            with path.open("r+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:  # there is no file, or there are no locks
+            pass
+    return False
 
 
 def _read_end(path: "RunPath", size: int) -> bytes:

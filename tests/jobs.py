@@ -1,13 +1,15 @@
 """What tests share that start commands, or jobs of several processes."""
 
+import atexit
 import contextlib
 import resource
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from launch.local import reserve_port
 
 # The fields of a model whose training takes a command seconds.
 SMALL_MODEL = {
@@ -20,10 +22,16 @@ SMALL_MODEL = {
 }
 
 
+_reserved = contextlib.ExitStack()
+atexit.register(_reserved.close)
+
+
 def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    """Returns a port that no other program is given until the tests end.
+
+    A server can listen there if it allows others to use its address, as those of jobs do.
+    """
+    return _reserved.enter_context(reserve_port())
 
 
 def wait_until(is_true: Callable[[], object], *processes: subprocess.Popen) -> None:
@@ -35,8 +43,17 @@ def wait_until(is_true: Callable[[], object], *processes: subprocess.Popen) -> N
         ended = [process for process in processes if process.poll() is not None]
         if is_true():  # also where a process has come so far, and ended
             return
-        assert not ended, [process.communicate() for process in ended]
+        assert not ended, [last_words(process) for process in processes]
         time.sleep(0.01)
+
+
+def last_words(process: subprocess.Popen) -> tuple[int, str, str]:
+    """Returns the exit code and the output of a process of a job in which one has ended."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(20)  # the watch of a job ends it
+    process.kill()
+    output, errors = process.communicate()
+    return process.returncode, output, errors
 
 
 def wait_for_step(workdir: Path, step: int, *processes: subprocess.Popen) -> None:

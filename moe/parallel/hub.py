@@ -15,7 +15,7 @@ import statistics
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 from moe.exit_codes import BAD_INPUT, DIVERGED, INTERRUPTED, NOT_JOINED, PEER_DIED, PEER_STUCK, SLOW
@@ -196,11 +196,11 @@ class Hub:
                 ticked, limit = now, judge.limit(now)
                 for connection in self._connections.values():
                     connection.send(limit=limit, place=judge.place_name(0))
-        for number, connection in self._connections.items():
-            if number:
-                connection.send(verdict=verdict)
-        deadline = time.monotonic() + _FAREWELL
-        while time.monotonic() < deadline and judge.others_are_connected():
+        told, deadline = {0}, time.monotonic() + _FAREWELL
+        while time.monotonic() < deadline and judge.others_are_left():
+            for number in self._connections.keys() - told:  # some connect only now
+                self._connections[number].send(verdict=verdict)
+                told.add(number)
             self._read_all(0.05)
         self._end(verdict)
 
@@ -312,8 +312,12 @@ class Judge:
             for number in range(1, self.num_processes)
         )
 
-    def others_are_connected(self) -> bool:
-        return any(peer.is_connected for peer in self._peers.values() if peer.process_id)
+    def others_are_left(self) -> bool:
+        """Returns whether another process is connected, or has still to connect."""
+        return any(
+            number not in self._peers or self._peers[number].is_connected
+            for number in range(1, self.num_processes)
+        )
 
     def limit(self, now: float) -> float | None:
         """Returns how long a step or a batch may take, whichever of them the processes are in.
@@ -378,11 +382,13 @@ class Judge:
         )
 
     def _verdict(self, code: int, text: str, failed: Peer) -> Verdict:
-        survivors: Collection[int] = [
+        gone = [
             peer.process_id
             for peer in self._peers.values()
-            if peer is not failed and peer.exit_code is None and peer.is_connected
+            if peer is failed or peer.exit_code is not None or not peer.is_connected
         ]
+        # Those that have not connected yet are left as well, such as process 0 at its start.
+        survivors = set(range(self.num_processes)).difference(gone)
         return Verdict(code, text, failed.process_id, min(survivors, default=failed.process_id))
 
     def _name(self, peer: Peer) -> str:

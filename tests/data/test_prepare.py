@@ -330,12 +330,21 @@ def test_a_stopped_worker_is_named(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ):
-    worker_script(
-        tmp_path,
-        f'(sleep 3; kill -CONT $$) & kill -STOP $$; exec {sys.executable} "$@"',
-        monkeypatch,
-    )
-    monkeypatch.setattr(workers, "_PATIENCE", 0.5)
+    worker_script(tmp_path, f'kill -STOP $$; exec {sys.executable} "$@"', monkeypatch)
+    monkeypatch.setattr(workers, "_PATIENCE", 0.1)
+    describe = workers._describe
+
+    def wake(stopped: list[subprocess.Popen[bytes]], left: list[list[int]]) -> str:
+        """Lets the workers go on once they have been described."""
+        monkeypatch.setattr(workers, "_describe", describe)
+        for worker in stopped:
+            os.waitid(os.P_PID, worker.pid, os.WSTOPPED | os.WNOWAIT)
+        text = describe(stopped, left)
+        for worker in stopped:
+            worker.send_signal(signal.SIGCONT)
+        return text
+
+    monkeypatch.setattr(workers, "_describe", wake)
     assert contents(prepare(fresh, "train", num_workers=2).directory) == contents(rows.directory)
     told = capfd.readouterr().err
     name = (

@@ -4,12 +4,13 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from tests.jobs import free_port
 
 # A node's name must be an address, since JAX takes the first node's name as its coordinator.
 NODES = ("127.0.0.11", "127.0.0.12")
@@ -94,7 +95,7 @@ class Cluster:
         munge = self._directory / "munge"
         (munge / "munge.key").write_bytes(os.urandom(128))
         (munge / "munge.key").chmod(0o600)
-        ports = _free_ports(3)
+        ports = [free_port() for _ in range(3)]
         nodes = [
             f"NodeName={node} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port} CPUs=2\n"
             for node, port in zip(NODES, ports[1:], strict=True)
@@ -128,15 +129,6 @@ class Cluster:
         deadline = time.monotonic() + 10
         while list(self._directory.rglob("*.pid")) and time.monotonic() < deadline:
             time.sleep(0.05)  # a daemon removes its file when it ends
-
-
-def _free_ports(count: int) -> list[int]:
-    """Returns ports that nobody uses. They are found together, so that they differ."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
 
 
 @contextlib.contextmanager

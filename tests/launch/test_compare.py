@@ -7,7 +7,6 @@ import math
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +20,7 @@ from moe.config import ConfigError, MoEConfig, RunConfig
 from moe.scaling.experiments.sweep import Point, repeat
 from moe.scaling.flops import training_flops_per_token
 from moe.workdir.tracking import read_metrics
+from tests.jobs import wait_for_step, wait_until
 from tests.launch.compared_runs import TINY, Rows, write_run
 from tests.launch.report_runs import colours
 
@@ -226,10 +226,25 @@ def test_equal_variants_are_compared_though_one_is_trained(tmp_path: Path) -> No
     assert values["variants"]["same"]["loss"] == values["variants"]["a"]["loss"]
 
 
+# A sparse run waits in step 10 until the file is there.
+GATED = """
+import os, time
+from moe.training.log import Log
+add = Log.add
+
+def wait_and_add(log, step, metrics):
+    while step == 10 and log._config.model.moe.num_experts and not os.path.exists("{file}"):
+        time.sleep(0.01)
+    add(log, step, metrics)
+
+Log.add = wait_and_add
+"""
+
+
 def start(workdir: Path) -> subprocess.Popen[str]:
     """The command, on an experiment of four runs of 20 steps each."""
     path = workdir / "e.py"
-    path.write_text(EXPERIMENT)
+    path.write_text(EXPERIMENT + GATED.format(file=workdir / "open"))
     words = [f"--sweep={path}", f"--workdir={workdir}", f"--set=data.directory={workdir / 'data'}"]
     return subprocess.Popen(
         [sys.executable, "-m", "launch.compare", *words, "--set=train.steps=20"],
@@ -243,20 +258,20 @@ def start(workdir: Path) -> subprocess.Popen[str]:
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # five processes start JAX and compile
 def test_an_interrupted_experiment_goes_on(tmp_path: Path) -> None:
-    process, deadline = start(tmp_path), time.monotonic() + 400
-    path = tmp_path / "sparse" / "seed_0" / "metrics.jsonl"
-    while not (path.exists() and '"step": 3,' in path.read_text()):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.01)
+    process, run = start(tmp_path), tmp_path / "sparse" / "seed_0"
+    wait_for_step(run, 3, process)
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=200)
+    output_log = run / "output.log"
+    wait_until(lambda: "stopping: this step is finished" in output_log.read_text(), process)
+    (tmp_path / "open").touch()
+    _, errors = process.communicate()
     assert process.returncode == 75 and "stopping: each run saves first" in errors, errors
-    assert read_metrics(path.parent)[-1]["step"] < 20
+    assert read_metrics(run)[-1]["step"] < 20
 
     process = start(tmp_path)
-    output, errors = process.communicate(timeout=400)
+    output, errors = process.communicate()
     assert process.returncode == 0, errors
     assert "| sparse | " in output and " | 2 | " in output
     assert "1 of 4 runs are done already" in errors
     # It was started twice, and resumed the second time.
-    assert len((path.parent / "environment.jsonl").read_text().splitlines()) == 2
+    assert len((run / "environment.jsonl").read_text().splitlines()) == 2

@@ -10,15 +10,19 @@ from types import SimpleNamespace
 
 import pytest
 
+from launch import logs
 from launch.local import (
     COMMANDS,
     Job,
+    Process,
+    _show_last_lines,
     find_cause,
     find_gpus,
     main,
     process_environment,
     split_arguments,
 )
+from launch.log_writer import Log, time_text
 from moe.config import ConfigError
 from moe.exit_codes import may_restart
 from tests.jobs import wait_until
@@ -138,6 +142,30 @@ sys.exit(1)
         "its last lines, all of which are in logs/worker/process-00001.log:\n    20"
     )
     assert error.endswith(" 1 | a line in the log of 1\n") and error.count("\n") == 3
+
+
+def test_a_log_is_waited_for_though_there_are_lines_from_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those alone would not tell that the log is coming, but its first lines do."""
+    monkeypatch.setattr(logs, "_QUIET_SECONDS", 0.01)
+    path, looks = tmp_path / "log", []
+    log, prefix = Log(str(path)), time_text(time.time())
+    log.write(f"{prefix} host 1 | one\n".encode())
+
+    def find_log() -> Path:
+        looks.append(path)
+        if len(looks) == 6:
+            log.write(f"{prefix} host 1 | two\n".encode())
+            os.close(log._file._file)  # pyright: ignore[reportAttributeAccessIssue]
+        return path
+
+    with (tmp_path / "output").open("w+b") as output, subprocess.Popen("true") as popen:
+        output.write(b"early\n")
+        _show_last_lines(Process(popen, output), find_log, 0.0)
+    lines = capsys.readouterr().err.splitlines()
+    texts = [line.split(" | ")[-1].strip() for line in lines]
+    assert texts == [f"its last lines, all of which are in {path}:", "early", "one", "two"]
 
 
 @pytest.mark.parametrize("code", [2, 3])

@@ -297,9 +297,9 @@ def test_ctrl_c_during_imports_is_answered_in_one_line(tmp_path, command, module
         f"--workdir={tmp_path}",
         f"--{file[command]}",
     ]
-    with subprocess.Popen(
-        arguments, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
-    ) as process:
+    # Through so small a pipe, a process cannot be far ahead of the lines that are read here.
+    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "pipesize": 4096}
+    with subprocess.Popen(arguments, cwd=ROOT, text=True, **pipes) as process:
         assert process.stderr
         imported = iter(process.stderr.readline, "")  # a line for each module after its import
         assert any(line.split("|")[-1].strip() == module for line in imported)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from moe.workdir.tracking import read_metrics
-from tests.jobs import SMALL_MODEL
+from tests.jobs import SMALL_MODEL, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -107,7 +107,8 @@ def test_a_person_is_refused_and_a_scheduler_waits(starts: Starts) -> None:
     assert error.count("error: ") == 1 and "waiting up to" not in error
     left = sorted((starts.directory / "logs").rglob("*.log"))
     assert [path.name for path in left] == ["process-00000.log", "process-00001.log"]
-    assert all("error: " in path.read_text() for path in left)
+    # A process waits for a second at its end until its log is written.
+    wait_until(lambda: all("error: " in path.read_text() for path in left))
     assert {path.name for path in starts.run.iterdir()} == before
     assert [starts.logged(rank).count(" starts: ") for rank in (0, 1)] == [1, 1]
 

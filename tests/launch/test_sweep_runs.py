@@ -13,11 +13,13 @@ import pytest
 from pyarrow import parquet
 
 from launch.sweep_progress import last_step
+from tests.jobs import wait_until
 
 ROOT = Path(__file__).parents[2]
 SWEEP = """
 from moe.config import RunConfig
 from moe.scaling.experiments.sweep import Point
+from tests.launch import gated
 
 def get_config():
     config = RunConfig.config_dict()
@@ -38,8 +40,8 @@ def get_sweep():
 """
 
 
-def start(directory: Path, name: str, *flags: str) -> subprocess.Popen[str]:
-    """Starts the sweep in a directory of this name."""
+def start(directory: Path, name: str, *flags: str, gate: int = 0) -> subprocess.Popen[str]:
+    """Starts the sweep in a directory of this name. Its runs wait in the step `gate`."""
     path = directory / "sweep.py"
     path.write_text(SWEEP)
     words = [f"--sweep={path}", f"--workdir={directory / name}"]
@@ -47,6 +49,7 @@ def start(directory: Path, name: str, *flags: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "launch.sweep", *words],
         cwd=ROOT,
+        env=os.environ | {"GATE": f"{gate}:{directory / 'open'}"},
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -55,14 +58,18 @@ def start(directory: Path, name: str, *flags: str) -> subprocess.Popen[str]:
 
 def wait_for_steps(process: subprocess.Popen[str], run: Path) -> int:
     """Waits until a run has trained 20 steps more than ever, and returns its process's number."""
-    deadline = time.monotonic() + 400
     before = last_step(run)[0]
-    while last_step(run)[0] < before + 20:
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.01)
+    wait_until(lambda: last_step(run)[0] >= before + 20, process)
     found = re.match(r"process (\d+) on ", (run / "run.lock").read_text())
     assert found
     return int(found[1])
+
+
+def let_it_stop(process: subprocess.Popen[str], run: Path, gate: Path) -> None:
+    """Opens the gate once a run has heard that it is to stop."""
+    said = "stopping: this step is finished"
+    wait_until(lambda: said in (run / "output.log").read_text(), process)
+    gate.touch()
 
 
 def finish(directory: Path, name: str, *flags: str) -> str:
@@ -81,7 +88,7 @@ def column(workdir: Path, name: str) -> list[Any]:
 @pytest.mark.timeout(1200)  # seven processes start JAX and compile
 def test_a_killed_sweep_goes_on(tmp_path: Path) -> None:
     workdir = tmp_path / "killed"
-    process = start(tmp_path, "killed")
+    process = start(tmp_path, "killed", gate=30)
     child = wait_for_steps(process, workdir / "one")
     process.kill()  # as kill -9 does
     process.communicate()
@@ -91,7 +98,7 @@ def test_a_killed_sweep_goes_on(tmp_path: Path) -> None:
         time.sleep(0.01)
 
     # Killed alone, a run fails, and the next one begins.
-    process = start(tmp_path, "killed")
+    process = start(tmp_path, "killed", gate=60)
     os.kill(wait_for_steps(process, workdir / "one"), signal.SIGKILL)
     output, errors = process.communicate(timeout=400)
     assert process.returncode == 1, errors
@@ -99,13 +106,13 @@ def test_a_killed_sweep_goes_on(tmp_path: Path) -> None:
     assert "failed: fork: one, from which it starts, is failed" in output
     assert column(workdir, "status") == ["failed", "finished", "failed"]
 
-    process = start(tmp_path, "killed")
+    process = start(tmp_path, "killed", gate=90)
     wait_for_steps(process, workdir / "one")
     process.send_signal(signal.SIGTERM)
+    let_it_stop(process, workdir / "one", tmp_path / "open")
     output, errors = process.communicate(timeout=400)
     assert process.returncode == 75 and "1 interrupted" in output, errors
     assert "1 of 3 runs are done already" in errors
-
     finish(tmp_path, "killed")
     assert column(workdir, "status") == ["finished"] * 3
     starts = [

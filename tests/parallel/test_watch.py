@@ -1,5 +1,6 @@
 """Processes that watch each other: deaths, goodbyes and steps without an end, all without JAX."""
 
+import json
 import os
 import re
 import signal
@@ -7,6 +8,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from moe.config import ConfigError
 from moe.exit_codes import BAD_INPUT, DIVERGED, INTERRUPTED, PEER_DIED, PEER_STUCK
 from moe.parallel import hub, watch
 from moe.parallel.hub import Hub, Judge
+from tests.jobs import wait_until
 
 ROOT = Path(__file__).parents[2]
 HOST = socket.gethostname()
@@ -65,6 +68,14 @@ def test_the_lowest_process_that_is_left_speaks():
     judge = judge_of(3)
     judge.lose(0)
     assert judge.decide(1.5) == (PEER_DIED, "process 0 of 3 on a died", 0, 1)
+
+
+def test_a_process_that_has_still_to_connect_is_left_too():
+    judge = Judge(3, 60.0)
+    judge.meet(1, "b", 0.0)
+    judge.lose(1)
+    assert judge.decide(0.5) == (PEER_DIED, "process 1 of 3 on b died", 1, 0)
+    assert judge.others_are_left()
 
 
 @pytest.mark.parametrize(
@@ -221,7 +232,7 @@ def test_a_wrong_limit_is_refused_by_name():
 def test_a_stranger_is_not_heard():
     ended = []
     watching = Hub("127.0.0.1", 2, 60.0, ended.append)
-    host, port, *_ = watch.json.loads(watching.address)
+    host, port, *_ = json.loads(watching.address)
     for text in (
         b"GET / HTTP/1.1\r\n\r\n",
         b"\xff\n",
@@ -235,6 +246,33 @@ def test_a_stranger_is_not_heard():
             stranger.sendall(text)
             assert stranger.recv(1) == b""  # the hub has hung up
     assert not ended
+
+
+def test_a_process_that_connects_after_the_verdict_is_told_too(monkeypatch):
+    monkeypatch.setattr(hub, "_FAREWELL", 100.0)
+    verdicts, ended = [], threading.Event()
+    watching = Hub("127.0.0.1", 3, 60.0, lambda verdict: ended.set())
+    host, port, token, _ = json.loads(watching.address)
+
+    def decide(now, decide=watching._judge.decide):
+        if verdict := decide(now):
+            verdicts.append(verdict)
+        return verdict
+
+    watching._judge.decide = decide
+
+    def connect(number):
+        connection = socket.create_connection((host, port), 60)
+        connection.sendall(json.dumps({"process_id": number, "host": "x", "token": token}).encode())
+        connection.sendall(b"\n")
+        return connection
+
+    connect(1).close()
+    wait_until(lambda: verdicts)
+    with connect(2) as late, late.makefile() as file:
+        assert json.loads(file.readline()) == {"verdict": list(verdicts[0])}
+    assert ended.wait(60)
+    watching._server.close()
 
 
 def test_without_a_watch_nothing_happens():
@@ -258,6 +296,13 @@ PROGRAM = textwrap.dedent("""
             time.sleep(0.01)
         return path.read_text()
 
+    def note_limits(connection):
+        messages = receive(connection)
+        limits.extend(message["limit"] for message in messages if message.get("limit"))
+        return messages
+
+    receive, limits = hub.Connection.receive, []
+    hub.Connection.receive = note_limits
     watch.start(int(sys.argv[1]), int(sys.argv[2]), "127.0.0.1", from_first)
     watch.show_last_lines(lambda process_id: f"the last words of {process_id}")
     phase, *rest = sys.argv[4].split(" ")
@@ -322,10 +367,12 @@ def test_a_killed_process_is_named_at_once(tmp_path, victim):
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_stopped_process_is_named_and_the_stacks_are_shown(tmp_path, victim):
-    step = "for n in range(3, 10**9): watch.report('{0}', n); time.sleep(0.01)"
+    step = "for n in range(3, 10**9): watch.report('{0}', n); time.sleep(0.01); "
+    step += "limits and print(limits.pop(), flush=True)"
     programs = [f"{phase} {step.format(phase)}" for phase in ("training", "waiting", "waiting")]
     with Job(tmp_path, *programs, seconds="5") as job:
-        time.sleep(4)  # the hub has heard all of them, and told them the limit
+        # The hub has heard all of them, and told them the limit.
+        assert [process.stdout.readline() for process in job.processes] == ["5.0\n"] * 3
         job.processes[victim].send_signal(signal.SIGSTOP)
         left = [number for number in range(3) if number != victim]
         codes, texts = job.end(*left)
@@ -361,8 +408,10 @@ def test_all_leave_together_and_process_0_last(tmp_path):
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_signal_in_warm_up_ends_all_at_once(tmp_path, victim):
     programs = ["compiling", "compiling", "training"]
-    programs[victim] += " time.sleep(0.5); watch.stop_in_warm_up()"
+    wait = "while not pathlib.Path(sys.argv[3], 'open').exists(): time.sleep(0.01)"
+    programs[victim] += f" {wait}\nwatch.stop_in_warm_up()"
     with Job(tmp_path, *programs) as job:
+        (tmp_path / "open").touch()
         codes, texts = job.end(0, 1, 2)
     assert codes == [INTERRUPTED] * 3
     name = f"process {victim} of 3 on {HOST} was asked to stop before its first step was done"

@@ -160,12 +160,12 @@ def test_a_store_that_does_not_answer_has_a_code_that_is_restarted(
 def test_an_owner_that_wakes_after_its_run_was_taken_stops(
     commands: Commands, workdir: str, data_directory: str
 ) -> None:
-    paused = commands.train(workdir, data_directory, 10_000)
+    paused = commands.train(workdir, data_directory, 100_000)
     directory = run_path(workdir)
     wait_for_step(directory, 20, paused)
     paused.process.send_signal(signal.SIGSTOP)
     before = max(checkpoint_steps(directory / "checkpoints"))
-    taker = commands.train(workdir, data_directory, 10_000)
+    taker = commands.train(workdir, data_directory, 100_000)
     wait_for_step(directory, before + 1, taker)
     paused.process.send_signal(signal.SIGCONT)
     _, error = paused.result(code=2)

@@ -8,10 +8,13 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from moe import files
 from moe.config import ConfigError
 from moe.files import NoLocks, try_lock
 from moe.storage import owner
@@ -287,23 +290,40 @@ def leases_or_none(workdir: Path) -> int:
         return 0
 
 
+@pytest.fixture
+def wait(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Returns a sleep that lasts until the wait has been announced, which is at once."""
+    is_announced = threading.Event()
+
+    def announce(text: str, **options: Any) -> None:
+        print(text, **options)
+        is_announced.set()
+
+    def sleep(seconds: float) -> None:
+        assert is_announced.wait(100)
+        clock.sleep(seconds)
+
+    monkeypatch.setattr(files, "_ANNOUNCE_AFTER", 0.0)
+    monkeypatch.setattr(files, "print", announce, raising=False)
+    return sleep
+
+
 def test_a_wait_says_what_it_waits_for(
-    mount: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    mount: Path, wait: Callable[[float], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(owner, "LEASE_SECONDS", 1.5)
     write_lease(mount, 1)
-    with own_run(mount):
+    with own_run(mount, 0.0, wait):
         pass
     assert capsys.readouterr().err == (
-        f"waiting up to 2 s to see whether process 7 on node-1 still writes {mount}\n"
+        f"waiting up to 60 s to see whether process 7 on node-1 still writes {mount}\n"
     )
 
 
 def test_a_repeated_start_says_for_whom_it_waits_in_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, wait: Callable[[float], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with try_lock(tmp_path / owner.LOCK_FILE):
-        with pytest.raises(ConfigError), own_run(tmp_path, 2.5):
+        with pytest.raises(ConfigError), own_run(tmp_path, 2.5, wait):
             pass
         assert capsys.readouterr().err == (
             f"waiting up to 2 s until {ME} no longer writes {tmp_path}\n"

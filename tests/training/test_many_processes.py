@@ -255,17 +255,32 @@ def test_a_process_that_hangs_in_an_evaluation_is_stuck(tmp_path):
 
 
 def test_nobody_is_stuck_while_one_prepares_compiles_or_saves(tmp_path):
-    """Each takes longer than a step may take, and so does the first batch of an evaluation."""
+    """Each takes longer than a step may take, and so does the first batch of an evaluation.
+
+    For the hub the time runs ten times as fast meanwhile. The processes cannot wait for each other
+    for long: Gloo gives up after 30 seconds.
+    """
     before = """
+        from moe.parallel import hub
+        is_slow = Path(workdir).with_name("slow")
+        class Clock:
+            sleep, now, last = time.sleep, time.monotonic(), time.monotonic()
+            def monotonic():
+                last, Clock.last = Clock.last, time.monotonic()
+                Clock.now += (10 if is_slow.exists() else 1) * (Clock.last - last)
+                return Clock.now
+        hub.time = Clock
+        wrap(log.Log, "add", lambda: time.sleep(0.3))
         if number == 1:
-            slow = lambda: time.sleep(14)
+            slow = lambda: (is_slow.touch(), time.sleep(2), is_slow.unlink())
             wrap(trainer, "first_state", slow)
             wrap(checkpoint, "save", slow)
             wrap(evaluation, "router_summary", slow)
             for module, name in ((log.Log, "next_batch"), (evaluation, "global_batch")):
                 wrap(module, name, lambda first=[slow]: first and first.pop()())
     """
-    train = {"steps": 4, "eval_every": 4, "eval_batches": 3}
+    # After 20 steps the median of the steps is known: the first one took as long as the compiler.
+    train = {"steps": 20, "eval_every": 20, "eval_batches": 3}
     # Not less, since the steps of a busy machine may take seconds.
     with Job(tmp_path / "run", before=before, stuck_seconds="10", **train) as job:
         codes, texts = job.end()
@@ -381,17 +396,21 @@ def test_a_signal_in_warm_up_ends_all_at_once(tmp_path, place, victim):
 def test_a_run_is_saved_before_slurm_ends_its_job(tmp_path):
     """Process 1 alone believes that the job ends soon, as with clocks that differ."""
     before = """
+        from moe.training import vote
+        added = []
+        class Clock:
+            def time():
+                return 1095.0 if len(added) >= 5 else 1000.0
+        wrap(log.Log, "add", lambda: added.append(1))
         if number == 1:
-            os.environ["SLURM_JOB_START_TIME"] = str(int(time.time()))
-            os.environ["SLURM_JOB_END_TIME"] = str(int(time.time()) + 20)
+            vote.time = Clock
+            os.environ |= {"SLURM_JOB_START_TIME": "1000", "SLURM_JOB_END_TIME": "1100"}
     """
-    # A fast machine takes thousands of steps before it stops. Only that stop may save.
-    train = {"steps": 100_000, "checkpoint_every": 100_000}
-    with Job(tmp_path / "run", before=before, **train) as job:
+    with Job(tmp_path / "run", before=before, steps=1000, checkpoint_every=1000) as job:
         codes, texts = job.end()
     assert codes == [INTERRUPTED] * 2, texts
     (step,) = checkpoint_steps(tmp_path / "run" / "checkpoints")
-    assert step > 1 and all(f"stopped at step {step} and saved" in text for text in texts)
+    assert step >= 5 and all(f"stopped at step {step} and saved" in text for text in texts)
     assert "SLURM's time limit is near" in texts[1]
 
 

@@ -771,7 +771,8 @@ def test_a_second_signal_of_either_kind_ends_a_process_that_runs_no_python(first
         )
 
 
-def test_a_sigterm_that_slurm_sends_twice_is_one_request(capfd):
+def test_a_sigterm_that_slurm_sends_twice_is_one_request(monkeypatch, capfd):
+    monkeypatch.setattr(signals, "SAME_REQUEST_S", 1e6)
     with signals.catch_signals() as interrupted:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)

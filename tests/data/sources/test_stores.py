@@ -3,12 +3,8 @@
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 
 import pytest
@@ -22,6 +18,15 @@ pytestmark = [
     # The clients leave the sessions of their threads open when Python ends.
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
 ]
+# Says at which port it listens.
+SERVER = """
+import sys
+from moto.server import ThreadedMotoServer
+server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+server.start()
+print(server.get_host_and_port()[1], flush=True)
+sys.stdin.read()
+"""
 LINES = "".join(json.dumps({"text": f"document {i} é", "n": i}) + "\n" for i in range(300))
 
 
@@ -30,31 +35,18 @@ def s3() -> Iterator[str]:
     """Yields the address of an empty bucket of moto's server."""
     pytest.importorskip("moto.server")
     s3fs = pytest.importorskip("s3fs")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    address = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(command, **quiet) as server, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", address)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with (
+        subprocess.Popen([sys.executable, "-c", SERVER], text=True, **pipes) as server,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.stdout.readline().strip()}")
         patch.setenv("AWS_ACCESS_KEY_ID", "testing")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
         patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        _wait_for(address, server)
         s3fs.S3FileSystem().mkdir("bucket-one")
         yield "s3://bucket-one"
         server.kill()
-
-
-def _wait_for(address: str, server: subprocess.Popen) -> None:
-    """Waits until the server answers. It may take long to import its modules."""
-    while server.poll() is None:
-        try:
-            urllib.request.urlopen(f"{address}/moto-api/", timeout=60).close()
-            return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.1)
-    pytest.fail("moto's server has ended")
 
 
 @pytest.fixture(params=["gs", "s3"])
