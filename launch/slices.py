@@ -13,6 +13,7 @@ from moe.config.checks import show
 from moe.config.data import is_token_files
 from moe.data.rows import JoinedRows, Rows
 from moe.data.sources import Document, open_documents
+from moe.files import naming_file
 
 MAX_SLICES = 50  # each is a file that is open while documents are divided
 
@@ -87,8 +88,10 @@ def divide(documents: Iterable[Document], field: str, directory: Path) -> dict[s
                     )
                 folders[value] = directory / f"slice{len(files)}"
                 file = _new_file(folders[value])
+                stack.enter_context(naming_file(file))  # what is left of it is written at the end
                 files[value] = stack.enter_context(file.open("w", encoding="utf-8"))
-            files[value].write(json.dumps({"text": document.text}) + "\n")
+            with naming_file(Path(files[value].name)):
+                files[value].write(json.dumps({"text": document.text}) + "\n")
     return folders
 
 

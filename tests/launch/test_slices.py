@@ -26,6 +26,7 @@ from moe.config import ConfigError, DataConfig, RunConfig, TrainConfig
 from moe.data.rows import Rows
 from moe.data.sources import Document, check_dataset, open_documents
 from moe.data.token_files import open_token_rows
+from tests.jobs import file_size_limit
 from tests.tiny import TINY_MODEL
 
 
@@ -40,6 +41,16 @@ def test_documents_are_divided_by_their_values(tmp_path: Path):
     assert [json.loads(line)["text"] for line in lines] == ["text 0", "text 2"]
     data = DataConfig(dataset=f"text:{folders['x']}", directory=str(tmp_path / "cache"))
     assert splits_of(data, None) == ("validation",) and splits_of(data, "train") == ("train",)
+
+
+@pytest.mark.parametrize("size", [10, 20_000])
+def test_a_slice_that_does_not_fit_the_disk_is_named(size: int, tmp_path: Path):
+    """A text of 10 characters is written when the file is closed, a longer one at once."""
+    long = [Document(size * "a", "a.jsonl:1", {"by": value}) for value in "xy"]
+    with file_size_limit(5), pytest.raises(OSError, match="File too large") as caught:
+        divide(long, "by", tmp_path)
+    slices = {str(tmp_path / f"slice{n}/validation/documents.jsonl") for n in range(2)}
+    assert caught.value.filename in slices
 
 
 def test_a_field_must_be_there_and_have_few_values(tmp_path: Path):
