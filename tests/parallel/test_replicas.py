@@ -125,7 +125,11 @@ def test_parts_of_rows_are_replicas_of_a_dense_model(mesh, gather_once, way) -> 
     ("fields", "axis"),
     [
         (EXCHANGES["all_gather"] | {"mesh.data": 8}, "data"),
-        ({"model.moe.num_experts": 0, "mesh.fsdp": 4, "mesh.context": 2}, "context"),
+        pytest.param(
+            {"model.moe.num_experts": 0, "mesh.fsdp": 4, "mesh.context": 2},
+            "context",
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["data", "context"],
 )
