@@ -5,8 +5,8 @@ Each layer has 128 experts, 8 for each token (Yang et al. 2025, table 2).
 Command:  python -m launch.train --config=configs/moe_30b_a3b.py --workdir=runs/moe_30b_a3b
 Hardware: 64 H200 (8 hosts), or TPU v5p:4x4x4. Each of a host's 8 GPUs, or of 8 neighbouring
           chips, has 16 experts of each layer, and their parameters are split over the 8 groups. A
-          step gathers them once, which takes 69 GiB of an H200. For chips with less memory set
-          --config.train.gather_once=False (21 GiB).
+          step gathers them once, which takes 70 GiB of an H200. For chips with less memory set
+          --config.train.gather_once=False (22 GiB).
 Time, result: not measured. 1.05T tokens need 2.4e22 FLOPs: 11 days at 40 % of 64 H100s' peak.
 
 The load is balanced over a microbatch on all devices, the global batch of Qiu et al. 2025, with the
