@@ -99,10 +99,12 @@ def test_other_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         benchmark_beside_transformers(SPARSE)
 
 
-def test_other_dtypes_are_refused() -> None:
-    model = dataclasses.replace(SPARSE.model, compute_dtype="bfloat16")
-    with pytest.raises(ConfigError, match=r"^model\.compute_dtype='bfloat16' has no counterpart"):
-        check_counterpart(dataclasses.replace(SPARSE, model=model))
+@pytest.mark.parametrize("change", [{"compute_dtype": "bfloat16"}, {"qk_norm": True}], ids=str)
+def test_other_models_are_refused(change: dict[str, object]) -> None:
+    ((field, value),) = change.items()
+    config = dataclasses.replace(DENSE, model=dataclasses.replace(DENSE.model, **change))
+    with pytest.raises(ConfigError, match=f"^model.{field}={value!r} has no counterpart"):
+        check_counterpart(config)
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
