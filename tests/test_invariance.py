@@ -61,7 +61,6 @@ MODEL = ModelConfig(
     num_heads=4,
     num_kv_heads=2,
     head_dim=4,
-    qk_norm=True,
     compute_dtype="float32",
     moe=MOE,
 )
@@ -135,9 +134,14 @@ def pairwise(layouts: Sequence[Layout]) -> list[Layout]:
 
 
 def model_config(first_dense_layers: int) -> ModelConfig:
-    """Returns a model of two sparse layers that come after some dense ones."""
+    """Returns a model of two sparse layers that come after some dense ones.
+
+    The model of the table has a dense layer. That of the pairs has none, but norms of queries and
+    keys.
+    """
     moe = dataclasses.replace(MOE, first_dense_layers=first_dense_layers)
-    return dataclasses.replace(MODEL, num_layers=2 + first_dense_layers, moe=moe)
+    layers, qk_norm = 2 + first_dense_layers, not first_dense_layers
+    return dataclasses.replace(MODEL, num_layers=layers, qk_norm=qk_norm, moe=moe)
 
 
 def run_config(layout: Layout, first_dense_layers: int = 1) -> RunConfig:
@@ -197,7 +201,9 @@ def variables(first_dense_layers: int = 1) -> Any:
     biases = jax.tree.map(
         lambda x: 0.05 * jax.random.normal(jax.random.key(1), x.shape), drawn["router_state"]
     )
-    return jax.device_get({"params": draw_scales(drawn["params"]), "router_state": biases})
+    # The scales of the table's model are ones, as they start.
+    params = drawn["params"] if first_dense_layers else draw_scales(drawn["params"])
+    return jax.device_get({"params": params, "router_state": biases})
 
 
 # An optimizer that keeps the gradient as its state, and changes no parameter.
