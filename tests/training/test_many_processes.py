@@ -27,7 +27,7 @@ from moe.config import (
 from moe.exit_codes import INTERRUPTED, PEER_DIED, PEER_STUCK
 from moe.workdir.identity import checkpoint_steps
 from moe.workdir.tracking import read_metrics
-from tests.jobs import free_port, wait_for_step
+from tests.jobs import free_port, wait_for_step, wait_until
 from tests.tiny import TINY_MODEL
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -495,20 +495,26 @@ def test_other_processes_or_another_mesh_go_on_with_the_same_rows(tmp_path, layo
 
 
 def test_a_killed_mixture_goes_on_with_the_same_rows_on_other_processes(tmp_path):
-    """Every job is killed while a checkpoint may be half written, and the next has other hosts."""
+    """Every job is killed while a checkpoint may be half written, and the next has other hosts.
+
+    Two of the jobs are killed once a checkpoint of their own is whole, so that the last one does
+    not begin with the first step.
+    """
     parts, whole = tmp_path / "parts", tmp_path / "whole"
     parts.mkdir()
     options = {"data": mixed("best_fit"), "mesh": CONFIG.mesh, "steps": 12, "checkpoint_every": 2}
     before = LOG_ROWS.replace("STEPS", "1000")
     third_step = '    wrap(log.Log, "add", lambda: len(begun) == 3 and wait("third step"))\n'
     found = []
-    for count in (1, 2, 4, 1):
-        first = max(checkpoint_steps(parts / "run" / "checkpoints"), default=0)
+    last_step = lambda: max(checkpoint_steps(parts / "run" / "checkpoints"), default=0)
+    for count, is_whole in ((1, True), (2, False), (4, True), (1, False)):
+        first = last_step()
         with Job(parts / "run", count=count, before=before + third_step, **options) as job:
             for number in range(count):
                 job.wait_for("third step", number)
+            wait_until(lambda: not is_whole or last_step() > first, *job.processes)  # noqa: B023
         found.append((first, rows_of(parts)))
-    first = max(checkpoint_steps(parts / "run" / "checkpoints"))
+    first = last_step()
     with Job(parts / "run", count=2, before=before, **options) as job:
         codes, texts = job.end()
     assert codes == [0, 0], texts
