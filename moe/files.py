@@ -144,7 +144,8 @@ def open_whole(path: Path) -> Iterator[IO[bytes]]:
     # Host and process keep two commands apart that write the same file. In containers every process
     # may have the number 1.
     writer = f"{socket.gethostname()}.{os.getpid()}"
-    partial = path.with_name(f".{path.name[:150]}.{writer}.partial")
+    begin = os.fsdecode(os.fsencode(path.name)[:150])  # a file's name has at most 255 bytes
+    partial = path.with_name(f".{begin}.{writer}.partial")
     try:
         with naming_file(path), partial.open("wb") as file:
             yield file
