@@ -128,6 +128,15 @@ def naming_file(path: Path) -> Iterator[None]:
         raise
 
 
+def close_named(file: IO[str]) -> None:
+    """Closes a file, and names it in an error of writing what is left of it.
+
+    Errors of what is done while the file is open, such as reading another one, keep their names.
+    """
+    with naming_file(Path(file.name)):
+        file.close()
+
+
 @contextlib.contextmanager
 def open_whole(path: Path) -> Iterator[IO[bytes]]:
     """Opens a file that takes the place of `path` once it is written whole.
