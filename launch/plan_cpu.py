@@ -2,10 +2,12 @@
 
 import dataclasses
 import math
+import os
 from typing import Any
 
 from launch.benchmark import benchmark
 from moe.config import MeshConfig, RunConfig
+from moe.parallel.devices import check_platforms
 from moe.scaling.flops import run_training_flops
 from moe.scaling.hardware import Chip, machine_memory
 from moe.scaling.roofline import memory_traffic
@@ -19,6 +21,7 @@ def measure_cpu() -> Chip:
 
     config = RunConfig.from_config_dict(dense_tiny.get_config())
     config = dataclasses.replace(config, mesh=MeshConfig())
+    check_platforms(os.environ)
     return cpu_chip(config, benchmark(config, TRIALS))
 
 

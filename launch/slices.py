@@ -13,7 +13,7 @@ from moe.config.checks import show
 from moe.config.data import is_token_files
 from moe.data.rows import JoinedRows, Rows
 from moe.data.sources import Document, open_documents
-from moe.files import naming_file
+from moe.files import close_named, naming_file
 
 MAX_SLICES = 50  # each is a file that is open while documents are divided
 
@@ -87,9 +87,8 @@ def divide(documents: Iterable[Document], field: str, directory: Path) -> dict[s
                         f"{show(value)}: set it to a field with fewer"
                     )
                 folders[value] = directory / f"slice{len(files)}"
-                file = _new_file(folders[value])
-                stack.enter_context(naming_file(file))  # what is left of it is written at the end
-                files[value] = stack.enter_context(file.open("w", encoding="utf-8"))
+                files[value] = _new_file(folders[value]).open("w", encoding="utf-8")
+                stack.callback(close_named, files[value])
             with naming_file(Path(files[value].name)):
                 files[value].write(json.dumps({"text": document.text}) + "\n")
     return folders

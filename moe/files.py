@@ -128,6 +128,15 @@ def naming_file(path: Path) -> Iterator[None]:
         raise
 
 
+def close_named(file: IO[str]) -> None:
+    """Closes a file, and names it in an error of writing what is left of it.
+
+    Errors of what is done while the file is open, such as reading another one, keep their names.
+    """
+    with naming_file(Path(file.name)):
+        file.close()
+
+
 @contextlib.contextmanager
 def open_whole(path: Path) -> Iterator[IO[bytes]]:
     """Opens a file that takes the place of `path` once it is written whole.
@@ -144,7 +153,8 @@ def open_whole(path: Path) -> Iterator[IO[bytes]]:
     # Host and process keep two commands apart that write the same file. In containers every process
     # may have the number 1.
     writer = f"{socket.gethostname()}.{os.getpid()}"
-    partial = path.with_name(f".{path.name[:150]}.{writer}.partial")
+    begin = os.fsdecode(os.fsencode(path.name)[:150])  # a file's name has at most 255 bytes
+    partial = path.with_name(f".{begin}.{writer}.partial")
     try:
         with naming_file(path), partial.open("wb") as file:
             yield file

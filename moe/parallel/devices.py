@@ -53,22 +53,30 @@ def _parse_ids(chosen: str) -> list[int]:
 
 
 def check_platforms(environment: Mapping[str, str]) -> None:
-    """Raises ConfigError if JAX_PLATFORMS names a platform that this JAX has no plugin for.
+    """Starts JAX's devices. Raises ConfigError if JAX_PLATFORMS names a platform that is not here.
 
-    JAX itself raises an AssertionError without a word for "cuda", and a RuntimeError for others.
+    For "cuda" without a GPU, with or without the plugin, JAX itself raises an AssertionError
+    without a word. For any platform that it has no plugin for it raises a RuntimeError.
     """
     import jax
 
+    setting = f"JAX_PLATFORMS={environment.get('JAX_PLATFORMS', '')}"
     try:
         jax.local_devices()
-    except (AssertionError, RuntimeError) as error:
-        # Other errors are not of the variable: a device may be in use, or a driver may be broken.
-        if str(error) and "not in the list of known backends" not in str(error):
+    except AssertionError as error:
+        if str(error):
             raise
         raise ConfigError(
-            f"JAX_PLATFORMS={environment.get('JAX_PLATFORMS', '')} names a platform that this "
-            "installation of JAX has no plugin for: install it, as make ACCELERATOR=cuda13 does "
-            "for GPUs, or set JAX_PLATFORMS=cpu"
+            f"{setting} asks for a GPU, and no NVIDIA GPU is visible here: "
+            "start where nvidia-smi lists one, or set JAX_PLATFORMS=cpu"
+        ) from None
+    except RuntimeError as error:
+        # Other errors are not of the variable: a device may be in use, or a driver may be broken.
+        if "not in the list of known backends" not in str(error):
+            raise
+        raise ConfigError(
+            f"{setting} names a platform that this installation of JAX has no plugin for: "
+            "install it, as make ACCELERATOR=cuda13 does for GPUs, or set JAX_PLATFORMS=cpu"
         ) from None
 
 

@@ -22,7 +22,13 @@ from moe.config import ConfigError, MeshConfig
 from moe.files import announce_wait
 from moe.parallel import watch
 from moe.parallel.cluster import Cluster, find_cluster, process_name, why_alone
-from moe.parallel.devices import check_devices, check_gpus, counted, visible_gpus
+from moe.parallel.devices import (
+    check_devices,
+    check_gpus,
+    check_platforms,
+    counted,
+    visible_gpus,
+)
 from moe.parallel.rendezvous import Arrival, NotJoined, bind_host, meet
 
 __all__ = [
@@ -84,6 +90,7 @@ def join(
         ) from None
     _client().key_value_set(_host_key(cluster.process_id), own.host)
     prepared = prepare()
+    check_platforms(os.environ)
     counts = collections.Counter(device.process_index for device in jax.devices())
     check_devices(arrivals, [counts[n] for n in range(cluster.num_processes)], mesh)
     share_cache(arrivals)

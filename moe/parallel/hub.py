@@ -382,13 +382,13 @@ class Judge:
         )
 
     def _verdict(self, code: int, text: str, failed: Peer) -> Verdict:
-        gone = [
+        survivors = [
             peer.process_id
             for peer in self._peers.values()
-            if peer is failed or peer.exit_code is not None or not peer.is_connected
+            if peer is not failed and peer.exit_code is None and peer.is_connected
         ]
-        # Those that have not connected yet are left as well, such as process 0 at its start.
-        survivors = set(range(self.num_processes)).difference(gone)
+        if 0 not in self._peers:  # it has the hub, and is there before it connects
+            survivors.append(0)
         return Verdict(code, text, failed.process_id, min(survivors, default=failed.process_id))
 
     def _name(self, peer: Peer) -> str:

@@ -147,15 +147,20 @@ def start(
     """
     global _watch
     seconds = _stuck_seconds(os.environ.get(_STUCK_VARIABLE))
-    hub = None
+    hub, is_watching = None, threading.Event()
+
+    def end(verdict: Verdict) -> None:
+        is_watching.wait()  # another process may fail before process 0 itself has connected
+        watch.end(verdict)
 
     def open_hub() -> str:
         nonlocal hub
-        hub = Hub(host, num_processes, seconds, lambda verdict: _watch and _watch.end(verdict))
+        hub = Hub(host, num_processes, seconds, end)
         return hub.address
 
     watch = _Watch(process_id, num_processes, from_first("watch", open_hub))
     watch.hub, _watch = hub, watch
+    is_watching.set()
     sys.excepthook = _end_job
     # A program that ends without `leave` says goodbye before JAX's own exit waits for the others.
     atexit.register(watch.say_goodbye, 0)

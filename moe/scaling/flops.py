@@ -226,7 +226,7 @@ def _stack_counts(config: ModelConfig, sequence_length: int, mask: Mask) -> list
         _mixing("attention scores and sums", config, keys),
         *_feed_forward_counts(config, sequence_length),
         _norms("norms", d, 2 * layers + 1),
-        *_head_norms("query and key norms", config),
+        *_head_norms("attention norms of queries and keys", config),
     ]
 
 
@@ -248,7 +248,7 @@ def _cross_attention_counts(
         ),
         _mixing("cross-attention scores and sums", config, encoder_length),
         _norms("cross-attention norms", d, layers),
-        *_head_norms("cross-attention query and key norms", config),
+        *_head_norms("cross-attention norms of queries and keys", config),
     ]
 
 

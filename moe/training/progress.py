@@ -29,8 +29,10 @@ class Stream:
     def write(self, text: str) -> int:
         try:
             self._stream.write(text)
-        except UnicodeEncodeError as error:
-            self.write(text.encode(error.encoding, "backslashreplace").decode(error.encoding))
+        except UnicodeEncodeError:
+            # The error itself calls every encoding of a table, such as KOI8-R, "charmap".
+            encoding = self._stream.encoding
+            self.write(text.encode(encoding, "backslashreplace").decode(encoding))
         except OSError as error:
             self._abandon(error)
         return len(text)

@@ -28,6 +28,7 @@ DENSE = ModelConfig(
     num_heads=4,
     num_kv_heads=2,
     head_dim=4,
+    qk_norm=True,
     compute_dtype="float32",
 )
 TOKENS = jnp.array(np.random.default_rng(1).integers(0, 16, (2, 9)))

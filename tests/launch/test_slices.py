@@ -1,6 +1,7 @@
 """Tests evaluations of other data than the run's, and of slices, up to the numbers themselves."""
 
 import dataclasses
+import errno
 import json
 import math
 import subprocess
@@ -51,6 +52,16 @@ def test_a_slice_that_does_not_fit_the_disk_is_named(size: int, tmp_path: Path):
         divide(long, "by", tmp_path)
     slices = {str(tmp_path / f"slice{n}/validation/documents.jsonl") for n in range(2)}
     assert caught.value.filename in slices
+
+
+def test_an_error_of_reading_documents_names_no_slice(tmp_path: Path):
+    def read():
+        yield Document("text", "a.jsonl:1", {"by": "x"})
+        raise OSError(errno.EIO, "Input/output error")  # read() names no file
+
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        divide(read(), "by", tmp_path)
+    assert caught.value.filename is None
 
 
 def test_a_field_must_be_there_and_have_few_values(tmp_path: Path):

@@ -93,6 +93,12 @@ def test_a_file_is_written_whole_and_readable_as_others_are(tmp_path: Path) -> N
     }
 
 
+def test_a_name_of_characters_of_many_bytes_may_be_as_long_as_any(tmp_path: Path) -> None:
+    path = tmp_path / ("é" * 127)
+    write_whole(path, "text")
+    assert list(tmp_path.iterdir()) == [path] and path.read_text() == "text"
+
+
 def test_a_link_or_a_device_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "target")
     write_whole(tmp_path / "link", "text")

@@ -109,9 +109,9 @@ def loss_and_gradient(config, variables, rows):
     "change",
     [
         {"remat": "full"},
-        # tests/test_invariance.py and test_encoder.py have unrolled loops as well.
+        # tests/test_invariance.py has unrolled loops as well.
         pytest.param({"scan_layers": False}, marks=pytest.mark.slow),
-        {"remat": "full", "scan_layers": False},
+        {"remat": "save_attention", "scan_layers": False},
     ],
 )
 @VARIANTS

@@ -10,13 +10,16 @@ import subprocess
 import sys
 import threading
 import time
+import unittest.mock
 from pathlib import Path
 
 import jax
 import pytest
 
+from launch.plan_cpu import measure_cpu
 from moe.config import ConfigError, MeshConfig
 from moe.exit_codes import BAD_INPUT, PEER_STUCK
+from moe.parallel import distributed, watch
 from moe.parallel.cluster import Cluster, expand_hosts, find_cluster, is_restarted, why_alone
 from moe.parallel.devices import check_devices, check_gpus, check_platforms, visible_gpus
 from moe.parallel.distributed import barrier, from_first, on_tpu
@@ -266,27 +269,47 @@ def test_processes_that_hold_the_same_gpu_are_named():
         check_gpus(arrivals("ab", "cd", "ef", "gf"))
 
 
+def raising(error):
+    return unittest.mock.Mock(side_effect=error)
+
+
 @pytest.mark.parametrize(
-    "error",
+    ("error", "told"),
     [
-        AssertionError(),  # for "cuda"
-        RuntimeError("Unable to initialize: Backend 'x' is not in the list of known backends: []"),
+        (AssertionError(), "asks for a GPU, and no NVIDIA GPU is visible"),
+        (
+            RuntimeError("Unable to initialize: 'cuda' is not in the list of known backends: []"),
+            "names a platform that this installation of JAX has no plugin for: install it",
+        ),
     ],
 )
-def test_a_platform_without_a_plugin_is_told_in_one_line(monkeypatch, error):
-    def raise_error() -> None:
-        raise error
-
-    monkeypatch.setattr(jax, "local_devices", raise_error)
-    with pytest.raises(ConfigError, match=r"^JAX_PLATFORMS=cuda names a platform .*: install it"):
+def test_a_platform_that_is_not_here_is_told_in_one_line(monkeypatch, error, told):
+    monkeypatch.setattr(jax, "local_devices", raising(error))
+    with pytest.raises(ConfigError, match=f"^JAX_PLATFORMS=cuda {told}"):
         check_platforms({"JAX_PLATFORMS": "cuda"})
 
 
-def test_a_device_that_is_in_use_is_no_mistake_of_the_user(monkeypatch):
-    def raise_error() -> None:
-        raise RuntimeError("The TPU is already in use by process with pid 1")
+def test_jobs_and_plans_for_a_cpu_say_so_too(monkeypatch):
+    """A single process does before it runs its command (`launch.command_line`)."""
+    monkeypatch.setattr(jax, "local_devices", raising(AssertionError()))
+    for module, name in (
+        (distributed, "meet"),
+        (distributed, "check_gpus"),
+        (distributed, "_start_jax"),
+        (distributed, "_delay_abort"),
+        (distributed, "_client"),
+        (watch, "start"),
+    ):
+        monkeypatch.setattr(module, name, unittest.mock.MagicMock())
+    with pytest.raises(ConfigError, match="no NVIDIA GPU is visible"):
+        distributed.join(clusters(2, 0)[0])
+    with pytest.raises(ConfigError, match="no NVIDIA GPU is visible"):
+        measure_cpu()
 
-    monkeypatch.setattr(jax, "local_devices", raise_error)
+
+def test_a_device_that_is_in_use_is_no_mistake_of_the_user(monkeypatch):
+    error = RuntimeError("The TPU is already in use by process with pid 1")
+    monkeypatch.setattr(jax, "local_devices", raising(error))
     with pytest.raises(RuntimeError, match="already in use"):
         check_platforms({})
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import queue
 import re
 import signal
 import socket
@@ -248,6 +249,14 @@ def test_a_stranger_is_not_heard():
     assert not ended
 
 
+def connect(number, host, port, token):
+    """Returns a connection on which a process has said its number to the hub."""
+    connection = socket.create_connection((host, port), 60)
+    message = {"process_id": number, "host": "x", "token": token}
+    connection.sendall(json.dumps(message).encode() + b"\n")
+    return connection
+
+
 def test_a_process_that_connects_after_the_verdict_is_told_too(monkeypatch):
     monkeypatch.setattr(hub, "_FAREWELL", 100.0)
     verdicts, ended = [], threading.Event()
@@ -260,19 +269,56 @@ def test_a_process_that_connects_after_the_verdict_is_told_too(monkeypatch):
         return verdict
 
     watching._judge.decide = decide
-
-    def connect(number):
-        connection = socket.create_connection((host, port), 60)
-        connection.sendall(json.dumps({"process_id": number, "host": "x", "token": token}).encode())
-        connection.sendall(b"\n")
-        return connection
-
-    connect(1).close()
+    connect(1, host, port, token).close()
     wait_until(lambda: verdicts)
-    with connect(2) as late, late.makefile() as file:
+    with connect(2, host, port, token) as late, late.makefile() as file:
         assert json.loads(file.readline()) == {"verdict": list(verdicts[0])}
     assert ended.wait(60)
     watching._server.close()
+
+
+@pytest.mark.parametrize(("dead", "speaker"), [(0, 2), (1, 0)])
+def test_the_last_lines_are_shown_by_a_process_that_is_there(dead, speaker, monkeypatch):
+    """One of process 0 and 1 dies, 2 is connected, and the other one has not connected yet."""
+    monkeypatch.setattr(hub, "_FAREWELL", 0.0)
+    verdicts = queue.Queue()
+    watching = Hub("127.0.0.1", 3, 60.0, verdicts.put)
+    host, port, token, _ = json.loads(watching.address)
+    with connect(2, host, port, token):
+        wait_until(lambda: 2 in watching._judge._peers)
+        connect(dead, host, port, token).close()
+        verdict = verdicts.get(timeout=60)
+    assert (verdict.process_id, verdict.speaker) == (dead, speaker)
+    watching._server.close()
+
+
+def test_process_0_hears_of_a_death_before_it_watches_itself(monkeypatch):
+    told, decided = queue.Queue(), threading.Event()
+    monkeypatch.setattr(watch, "_watch", None)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(watch.atexit, "register", lambda *_: None)
+    monkeypatch.setattr(watch.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(watch._Watch, "end", lambda _, verdict: told.put(verdict.text))
+
+    class Seen(Hub):
+        def __init__(self, host, num_processes, stuck_seconds, end):
+            super().__init__(host, num_processes, stuck_seconds, lambda x: (decided.set(), end(x)))
+
+    monkeypatch.setattr(watch, "Hub", Seen)
+
+    def from_first(name, make):
+        address = make()
+        connect(1, *json.loads(address)[:3]).close()
+        assert decided.wait(60)
+        time.sleep(0.05)  # in which the hub would have given up
+        return address
+
+    watch.start(0, 2, "127.0.0.1", from_first)
+    assert told.get(timeout=60) == "process 1 of 2 on x died"
+    ours = watch._watch
+    ours.exit_code = 0  # ends its thread
+    ours.connection.socket.close()
+    ours.hub._server.close()
 
 
 def test_without_a_watch_nothing_happens():

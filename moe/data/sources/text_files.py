@@ -34,7 +34,7 @@ from moe.data.sources.listing import (
 from moe.data.sources.records import FEATURES, RecordDocuments, RecordWriter
 from moe.data.sources.stdlib import is_validation
 from moe.data.sources.tfds import is_prepared, prepare_builder
-from moe.files import naming_file
+from moe.files import close_named
 
 _TRAIN_SHARE = 0.95  # of the bytes of a single plain file
 _SKIPPED = "skipped.txt"  # the file that lists the documents which could not be read
@@ -81,8 +81,9 @@ class TextFiles(dataset_builder.FileReaderBuilder):
 
         with contextlib.ExitStack() as stack:
             path = directory / _SKIPPED
-            stack.enter_context(naming_file(path))  # what is left of it is written at the end
-            skipped = stack.enter_context(path.open("w", encoding="utf-8")) if self._skips else None
+            skipped = path.open("w", encoding="utf-8") if self._skips else None
+            if skipped is not None:
+                stack.callback(close_named, skipped)
             for split, document in read_documents(self._listing, self._text_field, refuse):
                 writers[split].write(document)
         if find_files(self._path).files != self._listing.files:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import errno
 import gzip
 import json
 import os
@@ -342,6 +343,17 @@ def test_a_full_disk_is_not_told_as_an_error_of_the_file_that_is_read(folder: Pa
     assert re.search(
         r"could not be prepared in .* File too large: '/\S*/skipped.txt'$", str(error.value)
     )
+
+
+def test_a_full_disk_under_the_records_is_not_told_of_the_skipped_documents(folder, monkeypatch):
+    def write_record(writer, document):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    write(folder / "a.jsonl", json.dumps({"text": "one"}) + "\n")
+    monkeypatch.setattr(records.RecordWriter, "write", write_record)
+    with pytest.raises(OSError, match="No space left on device") as error:
+        open_documents(config_for(folder, skip_bad_documents=True), "train")
+    assert "skipped.txt" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])
