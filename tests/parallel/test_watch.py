@@ -289,7 +289,8 @@ def test_the_last_lines_are_shown_by_a_process_that_is_there(dead, speaker, monk
         connect(dead, host, port, token).close()
         verdict = verdicts.get(timeout=60)
     assert (verdict.process_id, verdict.speaker) == (dead, speaker)
-    watching._server.close()
+    for open_socket in (watching._server, *(x.socket for x in watching._connections.values())):
+        open_socket.close()
 
 
 def test_process_0_hears_of_a_death_before_it_watches_itself(monkeypatch):
