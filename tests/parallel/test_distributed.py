@@ -18,7 +18,14 @@ import pytest
 from moe.config import ConfigError, MeshConfig
 from moe.exit_codes import BAD_INPUT, PEER_STUCK
 from moe.parallel.cluster import Cluster, expand_hosts, find_cluster, is_restarted, why_alone
-from moe.parallel.devices import check_devices, check_gpus, check_platforms, visible_gpus
+from moe.parallel.devices import (
+    check_cpu_devices,
+    check_devices,
+    check_gpus,
+    check_platforms,
+    explain_variable,
+    visible_gpus,
+)
 from moe.parallel.distributed import barrier, from_first, on_tpu
 from moe.parallel.rendezvous import Arrival, NotJoined, listed, meet
 from tests.jobs import free_port
@@ -280,6 +287,27 @@ def test_a_platform_without_a_plugin_is_told_in_one_line(monkeypatch, error):
     monkeypatch.setattr(jax, "local_devices", raise_error)
     with pytest.raises(ConfigError, match=r"^JAX_PLATFORMS=cuda names a platform .*: install it"):
         check_platforms({"JAX_PLATFORMS": "cuda"})
+
+
+@pytest.mark.parametrize("count", ["x", "0", "-2", "", "1.5"])
+def test_a_number_of_cpu_devices_that_jax_cannot_make_is_told_in_one_line(count):
+    with pytest.raises(ConfigError, match=r"^JAX_NUM_CPU_DEVICES=.* is no .*: set it to 1 or more"):
+        check_cpu_devices({"JAX_NUM_CPU_DEVICES": count})
+
+
+def test_a_variable_that_jax_cannot_read_is_told_in_one_line():
+    """JAX's own functions raise the errors, so that this fails where their words change."""
+    jax_config = importlib.import_module("jax._src.config")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_NUM_TEST", "x")
+        with pytest.raises(ValueError, match="JAX flag") as number:
+            jax_config.int_state("jax_num_test", 1, "")
+        patch.setenv("JAX_BOOL_TEST", "maybe")
+        with pytest.raises(ValueError, match="truth value") as truth:
+            jax_config.bool_state("jax_bool_test", True, "")
+    assert explain_variable(number.value).startswith("JAX_NUM_TEST: ")
+    assert explain_variable(truth.value).startswith("JAX_BOOL_TEST: ")
+    assert "set it to" in explain_variable(truth.value) and not explain_variable(ValueError("x"))
 
 
 def test_a_device_that_is_in_use_is_no_mistake_of_the_user(monkeypatch):
