@@ -189,9 +189,7 @@ def _exit_code(main: Main, devices: bool, prepare: Prepare | None) -> int:
             raise
         return _fail(error)
     except ValueError as error:  # of a variable that JAX reads, wherever it is first imported
-        if text := explain_variable(error):
-            return _fail(text)
-        raise
+        return _fail(explain_variable(error))
     except KeyboardInterrupt:
         print("interrupted: before there was anything to save", file=sys.stderr)
         return INTERRUPTED

@@ -83,10 +83,10 @@ def check_cpu_devices(environment: Mapping[str, str]) -> None:
 
 
 def explain_variable(error: ValueError) -> str:
-    """Returns one line for JAX's error at its import for a variable's value, or "" for others."""
+    """Returns one line for JAX's error at its import for a variable's value. Raises any other."""
     found = re.search(r"for (?:JAX flag|environment) '?(jax_\w+)", str(error), re.IGNORECASE)
     if not found:
-        return ""
+        raise error
     return f"{found[1].upper()}: {error}: set it to a value that JAX knows, or unset it"
 
 

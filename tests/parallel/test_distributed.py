@@ -307,7 +307,9 @@ def test_a_variable_that_jax_cannot_read_is_told_in_one_line():
             jax_config.bool_state("jax_bool_test", True, "")
     assert explain_variable(number.value).startswith("JAX_NUM_TEST: ")
     assert explain_variable(truth.value).startswith("JAX_BOOL_TEST: ")
-    assert "set it to" in explain_variable(truth.value) and not explain_variable(ValueError("x"))
+    assert "set it to" in explain_variable(truth.value)
+    with pytest.raises(ValueError, match=r"^another$"):
+        explain_variable(ValueError("another"))
 
 
 def test_a_device_that_is_in_use_is_no_mistake_of_the_user(monkeypatch):
