@@ -31,7 +31,7 @@ from moe.exit_codes import BAD_INPUT, INTERRUPTED, NOT_JOINED, PEER_STUCK, UNREA
 from moe.files import announce_wait
 from moe.parallel import distributed, watch
 from moe.parallel.cluster import hidden_rank
-from moe.parallel.devices import check_platforms
+from moe.parallel.devices import check_cpu_devices, check_platforms, explain_variable
 from moe.storage.paths import Unreachable, cloud_errors, explain, is_unreachable, run_path
 from moe.training.progress import Stream
 
@@ -188,6 +188,8 @@ def _exit_code(main: Main, devices: bool, prepare: Prepare | None) -> int:
         if error.filename is None and error.errno is not None:
             raise
         return _fail(error)
+    except ValueError as error:  # of a variable that JAX reads, wherever it is first imported
+        return _fail(explain_variable(error))
     except KeyboardInterrupt:
         print("interrupted: before there was anything to save", file=sys.stderr)
         return INTERRUPTED
@@ -200,6 +202,7 @@ def _join(values: flags.FlagValues, prepare: Callable[[], tuple[Any, ...]]) -> t
     """
     # A mistake in the config is told before anybody waits for anybody.
     mesh = read_run_config(values.config).mesh if "config" in values else None
+    check_cpu_devices(os.environ)
     cluster = distributed.find_cluster(
         os.environ, values.coordinator_address, values.num_processes, values.process_id
     )

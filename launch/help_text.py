@@ -19,6 +19,8 @@ from moe.config import RunConfig
 from moe.config.checks import without_none
 from moe.config.run import named_class
 
+_MIN_WIDTH = 20  # characters of a line
+
 
 def help_text(description: str, config: RunConfig | None = None, path: str | None = None) -> str:
     """Returns the whole text. With a `config` it has the fields and their values too.
@@ -28,7 +30,7 @@ def help_text(description: str, config: RunConfig | None = None, path: str | Non
     lines = [description.strip(), "", "Flags:"]
     for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0]):
         default = f" (default: {flag.default})" if flag.default not in (None, "") else ""
-        lines += [f"  --{flag.name}=...", flags.text_wrap(flag.help + default, indent="      ")]
+        lines += [f"  --{flag.name}=...", _wrap(flag.help + default, indent="      ")]
     if config:
         values = f"their values in {path}" if path else "their default values"
         lines += ["", f"Fields of --config, with {values}:", *_group(config, "config")]
@@ -65,18 +67,23 @@ def _group(config: Any, path: str, hidden: tuple[str, ...] = ()) -> Iterator[str
             fits = len(f"{field}  {choices}") <= 80
             yield f"{field}  {choices}".rstrip() if fits else field
             if not fits:
-                yield flags.text_wrap(choices, indent="      ")
-            yield flags.text_wrap(comments[name], indent="      ")
+                yield _wrap(choices, indent="      ")
+            yield _wrap(comments[name], indent="      ")
     for name, value in values.items():
         if dataclasses.is_dataclass(value):
             yield ""
-            yield flags.text_wrap(f"{path}.{name}: {inspect.getdoc(type(value))}")
+            yield _wrap(f"{path}.{name}: {inspect.getdoc(type(value))}")
             yield from _group(value, f"{path}.{name}")
     for name, configs in named.items():
         yield ""
-        yield flags.text_wrap(f"{path}.{name}: {comments[name]}")
+        yield _wrap(f"{path}.{name}: {comments[name]}")
         for one in configs:
             yield from _group(one, f"{path}.{name}.{one.name}", hidden=("name",))
+
+
+def _wrap(text: str, indent: str = "") -> str:
+    """Breaks a text into lines for this terminal, which may be too narrow for the indentation."""
+    return flags.text_wrap(text, max(flags.get_help_width(), _MIN_WIDTH), indent=indent)
 
 
 def _choices(declared: Any) -> str:

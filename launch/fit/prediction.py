@@ -26,7 +26,7 @@ from moe.scaling.laws.isoflop import IsoFlop
 from moe.scaling.laws.warnings import EPOCHS
 
 SPARSE_INPUTS = {"experts", "granularity", "density"}  # what only models with experts have
-FAR = 10.0  # times the largest run: budgets beyond this get a note
+FAR = 10.0  # times the largest run, or below the smallest: budgets beyond this get a note
 
 
 def is_sparse(inputs: Iterable[str]) -> bool:
@@ -243,10 +243,12 @@ def notes(
 def _doubts(optimum: Optimum, runs: Runs) -> Iterator[str]:
     """Yields what is doubtful about the best model for a budget, as ends of sentences."""
     times = optimum.budget / float(np.max(runs.flops))
-    if times > FAR:
+    fraction = optimum.budget / float(np.min(runs.flops))
+    far = f"{_factor(times)} times the largest" if times > FAR else ""
+    far = f"1/{_factor(1 / fraction)} of the smallest" if fraction * FAR < 1 else far
+    if far:
         yield (
-            f"a run costs {times:,.0f} times the largest one of the table: the intervals hold only "
-            "as far as the law does."
+            f"a run costs {far} one of the table: the intervals hold only as far as the law does."
         )
     if optimum.at_edge > 0.5:
         yield (
@@ -271,3 +273,8 @@ def _doubts(optimum: Optimum, runs: Runs) -> Iterator[str]:
                 f"the text of these runs would be repeated {epochs:.2g} times, which teaches less "
                 "than new text: take more text."
             )
+
+
+def _factor(value: float) -> str:
+    """Returns a factor as people say it, such as 1,234, or 5.6×10⁷ for a larger one."""
+    return f"{value:,.0f}" if value < 1e6 else power_text(value)

@@ -36,6 +36,7 @@ COLUMNS = {
 }
 COUNTS = {"ones": 1.0, "thousands": 1e3, "millions": 1e6, "billions": 1e9, "trillions": 1e12}
 FLOPS = {"FLOP": 1.0, "PF-days": 1e15 * 24 * 3600}
+MOST_FLOPS = 1e40  # of a budget. Products of its counts are then far from the largest float.
 LOSSES = {"nats": 1.0, "bits": math.log(2)}
 # The flags of units: their name, the units, the columns that have it, and what it is for.
 UNITS = (
@@ -122,10 +123,10 @@ def read_budgets(texts: Sequence[str]) -> list[float]:
             budget = float(text)
         except ValueError:
             budget = math.nan
-        if not 1 <= budget < math.inf:
+        if not 1 <= budget <= MOST_FLOPS:
             raise ConfigError(
-                f"--budget={text} is no number of FLOPs: write numbers such as 1e20, with commas "
-                "between them"
+                f"--budget={text} is no number of FLOPs from 1 to {MOST_FLOPS:g}: write numbers "
+                "such as 1e20, with commas between them"
             )
         budgets.append(budget)
     return sorted(set(budgets))

@@ -207,10 +207,11 @@ def _check_epochs(config: RunConfig, rows: TrainingRows) -> None:
     for source in config.data.sources:
         limit, planned = source.max_epochs, epochs[source.name]
         if limit and planned > limit:
-            most = config.train.steps * limit / planned
+            most = math.floor(config.train.steps * limit / planned)
+            fewer = f", or set train.steps to about {most}" if most else ""
             raise ConfigError(
                 f"data.mixture.{source.name}.max_epochs={limit:g} is less than the "
                 f"{planned:.3g} epochs that {config.train.steps} steps of {size} rows read of the "
-                f"source's {len(rows.rows.sources[source.name]):,} rows: lower its weights, raise "
-                f"max_epochs, or set train.steps to about {math.floor(most)}"
+                f"source's {len(rows.rows.sources[source.name]):,} rows: lower its weights, or "
+                f"raise max_epochs{fewer}"
             )

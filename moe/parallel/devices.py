@@ -5,6 +5,7 @@ GPUs are asked for before JAX starts.
 
 import ctypes
 import math
+import re
 from collections.abc import Mapping, Sequence
 
 from moe.config import ConfigError, MeshConfig
@@ -78,6 +79,23 @@ def check_platforms(environment: Mapping[str, str]) -> None:
             f"{setting} names a platform that this installation of JAX has no plugin for: "
             "install it, as make ACCELERATOR=cuda13 does for GPUs, or set JAX_PLATFORMS=cpu"
         ) from None
+
+
+def check_cpu_devices(environment: Mapping[str, str]) -> None:
+    """Raises ConfigError if JAX_NUM_CPU_DEVICES is no number of devices that JAX can make."""
+    count = environment.get("JAX_NUM_CPU_DEVICES", "-1")  # JAX's own default
+    if count != "-1" and not (count.isdecimal() and int(count)):
+        raise ConfigError(
+            f"JAX_NUM_CPU_DEVICES={count} is no number of devices: set it to 1 or more, or unset it"
+        )
+
+
+def explain_variable(error: ValueError) -> str:
+    """Returns one line for JAX's error at its import for a variable's value. Raises any other."""
+    found = re.search(r"for (?:JAX flag|environment) '?(jax_\w+)", str(error), re.IGNORECASE)
+    if not found:
+        raise error
+    return f"{found[1].upper()}: {error}: set it to a value that JAX knows, or unset it"
 
 
 def check_gpus(arrivals: Sequence[Arrival]) -> None:

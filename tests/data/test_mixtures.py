@@ -238,6 +238,8 @@ def test_a_source_that_would_be_read_too_often_is_refused_in_one_line():
     assert found.startswith("data.mixture.a.max_epochs=4 is less than the 8.0")
     assert "100 steps of 16 rows" in found and "100 rows" in found and "\n" not in found
     assert "set train.steps to about 49" in found or "set train.steps to about 50" in found
+    with pytest.raises(ConfigError, match=r"lower its weights, or raise max_epochs$"):
+        open_training(run_config(a=0.01, b=0.0), open_fake)  # one step is too many
 
 
 def test_shares_and_epochs_are_described():

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from absl import flags
 from ml_collections import FieldReference
 from ml_collections.config_dict import placeholder
 
 from launch import command_line
 from moe.config import ConfigError, RunConfig
+from moe.exit_codes import BAD_INPUT
 from tests.jobs import answers_within
 
 ROOT = Path(__file__).parents[2]
@@ -430,3 +432,16 @@ def test_a_tilde_that_shells_leave_is_expanded(
     monkeypatch.setenv("HOME", str(directory))
     result = run(directory, "--config=~/config.py", "--workdir=~/config.py")
     assert (result.stdout, result.stderr, result.returncode) == ("1000 0.001 True\nFalse\n", "", 3)
+
+
+def test_variables_that_jax_cannot_read_end_a_command_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def import_jax(values: flags.FlagValues) -> None:
+        raise ValueError('Invalid value "x" for JAX flag jax_num_test')
+
+    assert command_line._exit_code(import_jax, devices=False, prepare=None) == BAD_INPUT
+    assert capsys.readouterr().err.startswith("error: JAX_NUM_TEST: ")
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "0")
+    with pytest.raises(ConfigError, match="JAX_NUM_CPU_DEVICES=0 is no number of devices"):
+        command_line._join(flags.FlagValues(), prepare=tuple)

@@ -313,6 +313,7 @@ def test_a_config_that_cannot_be_written_is_told_before_the_fit(tmp_path: Path) 
     [
         (grid(), ["--law=none"], "--law=none is no law: set --law to one of chinchilla, "),
         (grid(), ["--budget=lots"], "--budget=lots is no number of FLOPs"),
+        (grid(), ["--budget=1e300"], "--budget=1e300 is no number of FLOPs from 1 to 1e+40"),
         (grid(), ["--emit=best.py"], "--emit=best.py needs a budget"),
         (grid(), ["--budget=1e20", "--emit=/nowhere/best.py"], "--emit=/nowhere/best.py is no"),
         (grid(), ["--budget=1e20", "--emit=best.py"], "there is no column config"),

@@ -314,6 +314,9 @@ def test_notes_say_what_is_doubtful_about_a_best_model() -> None:
     assert "Do not plan" in said(optimum(), known=False)
     far = dataclasses.replace(optimum(), budget=1.1e15)
     assert "costs 100 times the largest one" in said(far)
+    assert "costs 2×10¹⁵ times the largest" in said(dataclasses.replace(far, budget=2.2e28))
+    near, below = (dataclasses.replace(far, budget=budget) for budget in (2e11, 1e10))
+    assert "costs" not in said(near) and "costs 1/100 of the smallest one" in said(below)
     assert "5% of the" in said(dataclasses.replace(optimum(), at_edge=0.05))
     assert "no best size" in said(dataclasses.replace(optimum(), at_edge=1.0))
     repeated = make_runs(**columns, repeats=[1.0, 2.0])  # of 1e6 tokens

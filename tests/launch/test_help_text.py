@@ -19,6 +19,11 @@ def test_every_field_has_a_line_of_help_within_the_terminal(
     assert max(len(line) for line in lines if not line.startswith(("  --", "Fields of"))) <= 70
 
 
+def test_a_terminal_of_one_column_gets_the_help_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "1")
+    assert "sparse layer" in help_text("", RunConfig())
+
+
 def test_comments_above_and_beside_a_field_are_its_help() -> None:
     comments = field_comments(MoEConfig)
     assert comments["num_experts"] == (

@@ -21,7 +21,14 @@ from moe.config import ConfigError, MeshConfig
 from moe.exit_codes import BAD_INPUT, PEER_STUCK
 from moe.parallel import distributed, watch
 from moe.parallel.cluster import Cluster, expand_hosts, find_cluster, is_restarted, why_alone
-from moe.parallel.devices import check_devices, check_gpus, check_platforms, visible_gpus
+from moe.parallel.devices import (
+    check_cpu_devices,
+    check_devices,
+    check_gpus,
+    check_platforms,
+    explain_variable,
+    visible_gpus,
+)
 from moe.parallel.distributed import barrier, from_first, on_tpu
 from moe.parallel.rendezvous import Arrival, NotJoined, listed, meet
 from tests.jobs import free_port
@@ -305,6 +312,29 @@ def test_jobs_and_plans_for_a_cpu_say_so_too(monkeypatch):
         distributed.join(clusters(2, 0)[0])
     with pytest.raises(ConfigError, match="no NVIDIA GPU is visible"):
         measure_cpu()
+
+
+@pytest.mark.parametrize("count", ["x", "0", "-2", "", "1.5"])
+def test_a_number_of_cpu_devices_that_jax_cannot_make_is_told_in_one_line(count):
+    with pytest.raises(ConfigError, match=r"^JAX_NUM_CPU_DEVICES=.* is no .*: set it to 1 or more"):
+        check_cpu_devices({"JAX_NUM_CPU_DEVICES": count})
+
+
+def test_a_variable_that_jax_cannot_read_is_told_in_one_line():
+    """JAX's own functions raise the errors, so that this fails where their words change."""
+    jax_config = importlib.import_module("jax._src.config")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_NUM_TEST", "x")
+        with pytest.raises(ValueError, match="JAX flag") as number:
+            jax_config.int_state("jax_num_test", 1, "")
+        patch.setenv("JAX_BOOL_TEST", "maybe")
+        with pytest.raises(ValueError, match="truth value") as truth:
+            jax_config.bool_state("jax_bool_test", True, "")
+    assert explain_variable(number.value).startswith("JAX_NUM_TEST: ")
+    assert explain_variable(truth.value).startswith("JAX_BOOL_TEST: ")
+    assert "set it to" in explain_variable(truth.value)
+    with pytest.raises(ValueError, match=r"^another$"):
+        explain_variable(ValueError("another"))
 
 
 def test_a_device_that_is_in_use_is_no_mistake_of_the_user(monkeypatch):

@@ -86,14 +86,15 @@ def _reasons_to_leave_out(runs: Runs) -> list[str]:
 
 def check_values(runs: Runs, columns: Sequence[str]) -> None:
     """Raises ConfigError for values that are missing or cannot be, and for mixed data."""
-    # The largest budget's runs are compared to those of the same size in a smaller one.
-    for name in dict.fromkeys((*columns, *_NEEDED)):
+    # The largest budget's runs are compared to those of the same size in a smaller one. Active
+    # parameters and FLOPs may be derived from the columns before them, which are told first.
+    for name in dict.fromkeys((*_NEEDED, *columns)):
         missing = np.isnan(getattr(runs, name))
         if missing.all():
             raise ConfigError(f"{name}: no run has a value: name the column that holds it")
         _refuse(runs, missing, name, "are empty or not a number", "fill or remove them")
     may_be_0 = ("sparsity", "embedding_parameters")
-    for name in dict.fromkeys((*columns, "tokens", "loss")):
+    for name in dict.fromkeys((*_NEEDED, *columns)):
         if name in may_be_0:
             continue
         values = getattr(runs, name)
@@ -118,7 +119,8 @@ def _check_units(runs: Runs) -> None:
         "check the units of tokens and batch_tokens",
     )
     _check_counts(runs)
-    ratio = runs.flops / (6 * runs.active_parameters * runs.tokens)
+    with np.errstate(over="ignore"):
+        ratio = runs.flops / (6 * runs.active_parameters * runs.tokens)
     _refuse(
         runs,
         (ratio < 1 / 30) | (ratio > 30),

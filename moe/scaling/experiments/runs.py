@@ -238,7 +238,8 @@ def make_runs(**columns: Iterable) -> Runs:
     derive("active_parameters", np.where(dense, numbers["parameters"], np.nan))
     derive("sparsity", 1 - numbers["experts_per_token"] / numbers["experts"])
     derive("granularity", np.where(numbers["experts"] == 1, 1.0, np.nan))
-    derive("flops", 6 * numbers["active_parameters"] * numbers["tokens"])
+    with np.errstate(over="ignore"):  # absurd counts have infinite FLOPs, which checks refuse
+        derive("flops", 6 * numbers["active_parameters"] * numbers["tokens"])
     return Runs(**texts, **numbers, row=rows)
 
 

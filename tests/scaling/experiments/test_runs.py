@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pyarrow
@@ -144,6 +145,15 @@ def test_good_runs_pass():
         (changed("loss", [3], np.nan), r"^loss: row 3 \(nan\) is empty or not a number: fill"),
         (changed("loss", [3, 9], -1), r"^loss: rows 3 \(-1\), 9 \(-1\) must be positive"),
         (changed("loss", [5], np.inf), r"^loss: row 5 \(inf\) must be positive"),
+        (changed("parameters", [2], 0), r"^parameters: row 2 \(0\) must be positive"),
+        (changed("parameters", [2], np.nan), r"^parameters: row 2 \(nan\) is empty"),
+        ({"tokens": np.full(35, 1e307)}, r"^flops: rows 1 \(inf\), .* must be positive"),
+        (
+            UNKNOWN
+            | {"parameters": GOOD.parameters * 1e199, "tokens": GOOD.tokens * 1e199}
+            | {"flops": np.full(35, 1e20)},
+            "^flops: rows .* are more than 30 times off",
+        ),
         ({"loss": GOOD.loss + 40, "vocab_size": np.full(35, np.nan)}, "above 30 nats per token"),
         (changed("tokens", [35], 10), r"^tokens: row 35 \(10\) is below the tokens of one batch"),
         (changed("tokens", [1], np.nan), r"^tokens: row 1 \(nan\) is empty"),
@@ -170,7 +180,9 @@ def test_good_runs_pass():
     ],
 )  # fmt: skip
 def test_bad_tables_are_refused_in_one_line(columns, message):
-    with pytest.raises(ConfigError, match=message) as caught:
+    # A warning, as of an overflow, would be a second line.
+    with warnings.catch_warnings(), pytest.raises(ConfigError, match=message) as caught:
+        warnings.simplefilter("error")
         check(**columns)
     assert "\n" not in str(caught.value)
 
