@@ -669,7 +669,11 @@ def test_symbolic_shapes_are_refused_in_one_line():
     "model",
     [
         Transformer(dataclasses.replace(DENSE, num_layers=1)),
-        *(MoE(dataclasses.replace(SPARSE, dispatch=d)) for d in ("capacity", "dropless")),
+        # tests/model/test_dispatch.py gives both strategies NumPy arrays, too.
+        *(
+            pytest.param(MoE(dataclasses.replace(SPARSE, dispatch=d)), marks=pytest.mark.slow)
+            for d in ("capacity", "dropless")
+        ),
     ],
 )
 def test_numpy_arrays_are_arrays_too(model):

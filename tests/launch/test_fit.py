@@ -468,6 +468,7 @@ def test_a_refused_fit_of_curves_draws_them_and_nothing_else(tmp_path: Path) -> 
     }
 
 
+@pytest.mark.slow
 def test_a_refused_fit_changes_nothing_of_an_earlier_one(tmp_path: Path) -> None:
     path = write_table(tmp_path / "runs.csv", grid(noise=0))
     main(flag_values(path, "--law=isoflop"))

@@ -181,6 +181,7 @@ def test_the_page_has_tables_and_plots(page, results):
             )
 
 
+@pytest.mark.slow
 def test_the_report_of_the_run_shows_the_same_figures(page, workdir):
     text = report(workdir).read_text()
     for stem in STEMS:

@@ -234,8 +234,8 @@ def test_eight_devices_are_one(model, parallelism, sizes):
 @pytest.mark.parametrize(
     "model",
     [
-        "encoder of experts",
-        *slow([["encoder"], ["encoder-decoder"], ["encoder-decoder of experts"]]),
+        "encoder",
+        *slow([["encoder of experts"], ["encoder-decoder"], ["encoder-decoder of experts"]]),
     ],
 )
 def test_bfloat16_is_close_to_float32(model):

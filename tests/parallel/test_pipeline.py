@@ -257,6 +257,7 @@ def test_more_pipelines_compute_what_one_device_does(case: str) -> None:
     assert_equals_one_device(*SLOW_CASES[case])
 
 
+@pytest.mark.slow
 def test_an_evaluation_has_the_sums_of_one_device() -> None:
     """The batch of the balance loss is a microbatch here, so its scope is a row in this test."""
     model = with_moe(SPARSE, balance_scope="row")

@@ -124,6 +124,7 @@ def test_the_input_of_each_layer_is_moved_to_the_host(remat, moves) -> None:
     assert str(traced.jaxpr).count("MemorySpace.Host") == moves
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("remat", "recomputes"), [("none", False), ("full", True)])
 def test_experts_are_computed_once_without_remat(remat, recomputes) -> None:
     """Else their weights would be gathered a third time on GPUs."""

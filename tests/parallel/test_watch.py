@@ -296,6 +296,7 @@ def test_the_last_lines_are_shown_by_a_process_that_is_there(dead, speaker, monk
 def test_process_0_hears_of_a_death_before_it_watches_itself(monkeypatch):
     told, decided = queue.Queue(), threading.Event()
     monkeypatch.setattr(watch, "_watch", None)
+    monkeypatch.setattr(watch, "TICK", 0.05)
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     monkeypatch.setattr(watch.atexit, "register", lambda *_: None)
     monkeypatch.setattr(watch.signal, "signal", lambda *_: None)
@@ -317,7 +318,10 @@ def test_process_0_hears_of_a_death_before_it_watches_itself(monkeypatch):
     watch.start(0, 2, "127.0.0.1", from_first)
     assert told.get(timeout=60) == "process 1 of 2 on x died"
     ours = watch._watch
-    ours.exit_code = 0  # ends its thread
+    ours.exit_code = 0  # ends its thread, which still waits for messages on the connection
+    for thread in threading.enumerate():
+        if thread.name == "watch":
+            thread.join()
     ours.connection.socket.close()
     ours.hub._server.close()
 

@@ -113,6 +113,7 @@ def test_the_benchmark_refuses_wrong_numbers(monkeypatch):
         benchmark.check_numbers(Choice("blockwise"), (2, 1, 16), "float32")
 
 
+@pytest.mark.slow
 def test_tuning_adds_the_fastest_blocks_to_the_table(tmp_path, monkeypatch, capsys):
     table = tmp_path / "blocks.json"
     table.write_text('{"TPU v9": {}}')
