@@ -8,8 +8,12 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from launch.local import reserve_port
+from moe import files
 
 # The fields of a model whose training takes a command seconds.
 SMALL_MODEL = {
@@ -60,6 +64,24 @@ def wait_for_step(workdir: Path, step: int, *processes: subprocess.Popen) -> Non
     """Waits until a run that logs each step has logged this one."""
     path = workdir / "metrics.jsonl"
     wait_until(lambda: path.exists() and f'"step": {step},' in path.read_text(), *processes)
+
+
+def let_it_stop(process: subprocess.Popen, run: Path, gate: Path) -> None:
+    """Opens the gate in which a command's run waits, once the run has heard that it is to stop."""
+    said = "stopping: this step is finished"
+    wait_until(lambda: said in (run / "output.log").read_text(), process)
+    gate.touch()
+
+
+def announce_at_once(patch: pytest.MonkeyPatch, then: Callable[[], object]) -> None:
+    """Lets every wait be announced at once (`moe.files`), and calls a function after that."""
+
+    def announce(text: str, **options: Any) -> None:
+        print(text, **options)
+        then()
+
+    patch.setattr(files, "_ANNOUNCE_AFTER", 0.0)
+    patch.setattr(files, "print", announce, raising=False)
 
 
 def answers_within(seconds: float, command: Callable[[], object]) -> bool:

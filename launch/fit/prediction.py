@@ -242,10 +242,13 @@ def notes(
 
 def _doubts(optimum: Optimum, runs: Runs) -> Iterator[str]:
     """Yields what is doubtful about the best model for a budget, as ends of sentences."""
-    times = optimum.budget / float(np.max(runs.flops))
-    fraction = optimum.budget / float(np.min(runs.flops))
-    far = f"{_factor(times)} times the largest" if times > FAR else ""
-    far = f"1/{_factor(1 / fraction)} of the smallest" if fraction * FAR < 1 else far
+    above = optimum.budget / float(np.max(runs.flops))
+    below = float(np.min(runs.flops)) / optimum.budget
+    far = None
+    if above > FAR:
+        far = f"{_factor(above)} times the largest"
+    elif below > FAR:
+        far = f"1/{_factor(below)} of the smallest"
     if far:
         yield (
             f"a run costs {far} one of the table: the intervals hold only as far as the law does."

@@ -20,7 +20,7 @@ from moe.config import ConfigError, MoEConfig, RunConfig
 from moe.scaling.experiments.sweep import Point, repeat
 from moe.scaling.flops import training_flops_per_token
 from moe.workdir.tracking import read_metrics
-from tests.jobs import wait_for_step, wait_until
+from tests.jobs import let_it_stop, wait_for_step
 from tests.launch.compared_runs import TINY, Rows, write_run
 from tests.launch.report_runs import colours
 
@@ -261,9 +261,7 @@ def test_an_interrupted_experiment_goes_on(tmp_path: Path) -> None:
     process, run = start(tmp_path), tmp_path / "sparse" / "seed_0"
     wait_for_step(run, 3, process)
     process.send_signal(signal.SIGTERM)
-    output_log = run / "output.log"
-    wait_until(lambda: "stopping: this step is finished" in output_log.read_text(), process)
-    (tmp_path / "open").touch()
+    let_it_stop(process, run, tmp_path / "open")
     _, errors = process.communicate()
     assert process.returncode == 75 and "stopping: each run saves first" in errors, errors
     assert read_metrics(run)[-1]["step"] < 20

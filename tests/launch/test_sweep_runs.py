@@ -13,7 +13,7 @@ import pytest
 from pyarrow import parquet
 
 from launch.sweep_progress import last_step
-from tests.jobs import wait_until
+from tests.jobs import let_it_stop, wait_until
 
 ROOT = Path(__file__).parents[2]
 SWEEP = """
@@ -63,13 +63,6 @@ def wait_for_steps(process: subprocess.Popen[str], run: Path) -> int:
     found = re.match(r"process (\d+) on ", (run / "run.lock").read_text())
     assert found
     return int(found[1])
-
-
-def let_it_stop(process: subprocess.Popen[str], run: Path, gate: Path) -> None:
-    """Opens the gate once a run has heard that it is to stop."""
-    said = "stopping: this step is finished"
-    wait_until(lambda: said in (run / "output.log").read_text(), process)
-    gate.touch()
 
 
 def finish(directory: Path, name: str, *flags: str) -> str:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -187,10 +186,9 @@ def slow(cases):
 
 
 # The loop is the decoder's, which tests/test_invariance.py unrolls as well.
-CHANGES = itertools.product([{"remat": "full"}, {"scan_layers": False}], MODELS)
-
-
-@pytest.mark.parametrize(("change", "model"), slow(CHANGES), ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("change", [{"remat": "full"}, {"scan_layers": False}], ids=str)
 def test_a_loop_and_recomputation_change_nothing(model, change):
     plainest, changed = MODELS[model](), MODELS[model](**change)
     expected = gradients(plainest, batch_of(plainest, rows=4))

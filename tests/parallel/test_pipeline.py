@@ -115,8 +115,6 @@ CASES: dict[str, tuple[ModelConfig, dict[str, int], int, dict[str, Any]]] = {
         1,
         {},
     ),
-}
-SLOW_CASES: dict[str, tuple[ModelConfig, dict[str, int], int, dict[str, Any]]] = {
     "dense, circular, fsdp and tensor, remat": (
         DENSE,
         {"pipeline": 2, "fsdp": 2, "tensor": 2},
@@ -149,6 +147,7 @@ SLOW_CASES: dict[str, tuple[ModelConfig, dict[str, int], int, dict[str, Any]]] =
         {},
     ),
 }
+PLAIN_CASE = "sparse, GPipe, expert and tensor"  # the others are slow
 
 
 def run_of(
@@ -220,7 +219,10 @@ def assert_equals_one_device(
         assert difference < 2e-5, f"{name} differs by {difference:.1e}"
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=() if case == PLAIN_CASE else pytest.mark.slow) for case in CASES],
+)
 def test_a_pipeline_computes_what_one_device_does(case: str) -> None:
     """Compares the loss, every gradient, the router's statistics and the updated biases.
 
@@ -249,12 +251,6 @@ def test_replicas_of_a_sparse_pipeline_compute_what_one_device_does(mesh, gather
     """The balance loss is that of a microbatch on all replicas."""
     model = with_moe(SPARSE, dispatch="dropless")
     assert_equals_one_device(model, mesh, 1, {}, gather_once=gather_once)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", SLOW_CASES)
-def test_more_pipelines_compute_what_one_device_does(case: str) -> None:
-    assert_equals_one_device(*SLOW_CASES[case])
 
 
 @pytest.mark.slow

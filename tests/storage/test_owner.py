@@ -10,15 +10,14 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from moe import files
 from moe.config import ConfigError
 from moe.files import NoLocks, try_lock
 from moe.storage import owner
 from moe.storage.owner import LostRun, check_lease, file_system, own_run
+from tests.jobs import announce_at_once
 
 ME = f"process {os.getpid()} on {socket.gethostname()}"
 OTHER = {"holder": "process 7 on node-1", "token": "x", "renewals": 0, "is_released": False}
@@ -294,17 +293,12 @@ def leases_or_none(workdir: Path) -> int:
 def wait(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """Returns a sleep that lasts until the wait has been announced, which is at once."""
     is_announced = threading.Event()
-
-    def announce(text: str, **options: Any) -> None:
-        print(text, **options)
-        is_announced.set()
+    announce_at_once(monkeypatch, then=is_announced.set)
 
     def sleep(seconds: float) -> None:
         assert is_announced.wait(100)
         clock.sleep(seconds)
 
-    monkeypatch.setattr(files, "_ANNOUNCE_AFTER", 0.0)
-    monkeypatch.setattr(files, "print", announce, raising=False)
     return sleep
 
 

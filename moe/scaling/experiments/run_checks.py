@@ -88,13 +88,14 @@ def check_values(runs: Runs, columns: Sequence[str]) -> None:
     """Raises ConfigError for values that are missing or cannot be, and for mixed data."""
     # The largest budget's runs are compared to those of the same size in a smaller one. Active
     # parameters and FLOPs may be derived from the columns before them, which are told first.
-    for name in dict.fromkeys((*_NEEDED, *columns)):
+    names = tuple(dict.fromkeys((*_NEEDED, *columns)))
+    for name in names:
         missing = np.isnan(getattr(runs, name))
         if missing.all():
             raise ConfigError(f"{name}: no run has a value: name the column that holds it")
         _refuse(runs, missing, name, "are empty or not a number", "fill or remove them")
     may_be_0 = ("sparsity", "embedding_parameters")
-    for name in dict.fromkeys((*_NEEDED, *columns)):
+    for name in names:
         if name in may_be_0:
             continue
         values = getattr(runs, name)

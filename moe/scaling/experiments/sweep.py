@@ -17,10 +17,11 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from moe.config import PLACE_FIELDS, ConfigError, RunConfig, flatten
-from moe.config.checks import show, without_numpy
+from moe.config.checks import LONGEST_NAME, show, without_numpy
 
-# Each part of a name is a directory, so it may not begin with a dot, nor have more than 255 bytes.
-_NAME = re.compile(r"\w[\w.=+-]{,254}(/\w[\w.=+-]{,254})*", re.ASCII)
+# Each part of a name is a directory, so it may not begin with a dot, nor be too long.
+_PART = rf"\w[\w.=+-]{{,{LONGEST_NAME - 1}}}"
+_NAME = re.compile(f"{_PART}(/{_PART})*", re.ASCII)
 
 
 class Point(NamedTuple):
@@ -130,7 +131,7 @@ def _check_point(point: Any) -> Point:
     if not _NAME.fullmatch(point.name):
         raise ConfigError(
             f"{show(point.name)} cannot name a run's directory: "
-            "use letters, digits and _ . = + -, at most 255, with / between directories"
+            f"use letters, digits and _ . = + -, at most {LONGEST_NAME}, with / between directories"
         )
     return point
 

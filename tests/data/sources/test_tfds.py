@@ -18,6 +18,7 @@ from moe import files
 from moe.config import ConfigError, DataConfig, RunConfig
 from moe.data.sources import Documents, check_dataset, open_documents, source_name
 from tests.data.conftest import TRAIN, SmallText
+from tests.jobs import announce_at_once
 
 
 @pytest.fixture
@@ -198,13 +199,7 @@ with hold_lock(Path(sys.argv[1])):
         [sys.executable, "-c", program, str(path)], text=True, env=_environment(), **pipes
     ) as holder:
         assert holder.stdout.readline() == "held\n"
-
-        def announce(text: str, **options: object) -> None:
-            print(text, **options)
-            holder.stdin.close()
-
-        monkeypatch.setattr(files, "_ANNOUNCE_AFTER", 0.0)
-        monkeypatch.setattr(files, "print", announce, raising=False)
+        announce_at_once(monkeypatch, then=holder.stdin.close)
         with files.hold_lock(path) as alone:
             assert alone
     assert (
